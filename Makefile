@@ -1,0 +1,68 @@
+# Each command sets up what it needs (.venv, the pinned dependencies, the compiled extension), then does its
+# job; a second run repeats nothing that did not change.
+#
+#   make test                     the tests; make test ARGS="-k wheel" for some of them
+#   make bench                    the selection of benchmarks that ends within ten minutes
+#   make lint                     ruff, clang-format, mypy;  make format  to put right what they can
+#   make build                    only the set-up
+#   make clean                    remove .venv and everything built
+#   PYTHON=python3.12 make test   with another Python: .venv is made anew if it has a different one
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.stamp-venv
+DEPENDENCIES := $(VENV)/.stamp-dependencies
+BUILT := $(VENV)/.stamp-build
+
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+ARGS :=
+
+.PHONY: test bench lint format build clean FORCE
+
+test: $(BUILT)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(BUILT)
+	$(BIN)/python -m benchmarks all
+
+lint: $(DEPENDENCIES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(DEPENDENCIES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+build: $(BUILT)
+
+clean:
+	rm -rf $(VENV) build *.egg-info fused_res/_C.*
+
+# FUSED_RES_CPP=1: here a compiler that does not work is an error, not a reason to go on without it.
+$(BUILT): $(DEPENDENCIES) $(CPP_FILES) CMakeLists.txt setup.py pyproject.toml
+	FUSED_RES_CPP=1 $(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(DEPENDENCIES): $(READY) requirements/dev.txt requirements/peers.txt
+	$(BIN)/python -m pip install --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --no-deps --requirement requirements/peers.txt
+	@touch $@
+
+# Only a PYTHON that was asked for replaces a .venv that is there.
+ifdef PYTHON
+WHICH := -c 'import sys; print(sys.base_prefix, sys.version)'
+ifneq ($(shell $(PYTHON) $(WHICH)),$(if $(wildcard $(BIN)/python),$(shell $(BIN)/python $(WHICH))))
+$(READY): FORCE
+endif
+endif
+PYTHON ?= python3
+
+$(READY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo '$(PYTHON) is not Python 3.11 or newer; choose one: PYTHON=python3.12 make'; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || \
+	  { echo '$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv'; exit 1; }
+	@touch $@

@@ -1,0 +1,40 @@
+"""`python -m benchmarks <subcommand>`."""
+
+import argparse
+import sys
+
+from benchmarks import block, everything, memory, model, op, options, runner
+
+SUBCOMMANDS: dict[str, runner.Benchmark] = {"op": op, "block": block, "model": model, "memory": memory}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="fused_res beside stock PyTorch on this machine. Providers are checked for equal results "
+        "and timed interleaved. Tables go to the terminal, and with JSON and charts into the results folder.",
+    )
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="subcommand")
+    for name, module in {**SUBCOMMANDS, "all": everything}.items():
+        subparser = subparsers.add_parser(name, help=module.HELP, description=module.__doc__)
+        options.add_common(subparser)
+        if name in SUBCOMMANDS:
+            SUBCOMMANDS[name].add_arguments(subparser)
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.subcommand == "all":
+        everything.run(parsed, parser, SUBCOMMANDS)
+        return
+    benchmark = SUBCOMMANDS[parsed.subcommand]
+    if parsed.into is not None:
+        runner.measure_here(benchmark, parsed)
+    else:
+        runner.run(parsed.subcommand, benchmark, parsed, arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

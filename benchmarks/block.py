@@ -1,0 +1,133 @@
+"""`block`: one residual block of ResNet-18 or ResNet-50, forward and backward, taken out of the model with
+its weights."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import options as common
+from benchmarks import plots, progress, report
+from benchmarks.cases import BLOCK_CASES, QUICK_BLOCK_CASES, BlockCase, Mode, input_shapes
+from benchmarks.check import check_results
+from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, Provider, build_module
+from benchmarks.steps import BlockStep, calibrate
+from benchmarks.stock import stock_model
+from benchmarks.timing import Workload, measure_interleaved
+
+HELP = "residual blocks: basic and bottleneck, identity and projection"
+
+# Gradients pass up to four ReLUs, whose switching at zero depends on rounding: a handful of elements in a
+# million, so that two correct results differ by more than their arithmetic does, and by a different amount
+# each time.
+ERROR_FACTOR = 3.0
+ERROR_FLOOR = 1e-4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_timing(parser)
+    common.add_providers(parser)
+    parser.add_argument("--batch", type=common.positive_int, default=16, help="images (default: %(default)s)")
+    parser.add_argument(
+        "--size",
+        type=common.positive_int,
+        default=224,
+        help="side of the model's images (default: %(default)s)",
+    )
+    parser.add_argument("--mode", choices=["train", "eval"], default="train", help="default: %(default)s")
+    parser.add_argument(
+        "--cases", metavar="TEXT", help="only the cases whose name contains this, such as resnet50"
+    )
+
+
+def select_cases(options: argparse.Namespace) -> list[BlockCase]:
+    cases = QUICK_BLOCK_CASES if options.quick else BLOCK_CASES
+    chosen = [case for case in cases if not options.cases or options.cases in case.name]
+    if not chosen:
+        raise SystemExit(
+            f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}"
+        )
+    return chosen
+
+
+def check_and_build(
+    providers: list[Provider], stock: nn.Module, shape: torch.Size, name: str, options: argparse.Namespace
+) -> tuple[dict[str, Workload], dict[str, float]]:
+    mode: Mode = options.mode
+    generator = torch.Generator().manual_seed(options.seed)
+    x = torch.randn(shape, generator=generator)
+    calibrate(stock, x)
+    with torch.no_grad():
+        grad_output = torch.randn(stock(x).shape, generator=generator)
+
+    def step(provider: Provider, dtype: torch.dtype = torch.float32) -> BlockStep:
+        module = build_module(provider, stock, options.backend).to(dtype)
+        x_, grad_ = (t.to(dtype, memory_format=provider.memory_format, copy=True) for t in (x, grad_output))
+        return BlockStep(module, x_, grad_, mode)
+
+    reference = step(EAGER, torch.float64).results()
+    yardsticks = [step(provider).results() for provider in (EAGER, EAGER_CHANNELS_LAST)]
+    workloads, checks = {}, {}
+    for provider in progress.details(providers, f"{name}: check"):
+        candidate = step(provider)
+        checks[provider.name] = check_results(
+            f"{provider.name}, {name}",
+            candidate.results(),
+            reference,
+            yardsticks,
+            factor=ERROR_FACTOR,
+            floor=ERROR_FLOOR,
+        )
+        workloads[provider.name] = candidate.workload()
+    return workloads, checks
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    providers = common.chosen_providers(options)
+    batch, size = (2, 64) if options.quick else (options.batch, options.size)
+    cases = select_cases(options)
+    measured = []
+    models = {name: stock_model(name) for name in dict.fromkeys(case.model for case in cases)}
+    for case in progress.cases(cases, "block"):
+        torch._dynamo.reset()  # each block compiles for its own shape
+        model = models[case.model]
+        shape = input_shapes(model, [case.block], batch, size)[case.block]
+        workloads, checks = check_and_build(
+            providers, model.get_submodule(case.block), shape, case.name, options
+        )
+        samples = measure_interleaved(workloads, **common.timing(options), label=case.name)
+        measured.append(
+            {
+                "name": case.name,
+                "input_shape": list(shape),
+                "share_of_allowed_error": checks,
+                "providers": {name: values.summary() for name, values in samples.items()},
+            }
+        )
+    return {"cases": measured}
+
+
+def tables(run: dict[str, Any]) -> str:
+    return report.long_times(run["cases"]) + "\n\n" + summary(run)
+
+
+def summary(run: dict[str, Any]) -> str:
+    cases = run["cases"]
+    names = list(cases[0]["providers"])
+    rows = [
+        [
+            name,
+            report.milliseconds(sum(case["providers"][name]["median_s"] for case in cases)),
+            report.ratio(report.geometric_mean(report.ratios(cases, name, names[0]))),
+        ]
+        for name in names
+    ]
+    title = f"block: sums and geometric means over {len(cases)} blocks, {report.allocator_title(run)}"
+    return title + "\n" + report.table(["provider", "sum ms", f"time / {names[0]}"], rows)
+
+
+def plot(document: dict[str, Any], out: Path) -> list[Path]:
+    mode = "forward and backward" if document["options"]["mode"] == "train" else "inference"
+    return [plots.speedups(document, out / "block.png", f"residual blocks, {mode}")]

@@ -1,0 +1,85 @@
+"""What a result was measured on, kept beside it."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_res
+from benchmarks import allocator
+from fused_res import _extension
+
+
+def describe() -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "transparent_huge_pages": transparent_huge_pages(),
+        "system": platform.platform(),
+        "libc": " ".join(platform.libc_ver()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version_of("torchvision"),
+        "fused_res": fused_res.__version__,
+        "commit": commit(),
+        "isa": kernel_isa(),
+        "extension": _extension.build_info if _extension.loaded else f"not loaded: {_extension.reason}",
+        "allocator_variables": {name: os.environ[name] for name in allocator.VARIABLES if name in os.environ},
+    }
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def transparent_huge_pages() -> str | None:
+    """The kernel's setting: `always`, `madvise` or `never`."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists():
+        return None
+    return setting.read_text().partition("[")[2].partition("]")[0]
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The source tree's commit, with `+changes` behind it where files differ from it; None outside a
+    repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def kernel_isa() -> str | None:
+    """The instruction set that the C++ kernels chose on this machine."""
+    if not _extension.loaded:
+        return None
+    from fused_res import _C
+
+    return _C.cpu_isa()

@@ -1,0 +1,139 @@
+"""`model`: a training step (with zero_grad and the optimizer) or an inference of a whole network, on
+photographs."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import data, plots, progress, report
+from benchmarks import options as common
+from benchmarks.cases import SMALL_MODEL_CASES, ModelCase, model_cases
+from benchmarks.check import check_results
+from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, Provider, build_module
+from benchmarks.steps import ModelStep, calibrate
+from benchmarks.stock import MODELS, stock_model
+from benchmarks.timing import Workload, measure_interleaved
+
+HELP = "training step and inference of whole networks"
+
+# Here the reference is stock PyTorch in float32 (a float64 step of ResNet-50 takes 16 s), and the yardstick
+# how far its two memory formats are apart: up to 5 % for early gradients, see check.py. The floor is for
+# small networks, where they agree.
+ERROR_FACTOR = 3.0
+ERROR_FLOOR = 1e-3
+
+DEFAULTS: dict[str, Any] = {
+    "model": ["resnet18", "resnet50"],
+    "mode": ["train", "eval"],
+    "batch": 16,
+    "size": 224,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_timing(parser)
+    common.add_providers(parser)
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: resnet18 resnet50")
+    parser.add_argument("--mode", nargs="+", choices=["train", "eval"], help="default: both")
+    parser.add_argument("--batch", type=common.positive_int, help="images (default: 16)")
+    parser.add_argument("--size", type=common.positive_int, help="side of an image (default: 224)")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="only the small case, ResNet-18 on 32x32 images (without any of these options: all of them)",
+    )
+
+
+def select_cases(options: argparse.Namespace) -> list[ModelCase]:
+    given = {name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None}
+    if options.small:
+        if given:
+            raise SystemExit(
+                f"--small fixes the model, its mode and its shape: leave out --{', --'.join(given)}"
+            )
+        return list(SMALL_MODEL_CASES)
+    if options.quick:
+        given = {"model": ["resnet18"], "batch": 2, "size": 64} | given
+    chosen = DEFAULTS | given
+    large = model_cases(chosen["model"], chosen["mode"], chosen["batch"], chosen["size"])
+    return large if given else [*large, *SMALL_MODEL_CASES]
+
+
+def check_and_build(
+    providers: list[Provider], case: ModelCase, options: argparse.Namespace
+) -> tuple[dict[str, Workload], dict[str, float]]:
+    stock = stock_model(case.model)
+    x = data.photographs(case.batch, case.size, options.seed)
+    target = data.labels(case.batch, 1000, options.seed)
+    calibrate(stock, x)
+
+    def step(provider: Provider) -> ModelStep:
+        module = build_module(provider, stock, options.backend)
+        return ModelStep(module, x.to(memory_format=provider.memory_format, copy=True), target, case.mode)
+
+    # Stock comes first: it is the reference even where it is not among the providers to be timed.
+    steps = {provider: step(provider) for provider in dict.fromkeys([EAGER, EAGER_CHANNELS_LAST, *providers])}
+    results = {}
+    checks = {}
+    for provider, candidate in progress.details(steps.items(), f"{case.name}: check"):
+        results[provider] = candidate.results()
+        if provider not in (EAGER, EAGER_CHANNELS_LAST):
+            checks[provider.name] = check_results(
+                f"{provider.name}, {case.name}",
+                results.pop(provider),
+                results[EAGER],
+                [results[EAGER_CHANNELS_LAST]],
+                factor=ERROR_FACTOR,
+                floor=ERROR_FLOOR,
+            )
+    return {provider.name: steps[provider].workload() for provider in providers}, checks
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    providers = common.chosen_providers(options)
+    measured = []
+    for case in progress.cases(select_cases(options), "model"):
+        torch._dynamo.reset()  # each case compiles for its own shape
+        workloads, checks = check_and_build(providers, case, options)
+        samples = measure_interleaved(workloads, **common.timing(options), label=case.name)
+        measured.append(
+            {
+                "name": case.name,
+                **case.describe(),
+                "share_of_allowed_error": checks,
+                "providers": {name: values.summary() for name, values in samples.items()},
+            }
+        )
+    return {"cases": measured}
+
+
+def tables(run: dict[str, Any]) -> str:
+    return report.long_times(run["cases"])
+
+
+def summary(run: dict[str, Any]) -> str:
+    """One row a case: time, images a second, and every other provider's time relative to it."""
+    cases = run["cases"]
+    names = list(cases[0]["providers"])
+    rows = []
+    for case in cases:
+        first = case["providers"][names[0]]
+        rows.append(
+            [
+                case["name"],
+                f"{report.milliseconds(first['median_s'])} ±{report.spread(first)}",
+                f"{case['batch'] / first['median_s']:.1f}",
+                *(
+                    report.ratio(case["providers"][name]["median_s"] / first["median_s"])
+                    for name in names[1:]
+                ),
+            ]
+        )
+    header = ["", f"{names[0]} ms", "images/s", *(f"{name} / {names[0]}" for name in names[1:])]
+    return f"model: time relative to {names[0]}, {report.allocator_title(run)}\n" + report.table(header, rows)
+
+
+def plot(document: dict[str, Any], out: Path) -> list[Path]:
+    return [plots.speedups(document, out / "model.png", "training step and inference of whole networks")]

@@ -1,0 +1,272 @@
+"""`op`: act(bn(x) [+ residual]) at the activation shapes of ResNet-50, forward and backward.
+
+Memory-bound work, so next to the time stand GB/s and the share of this machine's measured copy bandwidth,
+counted for the fewest bytes and for the bytes that the algorithm moves (formulas: traffic.py). Tensors that
+fit the last-level cache can exceed 100 %: part of them never comes from memory. Inputs are not flushed from
+the caches between calls.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import options as common
+from benchmarks import plots, progress, report, traffic
+from benchmarks.cases import Mode, OpCase, quick_op_cases, resnet50_op_cases
+from benchmarks.check import Results, check_results
+from benchmarks.providers import (
+    EAGER,
+    EAGER_CHANNELS_LAST,
+    BatchNormAct,
+    Provider,
+    build_batch_norm_act,
+    stock_batch_norm_act,
+)
+from benchmarks.timing import Workload, measure_interleaved
+
+HELP = "batch norm (+ add) + ReLU, forward and backward, at ResNet-50's activation shapes"
+
+# The library's precision contract: at most twice stock's error against float64, and a few ulp where stock is
+# exact.
+ERROR_FACTOR = 2.0
+ERROR_FLOOR = 4 * torch.finfo(torch.float32).eps
+# A ReLU whose float64 input is nearer to zero than this may switch either way in float32. Such elements (some
+# 1e-5 of all) get no gradient, so that the comparison of gradients is about arithmetic and not about coin
+# tosses.
+UNDECIDED = 1e-5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_timing(parser)
+    common.add_providers(parser)
+    parser.add_argument("--batch", type=common.positive_int, default=16, help="images (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)"
+    )
+    parser.add_argument("--mode", choices=["train", "eval"], default="train", help="default: %(default)s")
+    parser.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains this")
+
+
+def select_cases(options: argparse.Namespace) -> list[OpCase]:
+    cases = quick_op_cases() if options.quick else resnet50_op_cases(options.batch, options.size)
+    chosen = [case for case in cases if not options.cases or options.cases in case.name]
+    if not chosen:
+        raise SystemExit(
+            f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}"
+        )
+    return chosen
+
+
+class Inputs:
+    """One case's tensors. Every provider starts from the same values, in its own memory format."""
+
+    def __init__(self, case: OpCase, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        channels = case.shape[1]
+        self.case = case
+        self.x = normal(*case.shape) * (0.5 + normal(1, channels, 1, 1).abs()) + 2 * normal(1, channels, 1, 1)
+        self.weight = 1 + 0.2 * normal(channels)
+        self.bias = 0.5 * normal(channels)
+        self.running_mean = 0.1 * normal(channels)
+        self.running_var = 1 + 0.2 * normal(channels).abs()
+        self.residual = normal(*case.shape) if case.residual else None
+        self.grad_output = normal(*case.shape)
+
+    def silence_undecided(self, mode: Mode) -> None:
+        if self.case.activation == "relu" and mode == "train":
+            x, mean, var, weight, bias, residual = self.arguments(
+                torch.contiguous_format, torch.float64, mode
+            )
+            run = stock_batch_norm_act("identity", training=True)
+            with torch.no_grad():
+                self.grad_output[run(x, mean, var, weight, bias, residual).abs() < UNDECIDED] = 0
+
+    def arguments(
+        self, memory_format: torch.memory_format, dtype: torch.dtype, mode: Mode
+    ) -> tuple[Any, ...]:
+        """Fresh copies, in the order that a BatchNormAct takes them; leaves that require grad in training."""
+
+        def leaf(tensor: Tensor | None, requires_grad: bool) -> Tensor | None:
+            if tensor is None:
+                return None
+            if tensor.dim() == 4:
+                tensor = tensor.contiguous(memory_format=memory_format)
+            return tensor.to(dtype, copy=True).requires_grad_(requires_grad and mode == "train")
+
+        return (
+            leaf(self.x, True),
+            leaf(self.running_mean, False),
+            leaf(self.running_var, False),
+            leaf(self.weight, True),
+            leaf(self.bias, True),
+            leaf(self.residual, True),
+        )
+
+
+def results(run: BatchNormAct, arguments: tuple[Any, ...], grad_output: Tensor, mode: Mode) -> Results:
+    x, running_mean, running_var, weight, bias, residual = arguments
+    if mode == "eval":
+        with torch.no_grad():
+            return {"output": run(*arguments)}
+    output = run(*arguments)
+    wanted = {"grad_input": x, "grad_weight": weight, "grad_bias": bias}
+    if residual is not None:
+        wanted["grad_residual"] = residual
+    grads = torch.autograd.grad(output, list(wanted.values()), grad_output)
+    return {
+        "output": output.detach(),
+        "running_mean": running_mean.clone(),
+        "running_var": running_var.clone(),
+        **dict(zip(wanted, grads, strict=True)),
+    }
+
+
+def workload(run: BatchNormAct, arguments: tuple[Any, ...], grad_output: Tensor, mode: Mode) -> Workload:
+    if mode == "eval":
+
+        def inference(_: None) -> Tensor:
+            with torch.no_grad():
+                return run(*arguments)
+
+        return {"forward": inference}
+    leaves = [tensor for tensor in arguments if tensor is not None and tensor.requires_grad]
+    return {
+        "forward": lambda _: run(*arguments),
+        "backward": lambda output: torch.autograd.grad(output, leaves, grad_output),
+    }
+
+
+def check_and_build(
+    providers: list[Provider], case: OpCase, options: argparse.Namespace
+) -> tuple[dict[str, Workload], dict[str, float]]:
+    """A timed step for each provider, after all of them have been found to compute the same."""
+    mode: Mode = options.mode
+    inputs = Inputs(case, options.seed)
+    inputs.silence_undecided(mode)
+    stock = stock_batch_norm_act(case.activation, mode == "train")
+    reference = results(
+        stock,
+        inputs.arguments(torch.contiguous_format, torch.float64, mode),
+        inputs.grad_output.double(),
+        mode,
+    )
+
+    def operands(provider: Provider) -> tuple[tuple[Any, ...], Tensor]:
+        arguments = inputs.arguments(provider.memory_format, torch.float32, mode)
+        return arguments, inputs.grad_output.contiguous(memory_format=provider.memory_format)
+
+    # Stock in channels_last sums less carefully: its error is up to 100 times that of the other format.
+    yardsticks = [results(stock, *operands(provider), mode) for provider in (EAGER, EAGER_CHANNELS_LAST)]
+    workloads, checks = {}, {}
+    for provider in progress.details(providers, f"{case.name}: check"):
+        run = build_batch_norm_act(provider, case.activation, mode == "train", options.backend)
+        arguments, grad_output = operands(provider)
+        checks[provider.name] = check_results(
+            f"{provider.name}, {case.name}",
+            results(run, arguments, grad_output, mode),
+            reference,
+            yardsticks,
+            factor=ERROR_FACTOR,
+            floor=ERROR_FLOOR,
+        )
+        workloads[provider.name] = workload(run, arguments, grad_output, mode)
+    return workloads, checks
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    providers = common.chosen_providers(options)
+    measured = []
+    for case in progress.cases(select_cases(options), "op"):
+        torch._dynamo.reset()  # each case compiles for its own shape
+        workloads, checks = check_and_build(providers, case, options)
+        samples = measure_interleaved(workloads, **common.timing(options), label=case.name)
+        n = 4 * math.prod(case.shape)
+        relu = case.activation == "relu"
+        fused = traffic.fused(n, case.residual, options.mode, relu).of(options.mode)
+        eager = traffic.eager(n, case.residual, options.mode, relu).of(options.mode)
+        measured.append(
+            {
+                **case.describe(),
+                "fewest_bytes": traffic.fewest(n, case.residual).of(options.mode),
+                "moved_bytes": {
+                    p.name: fused if p.fused else eager for p in providers if p.fused or not p.compiled
+                },
+                "share_of_allowed_error": checks,
+                "providers": {name: values.summary() for name, values in samples.items()},
+            }
+        )
+    return {"cases": measured}
+
+
+def tables(run: dict[str, Any]) -> str:
+    copy = run["ceilings"]["copy_bytes_per_s"]
+    cases = run["cases"]
+    names = list(cases[0]["providers"])
+    parts = [report.wide_times(cases)]
+    rows = []
+    for case in cases:
+        first = case["providers"][names[0]]
+        rate = case["fewest_bytes"] / first["median_s"]
+        moved = case["moved_bytes"].get(names[0])
+        rows.append(
+            [
+                case["name"],
+                case["count"],
+                *(report.milliseconds(value) for value in first["phases_s"].values()),
+                f"{rate / 1e9:.1f}",
+                f"{rate / copy:.0%}",
+                *(
+                    [f"{moved / first['median_s'] / 1e9:.1f}", f"{moved / first['median_s'] / copy:.0%}"]
+                    if moved
+                    else "--"
+                ),
+            ]
+        )
+    phases = [f"{phase} ms" for phase in cases[0]["providers"][names[0]]["phases_s"]]
+    header = ["case", "in the net", *phases, "GB/s fewest", "of copy", "GB/s moved", "of copy"]
+    parts.append(
+        f"{names[0]}, where copying runs at {copy / 1e9:.1f} GB/s (read plus write)\n"
+        + report.table(header, rows)
+    )
+    parts.append(summary(run))
+    return "\n\n".join(parts)
+
+
+def summary(run: dict[str, Any]) -> str:
+    copy = run["ceilings"]["copy_bytes_per_s"]
+    cases = run["cases"]
+    names = list(cases[0]["providers"])
+    rows = []
+    for name in names:
+        medians = [case["providers"][name]["median_s"] for case in cases]
+        share = [case["fewest_bytes"] / seconds / copy for case, seconds in zip(cases, medians, strict=True)]
+        moved = [
+            case["moved_bytes"][name] / t / copy
+            for case, t in zip(cases, medians, strict=True)
+            if case["moved_bytes"].get(name)
+        ]
+        network = sum(case["count"] * seconds for case, seconds in zip(cases, medians, strict=True))
+        rows.append(
+            [
+                name,
+                report.milliseconds(network),
+                report.ratio(report.geometric_mean(report.ratios(cases, name, names[0]))),
+                f"{report.geometric_mean(share):.0%}",
+                f"{report.geometric_mean(moved):.0%}" if moved else "-",
+            ]
+        )
+    header = ["provider", "whole net ms", f"time / {names[0]}", "copy bandwidth, fewest bytes", "bytes moved"]
+    title = f"op: geometric means over {len(cases)} shapes, {report.allocator_title(run)}"
+    return title + "\n" + report.table(header, rows)
+
+
+def plot(document: dict[str, Any], out: Path) -> list[Path]:
+    return [plots.bandwidth(document, out / "op.png")]

@@ -1,0 +1,150 @@
+"""Charts, drawn from the same data that is written as JSON."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.report import ALLOCATOR_TITLES
+
+OURS = ("#0b6e4f", "#53a987")
+STOCK = ("#8d99ae", "#4a5572", "#d9a05b", "#b5651d")
+
+
+def color_of(name: str) -> str:
+    """One colour a provider in every chart: ours green, eager grey, compiled stock brown."""
+    fixed = {
+        "ours": OURS[0],
+        "ours+compile": OURS[1],
+        "eager": STOCK[0],
+        "eager-channels-last": STOCK[1],
+        "compile": STOCK[2],
+        "compile-channels-last": STOCK[3],
+    }
+    return fixed[name]
+
+
+def save(figure: Any, document: dict[str, Any], path: Path) -> Path:
+    env = document["runs"][0]["environment"]
+    versions = f"torch {env['torch']}, fused_res {env['fused_res']}"
+    note = f"{env['cpu']}, {env['threads']} threads, {versions}, {env['date'][:10]}"
+    figure.supxlabel(note, x=0.99, ha="right", fontsize=7, color="#666666")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def grouped_bars(
+    axis: Any, labels: Sequence[str], series: dict[str, Sequence[float]], text: str = "{:.0f}"
+) -> None:
+    """Horizontal bars, the first label on top, one bar a provider."""
+    height = 0.8 / len(series)
+    for index, (name, values) in enumerate(series.items()):
+        places = [row + (index - (len(series) - 1) / 2) * height for row in range(len(labels))]
+        bars = axis.barh(places, values, height * 0.92, label=name, color=color_of(name))
+        axis.bar_label(bars, [text.format(value) for value in values], fontsize=6, padding=2, color="#333333")
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylim(len(labels) - 0.45, -0.55)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.08)
+
+
+def panels(document: dict[str, Any], height: float) -> Any:
+    """One panel for each allocator setting, side by side."""
+    runs = document["runs"]
+    figure, axes = plt.subplots(
+        1,
+        len(runs),
+        figsize=(1.5 + 5.5 * len(runs), height),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, run in zip(axes[0], runs, strict=True):
+        axis.set_title(ALLOCATOR_TITLES[run["allocator"]], fontsize=10)
+    return figure, list(zip(axes[0], runs, strict=True))
+
+
+def legend_below(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4, frameon=False)
+
+
+def bandwidth(document: dict[str, Any], path: Path) -> Path:
+    """GB/s over the fewest bytes for each case, against the speed of copying."""
+    cases = document["runs"][0]["cases"]
+    providers = list(cases[0]["providers"])
+    figure, pairs = panels(document, 1.6 + len(cases) * (0.12 + 0.11 * len(providers)))
+    for axis, run in pairs:
+        series = {
+            name: [case["fewest_bytes"] / case["providers"][name]["median_s"] / 1e9 for case in run["cases"]]
+            for name in providers
+        }
+        grouped_bars(axis, [case["name"] for case in cases], series, "{:.1f}")
+        copy = run["ceilings"]["copy_bytes_per_s"] / 1e9
+        axis.axvline(copy, color="#b00020", linewidth=1, linestyle="--", label=f"copy, {copy:.1f} GB/s")
+        axis.set_xlabel("GB/s over the fewest bytes (longer is better)")
+    legend_below(figure, pairs[0][0])
+    mode = document["options"]["mode"]
+    figure.suptitle(
+        f"batch norm (+ add) + ReLU, {'forward and backward' if mode == 'train' else 'inference'}",
+        fontsize=11,
+    )
+    return save(figure, document, path)
+
+
+def speedups(document: dict[str, Any], path: Path, title: str) -> Path:
+    """How many times longer each provider takes than the fastest stock provider would allow: throughput
+    relative to it."""
+    cases = document["runs"][0]["cases"]
+    providers = list(cases[0]["providers"])
+    figure, pairs = panels(document, 1.6 + len(cases) * (0.15 + 0.13 * len(providers)))
+    base = "eager-channels-last" if "eager-channels-last" in providers else providers[-1]
+    for axis, run in pairs:
+        series = {
+            name: [
+                case["providers"][base]["median_s"] / case["providers"][name]["median_s"]
+                for case in run["cases"]
+            ]
+            for name in providers
+        }
+        grouped_bars(axis, [case["name"] for case in cases], series, "{:.2f}")
+        axis.axvline(1, color="#333333", linewidth=0.8)
+        axis.set_xlabel(f"speed relative to {base} (longer is better)")
+    legend_below(figure, pairs[0][0])
+    figure.suptitle(title, fontsize=11)
+    return save(figure, document, path)
+
+
+def time_against_memory(document: dict[str, Any], path: Path) -> Path:
+    """Each way of training as a point: what it saves for backward, and what a step costs."""
+    figure, pairs = panels(document, 5)
+    for axis, run in pairs:
+        case = run["cases"][0]
+        for prefix, color, marker, below in (("ours", OURS[0], "o", True), ("", STOCK[1], "s", False)):
+            points = {
+                name: (provider["saved_bytes"] / case["batch"] / 1e6, provider["median_s"])
+                for name, provider in case["providers"].items()
+                if name.startswith("ours") == bool(prefix)
+            }
+            axis.scatter(*zip(*points.values(), strict=True), s=60, color=color, marker=marker)
+            for name, point in points.items():
+                offset = (0, -14 if below else 8)  # ours below, stock above: they come close to each other
+                axis.annotate(name, point, offset, textcoords="offset points", ha="center", fontsize=7)
+        axis.margins(0.22)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("saved for backward, MB an image")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    pairs[0][0].set_ylabel("seconds for a training step")
+    case = document["runs"][0]["cases"][0]
+    figure.suptitle(
+        f"{case['model']}, batch {case['batch']}, {case['size']}x{case['size']}: time against memory",
+        fontsize=11,
+    )
+    return save(figure, document, path)

@@ -1,0 +1,16 @@
+"""Progress bars: one that stays for a list of cases, and short-lived ones below it on a terminal."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def cases(iterable: Iterable[T], label: str) -> Iterable[T]:
+    return tqdm(iterable, desc=label)
+
+
+def details(iterable: Iterable[T], label: str) -> Iterable[T]:
+    return tqdm(iterable, desc=f"  {label}", leave=False, disable=None)

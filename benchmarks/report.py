@@ -1,0 +1,116 @@
+"""Tables for people, from results that are data."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import allocator
+
+ALLOCATOR_TITLES = {allocator.AS_SHIPPED: "memory as shipped", allocator.WARM: "memory kept warm"}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Text columns; the first is flush left, the others flush right."""
+    cells = [list(map(str, header)), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits that mean something."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:.1f}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def spread(provider: dict[str, Any]) -> str:
+    """The distance from the 10th to the 90th percentile, relative to the median."""
+    return f"{(provider['p90_s'] - provider['p10_s']) / provider['median_s']:.0%}"
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def ratios(cases: Sequence[dict[str, Any]], name: str, other: str) -> list[float]:
+    """Time of provider `name` divided by the time of `other`, case by case."""
+    return [case["providers"][name]["median_s"] / case["providers"][other]["median_s"] for case in cases]
+
+
+def allocator_title(run: dict[str, Any]) -> str:
+    return ALLOCATOR_TITLES[run["allocator"]]
+
+
+def wide_times(cases: Sequence[dict[str, Any]]) -> str:
+    """One row a case, one column a provider: median in ms, spread, and the time relative to the first
+    provider's."""
+    names = list(cases[0]["providers"])
+    rows = []
+    for case in cases:
+        first = case["providers"][names[0]]
+        row = [case["name"]]
+        for name in names:
+            provider = case["providers"][name]
+            cell = f"{milliseconds(provider['median_s'])} ±{spread(provider)}"
+            row.append(
+                cell if provider is first else f"{cell} {ratio(provider['median_s'] / first['median_s'])}"
+            )
+        rows.append(row)
+    note = f"median ms, ±spread (10th to 90th percentile), time relative to {names[0]}"
+    return note + "\n" + table(["case", *names], rows)
+
+
+def long_times(cases: Sequence[dict[str, Any]]) -> str:
+    """One row a case and provider, with the step's phases."""
+    parts = []
+    for case in cases:
+        names = list(case["providers"])
+        first = case["providers"][names[0]]
+        phases = list(first["phases_s"])
+        rows = [
+            [
+                name,
+                milliseconds(provider["median_s"]),
+                spread(provider),
+                ratio(provider["median_s"] / first["median_s"]),
+                *(milliseconds(provider["phases_s"][phase]) for phase in phases),
+                provider["rounds"],
+            ]
+            for name, provider in case["providers"].items()
+        ]
+        header = [
+            case["name"],
+            "median ms",
+            "p10-p90",
+            f"time / {names[0]}",
+            *(f"{p} ms" for p in phases),
+            "rounds",
+        ]
+        parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
+def environment(document: dict[str, Any]) -> str:
+    """One line on what was measured on what."""
+    env = document["runs"][0]["environment"]
+    return (
+        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads · backend {env['backend']} "
+        f"({env['isa'] or 'no C++ kernels'}) · "
+        f"torch {env['torch']} · fused_res {env['fused_res']} ({(env['commit'] or 'no commit')[:12]}) · "
+        f"{env['date']}"
+    )

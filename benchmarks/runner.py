@@ -1,0 +1,105 @@
+"""Runs one subcommand: a child process for each allocator setting measures, this process collects, prints and
+draws."""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks import allocator, ceilings, environment, report
+from fused_res import backends
+
+
+class Benchmark(Protocol):
+    """What a subcommand's module defines."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def measure(self, options: argparse.Namespace) -> dict[str, Any]:
+        """In the child: `{"cases": [...]}`, plain data."""
+
+    def tables(self, run: dict[str, Any]) -> str:
+        """Everything measured under one allocator setting, to read."""
+
+    def summary(self, run: dict[str, Any]) -> str:
+        """The few lines that `all` repeats at its end."""
+
+    def plot(self, document: dict[str, Any], out: Path) -> list[Path]: ...
+
+
+def measure_here(benchmark: Benchmark, options: argparse.Namespace) -> None:
+    """The child's part: measure, and leave the data in the file `--into`."""
+    try:
+        backend = backends.resolve(options.backend, torch.device("cpu")).name
+    except backends.BackendUnavailableError as error:
+        raise SystemExit(f"--backend {options.backend}: {error}") from error
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    size = ceilings.QUICK_COPY_BYTES if options.quick else ceilings.COPY_BYTES
+    before = ceilings.copy_bandwidth(size)
+    measured = benchmark.measure(options)
+    after = ceilings.copy_bandwidth(size)  # a neighbour may have been busy at one of the two moments
+    run = {
+        "allocator": options.allocator,
+        "environment": {**environment.describe(), "backend": backend},
+        "ceilings": {"copy_bytes_per_s": max(before, after)},
+        **measured,
+    }
+    options.into.write_text(json.dumps(run))
+
+
+def measure_in_child(arguments: list[str], setting: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        into = Path(folder) / "run.json"
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            *arguments,
+            "--allocator",
+            setting,
+            "--into",
+            str(into),
+        ]
+        child = subprocess.run(command, env=allocator.environment_for(setting, os.environ))
+        if child.returncode:
+            raise SystemExit(child.returncode)  # the child has said why
+        result: dict[str, Any] = json.loads(into.read_text())
+    return result
+
+
+def run(name: str, benchmark: Benchmark, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """Measures under each allocator setting, then writes `<name>.json`, prints the tables and draws the
+    charts."""
+    runs = [measure_in_child(arguments, setting) for setting in allocator.settings_for(options.allocator)]
+    document = {
+        "benchmark": name,
+        "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
+        "options": {key: value for key, value in vars(options).items() if is_data(value)},
+        "runs": runs,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join(
+        [report.environment(document)]
+        + [f"== {name}, {report.allocator_title(one)} ==\n\n{benchmark.tables(one)}" for one in runs]
+    )
+    written = [options.out / f"{name}.json", options.out / f"{name}.txt"]
+    written[0].write_text(json.dumps(document, indent=1) + "\n")
+    written[1].write_text(text + "\n")
+    written += benchmark.plot(document, options.out)
+    print(f"\n{text}\n\nwrote {', '.join(map(str, written))}", flush=True)
+    return document
+
+
+def is_data(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, tuple))

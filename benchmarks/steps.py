@@ -1,0 +1,109 @@
+"""One step of a module, as a workload to time and as results to compare: for blocks and for whole models."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.cases import Mode
+from benchmarks.check import Results
+from benchmarks.timing import Workload
+
+LEARNING_RATE = 1e-3
+MOMENTUM = 0.9
+
+
+def named(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Parameters and floating buffers; a compiled module's under their own names."""
+    module = getattr(module, "_orig_mod", module)
+    buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    return dict(module.named_parameters()), buffers
+
+
+def calibrate(model: nn.Module, x: Tensor) -> None:
+    """Sets the running statistics to those of `x`: without that, a fresh network in eval mode normalises
+    nothing and its activations grow from block to block."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        # Statistics need more than one value a channel, which a single small image does not give in the last
+        # stage.
+        model.train()(x if len(x) > 1 else torch.cat([x, x.flip(3)]))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+class BlockStep:
+    """Forward and, in training, the gradients of the input and of every parameter for a given output
+    gradient."""
+
+    def __init__(self, module: nn.Module, x: Tensor, grad_output: Tensor, mode: Mode) -> None:
+        self.module = module.train(mode == "train")
+        self.x = x.requires_grad_(mode == "train")
+        self.grad_output = grad_output
+        self.mode = mode
+        self.parameters, self.buffers = named(module)
+
+    def infer(self, _: Any = None) -> Tensor:
+        with torch.no_grad():
+            return self.module(self.x)
+
+    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, [self.x, *self.parameters.values()], self.grad_output)
+
+    def results(self) -> Results:
+        if self.mode == "eval":
+            return {"output": self.infer()}
+        output = self.module(self.x)
+        grads = self.backward(output)
+        names = ["grad of input", *(f"grad of {name}" for name in self.parameters)]
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return {"output": output.detach(), **dict(zip(names, grads, strict=True)), **buffers}
+
+    def workload(self) -> Workload:
+        if self.mode == "eval":
+            return {"forward": self.infer}
+        return {"forward": lambda _: self.module(self.x), "backward": self.backward}
+
+
+class ModelStep:
+    """A training step (cross entropy, backward, SGD with momentum, zero_grad) or an inference of a whole
+    model."""
+
+    def __init__(self, module: nn.Module, x: Tensor, target: Tensor, mode: Mode) -> None:
+        self.module = module.train(mode == "train")
+        self.x = x
+        self.target = target
+        self.mode = mode
+        self.parameters, self.buffers = named(module)
+        self.optimizer = torch.optim.SGD(self.parameters.values(), LEARNING_RATE, MOMENTUM)
+
+    def infer(self, _: Any = None) -> Tensor:
+        with torch.no_grad():
+            return self.module(self.x)
+
+    def forward(self, _: Any = None) -> Tensor:
+        return F.cross_entropy(self.module(self.x), self.target)
+
+    def update(self, _: Any = None) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def results(self) -> Results:
+        if self.mode == "eval":
+            return {"output": self.infer()}
+        loss = self.forward()
+        loss.backward()
+        grads = {f"grad of {name}": parameter.grad for name, parameter in self.parameters.items()}
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        self.optimizer.zero_grad()
+        return {"loss": loss.detach(), **grads, **buffers}
+
+    def workload(self) -> Workload:
+        if self.mode == "eval":
+            return {"forward": self.infer}
+        # The loss is the only thing that leaves backward; freeing the graph is part of it.
+        return {"forward": self.forward, "backward": Tensor.backward, "optimizer": self.update}

@@ -1,0 +1,337 @@
+// batch_norm_act on the CPU: act(bn(x) [+ residual]), its backward, and what belongs to it. Python has checked the arguments;
+// what is checked here is what a kernel would crash on. The kernels are in isa/batch_norm_act.h, the scheme in partition.h.
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+#include <memory>
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "cpu/tensor.h"
+
+namespace fused_res::cpu {
+namespace {
+
+// Outputs from this size on are written past the caches: they would not stay there, and a normal store reads the line first.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+bool may_stream(const Operand& x, const Tensor& output) {
+  const int64_t line = 64, row_bytes = x.shape.cols() * output.element_size();
+  return static_cast<int64_t>(output.nbytes()) >= kStreamBytes && row_bytes % line == 0 &&
+         reinterpret_cast<uintptr_t>(output.data_ptr()) % line == 0;
+}
+
+const BatchNormActKernels& kernels_for(const Operand& x) {
+  return kernels().batch_norm_act[static_cast<int>(x.dtype)][static_cast<int>(x.shape.layout)];
+}
+
+// A parameter of C numbers in the dtype of the statistics; undefined where there is none.
+Tensor channel_vector(const OptionalTensor& tensor, const Operand& x, const char* name) {
+  if (!tensor || !tensor->defined()) return {};
+  TORCH_CHECK_VALUE(tensor->is_cpu(), name, ": expected a CPU tensor, got ", tensor->device());
+  TORCH_CHECK_VALUE(tensor->numel() == x.shape.channels, name, ": expected ", x.shape.channels,
+                    " elements, one a channel, got ", tensor->sizes());
+  return tensor->to(stats_type(x.tensor)).contiguous();
+}
+const void* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+
+void* stats_row(const Tensor& stats, int64_t channels, StatsRow row) {
+  return static_cast<char*>(stats.data_ptr()) + row * channels * stats.element_size();
+}
+
+Tensor checked_stats(const Tensor& stats, const Operand& x) {
+  TORCH_CHECK_VALUE(stats.is_cpu() && stats.scalar_type() == stats_type(x.tensor) && stats.dim() == 2 &&
+                        stats.size(0) == kStatsRows && stats.size(1) == x.shape.channels,
+                    "stats: expected (5, ", x.shape.channels, ") of ", stats_type(x.tensor), " on the CPU, got ",
+                    stats.sizes(), " of ", stats.scalar_type());
+  return stats.contiguous();
+}
+
+const uint8_t* checked_mask(const OptionalTensor& mask, const Operand& x) {
+  if (!mask || !mask->defined()) return nullptr;
+  TORCH_CHECK_VALUE(mask->is_cpu() && mask->scalar_type() == at::kByte && mask->is_contiguous() &&
+                        mask->numel() == x.mask_bytes(),
+                    "relu_mask: expected a contiguous uint8 tensor of ", x.mask_bytes(), " bytes on the CPU, got ",
+                    mask->sizes(), " of ", mask->scalar_type());
+  return mask->const_data_ptr<uint8_t>();
+}
+
+std::unique_ptr<double[]> uninitialised(int64_t count) { return std::unique_ptr<double[]>(new double[count]); }
+
+// What a normalisation needs beside x.
+struct Norm {
+  Tensor weight, bias, running_mean, running_var;
+  bool training;
+  double eps;
+
+  Norm(const Operand& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
+       const OptionalTensor& running_var, bool training, double eps)
+      : weight(channel_vector(weight, x, "weight")), bias(channel_vector(bias, x, "bias")), training(training), eps(eps) {
+    if (training) return;
+    this->running_mean = channel_vector(running_mean, x, "running_mean");
+    this->running_var = channel_vector(running_var, x, "running_var");
+    TORCH_CHECK_VALUE(this->running_mean.defined() && this->running_var.defined(),
+                      "running_mean, running_var: expected tensors when not training");
+  }
+  ParamArgs args() const { return {data_or_null(weight), data_or_null(bias), eps}; }
+};
+
+// Statistics that do not depend on x: the running ones, or those of no values at all.
+void finish_given(const Operand& x, const Norm& norm, void* stats) {
+  const int64_t channels = x.shape.channels;
+  const auto moments = uninitialised(2 * channels);
+  const auto fill = [&](const Tensor& source, double* out) {
+    for (int64_t c = 0; c < channels; ++c) {
+      if (!source.defined()) {
+        out[c] = 0.0;
+      } else {
+        out[c] = source.scalar_type() == at::kDouble ? source.const_data_ptr<double>()[c]
+                                                     : static_cast<double>(source.const_data_ptr<float>()[c]);
+      }
+    }
+  };
+  fill(norm.running_mean, moments.get());
+  fill(norm.running_var, moments.get() + channels);
+  kernels().finish[stats_index(x.tensor)](stats, moments.get(), 1.0, norm.args(), channels, 0, channels);
+}
+
+// Statistics of the batch, then second(block) for every block.
+template <class Second>
+void with_batch_stats(const Operand& x, const Norm& norm, void* stats, const Second& second) {
+  const Parallel parallel(x.shape.numel());
+  const Partition partition(x.shape, x.tensor.element_size(), parallel.threads());
+  const auto partial = uninitialised(partition.chunks() * 2 * x.shape.channels);
+  const auto count = static_cast<double>(x.shape.values_per_channel());
+  const void* data = x.tensor.const_data_ptr();
+  const auto moments = kernels_for(x).moments;
+  two_passes(
+      partition, parallel,
+      [&](const Block& block, int64_t chunk) { moments(block, data, &partial[chunk * 2 * x.shape.channels]); },
+      [&](Channels group) {
+        merge_chunks(kernels(), partition, partial.get(), group);
+        kernels().finish[stats_index(x.tensor)](stats, partial.get(), count, norm.args(), x.shape.channels, group.begin,
+                                                group.end);
+      },
+      second);
+}
+
+Tensor empty_stats(const Operand& x) {
+  return at::detail::empty_cpu({kStatsRows, x.shape.channels}, stats_type(x.tensor));
+}
+
+ForwardArgs forward_args(const Operand& x, const Tensor& residual, const Tensor& stats, bool relu, const Tensor& y,
+                         const Tensor& mask) {
+  return {.x = x.tensor.const_data_ptr(),
+          .residual = data_or_null(residual),
+          .mean = stats_row(stats, x.shape.channels, kMean),
+          .scale = stats_row(stats, x.shape.channels, kScale),
+          .shift = stats_row(stats, x.shape.channels, kShift),
+          .y = y.data_ptr(),
+          .mask = mask.defined() ? mask.data_ptr<uint8_t>() : nullptr,
+          .relu = relu,
+          .stream = !y.is_same(x.tensor) && may_stream(x, y)};
+}
+
+void run_forward(const Operand& x, const ForwardArgs& args) {
+  const auto forward = kernels_for(x).forward;
+  one_pass(x.shape, Parallel(x.shape.numel()), [&](const Block& block) { forward(block, args); });
+}
+
+// --- the operators ---
+
+Tensor batch_norm_stats(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                        double eps) {
+  const Operand x(input);
+  const Norm norm(x, weight, bias, running_mean, running_var, training, eps);
+  Tensor stats = empty_stats(x);
+  if (training && x.shape.numel() > 0) {
+    with_batch_stats(x, norm, stats.data_ptr(), [](const Block&) {});
+  } else {
+    finish_given(x, norm, stats.data_ptr());
+  }
+  return stats;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
+    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double eps, bool relu,
+    bool save_mask) {
+  const Operand x(input);
+  const Norm norm(x, weight, bias, running_mean, running_var, training, eps);
+  const Tensor added = residual && residual->defined() ? x.match(*residual, "residual") : Tensor();
+  Tensor output = empty_output(x), stats = empty_stats(x), mask;
+  if (save_mask) mask = at::detail::empty_cpu({x.shape.rows(), x.mask_cols()}, at::kByte);
+  const ForwardArgs args = forward_args(x, added, stats, relu, output, mask);
+  if (training && x.shape.numel() > 0) {
+    const auto forward = kernels_for(x).forward;
+    with_batch_stats(x, norm, stats.data_ptr(), [&](const Block& block) { forward(block, args); });
+  } else {
+    finish_given(x, norm, stats.data_ptr());
+    run_forward(x, args);
+  }
+  return {restored(output, input, x), stats, save_mask ? mask : nothing(at::kByte)};
+}
+
+Tensor batch_norm_act_apply(const Tensor& input, const Tensor& stats, bool relu) {
+  const Operand x(input);
+  Tensor output = empty_output(x);
+  run_forward(x, forward_args(x, {}, checked_stats(stats, x), relu, output, {}));
+  return restored(output, input, x);
+}
+
+void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                               double eps, bool relu) {
+  const Operand x(input);
+  const Norm norm(x, weight, bias, running_mean, running_var, /*training=*/false, eps);
+  const Tensor added = residual && residual->defined() ? x.match(*residual, "residual") : Tensor();
+  const Tensor stats = empty_stats(x);
+  finish_given(x, norm, stats.data_ptr());
+  run_forward(x, forward_args(x, added, stats, relu, x.tensor, {}));
+  if (!x.tensor.is_same(input)) input.copy_(x.tensor);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
+    const OptionalTensor& relu_mask, bool training, bool relu, std::array<bool, 4> output_mask) {
+  const auto [want_input, want_residual, want_weight, want_bias] = output_mask;
+  const Operand x(input);
+  const Tensor dy = x.match(grad_output, "grad_output"), saved = checked_stats(stats, x);
+  const int64_t channels = x.shape.channels;
+  const at::ScalarType dtype = stats_type(x.tensor);
+  const at::ScalarType weight_type = weight && weight->defined() ? weight->scalar_type() : dtype;
+  const auto per_channel = [&](bool wanted) {
+    return wanted ? at::detail::empty_cpu({channels}, dtype) : nothing(weight_type);
+  };
+  Tensor dx = want_input ? empty_output(x) : nothing(input.scalar_type());
+  Tensor dresidual = want_residual ? empty_output(x) : nothing(input.scalar_type());
+  Tensor dweight = per_channel(want_weight), dbias = per_channel(want_bias);
+
+  const bool writes = want_input || want_residual;
+  const bool through_stats = training && want_input;
+  const bool reduces = through_stats || want_weight || want_bias;
+  const Tensor factors = through_stats ? at::detail::empty_cpu({2, channels}, dtype) : Tensor();
+  const BackwardArgs args = {
+      .dy = dy.const_data_ptr(),
+      .x = x.tensor.const_data_ptr(),
+      .mean = stats_row(saved, channels, kMean),
+      .scale = stats_row(saved, channels, kScale),
+      .shift = stats_row(saved, channels, kShift),
+      .mask = checked_mask(relu_mask, x),
+      .relu = relu,
+      .slope = through_stats ? stats_row(factors, channels, StatsRow(0)) : nullptr,
+      .offset = through_stats ? stats_row(factors, channels, StatsRow(1)) : nullptr,
+      .dx = want_input ? dx.data_ptr() : nullptr,
+      .dresidual = want_residual ? dresidual.data_ptr() : nullptr,
+      .stream = writes && (!want_input || may_stream(x, dx)) && (!want_residual || may_stream(x, dresidual))};
+  const GradientArgs gradient = {.stats = saved.const_data_ptr(),
+                                 .slope = const_cast<void*>(args.slope),
+                                 .offset = const_cast<void*>(args.offset),
+                                 .dweight = want_weight ? dweight.data_ptr() : nullptr,
+                                 .dbias = want_bias ? dbias.data_ptr() : nullptr};
+
+  const BatchNormActKernels& run = kernels_for(x);
+  const Parallel parallel(x.shape.numel());
+  if (x.shape.numel() == 0) {
+    if (want_weight) dweight.zero_();
+    if (want_bias) dbias.zero_();
+  } else if (reduces) {
+    const Partition partition(x.shape, 2 * x.tensor.element_size(), parallel.threads());
+    const auto partial = uninitialised(partition.chunks() * 2 * channels);
+    const auto count = static_cast<double>(x.shape.values_per_channel());
+    two_passes(
+        partition, parallel,
+        [&](const Block& block, int64_t chunk) { run.reduce(block, args, &partial[chunk * 2 * channels]); },
+        [&](Channels group) {
+          add_chunks(kernels(), partition, partial.get(), group);
+          kernels().finish_gradient[stats_index(x.tensor)](gradient, partial.get(), count, channels, group.begin,
+                                                           group.end);
+        },
+        [&](const Block& block) {
+          if (writes) run.backward(block, args);
+        });
+  } else if (writes) {
+    one_pass(x.shape, parallel, [&](const Block& block) { run.backward(block, args); });
+  }
+  if (want_input) dx = restored(dx, input, x);
+  if (want_residual) dresidual = restored(dresidual, input, x);
+  return {dx, dresidual, dweight.to(weight_type), dbias.to(weight_type)};
+}
+
+void add_masked_(const Tensor& self, const Tensor& grad, const OptionalTensor& relu_mask) {
+  const Operand g(grad);
+  const Tensor out = g.match(self, "self");
+  const uint8_t* mask = checked_mask(relu_mask, g);
+  const auto add = kernels().add_masked[static_cast<int>(g.dtype)];
+  Parallel{g.shape.numel()}(g.shape.rows(), [&](int64_t begin, int64_t end) {
+    add(out.data_ptr(), g.tensor.const_data_ptr(), mask, begin, end, g.shape.cols());
+  });
+  if (!out.is_same(self)) self.copy_(out);
+}
+
+template <class T, class S>
+void update_running(Tensor running, const S* batch, double momentum) {
+  const Tensor dense = running.contiguous();
+  T* out = dense.mutable_data_ptr<T>();
+  for (int64_t c = 0; c < dense.numel(); ++c) {
+    const double updated = (1.0 - momentum) * static_cast<double>(out[c]) + momentum * batch[c];
+    out[c] = static_cast<T>(updated);
+  }
+  if (!dense.is_same(running)) running.copy_(dense);
+}
+
+template <class S>
+void update_running(const Tensor& running, const Tensor& stats, StatsRow row, double momentum) {
+  const S* batch = stats.const_data_ptr<S>() + row * stats.size(1);
+  switch (running.scalar_type()) {
+    case at::kFloat:
+      return update_running<float>(running, batch, momentum);
+    case at::kDouble:
+      return update_running<double>(running, batch, momentum);
+    case at::kBFloat16:
+      return update_running<at::BFloat16>(running, batch, momentum);
+    case at::kHalf:
+      return update_running<at::Half>(running, batch, momentum);
+    default:
+      TORCH_CHECK_TYPE(false, "running_mean, running_var: expected floating point, got ", running.scalar_type());
+  }
+}
+
+void update_running_stats(at::TensorList running_mean, at::TensorList running_var, at::TensorList stats,
+                          at::ArrayRef<double> momentum) {
+  const size_t n = stats.size();
+  TORCH_CHECK_VALUE(running_mean.size() == n && running_var.size() == n && momentum.size() == n,
+                    "running_mean, running_var, momentum: expected as many entries as stats, ", n);
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor batch = stats[i].contiguous();
+    const bool is_double = batch.scalar_type() == at::kDouble;
+    TORCH_CHECK_VALUE(batch.dim() == 2 && batch.size(0) == kStatsRows && (is_double || batch.scalar_type() == at::kFloat),
+                      "stats: expected (5, C) of float32 or float64, got ", batch.sizes(), " of ", batch.scalar_type());
+    for (const Tensor& running : {running_mean[i], running_var[i]}) {
+      TORCH_CHECK_VALUE(running.is_cpu() && running.numel() == batch.size(1),
+                        "running_mean, running_var: expected ", batch.size(1), " elements on the CPU, got ",
+                        running.sizes());
+    }
+    const auto update = is_double ? &update_running<double> : &update_running<float>;
+    update(running_mean[i], batch, kMean, momentum[i]);
+    update(running_var[i], batch, kVar, momentum[i]);
+    // The dispatcher does not do this for operators of extensions: autograd shall notice if it had saved one of them.
+    for (const Tensor& running : {running_mean[i], running_var[i]}) running.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace
+}  // namespace fused_res::cpu
+
+TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
+  using namespace fused_res::cpu;
+  m.impl("batch_norm_stats", TORCH_FN(batch_norm_stats));
+  m.impl("batch_norm_act_forward", TORCH_FN(batch_norm_act_forward));
+  m.impl("batch_norm_act_apply", TORCH_FN(batch_norm_act_apply));
+  m.impl("batch_norm_act_inference_", TORCH_FN(batch_norm_act_inference_));
+  m.impl("batch_norm_act_backward", TORCH_FN(batch_norm_act_backward));
+  m.impl("add_masked_", TORCH_FN(add_masked_));
+  m.impl("update_running_stats", TORCH_FN(update_running_stats));
+}

@@ -1,0 +1,46 @@
+// Compiled once for each instruction set, with FUSED_RES_ISA naming it. The table is the only symbol that leaves this file;
+// it is constant, so that no instruction of this file runs before the table was chosen.
+#include "cpu/isa/kernels.h"
+
+#include "cpu/isa/batch_norm_act.h"
+#include "cpu/isa/max_pool.h"
+
+namespace fused_res::cpu {
+namespace {
+
+template <class T>
+inline constexpr BatchNormActKernels batch_norm_act_nhwc = {
+    moments_nhwc<T>, forward<T, Layout::kNhwc>, reduce_nhwc<T>, backward<T, Layout::kNhwc>};
+template <class T>
+inline constexpr BatchNormActKernels batch_norm_act_nchw = {
+    moments_nchw<T>, forward<T, Layout::kNchw>, reduce_nchw<T>, backward<T, Layout::kNchw>};
+template <class T>
+inline constexpr MaxPoolKernels max_pool_nhwc = {max_pool_forward_nhwc<T>, max_pool_backward_nhwc<T>};
+template <class T>
+inline constexpr MaxPoolKernels max_pool_nchw = {max_pool_forward_nchw<T>, max_pool_backward_nchw<T>};
+
+}  // namespace
+
+#define FUSED_RES_PASTE(a, b) a##b
+#define FUSED_RES_TABLE(isa) FUSED_RES_PASTE(kernels_, isa)
+#define FUSED_RES_STRING(isa) FUSED_RES_QUOTE(isa)
+#define FUSED_RES_QUOTE(isa) #isa
+
+extern constexpr Kernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
+    .name = FUSED_RES_STRING(FUSED_RES_ISA),
+    .batch_norm_act = {{batch_norm_act_nhwc<float>, batch_norm_act_nchw<float>},
+                       {batch_norm_act_nhwc<double>, batch_norm_act_nchw<double>},
+                       {batch_norm_act_nhwc<bfloat16>, batch_norm_act_nchw<bfloat16>},
+                       {batch_norm_act_nhwc<float16>, batch_norm_act_nchw<float16>}},
+    .max_pool = {{max_pool_nhwc<float>, max_pool_nchw<float>},
+                 {max_pool_nhwc<double>, max_pool_nchw<double>},
+                 {max_pool_nhwc<bfloat16>, max_pool_nchw<bfloat16>},
+                 {max_pool_nhwc<float16>, max_pool_nchw<float16>}},
+    .add_masked = {add_masked<float>, add_masked<double>, add_masked<bfloat16>, add_masked<float16>},
+    .merge = merge_partials,
+    .add = add_partials,
+    .finish = {finish<float>, finish<double>},
+    .finish_gradient = {finish_gradient<float>, finish_gradient<double>},
+};
+
+}  // namespace fused_res::cpu

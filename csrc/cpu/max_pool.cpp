@@ -1,0 +1,106 @@
+// Max pooling behind an optional normalise + ReLU, with one byte an index. The kernels are in isa/max_pool.h.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "cpu/tensor.h"
+
+namespace fused_res::cpu {
+namespace {
+
+PoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
+  TORCH_CHECK_VALUE(x.tensor.dim() == 4, "input: expected (N, C, H, W), got ", x.tensor.sizes());
+  TORCH_CHECK_VALUE(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2,
+                    "kernel_size, stride, padding: expected two numbers each");
+  PoolArgs args = {};
+  args.images = x.shape.images, args.channels = x.shape.channels;
+  args.height = x.tensor.size(2), args.width = x.tensor.size(3);
+  args.kernel_h = kernel[0], args.kernel_w = kernel[1];
+  args.stride_h = stride[0], args.stride_w = stride[1];
+  args.pad_h = padding[0], args.pad_w = padding[1];
+  TORCH_CHECK_VALUE(kernel[0] > 0 && kernel[1] > 0 && kernel[0] * kernel[1] <= 255,
+                    "kernel_size: expected a window of 1 to 255 values, got ", kernel);
+  TORCH_CHECK_VALUE(stride[0] > 0 && stride[1] > 0, "stride: expected positive numbers, got ", stride);
+  TORCH_CHECK_VALUE(padding[0] >= 0 && padding[1] >= 0 && 2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1],
+                    "padding: expected at most half of kernel_size, ", kernel, ", got ", padding);
+  const int64_t room_h = args.height + 2 * args.pad_h - args.kernel_h, room_w = args.width + 2 * args.pad_w - args.kernel_w;
+  TORCH_CHECK_VALUE(room_h >= 0 && room_w >= 0, "input: expected images at least as large as the window, ", kernel,
+                    " with padding ", padding, ", got ", x.tensor.sizes());
+  args.out_height = room_h / args.stride_h + 1;
+  args.out_width = room_w / args.stride_w + 1;
+  return args;
+}
+
+const MaxPoolKernels& kernels_for(const Operand& x) {
+  return kernels().max_pool[static_cast<int>(x.dtype)][static_cast<int>(x.shape.layout)];
+}
+
+// Kernels work in rows of pixels: of an image (NHWC), or of a plane.
+int64_t pixel_rows(const Operand& x, int64_t height) {
+  return (x.shape.layout == Layout::kNhwc ? x.shape.images : x.shape.images * x.shape.channels) * height;
+}
+
+std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input, const OptionalTensor& stats, bool relu,
+                                            at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                            at::IntArrayRef padding) {
+  const Operand x(input);
+  PoolArgs args = pool_args(x, kernel_size, stride, padding);
+  const int64_t channels = x.shape.channels;
+  const Tensor saved = stats && stats->defined() ? stats->contiguous() : Tensor();
+  if (saved.defined()) {
+    TORCH_CHECK_VALUE(saved.is_cpu() && saved.scalar_type() == stats_type(x.tensor) && saved.dim() == 2 &&
+                          saved.size(0) == kStatsRows && saved.size(1) == channels,
+                      "stats: expected (5, ", channels, ") of ", stats_type(x.tensor), ", got ", saved.sizes(), " of ",
+                      saved.scalar_type());
+    const auto row = [&](StatsRow row) {
+      return static_cast<const char*>(saved.const_data_ptr()) + row * channels * saved.element_size();
+    };
+    args.mean = row(kMean), args.scale = row(kScale), args.shift = row(kShift);
+  }
+  const std::array<int64_t, 4> sizes = {x.shape.images, channels, args.out_height, args.out_width};
+  Tensor output = with_huge_pages(at::detail::empty_cpu(sizes, input.scalar_type(), false, x.format));
+  Tensor indices = at::detail::empty_cpu(sizes, at::kByte, false, x.format);
+  args.x = x.tensor.const_data_ptr();
+  args.relu = relu;
+  args.y = output.data_ptr();
+  args.indices = indices.data_ptr<uint8_t>();
+  const auto forward = kernels_for(x).forward;
+  Parallel{x.shape.numel()}(pixel_rows(x, args.out_height),
+                            [&](int64_t begin, int64_t end) { forward(args, begin, end); });
+  return {output, indices};
+}
+
+Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const Tensor& input,
+                         at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding) {
+  const Operand x(input);
+  PoolArgs args = pool_args(x, kernel_size, stride, padding);
+  const std::array<int64_t, 4> sizes = {x.shape.images, x.shape.channels, args.out_height, args.out_width};
+  TORCH_CHECK_VALUE(grad_output.sizes().equals(sizes) && grad_output.is_cpu(),
+                    "grad_output: expected the shape of the output, ", at::IntArrayRef(sizes), ", got ",
+                    grad_output.sizes());
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "grad_output: expected the dtype of input, ",
+                   input.scalar_type(), ", got ", grad_output.scalar_type());
+  TORCH_CHECK_VALUE(indices.sizes().equals(sizes) && indices.is_cpu() && indices.scalar_type() == at::kByte,
+                    "indices: expected uint8 of the output's shape, ", at::IntArrayRef(sizes), ", got ",
+                    indices.sizes(), " of ", indices.scalar_type());
+  const Tensor dy = grad_output.contiguous(x.format), chosen = indices.contiguous(x.format);
+  Tensor dx = empty_output(x);
+  args.x = dy.const_data_ptr();
+  args.y = dx.data_ptr();
+  args.indices = const_cast<uint8_t*>(chosen.const_data_ptr<uint8_t>());
+  const auto backward = kernels_for(x).backward;
+  Parallel{x.shape.numel()}(pixel_rows(x, args.height),
+                            [&](int64_t begin, int64_t end) { backward(args, begin, end); });
+  return restored(dx, input, x);
+}
+
+}  // namespace
+}  // namespace fused_res::cpu
+
+TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
+  using namespace fused_res::cpu;
+  m.impl("max_pool_forward", TORCH_FN(max_pool_forward));
+  m.impl("max_pool_backward", TORCH_FN(max_pool_backward));
+}

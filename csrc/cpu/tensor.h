@@ -1,0 +1,134 @@
+// What the operators' host sides share: how a tensor looks to a kernel, where outputs come from, the parallel loop.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+
+#include <optional>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/partition.h"
+
+namespace fused_res::cpu {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "input: expected a floating point tensor, got ", tensor.scalar_type());
+  }
+}
+inline at::ScalarType stats_type(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+// Index into the tables of functions on statistics.
+inline int stats_index(const Tensor& tensor) { return tensor.scalar_type() == at::kDouble ? 1 : 0; }
+
+inline at::MemoryFormat channels_last_of(int64_t dim) {
+  return dim == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+}
+
+// Whether kernels see rows of channels. The same rule as fused_res.ops.is_channels_last.
+inline bool is_channels_last(const Tensor& input) {
+  if (input.dim() == 2) return true;
+  if (input.size(1) == 1) return false;
+  if (std::all_of(input.sizes().begin() + 2, input.sizes().end(), [](int64_t size) { return size == 1; })) return true;
+  return input.dim() > 3 && !input.is_contiguous() && input.is_contiguous(channels_last_of(input.dim()));
+}
+
+// A tensor in one of the two layouts that kernels know.
+struct Operand {
+  Tensor tensor;
+  Shape shape;
+  Dtype dtype;
+  at::MemoryFormat format;
+
+  explicit Operand(const Tensor& input) {
+    const int64_t dim = input.dim();
+    TORCH_CHECK_VALUE(dim >= 2 && dim <= 5, "input: expected (N, C, ...) of 2 to 5 dimensions, got ", input.sizes());
+    dtype = dtype_of(input);
+    const bool channels_last = is_channels_last(input);
+    const int64_t pixels = input.size(0) * input.size(1);
+    shape = {input.size(0), input.size(1), 1, channels_last ? Layout::kNhwc : Layout::kNchw};
+    for (int64_t d = 2; d < dim; ++d) shape.spatial *= input.size(d);
+    const bool rows = channels_last && pixels != 0 && shape.spatial > 1;
+    format = rows ? channels_last_of(dim) : at::MemoryFormat::Contiguous;
+    tensor = input.contiguous(format);
+  }
+
+  // Another tensor of the same shape, in the same order of memory.
+  Tensor match(const Tensor& other, const char* name) const {
+    TORCH_CHECK_VALUE(other.sizes() == tensor.sizes(), name, ": expected the shape of input, ", tensor.sizes(), ", got ",
+                      other.sizes());
+    TORCH_CHECK_TYPE(other.scalar_type() == tensor.scalar_type(), name, ": expected the dtype of input, ",
+                     tensor.scalar_type(), ", got ", other.scalar_type());
+    TORCH_CHECK_VALUE(other.is_cpu(), name, ": expected a CPU tensor, got ", other.device());
+    return other.contiguous(format);
+  }
+
+  // The bytes of a mask row, and of the mask.
+  int64_t mask_cols() const { return (shape.cols() + 7) / 8; }
+  int64_t mask_bytes() const { return shape.rows() * mask_cols(); }
+};
+
+// A fresh large buffer costs a page fault for every 4 KB that is first written: a ReLU of 51 MB takes 21 ms that way, 6 ms
+// with huge pages, 3.3 ms into warm memory. So the kernel is asked for huge pages, for this buffer alone.
+inline Tensor with_huge_pages(Tensor tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + tensor.nbytes()) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // best effort
+#endif
+  return tensor;
+}
+
+// An uninitialised tensor like the operand.
+inline Tensor empty_output(const Operand& like) {
+  const Tensor& t = like.tensor;
+  return with_huge_pages(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()));
+}
+
+// A tensor that was not asked for.
+inline Tensor nothing(at::ScalarType dtype) { return at::detail::empty_cpu({0}, dtype); }
+
+// `output` with the strides that PyTorch gives an output for this input, where the kernels worked on a copy.
+inline Tensor restored(Tensor output, const Tensor& input, const Operand& operand) {
+  return operand.tensor.is_same(input) ? output : at::empty_like(input).copy_(output);
+}
+
+// parallel(n, body) for partition.h. For fewer elements than ATen's own grain, waking a thread costs more than it brings.
+struct Parallel {
+  static constexpr int64_t kGrain = 32768;
+  bool worthwhile;
+
+  explicit Parallel(int64_t numel) : worthwhile(numel >= kGrain) {}
+  int64_t threads() const { return worthwhile && !at::in_parallel_region() ? at::get_num_threads() : 1; }
+
+  template <class Body>
+  void operator()(int64_t n, const Body& body) const {
+    if (worthwhile) {
+      at::parallel_for(0, n, 1, body);
+    } else if (n > 0) {
+      body(int64_t{0}, n);
+    }
+  }
+};
+
+}  // namespace fused_res::cpu

@@ -1,0 +1,15 @@
+// The Python module fused_res._C. Importing it registers the operators' CPU kernels: every
+// csrc/cpu/<stem>.cpp ends with its own registration. What the module itself offers says how the library was
+// built and which instruction set it runs.
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"  // written by CMakeLists.txt
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", [] { return py::module_::import("json").attr("loads")(kBuildInfo); });
+  m.def("cpu_isa", &fused_res::cpu_isa);
+  m.def("set_cpu_isa", &fused_res::set_cpu_isa, py::arg("name"));
+}

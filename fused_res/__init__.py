@@ -1,0 +1,25 @@
+"""Fused convolution, batch norm, addition and ReLU for PyTorch: residual blocks that train faster."""
+
+from fused_res import backends, env, functional, fusion, models, nn
+from fused_res.backends import BackendUnavailableError
+from fused_res.fusion import fuse, summarize, unfuse
+from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "BlockSpec",
+    "PoolSpec",
+    "UnitSpec",
+    "backends",
+    "functional",
+    "fuse",
+    "fusion",
+    "models",
+    "nn",
+    "summarize",
+    "unfuse",
+]
+
+env.check()

@@ -1,0 +1,84 @@
+"""Loads the compiled extension `fused_res._C`, or says why it could not and what to type.
+
+The build leaves a record beside the module (`<module>.json`, written by CMakeLists.txt). It is read first: a
+module built for another torch must not even be opened, because that may crash the interpreter.
+"""
+
+import importlib
+import json
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_res import env
+
+_PACKAGE = Path(__file__).resolve().parent
+_MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def how_to_build(package: Path = _PACKAGE) -> str:
+    """The command that builds the extension, for this kind of installation."""
+    install = "FUSED_RES_CPP=1 pip install --no-build-isolation --no-deps --force-reinstall"
+    sources = package.parent
+    if (sources / "CMakeLists.txt").exists():
+        return f"{install} --editable {sources}"
+    return f"{install} FOLDER_OF_THE_FUSED_RES_SOURCES"
+
+
+def inspect(package: Path = _PACKAGE) -> tuple[dict[str, Any], str]:
+    """The build record in a package's folder, and why its module must not be loaded ("" if it may be)."""
+    module = package / _MODULE
+    record = module.with_suffix(".json")
+    if not record.exists():
+        others = sorted(path.name for path in package.glob("_C.*.so") if path != module)
+        note = f" (there is {', '.join(others)}, for another Python)" if others else ""
+        return {}, f"{package} has no {record.name}{note}"
+    try:
+        build_info = json.loads(record.read_text())
+    except ValueError as error:
+        return {}, f"the record of its build, {record}, cannot be read ({error})"
+    if "skipped" in build_info:
+        return build_info, f"it was left out when fused_res was installed ({build_info['skipped']})"
+    if not module.exists():
+        return build_info, f"{package} has no {module.name}"
+    if _public(build_info["torch"]) != _public(torch.__version__):
+        return (
+            build_info,
+            f"it was built for torch {build_info['torch']}, and this is torch {torch.__version__}",
+        )
+    return build_info, ""
+
+
+def _public(version: str) -> str:
+    """Without the local part: 2.13.0+cpu and 2.13.0+cu130 offer the same C++ interface for the CPU."""
+    return version.partition("+")[0]
+
+
+def _load() -> tuple[Any, dict[str, Any], str]:
+    build_info, why_not = inspect()
+    if why_not:
+        return None, build_info, why_not
+    try:
+        return importlib.import_module("fused_res._C"), build_info, ""
+    except ImportError as error:
+        return None, build_info, f"it could not be opened ({error})"
+
+
+_module, build_info, _why_not = _load()
+loaded = _module is not None
+reason = "" if loaded else f"the C++ extension is not loaded: {_why_not}. To build it: {how_to_build()}"
+
+if loaded:
+    try:
+        _module.set_cpu_isa(env.CPU_ISA.read())
+    except ValueError as error:  # asked for by name: not a reason to take another one
+        raise ValueError(f"{env.CPU_ISA.name}: {error}") from None
+
+
+def cpu_isa() -> str:
+    """The instruction set that the C++ kernels use."""
+    if not loaded:
+        raise RuntimeError(reason)
+    return str(_module.cpu_isa())

@@ -1,0 +1,220 @@
+"""``act(bn(x) [+ residual])`` in plain PyTorch.
+
+First :func:`batch_norm_act`, which *is* the definition and which autograd can differentiate as often as it likes; then
+the operators of :mod:`fused_res.ops` written out, with the backward of Ioffe & Szegedy (2015), section 3::
+
+    dy'  = dy where !(y <= 0), else 0
+    db   = sum dy'        dw = sum dy' * xhat        xhat = (x - mean) * invstd
+    dx   = weight * invstd * (dy' - db/M - xhat * dw/M)      with M values a channel, and batch statistics
+    dx   = weight * invstd * dy'                             with running statistics
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_res.ops import INVSTD, MEAN, SCALE, SHIFT, VAR, is_channels_last, stats_dtype
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    training: bool = False,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition: returns the output and, detached, the mean and variance that running statistics take in."""
+    mean, var = moments(input, running_mean, running_var, training)
+    kept_var = unbiased(var, input) if training else var
+    x = input.to(mean.dtype)
+    y = (x - _channels(mean, x)) * _channels(torch.rsqrt(var + eps), x)
+    if weight is not None:
+        y = y * _channels(weight.to(x.dtype), x)
+    if bias is not None:
+        y = y + _channels(bias.to(x.dtype), x)
+    if residual is not None:
+        y = y + residual.to(x.dtype)
+    if relu:
+        y = torch.relu(y)
+    return y.to(input.dtype), mean.detach(), kept_var.detach()
+
+
+def moments(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance a channel, ``(C,)`` each: of the batch if ``training``, else the running ones."""
+    dtype = stats_dtype(input.dtype)
+    if not training:
+        assert running_mean is not None and running_var is not None
+        return running_mean.to(dtype), running_var.to(dtype)
+    if (
+        input.numel() == 0
+    ):  # as in PyTorch, an empty batch has no statistics; zeros keep NaN out of the gradients
+        return torch.zeros(2, input.shape[1], dtype=dtype, device=input.device).unbind()
+    x = input.to(dtype)
+    var, mean = torch.var_mean(x, _reduced(x), correction=0)
+    return mean, var
+
+
+def unbiased(var: Tensor, input: Tensor) -> Tensor:
+    """The variance with Bessel's correction, as running statistics keep it."""
+    count = input.numel() // input.shape[1]
+    return var * (count / (count - 1)) if count > 1 else var
+
+
+def batch_norm_stats(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> Tensor:
+    mean, var = moments(input.double(), running_mean, running_var, training)
+    dtype = stats_dtype(input.dtype)
+    invstd = torch.rsqrt(var + eps)
+    scale = invstd if weight is None else weight * invstd
+    # What is lost when mean is rounded would come back in every element, times scale: the shift makes up for it.
+    shift = (mean.to(dtype) - mean) * scale
+    if bias is not None:
+        shift = shift + bias
+    rows = (mean, invstd, scale, shift, unbiased(var, input) if training else var)
+    return torch.stack([row.to(dtype) for row in rows])
+
+
+def batch_norm_act_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = batch_norm_stats(input, weight, bias, running_mean, running_var, training, eps)
+    y = _normalise(input, stats)
+    if residual is not None:
+        y = y + residual
+    mask = pack_mask(~(y <= 0)) if save_mask else input.new_empty(0, dtype=torch.uint8)
+    return _finish(y, relu, like=input), stats, mask
+
+
+def batch_norm_act_apply(input: Tensor, stats: Tensor, relu: bool) -> Tensor:
+    return _finish(_normalise(input, stats), relu, like=input)
+
+
+def batch_norm_act_inference_(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    relu: bool,
+) -> None:
+    stats = batch_norm_stats(input, weight, bias, running_mean, running_var, False, eps)
+    y = _normalise(input, stats)
+    input.copy_(_finish(y if residual is None else y + residual, relu, like=input))
+
+
+def batch_norm_act_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    relu_mask: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy = grad_output.to(stats.dtype)
+    if relu_mask is not None:
+        dy = dy * unpack_mask(relu_mask, input)
+    elif relu:
+        dy = torch.where(_normalise(input, stats) <= 0, 0, dy)
+    xhat = (input.to(dy.dtype) - _channels(stats[MEAN], dy)) * _channels(stats[INVSTD], dy)
+    dbias = dy.sum(_reduced(dy))
+    dweight = (dy * xhat).sum(_reduced(dy))
+    empty = input.new_empty(0)
+    grad_input, grad_residual, grad_weight, grad_bias = empty, empty, empty, empty
+    if output_mask[0]:
+        dx = dy
+        if training and dy.numel():
+            count = dy.numel() // dy.shape[1]
+            dx = dy - _channels(dbias / count, dy) - xhat * _channels(dweight / count, dy)
+        grad_input = _finish(dx * _channels(stats[SCALE], dy), relu=False, like=input)
+    if output_mask[1]:
+        grad_residual = _finish(dy, relu=False, like=input)
+    if output_mask[2]:
+        grad_weight = dweight if weight is None else dweight.to(weight.dtype)
+    if output_mask[3]:
+        grad_bias = dbias if weight is None else dbias.to(weight.dtype)
+    return grad_input, grad_residual, grad_weight, grad_bias
+
+
+def add_masked_(self: Tensor, grad: Tensor, relu_mask: Tensor | None) -> None:
+    self.add_(grad if relu_mask is None else grad * unpack_mask(relu_mask, grad))
+
+
+def update_running_stats(
+    running_mean: list[Tensor], running_var: list[Tensor], stats: list[Tensor], momentum: list[float]
+) -> None:
+    for mean, var, batch, weight in zip(running_mean, running_var, stats, momentum, strict=True):
+        for running, new in ((mean, batch[MEAN]), (var, batch[VAR])):
+            running.copy_((1 - weight) * running.to(new.dtype) + weight * new)
+
+
+_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Packs a boolean tensor to bits; the layout is in :mod:`fused_res.ops`."""
+    rows = _rows(mask)
+    bytes = F.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (bytes * bytes.new_tensor(_BITS)).sum(2, dtype=torch.uint8)
+
+
+def unpack_mask(relu_mask: Tensor, like: Tensor) -> Tensor:
+    """The boolean tensor, of the shape and memory format of ``like``, that :func:`pack_mask` packed."""
+    rows = _rows(like)
+    bits = (relu_mask.unsqueeze(2) & relu_mask.new_tensor(_BITS)).ne(0).flatten(1)[:, : rows.shape[1]]
+    if is_channels_last(like):
+        return bits.reshape(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
+    return bits.reshape(like.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    if is_channels_last(x):
+        return x.movedim(1, -1).reshape(-1, x.shape[1])
+    return x.reshape(x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
+
+
+def _normalise(input: Tensor, stats: Tensor) -> Tensor:
+    centred = input.to(stats.dtype) - _channels(stats[MEAN], input)
+    return torch.addcmul(_channels(stats[SHIFT], input), centred, _channels(stats[SCALE], input))
+
+
+def _finish(y: Tensor, relu: bool, like: Tensor) -> Tensor:
+    y = torch.relu(y) if relu else y
+    return torch.empty_like(like).copy_(y)
+
+
+def _channels(per_channel: Tensor, like: Tensor) -> Tensor:
+    return per_channel.view(-1, *(1,) * (like.dim() - 2))
+
+
+def _reduced(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]

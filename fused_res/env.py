@@ -1,0 +1,61 @@
+"""Every environment variable that fused_res reads: its values, its default and what it does.
+
+Only the standard library is imported here, because setup.py runs this file before anything is installed.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """Unset or empty means the default; a value that is not in `allowed` is an error."""
+
+    name: str
+    default: str
+    allowed: tuple[str, ...]
+    doc: str
+
+    def read(self, environ: Mapping[str, str] = os.environ) -> str:
+        value = environ.get(self.name, "").strip().lower() or self.default
+        if value not in self.allowed:
+            raise ValueError(
+                f"{self.name}={value!r} is not a known value: use one of {', '.join(self.allowed)}"
+            )
+        return value
+
+
+BACKEND = Variable(
+    "FUSED_RES_BACKEND",
+    default="auto",
+    allowed=("auto", "reference", "cpu", "triton", "cuda"),
+    doc='what backend="auto" means; auto is the fastest one available',
+)
+CPU_ISA = Variable(
+    "FUSED_RES_CPU_ISA",
+    default="auto",
+    allowed=("auto", "baseline", "avx2", "avx512"),
+    doc="instruction set of the C++ kernels; auto is the widest one that this machine has",
+)
+CPP = Variable(
+    "FUSED_RES_CPP",
+    default="auto",
+    allowed=("auto", "0", "1"),
+    doc="at installation: 0 leaves the C++ extension out, 1 insists on it, auto does what it can",
+)
+VARIABLES = (BACKEND, CPU_ISA, CPP)
+
+
+def check(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise for a bad value; warn of an unknown name with our prefix, most likely a typing error."""
+    for variable in VARIABLES:
+        variable.read(environ)
+    known = [variable.name for variable in VARIABLES]
+    for name in sorted(environ):
+        if name.startswith("FUSED_RES_") and name not in known:
+            warnings.warn(f"{name} does nothing: fused_res knows {', '.join(known)}", stacklevel=3)
+
+
+check()

@@ -1,0 +1,6 @@
+"""The drop-in: blocks of other libraries, fused in place."""
+
+from fused_res.fusion.convert import fuse, unfuse
+from fused_res.fusion.summary import Row, Summary, summarize
+
+__all__ = ["Row", "Summary", "fuse", "summarize", "unfuse"]

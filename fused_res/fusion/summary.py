@@ -1,0 +1,119 @@
+"""What was fused, what was left, and why: as data, and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain as concatenate
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fused_res.backends import registry
+from fused_res.fusion.adapter import Fused, base_of
+from fused_res.fusion.convert import CLOSED, candidates
+from fused_res.fusion.sequential import Sequential
+from fused_res.nn.chain import Refusal
+from fused_res.nn.configured import Configured
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+class Row(NamedTuple):
+    """One module of the model."""
+
+    name: str
+    kind: str  # its class, the one before fusing
+    fused: bool
+    why: str  # how it runs fused, or why it does not
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All rows, in the model's order; prints as a table that puts equal rows together."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def fused(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.fused)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if not row.fused)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[bool, str, str], list[str]] = {}
+        for row in self.rows:
+            groups.setdefault((row.fused, row.kind, row.why), []).append(row.name or "(model)")
+        lines = [("", "count", "module", "where", "how, or why not")]
+        for (fused, kind, why), names in sorted(groups.items(), key=lambda item: not item[0][0]):
+            where = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+            lines.append(("fused" if fused else "left", str(len(names)), kind, where, why))
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        table = [
+            "  ".join(
+                (*(cell.ljust(width) for cell, width in zip(line[:4], widths, strict=True)), line[4])
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join((*table, f"{len(self.fused)} fused, {len(self.left)} left"))
+
+
+def summarize(model: nn.Module) -> Summary:
+    """What of `model` runs fused at present, what does not, and why; ``print`` it for a table.
+
+    Rows are the modules that :func:`fused_res.fuse` knows, those of :mod:`fused_res.nn`, and all other norms.
+    """
+    return Summary(tuple(_rows(model)))
+
+
+def _rows(model: nn.Module) -> Iterator[Row]:
+    parents: dict[str, str] = {}
+    left: set[str] = set()
+    for name, module, adapter, refusal in candidates(model):
+        parent = name.rpartition(".")[0]
+        kind = type(module)
+        parents[name] = (base_of(kind) or kind).__name__
+        if isinstance(module, Fused | Configured):
+            why = _reason(module, refusal)
+            if why is None:
+                why = None if _switched_on(module) else "switched off"
+            yield Row(name, parents[name], why is None, why or _settings(module))
+        elif isinstance(module, CLOSED):
+            yield Row(name, parents[name], False, refusal.why if refusal else "")
+        elif adapter is Sequential and refusal is not None and refusal.module is None:
+            continue  # a Sequential of other things
+        elif adapter is not None:
+            left.add(name)
+            yield Row(name, parents[name], False, _reason(module, refusal) or "not fused as yet")
+        elif isinstance(module, NORMS) and parent not in left:
+            yield Row(
+                name,
+                parents[name],
+                False,
+                f"what surrounds it in {parents.get(parent, 'the model')} is not known",
+            )
+
+
+def _switched_on(module: Fused | Configured) -> bool:
+    return module.fused if isinstance(module, Configured) else module._fused_res is not None
+
+
+def _settings(module: Fused | Configured) -> str:
+    backend, recompute = (
+        (module.backend, module.recompute) if isinstance(module, Configured) else module._fused_res  # type: ignore[misc]
+    )
+    assert isinstance(module, nn.Module)
+    tensors = concatenate(module.parameters(), module.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return f"backend={registry.resolve(backend, device).name}, recompute={recompute}"
+
+
+def _reason(module: nn.Module | Fused, refusal: Refusal | None) -> str | None:
+    if refusal is None or refusal.module is None:
+        return refusal and refusal.why
+    assert isinstance(module, nn.Module)
+    names = [name for name, child in module.named_modules(remove_duplicate=False) if child is refusal.module]
+    return f"{names[0] if names else 'a child'} {refusal.why}"

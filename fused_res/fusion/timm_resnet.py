@@ -1,0 +1,101 @@
+"""timm's ResNet family: blocks and stems. What stands idle in a block (no attention) is passed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, StemAdapter, shortcut_of
+from fused_res.nn.chain import Refusal, Unit, untouched
+
+
+def _active(module: Any, names: tuple[str, ...]) -> Refusal | None:
+    """A refusal for the first of these children that does anything to its input."""
+    for name in names:
+        child = getattr(module, name)
+        kind = type(child)
+        if child is None:
+            continue
+        if not untouched(child.__dict__):
+            return Refusal("has a hook, or a forward of its own", child, passing=True)
+        if kind is nn.Identity:
+            continue
+        if kind.__module__ != "timm.layers.drop" or kind.__name__ not in ("DropPath", "DropBlock2d"):
+            return Refusal(f"is {kind.__name__}", child)
+        if child.training and child.drop_prob:
+            return Refusal("drops at random while training", child, passing=True)
+    return None
+
+
+class BasicBlock(BlockAdapter):
+    home = "timm.models.resnet"
+    name = "BasicBlock"
+    reads = (("forward", "conv1 bn1 drop_block act1 aa conv2 bn2 se drop_path downsample act2"),)
+
+    @classmethod
+    def parts(cls, module: Any) -> Parts | Refusal:
+        refusal = _active(module, ("drop_block", "aa", "se", "drop_path"))
+        if refusal is not None:
+            return refusal
+        get = module._modules.get
+        return Parts(
+            ((get("conv1"), get("bn1"), get("act1")), (get("conv2"), get("bn2"), get("act2"))),
+            shortcut_of(module),
+        )
+
+
+class Bottleneck(BlockAdapter):
+    home = "timm.models.resnet"
+    name = "Bottleneck"
+    reads = (
+        ("forward", "conv1 bn1 act1 conv2 bn2 drop_block act2 aa conv3 bn3 se drop_path downsample act3"),
+    )
+
+    @classmethod
+    def parts(cls, module: Any) -> Parts | Refusal:
+        refusal = _active(module, ("drop_block", "aa", "se", "drop_path"))
+        if refusal is not None:
+            return refusal
+        get = module._modules.get
+        first, second = (get("conv1"), get("bn1"), get("act1")), (get("conv2"), get("bn2"), get("act2"))
+        return Parts((first, second, (get("conv3"), get("bn3"), get("act3"))), shortcut_of(module))
+
+
+class FusedResNet(Fused):
+    def forward_features(self: Any, x: Tensor) -> Tensor:
+        # Checkpointing runs the stages in another way; the blocks inside are fused all the same.
+        stem = None if self.grad_checkpointing else ResNet.run(x, self, self.maxpool)
+        if stem is None:
+            return super().forward_features(x)  # type: ignore[misc]
+        return self.layer4(self.layer3(self.layer2(self.layer1(stem))))
+
+
+class ResNet(StemAdapter):
+    """Opens with one 7x7 convolution, or with three of 3x3 and all that is between them in ``conv1``."""
+
+    home = "timm.models.resnet"
+    name = "ResNet"
+    reads = (
+        ("forward", "forward_features forward_head"),
+        (
+            "forward_features",
+            "conv1 bn1 act1 maxpool grad_checkpointing torch "
+            "jit is_scripting checkpoint_seq layer1 layer2 layer3 layer4",
+        ),
+    )
+    front = FusedResNet
+    children = ("conv1", "bn1", "act1")
+
+    @classmethod
+    def units(cls, module: Any) -> tuple[Unit, ...] | Refusal:
+        get = module._modules.get
+        conv1 = get("conv1")
+        if type(conv1) is not nn.Sequential:
+            return ((conv1, get("bn1"), get("act1")),)
+        if not untouched(conv1.__dict__):
+            return Refusal("has a hook, or a forward of its own", conv1, passing=True)
+        layers = (*conv1._modules.values(), get("bn1"), get("act1"))
+        if len(layers) % 3:
+            return Refusal("is not convolutions, norms and activations in turn", conv1)
+        return tuple([layers[i : i + 3] for i in range(0, len(layers), 3)])

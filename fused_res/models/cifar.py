@@ -1,0 +1,81 @@
+"""The small residual networks of He et al. 2015 (https://arxiv.org/abs/1512.03385, section 4.2) for 32x32
+images."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fused_res.models.network import NormLayer, ResidualNetwork, Stage
+from fused_res.nn import BasicBlock
+
+
+class CifarResNet(ResidualNetwork):
+    """See :func:`cifar_resnet`."""
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int = 10,
+        plain: bool = False,
+        width: int = 16,
+        *,
+        zero_init_residual: bool = False,
+        norm_layer: NormLayer | None = None,
+        backend: str = "auto",
+        recompute: str = "none",
+    ) -> None:
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 44, 56, 110, ...), got {depth}")
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        super().__init__(
+            BasicBlock,
+            [Stage(width, blocks), Stage(2 * width, blocks, 2), Stage(4 * width, blocks, 2)],
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            None,
+            num_classes,
+            zero_init_residual=zero_init_residual,
+            norm_layer=norm_layer,
+            plain=plain,
+            backend=backend,
+            recompute=recompute,
+        )
+        self.depth = depth
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth}, {super().extra_repr()}"
+
+
+def cifar_resnet(
+    depth: int,
+    num_classes: int = 10,
+    plain: bool = False,
+    width: int = 16,
+    *,
+    zero_init_residual: bool = False,
+    norm_layer: NormLayer | None = None,
+    backend: str = "auto",
+    recompute: str = "none",
+) -> CifarResNet:
+    """A residual network of ``depth`` = 6n + 2 weighted layers for small images.
+
+    A 3x3 convolution, three stages of n basic blocks with ``width``, 2 and 4 times ``width`` channels at
+    full, half and quarter size, the mean over space, a linear classifier. Where the shape changes, the
+    shortcut is a projection (a 1x1 convolution and its norm: the paper's option B; its own CIFAR networks pad
+    with zeros instead, option A, which has a few thousand parameters less).
+
+    Args: depth: 20, 32, 44, 56 and 110 in the paper. num_classes: outputs of the classifier. plain: the twin
+    without shortcuts and projections that the paper compares with. width: channels of the first stage.
+    zero_init_residual, norm_layer, backend, recompute: see :class:`fused_res.models.network.ResidualNetwork`.
+    """
+    return CifarResNet(
+        depth,
+        num_classes,
+        plain,
+        width,
+        zero_init_residual=zero_init_residual,
+        norm_layer=norm_layer,
+        backend=backend,
+        recompute=recompute,
+    )

@@ -1,0 +1,117 @@
+"""ResNet, ResNeXt and Wide ResNet for ImageNet, with torchvision's signatures and state_dict.
+
+He et al. 2015, https://arxiv.org/abs/1512.03385, with the stride of a bottleneck at its 3x3 convolution (the
+variant known as v1.5); Xie et al. 2016, https://arxiv.org/abs/1611.05431; Zagoruyko & Komodakis 2016,
+https://arxiv.org/abs/1605.07146.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fused_res.models.network import Block, NormLayer, ResidualNetwork, Stage
+from fused_res.nn import BasicBlock, Bottleneck
+
+
+class ResNet(ResidualNetwork):
+    """torchvision's arguments in torchvision's order, then ``plain``, ``backend`` and ``recompute``.
+
+    See :class:`fused_res.models.network.ResidualNetwork` for what they mean.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        norm_layer: NormLayer | None = None,
+        *,
+        plain: bool = False,
+        backend: str = "auto",
+        recompute: str = "none",
+    ) -> None:
+        dilate = (False, *(replace_stride_with_dilation or (False, False, False)))
+        if len(dilate) != 4:
+            raise ValueError(
+                "replace_stride_with_dilation must be None or hold one bool for each of layer2, layer3 and "
+                f"layer4, got {replace_stride_with_dilation}"
+            )
+        if len(layers) != 4:
+            raise ValueError(f"layers must hold the number of blocks of each of 4 stages, got {layers}")
+        super().__init__(
+            block,
+            [Stage(64 << i, layers[i], 1 if i == 0 else 2, dilate[i]) for i in range(4)],
+            nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            num_classes,
+            zero_init_residual=zero_init_residual,
+            groups=groups,
+            width_per_group=width_per_group,
+            norm_layer=norm_layer,
+            plain=plain,
+            backend=backend,
+            recompute=recompute,
+        )
+
+
+def _build(
+    block: Block, layers: Sequence[int], weights: Any, progress: bool, kwargs: dict[str, Any]
+) -> ResNet:
+    if weights is None:
+        return ResNet(block, layers, **kwargs)
+    if not hasattr(weights, "get_state_dict"):
+        raise ValueError(
+            "weights must be None or a member of one of torchvision's weights enums, such as "
+            f"torchvision.models.ResNet50_Weights.DEFAULT, got {weights!r}; "
+            "for a checkpoint of your own use load_state_dict"
+        )
+    if kwargs.get("plain"):
+        raise ValueError("weights must be None for a plain network: there are none with shortcuts left out")
+    classes = len(weights.meta["categories"])
+    if kwargs.setdefault("num_classes", classes) != classes:
+        raise ValueError(f"num_classes must be {classes} for these weights, got {kwargs['num_classes']}")
+    model = ResNet(block, layers, **kwargs)
+    model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+    return model
+
+
+def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-18. ``weights``: None, or one of torchvision's; ``kwargs``: of :class:`ResNet`."""
+    return _build(BasicBlock, (2, 2, 2, 2), weights, progress, kwargs)
+
+
+def resnet34(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-34; arguments of :func:`resnet18`."""
+    return _build(BasicBlock, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+def resnet50(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-50; arguments of :func:`resnet18`."""
+    return _build(Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+def resnet101(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-101; arguments of :func:`resnet18`."""
+    return _build(Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+
+
+def resnet152(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-152; arguments of :func:`resnet18`."""
+    return _build(Bottleneck, (3, 8, 36, 3), weights, progress, kwargs)
+
+
+def resnext50_32x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-50 with 32 groups of 4 channels; arguments of :func:`resnet18`."""
+    return _build(Bottleneck, (3, 4, 6, 3), weights, progress, {"groups": 32, "width_per_group": 4, **kwargs})
+
+
+def wide_resnet50_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-50-2, whose 3x3 convolutions have twice the channels; arguments of :func:`resnet18`."""
+    return _build(Bottleneck, (3, 4, 6, 3), weights, progress, {"width_per_group": 128, **kwargs})

@@ -1,0 +1,8 @@
+"""Modules with a fused forward and backward; each runs its stock layers where those would differ."""
+
+from fused_res.nn.batch_norm_act import BatchNormAct2d
+from fused_res.nn.block import BasicBlock, Bottleneck, ResidualBlock
+from fused_res.nn.configured import Configured
+from fused_res.nn.conv_bn_act import ConvBNAct2d
+
+__all__ = ["BasicBlock", "BatchNormAct2d", "Bottleneck", "Configured", "ConvBNAct2d", "ResidualBlock"]

@@ -1,0 +1,54 @@
+"""Batch norm, an optional residual, and the activation, as one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_res.nn import chain
+from fused_res.nn.configured import Configured
+from fused_res.spec import ACTIVATIONS, Activation
+
+
+class BatchNormAct2d(Configured, nn.BatchNorm2d):
+    """``activation(batch_norm(x) [+ residual])``; the arguments and state of :class:`torch.nn.BatchNorm2d`.
+
+    Args:
+        activation: ``"relu"`` or ``"identity"``.
+        backend: see :func:`fused_res.functional.batch_norm_act`.
+    """
+
+    activation: Activation
+
+    def __init__(
+        self,
+        num_features: int,
+        *args: Any,
+        activation: Activation = "relu",
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        super().__init__(num_features, *args, **kwargs)
+        self.activation = activation
+        self.configure(backend)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.fused:
+            output = chain.run_norm(input, self, residual, self.activation, self.backend)
+            if output is not None:
+                return output
+        output = super().forward(input)
+        if residual is not None:
+            output = (output + residual).to(output.dtype)
+        return F.relu(output) if self.activation == "relu" else output
+
+    def refusal(self) -> chain.Refusal | None:
+        state = chain.read_norm(self.__dict__)
+        return chain.Refusal(state, self) if isinstance(state, str) else None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}{self.settings_repr()}"

@@ -1,0 +1,166 @@
+"""Residual blocks, and the convolution, norm and activation that open a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from fused_res.nn import chain
+from fused_res.nn.configured import Configured
+
+NormLayer = Callable[[int], nn.Module]
+
+
+class ResidualBlock(Configured):
+    """``relu(units(x) + shortcut(x))`` with any number of units, each convolution, batch norm and ReLU.
+
+    The last unit's ReLU follows the addition. Children are called ``conv1, bn1, conv2, bn2, ...`` and
+    ``downsample``.
+
+    Args:
+        units: a (convolution, norm) pair for each unit.
+        shortcut: ``"identity"``, ``"none"``, or a module that projects the input to the output's shape.
+        backend, recompute: see :func:`fused_res.functional.residual_block`.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[tuple[nn.Module, nn.Module]],
+        shortcut: str | nn.Module = "identity",
+        *,
+        backend: str = "auto",
+        recompute: str = "none",
+    ) -> None:
+        super().__init__()
+        self.configure(backend, recompute)
+        if not units or any(len(unit) != 2 for unit in units):
+            raise ValueError("units must be a sequence of at least one (convolution, norm) pair")
+        if not isinstance(shortcut, nn.Module) and shortcut not in ("none", "identity"):
+            raise ValueError(f"shortcut must be 'none', 'identity' or a module, got {shortcut!r}")
+        for index, (conv, norm) in enumerate(units, start=1):
+            self.add_module(f"conv{index}", conv)
+            self.add_module(f"bn{index}", norm)
+        self.relu = nn.ReLU()
+        self.downsample = shortcut if isinstance(shortcut, nn.Module) else None
+        self.has_shortcut = shortcut != "none"
+        self._names = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(units) + 1))
+
+    def _parts(self) -> tuple[list[chain.Unit], chain.Shortcut]:
+        children = self._modules
+        relu = children["relu"]
+        units: list[chain.Unit] = [(children[conv], children[norm], relu) for conv, norm in self._names]
+        downsample = children.get("downsample")
+        if downsample is not None:
+            return units, downsample
+        return units, "identity" if self.has_shortcut else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        units, shortcut = self._parts()
+        if self.fused:
+            output = chain.run(x, units, shortcut, None, self.backend, self.recompute)
+            if output is not None:
+                return output
+        return chain.run_stock(x, units, shortcut)
+
+    def extra_repr(self) -> str:
+        shortcut = (
+            "projection" if self.downsample is not None else "identity" if self.has_shortcut else "none"
+        )
+        return f"shortcut={shortcut!r}{self.settings_repr()}"
+
+    def refusal(self) -> chain.Refusal | None:
+        return chain.refusal_of(*self._parts())
+
+    def covered(self) -> tuple[str, ...]:
+        return tuple(self._modules)
+
+
+def _conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(
+        inplanes, planes, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False
+    )
+
+
+def _conv1x1(inplanes: int, planes: int) -> nn.Conv2d:
+    return nn.Conv2d(inplanes, planes, 1, bias=False)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions; arguments and state_dict keys of torchvision's."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+        *,
+        shortcut: bool = True,
+        backend: str = "auto",
+        recompute: str = "none",
+    ) -> None:
+        if groups != 1 or base_width != 64:
+            raise ValueError(
+                f"BasicBlock takes groups=1 and base_width=64 only, got {groups} and {base_width}"
+            )
+        if dilation != 1:
+            raise NotImplementedError(f"BasicBlock takes dilation=1 only, got {dilation}")
+        norm = norm_layer or nn.BatchNorm2d
+        super().__init__(
+            [(_conv3x3(inplanes, planes, stride), norm(planes)), (_conv3x3(planes, planes), norm(planes))],
+            _shortcut(shortcut, downsample),
+            backend=backend,
+            recompute=recompute,
+        )
+        self.stride = stride
+
+
+class Bottleneck(ResidualBlock):
+    """Convolutions of 1x1, 3x3 (with the stride) and 1x1; arguments and state_dict keys of torchvision's."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+        *,
+        shortcut: bool = True,
+        backend: str = "auto",
+        recompute: str = "none",
+    ) -> None:
+        norm = norm_layer or nn.BatchNorm2d
+        width = int(planes * base_width / 64) * groups
+        outplanes = planes * self.expansion
+        super().__init__(
+            [
+                (_conv1x1(inplanes, width), norm(width)),
+                (_conv3x3(width, width, stride, groups, dilation), norm(width)),
+                (_conv1x1(width, outplanes), norm(outplanes)),
+            ],
+            _shortcut(shortcut, downsample),
+            backend=backend,
+            recompute=recompute,
+        )
+        self.stride = stride
+
+
+def _shortcut(wanted: bool, downsample: nn.Module | None) -> str | nn.Module:
+    if not wanted and downsample is not None:
+        raise ValueError("downsample must be None where shortcut is False")
+    if downsample is not None:
+        return downsample
+    return "identity" if wanted else "none"

@@ -1,0 +1,75 @@
+"""Convolution, batch norm and activation as one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fused_res.nn import chain
+from fused_res.nn.configured import Configured
+from fused_res.spec import ACTIVATIONS, Activation
+
+
+class ConvBNAct2d(Configured):
+    """``activation(norm(conv(x)))`` with the children ``conv`` and ``bn``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: the convolution's, as
+            in :class:`torch.nn.Conv2d`; without ``padding``, an odd kernel with stride 1 keeps the size.
+        activation: ``"relu"`` or ``"identity"``.
+        norm_layer: makes the norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
+        backend, recompute: see :func:`fused_res.functional.residual_block`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        activation: Activation = "relu",
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        backend: str = "auto",
+        recompute: str = "none",
+    ) -> None:
+        super().__init__()
+        self.configure(backend, recompute)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        if padding is None:
+            kernel, spread = _pair(kernel_size), _pair(dilation)
+            padding = (spread[0] * (kernel[0] - 1) // 2, spread[1] * (kernel[1] - 1) // 2)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.bn = (norm_layer or nn.BatchNorm2d)(out_channels)
+        self.act = nn.ReLU() if activation == "relu" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        units = self._units()
+        if self.fused:
+            output = chain.run(x, units, "none", None, self.backend, self.recompute)
+            if output is not None:
+                return output
+        return chain.run_stock(x, units)
+
+    def _units(self) -> list[chain.Unit]:
+        children = self._modules
+        return [(children["conv"], children["bn"], children["act"])]
+
+    def refusal(self) -> chain.Refusal | None:
+        return chain.refusal_of(self._units())
+
+    def covered(self) -> tuple[str, ...]:
+        return tuple(self._modules)
+
+    def extra_repr(self) -> str:
+        return self.settings_repr().removeprefix(", ")
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value

@@ -1,0 +1,160 @@
+"""What a residual block *is*: frozen, hashable descriptions that hold no tensors.
+
+A block is a chain of ``n >= 1`` units (convolution, batch norm, activation), an optional shortcut that is added
+before the last activation, and for the stem of a network a max pooling behind it. Its tensors travel apart from
+it, flat, in the order that :meth:`BlockSpec.tensor_names` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from typing import Literal, TypeVar
+
+Activation = Literal["relu", "identity"]
+ACTIVATIONS = ("relu", "identity")
+
+#: What one unit owns, in order: the convolution's two tensors, then the batch norm's four. Any but the first may be None.
+UNIT_TENSORS = ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var")
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """Convolution, batch norm, activation. The activation of a block's last unit follows the addition."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    eps: float = 1e-5
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {self.activation!r}")
+        for name in ("stride", "padding", "dilation"):
+            values = getattr(self, name)
+            least = 0 if name == "padding" else 1
+            if not isinstance(values, tuple) or any(not isinstance(v, int) or v < least for v in values):
+                raise ValueError(f"{name} must be a tuple of integers >= {least}, got {values!r}")
+        if self.groups < 1:
+            raise ValueError(f"groups must be at least 1, got {self.groups}")
+
+    @property
+    def relu(self) -> bool:
+        return self.activation == "relu"
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """Max pooling of a stem, as ``nn.MaxPool2d`` does it with floor mode and no dilation."""
+
+    kernel_size: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (2, 2)
+    padding: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        if any(k < 1 for k in self.kernel_size) or any(s < 1 for s in self.stride):
+            raise ValueError(f"kernel_size and stride must be at least 1, got {self}")
+        if self.kernel_size[0] * self.kernel_size[1] > 255:
+            raise ValueError(
+                f"kernel_size may cover at most 255 positions (1-byte indices), got {self.kernel_size}"
+            )
+        if any(not 0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel_size, strict=True)):
+            raise ValueError(
+                f"padding must be at most half of kernel_size, got {self.padding} of {self.kernel_size}"
+            )
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """A chain of units and what is added to it.
+
+    ``shortcut`` is ``"none"``, ``"identity"`` (the block's input) or a :class:`UnitSpec` (a projection of the input,
+    whose own activation must be ``"identity"``).
+    """
+
+    units: tuple[UnitSpec, ...]
+    shortcut: Literal["none", "identity"] | UnitSpec = "none"
+    pool: PoolSpec | None = None
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ValueError("units must hold at least one UnitSpec")
+        if isinstance(self.shortcut, UnitSpec):
+            if self.shortcut.activation != "identity":
+                raise ValueError(
+                    "shortcut: a projection has no activation of its own, set activation='identity'"
+                )
+        elif self.shortcut not in ("none", "identity"):
+            raise ValueError(f"shortcut must be 'none', 'identity' or a UnitSpec, got {self.shortcut!r}")
+        if self.pool is not None and self.shortcut != "none":
+            raise ValueError("pool is for stems: it goes with shortcut='none' only")
+        # A spec is a dictionary key on every call; hashing nested dataclasses anew costs microseconds.
+        object.__setattr__(self, "_hash", hash((self.units, self.shortcut, self.pool)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def projection(self) -> UnitSpec | None:
+        return self.shortcut if isinstance(self.shortcut, UnitSpec) else None
+
+    @property
+    def convolutions(self) -> tuple[UnitSpec, ...]:
+        """Every unit that owns tensors: the chain's, then the projection."""
+        return self.units if self.projection is None else (*self.units, self.projection)
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of the flat tensors, such as ``"0.weight"``; the projection's unit is called ``"shortcut"``."""
+        owners = [str(i) for i in range(len(self.units))] + ["shortcut"] * (self.projection is not None)
+        return tuple(f"{owner}.{name}" for owner in owners for name in UNIT_TENSORS)
+
+    def per_unit(self, value: T | Sequence[T], name: str) -> tuple[T, ...]:
+        """Spreads a single value over all convolutions, or checks that there is one for each."""
+        count = len(self.convolutions)
+        if not isinstance(value, (tuple, list)):
+            return (value,) * count  # type: ignore[return-value]
+        if len(value) != count:
+            raise ValueError(f"{name} must be one value or {count} (one per unit), got {len(value)}")
+        return tuple(value)
+
+    # torch.compile hands specs to opaque operators, whose arguments are tensors and numbers only.
+    def encode(self) -> tuple[list[int], list[float]]:
+        ints: list[int] = [len(self.units), {"none": 0, "identity": 1}.get(self.shortcut, 2)]  # type: ignore[arg-type]
+        for unit in self.convolutions:
+            ints += [
+                len(unit.stride),
+                *unit.stride,
+                *unit.padding,
+                *unit.dilation,
+                unit.groups,
+                int(unit.relu),
+            ]
+        if self.pool is not None:
+            ints += [*self.pool.kernel_size, *self.pool.stride, *self.pool.padding]
+        return ints, [unit.eps for unit in self.convolutions]
+
+    @staticmethod
+    def decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
+        rest = list(ints)
+
+        def take(count: int) -> tuple[int, ...]:
+            head, rest[:count] = tuple(rest[:count]), []
+            return head
+
+        length, shortcut_code = take(2)
+        units = []
+        for value in eps:
+            (rank,) = take(1)
+            stride, padding, dilation = take(rank), take(rank), take(rank)
+            groups, relu = take(2)
+            units.append(UnitSpec(stride, padding, dilation, groups, value, "relu" if relu else "identity"))
+        shortcut = units[length] if shortcut_code == 2 else ("none", "identity")[shortcut_code]
+        pool = PoolSpec(take(2), take(2), take(2)) if rest else None  # type: ignore[arg-type]
+        return BlockSpec(tuple(units[:length]), shortcut, pool)  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+"""Two models with the same weights, step by step: outputs, gradients and state must agree."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_res import functional
+from fused_res.nn import chain
+
+#: float64 leaves nothing to rounding but its order: any mistake is orders of magnitude larger.
+RELATIVE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 5e-2}
+
+
+def assert_near(actual: Tensor | None, expected: Tensor | None, name: str) -> None:
+    """Close in the largest element, relative to the largest expected one."""
+    assert (actual is None) == (expected is None), name
+    if actual is None or expected is None:
+        return
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
+    if not expected.is_floating_point():
+        assert torch.equal(actual, expected), f"{name}: {actual} instead of {expected}"
+        return
+    assert torch.equal(actual.isfinite(), expected.isfinite()), name
+    error = (actual - expected).abs().max().item() if expected.numel() else 0.0
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    # Some gradients are zero but for rounding (a bias before a norm) and have no scale of their own.
+    limit = RELATIVE[expected.dtype] * (scale + 0.1)
+    assert error <= limit, f"{name}: off by {error:.3e}, values up to {scale:.3e}"
+
+
+def assert_agree(fused: nn.Module, stock: nn.Module, input: Tensor, steps: int = 2, **extra: Any) -> None:
+    """Trains both for some steps if they have something to train, and compares all that can be seen."""
+    trained = [p for p in stock.parameters() if p.requires_grad]
+    optimizers = (
+        [
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+            for model in (fused, stock)
+        ]
+        if trained
+        else []
+    )
+    for step in range(steps):
+        inputs = [(input + 0.1 * step).detach().requires_grad_(input.requires_grad) for _ in range(2)]
+        outputs = [model(x, **extra) for model, x in zip((fused, stock), inputs, strict=True)]
+        assert_near(outputs[0], outputs[1], f"output of step {step}")
+        assert outputs[0].requires_grad == outputs[1].requires_grad
+        if outputs[1].requires_grad:
+            grad = torch.linspace(-1, 2, outputs[1].numel(), dtype=outputs[1].dtype).view_as(outputs[1])
+            for output in outputs:
+                output.backward(grad)
+            assert_near(inputs[0].grad, inputs[1].grad, f"input's gradient in step {step}")
+            for (name, ours), theirs in zip(fused.named_parameters(), stock.parameters(), strict=True):
+                assert_near(ours.grad, theirs.grad, f"gradient of {name} in step {step}")
+        for (name, ours), (key, theirs) in zip(
+            fused.state_dict().items(), stock.state_dict().items(), strict=True
+        ):
+            assert name == key
+            assert_near(ours, theirs, f"{name} behind step {step}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def small_resnet(kind: str = "BasicBlock", planes: Sequence[int] = (8, 6, 4, 8), **options: Any) -> Any:
+    """torchvision's ResNet with one block a stage and few channels."""
+    from torchvision.models import resnet
+
+    torch.manual_seed(0)
+    block = getattr(resnet, kind)
+    with torch.device("meta"):
+        model = resnet.ResNet(block, [1, 1, 1, 1], num_classes=5, **options)
+    model.inplanes, model.dilation = 8, 1
+    model.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+    model.bn1 = nn.BatchNorm2d(8)
+    dilate = [False, *options.get("replace_stride_with_dilation", [False] * 3)]
+    for stage in range(4):
+        layer = model._make_layer(
+            block, planes[stage], 1, stride=1 if stage == 0 else 2, dilate=dilate[stage]
+        )
+        setattr(model, f"layer{stage + 1}", layer)
+    model.fc = nn.Linear(planes[-1] * block.expansion, 5)
+    return model.double()
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """Collects which fused functions run inside; without it a test could compare stock with stock."""
+    calls: list[str] = []
+
+    def spy(name: str) -> Any:
+        original = getattr(functional, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    class Spied:
+        residual_block = staticmethod(spy("residual_block"))
+        batch_norm_act = staticmethod(spy("batch_norm_act"))
+        recomputing = staticmethod(functional.recomputing)
+
+    original = chain.functional
+    chain.functional = Spied  # type: ignore[assignment]
+    try:
+        yield calls
+    finally:
+        chain.functional = original

@@ -1,0 +1,404 @@
+"""batch_norm_act on every backend against the float64 definition, to the precision contract."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fused_res
+from fused_res import ops
+from fused_res.backends.reference.batch_norm_act import batch_norm_act as definition
+from fused_res.functional import batch_norm_act
+from fused_res.testing import assert_as_exact_as
+
+BACKENDS = [name for name in ("reference", "cpu") if fused_res.backends.unavailable(name) is None]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = {
+    "image": (4, 35, 9, 7),
+    "wide": (2, 100, 5, 5),
+    "one channel": (3, 1, 11, 3),
+    "one pixel": (33, 24, 1, 1),
+    "many rows": (9, 16, 33, 31),
+    "matrix": (65, 19),
+    "sequence": (3, 8, 50),
+    "volume": (2, 17, 3, 5, 4),
+}
+
+
+def formats(rank):
+    yield torch.contiguous_format
+    if rank == 4:
+        yield torch.channels_last
+    if rank == 5:
+        yield torch.channels_last_3d
+
+
+CASES = [(name, format) for name, shape in SHAPES.items() for format in formats(len(shape))]
+
+
+def make(shape, dtype, format=torch.contiguous_format, residual=True, affine=True, seed=0):
+    """Inputs away from zero, with another mean and deviation in every channel; parameters in float32 for 16-bit."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    channels = (1, -1, *(1,) * (len(shape) - 2))
+    scale, mean = randn(shape[1]).abs() + 0.5, 100 * randn(shape[1])
+    x = randn(*shape) * scale.view(channels) + mean.view(channels)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = {
+        "input": x.to(dtype).contiguous(memory_format=format),
+        "residual": randn(*shape).to(dtype) if residual else None,
+        "weight": (randn(shape[1]) + 1).to(wide) if affine else None,
+        "bias": randn(shape[1]).to(wide) if affine else None,
+    }
+    running = {"running_mean": (mean + 0.1).to(wide), "running_var": (scale**2 * 1.1).to(wide)}
+    return tensors, running, randn(*shape).to(dtype)
+
+
+def stock(input, running_mean, running_var, weight, bias, residual, training, activation):
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training)
+    y = y if residual is None else y + residual
+    return F.relu(y) if activation == "relu" else y
+
+
+def gradients(output, tensors, grad):
+    wanted = {name: t for name, t in tensors.items() if t is not None}
+    return dict(zip(wanted, torch.autograd.grad(output, wanted.values(), grad), strict=True))
+
+
+def exact(tensors, running, grad, training, mask):
+    """Output and gradients in float64, for a given ReLU mask (None: no ReLU)."""
+    wide = {k: None if t is None else t.detach().double().requires_grad_() for k, t in tensors.items()}
+    y, *_ = definition(
+        wide["input"],
+        running["running_mean"].double(),
+        running["running_var"].double(),
+        wide["weight"],
+        wide["bias"],
+        wide["residual"],
+        training,
+        relu=False,
+    )
+    pre = y.detach()
+    y = y if mask is None else y * mask
+    return pre, y.detach(), gradients(y, wide, grad.double())
+
+
+def check(case, dtype, format, training, residual, activation, backend, grad_format=None):
+    tensors, running, grad = make(SHAPES[case], dtype, format, residual)
+    if grad_format is not None:
+        grad = grad.contiguous(memory_format=grad_format)
+    results = []
+    for function in (lambda **kw: batch_norm_act(**kw, backend=backend), stock):
+        mine = {k: None if t is None else t.clone().requires_grad_() for k, t in tensors.items()}
+        state = {k: t.clone() for k, t in running.items()}
+        y = function(**mine, **state, training=training, activation=activation)
+        mask = None
+        if activation == "relu":
+            # Within rounding of zero each side may decide as it likes, and is judged by its own mask.
+            pre, *_ = exact(tensors, running, grad, training, None)
+            near = pre.abs() <= 64 * torch.finfo(dtype).eps * (1 + pre.abs().max())
+            mask = torch.where(near, y.detach() > 0, pre > 0).double()
+        results.append((y.detach(), gradients(y, mine, grad), state, exact(tensors, running, grad, training, mask)))
+    (ours, our_grads, our_state, (_, y, grads)), (theirs, their_grads, their_state, (_, y_stock, grads_stock)) = results
+    assert ours.stride() == torch.empty_like(tensors["input"]).stride()
+    assert_as_exact_as("output", ours, theirs, y, y_stock)
+    for name in grads:
+        floor = rounding_of_sums(tensors["input"], running, training, grads["bias"]) if name in ("weight", "bias") else 0.0
+        assert_as_exact_as(f"grad {name}", our_grads[name], their_grads[name], grads[name], grads_stock[name], floor)
+    for name, value in running.items():
+        if training:
+            x = tensors["input"].double()
+            dims = [0, *range(2, x.dim())]
+            batch = x.mean(dims) if name == "running_mean" else x.var(dims)
+            value = 0.9 * value.double() + 0.1 * batch
+        assert_as_exact_as(name, our_state[name], their_state[name], value.double())
+
+
+def rounding_of_sums(x, running, training, grad_bias):
+    """What a channel's sums may be off by, whoever adds them: M terms around 1, each rounded; and in `grad weight`, the
+    saved mean, which is rounded to the statistics' dtype, times the sum of the gradients. In one channel or a few, stock
+    may by luck be far better than that."""
+    eps = torch.finfo(ops.stats_dtype(x.dtype)).eps
+    dims = [0, *range(2, x.dim())]
+    mean = x.double().mean(dims) if training else running["running_mean"].double()
+    std = x.double().std(dims) if training else running["running_var"].double().sqrt()
+    return eps * ((x.numel() / x.shape[1]) ** 0.5 + (mean / std * grad_bias).abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "format"), CASES, ids=str)
+def test_precision(case, format, dtype, training, backend):
+    for residual, activation in itertools.product((True, False), ("relu", "identity")):
+        check(case, dtype, format, training, residual, activation, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_affine_parameters(backend):
+    tensors, running, grad = make(SHAPES["image"], torch.float64, torch.channels_last, affine=False)
+    ones = {"weight": torch.ones(35, dtype=torch.float64), "bias": torch.zeros(35, dtype=torch.float64)}
+    found = batch_norm_act(**tensors, **{k: t.clone() for k, t in running.items()}, training=True, backend=backend)
+    torch.testing.assert_close(found, batch_norm_act(**tensors | ones, **running, training=True, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_mixed_memory_formats(format, backend):
+    """residual and grad_output come in the other layout (make() leaves them contiguous)."""
+    check("image", torch.float32, format, True, True, "relu", backend)
+    check("image", torch.float32, format, True, True, "relu", backend, grad_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input(backend):
+    tensors, running, grad = make((4, 6, 8, 8), torch.float64, residual=True)
+    dense = batch_norm_act(**tensors, **running, training=True, backend=backend)
+    views = {k: torch.stack((t, t), -1)[..., 0] if t.dim() == 4 else t for k, t in tensors.items()}
+    assert not views["input"].is_contiguous()
+    torch.testing.assert_close(batch_norm_act(**views, **running, training=True, backend=backend), dense)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_gradcheck(training, residual, backend):
+    for shape, format in (((3, 5, 3, 2), torch.channels_last), ((2, 3, 4), torch.contiguous_format)):
+        tensors, running, _ = make(shape, torch.float64, format, residual)
+        names = [name for name, t in tensors.items() if t is not None]
+
+        def function(*values, names=names, running=running):
+            state = {k: t.clone() for k, t in running.items()}
+            return batch_norm_act(**dict(zip(names, values, strict=True)), **state, training=training, backend=backend)
+
+        inputs = [tensors[name].requires_grad_() for name in names]
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+class TestCpuKernels:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_same_bits_for_any_number_of_threads(self, dtype, format):
+        tensors, running, grad = make((8, 70, 31, 33), dtype, format)
+        before = torch.get_num_threads()
+        found = []
+        try:
+            for threads in (1, 2, 3, 2):
+                torch.set_num_threads(threads)
+                mine = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+                state = {k: t.clone() for k, t in running.items()}
+                y = batch_norm_act(**mine, **state, training=True, backend="cpu")
+                found.append([y, *gradients(y, mine, grad).values(), *state.values()])
+        finally:
+            torch.set_num_threads(before)
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True):
+                assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+    def test_instruction_sets(self, isa):
+        run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+        select = "(test_precision and (image or many) and cpu) or any_number_of_threads or normalise_agree"
+        environment = os.environ | {"FUSED_RES_CPU_ISA": isa}
+        command = [sys.executable, "-c", run, "-q", "-x", "-k", select, "-p", "no:cacheprovider", __file__]
+        probe = [sys.executable, "-c", "import fused_res"]
+        if "this machine" in subprocess.run(probe, env=environment, capture_output=True, text=True).stderr:
+            pytest.skip(f"this machine has no {isa}")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+    def test_forward_and_recomputed_normalise_agree(self):
+        tensors, running, _ = make((8, 64, 17, 17), torch.float32, torch.channels_last, residual=False)
+        kernels = fused_res.backends.resolve("cpu", torch.device("cpu"))
+        y, stats, _ = kernels.batch_norm_act_forward(
+            tensors["input"], None, tensors["weight"], tensors["bias"], None, None, True, 1e-5, True, False
+        )
+        assert torch.equal(y, kernels.batch_norm_act_apply(tensors["input"], stats, True))
+
+    def test_operators(self):
+        """opcheck on the raw operators, detached; shapes and strides of fakes are part of it."""
+        namespace = torch.ops.fused_res_cpu
+        for format, relu in itertools.product((torch.contiguous_format, torch.channels_last), (True, False)):
+            tensors, running, grad = make((2, 5, 4, 3), torch.float32, format)
+            x, residual, weight, bias = tensors.values()
+            state = list(running.values())
+            args = (x, residual, weight, bias, *state, True, 1e-5, relu, relu)
+            torch.library.opcheck(namespace.batch_norm_act_forward.default, args)
+            _, stats, mask = namespace.batch_norm_act_forward(*args)
+            torch.library.opcheck(namespace.batch_norm_stats.default, (x, weight, bias, *state, False, 1e-5))
+            torch.library.opcheck(namespace.batch_norm_act_apply.default, (x, stats, relu))
+            mask = mask if relu else None
+            for wanted in ([True] * 4, [True, False, False, True]):
+                backward = (grad, x, weight, stats, mask, True, relu, wanted)
+                torch.library.opcheck(namespace.batch_norm_act_backward.default, backward)
+            torch.library.opcheck(
+                namespace.batch_norm_act_inference_.default, (x.clone(), residual, weight, bias, *state, 1e-5, relu)
+            )
+            grad = grad.contiguous(memory_format=format)
+            torch.library.opcheck(namespace.add_masked_.default, (x.clone(), grad, mask))
+            torch.library.opcheck(
+                namespace.update_running_stats.default, ([state[0].clone()], [state[1].clone()], [stats], [0.1])
+            )
+
+    def test_every_operator_agrees_with_the_reference(self):
+        kernels = [fused_res.backends.resolve(name, torch.device("cpu")) for name in ("cpu", "reference")]
+        for format in (torch.contiguous_format, torch.channels_last):
+            tensors, running, grad = make((3, 13, 6, 5), torch.float64, format)
+            x, residual, weight, bias = tensors.values()
+            state = list(running.values())
+            found = []
+            for k in kernels:
+                y, stats, mask = k.batch_norm_act_forward(x, residual, weight, bias, *state, True, 1e-5, True, True)
+                into = x.clone()
+                k.add_masked_(into, grad.contiguous(memory_format=format), mask)
+                inference = x.clone()
+                k.batch_norm_act_inference_(inference, residual, weight, bias, *state, 1e-5, True)
+                masked = k.batch_norm_act_backward(grad, x, weight, stats, mask, True, False, [True] * 4)
+                found.append([y, stats, mask, into, inference, *masked])
+            for ours, reference in zip(*found, strict=True):
+                torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_propagate_as_in_pytorch(bad, backend):
+    for training in (True, False):
+        tensors, running, grad = make((3, 4, 5, 5), torch.float32)
+        tensors["input"][1, 2, 3, 3] = bad
+        outcomes = []
+        for function in (lambda **kw: batch_norm_act(**kw, backend=backend), stock):
+            mine = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+            state = {k: t.clone() for k, t in running.items()}
+            y = function(**mine, **state, training=training, activation="relu")
+            outcomes.append([y, *gradients(y, mine, grad).values()])
+        for ours, theirs in zip(*outcomes, strict=True):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    for training in (True, False):
+        tensors, running, grad = make((0, 4, 5, 5), torch.float32)
+        mine = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+        state = {k: t.clone() for k, t in running.items()}
+        y = batch_norm_act(**mine, **state, training=training, backend=backend)
+        assert y.shape == (0, 4, 5, 5)
+        assert all(not g.isnan().any() and not g.any() for g in gradients(y, mine, grad).values())
+        assert all(torch.equal(state[k], running[k]) for k in state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_gradients_that_are_asked_for(backend):
+    tensors, running, grad = make((3, 4, 5, 5), torch.float64)
+    whole = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+    expected = gradients(batch_norm_act(**whole, **running, training=True, backend=backend), whole, grad)
+    for name in tensors:
+        one = tensors | {name: tensors[name].clone().requires_grad_()}
+        y = batch_norm_act(**one, **running, training=True, backend=backend)
+        (found,) = torch.autograd.grad(y, [one[name]], grad)
+        torch.testing.assert_close(found, expected[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_compile(backend):
+    torch._dynamo.reset()
+    tensors, running, grad = make((3, 6, 5, 5), torch.float64, torch.channels_last)
+
+    def function(input, residual, weight, bias, running_mean, running_var):
+        return batch_norm_act(input, running_mean, running_var, weight, bias, residual, True, backend=backend)
+
+    outcomes = []
+    for f in (function, torch.compile(function, fullgraph=True)):
+        mine = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+        state = {k: t.clone() for k, t in running.items()}
+        y = f(**mine, **state)
+        outcomes.append([y, *gradients(y, mine, grad).values(), *state.values()])
+    for eager, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_function_transforms(backend):
+    """They look inside, so the reference runs; per-sample gradients and forward mode agree with reverse mode."""
+    tensors, running, _ = make((3, 4, 5, 5), torch.float64, residual=False)
+    x, weight, bias = tensors["input"], tensors["weight"], tensors["bias"]
+    state = running["running_mean"], running["running_var"]
+
+    def loss(weight, x):
+        return batch_norm_act(x, *state, weight, bias, backend=backend).sin().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x.unsqueeze(1))
+    torch.testing.assert_close(per_sample.sum(0), torch.func.grad(loss)(weight, x))
+    _, tangent = torch.func.jvp(lambda w: loss(w, x), (weight,), (weight,))
+    torch.testing.assert_close(tangent, torch.func.grad(loss)(weight, x) @ weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saves_no_running_buffer_and_writes_no_saved_tensor(backend):
+    tensors, running, grad = make((3, 4, 5, 5), torch.float32)
+    mine = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = batch_norm_act(**mine, **running, training=True, backend=backend)
+    addresses = {t.data_ptr() for t in running.values()}
+    assert saved and not addresses & {t.data_ptr() for t in saved}
+    copies, grad_copy = [t.clone() for t in saved], grad.clone()
+    first = torch.autograd.grad(y, mine.values(), grad, retain_graph=True)
+    second = torch.autograd.grad(y, mine.values(), grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(saved, copies, strict=True)) and torch.equal(grad, grad_copy)
+
+
+X = torch.randn(2, 3, 4, 4)
+V = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"input": torch.randn(3)}, ValueError, "input must have 2 to 5 dimensions"),
+        ({"input": X.int()}, TypeError, "input must be one of float32"),
+        ({"input": "x"}, TypeError, "input must be a torch.Tensor"),
+        ({"weight": torch.ones(4)}, ValueError, r"weight must have the shape \(3,\), got \(4,\)"),
+        ({"running_var": torch.ones(2)}, ValueError, "running_var must have the shape"),
+        ({"running_var": None}, ValueError, "running_mean and running_var must both"),
+        ({"running_mean": None, "running_var": None, "training": False}, ValueError, "are needed when training"),
+        ({"bias": torch.ones(3, dtype=torch.float64)}, TypeError, "bias must be of input's dtype"),
+        ({"residual": torch.randn(2, 3, 4, 5)}, ValueError, "residual must have input's shape"),
+        ({"residual": torch.randn(2, 3, 1, 1)}, ValueError, "residual must have input's shape"),
+        ({"residual": X.double()}, TypeError, "residual must have input's dtype"),
+        ({"residual": X.to("meta")}, ValueError, "residual must be on cpu"),
+        ({"input": torch.randn(1, 3, 1, 1)}, ValueError, "Expected more than 1 value per channel when training"),
+        ({"activation": "gelu"}, ValueError, "activation must be one of"),
+        ({"backend": "tpu"}, ValueError, "backend must be one of"),
+        ({"backend": "cuda"}, fused_res.BackendUnavailableError, "backend 'cuda' is not available"),
+        ({"momentum": "much"}, TypeError, "momentum must be a number"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_input_is_refused_before_anything_is_written(change, error, words, backend):
+    mean, var = torch.zeros(3), torch.ones(3)
+    arguments = {"input": X, "running_mean": mean, "running_var": var, "training": True, "backend": backend} | change
+    with pytest.raises(error, match=words):
+        batch_norm_act(**arguments)
+    assert not mean.any() and torch.equal(var, torch.ones(3))
+
+
+def test_masks_pack_to_the_shape_that_fakes_promise():
+    from fused_res.backends.reference.batch_norm_act import pack_mask, unpack_mask
+
+    for case, format in CASES:
+        mask = (torch.randn(SHAPES[case]) > 0).contiguous(memory_format=format)
+        packed = pack_mask(mask)
+        assert tuple(packed.shape) == ops.packed_shape(mask)
+        assert torch.equal(unpack_mask(packed, mask), mask)

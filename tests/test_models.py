@@ -1,0 +1,256 @@
+"""fused_res.models against torchvision's: names, initial weights, outputs and gradients; CIFAR networks;
+plain twins."""
+
+import copy
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_res import models
+from fused_res.autograd import residual_block
+from fused_res.nn import BasicBlock, Bottleneck
+from fused_res.spec import BlockSpec, UnitSpec
+from fused_res.testing import stub_torchvision_operators
+
+stub_torchvision_operators()
+torchvision_models = pytest.importorskip("torchvision.models")
+
+IMAGENET = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+)
+
+
+def pair(name: str, seed: int = 0, **kwargs: object) -> tuple[nn.Module, nn.Module]:
+    """Ours and torchvision's, each made with the same seed."""
+    made = []
+    for module in (models, torchvision_models):
+        torch.manual_seed(seed)
+        made.append(getattr(module, name)(**kwargs))
+    return made[0], made[1]
+
+
+def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert list(state) == list(expected)
+    different = [key for key in state if not torch.equal(state[key], expected[key])]
+    assert not different
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_structure_is_torchvisions(name: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = pair(name)
+    mine, expected = ours.state_dict(), theirs.state_dict()
+    assert [(key, value.shape) for key, value in mine.items()] == [(k, v.shape) for k, v in expected.items()]
+    assert [key for key, _ in ours.named_parameters()] == [key for key, _ in theirs.named_parameters()]
+    assert [key for key, _ in ours.named_children()] == [key for key, _ in theirs.named_children()]
+
+
+# One of each kind: the others differ in the number of blocks only.
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet18", {}),
+        ("resnet18", {"num_classes": 7, "zero_init_residual": True}),
+        ("resnet50", {"zero_init_residual": True}),
+        ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
+        ("resnet18", {"norm_layer": functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)}),
+        ("resnet18", {"norm_layer": functools.partial(nn.GroupNorm, 32)}),
+        ("resnext50_32x4d", {}),
+        ("wide_resnet50_2", {"num_classes": 10}),
+    ],
+)
+def test_a_seed_gives_torchvisions_weights(name: str, kwargs: dict) -> None:
+    assert_same_state(*pair(name, seed=3, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_format", "kwargs"),
+    [
+        ("resnet18", torch.contiguous_format, {}),
+        ("resnet18", torch.channels_last, {}),
+        ("resnet50", torch.channels_last, {"replace_stride_with_dilation": (False, False, True)}),
+        ("resnext50_32x4d", torch.contiguous_format, {}),
+        (
+            "resnet18",
+            torch.contiguous_format,
+            {"norm_layer": functools.partial(nn.GroupNorm, 32)},
+        ),  # stock path
+    ],
+)
+def test_computes_what_torchvision_computes(
+    name: str, memory_format: torch.memory_format, kwargs: dict
+) -> None:
+    ours, theirs = (
+        model.to(torch.float64, memory_format=memory_format) for model in pair(name, num_classes=5, **kwargs)
+    )
+    x = torch.randn(3, 3, 48, 40, dtype=torch.float64).to(memory_format=memory_format)
+    weights = torch.randn(3, 5, dtype=torch.float64)
+    outputs = []
+    for model in (ours, theirs):
+        output = model.train()(x)
+        (output * weights).sum().backward()
+        outputs += [output.detach(), model.eval()(x).detach()]
+    torch.testing.assert_close(outputs[0], outputs[2])
+    torch.testing.assert_close(outputs[1], outputs[3])
+    expected = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[key].grad, rtol=1e-6, atol=1e-8, msg=key)
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+def test_checkpoints_travel_both_ways() -> None:
+    ours, theirs = models.resnet18(), torchvision_models.resnet18()
+    ours.load_state_dict(theirs.state_dict())
+    assert_same_state(ours, theirs)
+    torchvision_models.resnet18().load_state_dict(ours.state_dict())
+
+
+def test_takes_torchvisions_weights() -> None:
+    source = torchvision_models.resnet18(num_classes=4)
+    weights = types.SimpleNamespace(
+        meta={"categories": ["a", "b", "c", "d"]},
+        get_state_dict=lambda progress, check_hash: source.state_dict(),
+    )
+    assert_same_state(models.resnet18(weights=weights), source)
+    with pytest.raises(ValueError, match="num_classes must be 4"):
+        models.resnet18(weights=weights, num_classes=3)
+    with pytest.raises(ValueError, match="weights must be None for a plain network"):
+        models.resnet18(weights=weights, plain=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": "IMAGENET1K_V1"}, "weights must be None or a member"),
+        ({"replace_stride_with_dilation": [True]}, "replace_stride_with_dilation"),
+        ({"plain": True, "zero_init_residual": True}, "zero_init_residual"),
+        ({"backend": "fast"}, "backend must be one of"),
+        ({"recompute": "everything"}, "recompute must be one of"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.resnet50(**arguments)
+
+
+def test_recompute_and_backend_reach_every_block() -> None:
+    model = models.resnet50(recompute="conv", backend="reference")
+    blocks = [module for module in model.modules() if isinstance(module, Bottleneck)]
+    assert len(blocks) == 16
+    for module in (model, *blocks):
+        assert (module.recompute, module.backend) == ("conv", "reference")
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_cifar_depths(depth: int) -> None:
+    with torch.device("meta"):
+        model = models.cifar_resnet(depth)
+    blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
+    assert 2 * len(blocks) + 2 == depth
+    main = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in name
+    ]
+    assert len(main) == depth
+    assert (
+        sum("downsample.0.weight" in key for key in model.state_dict()) == 2
+    )  # option B: where the shape changes
+
+
+def test_cifar_resnet20_is_the_papers() -> None:
+    """270 thousand parameters (He et al. 2015, table 6), and the two projections of option B on top."""
+    count = sum(parameter.numel() for parameter in models.cifar_resnet(20).parameters())
+    projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+    assert count - projections == 269_722
+
+
+@pytest.mark.parametrize("depth", [0, 2, 3, 18, 21, -4])
+def test_cifar_bad_depth(depth: int) -> None:
+    with pytest.raises(ValueError, match=f"depth must be 6n \\+ 2.*got {depth}"):
+        models.cifar_resnet(depth)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_cifar_trains(plain: bool) -> None:
+    torch.manual_seed(0)
+    model = models.cifar_resnet(8, num_classes=3, plain=plain, width=8)
+    x, target = torch.randn(12, 3, 16, 16), torch.arange(12) % 3
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert model.eval()(x).shape == (12, 3)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [models.resnet18, models.resnet50, functools.partial(models.cifar_resnet, 20)],
+    ids=["resnet18", "resnet50", "cifar20"],
+)
+def test_plain_twin_has_the_same_layers_and_no_shortcut(build) -> None:
+    residual, plain = build().double(), build(plain=True).double()
+    missing = residual.state_dict().keys() - plain.state_dict().keys()
+    assert missing
+    assert all(".downsample." in key for key in missing)
+    plain.load_state_dict({key: residual.state_dict()[key] for key in plain.state_dict()})
+
+    # A block whose last norm gives zeros passes its input on if it has a shortcut, and nothing if it has
+    # none.
+    for model, expected in ((residual, True), (plain, False)):
+        block = copy.deepcopy(model.layer1[-1])
+        last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+        nn.init.zeros_(last.weight)
+        x = torch.rand(2, block.conv1.in_channels, 6, 6, dtype=torch.float64)
+        torch.testing.assert_close(block(x), x if expected else torch.zeros_like(x))
+
+
+def flops(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_flop_counter_counts_a_model_as_stock() -> None:
+    ours, theirs = pair("resnet50", num_classes=5)
+    x = torch.randn(1, 3, 64, 64)
+    assert flops(lambda: ours(x).sum().backward()) == flops(lambda: theirs(x).sum().backward())
+
+
+@pytest.mark.parametrize("recompute", ["none", "norm", "conv"])
+@pytest.mark.parametrize("input_grad", [False, True])
+def test_flop_counter_counts_the_compiled_operators(recompute: str, input_grad: bool) -> None:
+    """The opaque operators that stand for a block under torch.compile: its convolutions, and those that run
+    again."""
+    spec = BlockSpec((UnitSpec(), UnitSpec(padding=(1, 1)), UnitSpec()), UnitSpec(activation="identity"))
+    tensors: list[torch.Tensor | None] = []
+    for cin, cout, kernel in ((8, 4, 1), (4, 4, 3), (4, 16, 1), (8, 16, 1)):
+        tensors += [torch.randn(cout, cin, kernel, kernel, requires_grad=True), None]
+        tensors += [torch.ones(cout, requires_grad=True), torch.zeros(cout, requires_grad=True), None, None]
+    x = torch.randn(2, 8, 6, 6, requires_grad=input_grad)
+
+    def step() -> None:
+        residual_block.traceable(x, spec, tensors, (True,) * 4, recompute, "reference")[0].sum().backward()
+
+    pixels = 2 * 6 * 6
+    first, inner, last, projection = (2 * pixels * n for n in (8 * 4, 4 * 4 * 9, 4 * 16, 8 * 16))
+    forward = first + inner + last + projection
+    backward = 2 * forward if input_grad else 2 * forward - first - projection
+    again = last + projection if recompute == "conv" else 0
+    assert flops(step) == forward + backward + again
