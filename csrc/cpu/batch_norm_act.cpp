@@ -14,7 +14,7 @@ namespace fused_res::cpu {
 namespace {
 
 // Outputs from this size on are written past the caches: they would not stay there, and a normal store reads the line first.
-constexpr int64_t kStreamBytes = 16 << 20;
+constexpr int64_t kStreamBytes = 4 << 20;
 
 bool may_stream(const Operand& x, const Tensor& output) {
   const int64_t line = 64, row_bytes = x.shape.cols() * output.element_size();

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_res.backends.reference.batch_norm_act import batch_norm_act_apply
+from fused_res.ops import stats_dtype
 
 
 def max_pool_forward(
