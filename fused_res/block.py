@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from fused_res.backends.reference.residual_block import convolution
+from fused_res import convolution
 from fused_res.backends.registry import Backend
 from fused_res.ops import laid_out
 from fused_res.plan import Plan, Unit
@@ -106,21 +105,10 @@ def backward(
         )
         if not unit.grad_z:
             return None
-        spec = unit.spec
         # Only the weight's gradient reads x; the input's takes its shape, which the value before the norm has too.
         x = values[unit.reads if unit.grad_weight or unit.reads == "x" else "z" + unit.reads[1:]]
-        dx, grads[at], grads[at + 1] = torch.ops.aten.convolution_backward.default(
-            dz,
-            x,
-            weight,
-            None if bias is None else [bias.shape[0]],
-            spec.stride,
-            spec.padding,
-            spec.dilation,
-            False,
-            (0,) * len(spec.stride),
-            spec.groups,
-            [unit.grad_reads, unit.grad_weight, unit.grad_bias],
+        dx, grads[at], grads[at + 1] = convolution.backward(
+            dz, x, weight, bias, unit.spec, [unit.grad_reads, unit.grad_weight, unit.grad_bias]
         )
         return dx
 
@@ -153,7 +141,7 @@ def backward(
 
 def _convolve(plan: Plan, unit: Unit, x: Tensor, tensors: Tensors) -> Tensor:
     weight, bias = tensors[6 * unit.index : 6 * unit.index + 2]
-    z = convolution(x, weight, bias, unit.spec)
+    z = convolution.forward(x, weight, bias, unit.spec)
     # What meets in the addition has one layout, whatever each convolution chose: the mask's bits lie in its order.
     return laid_out(z, plan.channels_last) if unit.makes in plan.added else z
 

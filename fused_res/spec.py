@@ -45,6 +45,11 @@ class UnitSpec:
             raise ValueError(f"groups must be at least 1, got {self.groups}")
 
     @property
+    def no_output_padding(self) -> tuple[int, ...]:
+        """What ATen's convolution wants for an argument that only transposed ones have."""
+        return (0,) * len(self.stride)
+
+    @property
     def relu(self) -> bool:
         return self.activation == "relu"
 

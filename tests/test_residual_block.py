@@ -117,6 +117,16 @@ def test_equals_stock(name, training, recompute, backend):
         assert_same(found, run(lambda x, t, spec=spec: stock(x, spec, t, training), x, learnable(tensors)))
 
 
+@pytest.mark.parametrize("name", ["bottleneck", "projection", "basic", "grouped", "stem"])
+def test_maps_smaller_than_the_kernel(name):
+    """Taps that read padding only are cut from the weight; their gradient is zero."""
+    for size, last in itertools.product((1, 2, 3, 4), (True, False)):
+        spec, x, tensors = make(name, batch=5, size=size)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        ours = run(lambda x, t, s=spec: residual_block(x, s, t, training=True), x, learnable(tensors))
+        assert_same(ours, run(lambda x, t, s=spec: stock(x, s, t), x, learnable(tensors)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts_that_disagree(backend):
     """Weights in channels_last turn convolution outputs to channels_last, 1x1 weights do not tell; and the gradient

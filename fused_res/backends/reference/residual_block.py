@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_res.backends.reference.batch_norm_act import batch_norm_act
-from fused_res.spec import BlockSpec, UnitSpec
+from fused_res.spec import BlockSpec
 
 
 def residual_block(
@@ -22,7 +22,9 @@ def residual_block(
         this = spec.convolutions[index]
         weight, bias, norm_weight, norm_bias, running_mean, running_var = tensors[6 * index : 6 * index + 6]
         assert weight is not None
-        z = convolution(x, weight, bias, this)
+        z = torch.ops.aten.convolution.default(
+            x, weight, bias, this.stride, this.padding, this.dilation, False, this.no_output_padding, this.groups
+        )
         y, *used[index] = batch_norm_act(
             z,
             running_mean,
@@ -48,17 +50,3 @@ def residual_block(
         y = F.max_pool2d(y, spec.pool.kernel_size, spec.pool.stride, spec.pool.padding)
     return y, [used[index][0] for index in sorted(used)], [used[index][1] for index in sorted(used)]
 
-
-def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, spec: UnitSpec) -> Tensor:
-    """The convolution of a unit, through ATen."""
-    return torch.ops.aten.convolution.default(
-        input,
-        weight,
-        bias,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        False,
-        (0,) * len(spec.stride),
-        spec.groups,
-    )
