@@ -37,18 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="side of the model's images (default: %(default)s)",
     )
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="default: %(default)s")
-    parser.add_argument(
-        "--cases", metavar="TEXT", help="only the cases whose name contains this, such as resnet50"
-    )
+    parser.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains this, such as resnet50")
 
 
 def select_cases(options: argparse.Namespace) -> list[BlockCase]:
     cases = QUICK_BLOCK_CASES if options.quick else BLOCK_CASES
     chosen = [case for case in cases if not options.cases or options.cases in case.name]
     if not chosen:
-        raise SystemExit(
-            f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}"
-        )
+        raise SystemExit(f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}")
     return chosen
 
 
@@ -94,9 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch._dynamo.reset()  # each block compiles for its own shape
         model = models[case.model]
         shape = input_shapes(model, [case.block], batch, size)[case.block]
-        workloads, checks = check_and_build(
-            providers, model.get_submodule(case.block), shape, case.name, options
-        )
+        workloads, checks = check_and_build(providers, model.get_submodule(case.block), shape, case.name, options)
         samples = measure_interleaved(workloads, **common.timing(options), label=case.name)
         measured.append(
             {
@@ -128,6 +122,6 @@ def summary(run: dict[str, Any]) -> str:
     return title + "\n" + report.table(["provider", "sum ms", f"time / {names[0]}"], rows)
 
 
-def plot(document: dict[str, Any], out: Path) -> list[Path]:
+def plot(document: dict[str, Any], path: Path) -> None:
     mode = "forward and backward" if document["options"]["mode"] == "train" else "inference"
-    return [plots.speedups(document, out / "block.png", f"residual blocks, {mode}")]
+    plots.speedups(document, path, f"residual blocks, {mode}")

@@ -28,9 +28,7 @@ def resnet50_op_cases(batch: int, size: int) -> list[OpCase]:
     3x3 input (still at the stage's input resolution), the other inner norms, the norms that end a block
     (these have the residual and its ReLU), and the projection's (no activation)."""
 
-    def case(
-        name: str, channels: int, side: int, count: int, residual: bool = False, relu: bool = True
-    ) -> OpCase:
+    def case(name: str, channels: int, side: int, count: int, residual: bool = False, relu: bool = True) -> OpCase:
         label = f"{name} {channels}x{side}x{side}{' +add' if residual else ''}{' +relu' if relu else ''}"
         return OpCase(label, (batch, channels, side, side), residual, "relu" if relu else "identity", count)
 

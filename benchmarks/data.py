@@ -15,9 +15,7 @@ def photographs(batch: int, size: int, seed: int = 0) -> Tensor:
     try:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
-        raise SystemExit(
-            "the benchmarks take their photographs from scikit-learn: pip install scikit-learn"
-        ) from error
+        raise SystemExit("the benchmarks take their photographs from scikit-learn: pip install scikit-learn") from error
     generator = torch.Generator().manual_seed(seed)
 
     def random_int(low: int, high: int) -> int:
@@ -33,9 +31,7 @@ def photographs(batch: int, size: int, seed: int = 0) -> Tensor:
         crop = image[:, top : top + side, left : left + side]
         if random_int(0, 1):
             crop = crop.flip(2)
-        crops.append(
-            F.interpolate(crop[None], (size, size), mode="bilinear", antialias=True, align_corners=False)
-        )
+        crops.append(F.interpolate(crop[None], (size, size), mode="bilinear", antialias=True, align_corners=False))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (torch.cat(crops) - mean) / std
 

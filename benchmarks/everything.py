@@ -1,44 +1,64 @@
 """`all` (what `make bench` runs): a selection of the other subcommands that ends within ten minutes on two
 cores.
 
-Compiling a ResNet-50 training step takes a minute or two on two cores, so compiled providers take part only
-where they may be the fastest stock way. What this selection leaves out, the single subcommands measure.
+Compiling a ResNet-50 training step takes two minutes on two cores, so compiled providers take part in `op`
+only, in two of its cases. What this selection leaves out, the single subcommands measure.
 """
 
 import argparse
 import time
+from dataclasses import dataclass
 
-from benchmarks import report, runner
+from benchmarks import allocator, report, runner
 
 HELP = "a selection of all of the above within ten minutes, its summary last"
 
-STOCK = "eager,eager-channels-last"
+FAST = ("--repeat", "5", "--min-time", "0.3")
+STOCK = "ours,eager,eager-channels-last"
+COMPILED = "ours,ours+compile,compile-channels-last"
 
-# (subcommand, its options): names of the result files are those of the subcommands, so each stands here once.
-SELECTION: tuple[tuple[str, list[str]], ...] = (
-    ("op", ["--providers", f"ours,{STOCK},compile-channels-last", "--min-time", "0.2", "--repeat", "5"]),
-    ("block", ["--providers", f"ours,{STOCK}", "--cases", "resnet50", "--min-time", "0.2", "--repeat", "5"]),
-    ("model", ["--providers", f"ours,{STOCK}", "--min-time", "1", "--repeat", "4"]),
-    ("memory", ["--batch", "8", "--min-time", "0", "--repeat", "3"]),
+
+@dataclass(frozen=True)
+class Part:
+    """One subcommand with its options; `title` names its result files."""
+
+    title: str
+    subcommand: str
+    arguments: tuple[str, ...]
+    one_allocator: bool = False  # bytes do not depend on it
+
+
+SELECTION = (
+    Part("op", "op", ("--providers", STOCK, *FAST)),
+    Part(
+        "op-compile",
+        "op",
+        ("--providers", COMPILED, "--cases", "layer2 ", *FAST),
+    ),
+    Part("block", "block", ("--providers", STOCK, "--cases", "layer2", *FAST)),
+    Part("model", "model", ("--providers", STOCK, "--model", "resnet50", "--repeat", "5", "--min-time", "0")),
+    Part("model-small", "model", ("--providers", STOCK, "--small", "--repeat", "20", "--min-time", "2")),
+    Part("memory", "memory", ("--batch", "4", "--repeat", "3", "--min-time", "0"), one_allocator=True),
 )
 
 
-def run(
-    options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks: dict[str, runner.Benchmark]
-) -> None:
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks: dict[str, runner.Benchmark]) -> None:
     started = time.monotonic()
-    shared = ["--allocator", options.allocator, "--backend", options.backend, "--seed", str(options.seed)]
-    shared += ["--out", str(options.out)]
+    shared = ["--backend", options.backend, "--seed", str(options.seed), "--out", str(options.out)]
     shared += ["--threads", str(options.threads)] if options.threads else []
     shared += ["--quick"] if options.quick else []
-    documents = {}
-    for name, own in SELECTION:
-        arguments = [name, *([] if options.quick else own), *shared]
-        documents[name] = runner.run(name, benchmarks[name], parser.parse_args(arguments), arguments)
-    parts = [
-        benchmarks[name].summary(run) for name, document in documents.items() for run in document["runs"]
-    ]
-    text = "\n\n".join([report.environment(documents["op"]), *parts])
+    documents, summaries = [], []
+    for part in SELECTION:
+        settings = allocator.settings_for(options.allocator)
+        setting = settings[0] if part.one_allocator else options.allocator
+        # Without the compiled providers a quick run is not slow, and its shapes are its own.
+        own = () if options.quick else part.arguments
+        arguments = [part.subcommand, *own, *shared, "--allocator", setting]
+        benchmark = benchmarks[part.subcommand]
+        document = runner.run(part.title, benchmark, parser.parse_args(arguments), arguments)
+        documents.append(document)
+        summaries += [benchmark.summary(one) for one in document["runs"]]
+    text = "\n\n".join([report.environment(documents[0]), *summaries])
     (options.out / "summary.txt").write_text(text + "\n")
     minutes = (time.monotonic() - started) / 60
     print(f"\n== summary ==\n\n{text}\n\n{minutes:.1f} minutes; results in {options.out}")

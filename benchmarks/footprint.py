@@ -67,9 +67,7 @@ def saved_for_backward(forward: Callable[[], Tensor], module: nn.Module, inputs:
         output = forward()
     assert output.grad_fn is not None, "nothing to go backward through"
     visible = {storage_key(item.tensor): item.tensor.untyped_storage().nbytes() for item in kept}
-    hidden = {
-        storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors_on_nodes(output.grad_fn)
-    }
+    hidden = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors_on_nodes(output.grad_fn)}
     return Saved(
         sum(size for key, size in visible.items() if key not in excluded),
         sum(size for key, size in hidden.items() if key not in excluded and key not in visible),
@@ -126,9 +124,7 @@ def tensor_memory(call: Callable[[], Any]) -> TensorMemory:
     """What PyTorch's CPU allocator gave out during `call()`, whose result is kept alive until the end."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces every start and stop
     gc.collect()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0

@@ -36,12 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
     parser.add_argument("--model", choices=MODELS, default="resnet50", help="default: %(default)s")
     parser.add_argument("--batch", type=common.positive_int, default=16, help="images (default: %(default)s)")
-    parser.add_argument(
-        "--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="also measure under torch.compile (takes minutes)"
-    )
+    parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also measure under torch.compile (takes minutes)")
 
 
 class Checkpointed(nn.Module):
@@ -118,9 +114,7 @@ def comparable(results: Results) -> Results:
     return {name.replace(".block.", "."): tensor for name, tensor in results.items() if "running" not in name}
 
 
-def check_and_build(
-    ways: list[str], options: argparse.Namespace
-) -> tuple[dict[str, ModelStep], dict[str, float]]:
+def check_and_build(ways: list[str], options: argparse.Namespace) -> tuple[dict[str, ModelStep], dict[str, float]]:
     steps, results, checks = {}, {}, {}
     stock_first = sorted(ways, key=lambda way: way not in (EAGER, EAGER_CHANNELS_LAST))
     for way in progress.cases(stock_first, "memory: check"):
@@ -145,9 +139,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         options.model, options.batch, options.size = "resnet18", 2, 64
     ways = [*WAYS, *(COMPILED if options.compile else ())]
     steps, checks = check_and_build(ways, options)
-    footprints = {
-        way: footprint_of(way, steps[way], options) for way in progress.cases(ways, "memory: bytes")
-    }
+    footprints = {way: footprint_of(way, steps[way], options) for way in progress.cases(ways, "memory: bytes")}
     samples = measure_interleaved(
         {way: step.workload() for way, step in steps.items()},
         **common.timing(options),
@@ -201,5 +193,5 @@ def tables(run: dict[str, Any]) -> str:
 summary = tables
 
 
-def plot(document: dict[str, Any], out: Path) -> list[Path]:
-    return [plots.time_against_memory(document, out / "memory.png")]
+def plot(document: dict[str, Any], path: Path) -> None:
+    plots.time_against_memory(document, path)

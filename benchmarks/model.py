@@ -50,9 +50,7 @@ def select_cases(options: argparse.Namespace) -> list[ModelCase]:
     given = {name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None}
     if options.small:
         if given:
-            raise SystemExit(
-                f"--small fixes the model, its mode and its shape: leave out --{', --'.join(given)}"
-            )
+            raise SystemExit(f"--small fixes the model, its mode and its shape: leave out --{', --'.join(given)}")
         return list(SMALL_MODEL_CASES)
     if options.quick:
         given = {"model": ["resnet18"], "batch": 2, "size": 64} | given
@@ -125,15 +123,12 @@ def summary(run: dict[str, Any]) -> str:
                 case["name"],
                 f"{report.milliseconds(first['median_s'])} ±{report.spread(first)}",
                 f"{case['batch'] / first['median_s']:.1f}",
-                *(
-                    report.ratio(case["providers"][name]["median_s"] / first["median_s"])
-                    for name in names[1:]
-                ),
+                *(report.ratio(case["providers"][name]["median_s"] / first["median_s"]) for name in names[1:]),
             ]
         )
     header = ["", f"{names[0]} ms", "images/s", *(f"{name} / {names[0]}" for name in names[1:])]
     return f"model: time relative to {names[0]}, {report.allocator_title(run)}\n" + report.table(header, rows)
 
 
-def plot(document: dict[str, Any], out: Path) -> list[Path]:
-    return [plots.speedups(document, out / "model.png", "training step and inference of whole networks")]
+def plot(document: dict[str, Any], path: Path) -> None:
+    plots.speedups(document, path, "training step and inference of whole networks")

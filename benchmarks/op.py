@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
     common.add_providers(parser)
     parser.add_argument("--batch", type=common.positive_int, default=16, help="images (default: %(default)s)")
-    parser.add_argument(
-        "--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)"
-    )
+    parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="default: %(default)s")
     parser.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains this")
 
@@ -55,9 +53,7 @@ def select_cases(options: argparse.Namespace) -> list[OpCase]:
     cases = quick_op_cases() if options.quick else resnet50_op_cases(options.batch, options.size)
     chosen = [case for case in cases if not options.cases or options.cases in case.name]
     if not chosen:
-        raise SystemExit(
-            f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}"
-        )
+        raise SystemExit(f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}")
     return chosen
 
 
@@ -82,16 +78,12 @@ class Inputs:
 
     def silence_undecided(self, mode: Mode) -> None:
         if self.case.activation == "relu" and mode == "train":
-            x, mean, var, weight, bias, residual = self.arguments(
-                torch.contiguous_format, torch.float64, mode
-            )
+            x, mean, var, weight, bias, residual = self.arguments(torch.contiguous_format, torch.float64, mode)
             run = stock_batch_norm_act("identity", training=True)
             with torch.no_grad():
                 self.grad_output[run(x, mean, var, weight, bias, residual).abs() < UNDECIDED] = 0
 
-    def arguments(
-        self, memory_format: torch.memory_format, dtype: torch.dtype, mode: Mode
-    ) -> tuple[Any, ...]:
+    def arguments(self, memory_format: torch.memory_format, dtype: torch.dtype, mode: Mode) -> tuple[Any, ...]:
         """Fresh copies, in the order that a BatchNormAct takes them; leaves that require grad in training."""
 
         def leaf(tensor: Tensor | None, requires_grad: bool) -> Tensor | None:
@@ -196,9 +188,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             {
                 **case.describe(),
                 "fewest_bytes": traffic.fewest(n, case.residual).of(options.mode),
-                "moved_bytes": {
-                    p.name: fused if p.fused else eager for p in providers if p.fused or not p.compiled
-                },
+                "moved_bytes": {p.name: fused if p.fused else eager for p in providers if p.fused or not p.compiled},
                 "share_of_allowed_error": checks,
                 "providers": {name: values.summary() for name, values in samples.items()},
             }
@@ -233,8 +223,7 @@ def tables(run: dict[str, Any]) -> str:
     phases = [f"{phase} ms" for phase in cases[0]["providers"][names[0]]["phases_s"]]
     header = ["case", "in the net", *phases, "GB/s fewest", "of copy", "GB/s moved", "of copy"]
     parts.append(
-        f"{names[0]}, where copying runs at {copy / 1e9:.1f} GB/s (read plus write)\n"
-        + report.table(header, rows)
+        f"{names[0]}, where copying runs at {copy / 1e9:.1f} GB/s (read plus write)\n" + report.table(header, rows)
     )
     parts.append(summary(run))
     return "\n\n".join(parts)
@@ -268,5 +257,5 @@ def summary(run: dict[str, Any]) -> str:
     return title + "\n" + report.table(header, rows)
 
 
-def plot(document: dict[str, Any], out: Path) -> list[Path]:
-    return [plots.bandwidth(document, out / "op.png")]
+def plot(document: dict[str, Any], path: Path) -> None:
+    plots.bandwidth(document, path)

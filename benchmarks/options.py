@@ -35,17 +35,13 @@ def provider_list(text: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in providers.PROVIDERS]
     if unknown or not names:
         known = ", ".join(providers.PROVIDERS)
-        raise argparse.ArgumentTypeError(
-            f"unknown provider {', '.join(unknown) or text!r}; choose from {known}"
-        )
+        raise argparse.ArgumentTypeError(f"unknown provider {', '.join(unknown) or text!r}; choose from {known}")
     return tuple(dict.fromkeys(names))
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """For every subcommand."""
-    parser.add_argument(
-        "--threads", type=positive_int, help="threads of PyTorch (default: PyTorch's own choice)"
-    )
+    parser.add_argument("--threads", type=positive_int, help="threads of PyTorch (default: PyTorch's own choice)")
     parser.add_argument(
         "--allocator",
         choices=[*allocator.SETTINGS, "both"],
@@ -59,9 +55,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="fused_res backend of our providers (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny shapes and two rounds: does it run, not how fast"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: does it run, not how fast")
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="results folder (default: %(default)s)"
     )
@@ -70,9 +64,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def add_timing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--repeat", type=positive_int, default=7, help="rounds at least (default: %(default)s)"
-    )
+    parser.add_argument("--repeat", type=positive_int, default=7, help="rounds at least (default: %(default)s)")
     parser.add_argument(
         "--min-time",
         type=seconds,
@@ -94,8 +86,7 @@ def add_providers(parser: argparse.ArgumentParser) -> None:
         "--providers",
         type=provider_list,
         metavar="LIST",
-        help=f"comma-separated, from: {', '.join(providers.PROVIDERS)} "
-        "(default: all; with --quick those not compiled)",
+        help=f"comma-separated, from: {', '.join(providers.PROVIDERS)} (default: all; with --quick those not compiled)",
     )
 
 

@@ -28,19 +28,16 @@ def color_of(name: str) -> str:
     return fixed[name]
 
 
-def save(figure: Any, document: dict[str, Any], path: Path) -> Path:
+def save(figure: Any, document: dict[str, Any], path: Path, title: str) -> None:
     env = document["runs"][0]["environment"]
-    versions = f"torch {env['torch']}, fused_res {env['fused_res']}"
-    note = f"{env['cpu']}, {env['threads']} threads, {versions}, {env['date'][:10]}"
-    figure.supxlabel(note, x=0.99, ha="right", fontsize=7, color="#666666")
+    machine = f"{env['cpu']}, {env['threads']} threads"
+    versions = f"torch {env['torch']}, fused_res {env['fused_res']}, {env['date'][:10]}"
+    figure.suptitle(f"{title}\n{machine}, {versions}", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-    return path
 
 
-def grouped_bars(
-    axis: Any, labels: Sequence[str], series: dict[str, Sequence[float]], text: str = "{:.0f}"
-) -> None:
+def grouped_bars(axis: Any, labels: Sequence[str], series: dict[str, Sequence[float]], text: str = "{:.0f}") -> None:
     """Horizontal bars, the first label on top, one bar a provider."""
     height = 0.8 / len(series)
     for index, (name, values) in enumerate(series.items()):
@@ -74,7 +71,7 @@ def legend_below(figure: Any, axis: Any) -> None:
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4, frameon=False)
 
 
-def bandwidth(document: dict[str, Any], path: Path) -> Path:
+def bandwidth(document: dict[str, Any], path: Path) -> None:
     """GB/s over the fewest bytes for each case, against the speed of copying."""
     cases = document["runs"][0]["cases"]
     providers = list(cases[0]["providers"])
@@ -90,37 +87,30 @@ def bandwidth(document: dict[str, Any], path: Path) -> Path:
         axis.set_xlabel("GB/s over the fewest bytes (longer is better)")
     legend_below(figure, pairs[0][0])
     mode = document["options"]["mode"]
-    figure.suptitle(
-        f"batch norm (+ add) + ReLU, {'forward and backward' if mode == 'train' else 'inference'}",
-        fontsize=11,
-    )
-    return save(figure, document, path)
+    passes = "forward and backward" if mode == "train" else "inference"
+    save(figure, document, path, f"batch norm (+ add) + ReLU, {passes}")
 
 
-def speedups(document: dict[str, Any], path: Path, title: str) -> Path:
-    """How many times longer each provider takes than the fastest stock provider would allow: throughput
-    relative to it."""
+def speedups(document: dict[str, Any], path: Path, title: str) -> None:
+    """Each provider's speed relative to eager channels_last (or the last provider, where that is not
+    measured)."""
     cases = document["runs"][0]["cases"]
     providers = list(cases[0]["providers"])
     figure, pairs = panels(document, 1.6 + len(cases) * (0.15 + 0.13 * len(providers)))
     base = "eager-channels-last" if "eager-channels-last" in providers else providers[-1]
     for axis, run in pairs:
         series = {
-            name: [
-                case["providers"][base]["median_s"] / case["providers"][name]["median_s"]
-                for case in run["cases"]
-            ]
+            name: [case["providers"][base]["median_s"] / case["providers"][name]["median_s"] for case in run["cases"]]
             for name in providers
         }
         grouped_bars(axis, [case["name"] for case in cases], series, "{:.2f}")
         axis.axvline(1, color="#333333", linewidth=0.8)
         axis.set_xlabel(f"speed relative to {base} (longer is better)")
     legend_below(figure, pairs[0][0])
-    figure.suptitle(title, fontsize=11)
-    return save(figure, document, path)
+    save(figure, document, path, title)
 
 
-def time_against_memory(document: dict[str, Any], path: Path) -> Path:
+def time_against_memory(document: dict[str, Any], path: Path) -> None:
     """Each way of training as a point: what it saves for backward, and what a step costs."""
     figure, pairs = panels(document, 5)
     for axis, run in pairs:
@@ -143,8 +133,5 @@ def time_against_memory(document: dict[str, Any], path: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     pairs[0][0].set_ylabel("seconds for a training step")
     case = document["runs"][0]["cases"][0]
-    figure.suptitle(
-        f"{case['model']}, batch {case['batch']}, {case['size']}x{case['size']}: time against memory",
-        fontsize=11,
-    )
-    return save(figure, document, path)
+    shape = f"batch {case['batch']}, {case['size']}x{case['size']}"
+    save(figure, document, path, f"{case['model']}, {shape}: time against memory")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_res import fuse
+from fused_res import fuse, summarize
 from fused_res.functional import batch_norm_act
 
 # (input, running_mean, running_var, weight, bias, residual) -> output
@@ -90,13 +90,13 @@ def build_batch_norm_act(
     return torch.compile(run, dynamic=False) if provider.compiled else run
 
 
-def build_module(
-    provider: Provider, stock: nn.Module, backend: str = "auto", recompute: str = "none"
-) -> nn.Module:
+def build_module(provider: Provider, stock: nn.Module, backend: str = "auto", recompute: str = "none") -> nn.Module:
     """A copy of the stock module, run the provider's way."""
     module: Any = copy.deepcopy(stock).to(memory_format=provider.memory_format)
     if provider.fused:
         fuse(module, backend=backend, recompute=recompute)
+        if not summarize(module).fused:
+            raise RuntimeError(f"nothing was fused, stock would be measured as ours:\n{summarize(module)}")
     if provider.compiled:
         module = torch.compile(module, dynamic=False)
     return module

@@ -16,8 +16,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     def line(row: Sequence[str]) -> str:
         first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         return "  ".join([first, *rest]).rstrip()
 
@@ -67,9 +66,7 @@ def wide_times(cases: Sequence[dict[str, Any]]) -> str:
         for name in names:
             provider = case["providers"][name]
             cell = f"{milliseconds(provider['median_s'])} ±{spread(provider)}"
-            row.append(
-                cell if provider is first else f"{cell} {ratio(provider['median_s'] / first['median_s'])}"
-            )
+            row.append(cell if provider is first else f"{cell} {ratio(provider['median_s'] / first['median_s'])}")
         rows.append(row)
     note = f"median ms, ±spread (10th to 90th percentile), time relative to {names[0]}"
     return note + "\n" + table(["case", *names], rows)

@@ -33,7 +33,8 @@ class Benchmark(Protocol):
     def summary(self, run: dict[str, Any]) -> str:
         """The few lines that `all` repeats at its end."""
 
-    def plot(self, document: dict[str, Any], out: Path) -> list[Path]: ...
+    def plot(self, document: dict[str, Any], path: Path) -> None:
+        """Draws the chart of all runs into the PNG `path`."""
 
 
 def measure_here(benchmark: Benchmark, options: argparse.Namespace) -> None:
@@ -96,7 +97,8 @@ def run(name: str, benchmark: Benchmark, options: argparse.Namespace, arguments:
     written = [options.out / f"{name}.json", options.out / f"{name}.txt"]
     written[0].write_text(json.dumps(document, indent=1) + "\n")
     written[1].write_text(text + "\n")
-    written += benchmark.plot(document, options.out)
+    written.append(options.out / f"{name}.png")
+    benchmark.plot(document, written[-1])
     print(f"\n{text}\n\nwrote {', '.join(map(str, written))}", flush=True)
     return document
 

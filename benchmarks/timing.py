@@ -17,9 +17,7 @@ from benchmarks import progress
 # One timed step, as named phases in order. A phase gets what the phase before it returned.
 Workload = Mapping[str, Callable[[Any], Any]]
 
-SAMPLE_SECONDS = (
-    0.01  # a sample repeats its step until it is at least this long: far above the clock and the scheduler
-)
+SAMPLE_SECONDS = 0.01  # a sample repeats its step until it is at least this long: far above the clock and the scheduler
 WARM_UP_CALLS = 2
 
 

@@ -25,8 +25,7 @@ def _rows(rows: Iterable[Sequence[str]]) -> str:
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     lines = (
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
-        for row in rows
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
     )
     return "\n".join("  " + line for line in lines)
 
@@ -65,9 +64,7 @@ def _backends() -> str:
     reasons = list(dict.fromkeys(cell for row in table.values() for cell in row.values() if cell != "yes"))
     rows = [("", *next(iter(table.values())))]
     for stem, row in table.items():
-        rows.append(
-            (stem, *(cell if cell == "yes" else f"no ({reasons.index(cell) + 1})" for cell in row.values()))
-        )
+        rows.append((stem, *(cell if cell == "yes" else f"no ({reasons.index(cell) + 1})" for cell in row.values())))
     below = ("see C++ extension" if reason == _extension.reason else reason for reason in reasons)
     return "\n".join([_rows(rows), *(f"  ({number}) {reason}" for number, reason in enumerate(below, 1))])
 

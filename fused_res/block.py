@@ -40,9 +40,7 @@ def forward(plan: Plan, backend: Backend, input: Tensor, tensors: Tensors) -> tu
                 values[name] = value
         return z
 
-    def normalise(
-        unit: Unit, z: Tensor, residual: Tensor | None, save_mask: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def normalise(unit: Unit, z: Tensor, residual: Tensor | None, save_mask: bool) -> tuple[Tensor, Tensor | None]:
         spec, norm = unit.spec, tensors[6 * unit.index + 2 : 6 * unit.index + 6]
         if plan.inference:
             backend.batch_norm_act_inference_(z, residual, *norm, spec.eps, spec.relu)
@@ -73,9 +71,7 @@ def forward(plan: Plan, backend: Backend, input: Tensor, tensors: Tensors) -> tu
     return y, Kept(values, [stats[index] for index in sorted(stats)], mask if plan.grad else None)
 
 
-def backward(
-    plan: Plan, backend: Backend, grad_output: Tensor, tensors: Tensors, kept: Kept
-) -> list[Tensor | None]:
+def backward(plan: Plan, backend: Backend, grad_output: Tensor, tensors: Tensors, kept: Kept) -> list[Tensor | None]:
     """Gradients of the input and of every tensor, in their order; None where ``plan`` wants none."""
     if plan.spec.shortcut != "none":
         grad_output = laid_out(grad_output, plan.channels_last)
@@ -100,9 +96,7 @@ def backward(
         )
         values.drop(unit.makes)
         at = 1 + 6 * unit.index
-        grads[at + 2 : at + 4] = (
-            grad if flag else None for grad, flag in zip(norm_grads, wanted[2:], strict=True)
-        )
+        grads[at + 2 : at + 4] = (grad if flag else None for grad, flag in zip(norm_grads, wanted[2:], strict=True))
         if not unit.grad_z:
             return None
         # Only the weight's gradient reads x; the input's takes its shape, which the value before the norm has too.
@@ -158,9 +152,7 @@ class _Values(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         if name in self._activated:
             unit = self._activated[name]
-            value = self._backend.batch_norm_act_apply(
-                self[unit.makes], self._stats[unit.index], unit.spec.relu
-            )
+            value = self._backend.batch_norm_act_apply(self[unit.makes], self._stats[unit.index], unit.spec.relu)
         else:
             unit = self._made_by[name]
             value = _convolve(self._plan, unit, self[unit.reads], self._tensors)

@@ -1,9 +1,9 @@
 """Convolutions of a block: ATen's, but for those that make a single pixel.
 
-On a map of 1x1 pixels a padded 3x3 kernel meets the input with its centre alone, and a library still reads all nine taps
-of the weight. In the last stage of a ResNet on small images the weight *is* the memory traffic (ResNet-18 on 32x32
-images: 33 of 45 MB). There the convolution is a matrix product for each tap that meets the input, straight from the
-channels_last weight, and the gradient of the other taps is zero.
+On a map of 1x1 pixels a padded 3x3 kernel meets the input with its centre alone, and a library still reads all nine
+taps of the weight. In the last stage of a ResNet on small images the weight *is* the memory traffic (ResNet-18 on
+32x32 images: 33 of 45 MB). There the convolution is a matrix product for each tap that meets the input, straight from
+the channels_last weight, and the gradient of the other taps is zero.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from fused_res.spec import UnitSpec
 _MOST_TAPS = 4
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None, spec: UnitSpec) -> Tensor:
+def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, spec: UnitSpec) -> Tensor:
     """``conv(input, weight) + bias`` of a unit: ``(N, C, ...)`` and ``(K, C / groups, ...)`` to ``(N, K, ...)``."""
+    assert weight is not None  # the plan has checked
     taps = _taps(input, weight, spec)
     if taps is None:
         return torch.ops.aten.convolution.default(
@@ -36,9 +37,10 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, spec: UnitSpec) 
 
 
 def backward(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, spec: UnitSpec, output_mask: list[bool]
+    grad: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, spec: UnitSpec, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias; of ``input`` only the shape is read unless ``output_mask[1]``."""
+    assert weight is not None  # the plan has checked
     taps = _taps(input, weight, spec)
     if taps is None:
         return torch.ops.aten.convolution_backward.default(
@@ -73,19 +75,17 @@ def _taps(input: Tensor, weight: Tensor, spec: UnitSpec) -> tuple[tuple[Index, I
     sizes = input.shape[2:]
     if len(sizes) != 2 or sizes[0] > 2 or sizes[1] > 2 or spec.groups > 1 or isinstance(sizes[0], torch.SymInt):
         return None
-    if not weight.is_contiguous(memory_format=torch.channels_last) or weight.dtype not in (torch.float32, torch.float64):
+    if weight.dtype not in (torch.float32, torch.float64):
+        return None
+    if not weight.is_contiguous(memory_format=torch.channels_last):
         return None
     return _pairs(tuple(sizes), tuple(weight.shape[2:]), spec)
 
 
 @lru_cache(maxsize=1024)
-def _pairs(
-    sizes: tuple[int, ...], kernel: tuple[int, ...], spec: UnitSpec
-) -> tuple[tuple[Index, Index], ...] | None:
+def _pairs(sizes: tuple[int, ...], kernel: tuple[int, ...], spec: UnitSpec) -> tuple[tuple[Index, Index], ...] | None:
     met = []
-    for size, taps, stride, pad, dilation in zip(
-        sizes, kernel, spec.stride, spec.padding, spec.dilation, strict=True
-    ):
+    for size, taps, stride, pad, dilation in zip(sizes, kernel, spec.stride, spec.padding, spec.dilation, strict=True):
         if (size + 2 * pad - dilation * (taps - 1) - 1) // stride != 0:
             return None  # more than one pixel of output
         positions = [tap * dilation - pad for tap in range(taps)]

@@ -21,9 +21,7 @@ class Variable:
     def read(self, environ: Mapping[str, str] = os.environ) -> str:
         value = environ.get(self.name, "").strip().lower() or self.default
         if value not in self.allowed:
-            raise ValueError(
-                f"{self.name}={value!r} is not a known value: use one of {', '.join(self.allowed)}"
-            )
+            raise ValueError(f"{self.name}={value!r} is not a known value: use one of {', '.join(self.allowed)}")
         return value
 
 

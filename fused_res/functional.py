@@ -14,7 +14,6 @@ from fused_res.autograd.residual_block import ResidualBlock, traceable
 from fused_res.backends import registry
 from fused_res.backends.reference import batch_norm_act as reference_norm
 from fused_res.backends.reference import residual_block as reference_block
-from fused_res.ops import MEAN, VAR
 from fused_res.plan import check_batch, plan
 from fused_res.spec import ACTIVATIONS, BlockSpec
 
@@ -67,9 +66,7 @@ def batch_norm_act(
             input, running_mean, running_var, weight, bias, residual, training, eps, relu
         )
         stats = torch.stack((mean, mean, mean, mean, var))
-    elif torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, residual, weight, bias)
-    ):
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, weight, bias)):
         output, stats = BatchNormAct.apply(
             input, residual, weight, bias, running_mean, running_var, training, eps, relu, kernels.name
         )
@@ -130,9 +127,7 @@ def residual_block(
     if _needs_reference((input, *tensors)):
         plan(spec, input, tensors, batch_statistics, recompute, kernels.name)
         output, means, variances = reference_block.residual_block(input, spec, tensors, batch_statistics)
-        stats = [
-            torch.stack((mean, mean, mean, mean, var)) for mean, var in zip(means, variances, strict=True)
-        ]
+        stats = [torch.stack((mean, mean, mean, mean, var)) for mean, var in zip(means, variances, strict=True)]
     elif torch.compiler.is_compiling():
         output, stats = traceable(input, spec, tensors, batch_statistics, recompute, kernels.name)
     else:
@@ -145,11 +140,7 @@ def residual_block(
 
     if True in batch_statistics and output.numel() and not recomputing():
         momenta = spec.per_unit(momentum, "momentum")
-        updated = [
-            index
-            for index, flag in enumerate(batch_statistics)
-            if flag and tensors[6 * index + 4] is not None
-        ]
+        updated = [index for index, flag in enumerate(batch_statistics) if flag and tensors[6 * index + 4] is not None]
         if updated:
             kernels.update_running_stats(
                 [tensors[6 * index + 4] for index in updated],
@@ -172,9 +163,7 @@ def _needs_reference(tensors: Sequence[Tensor | None]) -> bool:
     """Whether something looks into the computation that an opaque kernel would not let through."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return False
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def _check_input(input: Tensor) -> None:
@@ -221,9 +210,7 @@ def _check_norm(
         if tensor.device != input.device:
             raise ValueError(f"{name} must be on {input.device} as input is, got {tensor.device}")
         if tensor.dtype != input.dtype and (tensor.dtype != torch.float32 or input.dtype == torch.float64):
-            raise TypeError(
-                f"{name} must be of input's dtype {input.dtype}{_or_float32(input)}, got {tensor.dtype}"
-            )
+            raise TypeError(f"{name} must be of input's dtype {input.dtype}{_or_float32(input)}, got {tensor.dtype}")
     if residual is not None:
         if residual.shape != shape:
             raise ValueError(f"residual must have input's shape {tuple(shape)}, got {tuple(residual.shape)}")

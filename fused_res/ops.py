@@ -12,8 +12,9 @@ shift       ``bias``, and what rounding ``mean`` took away, times ``scale``
 var         unbiased, of the batch, as ``running_var`` takes it in; else the running variance itself
 ==========  ====================================================================================
 
-and the normalised value is ``fma(x - mean, scale, shift)``, everywhere. (The usual ``fma(x, scale, bias - mean * scale)``
-loses as many digits as mean is larger than the deviation; the difference of two close numbers is exact.)
+and the normalised value is ``fma(x - mean, scale, shift)``, everywhere. (The usual
+``fma(x, scale, bias - mean * scale)`` loses as many digits as the mean is larger than the deviation; the difference of
+two close numbers is exact.)
 
 ``relu_mask`` is uint8, one bit an element, least significant first, in rows padded to whole bytes: a row is a pixel
 ``(N*S, ceil(C/8))`` in channels_last memory and a plane ``(N*C, ceil(S/8))`` in contiguous memory, see
@@ -71,9 +72,7 @@ def is_channels_last(input: Tensor) -> bool:
         return True
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return (
-        input.dim() in formats
-        and not input.is_contiguous()
-        and input.is_contiguous(memory_format=formats[input.dim()])
+        input.dim() in formats and not input.is_contiguous() and input.is_contiguous(memory_format=formats[input.dim()])
     )
 
 
@@ -90,9 +89,7 @@ def packed_shape(input: Tensor) -> tuple[int, int]:
     return (n * s, (c + 7) // 8) if is_channels_last(input) else (n * c, (s + 7) // 8)
 
 
-def pooled_shape(
-    input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> list[int]:
+def pooled_shape(input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
     """The shape behind a max pooling of ``input`` ``(N, C, H, W)`` with floor mode."""
     spatial = zip(input.shape[2:], kernel_size, stride, padding, strict=True)
     return [*input.shape[:2], *((size + 2 * p - k) // s + 1 for size, k, s, p in spatial)]

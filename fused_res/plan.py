@@ -243,9 +243,7 @@ def check_block(
     """Raises for the first tensor that does not fit, by name, before anything is computed or written."""
     names = spec.tensor_names()
     if len(tensors) != len(names):
-        raise ValueError(
-            f"tensors must hold {len(names)} entries ({names[0]!r} ... {names[-1]!r}), got {len(tensors)}"
-        )
+        raise ValueError(f"tensors must hold {len(names)} entries ({names[0]!r} ... {names[-1]!r}), got {len(tensors)}")
     spatial = len(spec.units[0].stride)
     if len(input.shape) != spatial + 2:
         raise ValueError(f"input must have {spatial + 2} dimensions (N, C, ...), got {len(input.shape)}")
@@ -260,9 +258,7 @@ def check_block(
             spec.projection, "shortcut", tuple(input.shape), input.dtype, tensors[6 * last :], training[last]
         )
     if spec.shortcut != "none" and shortcut != shape:
-        raise ValueError(
-            f"shortcut has the shape {shortcut}, the chain's output {shape}: they cannot be added"
-        )
+        raise ValueError(f"shortcut has the shape {shortcut}, the chain's output {shape}: they cannot be added")
     if spec.pool is not None and spatial != 2:
         raise ValueError(f"pool is for images: input must have 4 dimensions, got {spatial + 2}")
 
@@ -289,9 +285,7 @@ def _check_unit(
         )
     channels = weight.shape[0]
     if channels % spec.groups:
-        raise ValueError(
-            f"{owner}.weight makes {channels} channels, which groups={spec.groups} does not divide"
-        )
+        raise ValueError(f"{owner}.weight makes {channels} channels, which groups={spec.groups} does not divide")
     for name, meta in zip(
         ("bias", "norm_weight", "norm_bias", "running_mean", "running_var"), (bias, *norm), strict=True
     ):
@@ -301,13 +295,10 @@ def _check_unit(
         raise ValueError(f"{owner}.running_mean and running_var are needed where training is False")
     taps = zip(shape[2:], weight.shape[2:], spec.stride, spec.padding, spec.dilation, strict=True)
     output = [
-        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, pad, dilation in taps
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, dilation in taps
     ]
     if any(size < 1 for size in output):
-        raise ValueError(
-            f"{owner}: input of {shape[2:]} is too small for a kernel of {tuple(weight.shape[2:])}"
-        )
+        raise ValueError(f"{owner}: input of {shape[2:]} is too small for a kernel of {tuple(weight.shape[2:])}")
     made = (shape[0], channels, *output)
     if training:
         check_batch(made)
@@ -320,9 +311,7 @@ def check_batch(shape: Sequence[int]) -> None:
     for size in shape[2:]:
         values *= size
     if values == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {list(shape)}"
-        )
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
 
 
 def _steps(spec: BlockSpec, units: Sequence[Unit], saved: Sequence[str], backend: str) -> tuple[Step, ...]:
@@ -332,9 +321,7 @@ def _steps(spec: BlockSpec, units: Sequence[Unit], saved: Sequence[str], backend
         is_last = unit.index == len(spec.units) - 1
         extra = " + residual" if is_last and spec.shortcut != "none" else ""
         act = f" + {unit.spec.activation}" if unit.spec.relu else ""
-        steps.append(
-            Step(f"{unit.reads} -> {unit.makes}", "aten.convolution", "the only convolution of this version")
-        )
+        steps.append(Step(f"{unit.reads} -> {unit.makes}", "aten.convolution", "the only convolution of this version"))
         steps.append(Step(f"{unit.makes} -> norm{extra}{act}", backend, f"one pass behind {statistics}"))
     if spec.pool is not None:
         steps.append(Step("max pool", backend, "normalises while it pools, keeps 1-byte indices"))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
 from typing import Literal, TypeVar
 
 Activation = Literal["relu", "identity"]
 ACTIVATIONS = ("relu", "identity")
 
-#: What one unit owns, in order: the convolution's two tensors, then the batch norm's four. Any but the first may be None.
+#: What one unit owns, in order: the convolution's tensors, then the batch norm's. Any but the first may be None.
 UNIT_TENSORS = ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var")
 
 
@@ -66,13 +65,9 @@ class PoolSpec:
         if any(k < 1 for k in self.kernel_size) or any(s < 1 for s in self.stride):
             raise ValueError(f"kernel_size and stride must be at least 1, got {self}")
         if self.kernel_size[0] * self.kernel_size[1] > 255:
-            raise ValueError(
-                f"kernel_size may cover at most 255 positions (1-byte indices), got {self.kernel_size}"
-            )
+            raise ValueError(f"kernel_size may cover at most 255 positions (1-byte indices), got {self.kernel_size}")
         if any(not 0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel_size, strict=True)):
-            raise ValueError(
-                f"padding must be at most half of kernel_size, got {self.padding} of {self.kernel_size}"
-            )
+            raise ValueError(f"padding must be at most half of kernel_size, got {self.padding} of {self.kernel_size}")
 
 
 @dataclass(frozen=True)
@@ -93,9 +88,7 @@ class BlockSpec:
             raise ValueError("units must hold at least one UnitSpec")
         if isinstance(self.shortcut, UnitSpec):
             if self.shortcut.activation != "identity":
-                raise ValueError(
-                    "shortcut: a projection has no activation of its own, set activation='identity'"
-                )
+                raise ValueError("shortcut: a projection has no activation of its own, set activation='identity'")
         elif self.shortcut not in ("none", "identity"):
             raise ValueError(f"shortcut must be 'none', 'identity' or a UnitSpec, got {self.shortcut!r}")
         if self.pool is not None and self.shortcut != "none":

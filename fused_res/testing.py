@@ -11,8 +11,8 @@ from torch import Tensor
 def stub_torchvision_operators() -> None:
     """Let `import torchvision` (and so timm) succeed when its compiled operators do not load.
 
-    torchvision's wheels are built for one torch; beside another one its library is refused, and the import then fails on
-    operators (box suppression) that classification models never call. This declares their schemas, without a kernel:
+    torchvision's wheels are built for one torch; beside another one its library is refused, and the import then fails
+    on operators (box suppression) that classification models never call. This declares their schemas, without a kernel:
     calling one raises. Does nothing where torchvision is missing, is imported already, or loads as it should.
     """
     found = importlib.util.find_spec("torchvision")
@@ -25,9 +25,7 @@ def stub_torchvision_operators() -> None:
         pass
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(
-                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def assert_as_exact_as(
@@ -39,7 +37,7 @@ def assert_as_exact_as(
     floor: float = 0.0,
 ) -> None:
     """The precision contract: our error against float64 is at most twice that of stock PyTorch in the same dtype on
-    the same input, plus four units in the last place of the largest value, plus a ``floor`` that the caller can explain.
+    the same input, plus four units in the last place of the largest value, plus a ``floor`` that the caller explains.
 
     ``exact_for_stock`` is for gradients behind a ReLU, where each side has the exact gradient for its own mask.
     """

@@ -37,10 +37,7 @@ def assert_agree(fused: nn.Module, stock: nn.Module, input: Tensor, steps: int =
     """Trains both for some steps if they have something to train, and compares all that can be seen."""
     trained = [p for p in stock.parameters() if p.requires_grad]
     optimizers = (
-        [
-            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-            for model in (fused, stock)
-        ]
+        [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3) for model in (fused, stock)]
         if trained
         else []
     )
@@ -56,9 +53,7 @@ def assert_agree(fused: nn.Module, stock: nn.Module, input: Tensor, steps: int =
             assert_near(inputs[0].grad, inputs[1].grad, f"input's gradient in step {step}")
             for (name, ours), theirs in zip(fused.named_parameters(), stock.parameters(), strict=True):
                 assert_near(ours.grad, theirs.grad, f"gradient of {name} in step {step}")
-        for (name, ours), (key, theirs) in zip(
-            fused.state_dict().items(), stock.state_dict().items(), strict=True
-        ):
+        for (name, ours), (key, theirs) in zip(fused.state_dict().items(), stock.state_dict().items(), strict=True):
             assert name == key
             assert_near(ours, theirs, f"{name} behind step {step}")
         for optimizer in optimizers:
@@ -79,9 +74,7 @@ def small_resnet(kind: str = "BasicBlock", planes: Sequence[int] = (8, 6, 4, 8),
     model.bn1 = nn.BatchNorm2d(8)
     dilate = [False, *options.get("replace_stride_with_dilation", [False] * 3)]
     for stage in range(4):
-        layer = model._make_layer(
-            block, planes[stage], 1, stride=1 if stage == 0 else 2, dilate=dilate[stage]
-        )
+        layer = model._make_layer(block, planes[stage], 1, stride=1 if stage == 0 else 2, dilate=dilate[stage])
         setattr(model, f"layer{stage + 1}", layer)
     model.fc = nn.Linear(planes[-1] * block.expansion, 5)
     return model.double()

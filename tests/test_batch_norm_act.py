@@ -110,7 +110,9 @@ def check(case, dtype, format, training, residual, activation, backend, grad_for
     assert ours.stride() == torch.empty_like(tensors["input"]).stride()
     assert_as_exact_as("output", ours, theirs, y, y_stock)
     for name in grads:
-        floor = rounding_of_sums(tensors["input"], running, training, grads["bias"]) if name in ("weight", "bias") else 0.0
+        floor = (
+            rounding_of_sums(tensors["input"], running, training, grads["bias"]) if name in ("weight", "bias") else 0.0
+        )
         assert_as_exact_as(f"grad {name}", our_grads[name], their_grads[name], grads[name], grads_stock[name], floor)
     for name, value in running.items():
         if training:
@@ -122,9 +124,9 @@ def check(case, dtype, format, training, residual, activation, backend, grad_for
 
 
 def rounding_of_sums(x, running, training, grad_bias):
-    """What a channel's sums may be off by, whoever adds them: M terms around 1, each rounded; and in `grad weight`, the
-    saved mean, which is rounded to the statistics' dtype, times the sum of the gradients. In one channel or a few, stock
-    may by luck be far better than that."""
+    """What a channel's sums may be off by, whoever adds them: M terms around 1, each rounded; and in `grad weight`,
+    the saved mean, which is rounded to the statistics' dtype, times the sum of the gradients. In one channel or a few,
+    stock may by luck be far better than that."""
     eps = torch.finfo(ops.stats_dtype(x.dtype)).eps
     dims = [0, *range(2, x.dim())]
     mean = x.double().mean(dims) if training else running["running_mean"].double()
@@ -143,7 +145,7 @@ def test_precision(case, format, dtype, training, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_affine_parameters(backend):
-    tensors, running, grad = make(SHAPES["image"], torch.float64, torch.channels_last, affine=False)
+    tensors, running, _ = make(SHAPES["image"], torch.float64, torch.channels_last, affine=False)
     ones = {"weight": torch.ones(35, dtype=torch.float64), "bias": torch.zeros(35, dtype=torch.float64)}
     found = batch_norm_act(**tensors, **{k: t.clone() for k, t in running.items()}, training=True, backend=backend)
     torch.testing.assert_close(found, batch_norm_act(**tensors | ones, **running, training=True, backend=backend))
@@ -159,7 +161,7 @@ def test_mixed_memory_formats(format, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_input(backend):
-    tensors, running, grad = make((4, 6, 8, 8), torch.float64, residual=True)
+    tensors, running, _ = make((4, 6, 8, 8), torch.float64, residual=True)
     dense = batch_norm_act(**tensors, **running, training=True, backend=backend)
     views = {k: torch.stack((t, t), -1)[..., 0] if t.dim() == 4 else t for k, t in tensors.items()}
     assert not views["input"].is_contiguous()
@@ -207,7 +209,8 @@ class TestCpuKernels:
     @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
     def test_instruction_sets(self, isa):
         run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-        select = "(test_precision and (image or matrix) and cpu and (float32 or bfloat16)) or any_number_of_threads or normalise_agree"
+        precision = "(test_precision and (image or matrix) and cpu and (float32 or bfloat16))"
+        select = f"{precision} or any_number_of_threads or normalise_agree"
         environment = os.environ | {"FUSED_RES_CPU_ISA": isa}
         command = [sys.executable, "-c", run, "-q", "-x", "-k", select, "-p", "no:cacheprovider", __file__]
         probe = [sys.executable, "-c", "import fused_res"]
@@ -217,7 +220,7 @@ class TestCpuKernels:
         assert done.returncode == 0, done.stdout
 
     def test_forward_and_recomputed_normalise_agree(self):
-        tensors, running, _ = make((8, 64, 17, 17), torch.float32, torch.channels_last, residual=False)
+        tensors, _, _ = make((8, 64, 17, 17), torch.float32, torch.channels_last, residual=False)
         kernels = fused_res.backends.resolve("cpu", torch.device("cpu"))
         y, stats, _ = kernels.batch_norm_act_forward(
             tensors["input"], None, tensors["weight"], tensors["bias"], None, None, True, 1e-5, True, False

@@ -26,6 +26,7 @@ from benchmarks import (
     footprint,
     op,
     options,
+    providers,
     report,
     timing,
     traffic,
@@ -118,8 +119,10 @@ def test_all_runs_the_selection_and_ends_with_the_summary(
 
 def test_selection_parses() -> None:
     parser = command_line.build_parser()
-    for name, arguments in everything.SELECTION:
-        assert parser.parse_args([name, *arguments]).subcommand == name
+    titles = [part.title for part in everything.SELECTION]
+    assert len(set(titles)) == len(titles)
+    for part in everything.SELECTION:
+        assert parser.parse_args([part.subcommand, *part.arguments]).subcommand == part.subcommand
 
 
 @pytest.mark.parametrize(
@@ -184,15 +187,16 @@ def wrong_gradient(
 @pytest.mark.parametrize(
     ("wrong", "tensor"), [(wrong_mean, "output"), (wrong_gradient, "grad_input")], ids=["value", "gradient"]
 )
-def test_a_wrong_provider_is_caught_before_it_is_timed(
-    wrong, tensor: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_provider_is_caught_before_it_is_timed(wrong, tensor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "build_batch_norm_act", lambda *_: wrong)
     monkeypatch.setattr(op, "measure_interleaved", lambda *_, **__: pytest.fail("timed a wrong provider"))
-    with pytest.raises(
-        check.ResultsDifferError, match=rf"ours, 8x6x6.*{tensor} is off by .*stock PyTorch is off by"
-    ):
+    with pytest.raises(check.ResultsDifferError, match=rf"ours, 8x6x6.*{tensor} is off by .*stock PyTorch is off by"):
         op.measure(op_options())
+
+
+def test_a_model_in_which_nothing_fuses_is_not_measured_as_ours() -> None:
+    with pytest.raises(RuntimeError, match="nothing was fused"):
+        providers.build_module(providers.PROVIDERS["ours"], nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_check_names_missing_results_shapes_and_nan() -> None:

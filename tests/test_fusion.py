@@ -66,10 +66,7 @@ class TestTheModelStaysTheSame:
         model = fuse(fuse(network(), recompute="norm"), backend="reference", recompute="conv")
         block = model.layer1[0]
         assert block._fused_res == ("reference", "conv")
-        assert (
-            type(block).__mro__.count(resnet.BasicBlock) == 1
-            and type(block).__bases__[-1] is resnet.BasicBlock
-        )
+        assert type(block).__mro__.count(resnet.BasicBlock) == 1 and type(block).__bases__[-1] is resnet.BasicBlock
         assert fuse(network()).layer1[0].__class__ is block.__class__
 
     @pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
@@ -144,10 +141,7 @@ class TestCopies:
             "print(type(block).__name__, block._fused_res.recompute)"
         )
         command = [sys.executable, "-c", code, str(tmp_path / "model.pkl")]
-        assert (
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            == "FusedBasicBlock norm\n"
-        )
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "FusedBasicBlock norm\n"
 
     def test_a_slice_of_a_sequential(self) -> None:
         stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).double()
@@ -382,9 +376,7 @@ class TestSequential:
         assert all(getattr(model, name) is child for name, child in children.items())
 
     def test_a_hook_inside_cuts_the_run(self) -> None:
-        model = fuse(
-            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU())
-        )
+        model = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()))
         model[1].register_forward_hook(lambda *_: None)
         with counted() as calls:
             model(images().float())
@@ -495,7 +487,4 @@ class TestWrongArguments:
 
 def test_neither_library_is_imported() -> None:
     code = "import sys, fused_res.fusion; print({'torchvision', 'timm'} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "set()\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

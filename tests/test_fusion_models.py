@@ -67,9 +67,7 @@ class TestTorchvision:
     def test_norms_of_another_kind(self) -> None:
         from torchvision.ops import FrozenBatchNorm2d
 
-        model = self.resnet.ResNet(
-            self.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=FrozenBatchNorm2d
-        ).double()
+        model = self.resnet.ResNet(self.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=FrozenBatchNorm2d).double()
         fused = check(model, 0)
         assert "is FrozenBatchNorm2d, not exactly BatchNorm2d" in str(summarize(fused))
 
@@ -130,9 +128,7 @@ class TestTimm:
 
     @pytest.mark.parametrize("attention", ["se", "eca", "ese"])
     def test_attention(self, attention: str) -> None:
-        fused = check(
-            self.make(block_args={"attn_layer": attention}), 5
-        )  # the stem and four downsample layers
+        fused = check(self.make(block_args={"attn_layer": attention}), 5)  # the stem and four downsample layers
         assert len(summarize(fused).left) == 5
         assert "se is " in str(summarize(fused))
 

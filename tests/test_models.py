@@ -88,9 +88,7 @@ def test_a_seed_gives_torchvisions_weights(name: str, kwargs: dict) -> None:
         ),  # stock path
     ],
 )
-def test_computes_what_torchvision_computes(
-    name: str, memory_format: torch.memory_format, kwargs: dict
-) -> None:
+def test_computes_what_torchvision_computes(name: str, memory_format: torch.memory_format, kwargs: dict) -> None:
     ours, theirs = (
         model.to(torch.float64, memory_format=memory_format) for model in pair(name, num_classes=5, **kwargs)
     )
@@ -159,14 +157,10 @@ def test_cifar_depths(depth: int) -> None:
     blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
     assert 2 * len(blocks) + 2 == depth
     main = [
-        m
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in name
+        m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in name
     ]
     assert len(main) == depth
-    assert (
-        sum("downsample.0.weight" in key for key in model.state_dict()) == 2
-    )  # option B: where the shape changes
+    assert sum("downsample.0.weight" in key for key in model.state_dict()) == 2  # option B: where the shape changes
 
 
 def test_cifar_resnet20_is_the_papers() -> None:

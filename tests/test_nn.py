@@ -157,9 +157,7 @@ def test_keys_and_initial_weights_are_torchvisions(kind: type) -> None:
 class TestBatchNormAct:
     @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
     @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
-    @pytest.mark.parametrize(
-        "options", [{}, {"activation": "identity", "momentum": None}, {"affine": False}], ids=str
-    )
+    @pytest.mark.parametrize("options", [{}, {"activation": "identity", "momentum": None}, {"affine": False}], ids=str)
     def test_agrees_with_stock(self, train: bool, residual: bool, options: dict) -> None:
         torch.manual_seed(0)
         fused, stock = pair(fnn.BatchNormAct2d(5, **options).train(train))
@@ -172,9 +170,7 @@ class TestBatchNormAct:
         layer = fnn.BatchNormAct2d(5, 1e-3, backend="reference")
         assert isinstance(layer, nn.BatchNorm2d)
         assert list(layer.state_dict()) == list(nn.BatchNorm2d(5).state_dict())
-        assert (
-            "eps=0.001" in repr(layer) and "activation='relu'" in repr(layer) and "'reference'" in repr(layer)
-        )
+        assert "eps=0.001" in repr(layer) and "activation='relu'" in repr(layer) and "'reference'" in repr(layer)
 
     def test_a_residual_that_stock_would_broadcast_or_promote(self) -> None:
         fused, stock = pair(fnn.BatchNormAct2d(5))
@@ -206,9 +202,7 @@ class TestStockPath:
             assert_agree(fused, stock, images(16))
         assert calls
 
-    @pytest.mark.parametrize(
-        "register", ["register_module_forward_hook", "register_module_full_backward_hook"]
-    )
+    @pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_full_backward_hook"])
     def test_hook_on_all_modules(self, register: str) -> None:
         fused, stock = pair(BLOCKS["bottleneck"]()[0])
         seen = set()
@@ -267,9 +261,7 @@ class TestStockPath:
 
     def test_other_parameters_for_one_call(self) -> None:
         fused, stock = pair(BLOCKS["bottleneck"]()[0].eval())
-        state = {
-            name: tensor * 1.1 for name, tensor in fused.state_dict().items() if tensor.is_floating_point()
-        }
+        state = {name: tensor * 1.1 for name, tensor in fused.state_dict().items() if tensor.is_floating_point()}
         x = images(16)
         with counted() as calls:
             actual = torch.func.functional_call(fused, state, (x,))
@@ -385,10 +377,7 @@ def test_a_shortcuts_size_is_known_for_every_input(main: list, other: list, equa
     def built(settings: list) -> nn.Sequential:
         return nn.Sequential(*(conv(*s) for s in settings))
 
-    sizes = [
-        (built(main)(x).shape, built(other)(x).shape)
-        for x in (torch.ones(1, 2, n, n + 1) for n in range(7, 19))
-    ]
+    sizes = [(built(main)(x).shape, built(other)(x).shape) for x in (torch.ones(1, 2, n, n + 1) for n in range(7, 19))]
     assert all(a == b for a, b in sizes) == equal
     keys = []
     for layer in (*built(main), *built(other)):

@@ -26,9 +26,7 @@ needs_extension = pytest.mark.skipif(not _extension.loaded, reason=_extension.re
 
 def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str) -> str:
     """What the command prints; only the variables given here may change what fused_res does."""
-    clean = {
-        name: value for name, value in os.environ.items() if not name.startswith(("FUSED_RES_", "PYTHON"))
-    }
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FUSED_RES_", "PYTHON"))}
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -69,9 +67,7 @@ def test_every_variable_is_in_the_table() -> None:
 
 def test_bad_value_stops_the_import() -> None:
     printed = run(sys.executable, "-c", "import fused_res", cwd=ROOT, fails=True, FUSED_RES_BACKEND="gpu")
-    assert printed.splitlines()[-1].startswith(
-        "ValueError: FUSED_RES_BACKEND='gpu' is not a known value: use one of"
-    )
+    assert printed.splitlines()[-1].startswith("ValueError: FUSED_RES_BACKEND='gpu' is not a known value: use one of")
 
 
 # --- without the extension ----------------------------------------------------------------------------------
@@ -199,9 +195,7 @@ print(threads() - before, *{path for path in maps if "omp" in Path(path).name an
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_one_openmp_runtime_and_two_threads() -> None:
     """A second OpenMP runtime would have threads of its own, which torch.set_num_threads does not reach."""
-    more_threads, *runtimes = run(
-        sys.executable, "-c", ONE_OPENMP_TWO_THREADS, cwd=ROOT, OMP_NUM_THREADS="1"
-    ).split()
+    more_threads, *runtimes = run(sys.executable, "-c", ONE_OPENMP_TWO_THREADS, cwd=ROOT, OMP_NUM_THREADS="1").split()
     assert int(more_threads) == 1
     assert len(runtimes) == 1, runtimes
 
@@ -289,9 +283,7 @@ def test_kernels_share_no_symbols(wheel: Wheel) -> None:
         weak = {name for kind, name in symbols if kind in "uVvWw"}
         assert defined, f"{isa} has no kernels"
         assert not weak, f"weak symbols compiled for {isa}: {sorted(weak)}"
-        assert not defined & seen, (
-            f"defined for {isa} and for another instruction set: {sorted(defined & seen)}"
-        )
+        assert not defined & seen, f"defined for {isa} and for another instruction set: {sorted(defined & seen)}"
         seen |= defined
 
 

@@ -19,9 +19,7 @@ SAME = UnitSpec(padding=(1, 1))
 BLOCKS = {
     "bottleneck": (BlockSpec((UnitSpec(), SAME, UnitSpec()), "identity"), [(8, 4, 1), (4, 4, 3), (4, 8, 1)]),
     "projection": (
-        BlockSpec(
-            (UnitSpec(), UnitSpec((2, 2), (1, 1)), UnitSpec()), UnitSpec((2, 2), activation="identity")
-        ),
+        BlockSpec((UnitSpec(), UnitSpec((2, 2), (1, 1)), UnitSpec()), UnitSpec((2, 2), activation="identity")),
         [(8, 4, 1), (4, 4, 3), (4, 12, 1), (8, 12, 1)],
     ),
     "basic": (BlockSpec((SAME, SAME), "identity"), [(8, 8, 3), (8, 8, 3)]),
@@ -47,7 +45,14 @@ def make(name, dtype=torch.float64, bias=False, batch=3, size=7):
     tensors = []
     for unit, (cin, cout, kernel) in zip(spec.convolutions, convolutions, strict=True):
         weight = 0.4 * randn(cout, cin // unit.groups, *(kernel,) * rank)
-        tensors += [weight, randn(cout) if bias else None, randn(cout) + 1, randn(cout), randn(cout), randn(cout) ** 2 + 1]
+        tensors += [
+            weight,
+            randn(cout) if bias else None,
+            randn(cout) + 1,
+            randn(cout),
+            randn(cout),
+            randn(cout) ** 2 + 1,
+        ]
     tensors = [None if t is None else t.to(dtype) for t in tensors]
     x = (randn(batch, convolutions[0][0], *(size,) * rank) * 2 + 3).to(dtype)
     return spec, x, tensors
@@ -140,7 +145,9 @@ def test_layouts_that_disagree(backend):
         ]
         y = stock(x, spec, tensors)
         grad = torch.randn_like(y).contiguous(memory_format=formats[grad_last])
-        ours = run(lambda x, t, s=spec: residual_block(x, s, t, training=True, backend=backend), x, learnable(tensors), grad)
+        ours = run(
+            lambda x, t, s=spec: residual_block(x, s, t, training=True, backend=backend), x, learnable(tensors), grad
+        )
         assert_same(ours, run(lambda x, t, s=spec: stock(x, s, t), x, learnable(tensors), grad))
 
 
@@ -160,7 +167,9 @@ def test_frozen_tensors(name, recompute):
             lambda x, t: residual_block(x, spec64, t, training=True, recompute=recompute),
             x64, learnable(tensors64, frozen), frozen_input=frozen_input,
         )  # fmt: skip
-        assert_same(ours, run(lambda x, t: stock(x, spec64, t), x64, learnable(tensors64, frozen), frozen_input=frozen_input))
+        assert_same(
+            ours, run(lambda x, t: stock(x, spec64, t), x64, learnable(tensors64, frozen), frozen_input=frozen_input)
+        )
         if recompute == "none":
             x32 = x.clone().requires_grad_(not frozen_input)
             mine = kept_bytes(lambda t: residual_block(x32, spec, t, training=True), learnable(tensors, frozen))

@@ -10,7 +10,8 @@
 namespace fused_res::cpu {
 namespace {
 
-PoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
+PoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef stride,
+                   at::IntArrayRef padding) {
   TORCH_CHECK_VALUE(x.tensor.dim() == 4, "input: expected (N, C, H, W), got ", x.tensor.sizes());
   TORCH_CHECK_VALUE(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2,
                     "kernel_size, stride, padding: expected two numbers each");
@@ -23,11 +24,13 @@ PoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef str
   TORCH_CHECK_VALUE(kernel[0] > 0 && kernel[1] > 0 && kernel[0] * kernel[1] <= 255,
                     "kernel_size: expected a window of 1 to 255 values, got ", kernel);
   TORCH_CHECK_VALUE(stride[0] > 0 && stride[1] > 0, "stride: expected positive numbers, got ", stride);
-  TORCH_CHECK_VALUE(padding[0] >= 0 && padding[1] >= 0 && 2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1],
-                    "padding: expected at most half of kernel_size, ", kernel, ", got ", padding);
-  const int64_t room_h = args.height + 2 * args.pad_h - args.kernel_h, room_w = args.width + 2 * args.pad_w - args.kernel_w;
-  TORCH_CHECK_VALUE(room_h >= 0 && room_w >= 0, "input: expected images at least as large as the window, ", kernel,
-                    " with padding ", padding, ", got ", x.tensor.sizes());
+  TORCH_CHECK_VALUE(
+      padding[0] >= 0 && padding[1] >= 0 && 2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1],
+      "padding: expected at most half of kernel_size, ", kernel, ", got ", padding);
+  const int64_t room_h = args.height + 2 * args.pad_h - args.kernel_h,
+                room_w = args.width + 2 * args.pad_w - args.kernel_w;
+  TORCH_CHECK_VALUE(room_h >= 0 && room_w >= 0, "input: expected images at least as large as the window, ",
+                    kernel, " with padding ", padding, ", got ", x.tensor.sizes());
   args.out_height = room_h / args.stride_h + 1;
   args.out_width = room_w / args.stride_w + 1;
   return args;
@@ -52,8 +55,8 @@ std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input, const OptionalT
   if (saved.defined()) {
     TORCH_CHECK_VALUE(saved.is_cpu() && saved.scalar_type() == stats_type(x.tensor) && saved.dim() == 2 &&
                           saved.size(0) == kStatsRows && saved.size(1) == channels,
-                      "stats: expected (5, ", channels, ") of ", stats_type(x.tensor), ", got ", saved.sizes(), " of ",
-                      saved.scalar_type());
+                      "stats: expected (5, ", channels, ") of ", stats_type(x.tensor), ", got ",
+                      saved.sizes(), " of ", saved.scalar_type());
     const auto row = [&](StatsRow row) {
       return static_cast<const char*>(saved.const_data_ptr()) + row * channels * saved.element_size();
     };
@@ -80,8 +83,9 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
   TORCH_CHECK_VALUE(grad_output.sizes().equals(sizes) && grad_output.is_cpu(),
                     "grad_output: expected the shape of the output, ", at::IntArrayRef(sizes), ", got ",
                     grad_output.sizes());
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "grad_output: expected the dtype of input, ",
-                   input.scalar_type(), ", got ", grad_output.scalar_type());
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(),
+                   "grad_output: expected the dtype of input, ", input.scalar_type(), ", got ",
+                   grad_output.scalar_type());
   TORCH_CHECK_VALUE(indices.sizes().equals(sizes) && indices.is_cpu() && indices.scalar_type() == at::kByte,
                     "indices: expected uint8 of the output's shape, ", at::IntArrayRef(sizes), ", got ",
                     indices.sizes(), " of ", indices.scalar_type());

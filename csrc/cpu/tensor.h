@@ -1,4 +1,5 @@
-// What the operators' host sides share: how a tensor looks to a kernel, where outputs come from, the parallel loop.
+// What the operators' host sides share: how a tensor looks to a kernel, where outputs come from, the parallel
+// loop.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -47,7 +48,8 @@ inline at::MemoryFormat channels_last_of(int64_t dim) {
 inline bool is_channels_last(const Tensor& input) {
   if (input.dim() == 2) return true;
   if (input.size(1) == 1) return false;
-  if (std::all_of(input.sizes().begin() + 2, input.sizes().end(), [](int64_t size) { return size == 1; })) return true;
+  if (std::all_of(input.sizes().begin() + 2, input.sizes().end(), [](int64_t size) { return size == 1; }))
+    return true;
   return input.dim() > 3 && !input.is_contiguous() && input.is_contiguous(channels_last_of(input.dim()));
 }
 
@@ -60,7 +62,8 @@ struct Operand {
 
   explicit Operand(const Tensor& input) {
     const int64_t dim = input.dim();
-    TORCH_CHECK_VALUE(dim >= 2 && dim <= 5, "input: expected (N, C, ...) of 2 to 5 dimensions, got ", input.sizes());
+    TORCH_CHECK_VALUE(dim >= 2 && dim <= 5, "input: expected (N, C, ...) of 2 to 5 dimensions, got ",
+                      input.sizes());
     dtype = dtype_of(input);
     const bool channels_last = is_channels_last(input);
     const int64_t pixels = input.size(0) * input.size(1);
@@ -73,8 +76,8 @@ struct Operand {
 
   // Another tensor of the same shape, in the same order of memory.
   Tensor match(const Tensor& other, const char* name) const {
-    TORCH_CHECK_VALUE(other.sizes() == tensor.sizes(), name, ": expected the shape of input, ", tensor.sizes(), ", got ",
-                      other.sizes());
+    TORCH_CHECK_VALUE(other.sizes() == tensor.sizes(), name, ": expected the shape of input, ",
+                      tensor.sizes(), ", got ", other.sizes());
     TORCH_CHECK_TYPE(other.scalar_type() == tensor.scalar_type(), name, ": expected the dtype of input, ",
                      tensor.scalar_type(), ", got ", other.scalar_type());
     TORCH_CHECK_VALUE(other.is_cpu(), name, ": expected a CPU tensor, got ", other.device());
@@ -86,8 +89,9 @@ struct Operand {
   int64_t mask_bytes() const { return shape.rows() * mask_cols(); }
 };
 
-// A fresh large buffer costs a page fault for every 4 KB that is first written: a ReLU of 51 MB takes 21 ms that way, 6 ms
-// with huge pages, 3.3 ms into warm memory. So the kernel is asked for huge pages, for this buffer alone.
+// A fresh large buffer costs a page fault for every 4 KB that is first written: a ReLU of 51 MB takes 21 ms
+// that way, 6 ms with huge pages, 3.3 ms into warm memory. So the kernel is asked for huge pages, for this
+// buffer alone.
 inline Tensor with_huge_pages(Tensor tensor) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = 2 << 20;
@@ -113,7 +117,8 @@ inline Tensor restored(Tensor output, const Tensor& input, const Operand& operan
   return operand.tensor.is_same(input) ? output : at::empty_like(input).copy_(output);
 }
 
-// parallel(n, body) for partition.h. For fewer elements than ATen's own grain, waking a thread costs more than it brings.
+// parallel(n, body) for partition.h. For fewer elements than ATen's own grain, waking a thread costs more
+// than it brings.
 struct Parallel {
   static constexpr int64_t kGrain = 32768;
   bool worthwhile;

@@ -46,17 +46,13 @@ class BatchNormAct(Function):
         if grad_output is None:
             return (None,) * 10
         input, weight, stats, mask = ctx.saved_tensors
-        training, eps, relu, backend = ctx.options
+        training, _, relu, backend = ctx.options
         kernels = registry.resolve(backend, input.device)
         wanted = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_backward(
-                grad_output, input, weight, stats, mask, ctx.options, wanted, kernels
-            )
+            grads = _differentiable_backward(grad_output, input, weight, stats, mask, ctx.options, wanted, kernels)
         else:
-            grads = kernels.batch_norm_act_backward(
-                grad_output, input, weight, stats, mask, training, relu, wanted
-            )
+            grads = kernels.batch_norm_act_backward(grad_output, input, weight, stats, mask, training, relu, wanted)
         return *(grad if flag else None for grad, flag in zip(grads, wanted, strict=True)), *(None,) * 6
 
 
@@ -86,8 +82,7 @@ def _differentiable_backward(
         dy = dy * passes
     y, *_ = reference(input, stats[MEAN], stats[VAR], weight, None, None, training, eps, relu=False)
     sources = [
-        t if flag and t is not None else None
-        for t, flag in zip((input, weight), wanted[:1] + wanted[2:3], strict=True)
+        t if flag and t is not None else None for t, flag in zip((input, weight), wanted[:1] + wanted[2:3], strict=True)
     ]
     asked = [source for source in sources if source is not None]
     made = iter(torch.autograd.grad(y, asked, dy, create_graph=True) if asked else ())

@@ -57,9 +57,7 @@ def _without_running(tensors: Tensors) -> list[Tensor | None]:
     return [None if index % 6 >= 4 else tensor for index, tensor in enumerate(tensors)]
 
 
-def _differentiable_backward(
-    plan: Plan, grad_output: Tensor, tensors: Tensors, kept: Kept
-) -> list[Tensor | None]:
+def _differentiable_backward(plan: Plan, grad_output: Tensor, tensors: Tensors, kept: Kept) -> list[Tensor | None]:
     """The gradients as a graph that can be differentiated again: the block anew from its input, in plain PyTorch."""
     wanted = (plan.grad_input, *(flag for unit in plan.all_units for flag in (*unit.grads, False, False)))
     if "x" not in kept.values:
@@ -71,9 +69,7 @@ def _differentiable_backward(
     flat = list(tensors)
     for index, stats in enumerate(kept.stats):
         flat[6 * index + 4 : 6 * index + 6] = stats[MEAN], stats[VAR]
-    sources = [
-        tensor for tensor, flag in zip((input, *tensors), wanted, strict=True) if flag and tensor is not None
-    ]
+    sources = [tensor for tensor, flag in zip((input, *tensors), wanted, strict=True) if flag and tensor is not None]
     y, *_ = reference(input, plan.spec, flat, [unit.training for unit in plan.all_units])
     made = iter(torch.autograd.grad(y, sources, grad_output, create_graph=True))
     return [next(made) if flag else None for flag in wanted]
@@ -193,8 +189,6 @@ _library.impl("block_forward", _block_forward, "CompositeExplicitAutograd")
 _library.impl("block_backward", _block_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_res::block_forward", _block_forward, lib=_library)
 torch.library.register_fake("fused_res::block_backward", _block_backward, lib=_library)
-torch.library.register_autograd(
-    "fused_res::block_forward", _backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("fused_res::block_forward", _backward, setup_context=_setup_context, lib=_library)
 flops.register(torch.ops.fused_res.block_forward, _block_forward)
 flops.register(torch.ops.fused_res.block_backward, _block_backward)

@@ -1,4 +1,4 @@
-"""One visible table: rows are operators' stems, columns are backends, a cell is a set of kernels or the reason why not."""
+"""One visible table: rows are operators' stems, columns backends, a cell kernels or the reason why not."""
 
 from __future__ import annotations
 

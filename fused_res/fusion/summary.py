@@ -53,9 +53,7 @@ class Summary:
             lines.append(("fused" if fused else "left", str(len(names)), kind, where, why))
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         table = [
-            "  ".join(
-                (*(cell.ljust(width) for cell, width in zip(line[:4], widths, strict=True)), line[4])
-            ).rstrip()
+            "  ".join((*(cell.ljust(width) for cell, width in zip(line[:4], widths, strict=True)), line[4])).rstrip()
             for line in lines
         ]
         return "\n".join((*table, f"{len(self.fused)} fused, {len(self.left)} left"))

@@ -48,9 +48,7 @@ class BasicBlock(BlockAdapter):
 class Bottleneck(BlockAdapter):
     home = "timm.models.resnet"
     name = "Bottleneck"
-    reads = (
-        ("forward", "conv1 bn1 act1 conv2 bn2 drop_block act2 aa conv3 bn3 se drop_path downsample act3"),
-    )
+    reads = (("forward", "conv1 bn1 act1 conv2 bn2 drop_block act2 aa conv3 bn3 se drop_path downsample act3"),)
 
     @classmethod
     def parts(cls, module: Any) -> Parts | Refusal:

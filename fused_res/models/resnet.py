@@ -61,9 +61,7 @@ class ResNet(ResidualNetwork):
         )
 
 
-def _build(
-    block: Block, layers: Sequence[int], weights: Any, progress: bool, kwargs: dict[str, Any]
-) -> ResNet:
+def _build(block: Block, layers: Sequence[int], weights: Any, progress: bool, kwargs: dict[str, Any]) -> ResNet:
     if weights is None:
         return ResNet(block, layers, **kwargs)
     if not hasattr(weights, "get_state_dict"):

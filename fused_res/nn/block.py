@@ -64,9 +64,7 @@ class ResidualBlock(Configured):
         return chain.run_stock(x, units, shortcut)
 
     def extra_repr(self) -> str:
-        shortcut = (
-            "projection" if self.downsample is not None else "identity" if self.has_shortcut else "none"
-        )
+        shortcut = "projection" if self.downsample is not None else "identity" if self.has_shortcut else "none"
         return f"shortcut={shortcut!r}{self.settings_repr()}"
 
     def refusal(self) -> chain.Refusal | None:
@@ -77,9 +75,7 @@ class ResidualBlock(Configured):
 
 
 def _conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(
-        inplanes, planes, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False
-    )
+    return nn.Conv2d(inplanes, planes, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
 
 
 def _conv1x1(inplanes: int, planes: int) -> nn.Conv2d:
@@ -107,9 +103,7 @@ class BasicBlock(ResidualBlock):
         recompute: str = "none",
     ) -> None:
         if groups != 1 or base_width != 64:
-            raise ValueError(
-                f"BasicBlock takes groups=1 and base_width=64 only, got {groups} and {base_width}"
-            )
+            raise ValueError(f"BasicBlock takes groups=1 and base_width=64 only, got {groups} and {base_width}")
         if dilation != 1:
             raise NotImplementedError(f"BasicBlock takes dilation=1 only, got {dilation}")
         norm = norm_layer or nn.BatchNorm2d

@@ -192,9 +192,7 @@ def _add_projection(chain: Chain, projection: nn.Module) -> Refusal | None:
     return chain.add(modules)
 
 
-def read(
-    units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
-) -> Chain | Refusal:
+def read(units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None) -> Chain | Refusal:
     """The modules as a chain, as far as that can be told without an input."""
     chain = Chain()
     for unit in units:
@@ -211,11 +209,7 @@ def read(
     refusal = None if pool is None else inspect_pool(pool)
     if refusal is not None:
         return refusal
-    pool_key = (
-        None
-        if pool is None
-        else tuple([pool.__dict__[name] for name in ("kernel_size", "stride", "padding")])
-    )
+    pool_key = None if pool is None else tuple([pool.__dict__[name] for name in ("kernel_size", "stride", "padding")])
     spec = block_spec(tuple(chain.keys), form, pool_key)
     if isinstance(spec, str):
         return Refusal(spec)
@@ -225,12 +219,7 @@ def read(
 
 def situation() -> Refusal | None:
     """What, apart from modules and input, asks for the stock forward."""
-    if (
-        _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
-    ):
+    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
         return Refusal("a hook on all modules is registered")
     if torch.compiler.is_compiling():
         return None
@@ -329,9 +318,7 @@ def run_norm(
     return output
 
 
-def refusal_of(
-    units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
-) -> Refusal | None:
+def refusal_of(units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None) -> Refusal | None:
     """Why :func:`run` would return None, as far as that can be told without an input."""
     chain = read(units, shortcut, pool)
     return chain if isinstance(chain, Refusal) else None

@@ -92,9 +92,7 @@ def _unit_spec(key: UnitKey) -> UnitSpec:
         if padding != "same" or any(a % 2 for a in around) or _pair(stride) != (1, 1):
             raise ValueError(f"a convolution's padding={padding!r} is not the same on both sides")
         padding = (around[0] // 2, around[1] // 2)
-    return UnitSpec(
-        _pair(stride), _pair(padding), _pair(dilation), groups, eps, "relu" if relu else "identity"
-    )
+    return UnitSpec(_pair(stride), _pair(padding), _pair(dilation), groups, eps, "relu" if relu else "identity")
 
 
 def _size_map(units: Sequence[UnitSpec], shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:

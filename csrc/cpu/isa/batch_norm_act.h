@@ -1,9 +1,10 @@
-// batch_norm_act, the loops. NHWC and NCHW differ in what a channel's factors are along a row of memory: a vector that varies
-// with the position, or one number. The elementwise passes are written once for both.
+// batch_norm_act: the statistics and sums, a version for each layout, and the elementwise passes, written
+// once for both.
 #pragma once
 
 #include "common/normalize.h"
 #include "cpu/isa/kernels.h"
+#include "cpu/isa/loops.h"
 #include "cpu/isa/vec.h"
 
 namespace fused_res::cpu {
@@ -11,86 +12,14 @@ namespace {
 
 // Vectors summed in float32 before the sums go to double.
 constexpr int kTile = 32;
-// Rows (NHWC) or vectors (NCHW) whose mean becomes the origin that a chunk's values are taken relative to. With n values in a
-// chunk and k in the pilot, the cancellation in M2 is at most (1 + n / k) eps, and near 1 eps unless the pilot is an outlier.
+// Rows (NHWC) or vectors (NCHW) whose mean becomes the origin that a chunk's values are taken relative to.
+// With n values in a chunk and k in the pilot, the cancellation in M2 is at most (1 + n / k) eps, and near 1
+// eps unless the pilot is an outlier.
 constexpr int kPilot = 16;
 // Channels whose sums live on the stack.
 constexpr int64_t kPanel = 1024;
 // Rows of more than a strip that are summed side by side.
 constexpr int64_t kRowsAtOnce = 4;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// --- loops over a row of memory ---
-
-template <int N, class Part>
-struct Strip {
-  static constexpr int vectors = N;
-  Part part;
-};
-
-// f(strip, offset): strips of N vectors, then single ones, then what is left.
-template <class V, int N, class F>
-inline void for_each_strip(int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + N * V::lanes <= n; i += N * V::lanes) f(Strip<N, Whole>{}, i);
-  if constexpr (N > 1) {
-    for (; i + V::lanes <= n; i += V::lanes) f(Strip<1, Whole>{}, i);
-  }
-  if (i < n) f(Strip<1, Partial>{{static_cast<int>(n - i)}}, i);
-}
-
-// f(part, offset), one vector after the other.
-template <class V, class F>
-inline void for_each_vector(int64_t n, F f) {
-  for_each_strip<V, 1>(n, [&](auto strip, int64_t i) { f(strip.part, i); });
-}
-
-// A factor along a row of memory.
-template <class S>
-struct Varying {  // NHWC
-  const S* p;
-  template <class Part>
-  Vec<S> at(Part part, int64_t i) const {
-    return part.load(p + i);
-  }
-};
-template <class S>
-struct Uniform {  // NCHW
-  Vec<S> v;
-  Uniform(const S* p) : v(Vec<S>::all(*p)) {}
-  template <class Part>
-  Vec<S> at(Part, int64_t) const {
-    return v;
-  }
-};
-
-// f(offset of the first element, of its mask byte, of its channel, number of elements) for every run of memory in the block.
-template <Layout L, class F>
-inline void for_each_run(const Block& b, F f) {
-  if constexpr (L == Layout::kNhwc) {
-    const int64_t mask_row = (b.channels + 7) / 8;
-    for (int64_t row = b.n0; row < b.n1; ++row) {
-      f(row * b.channels + b.c0, row * mask_row + b.c0 / 8, b.c0, b.c1 - b.c0);
-    }
-  } else {
-    const int64_t mask_row = (b.spatial + 7) / 8;
-    for (int64_t n = b.n0; n < b.n1; ++n) {
-      for (int64_t c = b.c0; c < b.c1; ++c) {
-        const int64_t plane = n * b.channels + c;
-        f(plane * b.spatial + b.s0, plane * mask_row + b.s0 / 8, c, b.s1 - b.s0);
-      }
-    }
-  }
-}
-template <Layout L, class S>
-struct FactorOf {
-  using type = Varying<S>;
-};
-template <class S>
-struct FactorOf<Layout::kNchw, S> {
-  using type = Uniform<S>;
-};
 
 // --- sums ---
 
@@ -101,8 +30,9 @@ struct Term {  // adds `value` to one sum and `value * weight` to the other
 
 // NHWC, for `width` <= kPanel channels: sums[c], products[c] over the rows; term(part, row, c).
 //
-// Few rows at a time, so that memory is read along the rows: a strip of 64 channels down 32 rows of 1024 is 256 bytes here and
-// there, which the hardware does not prefetch (7 GB/s a core against 22). Where the strip is the row, sums stay in registers.
+// Few rows at a time, so that memory is read along the rows: a strip of 64 channels down 32 rows of 1024 is
+// 256 bytes here and there, which the hardware does not prefetch (7 GB/s a core against 22). Where the strip
+// is the row, sums stay in registers.
 template <class V, class F>
 inline void sum_rows(int64_t rows, int64_t width, double* sums, double* products, F term) {
   using S = typename V::Scalar;
@@ -118,7 +48,8 @@ inline void sum_rows(int64_t rows, int64_t width, double* sums, double* products
       for_each_strip<V, kStripVectors>(width, [&](auto strip, int64_t c) {
         constexpr int N = decltype(strip)::vectors;
         V s[N], p[N];
-        for (int i = 0; i < N; ++i) s[i] = load(sum + c + i * V::lanes), p[i] = load(product + c + i * V::lanes);
+        for (int i = 0; i < N; ++i)
+          s[i] = load(sum + c + i * V::lanes), p[i] = load(product + c + i * V::lanes);
         for (int64_t row = begin; row < end; ++row) {
           for (int i = 0; i < N; ++i) {
             const Term<V> t = term(strip.part, row, c + i * V::lanes);
@@ -126,7 +57,8 @@ inline void sum_rows(int64_t rows, int64_t width, double* sums, double* products
             p[i] = fma(t.value, t.weight, p[i]);
           }
         }
-        for (int i = 0; i < N; ++i) store(sum + c + i * V::lanes, s[i]), store(product + c + i * V::lanes, p[i]);
+        for (int i = 0; i < N; ++i)
+          store(sum + c + i * V::lanes, s[i]), store(product + c + i * V::lanes, p[i]);
       });
     }
     for (int64_t c = 0; c < padded; c += V::lanes) {
@@ -165,11 +97,9 @@ class PlaneSums {
   static constexpr int kWays = 4;  // independent chains of additions, each 4 cycles long
 
   void flush() {
-    for (int way = 0; way < kWays; ++way) {
-      accumulate(sums_, sum_[way]);
-      accumulate(products_, product_[way]);
-      sum_[way] = product_[way] = V::zero();
-    }
+    accumulate(sums_, (sum_[0] + sum_[1]) + (sum_[2] + sum_[3]));
+    accumulate(products_, (product_[0] + product_[1]) + (product_[2] + product_[3]));
+    for (int way = 0; way < kWays; ++way) sum_[way] = product_[way] = V::zero();
     filled_ = 0;
   }
 
@@ -227,27 +157,25 @@ void moments_nchw(const Block& b, const void* x, double* partial) {
     const T* first = static_cast<const T*>(x) + c * b.spatial + b.s0;
     const int64_t image = b.channels * b.spatial;
 
-    const V start = V::all(element(first + b.n0 * image));
-    PlaneSums<V> pilot_sums;
-    pilot_sums.add(pilot, [&](auto part, int64_t i) {
-      const V d = part.only(part.load(first + b.n0 * image + i) - start);
-      return Term<V>{d, d};
+    const T* pilot_plane = first + b.n0 * image;
+    const S start = element(pilot_plane);
+    V pilot_sum = V::zero();
+    for_each_vector<V>(pilot, [&](auto part, int64_t i) {
+      pilot_sum = pilot_sum + part.only(part.load(pilot_plane + i) - V::all(start));
     });
-    double sum, squares;
-    pilot_sums.finish(&sum, &squares);
-    const double mean = static_cast<double>(element(first + b.n0 * image)) + sum / static_cast<double>(pilot);
-    const S origin = finite_or_zero(static_cast<S>(mean));
+    const V origin = V::all(finite_or_zero(start + total(pilot_sum) / static_cast<S>(pilot)));
 
     PlaneSums<V> plane_sums;
     for (int64_t n = b.n0; n < b.n1; ++n) {
       plane_sums.add(length, [&](auto part, int64_t i) {
-        const V d = part.only(part.load(first + n * image + i) - V::all(origin));
+        const V d = part.only(part.load(first + n * image + i) - origin);
         return Term<V>{d, d};
       });
     }
+    double sum, squares;
     plane_sums.finish(&sum, &squares);
     const auto count = static_cast<double>((b.n1 - b.n0) * length);
-    const Moments m = moments_from_sums(static_cast<double>(origin), sum, squares, count);
+    const Moments m = moments_from_sums(first_lane(origin), sum, squares, count);
     partial[c] = m.mean;
     partial[b.channels + c] = m.m2;
   }
@@ -262,7 +190,8 @@ void forward(const Block& b, const ForwardArgs& a) {
   const bool relu = a.relu, stream = a.stream;
   for_each_run<L>(b, [&](int64_t start, int64_t mask_start, int64_t channel, int64_t n) {
     using Factor = typename FactorOf<L, S>::type;
-    const Factor mean{static_cast<const S*>(a.mean) + channel}, scale{static_cast<const S*>(a.scale) + channel};
+    const Factor mean{static_cast<const S*>(a.mean) + channel},
+        scale{static_cast<const S*>(a.scale) + channel};
     const Factor shift{static_cast<const S*>(a.shift) + channel};
     const T* x = static_cast<const T*>(a.x) + start;
     const T* residual = static_cast<const T*>(a.residual) + (a.residual ? start : 0);
@@ -387,7 +316,8 @@ struct BackwardOf {
         T* dresidual = static_cast<T*>(a.dresidual) + (a.dresidual ? start : 0);
         for_each_vector<V>(n, [&](auto part, int64_t i) {
           const V centred = part.load(x + i) - mean.at(part, i);
-          const V g = gated<G>(part, part.load(dy + i), centred, scale.at(part, i), shift.at(part, i), mask, i);
+          const V g =
+              gated<G>(part, part.load(dy + i), centred, scale.at(part, i), shift.at(part, i), mask, i);
           if (dx) {
             V d = g * scale.at(part, i);
             if (slopes) {
@@ -426,8 +356,8 @@ void add_masked(void* self, const void* grad, const uint8_t* mask, int64_t begin
 
 // --- between the passes: one number a channel ---
 
-inline void merge_partials(double* a, const double* b, double count_a, double count_b, int64_t channels, int64_t c0,
-                           int64_t c1) {
+inline void merge_partials(double* a, const double* b, double count_a, double count_b, int64_t channels,
+                           int64_t c0, int64_t c1) {
   const MergeFactors factors = merge_factors(count_a, count_b);
   for (int64_t c = c0; c < c1; ++c) {
     const Moments m = merge({a[c], a[channels + c]}, {b[c], b[channels + c]}, factors);
@@ -444,8 +374,8 @@ inline void add_partials(double* a, const double* b, int64_t channels, int64_t c
 }
 
 template <class S>
-void finish(void* stats, const double* moments, double count, const ParamArgs& params, int64_t channels, int64_t c0,
-            int64_t c1) {
+void finish(void* stats, const double* moments, double count, const ParamArgs& params, int64_t channels,
+            int64_t c0, int64_t c1) {
   S* out = static_cast<S*>(stats);
   const S* weight = static_cast<const S*>(params.weight);
   const S* bias = static_cast<const S*>(params.bias);
@@ -468,8 +398,8 @@ void finish_gradient(const GradientArgs& a, const double* sums, double count, in
   const S* stats = static_cast<const S*>(a.stats);
   const double* products = sums + channels;
   for (int64_t c = c0; a.slope && c < c1; ++c) {
-    const GradientFactors<S> f =
-        gradient_factors<S>(sums[c], products[c], count, stats[kInvstd * channels + c], stats[kScale * channels + c]);
+    const GradientFactors<S> f = gradient_factors<S>(
+        sums[c], products[c], count, stats[kInvstd * channels + c], stats[kScale * channels + c]);
     static_cast<S*>(a.slope)[c] = f.slope;
     static_cast<S*>(a.offset)[c] = f.offset;
   }

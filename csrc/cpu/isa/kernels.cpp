@@ -1,5 +1,5 @@
-// Compiled once for each instruction set, with FUSED_RES_ISA naming it. The table is the only symbol that leaves this file;
-// it is constant, so that no instruction of this file runs before the table was chosen.
+// Compiled once for each instruction set, with FUSED_RES_ISA naming it. The table is the only symbol that
+// leaves this file; it is constant, so that no instruction of this file runs before the table was chosen.
 #include "cpu/isa/kernels.h"
 
 #include "cpu/isa/batch_norm_act.h"
@@ -9,11 +9,11 @@ namespace fused_res::cpu {
 namespace {
 
 template <class T>
-inline constexpr BatchNormActKernels batch_norm_act_nhwc = {
-    moments_nhwc<T>, forward<T, Layout::kNhwc>, reduce_nhwc<T>, backward<T, Layout::kNhwc>};
+inline constexpr BatchNormActKernels batch_norm_act_nhwc = {moments_nhwc<T>, forward<T, Layout::kNhwc>,
+                                                            reduce_nhwc<T>, backward<T, Layout::kNhwc>};
 template <class T>
-inline constexpr BatchNormActKernels batch_norm_act_nchw = {
-    moments_nchw<T>, forward<T, Layout::kNchw>, reduce_nchw<T>, backward<T, Layout::kNchw>};
+inline constexpr BatchNormActKernels batch_norm_act_nchw = {moments_nchw<T>, forward<T, Layout::kNchw>,
+                                                            reduce_nchw<T>, backward<T, Layout::kNchw>};
 template <class T>
 inline constexpr MaxPoolKernels max_pool_nhwc = {max_pool_forward_nhwc<T>, max_pool_backward_nhwc<T>};
 template <class T>

@@ -1,6 +1,6 @@
-// What the kernels of one instruction set offer, as a table of plain functions. Included by the host side, compiled for the
-// baseline, and by isa/kernels.cpp, compiled once for each instruction set: so no ATen and no STL, whose inline functions
-// would reach the linker in an AVX-512 version and then run everywhere.
+// What the kernels of one instruction set offer, as a table of plain functions. Included by the host side,
+// compiled for the baseline, and by isa/kernels.cpp, compiled once for each instruction set: so no ATen and
+// no STL, whose inline functions would reach the linker in an AVX-512 version and then run everywhere.
 #pragma once
 
 #include <stdint.h>
@@ -13,8 +13,8 @@ constexpr int kDtypes = 4;
 enum class Layout { kNhwc, kNchw };  // rows of channels; planes, one for each channel
 constexpr int kLayouts = 2;
 
-// The part of a tensor that one call handles. NHWC: the channels [c0, c1) of the rows [n0, n1), a row being one pixel. NCHW:
-// the positions [s0, s1) in the planes of the channels [c0, c1) of the images [n0, n1).
+// The part of a tensor that one call handles. NHWC: the channels [c0, c1) of the rows [n0, n1), a row being
+// one pixel. NCHW: the positions [s0, s1) in the planes of the channels [c0, c1) of the images [n0, n1).
 struct Block {
   int64_t channels;  // of the whole tensor: the length of an NHWC row
   int64_t spatial;   // of the whole tensor: the length of an NCHW plane
@@ -23,8 +23,8 @@ struct Block {
   int64_t s0, s1;
 };
 
-// "stats" in the comments: float, or double for float64 tensors. "mask": one bit an element, least significant first, rows
-// (NHWC) or planes (NCHW) padded to whole bytes.
+// "stats" in the comments: float, or double for float64 tensors. "mask": one bit an element, least
+// significant first, rows (NHWC) or planes (NCHW) padded to whole bytes.
 
 struct ForwardArgs {
   const void* x;
@@ -35,7 +35,7 @@ struct ForwardArgs {
   void* y;               // may be x
   uint8_t* mask;         // or null
   bool relu;
-  bool stream;           // write y past the caches; y is aligned for that
+  bool stream;  // write y past the caches; y is aligned for that
 };
 
 struct BackwardArgs {
@@ -53,7 +53,7 @@ struct BackwardArgs {
   bool stream;
 };
 
-struct ParamArgs {  // of one normalisation, converted to the stats dtype
+struct ParamArgs {     // of one normalisation, converted to the stats dtype
   const void* weight;  // stats[C], or null
   const void* bias;    // stats[C], or null
   double eps;
@@ -70,7 +70,8 @@ struct GradientArgs {
 // The rows of a stats tensor.
 enum StatsRow { kMean, kInvstd, kScale, kShift, kVar, kStatsRows };
 
-// Partial results are doubles [2][C]: (mean, M2) of the forward statistics, (sum dy, sum dy * (x - mean)) of the backward ones.
+// Partial results are doubles [2][C]: (mean, M2) of the forward statistics, (sum dy, sum dy * (x - mean)) of
+// the backward ones.
 struct BatchNormActKernels {
   void (*moments)(const Block&, const void* x, double* partial);
   void (*forward)(const Block&, const ForwardArgs&);
@@ -82,13 +83,13 @@ struct PoolArgs {
   int64_t images, channels, height, width;  // of the input
   int64_t out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
-  const void* x;         // forward: input; backward: gradient of the output
-  const void* mean;      // stats[C]
-  const void* scale;     // stats[C], or null: x is pooled as it is
-  const void* shift;     // stats[C]
+  const void* x;      // forward: input; backward: gradient of the output
+  const void* mean;   // stats[C]
+  const void* scale;  // stats[C], or null: x is pooled as it is
+  const void* shift;  // stats[C]
   bool relu;
-  void* y;               // forward: output; backward: gradient of the input
-  uint8_t* indices;      // of the output's shape: position in the window
+  void* y;           // forward: output; backward: gradient of the input
+  uint8_t* indices;  // of the output's shape: position in the window
 };
 
 struct MaxPoolKernels {
@@ -102,16 +103,19 @@ struct Kernels {
   BatchNormActKernels batch_norm_act[kDtypes][kLayouts];
   MaxPoolKernels max_pool[kDtypes][kLayouts];
   // self += mask ? grad : 0, in rows of `cols` elements; mask or null
-  void (*add_masked[kDtypes])(void* self, const void* grad, const uint8_t* mask, int64_t begin, int64_t end, int64_t cols);
+  void (*add_masked[kDtypes])(void* self, const void* grad, const uint8_t* mask, int64_t begin, int64_t end,
+                              int64_t cols);
   // partial_a[2][C] = merge(partial_a, partial_b) for the channels [c0, c1), or the plain sum
-  void (*merge)(double* a, const double* b, double count_a, double count_b, int64_t channels, int64_t c0, int64_t c1);
+  void (*merge)(double* a, const double* b, double count_a, double count_b, int64_t channels, int64_t c0,
+                int64_t c1);
   void (*add)(double* a, const double* b, int64_t channels, int64_t c0, int64_t c1);
   // stats[5][C] from merged moments. [0]: float, [1]: double
-  void (*finish[2])(void* stats, const double* moments, double count, const ParamArgs&, int64_t channels, int64_t c0,
-                    int64_t c1);
-  // From sums[2][C] and stats[5][C]: slope[C] and offset[C] of BackwardArgs, dweight[C], dbias[C]; each may be null.
-  void (*finish_gradient[2])(const GradientArgs&, const double* sums, double count, int64_t channels, int64_t c0,
-                             int64_t c1);
+  void (*finish[2])(void* stats, const double* moments, double count, const ParamArgs&, int64_t channels,
+                    int64_t c0, int64_t c1);
+  // From sums[2][C] and stats[5][C]: slope[C] and offset[C] of BackwardArgs, dweight[C], dbias[C]; each may
+  // be null.
+  void (*finish_gradient[2])(const GradientArgs&, const double* sums, double count, int64_t channels,
+                             int64_t c0, int64_t c1);
 };
 
 extern const Kernels kernels_baseline;

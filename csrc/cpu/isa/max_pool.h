@@ -1,10 +1,10 @@
-// Max pooling behind an optional normalise + ReLU, which is computed on the fly and never stored. The comparison is
-// PyTorch's: row-major over the window, a later value wins only if it is greater or NaN.
+// Max pooling behind an optional normalise + ReLU, which is computed on the fly and never stored. The
+// comparison is PyTorch's: row-major over the window, a later value wins only if it is greater or NaN.
 #pragma once
 
 #include "common/normalize.h"
-#include "cpu/isa/batch_norm_act.h"
 #include "cpu/isa/kernels.h"
+#include "cpu/isa/loops.h"
 #include "cpu/isa/vec.h"
 
 namespace fused_res::cpu {
@@ -26,7 +26,8 @@ inline Range covering(int64_t in, int64_t kernel, int64_t stride, int64_t pad, i
   return {first <= 0 ? 0 : (first + stride - 1) / stride, smaller(out_size, (in + pad) / stride + 1)};
 }
 
-// What is pooled. Rounded to T as if it had been stored: rounding makes ties, and ties decide where the gradient goes.
+// What is pooled. Rounded to T as if it had been stored: rounding makes ties, and ties decide where the
+// gradient goes.
 template <class T, class V>
 inline V activated(V x, const PoolArgs& a, V mean, V scale, V shift) {
   if (!a.scale) return x;
@@ -95,7 +96,8 @@ void max_pool_forward_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Each input position gathers from the windows that cover it: nothing is written twice, the order of the sum is fixed.
+// Each input position gathers from the windows that cover it: nothing is written twice, the order of the sum
+// is fixed.
 template <class T>
 void max_pool_backward_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
   using V = Vec<Compute<T>>;
@@ -127,9 +129,11 @@ void max_pool_backward_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
 
 // --- NCHW: rows of one plane, in panels whose state lives on the stack ---
 
-constexpr int64_t kPoolPanel = 512;  // outputs; as the largest window has 255 columns, strides beyond that leave few of them
+constexpr int64_t kPoolPanel =
+    512;  // outputs; as the largest window has 255 columns, strides beyond that leave few of them
 
-// best, position [n] against every `Stride`-th value (0: stride) of row. With a constant stride this vectorises.
+// best, position [n] against every `Stride`-th value (0: stride) of row. With a constant stride this
+// vectorises.
 template <int Stride, class S>
 inline void compare(const S* row, int64_t n, int64_t stride, S at, S* best, S* position) {
   if constexpr (Stride != 0) stride = Stride;
@@ -211,7 +215,8 @@ void max_pool_backward_nchw(const PoolArgs& a, int64_t begin, int64_t end) {
                           covering(x0 + n - 1, a.kernel_w, a.stride_w, a.pad_w, a.out_width).end};
       for (int64_t oy = rows.begin; oy < rows.end; ++oy) {
         const int64_t out = (plane * a.out_height + oy) * a.out_width;
-        const int64_t first = (y + a.pad_h - oy * a.stride_h) * a.kernel_w;  // position of the window's left end
+        const int64_t first =
+            (y + a.pad_h - oy * a.stride_h) * a.kernel_w;  // position of the window's left end
         for (int64_t ox = cols.begin; ox < cols.end; ++ox) {
           const int64_t kx = a.indices[out + ox] - first;
           const int64_t i = ox * a.stride_w - a.pad_w + kx - x0;

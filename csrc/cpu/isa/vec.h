@@ -1,9 +1,10 @@
-// Vec<float> and Vec<double>: as many lanes as the instruction set at hand computes with, at least eight, so that a mask of
-// one bit a lane is whole bytes. Everything lives in an anonymous namespace: no symbol of one instruction set may be linked
-// into another's code.
+// Vec<float> and Vec<double>: as many lanes as the instruction set at hand computes with, at least eight, so
+// that a mask of one bit a lane is whole bytes. Everything lives in an anonymous namespace: no symbol of one
+// instruction set may be linked into another's code.
 //
 // Each vec_*.h defines, for V = Vec<S>:
-//   V::lanes, V::Mask, V::zero(), V::all(s), V::first(n) -> Mask of the first n lanes, V::from_bits(bits) -> Mask
+//   V::lanes, V::Mask, V::zero(), V::all(s), V::first(n) -> Mask of the first n lanes, V::from_bits(bits) ->
+//   Mask
 //   + - *, fma(a, b, c)
 //   not_less_equal_zero(a)    !(a <= 0), true for NaN
 //   greater_or_nan(a, b)      a > b, or a is NaN: how PyTorch's pooling compares
@@ -11,7 +12,8 @@
 //   select(mask, a, b)
 //   to_bits(mask)
 //   accumulate(sums, a)       sums[i] += a[i], in double
-//   load, store (p, ...[, n]) a vector of T = float, double, bfloat16 or float16, or its first n elements (the rest is 0);
+//   load, store (p, ...[, n]) a vector of T = float, double, bfloat16 or float16, or its first n elements
+//   (the rest is 0);
 //                             rounding is to nearest even
 //   stream(p, a)              store past the caches, p aligned to the store; stream_fence() after the last
 //   round_to(a, T{})          what store and load would give back
@@ -67,7 +69,8 @@ using Compute = typename ComputeType<T>::type;
 inline Vec<float> round_to(Vec<float> a, float) { return a; }
 inline Vec<double> round_to(Vec<double> a, double) { return a; }
 
-// A load or store of whole vectors, and one of the last few elements: the loops are written once and take either.
+// A load or store of whole vectors, and one of the last few elements: the loops are written once and take
+// either.
 struct Whole {
   template <class T>
   auto load(const T* p) const {
@@ -113,13 +116,27 @@ inline void put(Partial part, T* p, V a, bool) {
   part.store(p, a);
 }
 
+template <class S>
+inline S first_lane(Vec<S> a) {
+  S lanes[Vec<S>::lanes];
+  store(lanes, a);
+  return lanes[0];
+}
+template <class S>
+inline S total(Vec<S> a) {
+  S lanes[Vec<S>::lanes];
+  store(lanes, a);
+  for (int n = Vec<S>::lanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return lanes[0];
+}
+
 inline float element(const float* p) { return *p; }
 inline double element(const double* p) { return *p; }
 template <class H>
 inline float element(const H* p) {
-  float lanes[Vec<float>::lanes];
-  store(lanes, load(p, 1));
-  return lanes[0];
+  return first_lane(load(p, 1));
 }
 
 template <class V>

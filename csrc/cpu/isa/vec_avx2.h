@@ -1,4 +1,5 @@
-// Vec for AVX2 with FMA and F16C: see vec.h for what the operations mean. A Vec<double> is a pair of registers.
+// Vec for AVX2 with FMA and F16C: see vec.h for what the operations mean. A Vec<double> is a pair of
+// registers.
 #pragma once
 
 #include <immintrin.h>
@@ -97,18 +98,15 @@ inline void accumulate(double* sums, D a) {
   _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), a.high));
 }
 inline void accumulate(double* sums, F a) {
-  accumulate(sums, D{_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))});
+  accumulate(sums,
+             D{_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))});
 }
 
 // --- float and double in memory ---
 inline F load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline F load(const float* p, int n) {
-  return {_mm256_maskload_ps(p, _mm256_castps_si256(F::first(n).m))};
-}
+inline F load(const float* p, int n) { return {_mm256_maskload_ps(p, _mm256_castps_si256(F::first(n).m))}; }
 inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
-inline void store(float* p, F a, int n) {
-  _mm256_maskstore_ps(p, _mm256_castps_si256(F::first(n).m), a.v);
-}
+inline void store(float* p, F a, int n) { _mm256_maskstore_ps(p, _mm256_castps_si256(F::first(n).m), a.v); }
 inline void stream(float* p, F a) { _mm256_stream_ps(p, a.v); }
 
 inline D load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }

@@ -1,9 +1,10 @@
-// Vec for any machine, in GCC's vector extension: eight lanes, which the compiler splits into the registers that there are
-// (SSE2, NEON). See vec.h for what the operations mean. Correct first: who has an older machine gets the memory traffic
-// saved, not every cycle.
+// Vec for any machine, in GCC's vector extension: eight lanes, which the compiler splits into the registers
+// that there are (SSE2, NEON). See vec.h for what the operations mean. Correct first: who has an older
+// machine gets the memory traffic saved, not every cycle.
 #pragma once
 
-// "The ABI for passing parameters with 32-byte alignment has changed": nothing here is called from another file.
+// "The ABI for passing parameters with 32-byte alignment has changed": nothing here is called from another
+// file.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace fused_res::cpu {
@@ -39,11 +40,13 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
-  // Without the instruction a multiplication and an addition, the same everywhere; never libm's, at a hundred cycles a lane.
+  // Without the instruction a multiplication and an addition, the same everywhere; never libm's, at a hundred
+  // cycles a lane.
   friend Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
     for (int i = 0; i < lanes; ++i) {
-      c.v[i] = sizeof(S) == 4 ? __builtin_fmaf(a.v[i], b.v[i], c.v[i]) : __builtin_fma(a.v[i], b.v[i], c.v[i]);
+      c.v[i] =
+          sizeof(S) == 4 ? __builtin_fmaf(a.v[i], b.v[i], c.v[i]) : __builtin_fma(a.v[i], b.v[i], c.v[i]);
     }
     return c;
 #else
@@ -103,7 +106,8 @@ inline float widen(float16 h) {
   if (magnitude >= 0x7c00) {
     f = from_float_bits(0x7f800000u | (magnitude & 0x3ff) << 13);
   } else {
-    // The exponent field moved over is 112 too small; a product with a power of two is exact, for subnormal numbers as well.
+    // The exponent field moved over is 112 too small; a product with a power of two is exact, for subnormal
+    // numbers as well.
     f = from_float_bits(magnitude << 13) * 0x1p112f;
   }
   return from_float_bits(float_bits(f) | sign);

@@ -55,10 +55,10 @@ def moments(
     if not training:
         assert running_mean is not None and running_var is not None
         return running_mean.to(dtype), running_var.to(dtype)
-    if (
-        input.numel() == 0
-    ):  # as in PyTorch, an empty batch has no statistics; zeros keep NaN out of the gradients
-        return torch.zeros(2, input.shape[1], dtype=dtype, device=input.device).unbind()
+    # As in PyTorch, an empty batch has no statistics; zeros keep NaN out of the gradients.
+    if input.numel() == 0:
+        zeros = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
+        return zeros, zeros
     x = input.to(dtype)
     var, mean = torch.var_mean(x, _reduced(x), correction=0)
     return mean, var

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_res.backends.reference.batch_norm_act import batch_norm_act_apply
-from fused_res.ops import stats_dtype
 
 
 def max_pool_forward(
@@ -40,9 +39,7 @@ def max_pool_backward(
     top, left = _corners(grad_output, stride, padding)
     window = indices.long()
     flat = (window // kernel_size[1] + top) * input.shape[3] + window % kernel_size[1] + left
-    grad = torch.zeros(
-        (*input.shape[:2], input.shape[2] * input.shape[3]), dtype=input.dtype, device=input.device
-    )
+    grad = torch.zeros((*input.shape[:2], input.shape[2] * input.shape[3]), dtype=input.dtype, device=input.device)
     grad.scatter_add_(2, flat.flatten(2), grad_output.flatten(2))
     return torch.empty_like(input).copy_(grad.view(input.shape))
 

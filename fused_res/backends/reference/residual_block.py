@@ -25,7 +25,7 @@ def residual_block(
         z = torch.ops.aten.convolution.default(
             x, weight, bias, this.stride, this.padding, this.dilation, False, this.no_output_padding, this.groups
         )
-        y, *used[index] = batch_norm_act(
+        y, *moments = batch_norm_act(
             z,
             running_mean,
             running_var,
@@ -36,6 +36,7 @@ def residual_block(
             this.eps,
             this.relu,
         )
+        used[index] = moments[0], moments[1]
         return y
 
     last = len(spec.units) - 1
@@ -49,4 +50,3 @@ def residual_block(
     if spec.pool is not None:
         y = F.max_pool2d(y, spec.pool.kernel_size, spec.pool.stride, spec.pool.padding)
     return y, [used[index][0] for index in sorted(used)], [used[index][1] for index in sorted(used)]
-

@@ -1,0 +1,84 @@
+// Loops over rows of memory. NHWC and NCHW differ in what a channel's factors are along a row: a vector that
+// varies with the position, or one number. With that said once, an elementwise pass is written once for both.
+#pragma once
+
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/vec.h"
+
+namespace fused_res::cpu {
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <int N, class Part>
+struct Strip {
+  static constexpr int vectors = N;
+  Part part;
+};
+
+// f(strip, offset): strips of N vectors, then single ones, then what is left.
+template <class V, int N, class F>
+inline void for_each_strip(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + N * V::lanes <= n; i += N * V::lanes) f(Strip<N, Whole>{}, i);
+  if constexpr (N > 1) {
+    for (; i + V::lanes <= n; i += V::lanes) f(Strip<1, Whole>{}, i);
+  }
+  if (i < n) f(Strip<1, Partial>{{static_cast<int>(n - i)}}, i);
+}
+
+// f(part, offset), one vector after the other.
+template <class V, class F>
+inline void for_each_vector(int64_t n, F f) {
+  for_each_strip<V, 1>(n, [&](auto strip, int64_t i) { f(strip.part, i); });
+}
+
+// A factor along a row of memory.
+template <class S>
+struct Varying {  // NHWC
+  const S* p;
+  template <class Part>
+  Vec<S> at(Part part, int64_t i) const {
+    return part.load(p + i);
+  }
+};
+template <class S>
+struct Uniform {  // NCHW
+  Vec<S> v;
+  Uniform(const S* p) : v(Vec<S>::all(*p)) {}
+  template <class Part>
+  Vec<S> at(Part, int64_t) const {
+    return v;
+  }
+};
+
+// f(offset of the first element, of its mask byte, of its channel, number of elements) for every run of
+// memory in the block.
+template <Layout L, class F>
+inline void for_each_run(const Block& b, F f) {
+  if constexpr (L == Layout::kNhwc) {
+    const int64_t mask_row = (b.channels + 7) / 8;
+    for (int64_t row = b.n0; row < b.n1; ++row) {
+      f(row * b.channels + b.c0, row * mask_row + b.c0 / 8, b.c0, b.c1 - b.c0);
+    }
+  } else {
+    const int64_t mask_row = (b.spatial + 7) / 8;
+    for (int64_t n = b.n0; n < b.n1; ++n) {
+      for (int64_t c = b.c0; c < b.c1; ++c) {
+        const int64_t plane = n * b.channels + c;
+        f(plane * b.spatial + b.s0, plane * mask_row + b.s0 / 8, c, b.s1 - b.s0);
+      }
+    }
+  }
+}
+template <Layout L, class S>
+struct FactorOf {
+  using type = Varying<S>;
+};
+template <class S>
+struct FactorOf<Layout::kNchw, S> {
+  using type = Uniform<S>;
+};
+
+}  // namespace
+}  // namespace fused_res::cpu
