@@ -145,7 +145,7 @@ def peak_resident(build: Callable[..., Callable[[], Any]], *arguments: Any) -> R
     """`build(*arguments)` in a fresh process gives a step; measures that process while it runs the step."""
     # A server that has imported everything and computed nothing forks it: as fresh, and sooner there.
     context = get_context("forkserver")
-    context.set_forkserver_preload([build.__module__])
+    context.set_forkserver_preload([build.__module__, "sklearn.datasets"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_measure_resident, build, arguments).result()
 

@@ -1,10 +1,19 @@
 """The stock models that everything is compared with: torchvision's, or without it the same networks of ours,
 switched to the layers they are made of."""
 
+from types import ModuleType
+
 from torch import nn
 
 from fused_res import models, unfuse
 from fused_res.testing import stub_torchvision_operators
+
+stub_torchvision_operators()
+torchvision_models: ModuleType | None
+try:
+    from torchvision import models as torchvision_models
+except ImportError:
+    torchvision_models = None
 
 MODELS = (
     "resnet18",
@@ -19,11 +28,6 @@ MODELS = (
 
 def stock_model(name: str) -> nn.Module:
     """A fresh model with random weights, from PyTorch's global generator."""
-    stub_torchvision_operators()
-    try:
-        import torchvision.models
-    except ImportError:
-        model: nn.Module = getattr(models, name)()
-        unfuse(model)
-        return model
-    return getattr(torchvision.models, name)()
+    if torchvision_models is None:
+        return unfuse(getattr(models, name)())
+    return getattr(torchvision_models, name)()

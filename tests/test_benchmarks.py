@@ -117,6 +117,18 @@ def test_all_runs_the_selection_and_ends_with_the_summary(
     assert capsys.readouterr().out.rstrip().splitlines()[-1].endswith(f"results in {tmp_path}")
 
 
+def test_all_leaves_out_what_would_begin_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 0.0, 1e6, 1e6])
+    monkeypatch.setattr(everything, "SELECTION", everything.SELECTION[:2])
+    monkeypatch.setattr(everything.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(everything.runner, "run", lambda *_: {"runs": []})
+    monkeypatch.setattr(everything.report, "environment", lambda _: "machine")
+    command_line.main(["all", "--out", str(tmp_path)])
+    assert "left out, as this machine is slow today:\npython -m benchmarks op --providers" in capsys.readouterr().out
+
+
 def test_selection_parses() -> None:
     parser = command_line.build_parser()
     titles = [part.title for part in everything.SELECTION]

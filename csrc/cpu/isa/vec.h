@@ -37,6 +37,16 @@ struct float16 {
 // One bit a lane.
 using Bits = uint32_t;
 
+// As assembly, because GCC 12 drops __builtin_prefetch from lambdas that do nothing else with memory than to
+// read it.
+inline void prefetch(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p);
+#endif
+}
+
 template <class S>
 struct Vec;
 
