@@ -85,7 +85,11 @@ def run(name: str, benchmark: Benchmark, options: argparse.Namespace, arguments:
     runs = [measure_in_child(arguments, setting) for setting in allocator.settings_for(options.allocator)]
     document = {
         "benchmark": name,
-        "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
+        # Results are committed: no path of a machine's own in them.
+        "command": shlex.join(
+            ["python", "-m", "benchmarks"]
+            + [os.path.relpath(word) if word == str(options.out) else word for word in arguments]
+        ),
         "options": {key: value for key, value in vars(options).items() if is_data(value)},
         "runs": runs,
     }
