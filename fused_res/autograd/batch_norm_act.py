@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from fused_res.backends import registry
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as reference
+from fused_res.backends.reference.batch_norm_act import unpack_mask
 from fused_res.ops import MEAN, VAR
 
 
@@ -70,8 +71,6 @@ def _differentiable_backward(
 
     The ReLU's second derivative is zero, so its mask is a constant and the residual's values are not needed.
     """
-    from fused_res.backends.reference.batch_norm_act import unpack_mask
-
     training, eps, relu, _ = options
     dy = grad_output
     if mask is not None:
