@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "cpu/isa/kernels.h"
@@ -43,7 +44,10 @@ class Partition {
     const int64_t channel_bytes = std::max<int64_t>(shape.values_per_channel() * bytes, 1);
     const int64_t cached = kCacheBytes / channel_bytes;
     if (shape.layout == Layout::kNhwc) {
-      length_ = std::clamp<int64_t>((shape.rows() + 63) / 64, 64, 2048);
+      // A power of two, so that threads get equal shares; long enough that partial results are few.
+      const auto wanted = std::clamp<int64_t>(shape.rows() / kRowChunk, 1, 64);
+      const auto chunks = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(wanted)));
+      length_ = std::clamp<int64_t>((shape.rows() + chunks - 1) / chunks, 1, kRowChunkMost);
       chunks_ = (shape.rows() + length_ - 1) / length_;
       group_ = shape.channels;
     } else {
@@ -92,6 +96,7 @@ class Partition {
  private:
   static constexpr int64_t kCacheBytes = 16 << 20;   // about half of a last-level cache
   static constexpr int64_t kOwnedBytes = 256 << 10;  // a quarter of a thread's own cache
+  static constexpr int64_t kRowChunk = 128, kRowChunkMost = 2048;  // rows
   // Values. A multiple of 8: chunks begin at whole bytes of the mask.
   static constexpr int64_t kPlaneChunk = 16384;
 

@@ -7,8 +7,6 @@
 namespace fused_res::cpu {
 namespace {
 
-constexpr int kStripVectors = 2;  // 16 registers: room for the accumulators of two vectors
-
 struct MaskF {
   __m256 m;
 };

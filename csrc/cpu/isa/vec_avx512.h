@@ -11,8 +11,6 @@
 namespace fused_res::cpu {
 namespace {
 
-constexpr int kStripVectors = 4;  // 32 registers: room for the accumulators of four vectors
-
 template <>
 struct Vec<float> {
   using Scalar = float;

@@ -10,8 +10,6 @@
 namespace fused_res::cpu {
 namespace {
 
-constexpr int kStripVectors = 1;
-
 template <class S>
 struct Lanes {
   typedef S Raw __attribute__((vector_size(8 * sizeof(S))));
