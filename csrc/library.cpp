@@ -5,6 +5,7 @@
 
 #include "build_info.h"  // written by CMakeLists.txt
 #include "cpu/isa.h"
+#include "cpu/output_memory.h"
 
 namespace py = pybind11;
 
@@ -12,4 +13,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] { return py::module_::import("json").attr("loads")(kBuildInfo); });
   m.def("cpu_isa", &fused_res::cpu_isa);
   m.def("set_cpu_isa", &fused_res::set_cpu_isa, py::arg("name"));
+  m.def("set_output_cache", &fused_res::set_output_cache, py::arg("bytes"));
+  m.def("output_cache_bytes", &fused_res::output_cache_bytes);
 }

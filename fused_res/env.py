@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variable:
-    """Unset or empty means the default; a value that is not in `allowed` is an error."""
+    """Unset or empty means the default; a value that is not in `allowed` (if empty: a whole number) is an error."""
 
     name: str
     default: str
@@ -20,7 +20,9 @@ class Variable:
 
     def read(self, environ: Mapping[str, str] = os.environ) -> str:
         value = environ.get(self.name, "").strip().lower() or self.default
-        if value not in self.allowed:
+        if not self.allowed and not (value.isascii() and value.isdigit()):
+            raise ValueError(f"{self.name}={value!r} is not a known value: use a whole number, 0 or more")
+        if self.allowed and value not in self.allowed:
             raise ValueError(f"{self.name}={value!r} is not a known value: use one of {', '.join(self.allowed)}")
         return value
 
@@ -37,13 +39,19 @@ CPU_ISA = Variable(
     allowed=("auto", "baseline", "avx2", "avx512"),
     doc="instruction set of the C++ kernels; auto is the widest one that this machine has",
 )
+CPU_CACHE = Variable(
+    "FUSED_RES_CPU_CACHE",
+    default="256",
+    allowed=(),
+    doc="MB of freed outputs that the C++ kernels keep for their next ones, as malloc keeps small ones; 0 keeps none",
+)
 CPP = Variable(
     "FUSED_RES_CPP",
     default="auto",
     allowed=("auto", "0", "1"),
     doc="at installation: 0 leaves the C++ extension out, 1 insists on it, auto does what it can",
 )
-VARIABLES = (BACKEND, CPU_ISA, CPP)
+VARIABLES = (BACKEND, CPU_ISA, CPU_CACHE, CPP)
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:

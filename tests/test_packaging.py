@@ -46,10 +46,12 @@ def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str) 
 @pytest.mark.parametrize("variable", env.VARIABLES, ids=lambda variable: variable.name)
 def test_variable(variable: env.Variable) -> None:
     assert variable.read({}) == variable.read({variable.name: ""}) == variable.default
-    for value in variable.allowed:
+    for value in variable.allowed or ("0", "4096"):
         assert variable.read({variable.name: f" {value.upper()} "}) == value
-    with pytest.raises(ValueError, match=f"{variable.name}='quick'.*{variable.allowed[-1]}"):
-        variable.read({variable.name: "quick"})
+    expected = variable.allowed[-1] if variable.allowed else "a whole number"
+    for wrong in ("quick", "-1"):
+        with pytest.raises(ValueError, match=f"{variable.name}='{wrong}'.*{expected}"):
+            variable.read({variable.name: wrong})
     with pytest.raises(FrozenInstanceError):
         variable.default = "quick"  # type: ignore[misc]
 

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input, const OptionalT
     args.mean = row(kMean), args.scale = row(kScale), args.shift = row(kShift);
   }
   const std::array<int64_t, 4> sizes = {x.shape.images, channels, args.out_height, args.out_width};
-  Tensor output = with_huge_pages(at::detail::empty_cpu(sizes, input.scalar_type(), false, x.format));
+  Tensor output = empty_output(sizes, input.scalar_type(), x.format);
   Tensor indices = at::detail::empty_cpu(sizes, at::kByte, false, x.format);
   args.x = x.tensor.const_data_ptr();
   args.relu = relu;

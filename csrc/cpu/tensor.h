@@ -9,10 +9,7 @@
 
 #include <optional>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "cpu/output_memory.h"
 #include "cpu/partition.h"
 
 namespace fused_res::cpu {
@@ -89,24 +86,15 @@ struct Operand {
   int64_t mask_bytes() const { return shape.rows() * mask_cols(); }
 };
 
-// A fresh large buffer costs a page fault for every 4 KB that is first written: a ReLU of 51 MB takes 21 ms
-// that way, 6 ms with huge pages, 3.3 ms into warm memory. So the kernel is asked for huge pages, for this
-// buffer alone.
-inline Tensor with_huge_pages(Tensor tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + tensor.nbytes()) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // best effort
-#endif
-  return tensor;
+// Uninitialised outputs: of any size, and like an operand.
+inline Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format) {
+  const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
+  return Tensor(at::detail::empty_generic(sizes, output_allocator(), keys, dtype, format));
 }
-
-// An uninitialised tensor like the operand.
 inline Tensor empty_output(const Operand& like) {
   const Tensor& t = like.tensor;
-  return with_huge_pages(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()));
+  const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
+  return Tensor(at::detail::empty_strided_generic(t.sizes(), t.strides(), output_allocator(), keys, t.scalar_type()));
 }
 
 // A tensor that was not asked for.
