@@ -1,10 +1,11 @@
 // A small cache of large blocks between the outputs and malloc.
 //
-// glibc hands blocks of 32 MB and more (at first, of 128 KB) back to the kernel as soon as they are freed, and the
-// next output pays for every page again: a ReLU of 51 MB takes 17 ms that way and 3 ms into memory that is there.
-// Huge pages make 5 of the 17, or 80, depending on whether the hypervisor still has the pages. So freed outputs are
-// kept, up to a limit, and only ever given to outputs of the same size: a training step asks for the same
-// sizes again and again, and no memory is lost to fragments. Nothing is changed for anyone else's memory.
+// glibc hands blocks of 32 MB and more (at first, of 128 KB) back to the kernel as soon as they are freed,
+// and the next output pays for every page again: a ReLU of 51 MB takes 17 ms that way and 3 ms into memory
+// that is there. Huge pages make 5 of the 17, or 80, depending on whether the hypervisor still has the pages.
+// So freed outputs are kept, up to a limit, and only ever given to outputs of the same size: a training step
+// asks for the same sizes again and again, and no memory is lost to fragments. Nothing is changed for anyone
+// else's memory.
 #include "cpu/output_memory.h"
 
 #include <c10/core/CPUAllocator.h>
@@ -42,8 +43,8 @@ void advise_huge_pages(const Block& block) {
 #endif
 }
 
-// Nobody waits for the lock: who does not get it goes to malloc. So a child forked while another thread held it
-// lives without the cache, but lives.
+// Nobody waits for the lock: who does not get it goes to malloc. So a child forked while another thread held
+// it lives without the cache, but lives.
 class Cache {
  public:
   // A kept block of this size, the one that was used last; null if there is none.

@@ -7,8 +7,8 @@
 
 namespace fused_res {
 
-// How many bytes of freed outputs are kept for the next ones; what is kept beyond that is freed, the oldest first.
-// 0 keeps nothing.
+// How many bytes of freed outputs are kept for the next ones; what is kept beyond that is freed, the oldest
+// first. 0 keeps nothing.
 void set_output_cache(size_t bytes);
 
 // Bytes kept at this moment.

@@ -94,8 +94,8 @@ class Partition {
   }
 
  private:
-  static constexpr int64_t kCacheBytes = 16 << 20;   // about half of a last-level cache
-  static constexpr int64_t kOwnedBytes = 256 << 10;  // a quarter of a thread's own cache
+  static constexpr int64_t kCacheBytes = 16 << 20;                 // about half of a last-level cache
+  static constexpr int64_t kOwnedBytes = 256 << 10;                // a quarter of a thread's own cache
   static constexpr int64_t kRowChunk = 128, kRowChunkMost = 2048;  // rows
   // Values. A multiple of 8: chunks begin at whole bytes of the mask.
   static constexpr int64_t kPlaneChunk = 16384;

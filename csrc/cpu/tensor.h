@@ -94,7 +94,8 @@ inline Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype, at::Memo
 inline Tensor empty_output(const Operand& like) {
   const Tensor& t = like.tensor;
   const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
-  return Tensor(at::detail::empty_strided_generic(t.sizes(), t.strides(), output_allocator(), keys, t.scalar_type()));
+  return Tensor(
+      at::detail::empty_strided_generic(t.sizes(), t.strides(), output_allocator(), keys, t.scalar_type()));
 }
 
 // A tensor that was not asked for.

@@ -1,7 +1,7 @@
 """C++ kernels (``csrc/cpu``), registered with the dispatcher as ``fused_res_cpu::*``.
 
-Outputs of a megabyte and more come from a cache of freed ones, because a fresh block of that size costs more page faults
-than the kernel costs time; ``FUSED_RES_CPU_CACHE`` and :func:`set_output_cache` bound it.
+Outputs of a megabyte and more come from a cache of freed ones, because the page faults of a fresh block of that size
+take longer than the kernel; ``FUSED_RES_CPU_CACHE`` and :func:`set_output_cache` bound it.
 """
 
 from fused_res import ops
