@@ -83,8 +83,8 @@ def bandwidth(document: dict[str, Any], path: Path) -> None:
         }
         grouped_bars(axis, [case["name"] for case in cases], series, "{:.1f}")
         copy = run["ceilings"]["copy_bytes_per_s"] / 1e9
-        axis.axvline(copy, color="#b00020", linewidth=1, linestyle="--", label=f"copy, {copy:.1f} GB/s")
-        axis.set_xlabel("GB/s over the fewest bytes (longer is better)")
+        axis.axvline(copy, color="#b00020", linewidth=1, linestyle="--", label="copying on this machine")
+        axis.set_xlabel(f"GB/s over the fewest bytes (longer is better; copying: {copy:.1f})")
     legend_below(figure, pairs[0][0])
     mode = document["options"]["mode"]
     passes = "forward and backward" if mode == "train" else "inference"
