@@ -103,13 +103,16 @@ def test_outputs_are_ordinary_tensors(tmp_path):
     y = norm(image(2))
     torch.save(y, tmp_path / "y")
     torch.testing.assert_close(torch.load(tmp_path / "y"), y, rtol=0, atol=0)
-    shared = y.clone().share_memory_()
-    torch.testing.assert_close(shared, y, rtol=0, atol=0)
+    before = y.clone()
+    torch.testing.assert_close(y.share_memory_(), before, rtol=0, atol=0)
     array = y.numpy()
     total = array.sum()
     del y
     norm(image(2))  # must not get what the array still holds
     assert array.sum() == total
+    lazy = torch._lazy_clone(source := norm(image(2)))
+    lazy += 1
+    torch.testing.assert_close(lazy - 1, source)
     grown = norm(image(2))
     kept = grown.flatten()[:100].clone()
     grown.resize_(4, 64, 64, 64)

@@ -11,9 +11,9 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -27,63 +27,73 @@ namespace {
 // Smaller blocks stay with malloc, which keeps those by itself.
 constexpr size_t kSmallest = 1 << 20;
 
-struct Block {
-  void* data;
-  size_t bytes;
-};
+// In front of the data, so that the data pointer is all there is to know (PyTorch's copy-on-write asks for
+// that); as long as a cache line, so that the data stays aligned.
+constexpr size_t kHeader = 64;
 
-// For a fresh block: fewer page faults now, fewer misses of the TLB in everyone who reads the output later.
-void advise_huge_pages(const Block& block) {
+size_t& bytes_of(void* data) { return *reinterpret_cast<size_t*>(static_cast<char*>(data) - kHeader); }
+
+// Fewer page faults now, fewer misses of the TLB in everyone who reads the output later.
+void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(block.data);
+  const auto begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + block.bytes) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // best effort
 #endif
 }
+
+void* fresh(size_t bytes) {
+  void* data = static_cast<char*>(c10::alloc_cpu(bytes + kHeader)) + kHeader;
+  bytes_of(data) = bytes;
+  advise_huge_pages(data, bytes);
+  return data;
+}
+
+void free(void* data) { c10::free_cpu(static_cast<char*>(data) - kHeader); }
 
 // Nobody waits for the lock: who does not get it goes to malloc. So a child forked while another thread held
 // it lives without the cache, but lives.
 class Cache {
  public:
-  // A kept block of this size, the one that was used last; null if there is none.
+  // Kept data of this size, the one that was used last; null if there is none.
   void* take(size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
-    for (auto block = kept_.rbegin(); block != kept_.rend(); ++block) {
-      if (block->bytes != bytes) continue;
-      void* data = block->data;
-      held_ -= bytes;
-      kept_.erase(std::next(block).base());
-      return data;
-    }
-    return nullptr;
+    const auto found =
+        std::find_if(kept_.rbegin(), kept_.rend(), [=](void* data) { return bytes_of(data) == bytes; });
+    if (found == kept_.rend()) return nullptr;
+    void* data = *found;
+    kept_.erase(std::next(found).base());
+    held_ -= bytes;
+    return data;
   }
 
-  void give(const Block& block) {
-    std::vector<Block> dropped;
+  void give(void* data) {
+    const size_t bytes = bytes_of(data);
+    std::vector<void*> dropped;
     {
       const std::unique_lock lock(mutex_, std::try_to_lock);
-      if (!lock || block.bytes > limit_) {
-        dropped.push_back(block);
+      if (!lock || bytes > limit_) {
+        dropped.push_back(data);
       } else {
-        kept_.push_back(block);
-        held_ += block.bytes;
+        kept_.push_back(data);
+        held_ += bytes;
         dropped = shrink();
       }
     }
-    for (const Block& old : dropped) c10::free_cpu(old.data);
+    for (void* old : dropped) free(old);
   }
 
   void set_limit(size_t bytes) {
-    std::vector<Block> dropped;
+    std::vector<void*> dropped;
     {
       const std::lock_guard lock(mutex_);
       limit_ = bytes;
       dropped = shrink();
     }
-    for (const Block& old : dropped) c10::free_cpu(old.data);
+    for (void* old : dropped) free(old);
   }
 
   size_t held() {
@@ -92,16 +102,17 @@ class Cache {
   }
 
  private:
-  std::vector<Block> shrink() {
-    size_t count = 0;
-    while (held_ > limit_) held_ -= kept_[count++].bytes;
-    std::vector<Block> dropped(kept_.begin(), kept_.begin() + static_cast<std::ptrdiff_t>(count));
-    kept_.erase(kept_.begin(), kept_.begin() + static_cast<std::ptrdiff_t>(count));
+  // Takes out the oldest until the limit holds.
+  std::vector<void*> shrink() {
+    auto end = kept_.begin();
+    while (held_ > limit_) held_ -= bytes_of(*end++);
+    std::vector<void*> dropped(kept_.begin(), end);
+    kept_.erase(kept_.begin(), end);
     return dropped;
   }
 
   std::mutex mutex_;
-  std::vector<Block> kept_;  // the oldest first
+  std::vector<void*> kept_;  // the oldest first
   size_t held_ = 0;
   size_t limit_ = 0;
 };
@@ -115,23 +126,18 @@ class OutputAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kSmallest) return c10::GetCPUAllocator()->allocate(bytes);
-    auto block = std::make_unique<Block>(Block{cache().take(bytes), bytes});
-    if (!block->data) {
-      block->data = c10::alloc_cpu(bytes);
-      advise_huge_pages(*block);
-    }
-    c10::profiledCPUMemoryReporter().New(block->data, bytes);
-    void* data = block->data;
-    return {data, block.release(), &release, c10::DeviceType::CPU};
+    void* data = cache().take(bytes);
+    if (!data) data = fresh(bytes);
+    c10::profiledCPUMemoryReporter().New(data, bytes);
+    return {data, data, &release, c10::DeviceType::CPU};
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
  private:
-  static void release(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    c10::profiledCPUMemoryReporter().Delete(block->data);
-    cache().give(*block);
+  static void release(void* data) {
+    c10::profiledCPUMemoryReporter().Delete(data);
+    cache().give(data);
   }
 };
 
