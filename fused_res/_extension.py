@@ -75,16 +75,19 @@ if loaded:
         _module.set_cpu_isa(env.CPU_ISA.read())
     except ValueError as error:  # asked for by name: not a reason to take another one
         raise ValueError(f"{env.CPU_ISA.name}: {error}") from None
-    _module.set_output_cache(int(env.CPU_CACHE.read()) << 20)
 
 
 def set_output_cache(megabytes: int) -> None:
     """How many MB of freed outputs the C++ kernels keep for their next ones; what is kept beyond that is freed now."""
     if not loaded:
         raise RuntimeError(reason)
-    if not 0 <= megabytes <= 1 << 30:
+    if not isinstance(megabytes, int) or not 0 <= megabytes <= 1 << 30:
         raise ValueError(f"megabytes must be a whole number, 0 or more, got {megabytes!r}")
-    _module.set_output_cache(int(megabytes) << 20)
+    _module.set_output_cache(megabytes << 20)
+
+
+if loaded:
+    set_output_cache(int(env.CPU_CACHE.read()))
 
 
 def output_cache_bytes() -> int:
