@@ -2,7 +2,7 @@
 
 from fused_res import backends, env, functional, fusion, models, nn
 from fused_res.backends import BackendUnavailableError
-from fused_res.fusion import fuse, summarize, unfuse
+from fused_res.fusion import freeze, fuse, summarize, unfuse
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "PoolSpec",
     "UnitSpec",
     "backends",
+    "freeze",
     "functional",
     "fuse",
     "fusion",

@@ -33,6 +33,12 @@ BACKEND = Variable(
     allowed=("auto", "reference", "cpu", "triton", "cuda"),
     doc='what backend="auto" means; auto is the fastest one available',
 )
+CONVOLUTION = Variable(
+    "FUSED_RES_CONVOLUTION",
+    default="auto",
+    allowed=("auto", "aten", "fused"),
+    doc="who computes a block's convolutions: ATen, the backend's fused kernels, or whichever suits the shape",
+)
 CPU_ISA = Variable(
     "FUSED_RES_CPU_ISA",
     default="auto",
@@ -51,7 +57,7 @@ CPP = Variable(
     allowed=("auto", "0", "1"),
     doc="at installation: 0 leaves the C++ extension out, 1 insists on it, auto does what it can",
 )
-VARIABLES = (BACKEND, CPU_ISA, CPU_CACHE, CPP)
+VARIABLES = (BACKEND, CONVOLUTION, CPU_ISA, CPU_CACHE, CPP)
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_res import block
-from fused_res.autograd.batch_norm_act import BatchNormAct
+from fused_res import block, convolution
+from fused_res import tune as tuning
+from fused_res.autograd.batch_norm_act import BatchNormAct, affine_stats
 from fused_res.autograd.residual_block import ResidualBlock, traceable
 from fused_res.backends import registry
 from fused_res.backends.reference import batch_norm_act as reference_norm
 from fused_res.backends.reference import residual_block as reference_block
-from fused_res.plan import check_batch, plan
+from fused_res.checks import check_batch
+from fused_res.ops import stats_dtype
+from fused_res.plan import plan
 from fused_res.spec import ACTIVATIONS, BlockSpec
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -32,12 +36,15 @@ def batch_norm_act(
     eps: float = 1e-5,
     activation: str = "relu",
     *,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``activation(batch_norm(input) [+ residual])`` in one pass behind the statistics.
 
     As ``torch.nn.functional.batch_norm`` followed by an addition and a ReLU, with the same running statistics and
     gradients (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167), rounded to ``input``'s dtype once, at the end.
+    With ``residual_scale`` and ``residual_shift`` it is ``residual * residual_scale + residual_shift`` that is added.
 
     Args:
         input: ``(N, C, ...)`` with 2 to 5 dimensions, float32, float64, bfloat16 or float16; any strides, without a
@@ -49,6 +56,7 @@ def batch_norm_act(
         momentum: weight of the new batch in the running statistics.
         eps: added to the variance.
         activation: ``"relu"`` or ``"identity"``.
+        residual_scale, residual_shift: ``(C,)``, float32 or of ``input``'s dtype; both or neither, and with a residual.
         backend: see :mod:`fused_res.backends`.
 
     Returns:
@@ -58,21 +66,32 @@ def batch_norm_act(
         ValueError, TypeError: an argument does not fit; nothing has been written then.
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
-    _check_norm(input, running_mean, running_var, weight, bias, residual, training, momentum, activation)
+    _check_norm(input, running_mean, running_var, weight, bias, training, momentum, activation)
+    _check_residual(input, residual, residual_scale, residual_shift)
     kernels = registry.resolve(backend, input.device)
     relu = activation == "relu"
-    if _needs_reference((input, residual, weight, bias)):
+    tensors = (input, residual, weight, bias, residual_scale, residual_shift)
+    if _needs_reference(tensors):
         output, mean, var = reference_norm.batch_norm_act(
-            input, running_mean, running_var, weight, bias, residual, training, eps, relu
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            residual,
+            training,
+            eps,
+            relu,
+            residual_scale,
+            residual_shift,
         )
         stats = torch.stack((mean, mean, mean, mean, var))
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, weight, bias)):
-        output, stats = BatchNormAct.apply(
-            input, residual, weight, bias, running_mean, running_var, training, eps, relu, kernels.name
-        )
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        output, stats = BatchNormAct.apply(*tensors, running_mean, running_var, training, eps, relu, kernels.name)
     else:
+        residual_stats = affine_stats(residual_scale, residual_shift, stats_dtype(input.dtype))
         output, stats, _ = kernels.batch_norm_act_forward(
-            input, residual, weight, bias, running_mean, running_var, training, eps, relu, False
+            input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps, relu, False
         )
     if training and running_mean is not None and input.numel() and not recomputing():
         kernels.update_running_stats([running_mean], [running_var], [stats], [momentum])
@@ -88,6 +107,7 @@ def residual_block(
     momentum: float | Sequence[float] = 0.1,
     recompute: str = "none",
     backend: str = "auto",
+    tune: bool = False,
 ) -> Tensor:
     """A chain of convolution, batch norm and activation with an optional shortcut, as one step of autograd.
 
@@ -106,6 +126,8 @@ def residual_block(
             normalises again in backward; ``"conv"`` also runs a bottleneck's last 1x1 convolution and a projection's
             convolution again.
         backend: see :mod:`fused_res.backends`.
+        tune: measure, on first use of a shape, whether its convolutions are faster fused with their norms, where there
+            are kernels for it; ``torch.backends.cudnn.benchmark`` asks for it, too.
 
     Returns:
         The block's output, of ``input``'s dtype.
@@ -132,6 +154,9 @@ def residual_block(
         output, stats = traceable(input, spec, tensors, batch_statistics, recompute, kernels.name)
     else:
         made = plan(spec, input, tensors, batch_statistics, recompute, kernels.name)
+        if tuning.wanted(input, tune):
+            measured = tuning.choices(spec, input, tensors, batch_statistics, kernels)
+            made = plan(spec, input, tensors, batch_statistics, recompute, kernels.name, None, measured)
         if made.grad:
             output, *stats = ResidualBlock.apply(made, input, *tensors)
         else:
@@ -149,6 +174,99 @@ def residual_block(
                 [momenta[index] for index in updated],
             )
     return output
+
+
+def conv_bias_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``activation(conv(input, weight) + bias [+ residual])`` as one kernel, for inference.
+
+    With a batch norm folded into ``weight`` and ``bias`` this is all that a trained residual network consists of;
+    :func:`fused_res.freeze` does the folding. Under autocast all arguments are cast as those of
+    :func:`torch.nn.functional.conv2d` are.
+
+    Args:
+        input: ``(N, C, ...)`` with 3 to 5 dimensions, float32, float64, bfloat16 or float16; channels_last is fastest.
+        weight: ``(K, C / groups, ...)``, of ``input``'s dtype.
+        bias: ``(K,)``, of ``input``'s dtype.
+        residual: of the output's shape, ``input``'s dtype, in any memory format.
+        stride, dilation: one number, or one for each spatial dimension.
+        padding: likewise, or ``"valid"``, or ``"same"`` where that is as much on both sides.
+        groups: of the convolution.
+        activation: ``"relu"`` or ``"identity"``.
+        backend: see :mod:`fused_res.backends`.
+
+    Returns:
+        A tensor of ``input``'s dtype, channels_last if ``input`` or ``weight`` is.
+
+    Raises:
+        RuntimeError: grad mode is on and an argument requires a gradient.
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: a backend asked for by name cannot run here.
+    """
+    return packed_conv_bias_act(
+        input, weight, bias, residual, stride, padding, dilation, groups, activation, backend, None
+    )
+
+
+#: Makes of the input, the weight, stride, padding, dilation and groups what stands for the weight in the backend.
+Pack = Callable[[registry.Backend, Tensor, Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int], Tensor]
+
+
+def packed_conv_bias_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    activation: str,
+    backend: str,
+    pack: Pack | None,
+) -> Tensor:
+    """:func:`conv_bias_act` for a caller who keeps ``weight``, and so can keep it in the backend's own form, too."""
+    _check_input(input)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if autocast:
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+        residual = None if residual is None else _autocast(residual, dtype)
+    strides, paddings, dilations = convolution.check(input, weight, bias, residual, stride, padding, dilation, groups)
+    if torch.is_grad_enabled():
+        for name, tensor in (("input", input), ("weight", weight), ("bias", bias), ("residual", residual)):
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"conv_bias_act is for inference, and {name} requires a gradient: call it under"
+                    " torch.inference_mode() or torch.no_grad(), or train with the convolution and the batch norm apart"
+                )
+    kernels = registry.resolve(backend, input.device)
+    if "conv_bias_act" not in kernels.stems or _needs_reference((input, weight, bias, residual)):
+        kernels = registry.resolve("reference", input.device)
+    operand = weight if pack is None else pack(kernels, input, weight, strides, paddings, dilations, groups)
+    # The reference's float32 is not to be cast again.
+    with torch.autocast(input.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        return kernels.conv_bias_act(
+            input, operand, bias, residual, strides, paddings, dilations, groups, activation == "relu"
+        )
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def recomputing() -> bool:
@@ -180,7 +298,6 @@ def _check_norm(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
     training: bool,
     momentum: float,
     activation: str,
@@ -203,23 +320,37 @@ def _check_norm(
         ("weight", weight),
         ("bias", bias),
     ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape[1:2]:
-            raise ValueError(f"{name} must have the shape ({shape[1]},), got {tuple(tensor.shape)}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name} must be on {input.device} as input is, got {tensor.device}")
-        if tensor.dtype != input.dtype and (tensor.dtype != torch.float32 or input.dtype == torch.float64):
-            raise TypeError(f"{name} must be of input's dtype {input.dtype}{_or_float32(input)}, got {tensor.dtype}")
-    if residual is not None:
-        if residual.shape != shape:
-            raise ValueError(f"residual must have input's shape {tuple(shape)}, got {tuple(residual.shape)}")
-        if residual.dtype != input.dtype:
-            raise TypeError(f"residual must have input's dtype {input.dtype}, got {residual.dtype}")
-        if residual.device != input.device:
-            raise ValueError(f"residual must be on {input.device} as input is, got {residual.device}")
+        _check_per_channel(input, name, tensor)
     if training:
         check_batch(shape)
+
+
+def _check_residual(input: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> None:
+    if (scale is None) != (shift is None):
+        raise ValueError("residual_scale and residual_shift must both be given, or neither")
+    if residual is None:
+        if scale is not None:
+            raise ValueError("residual_scale and residual_shift are given without a residual")
+        return
+    if residual.shape != input.shape:
+        raise ValueError(f"residual must have input's shape {tuple(input.shape)}, got {tuple(residual.shape)}")
+    if residual.dtype != input.dtype:
+        raise TypeError(f"residual must have input's dtype {input.dtype}, got {residual.dtype}")
+    if residual.device != input.device:
+        raise ValueError(f"residual must be on {input.device} as input is, got {residual.device}")
+    _check_per_channel(input, "residual_scale", scale)
+    _check_per_channel(input, "residual_shift", shift)
+
+
+def _check_per_channel(input: Tensor, name: str, tensor: Tensor | None) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != input.shape[1:2]:
+        raise ValueError(f"{name} must have the shape ({input.shape[1]},), got {tuple(tensor.shape)}")
+    if tensor.device != input.device:
+        raise ValueError(f"{name} must be on {input.device} as input is, got {tensor.device}")
+    if tensor.dtype != input.dtype and (tensor.dtype != torch.float32 or input.dtype == torch.float64):
+        raise TypeError(f"{name} must be of input's dtype {input.dtype}{_or_float32(input)}, got {tensor.dtype}")
 
 
 def _or_float32(input: Tensor) -> str:

@@ -2,7 +2,8 @@
 
 Planning is pure and cached: the same description gives the same plan, nothing is timed, no tensor is touched. Values
 have names: ``x`` is the block's input, ``z0, z1, ...`` are raw convolution outputs, ``a0, a1, ...`` what the next
-convolution reads, ``zs`` the projection's convolution.
+convolution reads, ``zs`` the projection's convolution. A fused convolution reads ``z0`` where another reads ``a0``:
+it normalises as it loads.
 """
 
 from __future__ import annotations
@@ -16,19 +17,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fused_res.backends import registry
+from fused_res.checks import TensorMeta, check_block
+from fused_res.choice import Choice, choose
 from fused_res.ops import is_channels_last
 from fused_res.spec import BlockSpec, UnitSpec
 
 #: How much a block recomputes in backward instead of keeping it.
 RECOMPUTE = ("none", "norm", "conv")
-
-
-class TensorMeta(NamedTuple):
-    """What planning needs to know of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
 
 
 class Step(NamedTuple):
@@ -54,6 +50,20 @@ class Unit:
     grad_bias: bool
     grad_norm_weight: bool
     grad_norm_bias: bool
+    kernels: Choice
+
+    @cached_property
+    def source(self) -> str:
+        """The raw value behind what the convolution reads."""
+        return "x" if self.reads == "x" else "z" + self.reads[1:]
+
+    @cached_property
+    def forward_reads(self) -> str:
+        return self.source if self.kernels.forward == "fused" else self.reads
+
+    @cached_property
+    def backward_reads(self) -> str:
+        return self.source if self.kernels.backward == "fused" else self.reads
 
     @cached_property
     def grad_norm(self) -> bool:
@@ -112,11 +122,14 @@ def plan(
     recompute: str,
     backend: str,
     requires_grad: tuple[bool, ...] | None = None,
+    choices: tuple[Choice | None, ...] | None = None,
+    preference: str | None = None,
 ) -> Plan:
     """The plan for these tensors; raises ValueError or TypeError for any that do not fit the spec.
 
     ``requires_grad`` (the input's first) stands in for the tensors' own flags inside an operator that runs below
-    autograd, where those say nothing.
+    autograd, where those say nothing; ``choices``, as far as they are not None, for the static ones;
+    ``preference`` for :func:`fused_res.backends.registry.convolution`.
     """
     # This runs for every block of every step: plain tuples, and one look into the cache.
     metas = tuple([None if t is None else (t.shape, t.dtype, t.requires_grad) for t in (input, *tensors)])
@@ -124,7 +137,9 @@ def plan(
         requires_grad = (False,) * len(metas)
     # Fake tensors may have symbolic sizes, which cannot be dictionary keys.
     checked = _checked.__wrapped__ if isinstance(input, FakeTensor) else _checked
-    return checked(spec, metas, is_channels_last(input), training, recompute, backend, requires_grad)
+    channels_last = is_channels_last(input)
+    preference = preference or registry.convolution()
+    return checked(spec, metas, channels_last, training, recompute, backend, requires_grad, choices, preference)
 
 
 @lru_cache(maxsize=4096)
@@ -136,13 +151,33 @@ def _checked(
     recompute: str,
     backend: str,
     requires_grad: tuple[bool, ...] | None,
+    choices: tuple[Choice | None, ...] | None,
+    preference: str,
 ) -> Plan:
     input, *tensors = (None if meta is None else TensorMeta(*meta) for meta in metas)
     assert input is not None
     check_block(spec, input, tensors, training)
     if requires_grad is None:
         requires_grad = tuple(meta is not None and meta[2] for meta in metas)
-    return decide(spec, requires_grad, channels_last, training, recompute, backend)
+    weights = [meta and meta.shape for meta in tensors[::6]]
+    static = static_choices(spec, weights, input.dtype, channels_last, backend, preference)
+    merged = tuple(given or own for given, own in zip(choices or static, static, strict=True))
+    return decide(spec, requires_grad, channels_last, training, recompute, backend, merged)
+
+
+def static_choices(
+    spec: BlockSpec,
+    weights: Sequence[Sequence[int] | None],
+    dtype: torch.dtype,
+    channels_last: bool,
+    backend: str,
+    preference: str,
+) -> tuple[Choice, ...]:
+    """Who computes each convolution, as far as that can be told without measuring; ``weights`` are their shapes."""
+    return tuple(
+        choose(unit, tuple(weight or ()), dtype, channels_last, unit is spec.projection, backend, preference)
+        for unit, weight in zip(spec.convolutions, weights, strict=True)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -153,8 +188,9 @@ def decide(
     training: tuple[bool, ...],
     recompute: str,
     backend: str,
+    choices: tuple[Choice, ...],
 ) -> Plan:
-    """The plan, without a look at the tensors: nothing in it depends on their shapes as yet."""
+    """The plan, without a look at the tensors: what depends on their shapes is in ``choices``."""
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
     grad_input, *rest = requires_grad
@@ -163,16 +199,19 @@ def decide(
     units: list[Unit] = []
     reads, grad_reads = "x", grad_input
     for index, unit_spec in enumerate(spec.units):
-        units.append(_unit(unit_spec, index, reads, f"z{index}", training[index], grad_reads, owned[index]))
+        made = f"z{index}"
+        units.append(_unit(unit_spec, index, reads, made, training[index], grad_reads, owned[index], choices[index]))
         reads, grad_reads = f"a{index}", units[-1].grad_norm
     projection = None
     if spec.projection is not None:
         last = len(spec.units)
-        projection = _unit(spec.projection, last, "x", "zs", training[last], grad_input, owned[last])
+        projection = _unit(spec.projection, last, "x", "zs", training[last], grad_input, owned[last], choices[last])
 
     all_units = units if projection is None else [*units, projection]
     grad = grad_input or any(unit.grad_norm for unit in all_units)
-    saved = saved_names(units, projection, kept_names(spec, recompute), grad_input)
+    # What a fused convolution reads is never in memory.
+    skipped = {unit.reads for unit in units[1:] if unit.kernels.forward == "fused"}
+    saved = saved_names(units, projection, kept_names(spec, recompute) - skipped, grad_input)
     steps = _steps(spec, all_units, saved, backend)
     return Plan(spec, tuple(units), projection, channels_last, backend, grad_input, grad, saved, steps)
 
@@ -185,10 +224,11 @@ def _unit(
     training: bool,
     grad_reads: bool,
     requires_grad: Sequence[bool],
+    kernels: Choice,
 ) -> Unit:
     weight, bias, norm_weight, norm_bias = requires_grad[:4]
     grad_z = grad_reads or weight or bias
-    return Unit(spec, index, reads, makes, training, grad_z, grad_reads, weight, bias, norm_weight, norm_bias)
+    return Unit(spec, index, reads, makes, training, grad_z, grad_reads, weight, bias, norm_weight, norm_bias, kernels)
 
 
 def kept_names(spec: BlockSpec, recompute: str) -> frozenset[str]:
@@ -222,107 +262,36 @@ def saved_names(
         if name in kept:
             saved.add(name)
         elif name in made_by:
-            require(made_by[name].reads)
+            require(made_by[name].forward_reads)
         else:
             require("z" + name[1:])
 
     for unit in made_by.values():
         if unit.grad_weight:
-            require(unit.reads)
+            require(unit.backward_reads)
         if unit.grad_norm:
             require(unit.makes)
     return tuple(sorted(saved))
 
 
-def check_block(
-    spec: BlockSpec,
-    input: TensorMeta,
-    tensors: Sequence[TensorMeta | None],
-    training: Sequence[bool],
-) -> None:
-    """Raises for the first tensor that does not fit, by name, before anything is computed or written."""
-    names = spec.tensor_names()
-    if len(tensors) != len(names):
-        raise ValueError(f"tensors must hold {len(names)} entries ({names[0]!r} ... {names[-1]!r}), got {len(tensors)}")
-    spatial = len(spec.units[0].stride)
-    if len(input.shape) != spatial + 2:
-        raise ValueError(f"input must have {spatial + 2} dimensions (N, C, ...), got {len(input.shape)}")
-    shape = tuple(input.shape)
-    for index, unit in enumerate(spec.units):
-        shape = _check_unit(unit, str(index), shape, input.dtype, tensors[6 * index :], training[index])
-    if spec.projection is None:
-        shortcut = tuple(input.shape)
-    else:
-        last = len(spec.units)
-        shortcut = _check_unit(
-            spec.projection, "shortcut", tuple(input.shape), input.dtype, tensors[6 * last :], training[last]
-        )
-    if spec.shortcut != "none" and shortcut != shape:
-        raise ValueError(f"shortcut has the shape {shortcut}, the chain's output {shape}: they cannot be added")
-    if spec.pool is not None and spatial != 2:
-        raise ValueError(f"pool is for images: input must have 4 dimensions, got {spatial + 2}")
-
-
-def _check_unit(
-    spec: UnitSpec,
-    owner: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    tensors: Sequence[TensorMeta | None],
-    training: bool,
-) -> tuple[int, ...]:
-    weight, bias, *norm = tensors[:6]
-    if weight is None or len(weight.shape) != len(shape):
-        got = None if weight is None else tuple(weight.shape)
-        raise ValueError(f"{owner}.weight must have {len(shape)} dimensions, got {got}")
-    for name, meta in (("weight", weight), ("bias", bias)):
-        if meta is not None and meta.dtype != dtype:
-            raise TypeError(f"{owner}.{name} must have the input's dtype {dtype}, got {meta.dtype}")
-    if weight.shape[1] * spec.groups != shape[1]:
-        raise ValueError(
-            f"{owner}.weight {tuple(weight.shape)} with groups={spec.groups} reads"
-            f" {weight.shape[1] * spec.groups} channels, and is given {shape[1]}"
-        )
-    channels = weight.shape[0]
-    if channels % spec.groups:
-        raise ValueError(f"{owner}.weight makes {channels} channels, which groups={spec.groups} does not divide")
-    for name, meta in zip(
-        ("bias", "norm_weight", "norm_bias", "running_mean", "running_var"), (bias, *norm), strict=True
-    ):
-        if meta is not None and tuple(meta.shape) != (channels,):
-            raise ValueError(f"{owner}.{name} must have the shape ({channels},), got {tuple(meta.shape)}")
-    if not training and (norm[2] is None or norm[3] is None):
-        raise ValueError(f"{owner}.running_mean and running_var are needed where training is False")
-    taps = zip(shape[2:], weight.shape[2:], spec.stride, spec.padding, spec.dilation, strict=True)
-    output = [
-        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, dilation in taps
-    ]
-    if any(size < 1 for size in output):
-        raise ValueError(f"{owner}: input of {shape[2:]} is too small for a kernel of {tuple(weight.shape[2:])}")
-    made = (shape[0], channels, *output)
-    if training:
-        check_batch(made)
-    return made
-
-
-def check_batch(shape: Sequence[int]) -> None:
-    """PyTorch's own check, in its own words: one value has no variance."""
-    values = shape[0]
-    for size in shape[2:]:
-        values *= size
-    if values == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
-
-
 def _steps(spec: BlockSpec, units: Sequence[Unit], saved: Sequence[str], backend: str) -> tuple[Step, ...]:
     steps = []
     for unit in units:
+        name, kernels = unit.makes, unit.kernels
+        steps.append(Step(f"{unit.forward_reads} -> {name}", f"{kernels.kernels} convolution", kernels.reason))
         statistics = "batch statistics" if unit.training else "running statistics"
-        is_last = unit.index == len(spec.units) - 1
-        extra = " + residual" if is_last and spec.shortcut != "none" else ""
+        if unit.index == len(spec.units):
+            steps.append(Step(f"{name} -> statistics", backend, f"{statistics}, for the norm that adds it"))
+            continue
+        reason, extra = f"one pass behind {statistics}", ""
+        if unit.index == len(spec.units) - 1 and spec.shortcut != "none":
+            extra = " + residual"
+            if spec.projection is not None:
+                reason += ", normalises the projection in the same pass"
+        elif unit.index < len(spec.units) - 1 and units[unit.index + 1].kernels.forward == "fused":
+            reason = f"{statistics}; applied by the next convolution as it loads"
         act = f" + {unit.spec.activation}" if unit.spec.relu else ""
-        steps.append(Step(f"{unit.reads} -> {unit.makes}", "aten.convolution", "the only convolution of this version"))
-        steps.append(Step(f"{unit.makes} -> norm{extra}{act}", backend, f"one pass behind {statistics}"))
+        steps.append(Step(f"{name} -> norm{extra}{act}", backend, reason))
     if spec.pool is not None:
         steps.append(Step("max pool", backend, "normalises while it pools, keeps 1-byte indices"))
     steps.append(

@@ -11,11 +11,17 @@ from torch.nn import functional as F
 
 import fused_res
 from fused_res import ops
+from fused_res.backends import registry
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as definition
+from fused_res.backends.reference.batch_norm_act import pack_mask, unpack_mask
 from fused_res.functional import batch_norm_act
 from fused_res.testing import assert_as_exact_as
 
 BACKENDS = [name for name in ("reference", "cpu") if fused_res.backends.unavailable(name) is None]
+if registry.interpreting() and fused_res.backends.unavailable("triton") is None:
+    BACKENDS.append("triton")  # on a GPU, tests/test_triton.py does
+#: Where a test makes hundreds of calls, each of which takes the interpreter a second.
+COMPILED = [name for name in BACKENDS if name != "triton"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = {
     "image": (4, 35, 9, 7),
@@ -40,8 +46,23 @@ def formats(rank):
 CASES = [(name, format) for name, shape in SHAPES.items() for format in formats(len(shape))]
 
 
-def make(shape, dtype, format=torch.contiguous_format, residual=True, affine=True, seed=0):
-    """Inputs away from zero, with another mean and deviation in every channel; parameters in float32 for 16-bit."""
+def contract_cases():
+    """Everything on every backend, but for Triton's interpreter: that is slow, and wrong in bfloat16."""
+    few = {
+        ("image", torch.channels_last),
+        ("one channel", torch.contiguous_format),
+        ("matrix", torch.contiguous_format),
+    }
+    for backend, (case, format), dtype in itertools.product(BACKENDS, CASES, DTYPES):
+        if backend != "triton" or ((case, format) in few and dtype in (torch.float32, torch.float16)):
+            yield pytest.param(case, format, dtype, backend, id=f"{case}-{format}-{dtype}-{backend}")
+
+
+def make(shape, dtype, format=torch.contiguous_format, residual=True, affine=True, seed=0, scaled=False):
+    """Inputs away from zero, with another mean and deviation in every channel; parameters in float32 for 16-bit.
+
+    ``scaled``: the residual is away from zero, too, and has a scale and a shift.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*size):
@@ -57,12 +78,23 @@ def make(shape, dtype, format=torch.contiguous_format, residual=True, affine=Tru
         "weight": (randn(shape[1]) + 1).to(wide) if affine else None,
         "bias": randn(shape[1]).to(wide) if affine else None,
     }
+    if scaled:
+        residual_mean = 100 * randn(shape[1]).view(channels)
+        tensors["residual"] = (randn(*shape) + residual_mean).to(dtype)
+        # Exact in `dtype`: stock has to multiply in it.
+        tensors |= {name: randn(shape[1]).to(dtype).to(wide) for name in ("residual_scale", "residual_shift")}
     running = {"running_mean": (mean + 0.1).to(wide), "running_var": (scale**2 * 1.1).to(wide)}
     return tensors, running, randn(*shape).to(dtype)
 
 
-def stock(input, running_mean, running_var, weight, bias, residual, training, activation):
+def stock(
+    input, running_mean, running_var, weight, bias, residual, training, activation,
+    residual_scale=None, residual_shift=None,
+):  # fmt: skip
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training)
+    if residual_scale is not None:
+        scale, shift = (t.to(input.dtype).view(-1, *(1,) * (input.dim() - 2)) for t in (residual_scale, residual_shift))
+        residual = residual * scale + shift
     y = y if residual is None else y + residual
     return F.relu(y) if activation == "relu" else y
 
@@ -84,14 +116,22 @@ def exact(tensors, running, grad, training, mask):
         wide["residual"],
         training,
         relu=False,
+        residual_scale=wide.get("residual_scale"),
+        residual_shift=wide.get("residual_shift"),
     )
     pre = y.detach()
     y = y if mask is None else y * mask
     return pre, y.detach(), gradients(y, wide, grad.double())
 
 
-def check(case, dtype, format, training, residual, activation, backend, grad_format=None):
-    tensors, running, grad = make(SHAPES[case], dtype, format, residual)
+def gate(pre, y):
+    """What passes the ReLU: within rounding of zero each side may decide as it likes, and is judged by its own mask."""
+    near = pre.abs() <= 64 * torch.finfo(y.dtype).eps * (1 + pre.abs().max())
+    return torch.where(near, y.detach() > 0, pre > 0).double()
+
+
+def check(case, dtype, format, training, residual, activation, backend, grad_format=None, scaled=False):
+    tensors, running, grad = make(SHAPES[case], dtype, format, residual, scaled=scaled)
     if grad_format is not None:
         grad = grad.contiguous(memory_format=grad_format)
     results = []
@@ -101,18 +141,21 @@ def check(case, dtype, format, training, residual, activation, backend, grad_for
         y = function(**mine, **state, training=training, activation=activation)
         mask = None
         if activation == "relu":
-            # Within rounding of zero each side may decide as it likes, and is judged by its own mask.
             pre, *_ = exact(tensors, running, grad, training, None)
-            near = pre.abs() <= 64 * torch.finfo(dtype).eps * (1 + pre.abs().max())
-            mask = torch.where(near, y.detach() > 0, pre > 0).double()
+            mask = gate(pre, y)
         results.append((y.detach(), gradients(y, mine, grad), state, exact(tensors, running, grad, training, mask)))
     (ours, our_grads, our_state, (_, y, grads)), (theirs, their_grads, their_state, (_, y_stock, grads_stock)) = results
     assert ours.stride() == torch.empty_like(tensors["input"]).stride()
     assert_as_exact_as("output", ours, theirs, y, y_stock)
     for name in grads:
-        floor = (
-            rounding_of_sums(tensors["input"], running, training, grads["bias"]) if name in ("weight", "bias") else 0.0
-        )
+        floor = 0.0
+        if name in ("weight", "bias", "residual_shift"):
+            floor = rounding_of_sums(tensors["input"], running, training, grads["bias"])
+        if name == "residual_scale":  # a sum of products as large as the residual
+            values = tensors["input"].numel() / tensors["input"].shape[1]
+            floor = (
+                torch.finfo(ops.stats_dtype(dtype)).eps * values**0.5 * tensors["residual"].double().abs().max().item()
+            )
         assert_as_exact_as(f"grad {name}", our_grads[name], their_grads[name], grads[name], grads_stock[name], floor)
     for name, value in running.items():
         if training:
@@ -134,13 +177,175 @@ def rounding_of_sums(x, running, training, grad_bias):
     return eps * ((x.numel() / x.shape[1]) ** 0.5 + (mean / std * grad_bias).abs().max().item())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "format"), CASES, ids=str)
+@pytest.mark.parametrize(("case", "format", "dtype", "backend"), contract_cases())
 def test_precision(case, format, dtype, training, backend):
     for residual, activation in itertools.product((True, False), ("relu", "identity")):
         check(case, dtype, format, training, residual, activation, backend)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("case", "format", "dtype", "backend"), contract_cases())
+def test_precision_of_a_scaled_residual(case, format, dtype, training, backend):
+    for activation in ("relu", "identity"):
+        check(case, dtype, format, training, True, activation, backend, scaled=True)
+
+
+def make_pair(shape, dtype, format):
+    """A residual with a norm of its own beside `make`'s: tensors, the running statistics of both, a gradient."""
+    tensors, running, grad = make(shape, dtype, format, residual=False)
+    other, other_running, _ = make(shape, dtype, format, residual=False, seed=1)
+    names = {"input": "residual", "weight": "residual_weight", "bias": "residual_bias"}
+    tensors = {name: tensors[name] for name in names} | {name: other[key] for key, name in names.items()}
+    return tensors, [list(running.values()), list(other_running.values())], grad
+
+
+def run_pair(kernels, tensors, running, grad, training, relu, wanted=(True,) * 6):
+    """Output, mask and gradients (in the order of `tensors`) by a backend's operators."""
+    x, weight, bias, residual, residual_weight, residual_bias = tensors.values()
+    residual_stats = kernels.batch_norm_stats(residual, residual_weight, residual_bias, *running[1], training[1], 1e-5)
+    y, stats, mask = kernels.batch_norm_act_forward(
+        x, residual, residual_stats, weight, bias, *running[0], training[0], 1e-5, relu, relu
+    )
+    mask = mask if relu else None
+    grads = kernels.batch_norm_act_backward_pair(
+        grad, x, weight, stats, residual, residual_weight, residual_stats, mask, *training, list(wanted)
+    )
+    dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias = grads
+    return y, mask, dict(zip(tensors, (dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias), strict=True))
+
+
+def exact_pair(tensors, running, grad, training, mask):
+    wide = {name: t.double().requires_grad_() for name, t in tensors.items()}
+    x, weight, bias, *residual = wide.values()
+    sides = ((x, weight, bias), residual)
+    y = sum(
+        definition(x, *(t.double() for t in state), weight, bias, training=flag, relu=False)[0]
+        for (x, weight, bias), state, flag in zip(sides, running, training, strict=True)
+    )
+    pre = y.detach()
+    y = y if mask is None else y * mask
+    return pre, y.detach(), gradients(y, wide, grad.double())
+
+
+def stock_pair(tensors, running, grad, training, relu):
+    mine = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    x, weight, bias, *residual = mine.values()
+    sides = ((x, weight, bias), residual)
+    y = sum(
+        F.batch_norm(x, *(t.clone() for t in state), weight, bias, flag)
+        for (x, weight, bias), state, flag in zip(sides, running, training, strict=True)
+    )
+    y = F.relu(y) if relu else y
+    return y.detach(), gradients(y, mine, grad)
+
+
+def kernels_of(backend):
+    return fused_res.backends.resolve(backend, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("training", itertools.product((True, False), repeat=2), ids=str)
+@pytest.mark.parametrize(("case", "format", "dtype", "backend"), contract_cases())
+def test_precision_of_a_pair(case, format, dtype, training, backend):
+    """Two norms that meet in the addition, both at means around 100."""
+    tensors, running, grad = make_pair(SHAPES[case], dtype, format)
+    for relu in (True, False):
+        y, packed, grads = run_pair(kernels_of(backend), tensors, running, grad, training, relu)
+        y_stock, grads_stock = stock_pair(tensors, running, grad, training, relu)
+        if relu:
+            pre, *_ = exact_pair(tensors, running, grad, training, None)
+            passes = gate(pre, y)
+            # Where 16 bits have no number that small, y is 0 though its pre-activation is not.
+            assert torch.equal(unpack_mask(packed, tensors["input"]) & (y != 0), y > 0)
+            exacts = [exact_pair(tensors, running, grad, training, mask)[1:] for mask in (passes, gate(pre, y_stock))]
+        else:
+            exacts = [exact_pair(tensors, running, grad, training, None)[1:]] * 2
+        (y_exact, grads_exact), (y_exact_stock, grads_exact_stock) = exacts
+        assert y.stride() == torch.empty_like(tensors["input"]).stride()
+        assert_as_exact_as("output", y, y_stock, y_exact, y_exact_stock)
+        for name, found in grads.items():
+            floor, side = 0.0, int(name.startswith("residual"))
+            if "weight" in name or "bias" in name:
+                state = dict(zip(("running_mean", "running_var"), running[side], strict=True))
+                x = tensors[("input", "residual")[side]]
+                floor = rounding_of_sums(x, state, training[side], grads_exact["bias"])
+            assert_as_exact_as(
+                f"grad {name}", found, grads_stock[name], grads_exact[name], grads_exact_stock[name], floor
+            )
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_pair_gives_the_gradients_that_are_asked_for(backend):
+    for format, training in itertools.product(
+        (torch.contiguous_format, torch.channels_last), itertools.product((True, False), repeat=2)
+    ):
+        tensors, running, grad = make_pair((3, 13, 6, 5), torch.float32, format)
+        *_, whole = run_pair(kernels_of(backend), tensors, running, grad, training, True)
+        for wanted in itertools.product((True, False), repeat=6):
+            *_, found = run_pair(kernels_of(backend), tensors, running, grad, training, True, wanted)
+            flags = dict(
+                zip(("input", "residual", "weight", "bias", "residual_weight", "residual_bias"), wanted, strict=True)
+            )
+            for name, flag in flags.items():
+                if flag:
+                    assert torch.equal(found[name], whole[name]), (name, wanted)
+                else:
+                    assert found[name].shape == (0,), (name, wanted)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_pair_in_mixed_memory_formats(format, backend):
+    """Each gradient comes in the format of its tensor, whatever the others' are."""
+    tensors, running, grad = make_pair(SHAPES["image"], torch.float64, format)
+    y, _, expected = run_pair(kernels_of(backend), tensors, running, grad, (True, True), True)
+    for residual_format, grad_format in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
+        mixed = tensors | {"residual": tensors["residual"].contiguous(memory_format=residual_format)}
+        mixed_grad = grad.contiguous(memory_format=grad_format)
+        found_y, _, found = run_pair(kernels_of(backend), mixed, running, mixed_grad, (True, True), True)
+        torch.testing.assert_close(found_y, y)
+        for name, tensor in mixed.items():
+            assert found[name].stride() == tensor.stride()
+            torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pair_of_16_bit_parameters_and_of_none(backend):
+    tensors, running, grad = make_pair(SHAPES["image"], torch.bfloat16, torch.channels_last)
+    half = {name: t.bfloat16() for name, t in tensors.items()}
+    *_, grads = run_pair(kernels_of(backend), half, running, grad, (True, True), True)
+    assert all(t.dtype == torch.bfloat16 for t in grads.values())
+    none = {name: t if name in ("input", "residual") else None for name, t in tensors.items()}
+    ones = {name: t if t is not None else torch.full((35,), float("bias" not in name)) for name, t in none.items()}
+    (y, _, grads), (expected_y, _, expected) = (
+        run_pair(kernels_of(backend), these, running, grad, (True, True), True) for these in (none, ones)
+    )
+    assert torch.equal(y, expected_y) and all(torch.equal(grads[name], expected[name]) for name in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pair_of_nothing(backend):
+    tensors, running, grad = make_pair((0, 4, 5, 5), torch.float32, torch.contiguous_format)
+    for training in (True, False):
+        y, _, grads = run_pair(kernels_of(backend), tensors, running, grad, (training, training), True)
+        assert y.shape == grad.shape
+        assert all(g.shape == tensors[name].shape and not g.isnan().any() and not g.any() for name, g in grads.items())
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_forward_apply_and_inference_normalise_the_residual_alike(backend):
+    kernels = kernels_of(backend)
+    for (case, format), dtype in itertools.product(CASES, DTYPES):
+        tensors, running, _ = make_pair(SHAPES[case], dtype, format)
+        x, weight, bias, residual, *other = tensors.values()
+        residual_stats = kernels.batch_norm_stats(residual, *other, *running[1], True, 1e-5)
+        for relu in (True, False):
+            arguments = residual, residual_stats, weight, bias, *running[0]
+            y, stats, mask = kernels.batch_norm_act_forward(x, *arguments, False, 1e-5, relu, True)
+            again, mask_again = kernels.batch_norm_act_apply(x, stats, residual, residual_stats, relu, True)
+            inference = x.clone(memory_format=torch.preserve_format)
+            kernels.batch_norm_act_inference_(inference, *arguments, 1e-5, relu)
+            assert torch.equal(again, y) and torch.equal(mask_again, mask) and torch.equal(inference, y)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -151,7 +356,7 @@ def test_without_affine_parameters(backend):
     torch.testing.assert_close(found, batch_norm_act(**tensors | ones, **running, training=True, backend=backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_mixed_memory_formats(format, backend):
     """residual and grad_output come in the other layout (make() leaves them contiguous)."""
@@ -168,12 +373,12 @@ def test_strided_input(backend):
     torch.testing.assert_close(batch_norm_act(**views, **running, training=True, backend=backend), dense)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("residual", [True, False, "scaled"])
 def test_gradcheck(training, residual, backend):
     for shape, format in (((3, 5, 3, 2), torch.channels_last), ((2, 3, 4), torch.contiguous_format)):
-        tensors, running, _ = make(shape, torch.float64, format, residual)
+        tensors, running, _ = make(shape, torch.float64, format, residual, scaled=residual == "scaled")
         names = [name for name, t in tensors.items() if t is not None]
 
         def function(*values, names=names, running=running):
@@ -191,15 +396,21 @@ class TestCpuKernels:
     @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
     def test_same_bits_for_any_number_of_threads(self, dtype, format):
         tensors, running, grad = make((8, 70, 31, 33), dtype, format)
+        scaled, *_ = make((8, 70, 31, 33), dtype, format, scaled=True)
+        pair, states, _ = make_pair((8, 70, 31, 33), dtype, format)
         before = torch.get_num_threads()
         found = []
         try:
             for threads in (1, 2, 3, 2):
                 torch.set_num_threads(threads)
-                mine = {k: t.clone().requires_grad_() for k, t in tensors.items()}
-                state = {k: t.clone() for k, t in running.items()}
-                y = batch_norm_act(**mine, **state, training=True, backend="cpu")
-                found.append([y, *gradients(y, mine, grad).values(), *state.values()])
+                found.append([])
+                for these in (tensors, scaled):
+                    mine = {k: t.clone().requires_grad_() for k, t in these.items()}
+                    state = {k: t.clone() for k, t in running.items()}
+                    y = batch_norm_act(**mine, **state, training=True, backend="cpu")
+                    found[-1] += [y, *gradients(y, mine, grad).values(), *state.values()]
+                y, mask, grads = run_pair(kernels_of("cpu"), pair, states, grad, (True, True), True)
+                found[-1] += [y, mask, *grads.values()]
         finally:
             torch.set_num_threads(before)
         for other in found[1:]:
@@ -221,11 +432,11 @@ class TestCpuKernels:
 
     def test_forward_and_recomputed_normalise_agree(self):
         tensors, _, _ = make((8, 64, 17, 17), torch.float32, torch.channels_last, residual=False)
-        kernels = fused_res.backends.resolve("cpu", torch.device("cpu"))
+        kernels = kernels_of("cpu")
         y, stats, _ = kernels.batch_norm_act_forward(
-            tensors["input"], None, tensors["weight"], tensors["bias"], None, None, True, 1e-5, True, False
+            tensors["input"], None, None, tensors["weight"], tensors["bias"], None, None, True, 1e-5, True, False
         )
-        assert torch.equal(y, kernels.batch_norm_act_apply(tensors["input"], stats, True))
+        assert torch.equal(y, kernels.batch_norm_act_apply(tensors["input"], stats, None, None, True, False)[0])
 
     def test_operators(self):
         """opcheck on the raw operators, detached; shapes and strides of fakes are part of it."""
@@ -234,39 +445,65 @@ class TestCpuKernels:
             tensors, running, grad = make((2, 5, 4, 3), torch.float32, format)
             x, residual, weight, bias = tensors.values()
             state = list(running.values())
-            args = (x, residual, weight, bias, *state, True, 1e-5, relu, relu)
+            args = (x, residual, None, weight, bias, *state, True, 1e-5, relu, relu)
             torch.library.opcheck(namespace.batch_norm_act_forward.default, args)
             _, stats, mask = namespace.batch_norm_act_forward(*args)
             torch.library.opcheck(namespace.batch_norm_stats.default, (x, weight, bias, *state, False, 1e-5))
-            torch.library.opcheck(namespace.batch_norm_act_apply.default, (x, stats, relu))
+            torch.library.opcheck(namespace.batch_norm_act_apply.default, (x, stats, None, None, relu, relu))
+            torch.library.opcheck(namespace.batch_norm_act_apply.default, (x, stats, residual, stats, relu, relu))
+            args = (x, residual, stats, weight, bias, *state, True, 1e-5, relu, relu)
+            torch.library.opcheck(namespace.batch_norm_act_forward.default, args)
             mask = mask if relu else None
+            for wanted in ([True] * 6, [False, True, False, True, True, False]):
+                pair = (grad, x, weight, stats, residual, None, stats, mask, True, False, wanted)
+                torch.library.opcheck(namespace.batch_norm_act_backward_pair.default, pair)
             for wanted in ([True] * 4, [True, False, False, True]):
                 backward = (grad, x, weight, stats, mask, True, relu, wanted)
                 torch.library.opcheck(namespace.batch_norm_act_backward.default, backward)
-            torch.library.opcheck(
-                namespace.batch_norm_act_inference_.default, (x.clone(), residual, weight, bias, *state, 1e-5, relu)
-            )
+            for residual_stats in (None, stats):
+                inference = (x.clone(), residual, residual_stats, weight, bias, *state, 1e-5, relu)
+                torch.library.opcheck(namespace.batch_norm_act_inference_.default, inference)
             grad = grad.contiguous(memory_format=format)
             torch.library.opcheck(namespace.add_masked_.default, (x.clone(), grad, mask))
             torch.library.opcheck(
                 namespace.update_running_stats.default, ([state[0].clone()], [state[1].clone()], [stats], [0.1])
             )
 
+    def test_operators_check_what_they_are_given(self):
+        kernels = kernels_of("cpu")
+        tensors, running, grad = make((2, 5, 4, 3), torch.float32)
+        x, residual, weight, bias = tensors.values()
+        rest = weight, bias, *running.values(), False, 1e-5, True, False
+        stats = kernels.batch_norm_stats(x, weight, bias, *running.values(), False, 1e-5)
+        with pytest.raises(ValueError, match="residual_stats: expected a residual"):
+            kernels.batch_norm_act_forward(x, None, stats, *rest)
+        for bad in (stats[:4], stats[:, :4], stats.double()):
+            with pytest.raises(ValueError, match=r"residual_stats: expected \(5, 5\) of Float"):
+                kernels.batch_norm_act_forward(x, residual, bad, *rest)
+        for bad, error in ((residual[:1], ValueError), (residual.double(), TypeError)):
+            with pytest.raises(error, match="residual: expected the"):
+                kernels.batch_norm_act_backward_pair(
+                    grad, x, weight, stats, bad, weight, stats, None, True, True, [True] * 6
+                )
+
     def test_every_operator_agrees_with_the_reference(self):
-        kernels = [fused_res.backends.resolve(name, torch.device("cpu")) for name in ("cpu", "reference")]
+        kernels = [kernels_of(name) for name in ("cpu", "reference")]
         for format in (torch.contiguous_format, torch.channels_last):
             tensors, running, grad = make((3, 13, 6, 5), torch.float64, format)
             x, residual, weight, bias = tensors.values()
             state = list(running.values())
             found = []
             for k in kernels:
-                y, stats, mask = k.batch_norm_act_forward(x, residual, weight, bias, *state, True, 1e-5, True, True)
+                y, stats, mask = k.batch_norm_act_forward(
+                    x, residual, None, weight, bias, *state, True, 1e-5, True, True
+                )
                 into = x.clone()
                 k.add_masked_(into, grad.contiguous(memory_format=format), mask)
                 inference = x.clone()
-                k.batch_norm_act_inference_(inference, residual, weight, bias, *state, 1e-5, True)
+                k.batch_norm_act_inference_(inference, residual, None, weight, bias, *state, 1e-5, True)
                 masked = k.batch_norm_act_backward(grad, x, weight, stats, mask, True, False, [True] * 4)
-                found.append([y, stats, mask, into, inference, *masked])
+                pair = run_pair(k, *make_pair((3, 13, 6, 5), torch.float64, format), (True, False), True)
+                found.append([y, stats, mask, into, inference, *masked, *pair[:2], *pair[2].values()])
             for ours, reference in zip(*found, strict=True):
                 torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
 
@@ -274,9 +511,9 @@ class TestCpuKernels:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_propagate_as_in_pytorch(bad, backend):
-    for training in (True, False):
-        tensors, running, grad = make((3, 4, 5, 5), torch.float32)
-        tensors["input"][1, 2, 3, 3] = bad
+    for training, scaled, where in itertools.product((True, False), (True, False), ("input", "residual")):
+        tensors, running, grad = make((3, 4, 5, 5), torch.float32, scaled=scaled)
+        tensors[where][1, 2, 3, 3] = bad
         outcomes = []
         for function in (lambda **kw: batch_norm_act(**kw, backend=backend), stock):
             mine = {k: t.clone().requires_grad_() for k, t in tensors.items()}
@@ -300,8 +537,9 @@ def test_empty_batch(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_gradients_that_are_asked_for(backend):
-    tensors, running, grad = make((3, 4, 5, 5), torch.float64)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_only_the_gradients_that_are_asked_for(scaled, backend):
+    tensors, running, grad = make((3, 4, 5, 5), torch.float64, scaled=scaled)
     whole = {k: t.clone().requires_grad_() for k, t in tensors.items()}
     expected = gradients(batch_norm_act(**whole, **running, training=True, backend=backend), whole, grad)
     for name in tensors:
@@ -312,12 +550,13 @@ def test_only_the_gradients_that_are_asked_for(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_torch_compile(backend):
+@pytest.mark.parametrize("scaled", [True, False])
+def test_torch_compile(scaled, backend):
     torch._dynamo.reset()
-    tensors, running, grad = make((3, 6, 5, 5), torch.float64, torch.channels_last)
+    tensors, running, grad = make((3, 6, 5, 5), torch.float64, torch.channels_last, scaled=scaled)
 
-    def function(input, residual, weight, bias, running_mean, running_var):
-        return batch_norm_act(input, running_mean, running_var, weight, bias, residual, True, backend=backend)
+    def function(**tensors):
+        return batch_norm_act(**tensors, training=True, backend=backend)
 
     outcomes = []
     for f in (function, torch.compile(function, fullgraph=True)):
@@ -344,10 +583,21 @@ def test_function_transforms(backend):
     _, tangent = torch.func.jvp(lambda w: loss(w, x), (weight,), (weight,))
     torch.testing.assert_close(tangent, torch.func.grad(loss)(weight, x) @ weight)
 
+    scaled, *_ = make((3, 4, 5, 5), torch.float64, scaled=True)
+    scale = scaled.pop("residual_scale")
+
+    def of_scale(scale):
+        return batch_norm_act(**scaled, **running, residual_scale=scale, backend=backend).sin().sum()
+
+    _, tangent = torch.func.jvp(of_scale, (scale,), (scale,))
+    (by_kernel,) = torch.autograd.grad(of_scale(scale.requires_grad_()), scale)
+    torch.testing.assert_close(tangent, by_kernel @ scale)
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saves_no_running_buffer_and_writes_no_saved_tensor(backend):
-    tensors, running, grad = make((3, 4, 5, 5), torch.float32)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_saves_no_running_buffer_and_writes_no_saved_tensor(scaled, backend):
+    tensors, running, grad = make((3, 4, 5, 5), torch.float32, scaled=scaled)
     mine = {k: t.clone().requires_grad_() for k, t in tensors.items()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -359,6 +609,20 @@ def test_saves_no_running_buffer_and_writes_no_saved_tensor(backend):
     second = torch.autograd.grad(y, mine.values(), grad)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(saved, copies, strict=True)) and torch.equal(grad, grad_copy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saves_the_residual_only_for_the_gradient_of_its_scale(backend):
+    tensors, running, grad = make((3, 4, 5, 5), torch.float64, scaled=True)
+    for learned in (True, False):
+        mine = {k: t.clone().requires_grad_(learned or "residual_" not in k) for k, t in tensors.items()}
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+            y = batch_norm_act(**mine, **running, training=True, backend=backend)
+        assert (mine["residual"].data_ptr() in saved) == learned
+        wanted = [t for t in mine.values() if t.requires_grad]
+        twin = stock(**mine, **running, training=True, activation="relu")
+        torch.testing.assert_close(torch.autograd.grad(y, wanted, grad), torch.autograd.grad(twin, wanted, grad))
 
 
 X = torch.randn(2, 3, 4, 4)
@@ -380,6 +644,24 @@ V = torch.ones(3)
         ({"residual": torch.randn(2, 3, 1, 1)}, ValueError, "residual must have input's shape"),
         ({"residual": X.double()}, TypeError, "residual must have input's dtype"),
         ({"residual": X.to("meta")}, ValueError, "residual must be on cpu"),
+        ({"residual": X, "residual_scale": V}, ValueError, "residual_scale and residual_shift must both be given"),
+        ({"residual": X, "residual_shift": V}, ValueError, "residual_scale and residual_shift must both be given"),
+        ({"residual_scale": V, "residual_shift": V}, ValueError, "residual_shift are given without a residual"),
+        (
+            {"residual": X, "residual_scale": torch.ones(4), "residual_shift": V},
+            ValueError,
+            r"residual_scale must have the shape \(3,\), got \(4,\)",
+        ),
+        (
+            {"residual": X, "residual_scale": V, "residual_shift": V.double()},
+            TypeError,
+            "residual_shift must be of input's dtype",
+        ),
+        (
+            {"residual": X, "residual_scale": V.to("meta"), "residual_shift": V},
+            ValueError,
+            "residual_scale must be on cpu",
+        ),
         ({"input": torch.randn(1, 3, 1, 1)}, ValueError, "Expected more than 1 value per channel when training"),
         ({"activation": "gelu"}, ValueError, "activation must be one of"),
         ({"backend": "tpu"}, ValueError, "backend must be one of"),
@@ -398,8 +680,6 @@ def test_bad_input_is_refused_before_anything_is_written(change, error, words, b
 
 
 def test_masks_pack_to_the_shape_that_fakes_promise():
-    from fused_res.backends.reference.batch_norm_act import pack_mask, unpack_mask
-
     for case, format in CASES:
         mask = (torch.randn(SHAPES[case]) > 0).contiguous(memory_format=format)
         packed = pack_mask(mask)

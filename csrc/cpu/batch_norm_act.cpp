@@ -5,6 +5,7 @@
 
 #include <array>
 #include <memory>
+#include <span>
 #include <tuple>
 
 #include "cpu/isa.h"
@@ -40,15 +41,21 @@ Tensor channel_vector(const OptionalTensor& tensor, const Operand& x, const char
 const void* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
+void* mutable_data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
 
-void* stats_row(const Tensor& stats, int64_t channels, StatsRow row) {
-  return static_cast<char*>(stats.data_ptr()) + row * channels * stats.element_size();
+void* row_of(const Tensor& matrix, int64_t row) {
+  return static_cast<char*>(matrix.data_ptr()) + row * matrix.size(1) * matrix.element_size();
 }
 
-Tensor checked_stats(const Tensor& stats, const Operand& x) {
+NormArgs norm_args(const Tensor& stats) {
+  if (!stats.defined()) return {};
+  return {row_of(stats, kMean), row_of(stats, kScale), row_of(stats, kShift)};
+}
+
+Tensor checked_stats(const Tensor& stats, const Operand& x, const char* name) {
   TORCH_CHECK_VALUE(stats.is_cpu() && stats.scalar_type() == stats_type(x.tensor) && stats.dim() == 2 &&
                         stats.size(0) == kStatsRows && stats.size(1) == x.shape.channels,
-                    "stats: expected (5, ", x.shape.channels, ") of ", stats_type(x.tensor),
+                    name, ": expected (5, ", x.shape.channels, ") of ", stats_type(x.tensor),
                     " on the CPU, got ", stats.sizes(), " of ", stats.scalar_type());
   return stats.contiguous();
 }
@@ -85,6 +92,18 @@ struct Norm {
                       "running_mean, running_var: expected tensors when not training");
   }
   ParamArgs args() const { return {data_or_null(weight), data_or_null(bias), eps}; }
+};
+
+// What is added: nothing, a tensor as it is, or one that is normalised with statistics of its own.
+struct Residual {
+  Tensor tensor, stats;
+
+  Residual(const Operand& x, const OptionalTensor& residual, const OptionalTensor& residual_stats) {
+    if (residual && residual->defined()) tensor = x.match(*residual, "residual");
+    if (!residual_stats || !residual_stats->defined()) return;
+    TORCH_CHECK_VALUE(tensor.defined(), "residual_stats: expected a residual that they are of");
+    stats = checked_stats(*residual_stats, x, "residual_stats");
+  }
 };
 
 // Statistics that do not depend on x: the running ones, or those of no values at all.
@@ -132,15 +151,18 @@ Tensor empty_stats(const Operand& x) {
   return at::detail::empty_cpu({kStatsRows, x.shape.channels}, stats_type(x.tensor));
 }
 
-ForwardArgs forward_args(const Operand& x, const Tensor& residual, const Tensor& stats, bool relu,
+Tensor empty_mask(const Operand& x, bool wanted) {
+  return wanted ? at::detail::empty_cpu({x.shape.rows(), x.mask_cols()}, at::kByte) : nothing(at::kByte);
+}
+
+ForwardArgs forward_args(const Operand& x, const Residual& residual, const Tensor& stats, bool relu,
                          const Tensor& y, const Tensor& mask) {
   return {.x = x.tensor.const_data_ptr(),
-          .residual = data_or_null(residual),
-          .mean = stats_row(stats, x.shape.channels, kMean),
-          .scale = stats_row(stats, x.shape.channels, kScale),
-          .shift = stats_row(stats, x.shape.channels, kShift),
+          .residual = data_or_null(residual.tensor),
+          .norm = norm_args(stats),
+          .residual_norm = norm_args(residual.stats),
           .y = y.data_ptr(),
-          .mask = mask.defined() ? mask.data_ptr<uint8_t>() : nullptr,
+          .mask = mask.defined() && mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr,
           .relu = relu,
           .stream = !y.is_same(x.tensor) && may_stream(x, y)};
 }
@@ -166,17 +188,14 @@ Tensor batch_norm_stats(const Tensor& input, const OptionalTensor& weight, const
   return stats;
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(const Tensor& input, const OptionalTensor& residual,
-                                                          const OptionalTensor& weight,
-                                                          const OptionalTensor& bias,
-                                                          const OptionalTensor& running_mean,
-                                                          const OptionalTensor& running_var, bool training,
-                                                          double eps, bool relu, bool save_mask) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
+    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& residual_stats,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, bool training, double eps, bool relu, bool save_mask) {
   const Operand x(input);
   const Norm norm(x, weight, bias, running_mean, running_var, training, eps);
-  const Tensor added = residual && residual->defined() ? x.match(*residual, "residual") : Tensor();
-  Tensor output = empty_output(x), stats = empty_stats(x), mask;
-  if (save_mask) mask = at::detail::empty_cpu({x.shape.rows(), x.mask_cols()}, at::kByte);
+  const Residual added(x, residual, residual_stats);
+  Tensor output = empty_output(x.tensor), stats = empty_stats(x), mask = empty_mask(x, save_mask);
   const ForwardArgs args = forward_args(x, added, stats, relu, output, mask);
   if (training && x.shape.numel() > 0) {
     const auto forward = kernels_for(x).forward;
@@ -185,26 +204,131 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(const Tensor& input, c
     finish_given(x, norm, stats.data_ptr());
     run_forward(x, args);
   }
-  return {restored(output, input, x), stats, save_mask ? mask : nothing(at::kByte)};
+  return {restored(output, input, x.tensor), stats, mask};
 }
 
-Tensor batch_norm_act_apply(const Tensor& input, const Tensor& stats, bool relu) {
+std::tuple<Tensor, Tensor> batch_norm_act_apply(const Tensor& input, const Tensor& stats,
+                                                const OptionalTensor& residual,
+                                                const OptionalTensor& residual_stats, bool relu,
+                                                bool save_mask) {
   const Operand x(input);
-  Tensor output = empty_output(x);
-  run_forward(x, forward_args(x, {}, checked_stats(stats, x), relu, output, {}));
-  return restored(output, input, x);
+  const Residual added(x, residual, residual_stats);
+  Tensor output = empty_output(x.tensor), mask = empty_mask(x, save_mask);
+  run_forward(x, forward_args(x, added, checked_stats(stats, x, "stats"), relu, output, mask));
+  return {restored(output, input, x.tensor), mask};
 }
 
 void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual,
-                               const OptionalTensor& weight, const OptionalTensor& bias,
-                               const Tensor& running_mean, const Tensor& running_var, double eps, bool relu) {
+                               const OptionalTensor& residual_stats, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& running_mean,
+                               const Tensor& running_var, double eps, bool relu) {
   const Operand x(input);
   const Norm norm(x, weight, bias, running_mean, running_var, /*training=*/false, eps);
-  const Tensor added = residual && residual->defined() ? x.match(*residual, "residual") : Tensor();
+  const Residual added(x, residual, residual_stats);
   const Tensor stats = empty_stats(x);
   finish_given(x, norm, stats.data_ptr());
   run_forward(x, forward_args(x, added, stats, relu, x.tensor, {}));
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
+}
+
+// One norm on the way back: what was saved of it, and the gradients that are wanted.
+struct NormBackward {
+  Tensor x, stats, dx, factors, dweight, dbias;
+  at::ScalarType weight_type;
+
+  // `read` is what of the norm's input the kernels read, in the order of memory that all operands share.
+  NormBackward(const Operand& like, const Tensor& read, const Tensor& saved, const char* name,
+               const OptionalTensor& weight, bool training, bool want_input, bool want_weight, bool want_bias)
+      : x(read), stats(checked_stats(saved, like, name)) {
+    const int64_t channels = like.shape.channels;
+    const at::ScalarType dtype = stats_type(x);
+    weight_type = weight && weight->defined() ? weight->scalar_type() : dtype;
+    const auto per_channel = [&](bool wanted) {
+      return wanted ? at::detail::empty_cpu({channels}, dtype) : Tensor();
+    };
+    if (want_input) dx = empty_output(x);
+    if (want_input && training) factors = at::detail::empty_cpu({2, channels}, dtype);
+    dweight = per_channel(want_weight), dbias = per_channel(want_bias);
+  }
+
+  NormBackwardArgs args() const {
+    return {.x = x.const_data_ptr(),
+            .norm = norm_args(stats),
+            .slope = factors.defined() ? row_of(factors, 0) : nullptr,
+            .offset = factors.defined() ? row_of(factors, 1) : nullptr,
+            .dx = mutable_data_or_null(dx)};
+  }
+  GradientArgs gradient_args() const {
+    return {.stats = stats.const_data_ptr(),
+            .slope = factors.defined() ? row_of(factors, 0) : nullptr,
+            .offset = factors.defined() ? row_of(factors, 1) : nullptr,
+            .dweight = mutable_data_or_null(dweight),
+            .dbias = mutable_data_or_null(dbias)};
+  }
+  bool reduces() const { return factors.defined() || dweight.defined() || dbias.defined(); }
+
+  // The results, as an operator returns them.
+  Tensor grad_input(const Tensor& input) const {
+    return dx.defined() ? restored(dx, input, x) : nothing(input.scalar_type());
+  }
+  Tensor grad_weight() const { return dweight.defined() ? dweight.to(weight_type) : nothing(weight_type); }
+  Tensor grad_bias() const { return dbias.defined() ? dbias.to(weight_type) : nothing(weight_type); }
+};
+
+// The sums for all norms, where anything is made of them, and the gradients of the elements.
+void run_backward(const Operand& x, const Tensor& dy, const OptionalTensor& relu_mask, bool relu,
+                  std::span<const NormBackward> norms, const Tensor& dresidual) {
+  BackwardArgs args = {.dy = dy.const_data_ptr(),
+                       .mask = checked_mask(relu_mask, x),
+                       .norms = {},
+                       .dresidual = mutable_data_or_null(dresidual),
+                       .relu = relu,
+                       .stream = true};
+  bool writes = false, reduces = false;
+  const auto note_output = [&](const Tensor& output) {
+    if (!output.defined()) return;
+    writes = true;
+    args.stream = args.stream && may_stream(x, output);
+  };
+  note_output(dresidual);
+  for (size_t i = 0; i < norms.size(); ++i) {
+    args.norms[i] = norms[i].args();
+    note_output(norms[i].dx);
+    reduces = reduces || norms[i].reduces();
+  }
+  if (x.shape.numel() == 0) {
+    for (const NormBackward& norm : norms) {
+      if (norm.dweight.defined()) norm.dweight.zero_();
+      if (norm.dbias.defined()) norm.dbias.zero_();
+    }
+    return;
+  }
+  const auto reduce = kernels_for(x).reduce[norms.size() - 1];
+  const auto backward = kernels_for(x).backward[norms.size() - 1];
+  const Parallel parallel(x.shape.numel());
+  if (!reduces) {
+    if (writes) one_pass(x.shape, parallel, [&](const Block& block) { backward(block, args); });
+    return;
+  }
+  const auto operands = static_cast<int64_t>(1 + norms.size()), channels = x.shape.channels;
+  const Partition partition(x.shape, operands * x.tensor.element_size(), parallel.threads());
+  const auto partial = uninitialised(partition.chunks() * operands * channels);
+  const auto count = static_cast<double>(x.shape.values_per_channel());
+  two_passes(
+      partition, parallel,
+      [&](const Block& block, int64_t chunk) { reduce(block, args, &partial[chunk * operands * channels]); },
+      [&](Channels group) {
+        add_chunks(kernels(), partition, partial.get(), operands, group);
+        const double* products = partial.get();
+        for (const NormBackward& norm : norms) {
+          products += channels;
+          kernels().finish_gradient[stats_index(x.tensor)](norm.gradient_args(), partial.get(), products,
+                                                           count, channels, group.begin, group.end);
+        }
+      },
+      [&](const Block& block) {
+        if (writes) backward(block, args);
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
@@ -212,66 +336,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     const OptionalTensor& relu_mask, bool training, bool relu, std::array<bool, 4> output_mask) {
   const auto [want_input, want_residual, want_weight, want_bias] = output_mask;
   const Operand x(input);
-  const Tensor dy = x.match(grad_output, "grad_output"), saved = checked_stats(stats, x);
-  const int64_t channels = x.shape.channels;
-  const at::ScalarType dtype = stats_type(x.tensor);
-  const at::ScalarType weight_type = weight && weight->defined() ? weight->scalar_type() : dtype;
-  const auto per_channel = [&](bool wanted) {
-    return wanted ? at::detail::empty_cpu({channels}, dtype) : nothing(weight_type);
-  };
-  Tensor dx = want_input ? empty_output(x) : nothing(input.scalar_type());
-  Tensor dresidual = want_residual ? empty_output(x) : nothing(input.scalar_type());
-  Tensor dweight = per_channel(want_weight), dbias = per_channel(want_bias);
+  const Tensor dy = x.match(grad_output, "grad_output");
+  const NormBackward norm(x, x.tensor, stats, "stats", weight, training, want_input, want_weight, want_bias);
+  const Tensor dresidual = want_residual ? empty_output(x.tensor) : Tensor();
+  run_backward(x, dy, relu_mask, relu, {&norm, 1}, dresidual);
+  return {norm.grad_input(input),
+          want_residual ? restored(dresidual, input, x.tensor) : nothing(input.scalar_type()),
+          norm.grad_weight(), norm.grad_bias()};
+}
 
-  const bool writes = want_input || want_residual;
-  const bool through_stats = training && want_input;
-  const bool reduces = through_stats || want_weight || want_bias;
-  const Tensor factors = through_stats ? at::detail::empty_cpu({2, channels}, dtype) : Tensor();
-  const BackwardArgs args = {
-      .dy = dy.const_data_ptr(),
-      .x = x.tensor.const_data_ptr(),
-      .mean = stats_row(saved, channels, kMean),
-      .scale = stats_row(saved, channels, kScale),
-      .shift = stats_row(saved, channels, kShift),
-      .mask = checked_mask(relu_mask, x),
-      .relu = relu,
-      .slope = through_stats ? stats_row(factors, channels, StatsRow(0)) : nullptr,
-      .offset = through_stats ? stats_row(factors, channels, StatsRow(1)) : nullptr,
-      .dx = want_input ? dx.data_ptr() : nullptr,
-      .dresidual = want_residual ? dresidual.data_ptr() : nullptr,
-      .stream = writes && (!want_input || may_stream(x, dx)) && (!want_residual || may_stream(x, dresidual))};
-  const GradientArgs gradient = {.stats = saved.const_data_ptr(),
-                                 .slope = const_cast<void*>(args.slope),
-                                 .offset = const_cast<void*>(args.offset),
-                                 .dweight = want_weight ? dweight.data_ptr() : nullptr,
-                                 .dbias = want_bias ? dbias.data_ptr() : nullptr};
-
-  const BatchNormActKernels& run = kernels_for(x);
-  const Parallel parallel(x.shape.numel());
-  if (x.shape.numel() == 0) {
-    if (want_weight) dweight.zero_();
-    if (want_bias) dbias.zero_();
-  } else if (reduces) {
-    const Partition partition(x.shape, 2 * x.tensor.element_size(), parallel.threads());
-    const auto partial = uninitialised(partition.chunks() * 2 * channels);
-    const auto count = static_cast<double>(x.shape.values_per_channel());
-    two_passes(
-        partition, parallel,
-        [&](const Block& block, int64_t chunk) { run.reduce(block, args, &partial[chunk * 2 * channels]); },
-        [&](Channels group) {
-          add_chunks(kernels(), partition, partial.get(), group);
-          kernels().finish_gradient[stats_index(x.tensor)](gradient, partial.get(), count, channels,
-                                                           group.begin, group.end);
-        },
-        [&](const Block& block) {
-          if (writes) run.backward(block, args);
-        });
-  } else if (writes) {
-    one_pass(x.shape, parallel, [&](const Block& block) { run.backward(block, args); });
-  }
-  if (want_input) dx = restored(dx, input, x);
-  if (want_residual) dresidual = restored(dresidual, input, x);
-  return {dx, dresidual, dweight.to(weight_type), dbias.to(weight_type)};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_pair(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
+    const Tensor& residual, const OptionalTensor& residual_weight, const Tensor& residual_stats,
+    const OptionalTensor& relu_mask, bool training, bool residual_training, std::array<bool, 6> output_mask) {
+  const auto [want_input, want_residual, want_weight, want_bias, want_residual_weight, want_residual_bias] =
+      output_mask;
+  const Operand x(input);
+  const Tensor dy = x.match(grad_output, "grad_output");
+  const NormBackward norms[2] = {
+      {x, x.tensor, stats, "stats", weight, training, want_input, want_weight, want_bias},
+      {x, x.match(residual, "residual"), residual_stats, "residual_stats", residual_weight, residual_training,
+       want_residual, want_residual_weight, want_residual_bias}};
+  run_backward(x, dy, relu_mask, /*relu=*/false, norms, {});
+  return {norms[0].grad_input(input), norms[1].grad_input(residual), norms[0].grad_weight(),
+          norms[0].grad_bias(),       norms[1].grad_weight(),        norms[1].grad_bias()};
 }
 
 void add_masked_(const Tensor& self, const Tensor& grad, const OptionalTensor& relu_mask) {
@@ -350,6 +438,7 @@ TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
   m.impl("batch_norm_act_apply", TORCH_FN(batch_norm_act_apply));
   m.impl("batch_norm_act_inference_", TORCH_FN(batch_norm_act_inference_));
   m.impl("batch_norm_act_backward", TORCH_FN(batch_norm_act_backward));
+  m.impl("batch_norm_act_backward_pair", TORCH_FN(batch_norm_act_backward_pair));
   m.impl("add_masked_", TORCH_FN(add_masked_));
   m.impl("update_running_stats", TORCH_FN(update_running_stats));
 }

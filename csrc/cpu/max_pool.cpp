@@ -90,14 +90,14 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
                     "indices: expected uint8 of the output's shape, ", at::IntArrayRef(sizes), ", got ",
                     indices.sizes(), " of ", indices.scalar_type());
   const Tensor dy = grad_output.contiguous(x.format), chosen = indices.contiguous(x.format);
-  Tensor dx = empty_output(x);
+  Tensor dx = empty_output(x.tensor);
   args.x = dy.const_data_ptr();
   args.y = dx.data_ptr();
   args.indices = const_cast<uint8_t*>(chosen.const_data_ptr<uint8_t>());
   const auto backward = kernels_for(x).backward;
   Parallel{x.shape.numel()}(pixel_rows(x, args.height),
                             [&](int64_t begin, int64_t end) { backward(args, begin, end); });
-  return restored(dx, input, x);
+  return restored(dx, input, x.tensor);
 }
 
 }  // namespace

@@ -170,10 +170,12 @@ inline void merge_chunks(const Kernels& k, const Partition& partition, double* p
     count += more;
   }
 }
-inline void add_chunks(const Kernels& k, const Partition& partition, double* partial, Channels group) {
+// The same for partial[chunks][rows][C].
+inline void add_chunks(const Kernels& k, const Partition& partition, double* partial, int64_t rows,
+                       Channels group) {
   const int64_t channels = partition.shape().channels;
   for (int64_t i = 1; i < partition.chunks(); ++i) {
-    k.add(partial, partial + i * 2 * channels, channels, group.begin, group.end);
+    k.add(partial, partial + i * rows * channels, rows, channels, group.begin, group.end);
   }
 }
 

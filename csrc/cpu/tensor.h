@@ -86,24 +86,23 @@ struct Operand {
   int64_t mask_bytes() const { return shape.rows() * mask_cols(); }
 };
 
-// Uninitialised outputs: of any size, and like an operand.
+// Uninitialised outputs: of any size, and like an operand's tensor.
 inline Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format) {
   const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
   return Tensor(at::detail::empty_generic(sizes, output_allocator(), keys, dtype, format));
 }
-inline Tensor empty_output(const Operand& like) {
-  const Tensor& t = like.tensor;
+inline Tensor empty_output(const Tensor& like) {
   const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
-  return Tensor(
-      at::detail::empty_strided_generic(t.sizes(), t.strides(), output_allocator(), keys, t.scalar_type()));
+  return Tensor(at::detail::empty_strided_generic(like.sizes(), like.strides(), output_allocator(), keys,
+                                                  like.scalar_type()));
 }
 
 // A tensor that was not asked for.
 inline Tensor nothing(at::ScalarType dtype) { return at::detail::empty_cpu({0}, dtype); }
 
-// `output` with the strides that PyTorch gives an output for this input, where the kernels worked on a copy.
-inline Tensor restored(Tensor output, const Tensor& input, const Operand& operand) {
-  return operand.tensor.is_same(input) ? output : at::empty_like(input).copy_(output);
+// `output` with the strides that PyTorch gives an output for this input, where the kernels read a copy of it.
+inline Tensor restored(Tensor output, const Tensor& input, const Tensor& read) {
+  return read.is_same(input) ? output : at::empty_like(input).copy_(output);
 }
 
 // parallel(n, body) for partition.h. For fewer elements than ATen's own grain, waking a thread costs more

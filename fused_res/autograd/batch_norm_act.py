@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,16 @@ from torch.autograd import Function
 from fused_res.backends import registry
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as reference
 from fused_res.backends.reference.batch_norm_act import unpack_mask
-from fused_res.ops import MEAN, VAR
+from fused_res.ops import MEAN, VAR, stats_dtype
+
+
+def affine_stats(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The ``stats`` of a norm that is nothing but its scale and shift; None where there is none."""
+    if scale is None or shift is None:
+        return None
+    scale = scale.to(dtype)
+    zeros = torch.zeros_like(scale)
+    return torch.stack((zeros, torch.ones_like(scale), scale, shift.to(dtype), zeros))
 
 
 class BatchNormAct(Function):
@@ -24,6 +34,8 @@ class BatchNormAct(Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual_scale: Tensor | None,
+        residual_shift: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         training: bool,
@@ -33,51 +45,72 @@ class BatchNormAct(Function):
     ) -> tuple[Tensor, Tensor]:
         kernels = registry.resolve(backend, input.device)
         save_mask = relu and residual is not None
+        residual_stats = affine_stats(residual_scale, residual_shift, stats_dtype(input.dtype))
         output, stats, mask = kernels.batch_norm_act_forward(
-            input, residual, weight, bias, running_mean, running_var, training, eps, relu, save_mask
+            input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps, relu, save_mask
         )
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, stats, mask if save_mask else None)
+        # Only the gradient of residual_scale reads the residual.
+        read = residual if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(input, weight, stats, mask if save_mask else None, read, residual_scale, residual_stats)
         ctx.options = training, eps, relu, backend
         return output, stats
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 10
-        input, weight, stats, mask = ctx.saved_tensors
+            return (None,) * 12
+        input, weight, stats, mask, residual, residual_scale, residual_stats = ctx.saved_tensors
         training, _, relu, backend = ctx.options
         kernels = registry.resolve(backend, input.device)
-        wanted = ctx.needs_input_grad[:4]
+        wanted = ctx.needs_input_grad[:6]
+        grads: Sequence[Tensor | None]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_backward(grad_output, input, weight, stats, mask, ctx.options, wanted, kernels)
+            grads = _differentiable_backward(grad_output, ctx.saved_tensors, ctx.options, wanted, kernels)
+        elif residual_stats is None:
+            flags = wanted[:4]
+            grads = kernels.batch_norm_act_backward(grad_output, input, weight, stats, mask, training, relu, flags)
+            grads = *grads, None, None
         else:
-            grads = kernels.batch_norm_act_backward(grad_output, input, weight, stats, mask, training, relu, wanted)
+            # Where the residual is not read, any tensor of its shape will do.
+            residual = input if residual is None else residual
+            grads = kernels.batch_norm_act_backward_pair(
+                grad_output,
+                input,
+                weight,
+                stats,
+                residual,
+                residual_scale,
+                residual_stats,
+                mask,
+                training,
+                False,
+                wanted,
+            )
         return *(grad if flag else None for grad, flag in zip(grads, wanted, strict=True)), *(None,) * 6
 
 
 def _differentiable_backward(
     grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    mask: Tensor | None,
+    saved: tuple[Any, ...],
     options: tuple[bool, float, bool, str],
     wanted: tuple[bool, ...],
     kernels: registry.Backend,
 ) -> tuple[Tensor | None, ...]:
     """The gradients as a graph that can be differentiated again (eager only).
 
-    The ReLU's second derivative is zero, so its mask is a constant and the residual's values are not needed.
+    The ReLU's second derivative is zero, so its mask is a constant; and without a scale of its own the residual's
+    values are not needed.
     """
+    input, weight, stats, mask, residual, residual_scale, _ = saved
     training, eps, relu, _ = options
     dy = grad_output
     if mask is not None:
         dy = dy * unpack_mask(mask, input)
     elif relu:
         with torch.no_grad():
-            passes = ~(kernels.batch_norm_act_apply(input, stats, False) <= 0)
+            passes = ~(kernels.batch_norm_act_apply(input, stats, None, None, False, False)[0] <= 0)
         dy = dy * passes
     y, *_ = reference(input, stats[MEAN], stats[VAR], weight, None, None, training, eps, relu=False)
     sources = [
@@ -87,5 +120,10 @@ def _differentiable_backward(
     made = iter(torch.autograd.grad(y, asked, dy, create_graph=True) if asked else ())
     grad_input, grad_weight = (None if source is None else next(made) for source in sources)
     reduced = [0, *range(2, input.dim())]
-    grad_bias = dy.to(stats.dtype).sum(reduced)
-    return grad_input, dy, grad_weight, grad_bias
+    wide = dy.to(stats.dtype)
+    grad_bias = wide.sum(reduced)
+    if residual_scale is None:
+        return grad_input, dy, grad_weight, grad_bias, None, None
+    scale = residual_scale.to(wide.dtype).view(-1, *(1,) * (input.dim() - 2))
+    grad_scale = None if residual is None else (wide * residual).sum(reduced)
+    return grad_input, (wide * scale).to(dy.dtype), grad_weight, grad_bias, grad_scale, grad_bias

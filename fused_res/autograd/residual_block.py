@@ -18,7 +18,7 @@ from fused_res.backends import registry
 from fused_res.backends.reference.residual_block import residual_block as reference
 from fused_res.block import Kept, Tensors
 from fused_res.ops import MEAN, VAR, is_channels_last
-from fused_res.plan import Plan, decide, plan
+from fused_res.plan import Plan, decide, plan, static_choices
 from fused_res.spec import BlockSpec
 
 
@@ -81,7 +81,7 @@ def _differentiable_backward(plan: Plan, grad_output: Tensor, tensors: Tensors, 
 _library = torch.library.Library("fused_res", "DEF")
 _DESCRIPTION = (
     "bool[] present, int[] spec, float[] eps, bool[] training, bool[] requires_grad, bool channels_last,"
-    " str recompute, str backend"
+    " str recompute, str backend, str convolution"
 )
 _library.define(f"block_forward(Tensor input, Tensor[] tensors, {_DESCRIPTION}) -> Tensor[]")
 _library.define(
@@ -100,13 +100,17 @@ class _Description(NamedTuple):
     channels_last: bool
     recompute: str
     backend: str
+    convolution: str  # as registry.convolution() was when the block ran forward
 
     def block_spec(self) -> BlockSpec:
         return BlockSpec.decode(self.spec, self.eps)
 
-    def plan(self) -> Plan:
-        flags, training = tuple(self.requires_grad), tuple(self.training)
-        return decide(self.block_spec(), flags, self.channels_last, training, self.recompute, self.backend)
+    def plan(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Plan:
+        """``tensors`` are those that are present."""
+        spec, flags, training = self.block_spec(), tuple(self.requires_grad), tuple(self.training)
+        weights = [None if t is None else t.shape for t in self.spread(tensors)[::6]]
+        choices = static_choices(spec, weights, dtype, self.channels_last, self.backend, self.convolution)
+        return decide(spec, flags, self.channels_last, training, self.recompute, self.backend, choices)
 
     def spread(self, tensors: Iterable[Tensor]) -> list[Tensor | None]:
         rest = iter(tensors)
@@ -125,22 +129,18 @@ def traceable(
     given = [t for t in read if t is not None]
     ints, eps = spec.encode()
     outputs = torch.ops.fused_res.block_forward.default(
-        input, given, present, ints, eps, list(training), requires_grad, is_channels_last(input), recompute, backend
-    )
+        input, given, present, ints, eps, list(training), requires_grad, is_channels_last(input), recompute, backend,
+        registry.convolution(),
+    )  # fmt: skip
     return outputs[0], [stats.detach() for stats in outputs[1 : 1 + len(spec.convolutions)]]
 
 
 def _block_forward(input: Tensor, tensors: list[Tensor], *description: Any) -> list[Tensor]:
     about = _Description(*description)
     flat = about.spread(tensors)
+    training, flags = tuple(about.training), tuple(about.requires_grad)
     made = plan(
-        about.block_spec(),
-        input,
-        flat,
-        tuple(about.training),
-        about.recompute,
-        about.backend,
-        tuple(about.requires_grad),
+        about.block_spec(), input, flat, training, about.recompute, about.backend, flags, preference=about.convolution
     )
     output, kept = block.forward(made, registry.resolve(about.backend, input.device), input, flat)
     # An operator may not return its own input; autograd saves that by itself.
@@ -152,7 +152,7 @@ def _block_backward(
     grad_output: Tensor, input: Tensor | None, tensors: list[Tensor], kept: list[Tensor], *description: Any
 ) -> list[Tensor]:
     about = _Description(*description)
-    made = about.plan()
+    made = about.plan(tensors, grad_output.dtype)
     rest = iter(kept)
     stats = [next(rest) for _ in made.all_units]
     values = {name: input if name == "x" else next(rest) for name in made.saved}
@@ -169,7 +169,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.present = [t is not None for t in needed]
     given = [t for t in needed if t is not None]
     ctx.count = len(given)
-    ctx.save_for_backward(input if "x" in about.plan().saved else None, *given, *output[1:])
+    ctx.save_for_backward(input if "x" in about.plan(tensors, input.dtype).saved else None, *given, *output[1:])
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -20,11 +24,19 @@ STEMS: dict[str, tuple[str, ...]] = {
         "batch_norm_act_apply",
         "batch_norm_act_inference_",
         "batch_norm_act_backward",
+        "batch_norm_act_backward_pair",
         "add_masked_",
         "update_running_stats",
     ),
+    "batch_norm_sync": ("batch_norm_partials", "merge_stats", "batch_norm_sums", "batch_norm_act_dx"),
     "max_pool": ("max_pool_forward", "max_pool_backward"),
+    "conv_bias_act": ("conv_bias_act",),
+    "conv_bn_stats": ("conv_bn_stats",),
+    "conv_dgrad": ("conv_dgrad",),
+    "conv_wgrad": ("conv_wgrad",),
 }
+#: What a backend may offer besides: an operand in the form that its kernels like best.
+_EXTRAS = ("pack_weight",)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -39,30 +51,56 @@ def _cpu() -> str | None:
     return None if _extension.loaded else _extension.reason
 
 
-def _planned(part: str) -> Callable[[], str]:
-    return lambda: f"this version of fused_res has no {part} kernels yet"
+OLDEST_TRITON = (3, 6)
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors (on CUDA tensors too, by a copy)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, OLDEST_TRITON))}'"
+    return None
+
+
+def _triton() -> str | None:
+    reason = _triton_missing()
+    if reason is None and not interpreting() and not torch.cuda.is_available():
+        return "there is no NVIDIA GPU here that this torch can use (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+    return reason
+
+
+def _cuda() -> str:
+    return "this version of fused_res has no CUDA C++ kernels yet"
 
 
 @dataclass(frozen=True)
 class _Column:
-    devices: tuple[str, ...] | None  # None: every device
+    devices: Callable[[], tuple[str, ...]] | None  # None: every device
     unavailable: Callable[[], str | None]
 
 
 _COLUMNS = {
     "reference": _Column(None, _reference),
-    "cpu": _Column(("cpu",), _cpu),
-    "triton": _Column(("cuda",), _planned("Triton")),
-    "cuda": _Column(("cuda",), _planned("CUDA")),
+    "cpu": _Column(lambda: ("cpu",), _cpu),
+    "triton": _Column(lambda: ("cuda", "cpu") if interpreting() else ("cuda",), _triton),
+    "cuda": _Column(lambda: ("cuda",), _cuda),
 }
 #: What "auto" means on a device, best first.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 class Backend(SimpleNamespace):
-    """A column of the table: ``name``, and every operator of :mod:`fused_res.ops` as an attribute."""
+    """A column of the table: ``name``, its ``stems``, and their operators of :mod:`fused_res.ops` as attributes."""
 
     name: str
+    stems: frozenset[str]
 
 
 def names() -> tuple[str, ...]:
@@ -77,7 +115,14 @@ def unavailable(name: str) -> str | None:
 
 def table() -> dict[str, dict[str, str]]:
     """Rows are stems, columns are backends; a cell says ``"yes"`` or why not."""
-    return {stem: {name: unavailable(name) or "yes" for name in _COLUMNS} for stem in STEMS}
+    return {stem: {name: unavailable(name) or _absent(name, stem) or "yes" for name in _COLUMNS} for stem in STEMS}
+
+
+def _absent(name: str, stem: str) -> str | None:
+    """Why a backend that runs here does not compute this stem: it has no file of that name."""
+    if importlib.util.find_spec(f"fused_res.backends.{name}.{stem}") is not None:
+        return None
+    return f"backend {name!r} has no kernels for it in this version: ATen's convolution and the norm's own passes run"
 
 
 def resolve(name: str, device: torch.device) -> Backend:
@@ -88,8 +133,19 @@ def resolve(name: str, device: torch.device) -> Backend:
     """
     if name == "auto":
         name = _default
+    if torch.compiler.is_compiling():
+        _prepare(name, device)
     found = _resolved.get((name, device.type))
     return found if found is not None else _resolve(name, device)
+
+
+def _prepare(name: str, device: torch.device) -> None:
+    if (name, device.type) not in _resolved:
+        _resolve(name, device)
+
+
+# Dynamo cannot trace the import of kernels. (torch.compiler.assume_constant_result does this, and imports Dynamo.)
+_prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _resolve(name: str, device: torch.device) -> Backend:
@@ -100,12 +156,23 @@ def _resolve(name: str, device: torch.device) -> Backend:
     else:
         reason = unavailable(name)
         devices = _COLUMNS[name].devices
-        if reason is None and devices is not None and device.type not in devices:
-            reason = f"it runs on {' and '.join(devices)} tensors, and the input is on {device}"
+        if reason is None and devices is not None and device.type not in devices():
+            reason = f"it runs on {' and '.join(devices())} tensors, and the input is on {device}"
         if reason is not None:
             raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
     backend = _resolved[name, device.type] = _load(chosen)
     return backend
+
+
+@cache
+def stems(name: str) -> frozenset[str]:
+    """The stems that a backend has kernels for, whether or not they can run here."""
+    return frozenset(stem for stem in STEMS if _absent(name, stem) is None)
+
+
+def convolution() -> str:
+    """Who computes the convolutions of a block: ``"auto"``, ``"aten"`` or ``"fused"``."""
+    return _convolution
 
 
 def require(name: str) -> None:
@@ -115,20 +182,27 @@ def require(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _restore(previous: str) -> Iterator[None]:
-    global _default
+def _restore(previous: tuple[str, str]) -> Iterator[None]:
+    global _default, _convolution
     try:
         yield
     finally:
-        _default = previous
+        _default, _convolution = previous
 
 
-def use(name: str) -> contextlib.AbstractContextManager[None]:
-    """Sets what ``backend="auto"`` means from here on; as a context manager, until its end."""
-    global _default
+def use(name: str, convolution: str | None = None) -> contextlib.AbstractContextManager[None]:
+    """Sets what ``backend="auto"`` means from here on; as a context manager, until its end.
+
+    ``convolution`` overrides the planner: ``"aten"`` leaves every convolution to ATen (cuDNN, oneDNN), ``"fused"``
+    takes the backend's own wherever they can compute it, ``"auto"`` decides by shape and dtype; None changes nothing.
+    """
+    global _default, _convolution
     if name != "auto":
         require(name)
-    previous, _default = _default, name
+    if convolution not in (None, *env.CONVOLUTION.allowed):
+        raise ValueError(f"convolution must be one of {env.CONVOLUTION.allowed}, got {convolution!r}")
+    previous = _default, _convolution
+    _default, _convolution = name, convolution or _convolution
     return _restore(previous)
 
 
@@ -141,13 +215,15 @@ def _checked(name: str) -> str:
 def _load(name: str) -> Backend:
     if name not in _loaded:
         kernels: dict[str, Callable] = {}
-        for stem, operators in STEMS.items():
+        for stem in stems(name):
             module = importlib.import_module(f"fused_res.backends.{name}.{stem}")
-            kernels |= {operator: getattr(module, operator) for operator in operators}
-        _loaded[name] = Backend(name=name, **kernels)
+            kernels |= {operator: getattr(module, operator) for operator in STEMS[stem]}
+            kernels |= {extra: getattr(module, extra) for extra in _EXTRAS if hasattr(module, extra)}
+        _loaded[name] = Backend(name=name, stems=stems(name), **kernels)
     return _loaded[name]
 
 
 _default: str = env.BACKEND.read()
+_convolution: str = env.CONVOLUTION.read()
 _loaded: dict[str, Backend] = {}
 _resolved: dict[tuple[str, str], Backend] = {}

@@ -1,6 +1,7 @@
 """The drop-in: blocks of other libraries, fused in place."""
 
 from fused_res.fusion.convert import fuse, unfuse
+from fused_res.fusion.freeze import freeze
 from fused_res.fusion.summary import Row, Summary, summarize
 
-__all__ = ["Row", "Summary", "fuse", "summarize", "unfuse"]
+__all__ = ["Row", "Summary", "freeze", "fuse", "summarize", "unfuse"]

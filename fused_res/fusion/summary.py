@@ -16,6 +16,7 @@ from fused_res.fusion.convert import CLOSED, candidates
 from fused_res.fusion.sequential import Sequential
 from fused_res.nn.chain import Refusal
 from fused_res.nn.configured import Configured
+from fused_res.nn.frozen import Frozen
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -70,11 +71,20 @@ def summarize(model: nn.Module) -> Summary:
 def _rows(model: nn.Module) -> Iterator[Row]:
     parents: dict[str, str] = {}
     left: set[str] = set()
+    frozen: set[str] = set()
     for name, module, adapter, refusal in candidates(model):
         parent = name.rpartition(".")[0]
         kind = type(module)
         parents[name] = (base_of(kind) or kind).__name__
-        if isinstance(module, Fused | Configured):
+        if parent in frozen:
+            continue
+        if isinstance(module, Frozen):
+            frozen.add(name)
+            yield _frozen_row(name, module)
+        elif refusal is not None and isinstance(refusal.module, Frozen):
+            if isinstance(module, Configured):  # what it covers is not visited; of others the stem is a row below
+                yield _frozen_row(f"{name}.conv1" if name else "conv1", refusal.module)
+        elif isinstance(module, Fused | Configured):
             why = _reason(module, refusal)
             if why is None:
                 why = None if _switched_on(module) else "switched off"
@@ -85,6 +95,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             continue  # a Sequential of other things
         elif adapter is not None:
             left.add(name)
+            refusal = refusal or module.__dict__.get("_fused_res_left")
             yield Row(name, parents[name], False, _reason(module, refusal) or "not fused as yet")
         elif isinstance(module, NORMS) and parent not in left:
             yield Row(
@@ -93,6 +104,10 @@ def _rows(model: nn.Module) -> Iterator[Row]:
                 False,
                 f"what surrounds it in {parents.get(parent, 'the model')} is not known",
             )
+
+
+def _frozen_row(name: str, module: Frozen) -> Row:
+    return Row(name, module.origin, True, f"frozen, backend={_backend(module, module.backend)}")
 
 
 def _switched_on(module: Fused | Configured) -> bool:
@@ -104,9 +119,13 @@ def _settings(module: Fused | Configured) -> str:
         (module.backend, module.recompute) if isinstance(module, Configured) else module._fused_res  # type: ignore[misc]
     )
     assert isinstance(module, nn.Module)
+    return f"backend={_backend(module, backend)}, recompute={recompute}"
+
+
+def _backend(module: nn.Module, backend: str) -> str:
     tensors = concatenate(module.parameters(), module.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    return f"backend={registry.resolve(backend, device).name}, recompute={recompute}"
+    return registry.resolve(backend, device).name
 
 
 def _reason(module: nn.Module | Fused, refusal: Refusal | None) -> str | None:

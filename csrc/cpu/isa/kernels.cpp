@@ -9,11 +9,17 @@ namespace fused_res::cpu {
 namespace {
 
 template <class T>
-inline constexpr BatchNormActKernels batch_norm_act_nhwc = {moments_nhwc<T>, forward<T, Layout::kNhwc>,
-                                                            reduce_nhwc<T>, backward<T, Layout::kNhwc>};
+inline constexpr BatchNormActKernels batch_norm_act_nhwc = {
+    moments_nhwc<T>,
+    forward<T, Layout::kNhwc>,
+    {reduce<ReduceNhwc, T, 1>, reduce<ReduceNhwc, T, 2>},
+    {backward<T, Layout::kNhwc, 1>, backward<T, Layout::kNhwc, 2>}};
 template <class T>
-inline constexpr BatchNormActKernels batch_norm_act_nchw = {moments_nchw<T>, forward<T, Layout::kNchw>,
-                                                            reduce_nchw<T>, backward<T, Layout::kNchw>};
+inline constexpr BatchNormActKernels batch_norm_act_nchw = {
+    moments_nchw<T>,
+    forward<T, Layout::kNchw>,
+    {reduce<ReduceNchw, T, 1>, reduce<ReduceNchw, T, 2>},
+    {backward<T, Layout::kNchw, 1>, backward<T, Layout::kNchw, 2>}};
 template <class T>
 inline constexpr MaxPoolKernels max_pool_nhwc = {max_pool_forward_nhwc<T>, max_pool_backward_nhwc<T>};
 template <class T>

@@ -26,30 +26,37 @@ struct Block {
 // "stats" in the comments: float, or double for float64 tensors. "mask": one bit an element, least
 // significant first, rows (NHWC) or planes (NCHW) padded to whole bytes.
 
+struct NormArgs {    // fma(x - mean, scale, shift)
+  const void* mean;  // stats[C] each
+  const void* scale;
+  const void* shift;
+};
+
 struct ForwardArgs {
   const void* x;
   const void* residual;  // or null
-  const void* mean;      // stats[C]
-  const void* scale;     // stats[C]
-  const void* shift;     // stats[C]
-  void* y;               // may be x
-  uint8_t* mask;         // or null
+  NormArgs norm;
+  NormArgs residual_norm;  // of nulls: the residual is added as it is
+  void* y;                 // may be x
+  uint8_t* mask;           // or null
   bool relu;
   bool stream;  // write y past the caches; y is aligned for that
 };
 
+struct NormBackwardArgs {  // of one norm
+  const void* x;
+  NormArgs norm;
+  const void* slope;   // stats[C], or null: dx = scale * dy
+  const void* offset;  // stats[C]
+  void* dx;            // or null
+};
+
 struct BackwardArgs {
   const void* dy;
-  const void* x;
-  const void* mean;     // stats[C]
-  const void* scale;    // stats[C]
-  const void* shift;    // stats[C]
-  const uint8_t* mask;  // or null; goes before `relu`
-  bool relu;            // without a mask: recompute it
-  const void* slope;    // stats[C], or null: dx = scale * dy
-  const void* offset;   // stats[C]
-  void* dx;             // or null
-  void* dresidual;      // or null
+  const uint8_t* mask;        // or null; goes before `relu`
+  NormBackwardArgs norms[2];  // x's, and in a pair the residual's
+  void* dresidual;            // or null; of a residual without a norm
+  bool relu;                  // without a mask: recompute it; never in a pair
   bool stream;
 };
 
@@ -70,13 +77,13 @@ struct GradientArgs {
 // The rows of a stats tensor.
 enum StatsRow { kMean, kInvstd, kScale, kShift, kVar, kStatsRows };
 
-// Partial results are doubles [2][C]: (mean, M2) of the forward statistics, (sum dy, sum dy * (x - mean)) of
-// the backward ones.
+// Partial results are doubles, (mean, M2)[C] of the forward statistics, of the backward ones sum dy[C] and
+// sum dy * (x - mean)[C] for every norm. The latter's kernels are for one norm and for a pair.
 struct BatchNormActKernels {
   void (*moments)(const Block&, const void* x, double* partial);
   void (*forward)(const Block&, const ForwardArgs&);
-  void (*reduce)(const Block&, const BackwardArgs&, double* partial);
-  void (*backward)(const Block&, const BackwardArgs&);
+  void (*reduce[2])(const Block&, const BackwardArgs&, double* partial);
+  void (*backward[2])(const Block&, const BackwardArgs&);
 };
 
 struct PoolArgs {
@@ -105,17 +112,18 @@ struct Kernels {
   // self += mask ? grad : 0, in rows of `cols` elements; mask or null
   void (*add_masked[kDtypes])(void* self, const void* grad, const uint8_t* mask, int64_t begin, int64_t end,
                               int64_t cols);
-  // partial_a[2][C] = merge(partial_a, partial_b) for the channels [c0, c1), or the plain sum
+  // partial_a[2][C] = merge(partial_a, partial_b) for the channels [c0, c1)
   void (*merge)(double* a, const double* b, double count_a, double count_b, int64_t channels, int64_t c0,
                 int64_t c1);
-  void (*add)(double* a, const double* b, int64_t channels, int64_t c0, int64_t c1);
+  // partial_a[rows][C] += partial_b
+  void (*add)(double* a, const double* b, int64_t rows, int64_t channels, int64_t c0, int64_t c1);
   // stats[5][C] from merged moments. [0]: float, [1]: double
   void (*finish[2])(void* stats, const double* moments, double count, const ParamArgs&, int64_t channels,
                     int64_t c0, int64_t c1);
-  // From sums[2][C] and stats[5][C]: slope[C] and offset[C] of BackwardArgs, dweight[C], dbias[C]; each may
-  // be null.
-  void (*finish_gradient[2])(const GradientArgs&, const double* sums, double count, int64_t channels,
-                             int64_t c0, int64_t c1);
+  // From sum dy[C], sum dy * (x - mean)[C] and stats[5][C]: slope[C] and offset[C] of NormBackwardArgs,
+  // dweight[C], dbias[C]; each may be null.
+  void (*finish_gradient[2])(const GradientArgs&, const double* sums, const double* products, double count,
+                             int64_t channels, int64_t c0, int64_t c1);
 };
 
 extern const Kernels kernels_baseline;

@@ -7,6 +7,8 @@ the operators of :mod:`fused_res.ops` written out, with the backward of Ioffe & 
     db   = sum dy'        dw = sum dy' * xhat        xhat = (x - mean) * invstd
     dx   = weight * invstd * (dy' - db/M - xhat * dw/M)      with M values a channel, and batch statistics
     dx   = weight * invstd * dy'                             with running statistics
+
+A residual that is normalised, too, has the same gradients of the same ``dy'``.
 """
 
 from __future__ import annotations
@@ -30,18 +32,23 @@ def batch_norm_act(
     training: bool = False,
     eps: float = 1e-5,
     relu: bool = True,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: returns the output and, detached, the mean and variance that running statistics take in."""
     mean, var = moments(input, running_mean, running_var, training)
     kept_var = unbiased(var, input) if training else var
     x = input.to(mean.dtype)
-    y = (x - _channels(mean, x)) * _channels(torch.rsqrt(var + eps), x)
+    y = (x - channels_view(mean, x)) * channels_view(torch.rsqrt(var + eps), x)
     if weight is not None:
-        y = y * _channels(weight.to(x.dtype), x)
+        y = y * channels_view(weight.to(x.dtype), x)
     if bias is not None:
-        y = y + _channels(bias.to(x.dtype), x)
+        y = y + channels_view(bias.to(x.dtype), x)
     if residual is not None:
-        y = y + residual.to(x.dtype)
+        r = residual.to(x.dtype)
+        if residual_scale is not None and residual_shift is not None:
+            r = r * channels_view(residual_scale.to(x.dtype), x) + channels_view(residual_shift.to(x.dtype), x)
+        y = y + r
     if relu:
         y = torch.relu(y)
     return y.to(input.dtype), mean.detach(), kept_var.detach()
@@ -60,7 +67,7 @@ def moments(
         zeros = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
         return zeros, zeros
     x = input.to(dtype)
-    var, mean = torch.var_mean(x, _reduced(x), correction=0)
+    var, mean = torch.var_mean(x, reduced(x), correction=0)
     return mean, var
 
 
@@ -80,20 +87,33 @@ def batch_norm_stats(
     eps: float,
 ) -> Tensor:
     mean, var = moments(input.double(), running_mean, running_var, training)
-    dtype = stats_dtype(input.dtype)
+    kept_var = unbiased(var, input) if training else var
+    return stats_of(mean, var, kept_var, weight, bias, eps, stats_dtype(input.dtype))
+
+
+def stats_of(
+    mean: Tensor,
+    var: Tensor,
+    kept_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``stats`` as :mod:`fused_res.ops` has them; ``kept_var`` is what running statistics take in."""
     invstd = torch.rsqrt(var + eps)
     scale = invstd if weight is None else weight * invstd
     # What is lost when mean is rounded would come back in every element, times scale: the shift makes up for it.
     shift = (mean.to(dtype) - mean) * scale
     if bias is not None:
         shift = shift + bias
-    rows = (mean, invstd, scale, shift, unbiased(var, input) if training else var)
-    return torch.stack([row.to(dtype) for row in rows])
+    return torch.stack([row.to(dtype) for row in (mean, invstd, scale, shift, kept_var)])
 
 
 def batch_norm_act_forward(
     input: Tensor,
     residual: Tensor | None,
+    residual_stats: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -104,20 +124,29 @@ def batch_norm_act_forward(
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = batch_norm_stats(input, weight, bias, running_mean, running_var, training, eps)
-    y = _normalise(input, stats)
+    output, mask = batch_norm_act_apply(input, stats, residual, residual_stats, relu, save_mask)
+    return output, stats, mask
+
+
+def batch_norm_act_apply(
+    input: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    y = normalise(input, stats)
     if residual is not None:
-        y = y + residual
+        y = y + (residual if residual_stats is None else normalise(residual, residual_stats))
     mask = pack_mask(~(y <= 0)) if save_mask else input.new_empty(0, dtype=torch.uint8)
-    return _finish(y, relu, like=input), stats, mask
-
-
-def batch_norm_act_apply(input: Tensor, stats: Tensor, relu: bool) -> Tensor:
-    return _finish(_normalise(input, stats), relu, like=input)
+    return finish(y, relu, like=input), mask
 
 
 def batch_norm_act_inference_(
     input: Tensor,
     residual: Tensor | None,
+    residual_stats: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor,
@@ -126,8 +155,7 @@ def batch_norm_act_inference_(
     relu: bool,
 ) -> None:
     stats = batch_norm_stats(input, weight, bias, running_mean, running_var, False, eps)
-    y = _normalise(input, stats)
-    input.copy_(_finish(y if residual is None else y + residual, relu, like=input))
+    input.copy_(batch_norm_act_apply(input, stats, residual, residual_stats, relu, False)[0])
 
 
 def batch_norm_act_backward(
@@ -144,25 +172,57 @@ def batch_norm_act_backward(
     if relu_mask is not None:
         dy = dy * unpack_mask(relu_mask, input)
     elif relu:
-        dy = torch.where(_normalise(input, stats) <= 0, 0, dy)
-    xhat = (input.to(dy.dtype) - _channels(stats[MEAN], dy)) * _channels(stats[INVSTD], dy)
-    dbias = dy.sum(_reduced(dy))
-    dweight = (dy * xhat).sum(_reduced(dy))
+        dy = torch.where(normalise(input, stats) <= 0, 0, dy)
+    want_input, want_residual, *want_weight_bias = output_mask
+    grad_residual = finish(dy, relu=False, like=input) if want_residual else input.new_empty(0)
+    grad_input, *rest = _norm_backward(dy, input, weight, stats, training, [want_input, *want_weight_bias])
+    return grad_input, grad_residual, rest[0], rest[1]
+
+
+def batch_norm_act_backward_pair(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    residual: Tensor,
+    residual_weight: Tensor | None,
+    residual_stats: Tensor,
+    relu_mask: Tensor | None,
+    training: bool,
+    residual_training: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy = grad_output.to(stats.dtype)
+    if relu_mask is not None:
+        dy = dy * unpack_mask(relu_mask, input)
+    want_input, want_residual, *rest = output_mask
+    grad_input, *grads = _norm_backward(dy, input, weight, stats, training, [want_input, *rest[:2]])
+    grad_residual, *residual_grads = _norm_backward(
+        dy, residual, residual_weight, residual_stats, residual_training, [want_residual, *rest[2:]]
+    )
+    return grad_input, grad_residual, grads[0], grads[1], residual_grads[0], residual_grads[1]
+
+
+def _norm_backward(
+    dy: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, training: bool, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of input, weight and bias, each where wanted, of the masked ``dy``."""
+    xhat = (input.to(dy.dtype) - channels_view(stats[MEAN], dy)) * channels_view(stats[INVSTD], dy)
+    dbias = dy.sum(reduced(dy))
+    dweight = (dy * xhat).sum(reduced(dy))
     empty = input.new_empty(0)
-    grad_input, grad_residual, grad_weight, grad_bias = empty, empty, empty, empty
-    if output_mask[0]:
+    grad_input, grad_weight, grad_bias = empty, empty, empty
+    if wanted[0]:
         dx = dy
         if training and dy.numel():
             count = dy.numel() // dy.shape[1]
-            dx = dy - _channels(dbias / count, dy) - xhat * _channels(dweight / count, dy)
-        grad_input = _finish(dx * _channels(stats[SCALE], dy), relu=False, like=input)
-    if output_mask[1]:
-        grad_residual = _finish(dy, relu=False, like=input)
-    if output_mask[2]:
+            dx = dy - channels_view(dbias / count, dy) - xhat * channels_view(dweight / count, dy)
+        grad_input = finish(dx * channels_view(stats[SCALE], dy), relu=False, like=input)
+    if wanted[1]:
         grad_weight = dweight if weight is None else dweight.to(weight.dtype)
-    if output_mask[3]:
+    if wanted[2]:
         grad_bias = dbias if weight is None else dbias.to(weight.dtype)
-    return grad_input, grad_residual, grad_weight, grad_bias
+    return grad_input, grad_weight, grad_bias
 
 
 def add_masked_(self: Tensor, grad: Tensor, relu_mask: Tensor | None) -> None:
@@ -202,19 +262,19 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
 
 
-def _normalise(input: Tensor, stats: Tensor) -> Tensor:
-    centred = input.to(stats.dtype) - _channels(stats[MEAN], input)
-    return torch.addcmul(_channels(stats[SHIFT], input), centred, _channels(stats[SCALE], input))
+def normalise(input: Tensor, stats: Tensor) -> Tensor:
+    centred = input.to(stats.dtype) - channels_view(stats[MEAN], input)
+    return torch.addcmul(channels_view(stats[SHIFT], input), centred, channels_view(stats[SCALE], input))
 
 
-def _finish(y: Tensor, relu: bool, like: Tensor) -> Tensor:
+def finish(y: Tensor, relu: bool, like: Tensor) -> Tensor:
     y = torch.relu(y) if relu else y
     return torch.empty_like(like).copy_(y)
 
 
-def _channels(per_channel: Tensor, like: Tensor) -> Tensor:
+def channels_view(per_channel: Tensor, like: Tensor) -> Tensor:
     return per_channel.view(-1, *(1,) * (like.dim() - 2))
 
 
-def _reduced(x: Tensor) -> list[int]:
+def reduced(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]

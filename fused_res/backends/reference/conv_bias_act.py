@@ -1,0 +1,37 @@
+"""``act(conv(x, w) + bias [+ residual])`` in plain PyTorch, rounded once, at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_res.ops import laid_out, makes_channels_last, stats_dtype
+
+
+def conv_bias_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    dtype = stats_dtype(input.dtype)
+    wide_bias = None if bias is None else bias.to(dtype)
+    no_output_padding = [0] * len(stride)
+    y = torch.convolution(
+        input.to(dtype), weight.to(dtype), wide_bias, stride, padding, dilation, False, no_output_padding, groups
+    )
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = torch.relu(y)
+    y = y.to(input.dtype)
+    if torch._C._are_functorch_transforms_active():  # inside vmap there are no memory formats
+        return y
+    return laid_out(y, makes_channels_last(input, weight))

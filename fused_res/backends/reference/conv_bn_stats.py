@@ -1,0 +1,31 @@
+"""A convolution that normalises its input as it reads it and takes the statistics of its output, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_res.backends.reference.batch_norm_act import batch_norm_act_apply
+from fused_res.backends.reference.batch_norm_sync import batch_norm_partials
+
+
+def conv_bn_stats(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_stats: Tensor | None,
+    input_relu: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    partials: bool,
+) -> tuple[Tensor, Tensor]:
+    x = activated(input, input_stats, input_relu)
+    output = torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return output, batch_norm_partials(output) if partials else output.new_empty(0, dtype=torch.float64)
+
+
+def activated(input: Tensor, stats: Tensor | None, relu: bool) -> Tensor:
+    """What a convolution reads: its input, or with ``stats`` the activation of it."""
+    return input if stats is None else batch_norm_act_apply(input, stats, None, None, relu, False)[0]

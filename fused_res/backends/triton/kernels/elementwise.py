@@ -1,0 +1,90 @@
+"""What all kernels share: the one normalise, ReLU and its mask, and where a tile of an activation lies."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normalise(x, mean, scale, shift):
+    """``fma(x - mean, scale, shift)``: forward, prologue and every backward decide the sign by these bits."""
+    return tl.fma(x - mean, scale, shift)
+
+
+@triton.jit
+def relu(y):
+    """NaN stays NaN, as in PyTorch."""
+    return tl.where(y <= 0, 0, y)
+
+
+@triton.jit
+def passes(y):
+    """Where a ReLU lets the gradient through: at NaN, too."""
+    return (y <= 0) == 0
+
+
+@triton.jit
+def pack_bits(flags, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``(ROWS, COLS)`` booleans to ``(ROWS, COLS / 8)`` bytes, least significant bit first."""
+    bits = tl.reshape(flags.to(tl.int32), (ROWS, COLS // 8, 8))
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
+    bits = (bytes.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, COLS)) != 0
+
+
+@triton.jit
+def tile_at(
+    tile, block, rows, cols, channels, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Offsets, and which of them are inside, of the tile with this number in this block of channels.
+
+    A block is ``BLOCK_COLS`` channels in channels_last memory and one channel in contiguous memory.
+    """
+    if LARGE:
+        tile = tile.to(tl.int64)
+    if CHANNELS_LAST:
+        row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        col = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        offsets = row[:, None] * cols + col[None, :]
+    else:
+        across = (cols + BLOCK_COLS - 1) // BLOCK_COLS
+        row = tile // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        col = tile % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        offsets = (row * channels + block)[:, None] * cols + col[None, :]
+    return offsets, (row < rows)[:, None] & (col < cols)[None, :]
+
+
+@triton.jit
+def mask_at(
+    tile, block, rows, cols, channels, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """The same of the tile's bytes in a ``relu_mask``: its rows are padded to whole bytes."""
+    return tile_at(
+        tile, block, rows, (cols + 7) // 8, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS // 8
+    )  # fmt: skip
+
+
+@triton.jit
+def channels_of(block, channels, CHANNELS_LAST: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """A block's channels, as a row that goes with its tiles, and which of them exist."""
+    if CHANNELS_LAST:
+        channel = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    else:
+        channel = block + tl.zeros((1, 1), tl.int32)
+    return channel, channel < channels
+
+
+@triton.jit
+def column_sum(x, CHANNELS_LAST: tl.constexpr):
+    """The sum of a tile for each of its channels, as a row."""
+    total = tl.sum(x, axis=0)[None, :]
+    if not CHANNELS_LAST:
+        total = tl.sum(total, axis=1)[:, None]
+    return total

@@ -1,0 +1,80 @@
+"""Who computes a convolution: ATen (cuDNN, oneDNN), or a backend's kernel, fused with the norms around it.
+
+The static choice looks at what does not change from batch to batch, so that a compiled graph keeps it. Where it was
+measured (:mod:`fused_res.tune`), the measurement counts.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from fused_res.backends import registry
+from fused_res.spec import UnitSpec
+
+#: Fewer channels leave most of a matrix instruction idle.
+_LEAST_CHANNELS = 16
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Choice(NamedTuple):
+    """``"aten"`` or ``"fused"`` for each direction, and why."""
+
+    forward: str = "aten"
+    backward: str = "aten"
+    reason: str = "nothing else was asked for"
+
+    @property
+    def kernels(self) -> str:
+        if self.forward == self.backward:
+            return {"aten": "ATen", "fused": "fused"}[self.forward]
+        return "fused forward, ATen backward" if self.forward == "fused" else "ATen forward, fused backward"
+
+
+def possible(spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, channels_last: bool, backend: str) -> Choice:
+    """Where the backend's kernels can stand in for ATen, at whatever speed."""
+    stems = registry.stems(backend)
+    if not {"conv_bn_stats", "conv_dgrad", "conv_wgrad", "batch_norm_sync"} <= stems:
+        return Choice(reason=f"backend {backend!r} has no fused convolution")
+    if len(weight) != 4 or not channels_last:
+        return Choice(reason="fused convolutions read images in channels_last memory")
+    if dtype == torch.float64 and backend != "reference":
+        return Choice(reason="float64 has no fused convolution")
+    if spec.groups > 1:
+        return Choice(reason="grouped convolutions are not fused")
+    pointwise = weight[2:] == (1, 1) and spec.padding == (0, 0)
+    if not pointwise:
+        return Choice("fused", "aten", "the fused backward is for 1x1 convolutions")
+    return Choice("fused", "fused", "1x1: normalises as it loads, brings the statistics with it")
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    spec: UnitSpec,
+    weight: tuple[int, ...],
+    dtype: torch.dtype,
+    channels_last: bool,
+    projection: bool,
+    backend: str,
+    preference: str,
+) -> Choice:
+    """The static choice; ``preference`` is ``"auto"``, or ``"aten"`` or ``"fused"`` wherever that is possible."""
+    if preference == "aten":
+        return Choice(reason="FUSED_RES_CONVOLUTION or backends.use() says so")
+    choice = possible(spec, weight, dtype, channels_last, backend)
+    # The fused input gradient knows no stride; a projection's is added where its pixels are.
+    if choice.backward == "fused" and spec.stride != (1, 1) and not projection:
+        choice = Choice(choice.forward, "aten", "the fused backward of a chain has stride 1")
+    if preference == "fused" or choice.forward == "aten":
+        return choice
+    if backend == "reference":
+        return Choice(reason="plain PyTorch has nothing to gain")
+    if choice.backward == "aten":
+        return Choice(reason="cuDNN's kernels are ahead, and their backward needs the activation in memory")
+    if dtype not in _HALF:
+        return Choice(reason=f"{dtype} gains less from fusion than cuDNN's kernels are ahead".replace("torch.", ""))
+    if min(weight[:2]) < _LEAST_CHANNELS or weight[0] % 8 or weight[1] % 8:
+        return Choice(reason="its channels do not fill matrix instructions and 16-byte loads")
+    return choice

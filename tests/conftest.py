@@ -1,0 +1,35 @@
+"""Triton's kernels run in its interpreter here, unless there is a GPU to run them on."""
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+
+
+def _hasten_interpreter() -> None:
+    """Every call of a device function by another patches all of triton.language anew, which takes most of the time:
+    once in a launch, for the functions of a module, is enough."""
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: set[str] = set()
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done.clear()
+        return launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in done:
+            done.add(self.fn.__module__)
+            patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+    with contextlib.suppress(ImportError):  # no Triton: its tests say so
+        _hasten_interpreter()
