@@ -3,6 +3,7 @@
 #
 #   make test                     the tests; make test ARGS="-k wheel" for some of them
 #   make bench                    the selection of benchmarks that ends within ten minutes
+#   make gpu                      on an NVIDIA GPU: the tests that need it, then the benchmarks (twenty minutes)
 #   make lint                     ruff, clang-format, mypy;  make format  to put right what they can
 #   make build                    only the set-up
 #   make clean                    remove .venv and everything built
@@ -17,13 +18,20 @@ BUILT := $(VENV)/.stamp-build
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS :=
 
-.PHONY: test bench lint format build clean FORCE
+.PHONY: test bench gpu lint format build clean FORCE
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks all
+
+GPU_NAME := import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))
+
+gpu: $(BUILT)
+	@$(BIN)/python -c "$(GPU_NAME)"
+	$(BIN)/python -m pytest $$(grep -l 'cuda.is_available()' tests/test_*.py) -k "triton or gpu" $(ARGS)
+	$(BIN)/python -m benchmarks all --device cuda --out "benchmarks/results/$$($(BIN)/python -c "$(GPU_NAME)")"
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .

@@ -3,9 +3,19 @@
 import argparse
 import sys
 
-from benchmarks import block, everything, memory, model, op, options, runner
+from benchmarks import block, conv, everything, infer, memory, model, op, options, roofline, runner
 
-SUBCOMMANDS: dict[str, runner.Benchmark] = {"op": op, "block": block, "model": model, "memory": memory}
+SUBCOMMANDS: dict[str, runner.Benchmark] = {
+    "op": op,
+    "block": block,
+    "model": model,
+    "memory": memory,
+    "infer": infer,
+    "conv": conv,
+    "roofline": roofline,
+}
+#: Nothing is measured, so nothing that says how is taken.
+CALCULATED = ("roofline",)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,9 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="subcommand")
     for name, module in {**SUBCOMMANDS, "all": everything}.items():
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.__doc__)
-        options.add_common(subparser)
-        if name in SUBCOMMANDS:
-            SUBCOMMANDS[name].add_arguments(subparser)
+        options.add_output(subparser)
+        if name not in CALCULATED:
+            options.add_common(subparser)
+        module.add_arguments(subparser)
     return parser
 
 
@@ -30,7 +41,7 @@ def main(arguments: list[str]) -> None:
         everything.run(parsed, parser, SUBCOMMANDS)
         return
     benchmark = SUBCOMMANDS[parsed.subcommand]
-    if parsed.into is not None:
+    if getattr(parsed, "into", None) is not None:
         runner.measure_here(benchmark, parsed)
     else:
         runner.run(parsed.subcommand, benchmark, parsed, arguments)

@@ -30,6 +30,8 @@ def environment_for(setting: str, environment: Mapping[str, str]) -> dict[str, s
     return {key: value for key, value in environment.items() if key not in VARIABLES} | SETTINGS[setting]
 
 
-def settings_for(choice: str) -> list[str]:
-    """The settings that an `--allocator` option asks for."""
+def settings_for(choice: str, device: str = "cpu") -> list[str]:
+    """The settings that an `--allocator` option asks for; a GPU's memory is PyTorch's own affair."""
+    if device != "cpu":
+        return [AS_SHIPPED]
     return list(SETTINGS) if choice == "both" else [choice]

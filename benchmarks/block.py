@@ -15,7 +15,7 @@ from benchmarks.check import check_results
 from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, Provider, build_module
 from benchmarks.steps import BlockStep, calibrate
 from benchmarks.stock import stock_model
-from benchmarks.timing import Workload, measure_interleaved
+from benchmarks.timing import Workload, clock_of, measure_interleaved
 
 HELP = "residual blocks: basic and bottleneck, identity and projection"
 
@@ -24,12 +24,13 @@ HELP = "residual blocks: basic and bottleneck, identity and projection"
 # each time.
 ERROR_FACTOR = 3.0
 ERROR_FLOOR = 1e-4
+ERROR_FLOOR_ULP = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
     common.add_providers(parser)
-    parser.add_argument("--batch", type=common.positive_int, default=16, help="images (default: %(default)s)")
+    common.add_device(parser)
     parser.add_argument(
         "--size",
         type=common.positive_int,
@@ -52,18 +53,23 @@ def check_and_build(
     providers: list[Provider], stock: nn.Module, shape: torch.Size, name: str, options: argparse.Namespace
 ) -> tuple[dict[str, Workload], dict[str, float]]:
     mode: Mode = options.mode
-    generator = torch.Generator().manual_seed(options.seed)
-    x = torch.randn(shape, generator=generator)
-    calibrate(stock, x)
+    dtype = common.dtype_of(options)
+    generator = torch.Generator(options.device).manual_seed(options.seed)
+    x = torch.randn(shape, generator=generator, device=options.device)
+    calibrate(stock.to(options.device), x)
     with torch.no_grad():
-        grad_output = torch.randn(stock(x).shape, generator=generator)
+        grad_output = torch.randn(stock(x).shape, generator=generator, device=options.device).to(dtype)
+    x = x.to(dtype)
 
-    def step(provider: Provider, dtype: torch.dtype = torch.float32) -> BlockStep:
-        module = build_module(provider, stock, options.backend).to(dtype)
-        x_, grad_ = (t.to(dtype, memory_format=provider.memory_format, copy=True) for t in (x, grad_output))
-        return BlockStep(module, x_, grad_, mode)
+    def step(provider: Provider, exact: bool = False) -> BlockStep:
+        module = build_module(provider, stock, options.backend)
+        x_, grad_ = (
+            t.to(torch.float64 if exact else dtype, memory_format=provider.memory_format, copy=True)
+            for t in (x, grad_output)
+        )
+        return BlockStep(module.double() if exact else module, x_, grad_, mode)
 
-    reference = step(EAGER, torch.float64).results()
+    reference = step(EAGER, exact=True).results()
     yardsticks = [step(provider).results() for provider in (EAGER, EAGER_CHANNELS_LAST)]
     workloads, checks = {}, {}
     for provider in progress.details(providers, f"{name}: check"):
@@ -74,7 +80,7 @@ def check_and_build(
             reference,
             yardsticks,
             factor=ERROR_FACTOR,
-            floor=ERROR_FLOOR,
+            floor=max(ERROR_FLOOR, ERROR_FLOOR_ULP * torch.finfo(dtype).eps),
         )
         workloads[provider.name] = candidate.workload()
     return workloads, checks
@@ -82,7 +88,8 @@ def check_and_build(
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     providers = common.chosen_providers(options)
-    batch, size = (2, 64) if options.quick else (options.batch, options.size)
+    batch, size = (2, 64) if options.quick else (common.batch_of(options), options.size)
+    clock = clock_of(options.device)
     cases = select_cases(options)
     measured = []
     models = {name: stock_model(name) for name in dict.fromkeys(case.model for case in cases)}
@@ -91,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         model = models[case.model]
         shape = input_shapes(model, [case.block], batch, size)[case.block]
         workloads, checks = check_and_build(providers, model.get_submodule(case.block), shape, case.name, options)
-        samples = measure_interleaved(workloads, **common.timing(options), label=case.name)
+        samples = measure_interleaved(workloads, **common.timing(options), label=case.name, clock=clock)
         measured.append(
             {
                 "name": case.name,

@@ -15,8 +15,9 @@ from benchmarks import allocator
 from fused_res import _extension
 
 
-def describe() -> dict[str, Any]:
+def describe(device: str = "cpu") -> dict[str, Any]:
     return {
+        "gpu": gpu() if device == "cuda" else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -33,6 +34,21 @@ def describe() -> dict[str, Any]:
         "isa": kernel_isa(),
         "extension": _extension.build_info if _extension.loaded else f"not loaded: {_extension.reason}",
         "allocator_variables": {name: os.environ[name] for name in allocator.VARIABLES if name in os.environ},
+    }
+
+
+def gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "capability": list(torch.cuda.get_device_capability()),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": version_of("triton"),
+        "tf32": torch.backends.cudnn.allow_tf32,
     }
 
 

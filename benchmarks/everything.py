@@ -2,7 +2,8 @@
 cores.
 
 Compiling a ResNet-50 training step takes two minutes on two cores, so compiled providers take part in `op`
-only, in two of its cases. What this selection leaves out, the single subcommands measure.
+only, in two of its cases. With `--device cuda` (what `make gpu` runs, behind the tests) it is a selection of its
+own. What they leave out, the single subcommands measure.
 """
 
 import argparse
@@ -36,9 +37,48 @@ SELECTION = (
     Part("model", "model", ("--providers", STOCK, "--model", "resnet50", "--mode", "train", "--repeat", "5")),
     Part("model-small", "model", ("--providers", STOCK, "--small", "--repeat", "20", "--min-time", "2")),
     Part("memory", "memory", ("--batch", "4", "--repeat", "3", "--min-time", "0"), one_allocator=True),
+    Part(
+        "conv",
+        "conv",
+        ("--model", "resnet50", "--batch", "4", "--repeat", "5", "--min-time", "0.1"),
+        one_allocator=True,
+    ),
+)
+GPU_SELECTION = (
+    Part("op", "op", ("--providers", f"{STOCK},cudnn", *FAST)),
+    Part(
+        "model",
+        "model",
+        ("--providers", f"{STOCK},ours+compile,compile-channels-last", "--model", "resnet50", "--mode", "train"),
+    ),
+    Part("memory", "memory", ("--repeat", "3", "--min-time", "0")),
+    Part("conv", "conv", FAST),
+    Part(
+        "block",
+        "block",
+        ("--providers", f"{COMPILED},compile-max-autotune", "--cases", "resnet50 layer2", *FAST),
+    ),
+    Part(
+        "infer",
+        "infer",
+        ("--model", "resnet50", "--batch", "1", "16", "256", "--dtype", "bfloat16", "--min-time", "1"),
+    ),
+    Part(
+        "model-graph",
+        "model",
+        (
+            *("--providers", "ours,ours+graph,eager-channels-last,eager-channels-last+graph"),
+            *("--model", "resnet18", "--mode", "eval", "--batch", "1", "--size", "32", "--repeat", "20"),
+        ),
+    ),
+    Part("op-compile", "op", ("--providers", f"{COMPILED},compile-max-autotune", "--cases", "layer2 ", *FAST)),
 )
 # The longest part takes two minutes; on a slow or busy machine what is not begun by then is left out, and named.
 LATEST_START = 8 * 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks: dict[str, runner.Benchmark]) -> None:
@@ -46,8 +86,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks
     shared = ["--backend", options.backend, "--seed", str(options.seed), "--out", str(options.out)]
     shared += ["--threads", str(options.threads)] if options.threads else []
     shared += ["--quick"] if options.quick else []
+    shared += ["--device", "cuda"] if options.device == "cuda" else []
     documents, summaries, left_out = [], [], []
-    for part in SELECTION:
+    for part in GPU_SELECTION if options.device == "cuda" else SELECTION:
         settings = allocator.settings_for(options.allocator)
         setting = settings[0] if part.one_allocator else options.allocator
         # Without the compiled providers a quick run is not slow, and its shapes are its own.

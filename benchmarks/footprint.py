@@ -135,6 +135,19 @@ def tensor_memory(call: Callable[[], Any]) -> TensorMemory:
     return TensorMemory(held, peak)
 
 
+def gpu_memory(call: Callable[[], Any]) -> TensorMemory:
+    """The same of the current GPU's allocator, workspaces of libraries included."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    del result
+    return TensorMemory(held, peak)
+
+
 @dataclass(frozen=True)
 class Resident:
     before: int  # with the model and the batch in memory, before the first step

@@ -3,7 +3,7 @@ network.
 
 Eager, `torch.utils.checkpoint` around each residual block, and our `recompute=` levels; with `--compile` also
 under `torch.compile`. How the bytes are counted: footprint.py. Peak resident size is of a fresh process for
-each.
+each; on a GPU there is none, and the peak of its allocator has the convolutions' workspaces in it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.model import ERROR_FACTOR, ERROR_FLOOR
 from benchmarks.providers import PROVIDERS, build_module
 from benchmarks.steps import ModelStep
 from benchmarks.stock import MODELS, stock_model
-from benchmarks.timing import measure_interleaved
+from benchmarks.timing import clock_of, measure_interleaved
 
 HELP = "bytes saved for backward, peak memory and step time of each recompute level"
 
@@ -35,7 +35,7 @@ WAYS = (*(f"ours {level}" for level in LEVELS), EAGER, EAGER_CHANNELS_LAST, CHEC
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
     parser.add_argument("--model", choices=MODELS, default="resnet50", help="default: %(default)s")
-    parser.add_argument("--batch", type=common.positive_int, default=16, help="images (default: %(default)s)")
+    common.add_device(parser)
     parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also measure under torch.compile (takes minutes)")
 
@@ -63,15 +63,17 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
 def build_step(way: str, options: argparse.Namespace) -> ModelStep:
     """The same weights and the same photographs for every way."""
     torch.manual_seed(options.seed)
-    stock = stock_model(options.model)
+    stock = stock_model(options.model).to(options.device)
     name, _, level = way.partition(" ")
     provider = PROVIDERS["eager-channels-last" if way == CHECKPOINT else name]
     if way == CHECKPOINT:
         module = checkpoint_blocks(stock).to(memory_format=torch.channels_last)
     else:
         module = build_module(provider, stock, options.backend, level or "none")
-    x = data.photographs(options.batch, options.size, options.seed).to(memory_format=provider.memory_format)
-    return ModelStep(module, x, data.labels(options.batch, 1000, options.seed), "train")
+    batch = common.batch_of(options)
+    x = data.photographs(batch, options.size, options.seed).to(options.device, memory_format=provider.memory_format)
+    target = data.labels(batch, 1000, options.seed).to(options.device)
+    return ModelStep(module, x, target, "train", common.dtype_of(options))
 
 
 def build_resident_step(way: str, options: argparse.Namespace, threads: int) -> Callable[[], None]:
@@ -89,23 +91,25 @@ def build_resident_step(way: str, options: argparse.Namespace, threads: int) -> 
 
 def footprint_of(way: str, step: ModelStep, options: argparse.Namespace) -> dict[str, Any]:
     saved = footprint.saved_for_backward(step.forward, step.module, [step.x, step.target])
-    held = footprint.tensor_memory(step.forward).held
+    tensor_memory = footprint.gpu_memory if options.device == "cuda" else footprint.tensor_memory
+    held = tensor_memory(step.forward).held
 
     def whole() -> None:
         step.forward().backward()
         step.update()
 
     whole()  # the optimizer's state is there from the second step on
-    peak = footprint.tensor_memory(whole).peak
-    resident = footprint.peak_resident(build_resident_step, way, options, torch.get_num_threads())
-    return {
+    peak = tensor_memory(whole).peak
+    found = {
         "saved_bytes": saved.total,
         "hidden_bytes": saved.hidden,
         "held_bytes": held,
         "peak_tensor_bytes": peak,
-        "resident_before_bytes": resident.before,
-        "resident_peak_bytes": resident.peak,
     }
+    if options.device == "cpu":
+        resident = footprint.peak_resident(build_resident_step, way, options, torch.get_num_threads())
+        found |= {"resident_before_bytes": resident.before, "resident_peak_bytes": resident.peak}
+    return found
 
 
 def comparable(results: Results) -> Results:
@@ -144,11 +148,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         {way: step.workload() for way, step in steps.items()},
         **common.timing(options),
         label="memory: time",
+        clock=clock_of(options.device),
     )
+    batch = common.batch_of(options)
     case = {
-        "name": f"{options.model} {options.batch}x{options.size}x{options.size}",
+        "name": f"{options.model} {batch}x{options.size}x{options.size}",
         "model": options.model,
-        "batch": options.batch,
+        "batch": batch,
+        "dtype": str(common.dtype_of(options)).removeprefix("torch."),
         "size": options.size,
         "share_of_allowed_error": checks,
         "providers": {way: {**samples[way].summary(), **footprints[way]} for way in ways},
@@ -159,6 +166,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def tables(run: dict[str, Any]) -> str:
     (case,) = run["cases"]
     reference = case["providers"][EAGER_CHANNELS_LAST]
+    # Each with what is subtracted from the peak; a GPU's memory has no such view.
+    resident = {"peak process MB": "", "of it the step": "resident_before_bytes"}
+    if "resident_peak_bytes" not in reference:
+        resident = {}
     rows = [
         [
             way,
@@ -167,8 +178,7 @@ def tables(run: dict[str, Any]) -> str:
             report.megabytes(provider["hidden_bytes"] / case["batch"]),
             report.megabytes(provider["held_bytes"] / case["batch"]),
             report.megabytes(provider["peak_tensor_bytes"]),
-            report.megabytes(provider["resident_peak_bytes"]),
-            report.megabytes(provider["resident_peak_bytes"] - provider["resident_before_bytes"]),
+            *(report.megabytes(provider["resident_peak_bytes"] - provider.get(less, 0)) for less in resident.values()),
             f"{report.milliseconds(provider['median_s'])} ±{report.spread(provider)}",
             report.ratio(provider["median_s"] / reference["median_s"]),
         ]
@@ -181,8 +191,7 @@ def tables(run: dict[str, Any]) -> str:
         "hidden",
         "held MB/image",
         "peak tensors MB",
-        "peak process MB",
-        "of it the step",
+        *resident,
         "step ms",
         "vs eager",
     ]

@@ -11,33 +11,33 @@ from benchmarks import data, plots, progress, report
 from benchmarks import options as common
 from benchmarks.cases import SMALL_MODEL_CASES, ModelCase, model_cases
 from benchmarks.check import check_results
-from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, Provider, build_module
+from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, GRAPHS, Provider, build_module
 from benchmarks.steps import ModelStep, calibrate
 from benchmarks.stock import MODELS, stock_model
-from benchmarks.timing import Workload, measure_interleaved
+from benchmarks.timing import Workload, clock_of, measure_interleaved
 
 HELP = "training step and inference of whole networks"
 
 # Here the reference is stock PyTorch in float32 (a float64 step of ResNet-50 takes 16 s), and the yardstick
-# how far its two memory formats are apart: up to 5 % for early gradients, see check.py. The floor is for
-# small networks, where they agree.
+# how far its two memory formats are apart: up to 5 % for early gradients, see check.py; in less than float32, how
+# far each of them is from float32. The floor is for small networks, where they agree.
 ERROR_FACTOR = 3.0
 ERROR_FLOOR = 1e-3
 
 DEFAULTS: dict[str, Any] = {
     "model": ["resnet18", "resnet50"],
     "mode": ["train", "eval"],
-    "batch": 16,
+    "batch": None,  # by device
     "size": 224,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
-    common.add_providers(parser)
+    common.add_providers(parser, GRAPHS)
+    common.add_device(parser)
     parser.add_argument("--model", nargs="+", choices=MODELS, help="default: resnet18 resnet50")
     parser.add_argument("--mode", nargs="+", choices=["train", "eval"], help="default: both")
-    parser.add_argument("--batch", type=common.positive_int, help="images (default: 16)")
     parser.add_argument("--size", type=common.positive_int, help="side of an image (default: 224)")
     parser.add_argument(
         "--small",
@@ -55,34 +55,38 @@ def select_cases(options: argparse.Namespace) -> list[ModelCase]:
     if options.quick:
         given = {"model": ["resnet18"], "batch": 2, "size": 64} | given
     chosen = DEFAULTS | given
-    large = model_cases(chosen["model"], chosen["mode"], chosen["batch"], chosen["size"])
+    batch = chosen["batch"] or common.batch_of(options)
+    large = model_cases(chosen["model"], chosen["mode"], batch, chosen["size"])
     return large if given else [*large, *SMALL_MODEL_CASES]
 
 
 def check_and_build(
     providers: list[Provider], case: ModelCase, options: argparse.Namespace
 ) -> tuple[dict[str, Workload], dict[str, float]]:
-    stock = stock_model(case.model)
-    x = data.photographs(case.batch, case.size, options.seed)
-    target = data.labels(case.batch, 1000, options.seed)
+    dtype = common.dtype_of(options)
+    stock = stock_model(case.model).to(options.device)
+    x = data.photographs(case.batch, case.size, options.seed).to(options.device)
+    target = data.labels(case.batch, 1000, options.seed).to(options.device)
     calibrate(stock, x)
 
-    def step(provider: Provider) -> ModelStep:
+    def step(provider: Provider, dtype: torch.dtype = dtype) -> ModelStep:
         module = build_module(provider, stock, options.backend)
-        return ModelStep(module, x.to(memory_format=provider.memory_format, copy=True), target, case.mode)
+        own = x.to(memory_format=provider.memory_format, copy=True)
+        return ModelStep(module, own, target, case.mode, dtype, provider.graph)
 
     # Stock comes first: it is the reference even where it is not among the providers to be timed.
     steps = {provider: step(provider) for provider in dict.fromkeys([EAGER, EAGER_CHANNELS_LAST, *providers])}
     results = {}
     checks = {}
+    exact = None if dtype == torch.float32 else step(EAGER, torch.float32).results()
     for provider, candidate in progress.details(steps.items(), f"{case.name}: check"):
         results[provider] = candidate.results()
         if provider not in (EAGER, EAGER_CHANNELS_LAST):
             checks[provider.name] = check_results(
                 f"{provider.name}, {case.name}",
                 results.pop(provider),
-                results[EAGER],
-                [results[EAGER_CHANNELS_LAST]],
+                results[EAGER] if exact is None else exact,
+                [results[EAGER], results[EAGER_CHANNELS_LAST]],
                 factor=ERROR_FACTOR,
                 floor=ERROR_FLOOR,
             )
@@ -90,16 +94,22 @@ def check_and_build(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    providers = common.chosen_providers(options)
+    providers = common.chosen_providers(options, GRAPHS)
+    clock = clock_of(options.device)
+    cases = select_cases(options)
+    graphs = [provider.name for provider in providers if provider.graph]
+    if graphs and (options.device != "cuda" or any(case.mode == "train" for case in cases)):
+        raise SystemExit(f"{', '.join(graphs)}: for --device cuda --mode eval")
     measured = []
-    for case in progress.cases(select_cases(options), "model"):
+    for case in progress.cases(cases, "model"):
         torch._dynamo.reset()  # each case compiles for its own shape
         workloads, checks = check_and_build(providers, case, options)
-        samples = measure_interleaved(workloads, **common.timing(options), label=case.name)
+        samples = measure_interleaved(workloads, **common.timing(options), label=case.name, clock=clock)
         measured.append(
             {
                 "name": case.name,
                 **case.describe(),
+                "dtype": str(common.dtype_of(options)).removeprefix("torch."),
                 "share_of_allowed_error": checks,
                 "providers": {name: values.summary() for name, values in samples.items()},
             }

@@ -2,8 +2,8 @@
 
 Memory-bound work, so next to the time stand GB/s and the share of this machine's measured copy bandwidth,
 counted for the fewest bytes and for the bytes that the algorithm moves (formulas: traffic.py). Tensors that
-fit the last-level cache can exceed 100 %: part of them never comes from memory. Inputs are not flushed from
-the caches between calls.
+fit the last-level cache can exceed 100 %: part of them never comes from memory. On a CPU inputs are not flushed
+from the caches between calls, on a GPU they are.
 """
 
 import argparse
@@ -21,36 +21,37 @@ from benchmarks.check import Results, check_results
 from benchmarks.providers import (
     EAGER,
     EAGER_CHANNELS_LAST,
+    NORMS,
     BatchNormAct,
     Provider,
     build_batch_norm_act,
     stock_batch_norm_act,
 )
-from benchmarks.timing import Workload, measure_interleaved
+from benchmarks.timing import Workload, clock_of, measure_interleaved
 
 HELP = "batch norm (+ add) + ReLU, forward and backward, at ResNet-50's activation shapes"
 
-# The library's precision contract: at most twice stock's error against float64, and a few ulp where stock is
-# exact.
+# The library's precision contract: at most twice stock's error against float64, and a few ulp (of the dtype)
+# where stock is exact.
 ERROR_FACTOR = 2.0
-ERROR_FLOOR = 4 * torch.finfo(torch.float32).eps
-# A ReLU whose float64 input is nearer to zero than this may switch either way in float32. Such elements (some
-# 1e-5 of all) get no gradient, so that the comparison of gradients is about arithmetic and not about coin
-# tosses.
-UNDECIDED = 1e-5
+ERROR_FLOOR_ULP = 4
+# A ReLU whose float64 input is nearer to zero than this may switch either way in the dtype that is measured.
+# Such elements (in float32 some 1e-5 of all) get no gradient, so that the comparison of gradients is about
+# arithmetic and not about coin tosses.
+UNDECIDED = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
-    common.add_providers(parser)
-    parser.add_argument("--batch", type=common.positive_int, default=16, help="images (default: %(default)s)")
+    common.add_providers(parser, NORMS)
+    common.add_device(parser)
     parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="default: %(default)s")
     parser.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains this")
 
 
 def select_cases(options: argparse.Namespace) -> list[OpCase]:
-    cases = quick_op_cases() if options.quick else resnet50_op_cases(options.batch, options.size)
+    cases = quick_op_cases() if options.quick else resnet50_op_cases(common.batch_of(options), options.size)
     chosen = [case for case in cases if not options.cases or options.cases in case.name]
     if not chosen:
         raise SystemExit(f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}")
@@ -58,40 +59,44 @@ def select_cases(options: argparse.Namespace) -> list[OpCase]:
 
 
 class Inputs:
-    """One case's tensors. Every provider starts from the same values, in its own memory format."""
+    """One case's tensors. Every provider starts from the same values, in its own memory format; activations in
+    the dtype that is measured, what belongs to the channels in float32, as under autocast."""
 
-    def __init__(self, case: OpCase, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, case: OpCase, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator, device=device)
 
         channels = case.shape[1]
         self.case = case
-        self.x = normal(*case.shape) * (0.5 + normal(1, channels, 1, 1).abs()) + 2 * normal(1, channels, 1, 1)
+        self.dtype = dtype
+        x = normal(*case.shape) * (0.5 + normal(1, channels, 1, 1).abs()) + 2 * normal(1, channels, 1, 1)
+        self.x = x.to(dtype)
         self.weight = 1 + 0.2 * normal(channels)
         self.bias = 0.5 * normal(channels)
         self.running_mean = 0.1 * normal(channels)
         self.running_var = 1 + 0.2 * normal(channels).abs()
-        self.residual = normal(*case.shape) if case.residual else None
-        self.grad_output = normal(*case.shape)
+        self.residual = normal(*case.shape).to(dtype) if case.residual else None
+        self.grad_output = normal(*case.shape).to(dtype)
 
     def silence_undecided(self, mode: Mode) -> None:
         if self.case.activation == "relu" and mode == "train":
             x, mean, var, weight, bias, residual = self.arguments(torch.contiguous_format, torch.float64, mode)
             run = stock_batch_norm_act("identity", training=True)
             with torch.no_grad():
-                self.grad_output[run(x, mean, var, weight, bias, residual).abs() < UNDECIDED] = 0
+                self.grad_output[run(x, mean, var, weight, bias, residual).abs() < UNDECIDED[self.dtype]] = 0
 
-    def arguments(self, memory_format: torch.memory_format, dtype: torch.dtype, mode: Mode) -> tuple[Any, ...]:
-        """Fresh copies, in the order that a BatchNormAct takes them; leaves that require grad in training."""
+    def arguments(self, memory_format: torch.memory_format, dtype: torch.dtype | None, mode: Mode) -> tuple[Any, ...]:
+        """Fresh copies, in the order that a BatchNormAct takes them, all in `dtype` or each in its own; leaves that
+        require grad in training."""
 
         def leaf(tensor: Tensor | None, requires_grad: bool) -> Tensor | None:
             if tensor is None:
                 return None
             if tensor.dim() == 4:
                 tensor = tensor.contiguous(memory_format=memory_format)
-            return tensor.to(dtype, copy=True).requires_grad_(requires_grad and mode == "train")
+            return tensor.to(dtype or tensor.dtype, copy=True).requires_grad_(requires_grad and mode == "train")
 
         return (
             leaf(self.x, True),
@@ -141,7 +146,8 @@ def check_and_build(
 ) -> tuple[dict[str, Workload], dict[str, float]]:
     """A timed step for each provider, after all of them have been found to compute the same."""
     mode: Mode = options.mode
-    inputs = Inputs(case, options.seed)
+    dtype = common.dtype_of(options)
+    inputs = Inputs(case, options.seed, options.device, dtype)
     inputs.silence_undecided(mode)
     stock = stock_batch_norm_act(case.activation, mode == "train")
     reference = results(
@@ -152,7 +158,7 @@ def check_and_build(
     )
 
     def operands(provider: Provider) -> tuple[tuple[Any, ...], Tensor]:
-        arguments = inputs.arguments(provider.memory_format, torch.float32, mode)
+        arguments = inputs.arguments(provider.memory_format, None, mode)
         return arguments, inputs.grad_output.contiguous(memory_format=provider.memory_format)
 
     # Stock in channels_last sums less carefully: its error is up to 100 times that of the other format.
@@ -167,26 +173,48 @@ def check_and_build(
             reference,
             yardsticks,
             factor=ERROR_FACTOR,
-            floor=ERROR_FLOOR,
+            floor=ERROR_FLOOR_ULP * torch.finfo(dtype).eps,
         )
         workloads[provider.name] = workload(run, arguments, grad_output, mode)
     return workloads, checks
 
 
+def applicable(providers: list[Provider], options: argparse.Namespace) -> list[Provider]:
+    """Without cuDNN's norm where cuDNN refuses it: which dtypes it takes depends on versions."""
+    chosen = [provider for provider in providers if not provider.cudnn]
+    if chosen == providers:
+        return providers
+    if options.device != "cuda":
+        raise SystemExit("cudnn: needs --device cuda")
+    case = OpCase("", (2, 8, 4, 4), False, "relu", 1)
+    arguments = Inputs(case, 0, options.device, common.dtype_of(options)).arguments(
+        torch.channels_last, None, options.mode
+    )
+    try:
+        build_batch_norm_act(NORMS["cudnn"], "relu", options.mode == "train", options.backend)(*arguments)
+    except RuntimeError as error:
+        print(f"cudnn is left out, it refuses: {error}")
+        return chosen
+    return providers
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    providers = common.chosen_providers(options)
+    providers = applicable(common.chosen_providers(options, NORMS), options)
+    dtype = common.dtype_of(options)
+    clock = clock_of(options.device, cold=True)
     measured = []
     for case in progress.cases(select_cases(options), "op"):
         torch._dynamo.reset()  # each case compiles for its own shape
         workloads, checks = check_and_build(providers, case, options)
-        samples = measure_interleaved(workloads, **common.timing(options), label=case.name)
-        n = 4 * math.prod(case.shape)
+        samples = measure_interleaved(workloads, **common.timing(options), label=case.name, clock=clock)
+        n = dtype.itemsize * math.prod(case.shape)
         relu = case.activation == "relu"
-        fused = traffic.fused(n, case.residual, options.mode, relu).of(options.mode)
-        eager = traffic.eager(n, case.residual, options.mode, relu).of(options.mode)
+        fused = traffic.fused(n, case.residual, options.mode, relu, dtype.itemsize).of(options.mode)
+        eager = traffic.eager(n, case.residual, options.mode, relu, options.device).of(options.mode)
         measured.append(
             {
                 **case.describe(),
+                "dtype": str(dtype).removeprefix("torch."),
                 "fewest_bytes": traffic.fewest(n, case.residual).of(options.mode),
                 "moved_bytes": {p.name: fused if p.fused else eager for p in providers if p.fused or not p.compiled},
                 "share_of_allowed_error": checks,

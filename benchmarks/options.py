@@ -1,13 +1,24 @@
 """Command line options that the subcommands share, checked where they are parsed."""
 
 import argparse
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import allocator, providers
 from fused_res import backends
 
+Providers = Mapping[str, providers.Provider]
+
 DEFAULT_OUT = Path(__file__).parent / "results" / "latest"
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+#: Where nothing is said: what a device is bought for.
+DEFAULT_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+DEFAULT_BATCHES = {"cpu": 16, "cuda": 128}
 
 
 def positive_int(text: str) -> int:
@@ -30,23 +41,32 @@ def seconds(text: str) -> float:
     return value
 
 
-def provider_list(text: str) -> tuple[str, ...]:
+def provider_list(known: Iterable[str], text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in names if name not in providers.PROVIDERS]
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
-        known = ", ".join(providers.PROVIDERS)
-        raise argparse.ArgumentTypeError(f"unknown provider {', '.join(unknown) or text!r}; choose from {known}")
+        raise argparse.ArgumentTypeError(
+            f"unknown provider {', '.join(unknown) or text!r}; choose from {', '.join(known)}"
+        )
     return tuple(dict.fromkeys(names))
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: argparse.ArgumentParser) -> None:
     """For every subcommand."""
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="results folder (default: %(default)s)"
+    )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """For every subcommand that measures."""
     parser.add_argument("--threads", type=positive_int, help="threads of PyTorch (default: PyTorch's own choice)")
     parser.add_argument(
         "--allocator",
         choices=[*allocator.SETTINGS, "both"],
         default="both",
-        help="memory as glibc ships it, kept warm, or one after the other (default: %(default)s)",
+        help="memory as glibc ships it, kept warm, or one after the other; on a GPU without a meaning "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--backend",
@@ -56,11 +76,26 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: does it run, not how fast")
-    parser.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="results folder (default: %(default)s)"
-    )
     # Given to the child process that measures; see runner.py.
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEFAULT_DTYPES, default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of activations; whole networks train under autocast (default: float32, on a GPU bfloat16)",
+    )
+    parser.add_argument("--batch", type=positive_int, help="images (default: 16, on a GPU 128)")
+
+
+def dtype_of(options: argparse.Namespace) -> torch.dtype:
+    return DTYPES[options.dtype] if options.dtype else DEFAULT_DTYPES[options.device]
+
+
+def batch_of(options: argparse.Namespace) -> int:
+    return options.batch or DEFAULT_BATCHES[options.device]
 
 
 def add_timing(parser: argparse.ArgumentParser) -> None:
@@ -81,17 +116,23 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
     return {"repeat": options.repeat, "min_time": options.min_time}
 
 
-def add_providers(parser: argparse.ArgumentParser) -> None:
+def add_providers(parser: argparse.ArgumentParser, known: Providers = providers.PROVIDERS) -> None:
     parser.add_argument(
         "--providers",
-        type=provider_list,
+        type=partial(provider_list, known),
         metavar="LIST",
-        help=f"comma-separated, from: {', '.join(providers.PROVIDERS)} (default: all; with --quick those not compiled)",
+        help=f"comma-separated, from: {', '.join(known)} (default: all{_left_out(known)}; with --quick those not "
+        "compiled)",
     )
 
 
-def chosen_providers(options: argparse.Namespace) -> list[providers.Provider]:
+def _left_out(known: Providers) -> str:
+    asked = [name for name, provider in known.items() if provider.on_request]
+    return f" but {', '.join(asked)}" if asked else ""
+
+
+def chosen_providers(options: argparse.Namespace, known: Providers = providers.PROVIDERS) -> list[providers.Provider]:
     names = options.providers
     if names is None:
-        names = [p.name for p in providers.PROVIDERS.values() if not (options.quick and p.compiled)]
-    return [providers.PROVIDERS[name] for name in names]
+        names = [p.name for p in known.values() if not (p.on_request or (options.quick and p.compiled))]
+    return [known[name] for name in names]

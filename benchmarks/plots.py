@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.report import ALLOCATOR_TITLES
+from benchmarks import report
 
 OURS = ("#0b6e4f", "#53a987")
 STOCK = ("#8d99ae", "#4a5572", "#d9a05b", "#b5651d")
@@ -24,13 +24,23 @@ def color_of(name: str) -> str:
         "eager-channels-last": STOCK[1],
         "compile": STOCK[2],
         "compile-channels-last": STOCK[3],
+        "compile-freezing": STOCK[2],
+        "compile-max-autotune": "#7a4a12",
+        "cudnn": "#76b7d8",
+        "ours+graph": OURS[1],
+        "eager-channels-last+graph": STOCK[2],
+        "ours-packed": OURS[1],
+        "ours+stats": "#8fc7ae",
+        "aten": STOCK[0],
+        "aten-unfused": STOCK[1],
+        "aten+stats": STOCK[2],
     }
     return fixed[name]
 
 
 def save(figure: Any, document: dict[str, Any], path: Path, title: str) -> None:
     env = document["runs"][0]["environment"]
-    machine = f"{env['cpu']}, {env['threads']} threads"
+    machine = gpu["name"] if (gpu := env.get("gpu")) else f"{env['cpu']}, {env['threads']} threads"
     versions = f"torch {env['torch']}, fused_res {env['fused_res']}, {env['date'][:10]}"
     figure.suptitle(f"{title}\n{machine}, {versions}", fontsize=9)
     figure.savefig(path, dpi=130)
@@ -62,7 +72,7 @@ def panels(document: dict[str, Any], height: float) -> Any:
         layout="constrained",
     )
     for axis, run in zip(axes[0], runs, strict=True):
-        axis.set_title(ALLOCATOR_TITLES[run["allocator"]], fontsize=10)
+        axis.set_title(report.allocator_title(run), fontsize=10)
     return figure, list(zip(axes[0], runs, strict=True))
 
 
@@ -108,6 +118,28 @@ def speedups(document: dict[str, Any], path: Path, title: str) -> None:
         axis.set_xlabel(f"speed relative to {base} (longer is better)")
     legend_below(figure, pairs[0][0])
     save(figure, document, path, title)
+
+
+def floors(document: dict[str, Any], path: Path) -> None:
+    """The least time of each level, stage by stage: one panel a case."""
+    (run,) = document["runs"]
+    cases = run["cases"]
+    figure, axes = plt.subplots(1, len(cases), figsize=(1.5 + 4.5 * len(cases), 3), squeeze=False, layout="constrained")
+    for axis, case in zip(axes[0], cases, strict=True):
+        levels = list(case["levels"])
+        left = [0.0] * len(levels)
+        for stage in case["levels"][levels[0]]["stages"]:
+            widths = [case["levels"][level]["stages"][stage]["floor_s"] * 1e3 for level in levels]
+            axis.barh(levels, widths, left=left, label=stage)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        axis.invert_yaxis()
+        axis.set_title(case["name"], fontsize=9)
+        axis.set_xlabel("least ms")
+        axis.spines[["top", "right"]].set_visible(False)
+    legend_below(figure, axes[0][0])
+    figure.suptitle(f"calculated for {run['device']['name']}", fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def time_against_memory(document: dict[str, Any], path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_res import fuse, summarize
+from fused_res import freeze, fuse, summarize
 from fused_res.functional import batch_norm_act
 
 # (input, running_mean, running_var, weight, bias, residual) -> output
@@ -21,8 +21,13 @@ BatchNormAct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
 class Provider:
     name: str
     fused: bool = False
+    frozen: bool = False  # for inference only
     compiled: bool = False
     channels_last: bool = False
+    mode: str | None = None  # of torch.compile
+    cudnn: bool = False  # its batch norm, which PyTorch does not choose for every dtype
+    graph: bool = False  # an inference recorded once and replayed: without the cost of calling
+    on_request: bool = False  # takes long, or is for one way of running only
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -38,10 +43,31 @@ PROVIDERS = {
         Provider("eager-channels-last", channels_last=True),
         Provider("compile", compiled=True),
         Provider("compile-channels-last", compiled=True, channels_last=True),
+        Provider("compile-max-autotune", compiled=True, channels_last=True, mode="max-autotune", on_request=True),
+    )
+}
+#: For a single norm.
+NORMS = PROVIDERS | {"cudnn": Provider("cudnn", channels_last=True, cudnn=True, on_request=True)}
+#: For an inference of a whole network on a GPU.
+GRAPHS = PROVIDERS | {
+    provider.name: provider
+    for provider in (
+        Provider("ours+graph", fused=True, channels_last=True, graph=True, on_request=True),
+        Provider("eager-channels-last+graph", channels_last=True, graph=True, on_request=True),
     )
 }
 EAGER = PROVIDERS["eager"]
 EAGER_CHANNELS_LAST = PROVIDERS["eager-channels-last"]
+#: For networks that are not trained any more.
+INFERENCE = {
+    provider.name: provider
+    for provider in (
+        Provider("ours", fused=True, frozen=True, channels_last=True),
+        EAGER,
+        EAGER_CHANNELS_LAST,
+        Provider("compile-freezing", frozen=True, compiled=True, channels_last=True),
+    )
+}
 
 
 def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool) -> BatchNormAct:
@@ -56,6 +82,25 @@ def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool
         residual: Tensor | None,
     ) -> Tensor:
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training)
+        if residual is not None:
+            output += residual
+        return F.relu_(output) if activation == "relu" else output
+
+    return run
+
+
+def cudnn_batch_norm_act(activation: Literal["relu", "identity"], training: bool) -> BatchNormAct:
+    """cuDNN's norm whether or not PyTorch would choose it, and the rest as stock; fails where it does not apply."""
+
+    def run(
+        input: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+    ) -> Tensor:
+        output = torch.cudnn_batch_norm(input, weight, bias, running_mean, running_var, training, 0.1, 1e-5)[0]
         if residual is not None:
             output += residual
         return F.relu_(output) if activation == "relu" else output
@@ -86,17 +131,19 @@ def build_batch_norm_act(
             backend=backend,
         )
 
-    run = ours if provider.fused else stock_batch_norm_act(activation, training)
-    return torch.compile(run, dynamic=False) if provider.compiled else run
+    stock = cudnn_batch_norm_act if provider.cudnn else stock_batch_norm_act
+    run = ours if provider.fused else stock(activation, training)
+    return torch.compile(run, dynamic=False, mode=provider.mode) if provider.compiled else run
 
 
 def build_module(provider: Provider, stock: nn.Module, backend: str = "auto", recompute: str = "none") -> nn.Module:
     """A copy of the stock module, run the provider's way."""
     module: Any = copy.deepcopy(stock).to(memory_format=provider.memory_format)
     if provider.fused:
-        fuse(module, backend=backend, recompute=recompute)
+        module = freeze(module, backend) if provider.frozen else fuse(module, backend=backend, recompute=recompute)
         if not summarize(module).fused:
             raise RuntimeError(f"nothing was fused, stock would be measured as ours:\n{summarize(module)}")
     if provider.compiled:
-        module = torch.compile(module, dynamic=False)
+        options = {"freezing": True} if provider.frozen else None
+        module = torch.compile(module, dynamic=False, mode=provider.mode, options=options)
     return module

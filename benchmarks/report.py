@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import allocator
 
-ALLOCATOR_TITLES = {allocator.AS_SHIPPED: "memory as shipped", allocator.WARM: "memory kept warm"}
+ALLOCATOR_TITLES = {allocator.AS_SHIPPED: "memory as shipped", allocator.WARM: "memory kept warm", None: "calculated"}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -52,7 +52,9 @@ def ratios(cases: Sequence[dict[str, Any]], name: str, other: str) -> list[float
 
 
 def allocator_title(run: dict[str, Any]) -> str:
-    return ALLOCATOR_TITLES[run["allocator"]]
+    """What sets one run of a document apart; on a GPU, which it was."""
+    gpu = run["environment"].get("gpu")
+    return gpu["name"] if gpu else ALLOCATOR_TITLES[run["allocator"]]
 
 
 def wide_times(cases: Sequence[dict[str, Any]]) -> str:
@@ -105,9 +107,12 @@ def long_times(cases: Sequence[dict[str, Any]]) -> str:
 def environment(document: dict[str, Any]) -> str:
     """One line on what was measured on what."""
     env = document["runs"][0]["environment"]
-    return (
-        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads · backend {env['backend']} "
-        f"({env['isa'] or 'no C++ kernels'}) · "
-        f"torch {env['torch']} · fused_res {env['fused_res']} ({(env['commit'] or 'no commit')[:12]}) · "
-        f"{env['date']}"
-    )
+    versions = f"torch {env['torch']} · fused_res {env['fused_res']} ({(env['commit'] or 'no commit')[:12]})"
+    if "backend" not in env:
+        return f"calculated · {versions} · {env['date']}"
+    if gpu := env.get("gpu"):
+        where, kernels = f"{gpu['name']}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}", ""
+    else:
+        where = f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads"
+        kernels = f" ({env['isa'] or 'no C++ kernels'})"
+    return f"{where} · backend {env['backend']}{kernels} · {versions} · {env['date']}"

@@ -39,24 +39,33 @@ class Benchmark(Protocol):
 
 def measure_here(benchmark: Benchmark, options: argparse.Namespace) -> None:
     """The child's part: measure, and leave the data in the file `--into`."""
+    device = options.device
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("--device cuda: there is no NVIDIA GPU here that this torch can use")
+        torch.backends.cudnn.benchmark = True  # for everybody: shapes do not change
     try:
-        backend = backends.resolve(options.backend, torch.device("cpu")).name
+        backend = backends.resolve(options.backend, torch.device(device)).name
     except backends.BackendUnavailableError as error:
         raise SystemExit(f"--backend {options.backend}: {error}") from error
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    size = ceilings.QUICK_COPY_BYTES if options.quick else ceilings.COPY_BYTES
-    before = ceilings.copy_bandwidth(size)
+    size = ceilings.copy_size(device, options.quick)
+    before = ceilings.copy_bandwidth(size, device=device)
     measured = benchmark.measure(options)
-    after = ceilings.copy_bandwidth(size)  # a neighbour may have been busy at one of the two moments
+    after = ceilings.copy_bandwidth(size, device=device)  # a neighbour may have been busy at one of the two moments
     run = {
         "allocator": options.allocator,
-        "environment": {**environment.describe(), "backend": backend},
+        "environment": {**environment.describe(device), "backend": backend},
         "ceilings": {"copy_bytes_per_s": max(before, after)},
         **measured,
     }
     options.into.write_text(json.dumps(run))
+
+
+def calculate_here(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, Any]:
+    return {"allocator": None, "environment": environment.describe(), **benchmark.measure(options)}
 
 
 def measure_in_child(arguments: list[str], setting: str) -> dict[str, Any]:
@@ -82,7 +91,11 @@ def measure_in_child(arguments: list[str], setting: str) -> dict[str, Any]:
 def run(name: str, benchmark: Benchmark, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     """Measures under each allocator setting, then writes `<name>.json`, prints the tables and draws the
     charts."""
-    runs = [measure_in_child(arguments, setting) for setting in allocator.settings_for(options.allocator)]
+    if "allocator" in options:
+        settings = allocator.settings_for(options.allocator, options.device)
+        runs = [measure_in_child(arguments, setting) for setting in settings]
+    else:
+        runs = [calculate_here(benchmark, options)]
     document = {
         "benchmark": name,
         # Results are committed: no path of a machine's own in them.

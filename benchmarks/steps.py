@@ -1,5 +1,7 @@
 """One step of a module, as a workload to time and as results to compare: for blocks and for whole models."""
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +38,32 @@ def calibrate(model: nn.Module, x: Tensor) -> None:
         norm.momentum = momentum
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Under which a float32 module computes in `dtype`, if that is less."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def recorded(call: Callable[[], Tensor]) -> Callable[[Any], Tensor]:
+    """Replays what `call` launches on the GPU; the output is the same tensor each time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # algorithms are chosen and kernels compiled before the recording
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay(_: Any) -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
 class BlockStep:
     """Forward and, in training, the gradients of the input and of every parameter for a given output
     gradient."""
@@ -47,9 +75,13 @@ class BlockStep:
         self.mode = mode
         self.parameters, self.buffers = named(module)
 
+    def forward(self, _: Any = None) -> Tensor:
+        with autocast(self.x.device, self.x.dtype):
+            return self.module(self.x)
+
     def infer(self, _: Any = None) -> Tensor:
         with torch.no_grad():
-            return self.module(self.x)
+            return self.forward()
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, [self.x, *self.parameters.values()], self.grad_output)
@@ -57,7 +89,7 @@ class BlockStep:
     def results(self) -> Results:
         if self.mode == "eval":
             return {"output": self.infer()}
-        output = self.module(self.x)
+        output = self.forward()
         grads = self.backward(output)
         names = ["grad of input", *(f"grad of {name}" for name in self.parameters)]
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
@@ -66,27 +98,38 @@ class BlockStep:
     def workload(self) -> Workload:
         if self.mode == "eval":
             return {"forward": self.infer}
-        return {"forward": lambda _: self.module(self.x), "backward": self.backward}
+        return {"forward": self.forward, "backward": self.backward}
 
 
 class ModelStep:
     """A training step (cross entropy, backward, SGD with momentum, zero_grad) or an inference of a whole
-    model."""
+    model; in less than float32 under autocast. (No loss scaling for float16: it changes no time.)"""
 
-    def __init__(self, module: nn.Module, x: Tensor, target: Tensor, mode: Mode) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        target: Tensor,
+        mode: Mode,
+        dtype: torch.dtype = torch.float32,
+        graph: bool = False,
+    ) -> None:
         self.module = module.train(mode == "train")
         self.x = x
         self.target = target
         self.mode = mode
+        self.dtype = dtype
+        self.graph = graph
         self.parameters, self.buffers = named(module)
         self.optimizer = torch.optim.SGD(self.parameters.values(), LEARNING_RATE, MOMENTUM)
 
     def infer(self, _: Any = None) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(self.x.device, self.dtype):
             return self.module(self.x)
 
     def forward(self, _: Any = None) -> Tensor:
-        return F.cross_entropy(self.module(self.x), self.target)
+        with autocast(self.x.device, self.dtype):
+            return F.cross_entropy(self.module(self.x), self.target)
 
     def update(self, _: Any = None) -> None:
         self.optimizer.step()
@@ -94,7 +137,7 @@ class ModelStep:
 
     def results(self) -> Results:
         if self.mode == "eval":
-            return {"output": self.infer()}
+            return {"output": self.workload()["forward"](None)}
         loss = self.forward()
         loss.backward()
         grads = {f"grad of {name}": parameter.grad for name, parameter in self.parameters.items()}
@@ -104,6 +147,6 @@ class ModelStep:
 
     def workload(self) -> Workload:
         if self.mode == "eval":
-            return {"forward": self.infer}
+            return {"forward": recorded(self.infer) if self.graph else self.infer}
         # The loss is the only thing that leaves backward; freeing the graph is part of it.
         return {"forward": self.forward, "backward": Tensor.backward, "optimizer": self.update}

@@ -1,7 +1,8 @@
 """Interleaved timing: every provider runs once in each round (A B C A B C ...), so that drift in the
-machine's clock, in its neighbours or in its memory meets all of them alike. Which data is in which cache is
-left as it falls: a provider finds what the previous one left, as it would find what another layer left in a
-real network.
+machine's clock, in its neighbours or in its memory meets all of them alike. On a CPU, which data is in which
+cache is left as it falls: a provider finds what the previous one left, as it would find what another layer
+left in a real network. On a GPU a single operator would find all it needs in the L2 cache, so there that is
+overwritten before every call (`cold`).
 """
 
 import gc
@@ -12,20 +13,56 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from benchmarks import progress
 
 # One timed step, as named phases in order. A phase gets what the phase before it returned.
 Workload = Mapping[str, Callable[[Any], Any]]
 
-SAMPLE_SECONDS = 0.01  # a sample repeats its step until it is at least this long: far above the clock and the scheduler
-WARM_UP_CALLS = 2
+SAMPLE_SECONDS = 0.01  # far above the clock and the scheduler
 
 
 class Clock:
-    """Reads the time on the CPU. A device whose work is queued overrides `now` to wait for it first."""
+    """The CPU's. A device whose work is queued marks moments in that queue instead."""
 
-    def now(self) -> float:
+    warm_up_calls = 2
+
+    def now(self) -> Any:
         return time.perf_counter()
+
+    def seconds(self, before: Any, after: Any) -> float:
+        return after - before
+
+    def prepare(self) -> None:
+        """Called before every call of a step, outside of what is timed."""
+
+
+class EventClock(Clock):
+    """A GPU's: events in the current stream, waited for once a whole sample is queued."""
+
+    warm_up_calls = 10  # algorithms are chosen, kernels compiled, the clock rises
+
+    def __init__(self, cold: bool) -> None:
+        size = 2 * torch.cuda.get_device_properties().L2_cache_size if cold else 0
+        self._flush = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, before: torch.cuda.Event, after: torch.cuda.Event) -> float:
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+    def prepare(self) -> None:
+        if self._flush.numel():
+            self._flush.zero_()
+
+
+def clock_of(device: str, cold: bool = False) -> Clock:
+    return EventClock(cold) if device == "cuda" else Clock()
 
 
 @dataclass
@@ -60,20 +97,22 @@ def quantile(values: list[float], fraction: float) -> float:
 
 
 def _sample(workload: Workload, calls: int, clock: Clock) -> dict[str, float]:
-    seconds = dict.fromkeys(workload, 0.0)
-    before = clock.now()
+    marks = []
     for _ in range(calls):
+        clock.prepare()
         state = None
-        for name, phase in workload.items():
+        moments = [clock.now()]
+        for phase in workload.values():
             state = phase(state)
-            after = clock.now()
-            seconds[name] += after - before
-            before = after
-    # Freeing what the last phase returned belongs to the step too (without it, unmapping large tensors would
-    # be free).
-    del state
-    seconds[name] += clock.now() - before
-    return {name: value / calls for name, value in seconds.items()}
+            moments.append(clock.now())
+        # Freeing what the last phase returned belongs to it (without it, unmapping large tensors would be free).
+        state = None
+        moments[-1] = clock.now()
+        marks.append(moments)
+    return {
+        name: sum(clock.seconds(moments[at], moments[at + 1]) for moments in marks) / calls
+        for at, name in enumerate(workload)
+    }
 
 
 def measure_interleaved(
@@ -83,16 +122,17 @@ def measure_interleaved(
     min_time: float,
     label: str,
     clock: Clock | None = None,
+    sample_seconds: float = SAMPLE_SECONDS,
 ) -> dict[str, Samples]:
     """Times all workloads in rounds: `repeat` rounds at least, and about `min_time` seconds for each workload
-    on average."""
+    on average. A sample is the mean of as many calls as take `sample_seconds`."""
     clock = clock or Clock()
     calls = {}
     seconds = 0.0
     for name, workload in progress.details(workloads.items(), f"{label}: warm-up"):
-        for _ in range(WARM_UP_CALLS):
+        for _ in range(clock.warm_up_calls):
             step = sum(_sample(workload, 1, clock).values())
-        calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(step, 1e-7)))
+        calls[name] = max(1, math.ceil(sample_seconds / max(step, 1e-7)))
         seconds += calls[name] * step
     rounds = max(repeat, math.ceil(min_time * len(workloads) / seconds))
 

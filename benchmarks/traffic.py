@@ -39,14 +39,15 @@ def fused(n: int, residual: bool, mode: str, relu: bool = True, element_size: in
     return Traffic((3 + r) * n + mask, (5 + r) * n + 2 * mask)
 
 
-def eager(n: int, residual: bool, mode: str, relu: bool = True) -> Traffic:
+def eager(n: int, residual: bool, mode: str, relu: bool = True, device: str = "cpu") -> Traffic:
     """What PyTorch's separate kernels ask of the memory system if no cache helps.
 
-    Forward in training: mean reads x, variance reads x, normalise reads x and writes (4 n; inference 2 n);
+    Forward in training: mean reads x, variance reads x (on a GPU one pass brings both), normalise reads x and
+    writes (4 n; inference 2 n);
     the addition in place reads two and writes one (3 r n), the ReLU in place reads and writes (2 n).
     Backward: the ReLU reads dy and y and writes (3 n), the batch norm reads dy and x twice and writes dx (5
     n); the residual's gradient is the ReLU's output.
     """
     r, a = int(residual), int(relu)
-    normalise = 4 if mode == "train" else 2
+    normalise = (4 if device == "cpu" else 3) if mode == "train" else 2
     return Traffic((normalise + 3 * r + 2 * a) * n, (3 * a + 5) * n if mode == "train" else 0.0)

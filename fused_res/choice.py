@@ -6,6 +6,7 @@ measured (:mod:`fused_res.tune`), the measurement counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from fused_res.spec import UnitSpec
 _LEAST_CHANNELS = 16
 _HALF = (torch.bfloat16, torch.float16)
 
+_SAYS_SO = "FUSED_RES_CONVOLUTION or backends.use() says so"
+_TOO_FEW = "its channels do not fill matrix instructions and 16-byte loads"
+
 
 class Choice(NamedTuple):
     """``"aten"`` or ``"fused"`` for each direction, and why."""
@@ -25,6 +29,10 @@ class Choice(NamedTuple):
     forward: str = "aten"
     backward: str = "aten"
     reason: str = "nothing else was asked for"
+
+    @property
+    def fused(self) -> bool:
+        return self.forward == "fused"
 
     @property
     def kernels(self) -> str:
@@ -62,7 +70,7 @@ def choose(
 ) -> Choice:
     """The static choice; ``preference`` is ``"auto"``, or ``"aten"`` or ``"fused"`` wherever that is possible."""
     if preference == "aten":
-        return Choice(reason="FUSED_RES_CONVOLUTION or backends.use() says so")
+        return Choice(reason=_SAYS_SO)
     choice = possible(spec, weight, dtype, channels_last, backend)
     # The fused input gradient knows no stride; a projection's is added where its pixels are.
     if choice.backward == "fused" and spec.stride != (1, 1) and not projection:
@@ -74,7 +82,52 @@ def choose(
     if choice.backward == "aten":
         return Choice(reason="cuDNN's kernels are ahead, and their backward needs the activation in memory")
     if dtype not in _HALF:
-        return Choice(reason=f"{dtype} gains less from fusion than cuDNN's kernels are ahead".replace("torch.", ""))
-    if min(weight[:2]) < _LEAST_CHANNELS or weight[0] % 8 or weight[1] % 8:
-        return Choice(reason="its channels do not fill matrix instructions and 16-byte loads")
-    return choice
+        return Choice(reason=f"{_name(dtype)} gains less from fusion than cuDNN's kernels are ahead")
+    return choice if _fills(weight) else Choice(reason=_TOO_FEW)
+
+
+def _fills(weight: tuple[int, ...]) -> bool:
+    return min(weight[:2]) >= _LEAST_CHANNELS and not weight[0] % 8 and not weight[1] % 8
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@lru_cache(maxsize=4096)
+def choose_inference(
+    weight: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    preference: str,
+) -> Choice:
+    """Likewise for a convolution with its epilogue (``conv_bias_act``) on a GPU, where cuDNN has one, too."""
+    if preference == "aten":
+        return Choice(reason=_SAYS_SO)
+    if len(weight) != 4 or not channels_last:
+        return Choice(reason="fused convolutions read images in channels_last memory")
+    if dtype == torch.float64:
+        return Choice(reason="float64 has no fused convolution")
+    fused = Choice("fused", "fused", "1x1: bias, residual and ReLU cost no pass of their own")
+    if preference == "fused":
+        return fused._replace(reason=_SAYS_SO)
+    if weight[2:] != (1, 1) or any(padding) or groups > 1:
+        return Choice(reason="cuDNN's kernels are ahead")
+    if dtype not in _HALF:
+        return Choice(reason=f"cuDNN's kernels are ahead in {_name(dtype)}")
+    if not _fills(weight):
+        return Choice(reason=_TOO_FEW)
+    return fused
+
+
+def describe(choices: Sequence[tuple[tuple[int, ...], Choice]]) -> str:
+    """Who computes the convolutions with these weights' shapes, and why, each answer once."""
+    sizes: dict[tuple[str, str], list[str]] = {}
+    for weight, choice in choices:
+        kind = sizes.setdefault((choice.kernels, choice.reason), [])
+        name = "x".join(map(str, weight[2:]))
+        if name not in kind:
+            kind.append(name)
+    return "; ".join(f"{', '.join(kind)} {kernels} ({reason})" for (kernels, reason), kind in sizes.items())

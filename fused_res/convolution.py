@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fused_res.ops import is_channels_last
 from fused_res.spec import UnitSpec
 
 #: More taps than this and ATen's one call is faster than the products.
@@ -40,6 +41,35 @@ def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Uni
     if bias is not None:
         z += bias
     return z[:, :, None, None]
+
+
+def bias_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """``act(conv(input, weight) + bias [+ residual])`` as ATen has it: cuDNN's epilogue, or in place on its output."""
+    if relu and input.is_cuda and input.dtype in (torch.float32, torch.float16) and input.dim() == 4 and input.numel():
+        if residual is None:
+            return torch.cudnn_convolution_relu(input, weight, bias, stride, padding, dilation, groups)
+        if is_channels_last(residual) == is_channels_last(input):
+            return torch.cudnn_convolution_add_relu(
+                input, weight, residual, None, bias, stride, padding, dilation, groups
+            )
+    y = torch.convolution(input, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return finish_in_place(y, residual, relu)
+
+
+def finish_in_place(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        output.add_(residual)
+    return output.relu_() if relu else output
 
 
 def backward(

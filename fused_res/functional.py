@@ -257,12 +257,13 @@ def packed_conv_bias_act(
     kernels = registry.resolve(backend, input.device)
     if "conv_bias_act" not in kernels.stems or _needs_reference((input, weight, bias, residual)):
         kernels = registry.resolve("reference", input.device)
+    arguments = bias, residual, strides, paddings, dilations, groups, activation == "relu"
+    if kernels.name in ("triton", "cuda") and not tuning.inference_choice(input, weight, kernels, arguments).fused:
+        return convolution.bias_act(input, weight, *arguments)
     operand = weight if pack is None else pack(kernels, input, weight, strides, paddings, dilations, groups)
     # The reference's float32 is not to be cast again.
     with torch.autocast(input.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        return kernels.conv_bias_act(
-            input, operand, bias, residual, strides, paddings, dilations, groups, activation == "relu"
-        )
+        return kernels.conv_bias_act(input, operand, *arguments)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

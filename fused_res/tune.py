@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from fused_res import convolution
 from fused_res.backends import registry
 from fused_res.backends.registry import Backend
-from fused_res.choice import Choice, possible
+from fused_res.choice import Choice, choose_inference, possible
 from fused_res.ops import convolved, is_channels_last
 from fused_res.spec import BlockSpec, UnitSpec
 
@@ -42,7 +42,17 @@ class _Case(NamedTuple):
     backend: str
 
 
-_measured: dict[_Case, Choice] = {}
+class _InferenceCase(NamedTuple):
+    spec: tuple[object, ...]
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    residual: bool
+    dtype: torch.dtype
+    device: str
+    backend: str
+
+
+_measured: dict[_Case | _InferenceCase, Choice] = {}
 _lock = threading.Lock()
 
 
@@ -73,6 +83,34 @@ def choices(
         if not projection:
             shape = convolved(input.new_empty(read, device="meta"), weight, unit.stride, unit.padding, unit.dilation)
     return tuple(found)
+
+
+def measured(backend: str) -> dict[tuple[UnitSpec, tuple[int, ...]], Choice]:
+    """What was measured last for each unit and weight's shape, for people to read."""
+    return {
+        (case.spec, case.weight): choice
+        for case, choice in _measured.items()
+        if isinstance(case, _Case) and case.backend == backend
+    }
+
+
+def inference_choice(input: Tensor, weight: Tensor, backend: Backend, arguments: tuple[Any, ...]) -> Choice:
+    """Who computes ``conv_bias_act`` on a GPU: measured if that was asked for, else static."""
+    bias, residual, stride, padding, dilation, groups, relu = arguments
+    static = choose_inference.__wrapped__ if torch.compiler.is_compiling() else choose_inference
+    shape = tuple(weight.shape)
+    made = static(shape, padding, groups, input.dtype, is_channels_last(input), registry.convolution())
+    if torch.compiler.is_compiling() or not wanted(input, False) or not is_channels_last(input):
+        return made
+    spec = bias is None, stride, padding, dilation, groups, relu
+    device = torch.cuda.get_device_name(input.device)
+    case = _InferenceCase(spec, tuple(input.shape), shape, residual is not None, input.dtype, device, backend.name)
+    if case not in _measured and _may_measure(input.device):
+        ours = _seconds(lambda: backend.conv_bias_act(input, weight, *arguments), input.device)
+        aten = _seconds(lambda: convolution.bias_act(input, weight, *arguments), input.device)
+        reason = f"measured: fused {1e6 * ours:.0f} us, aten {1e6 * aten:.0f} us"
+        _measured[case] = Choice(*("fused" if ours < aten else "aten",) * 2, reason)
+    return _measured.get(case, made)
 
 
 def _choice(case: _Case, device: torch.device, backend: Backend) -> Choice | None:

@@ -21,16 +21,22 @@ from benchmarks import (
     allocator,
     cases,
     check,
+    conv,
     data,
     everything,
     footprint,
+    levels,
+    network,
     op,
     options,
     providers,
     report,
+    roofline,
+    runner,
     timing,
     traffic,
 )
+from benchmarks.devices import DEVICES
 from benchmarks.memory import Checkpointed
 
 RUN = ("--quick", "--threads", "1", "--allocator")
@@ -107,6 +113,35 @@ def test_memory(tmp_path: Path) -> None:
         assert values["resident_before_bytes"] < values["resident_peak_bytes"]
 
 
+def test_infer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    document = run("infer", *RUN, "as-shipped", out=tmp_path)
+    assert_files(tmp_path, "infer")
+    assert "p99 ms" in capfd.readouterr().out
+    assert "eager / ours" in command_line.infer.summary(document["runs"][0])
+    cases = document["runs"][0]["cases"]
+    assert [case["name"] for case in cases] == ["resnet18 1x64x64 float32", "resnet18 2x64x64 float32"]
+    for case in cases:
+        assert list(case["providers"]) == ["ours", "eager", "eager-channels-last"]
+        assert 0 <= case["share_of_allowed_error"]["ours"] <= 1
+        for provider in case["providers"].values():
+            assert 0 < provider["median_s"] <= provider["p99_s"]
+
+
+def test_a_frozen_model_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: object) -> nn.Module:
+        module = providers.build_module(*arguments)
+        with torch.no_grad():
+            module.fc.bias += 1e-3
+        return module
+
+    parsed = command_line.build_parser().parse_args(["infer", "--quick", "--providers", "ours"])
+    monkeypatch.setattr(
+        command_line.infer, "build_module", lambda p, *rest: (wrong if p.frozen else providers.build_module)(p, *rest)
+    )
+    with pytest.raises(check.ResultsDifferError, match="ours, resnet18 1x64x64 float32: output is off by"):
+        command_line.infer.measure(parsed)
+
+
 def test_all_runs_the_selection_and_ends_with_the_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,10 +166,12 @@ def test_all_leaves_out_what_would_begin_too_late(
 
 def test_selection_parses() -> None:
     parser = command_line.build_parser()
-    titles = [part.title for part in everything.SELECTION]
-    assert len(set(titles)) == len(titles)
-    for part in everything.SELECTION:
-        assert parser.parse_args([part.subcommand, *part.arguments]).subcommand == part.subcommand
+    for selection, device in ((everything.SELECTION, "cpu"), (everything.GPU_SELECTION, "cuda")):
+        titles = [part.title for part in selection]
+        assert len(set(titles)) == len(titles)
+        for part in selection:
+            parsed = parser.parse_args([part.subcommand, *part.arguments, "--device", device])
+            assert (parsed.subcommand, parsed.device) == (part.subcommand, device)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +188,13 @@ def test_selection_parses() -> None:
         (["model", "--min-time", "nan"], "expected a number of seconds"),
         (["model", "--model", "vgg16"], "invalid choice: 'vgg16'"),
         (["memory", "--allocator", "cold"], "invalid choice: 'cold'"),
-        (["roofline"], "invalid choice: 'roofline'"),
+        (["infer", "--providers", "ours+compile"], "unknown provider 'ours+compile'; choose from ours, eager, eager-"),
+        (["infer", "--batch", "0"], "expected a whole number of at least 1, got '0'"),
+        (["infer", "--dtype", "float64"], "invalid choice: 'float64'"),
+        (["conv", "--dtype", "float64"], "invalid choice: 'float64'"),
+        (["roofline", "--device", "cuda"], "invalid choice: 'cuda'"),
+        (["roofline", "--threads", "2"], "unrecognized arguments: --threads 2"),
+        (["speed"], "invalid choice: 'speed'"),
         ([], "the following arguments are required: subcommand"),
     ],
 )
@@ -172,6 +215,11 @@ def test_options_that_select_nothing_or_contradict() -> None:
     parsed = command_line.build_parser().parse_args(["model", "--small", "--batch", "3"])
     with pytest.raises(SystemExit, match="leave out --batch"):
         command_line.model.select_cases(parsed)
+    graphs = command_line.build_parser().parse_args(["model", "--quick", "--providers", "ours,ours+graph"])
+    with pytest.raises(SystemExit, match=r"ours\+graph: for --device cuda --mode eval"):
+        command_line.model.measure(graphs)
+    with pytest.raises(SystemExit, match="cudnn: needs --device cuda"):
+        op.measure(op_options(providers=("ours", "cudnn")))
 
 
 def wrong_mean(
@@ -343,6 +391,28 @@ class FakeClock(timing.Clock):
         return self.time
 
 
+class PreparingClock(FakeClock):
+    prepared = 0
+
+    def prepare(self) -> None:
+        self.prepared += 1
+        self.time += 100.0
+
+    def seconds(self, before: float, after: float) -> float:
+        return 2 * (after - before)
+
+
+def test_what_prepares_a_call_is_not_timed() -> None:
+    clock = PreparingClock()
+
+    def step(_: None) -> None:
+        clock.time += 0.002
+
+    samples = timing.measure_interleaved({"a": {"forward": step}}, repeat=3, min_time=0, label="test", clock=clock)
+    assert samples["a"].phases["forward"] == pytest.approx([0.004] * 3)
+    assert clock.prepared == clock.warm_up_calls + 3 * 3  # three calls make a sample of ten milliseconds
+
+
 def test_timing_is_interleaved_and_adds_up() -> None:
     clock = FakeClock()
     order = []
@@ -387,6 +457,7 @@ def test_allocator_settings_replace_what_was_set() -> None:
     assert allocator.environment_for("warm", environment) == {"PATH": "p", **allocator.SETTINGS["warm"]}
     assert allocator.settings_for("both") == ["as-shipped", "warm"]
     assert allocator.settings_for("warm") == ["warm"]
+    assert allocator.settings_for("both", "cuda") == ["as-shipped"]
     assert not set(allocator.VARIABLES) & os.environ.keys(), "the tests themselves run as shipped"
 
 
@@ -405,4 +476,168 @@ def test_photographs() -> None:
 def test_provider_defaults() -> None:
     quick = options.chosen_providers(op_options())
     assert [provider.name for provider in quick] == ["ours", "eager", "eager-channels-last"]
-    assert len(options.chosen_providers(op_options(quick=False))) == 6
+    known = options.chosen_providers(op_options(quick=False), providers.NORMS)
+    assert len(known) == 6 and not any(provider.on_request for provider in known)
+
+
+def test_a_gpu_names_its_runs() -> None:
+    gpu = {"name": "H200", "cuda": "13.0", "cudnn": 91000}
+    env = {"gpu": gpu, "backend": "triton", "torch": "2", "fused_res": "0", "commit": None, "date": "today"}
+    assert report.allocator_title({"allocator": "as-shipped", "environment": env}) == "H200"
+    line = report.environment({"runs": [{"environment": env}]})
+    assert line == "H200, CUDA 13.0, cuDNN 91000 · backend triton · torch 2 · fused_res 0 (no commit) · today"
+    assert traffic.eager(1000, True, "train", device="cuda") == traffic.Traffic(8000, 8000)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["op", "block", "model", "memory", "conv", "infer"])
+def test_on_a_gpu(name: str, tmp_path: Path) -> None:
+    document = run(name, "--device", "cuda", *RUN, "both", out=tmp_path)
+    (one,) = document["runs"]
+    assert one["environment"]["gpu"]["name"] == torch.cuda.get_device_name()
+    assert all(p["median_s"] > 0 for case in one["cases"] for p in case["providers"].values())
+
+
+@needs_gpu
+def test_gpu_graph_replays_are_the_inference(tmp_path: Path) -> None:
+    arguments = ("--mode", "eval", "--providers", "ours+graph,eager-channels-last+graph", "--device", "cuda")
+    (one,) = run("model", *arguments, *RUN, "as-shipped", out=tmp_path)["runs"]
+    assert list(one["cases"][0]["providers"]) == ["ours+graph", "eager-channels-last+graph"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
+def test_without_a_gpu_nothing_runs_on_one() -> None:
+    parsed = command_line.build_parser().parse_args(["conv", "--quick", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="--device cuda: there is no NVIDIA GPU here"):
+        runner.measure_here(conv, parsed)
+
+
+def test_half_precision() -> None:
+    for dtype in ("bfloat16", "float16"):
+        (case,) = op.measure(op_options(dtype=dtype, cases="+add"))["cases"]
+        assert case["dtype"] == dtype
+        assert case["fewest_bytes"] == 2 * 7 * 2 * 16 * 5 * 5
+    parsed = command_line.build_parser().parse_args(["block", "--quick", "--cases", "resnet18", "--dtype", "bfloat16"])
+    (case,) = command_line.block.measure(parsed)["cases"]
+    assert 0 < case["share_of_allowed_error"]["ours"] <= 1
+
+
+def test_conv(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    document = run("conv", "--backend", "reference", *RUN, "as-shipped", out=tmp_path)
+    assert_files(tmp_path, "conv")
+    assert "time / aten" in capfd.readouterr().out
+    cases = document["runs"][0]["cases"]
+    assert cases[3]["name"] == "resnet50 layer1.0.conv3 1x1 64>256 8x8 +add +relu" and cases[3]["count"] == 3
+    for case in cases:
+        names = ["aten", "aten-unfused", "ours", "ours-packed", "aten+stats", "ours+stats"]
+        assert list(case["providers"]) == names
+        assert list(case["share_of_allowed_error"]) == ["ours", "ours-packed", "ours+stats"]
+        assert all(0 < provider["error"] < 1e-6 for provider in case["providers"].values())
+
+
+def test_a_wrong_convolution_is_caught_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "conv_bias_act", lambda x, weight, *_, **__: F.conv2d(x, weight, stride=2, padding=3))
+    monkeypatch.setattr(conv, "measure_interleaved", lambda *_, **__: pytest.fail("timed a wrong provider"))
+    parsed = command_line.build_parser().parse_args(["conv", "--quick"])
+    with pytest.raises(check.ResultsDifferError, match=r"ours, resnet50 stem.conv1 .* output is off by"):
+        conv.measure(parsed)
+
+
+def test_convolutions_of_a_network_are_all_cases() -> None:
+    parsed = command_line.build_parser().parse_args(["conv", "--model", "resnet18", "resnet50"])
+    counts = {"resnet18": 0, "resnet50": 0}
+    for case in conv.select_cases(parsed):
+        counts[case.name.partition(" ")[0]] += case.count
+    assert counts == {"resnet18": 20, "resnet50": 53}
+
+
+def test_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = run("roofline", "--model", "resnet18", "--batch", "2", "--size", "64", "--layers", out=tmp_path)
+    assert_files(tmp_path, "roofline")
+    printed = capsys.readouterr().out
+    assert "roofline: H200 SXM: 4.80 TB/s, 989 TFLOP/s dense, 50 MB L2 (calculated)" in printed
+    assert "fewest ms" in printed
+    (one,) = document["runs"]
+    for case in one["cases"]:
+        by_floor = [level["floor_s"] for level in case["levels"].values()]
+        assert max(by_floor) == by_floor[0] and min(by_floor) == by_floor[-1] > 0
+        for level in case["levels"].values():
+            assert max(level["memory_s"], level["math_s"]) <= level["floor_s"] <= level["memory_s"] + level["math_s"]
+            for key in ("bytes", "flops", "floor_s"):
+                assert sum(stage[key] for stage in level["stages"].values()) == pytest.approx(level[key])
+
+
+def test_roofline_of_a_hand_counted_bottleneck() -> None:
+    """In units of one activation of 64 channels; the block's input and output are four of them."""
+    net = network.network("resnet50", 2, 64)
+    a, weights = 2 * (2 * 64 * 16 * 16), 2 * (256 * 64 + 64 * 64 * 9 + 64 * 256)
+    mask = 4 / 16  # of its output, one bit for each element of 16
+
+    def count(level: str, mode: cases.Mode) -> float:
+        made = levels.kernels(net, levels.LEVELS[level], mode, torch.bfloat16)
+        moved = sum(kernel.bytes for kernel in made if kernel.layer.startswith("layer1.1."))
+        return (moved - (3 if mode == "train" else 1) * weights) / a
+
+    convolutions = (4 + 1) + (1 + 1) + (1 + 4)
+    # mean-and-variance, normalise, ReLU | addition | ReLU, sums, dx | the shortcut's gradient
+    eager = convolutions + 2 * (1 + 2 + 2) + (4 + 8 + 12 + 8) + (12 + 8 + 12) + 2 * (3 + 2 + 3) + 2 * convolutions + 12
+    assert count("eager", "train") == eager == 138
+    compiled = convolutions + 2 * (1 + 2) + (4 + 12) + (20 + 12) + 2 * (3 + 4) + 2 * convolutions
+    assert count("compile", "train") == compiled == 104
+    norm = convolutions + 2 * (1 + 2) + (4 + 12) + (8 + 12) + 2 * (2 + 3) + 2 * convolutions + 12 + 4 * mask
+    assert count("norm", "train") == norm == 101
+    # Forward: statistics of the 3x3 alone, its input normalised, the end. Backward from the end: its sums, both
+    # gradients of the last 1x1; dz and both of the 3x3; sums and both of the first 1x1; the shortcut.
+    fused = convolutions + 1 + 2 + 12 + 8 + (10 + 9) + (3 + 2 + 2) + (2 + 6 + 6) + 12 + 5 * mask
+    assert count("fused", "train") == fused == 88.25
+    assert count("fewest", "train") == convolutions + 12 + 10 + 4 + 14 == 52
+    assert count("eager", "eval") == convolutions + 2 * (2 + 2) + (8 + 12 + 8) == 48
+    assert count("norm", "eval") == count("compile", "eval") == convolutions + 2 * 2 + 12
+    assert count("fused", "eval") == count("fewest", "eval") == convolutions + 4
+
+
+def test_roofline_of_a_hand_counted_convolution() -> None:
+    """The projection of ResNet-50's second stage reads a quarter of its input, and its gradient has all of it."""
+    net = network.network("resnet50", 8, 224)
+    made = levels.kernels(net, levels.LEVELS["eager"], "train", torch.float32)
+    steps = {kernel.step: kernel for kernel in made if kernel.layer == "layer2.0.projection"}
+    x, z, w = 4 * 8 * 256 * 56 * 56, 4 * 8 * 512 * 28 * 28, 4 * 256 * 512
+    flops = 2 * 8 * 512 * 28 * 28 * 256
+    assert steps["conv"][-2:] == steps["wgrad"][-2:] == (x / 4 + z + w, flops)
+    assert steps["dgrad"][-2:] == (z + w + x, flops)
+    total = roofline.totals([steps["conv"]], DEVICES["a100"], "tf32")
+    assert total["memory_s"] == pytest.approx((x / 4 + z + w) / 2.039e12)
+    assert total["floor_s"] == max(total["memory_s"], total["math_s"]) and total["math_s"] == flops / 156e12
+
+
+def test_roofline_fuses_what_the_planner_fuses() -> None:
+    net = network.network("resnet50", 2, 64)
+
+    def steps(level: str, dtype: torch.dtype) -> list[str]:
+        return [kernel.step for kernel in levels.kernels(net, levels.LEVELS[level], "train", dtype)]
+
+    assert steps("fused", torch.bfloat16).count("fused wgrad") == 2 * 16 + 4  # every 1x1
+    assert steps("fused", torch.float32) == steps("norm", torch.float32)
+
+
+def test_roofline_counts_the_flops_of_a_training_step() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.stock import stock_model
+
+    with torch.device("meta"):
+        model = stock_model("resnet50")
+        images = torch.empty(4, 3, 224, 224)
+    net = network.network("resnet50", 4, 224)
+    for mode in roofline.MODES:
+        model.train(mode == "train")
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(mode == "train"):
+            output = model(images)
+            if mode == "train":
+                output.sum().backward()
+        for level in levels.LEVELS.values():
+            made = levels.kernels(net, level, mode, torch.bfloat16)
+            assert sum(kernel.flops for kernel in made) == counter.get_total_flops()

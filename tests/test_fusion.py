@@ -63,9 +63,9 @@ class TestTheModelStaysTheSame:
         assert not calls
 
     def test_fusing_again_changes_the_settings(self) -> None:
-        model = fuse(fuse(network(), recompute="norm"), backend="reference", recompute="conv")
+        model = fuse(fuse(network(), recompute="norm"), backend="reference", recompute="conv", tune=True)
         block = model.layer1[0]
-        assert block._fused_res == ("reference", "conv")
+        assert block._fused_res == ("reference", "conv", True)
         assert type(block).__mro__.count(resnet.BasicBlock) == 1 and type(block).__bases__[-1] is resnet.BasicBlock
         assert fuse(network()).layer1[0].__class__ is block.__class__
 
@@ -429,9 +429,12 @@ class TestLeftAlone:
 class TestOurOwnModules:
     def test_settings_are_switched(self) -> None:
         block = fnn.BasicBlock(4, 4)
-        fuse(block, backend="reference", recompute="norm")
-        assert (block.backend, block.recompute, block.fused) == ("reference", "norm", True)
-        assert summarize(block).fused[0].why == "backend=reference, recompute=norm"
+        fuse(block, backend="reference", recompute="norm", tune=True)
+        assert (block.backend, block.recompute, block.tune, block.fused) == ("reference", "norm", True, True)
+        why = "backend=reference, recompute=norm, tune=True, 3x3 ATen (plain PyTorch has nothing to gain)"
+        assert summarize(block).fused[0].why == why
+        with fused_res.backends.use("reference", convolution="fused"):
+            assert "3x3 fused forward, ATen backward" in summarize(block).fused[0].why
         unfuse(block)
         with counted() as calls:
             block(torch.ones(2, 4, 5, 5))

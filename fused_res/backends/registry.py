@@ -134,18 +134,26 @@ def resolve(name: str, device: torch.device) -> Backend:
     if name == "auto":
         name = _default
     if torch.compiler.is_compiling():
-        _prepare(name, device)
+        return getattr(_traced, _traced_name(name, device.type))
     found = _resolved.get((name, device.type))
     return found if found is not None else _resolve(name, device)
 
 
-def _prepare(name: str, device: torch.device) -> None:
-    if (name, device.type) not in _resolved:
-        _resolve(name, device)
+class _Traced:
+    """Backends that compiled code refers to, by name: a growing dictionary would fail its guards."""
+
+
+_traced = _Traced()
+
+
+def _traced_name(name: str, device: str) -> str:
+    attribute = f"{name}_{device}"
+    setattr(_traced, attribute, _resolve(name, torch.device(device)))
+    return attribute
 
 
 # Dynamo cannot trace the import of kernels. (torch.compiler.assume_constant_result does this, and imports Dynamo.)
-_prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _resolve(name: str, device: torch.device) -> Backend:

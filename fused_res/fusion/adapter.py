@@ -16,6 +16,7 @@ class Settings(NamedTuple):
 
     backend: str = "auto"
     recompute: str = "none"
+    tune: bool = False
 
 
 class Fused:
@@ -86,7 +87,7 @@ class FusedBlock(Fused):
         if settings is not None:
             parts = self._fused_res_adapter.parts(self)
             if type(parts) is Parts:
-                output = chain.run(x, parts.units, parts.shortcut, None, settings.backend, settings.recompute)
+                output = chain.run(x, parts.units, parts.shortcut, None, *settings)
                 if output is not None:
                     return output
         return super().forward(x)  # type: ignore[misc]
@@ -135,7 +136,7 @@ class StemAdapter(Adapter):
             return None
         # Whatever else someone put there (CIFAR models want no pooling at all) runs behind the chain.
         inside = pool if chain.inspect_pool(pool) is None else None
-        output = chain.run(x, units, "none", inside, settings.backend, settings.recompute)
+        output = chain.run(x, units, "none", inside, *settings)
         return output if output is None or inside is not None else pool(output)
 
 

@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 CLOSED = (torch.jit.ScriptModule, torch.fx.GraphModule)
 
 
-def fuse(model: Model, backend: str = "auto", recompute: str = "none") -> Model:
+def fuse(model: Model, backend: str = "auto", recompute: str = "none", tune: bool = False) -> Model:
     """Makes every block of `model` that is understood exactly run as one fused operation, in place.
 
     torchvision's and timm's ResNet families, convolution, batch norm and ReLU in a row in ``nn.Sequential``,
@@ -31,7 +31,7 @@ def fuse(model: Model, backend: str = "auto", recompute: str = "none") -> Model:
     Args:
         model: any module.
         backend: see :mod:`fused_res.backends`.
-        recompute: see :func:`fused_res.functional.residual_block`.
+        recompute, tune: see :func:`fused_res.functional.residual_block`.
 
     Returns:
         `model`.
@@ -49,12 +49,12 @@ def fuse(model: Model, backend: str = "auto", recompute: str = "none") -> Model:
                 registry.resolve(backend, device)
     for _, module, adapter, refusal in candidates(model):
         if isinstance(module, Configured):
-            module.configure(backend, recompute)
+            module.configure(backend, recompute, tune=tune)
         elif isinstance(module, Fused):
-            module._fused_res = Settings(backend, recompute)
+            module._fused_res = Settings(backend, recompute, tune)
         elif adapter is not None and (refusal is None or refusal.passing):
             module.__class__ = fused_class(adapter, type(module))
-            module.__dict__["_fused_res"] = Settings(backend, recompute)
+            module.__dict__["_fused_res"] = Settings(backend, recompute, tune)
     return model
 
 

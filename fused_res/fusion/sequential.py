@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fused_res.fusion.adapter import Adapter, Fused
+from fused_res.fusion.adapter import Adapter, Fused, Settings
 from fused_res.nn import chain
 from fused_res.nn.chain import Refusal, Unit, untouched
 
@@ -47,21 +47,21 @@ class FusedSequential(Fused):
         if settings is None or chain.situation() is not None:
             return super().forward(input)  # type: ignore[misc]
         for run in runs(tuple(self._modules.values())):
-            input = _run(input, run, settings.backend, settings.recompute)
+            input = _run(input, run, settings)
         return input
 
 
-def _run(input: Tensor, run: Run, backend: str, recompute: str) -> Tensor:
+def _run(input: Tensor, run: Run, settings: Settings) -> Tensor:
     output = None
     if run.units:
-        output = chain.run(input, run.units, "none", run.pool, backend, recompute)
+        output = chain.run(input, run.units, "none", run.pool, *settings)
         if output is None and len(run.units) > 1:
             # One of the units does not fit; the others still may.
             for part in _single_units(run):
-                input = _run(input, part, backend, recompute)
+                input = _run(input, part, settings)
             return input
     elif len(run.modules) == 2:
-        output = chain.run_norm(input, run.modules[0], None, "relu", backend)
+        output = chain.run_norm(input, run.modules[0], None, "relu", settings.backend)
     if output is not None:
         return output
     for module in run.modules:

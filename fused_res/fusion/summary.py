@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain as concatenate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fused_res import tune
 from fused_res.backends import registry
-from fused_res.fusion.adapter import Fused, base_of
+from fused_res.choice import Choice, choose_inference, describe
+from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, Settings, StemAdapter, base_of
 from fused_res.fusion.convert import CLOSED, candidates
-from fused_res.fusion.sequential import Sequential
+from fused_res.fusion.sequential import Sequential, runs
+from fused_res.models.network import ResidualNetwork
+from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
 from fused_res.nn.chain import Refusal
 from fused_res.nn.configured import Configured
-from fused_res.nn.frozen import Frozen
+from fused_res.nn.frozen import Frozen, FrozenConv
+from fused_res.plan import static_choices
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -107,7 +112,16 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _frozen_row(name: str, module: Frozen) -> Row:
-    return Row(name, module.origin, True, f"frozen, backend={_backend(module, module.backend)}")
+    backend = _backend(module, module.backend)
+    how = f"frozen, backend={backend}"
+    if backend in ("triton", "cuda"):
+        how += ", " + describe([_frozen_choice(child) for child in module.modules() if isinstance(child, FrozenConv)])
+    return Row(name, module.origin, True, how)
+
+
+def _frozen_choice(module: FrozenConv) -> tuple[tuple[int, ...], Choice]:
+    shape, spec, preference = tuple(module.weight.shape), module.spec, registry.convolution()
+    return shape, choose_inference(shape, spec.padding, spec.groups, module.weight.dtype, True, preference)
 
 
 def _switched_on(module: Fused | Configured) -> bool:
@@ -115,11 +129,51 @@ def _switched_on(module: Fused | Configured) -> bool:
 
 
 def _settings(module: Fused | Configured) -> str:
-    backend, recompute = (
-        (module.backend, module.recompute) if isinstance(module, Configured) else module._fused_res  # type: ignore[misc]
-    )
     assert isinstance(module, nn.Module)
-    return f"backend={_backend(module, backend)}, recompute={recompute}"
+    if isinstance(module, Configured):
+        settings = Settings(module.backend, module.recompute, module.tune)
+    else:
+        settings = module._fused_res or Settings()
+    backend = _backend(module, settings.backend)
+    parts = [f"backend={backend}", f"recompute={settings.recompute}", "tune=True" * settings.tune]
+    pairs = [pair for units, shortcut in _chains_of(module) for pair in _choices(units, shortcut, backend)]
+    parts.append(describe(pairs))
+    return ", ".join(filter(None, parts))
+
+
+def _chains_of(module: Any) -> list[Parts]:
+    """What a fused module runs as one block each."""
+    if isinstance(module, ResidualBlock):
+        units, shortcut = module._parts()
+        return [Parts(tuple(units), shortcut)]
+    if isinstance(module, ConvBNAct2d):
+        return [Parts(tuple(module._units()))]
+    if isinstance(module, ResidualNetwork):
+        return [Parts(tuple(module._stem_units()))]
+    if not isinstance(module, Fused):
+        return []
+    fused: Any = module
+    adapter = fused._fused_res_adapter
+    if issubclass(adapter, BlockAdapter):
+        parts = adapter.parts(fused)
+        return [parts] if isinstance(parts, Parts) else []
+    if issubclass(adapter, StemAdapter):
+        stem = adapter.units(fused)
+        return [] if isinstance(stem, Refusal) else [Parts(stem)]
+    return [Parts(run.units) for run in runs(tuple(fused._modules.values())) if run.units]
+
+
+def _choices(units: Any, shortcut: Any, backend: str) -> Iterator[tuple[tuple[int, ...], Choice]]:
+    """The static choice for each convolution, in channels_last memory and the parameters' dtype."""
+    read = chain.read(units, shortcut)
+    if isinstance(read, Refusal):
+        return
+    weights = [weight.shape for weight in read.tensors[::6] if weight is not None]
+    dtype = read.tensors[0].dtype if read.tensors[0] is not None else torch.float32
+    static = static_choices(read.spec, weights, dtype, True, backend, registry.convolution())
+    measured = tune.measured(backend)
+    for unit, weight, choice in zip(read.spec.convolutions, weights, static, strict=True):
+        yield tuple(weight), measured.get((unit, tuple(weight)), choice)
 
 
 def _backend(module: nn.Module, backend: str) -> str:

@@ -133,7 +133,7 @@ class ResidualNetwork(Configured):
     def _stem(self, x: Tensor) -> Tensor:
         units = self._stem_units()
         if self.fused:
-            output = chain.run(x, units, "none", self.maxpool, self.backend, self.recompute)
+            output = chain.run(x, units, "none", self.maxpool, self.backend, self.recompute, self.tune)
             if output is not None:
                 return output
         return chain.run_stock(x, units, "none", self.maxpool)

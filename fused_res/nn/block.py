@@ -58,7 +58,7 @@ class ResidualBlock(Configured):
     def forward(self, x: Tensor) -> Tensor:
         units, shortcut = self._parts()
         if self.fused:
-            output = chain.run(x, units, shortcut, None, self.backend, self.recompute)
+            output = chain.run(x, units, shortcut, None, self.backend, self.recompute, self.tune)
             if output is not None:
                 return output
         return chain.run_stock(x, units, shortcut)

@@ -122,7 +122,7 @@ class Chain:
             self.counters.append(counter)
         return None
 
-    def run(self, input: Tensor, backend: str, recompute: str) -> Tensor:
+    def run(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor:
         # A checkpoint runs the forward again inside the backward; the statistics were counted the first time.
         count = bool(self.counters) and not functional.recomputing()
         output = functional.residual_block(
@@ -132,6 +132,7 @@ class Chain:
             training=tuple(self.training),
             momentum=tuple(self.momentum),
             recompute=recompute,
+            tune=tune,
             backend=backend,
         )
         if count:
@@ -278,6 +279,7 @@ def run(
     pool: nn.Module | None = None,
     backend: str = "auto",
     recompute: str = "none",
+    tune: bool = False,
 ) -> Tensor | None:
     """The fused result, or None if, this time, the stock forward has to run."""
     if situation() or inspect_input(input):
@@ -286,7 +288,7 @@ def run(
     chain = read(units, shortcut, pool)
     if isinstance(working, Refusal) or isinstance(chain, Refusal) or inspect_tensors(chain.tensors, *working):
         return None
-    return chain.run(input, backend, recompute)
+    return chain.run(input, backend, recompute, tune)
 
 
 def run_norm(

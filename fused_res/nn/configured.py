@@ -26,11 +26,12 @@ class Configured(nn.Module):
 
     backend: str = "auto"
     recompute: str = "none"
+    tune: bool = False
     fused: bool = True
 
-    def configure(self, backend: str = "auto", recompute: str = "none", fused: bool = True) -> None:
+    def configure(self, backend: str = "auto", recompute: str = "none", fused: bool = True, tune: bool = False) -> None:
         check_settings(backend, recompute)
-        self.backend, self.recompute, self.fused = backend, recompute, fused
+        self.backend, self.recompute, self.fused, self.tune = backend, recompute, fused, tune
 
     def refusal(self) -> Refusal | None:
         """Why `forward` would take the stock path at present, as far as that can be told without an input."""
@@ -42,6 +43,6 @@ class Configured(nn.Module):
 
     def settings_repr(self) -> str:
         """The end of an ``extra_repr``: whatever differs from the defaults."""
-        parts = [f"{name}={getattr(self, name)!r}" for name in ("backend", "recompute", "fused")]
-        defaults = ("backend='auto'", "recompute='none'", "fused=True")
+        parts = [f"{name}={getattr(self, name)!r}" for name in ("backend", "recompute", "tune", "fused")]
+        defaults = ("backend='auto'", "recompute='none'", "tune=False", "fused=True")
         return "".join(f", {part}" for part in parts if part not in defaults)

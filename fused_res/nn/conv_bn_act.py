@@ -52,7 +52,7 @@ class ConvBNAct2d(Configured):
     def forward(self, x: Tensor) -> Tensor:
         units = self._units()
         if self.fused:
-            output = chain.run(x, units, "none", None, self.backend, self.recompute)
+            output = chain.run(x, units, "none", None, self.backend, self.recompute, self.tune)
             if output is not None:
                 return output
         return chain.run_stock(x, units)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_res import ops
+from fused_res.convolution import finish_in_place
 from fused_res.ops import laid_out, makes_channels_last
 
 _pointwise = torch.ops.mkldnn._convolution_pointwise.default
@@ -90,11 +91,7 @@ def _conv_bias_act(
         residual, relu = None, False
     else:  # oneDNN adds in its epilogue only there
         y = _pointwise(input, weight, bias, padding, stride, dilation, groups, "none", [], None)
-    if residual is not None:
-        y.add_(residual)
-    if relu:
-        y.relu_()
-    return laid_out(y, channels_last)
+    return laid_out(finish_in_place(y, residual, relu), channels_last)
 
 
 conv_bias_act = ops.operator("fused_res_cpu", "conv_bias_act", _conv_bias_act, "CPU")

@@ -1,0 +1,185 @@
+"""`infer`: latency (median and 99th percentile) and images a second of trained networks: ours frozen, stock PyTorch,
+and torch.compile with its own freezing."""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import data, plots, progress, report
+from benchmarks import options as common
+from benchmarks.check import Results, check_results
+from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, INFERENCE, Provider, build_module
+from benchmarks.steps import calibrate
+from benchmarks.stock import MODELS, stock_model
+from benchmarks.timing import Clock, Workload, measure_interleaved, quantile
+
+HELP = "latency and throughput of frozen networks"
+
+# The reference is stock PyTorch in float64 on the first images, the yardstick its error in the dtype that is measured;
+# the floor, in units of the dtype's resolution, is for small networks, where stock may happen to be exact.
+ERROR_FACTOR = 4.0
+ERROR_FLOOR = 8
+CHECKED = 4
+
+BATCHES = {"cpu": [1, 4, 16], "cuda": [1, 4, 16, 64, 256]}
+
+
+class CudaClock(Clock):
+    """Who waits for an answer waits for the launches, too: time on the CPU, behind the GPU's work."""
+
+    warm_up_calls = 10
+
+    def now(self) -> float:
+        torch.cuda.synchronize()
+        return super().now()
+
+
+@dataclass(frozen=True)
+class InferCase:
+    model: str
+    batch: int
+    size: int
+    dtype: str
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.batch}x{self.size}x{self.size} {self.dtype}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_timing(parser)
+    parser.set_defaults(repeat=20, min_time=3.0)  # one call a sample: a percentile needs many
+    common.add_providers(parser, INFERENCE)
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: resnet18 resnet34 resnet50")
+    parser.add_argument(
+        "--batch", nargs="+", type=common.positive_int, help="images (default: 1 4 16, on a GPU 64 and 256, too)"
+    )
+    parser.add_argument("--size", type=common.positive_int, help="side of an image (default: 224)")
+    parser.add_argument("--device", choices=BATCHES, default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=common.DTYPES, help="of model and images (default: float32, on a GPU bfloat16)"
+    )
+
+
+def select_cases(options: argparse.Namespace) -> list[InferCase]:
+    names = options.model or (["resnet18"] if options.quick else ["resnet18", "resnet34", "resnet50"])
+    batches = options.batch or ([1, 2] if options.quick else BATCHES[options.device])
+    size = options.size or (64 if options.quick else 224)
+    dtype = str(common.dtype_of(options)).removeprefix("torch.")
+    return [InferCase(name, batch, size, dtype, options.device) for name in names for batch in batches]
+
+
+def infer(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return module(x)
+
+
+def workload(module: nn.Module, x: Tensor) -> Workload:
+    return {"forward": lambda _: infer(module, x)}
+
+
+def check_and_build(
+    providers: list[Provider], case: InferCase, options: argparse.Namespace
+) -> tuple[dict[str, Workload], dict[str, float]]:
+    stock = stock_model(case.model)
+    images = data.photographs(case.batch, case.size, options.seed)
+    calibrate(stock, images)
+    stock.eval()
+    reference = {"output": infer(stock.double(), images[:CHECKED].double())}
+    dtype = common.DTYPES[case.dtype]
+    stock.to(case.device, dtype)
+    x = images.to(case.device, dtype)
+
+    workloads: dict[str, Workload] = {}
+    results: dict[str, Results] = {}
+    for provider in progress.details(dict.fromkeys([EAGER, EAGER_CHANNELS_LAST, *providers]), f"{case.name}: check"):
+        module = build_module(provider, stock, options.backend)
+        own = x.to(memory_format=provider.memory_format, copy=True)
+        results[provider.name] = {"output": infer(module, own)[:CHECKED].cpu()}
+        workloads[provider.name] = workload(module, own)
+    yardstick = [results[EAGER.name], results[EAGER_CHANNELS_LAST.name]]
+    checks = {
+        provider.name: check_results(
+            f"{provider.name}, {case.name}",
+            results[provider.name],
+            reference,
+            yardstick,
+            factor=ERROR_FACTOR,
+            floor=ERROR_FLOOR * torch.finfo(dtype).eps,
+        )
+        for provider in providers
+        if provider not in (EAGER, EAGER_CHANNELS_LAST)
+    }
+    return {provider.name: workloads[provider.name] for provider in providers}, checks
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    providers = common.chosen_providers(options, INFERENCE)
+    clock = CudaClock() if options.device == "cuda" else Clock()
+    measured = []
+    for case in progress.cases(select_cases(options), "infer"):
+        torch._dynamo.reset()  # each case compiles for its own shape
+        workloads, checks = check_and_build(providers, case, options)
+        samples = measure_interleaved(
+            workloads, **common.timing(options), label=case.name, clock=clock, sample_seconds=0.0
+        )
+        measured.append(
+            {
+                "name": case.name,
+                **asdict(case),
+                "share_of_allowed_error": checks,
+                "providers": {
+                    name: {**values.summary(), "p99_s": quantile(values.totals, 0.99)}
+                    for name, values in samples.items()
+                },
+            }
+        )
+    return {"cases": measured}
+
+
+def tables(run: dict[str, Any]) -> str:
+    parts = []
+    for case in run["cases"]:
+        first = next(iter(case["providers"]))
+        rows = [
+            [
+                name,
+                report.milliseconds(provider["median_s"]),
+                report.milliseconds(provider["p99_s"]),
+                f"{case['batch'] / provider['median_s']:.1f}",
+                report.ratio(provider["median_s"] / case["providers"][first]["median_s"]),
+                provider["rounds"],
+            ]
+            for name, provider in case["providers"].items()
+        ]
+        parts.append(report.table([case["name"], "p50 ms", "p99 ms", "images/s", f"time / {first}", "rounds"], rows))
+    return "\n\n".join(parts)
+
+
+def summary(run: dict[str, Any]) -> str:
+    """One row a case: latency, images a second, and every other provider's time relative to it."""
+    cases = run["cases"]
+    first, *others = cases[0]["providers"]
+    rows = []
+    for case in cases:
+        provider = case["providers"][first]
+        rows.append(
+            [
+                case["name"],
+                report.milliseconds(provider["median_s"]),
+                report.milliseconds(provider["p99_s"]),
+                f"{case['batch'] / provider['median_s']:.1f}",
+                *(report.ratio(case["providers"][name]["median_s"] / provider["median_s"]) for name in others),
+            ]
+        )
+    header = ["", f"{first} p50 ms", "p99 ms", "images/s", *(f"{name} / {first}" for name in others)]
+    return f"infer: time relative to {first}, {report.allocator_title(run)}\n" + report.table(header, rows)
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    plots.speedups(document, path, "inference of whole networks")

@@ -1,0 +1,143 @@
+"""`roofline`: the bytes, the FLOPs and the least time of a training step and of an inference at each level of fusion,
+on a GPU that need not be here.
+
+Calculated, not measured: a kernel takes the longer of its bytes at the memory's full rate and its FLOPs at the full
+dense rate, and the step is their sum. What each level's kernels read and write: levels.py. Real kernels stay below both
+rates, and convolutions further below theirs than passes over memory; what one kernel leaves in the L2 cache for the
+next can make a step faster than this ("in L2": the share of the bytes that kernels move which could).
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import options as common
+from benchmarks import plots, report
+from benchmarks.cases import Mode
+from benchmarks.devices import DEVICES, Device
+from benchmarks.levels import LEVELS, Kernel, kernels
+from benchmarks.network import network
+
+HELP = "bytes, FLOPs and least time of a step at each level of fusion (calculated)"
+
+MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+MODES: tuple[Mode, ...] = ("train", "eval")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, default="h200", help="default: %(default)s")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["resnet50"], help="default: resnet50")
+    parser.add_argument("--batch", type=common.positive_int, default=256, help="images (default: %(default)s)")
+    parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bf16",
+        help="of activations; parameters are float32 in training, as under autocast (default: %(default)s)",
+    )
+    parser.add_argument("--layers", action="store_true", help="also a table with every stage")
+
+
+def totals(made: Iterable[Kernel], device: Device, dtype: str) -> dict[str, float]:
+    """Summed over kernels, in seconds each by itself and as the longer of the two."""
+    rate = device.rate(dtype)
+    total = dict.fromkeys(("bytes", "flops", "memory_s", "math_s", "floor_s", "l2_bytes"), 0.0)
+    for kernel in made:
+        memory, math = kernel.bytes / device.bandwidth, kernel.flops / rate
+        total["bytes"] += kernel.bytes
+        total["flops"] += kernel.flops
+        total["memory_s"] += memory
+        total["math_s"] += math
+        total["floor_s"] += max(memory, math)
+        total["l2_bytes"] += kernel.bytes if kernel.bytes <= device.l2 else 0
+    return total
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    device, dtype = DEVICES[options.device], DTYPES[options.dtype]
+    cases = []
+    for model in options.model:
+        net = network(model, options.batch, options.size)
+        for mode in MODES:
+            levels = {}
+            for name, level in LEVELS.items():
+                made = kernels(net, level, mode, dtype)
+                stages = {
+                    stage: [k for k in made if k.stage == stage] for stage in dict.fromkeys(k.stage for k in made)
+                }
+                levels[name] = {
+                    **totals(made, device, options.dtype),
+                    "kernels": len(made),
+                    "stages": {stage: totals(some, device, options.dtype) for stage, some in stages.items()},
+                }
+            cases.append(
+                {
+                    "name": f"{model} {mode} {options.batch}x{options.size}x{options.size} {options.dtype}",
+                    "batch": options.batch,
+                    "mode": mode,
+                    "levels": levels,
+                }
+            )
+    return {"device": vars(device) | {"rate": device.rate(options.dtype)}, "cases": cases, "layers": options.layers}
+
+
+def title(run: dict[str, Any]) -> str:
+    device = run["device"]
+    return (
+        f"{device['name']}: {device['bandwidth'] / 1e12:.2f} TB/s, {device['rate'] / 1e12:.0f} TFLOP/s dense, "
+        f"{device['l2'] >> 20} MB L2 (calculated)"
+    )
+
+
+def tables(run: dict[str, Any]) -> str:
+    parts = [summary(run)]
+    if run["layers"]:
+        parts += [stage_table(case) for case in run["cases"]]
+    parts.append("\n".join(f"{name:8} {level.title}" for name, level in LEVELS.items()))
+    return "\n\n".join(parts)
+
+
+def summary(run: dict[str, Any]) -> str:
+    parts = [f"roofline: {title(run)}"]
+    for case in run["cases"]:
+        eager = case["levels"]["eager"]["floor_s"]
+        rows = [
+            [
+                name,
+                level["kernels"],
+                f"{level['bytes'] / 1e9:.2f}",
+                f"{level['l2_bytes'] / level['bytes']:.0%}",
+                f"{level['flops'] / 1e9:.0f}",
+                report.milliseconds(level["memory_s"]),
+                report.milliseconds(level["math_s"]),
+                report.milliseconds(level["floor_s"]),
+                report.ratio(eager / level["floor_s"]),
+                f"{case['batch'] / level['floor_s']:.0f}",
+            ]
+            for name, level in case["levels"].items()
+        ]
+        header = ["kernels", "GB", "in L2", "GFLOP", "memory ms", "math ms", "floor ms", "eager / it", "images/s"]
+        parts.append(report.table([case["name"], *header], rows))
+    return "\n\n".join(parts)
+
+
+def stage_table(case: dict[str, Any]) -> str:
+    """GB and least ms of each stage."""
+    levels = case["levels"]
+    rows = [
+        [
+            stage,
+            *(f"{levels[name]['stages'][stage]['bytes'] / 1e9:.2f}" for name in levels),
+            *(report.milliseconds(levels[name]["stages"][stage]["floor_s"]) for name in levels),
+        ]
+        for stage in levels["eager"]["stages"]
+    ]
+    return report.table([case["name"], *(f"{name} GB" for name in levels), *(f"{name} ms" for name in levels)], rows)
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    plots.floors(document, path)
