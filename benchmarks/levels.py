@@ -10,7 +10,8 @@ w, dw                 the weight, and its gradient
 z, a, y               raw output, normalised and clamped, the block's output; r: what is added, zs: a projection's z
 da, dy, dz, dzs, g    gradients of these; g: masked by a ReLU
 di                    gradient of the block's input, as the chain or the shortcut brings it; dr: what the next
-                      block's shortcut brings to dy; carried: what an identity brings to the first convolution's dx
+                      block's shortcut brings to dy; carried: what the shortcut brings, where the first convolution's
+                      dx takes it in, and cmask, the mask that an identity's has
 mask, p, i8, i64      a bit an element, the max pool's output (gradient dp) and its indices of 1 or 8 bytes
 prev                  x once more in an epilogue, where the norm before it takes its sums from there
 v, o                  features and logits of the classifier, with gradients
@@ -96,7 +97,7 @@ _NORM = {
 #: formed on load. Elsewhere as `_NORM`.
 _FUSED = _NORM | {
     "fused conv": "x w > z",
-    "fused dgrad": "dy mask z w prev > dxt",
+    "fused dgrad": "dy mask z w prev carried cmask > dxt",
     "fused wgrad": "dy mask z x > dw",
     "add fused projection": "dxt dxt > dxt",
 }
@@ -233,9 +234,17 @@ class _Walk:
             summed, formed = unit.kernels.backward == "fused", False
         if projection is not None:
             yield from self._unit_backward(projection, True, not fused)
-        if self.plan.grad_input and self.kind:
+        if self.plan.grad_input and self.kind and not self._carries(self.plan.units[0]):
             source = {"end": "identity"}.get(self.kind, "fused projection" if projection in fused else "projection")
             yield from self._step(f"add {source}", projection or last)
+
+    def _carries(self, unit: Unit) -> bool:
+        """Whether the convolution's input gradient takes in the shortcut's: :func:`fused_res.block.backward`."""
+        if unit.reads != "x" or unit.makes == "zs" or not self.kind or unit.kernels.backward != "fused":
+            return False
+        projection = self.plan.projection
+        strided = projection is not None and projection.spec.stride != (1, 1)
+        return not (strided and projection is not None and projection.kernels.backward == "fused")
 
     def _unit_backward(self, unit: Unit, summed: bool, formed: bool) -> Iterator[Kernel]:
         flops = self._convolution(unit).flops
@@ -274,7 +283,8 @@ class _Walk:
             "dw": size * w,
             "r": z if convolution.residual else 0,
             "dr": 0 if self.final else size * y,
-            "carried": x if self.kind == "end" and unit.index == 0 else 0,
+            "carried": x if self._carries(unit) else 0,
+            "cmask": x / size / 8 if self._carries(unit) and self.kind == "end" else 0,
             "mask": z / size / 8 if ends else 0,
             "prev": touched if unit.reads != "x" else 0,
             "p": size * y,

@@ -219,7 +219,8 @@ def backward(plan: Plan, backend: Backend, grad_output: Tensor, tensors: Tensors
         values.drop(unit.makes)
         if not unit.grad_reads:
             return None
-        dx, its_sums = backend.conv_dgrad(*common, None if x_stats is None else x, x_stats, x_relu)
+        added = shortcut_grad() if unit.reads == "x" and unit is not plan.projection else (None, None)
+        dx, its_sums = backend.conv_dgrad(*common, None if x_stats is None else x, x_stats, x_relu, *added)
         return _Behind(dx, masked=True, sums=None if x_stats is None else its_sums)
 
     def through(unit: Unit, behind: _Behind | None) -> _Behind | None:
@@ -242,8 +243,16 @@ def backward(plan: Plan, backend: Backend, grad_output: Tensor, tensors: Tensors
     shortcut = _Behind(grad_output, kept.mask)
     if projection is not None and last.grad_norm and projection.grad_norm:
         pair(last, projection, first, shortcut)
-    # The projection first: it lets go of more than it brings.
+    # The projection first: it lets go of more than it brings, and the chain can add what it brings.
     reached = None if projection is None else through(projection, shortcut)
+
+    def shortcut_grad() -> tuple[Tensor | None, Tensor | None]:
+        """The gradient that the shortcut brings to the block's input, and its mask, if one addition is all it takes."""
+        if plan.spec.shortcut == "identity":
+            return grad_output, kept.mask
+        whole = projection is not None and (projection.kernels.backward == "aten" or projection.spec.stride == (1, 1))
+        return (reached.dy if whole and reached is not None else None), None
+
     behind: _Behind | None = first
     for unit in reversed(plan.units):
         behind = through(unit, behind)
@@ -252,15 +261,17 @@ def backward(plan: Plan, backend: Backend, grad_output: Tensor, tensors: Tensors
 
     assert behind is not None
     grads[0] = grad = behind.dy
+    added, mask = shortcut_grad()
+    if plan.units[0].kernels.backward == "fused" and added is not None:
+        return grads
     if projection is not None:
         assert reached is not None
         # A fused projection with a stride brings only the pixels that it has read.
-        whole = reached.dy.shape == grad.shape
-        strides = (1, 1) if whole else projection.spec.stride
-        (grad if whole else grad[:, :, :: strides[0], :: strides[1]]).add_(reached.dy)
-    elif plan.spec.shortcut == "identity":
+        into = grad if added is not None else grad[:, :, :: projection.spec.stride[0], :: projection.spec.stride[1]]
+        into.add_(reached.dy)
+    elif added is not None:
         # The masked gradient goes straight into the first convolution's: it is never a tensor of its own.
-        backend.add_masked_(grad, grad_output, kept.mask)
+        backend.add_masked_(grad, added, mask)
     return grads
 
 

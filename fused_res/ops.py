@@ -27,7 +27,8 @@ take the gradient behind the norm and form that before it, ``dz = scale * (dy - 
 count)``, while they load (``sums`` None: statistics that are constants, ``dz = scale * dy``); ``dy`` is masked by
 ``relu_mask``, or where ``relu``, by the sign of the normalised ``output``. What was the convolution's operand is
 ``input``, or with ``input_stats`` the activation of it; then ``conv_dgrad`` returns the gradient masked by that
-activation, with its sums. ``conv_dgrad`` knows no stride: its ``grad_input`` has the size of ``output``.
+activation, with its sums. ``conv_dgrad`` knows no stride: its ``grad_input`` has the size of ``output``. It adds to it
+``added``, where ``added_mask`` says so: the gradient of a shortcut.
 
 ``relu_mask`` is uint8, one bit an element, least significant first, in rows padded to whole bytes: a row is a pixel
 ``(N*S, ceil(C/8))`` in channels_last memory and a plane ``(N*C, ceil(S/8))`` in contiguous memory, see
@@ -78,8 +79,8 @@ SCHEMAS = {
     "conv_bn_stats": "(Tensor input, Tensor weight, Tensor? bias, Tensor? input_stats, bool input_relu, int[] stride,"
     " int[] padding, int[] dilation, int groups, bool partials) -> (Tensor output, Tensor partials)",
     "conv_dgrad": "(Tensor grad_output, Tensor output, Tensor stats, Tensor? relu_mask, bool relu, Tensor? sums,"
-    " int count, Tensor weight, Tensor? input, Tensor? input_stats, bool input_relu)"
-    " -> (Tensor grad_input, Tensor sums)",
+    " int count, Tensor weight, Tensor? input, Tensor? input_stats, bool input_relu, Tensor? added=None,"
+    " Tensor? added_mask=None) -> (Tensor grad_input, Tensor sums)",
     "conv_wgrad": "(Tensor grad_output, Tensor output, Tensor stats, Tensor? relu_mask, bool relu, Tensor? sums,"
     " int count, Tensor weight, Tensor input, Tensor? input_stats, bool input_relu, int[] stride) -> Tensor",
     "max_pool_forward": "(Tensor input, Tensor? stats, bool relu, int[2] kernel_size, int[2] stride, int[2] padding)"

@@ -278,6 +278,12 @@ def test_pointwise_backward(channels, outputs, size, stride, dtype):
         assert_close(dx, exact, dtype, "conv_dgrad", 4)
         if through:
             assert_close(its_sums, exact_sums, dtype, "sums of conv_dgrad", 4)
+            continue
+        added = channels_last(randn(*shape, seed=5)).to(dtype)
+        for added_mask in (None, norm.pack_mask(channels_last(randn(*shape, seed=6)) > 0)):
+            dx, _ = kernels.conv_dgrad(*common, *read, added, added_mask)
+            exact, _ = reference_dgrad.conv_dgrad(*wide(*common, *read, added, added_mask))
+            assert_close(dx, exact, dtype, "conv_dgrad and a shortcut's gradient", 4)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

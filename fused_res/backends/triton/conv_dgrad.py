@@ -28,10 +28,13 @@ def conv_dgrad(
     input: Tensor | None,
     input_stats: Tensor | None,
     input_relu: bool,
+    added: Tensor | None = None,
+    added_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not takes(output, weight):
         return reference.conv_dgrad(
-            grad_output, output, stats, relu_mask, relu, sums, count, weight, input, input_stats, input_relu
+            grad_output, output, stats, relu_mask, relu, sums, count, weight, input, input_stats, input_relu, added,
+            added_mask,
         )
     output, grad_output = laid_out(output, True), laid_out(grad_output, True)
     out_channels, channels = weight.shape[:2]
@@ -48,6 +51,7 @@ def conv_dgrad(
         kernels.dgrad_kernel, (cut.row_tiles * cut.col_tiles,),
         grad_output, output, stats, relu_mask, sums, weight.flatten(1), grad_input, x,
         input_stats if through_norm else None, partials if through_norm else None,
+        None if added is None else laid_out(added, True), added_mask,
         rows, channels, out_channels, count, cut.col_tiles,
         relu, input_relu, max(output.numel(), grad_input.numel()) >= 2**31, precision(output.dtype),
         *cut.blocks, **cut.options,

@@ -16,6 +16,18 @@ from fused_res.backends.triton.kernels.elementwise import normalise, passes, rel
 
 
 @triton.jit
+def _load_bits(
+    mask_ptr, row, row_inside, col, channels, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):
+    width = (channels + 7) // 8
+    byte = tl.min(col, axis=0) // 8 + tl.arange(0, BLOCK_COLS // 8)
+    inside = row_inside[:, None] & (byte < width)[None, :]
+    return unpack_bits(
+        tl.load(mask_ptr + row[:, None] * width + byte[None, :], inside, other=0), BLOCK_ROWS, BLOCK_COLS
+    )
+
+
+@triton.jit
 def _load_dz(
     dy_ptr, z_ptr, stats_ptr, mask_ptr, sums_ptr, row, row_inside, col, channels, count,
     RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -28,12 +40,7 @@ def _load_dz(
     dy = tl.load(dy_ptr + at, inside, other=0).to(tl.float32)
     mean, scale, shift = load_norm(stats_ptr, col, col_inside, channels)
     if mask_ptr is not None:
-        width = (channels + 7) // 8
-        byte = tl.min(col, axis=0) // 8 + tl.arange(0, BLOCK_COLS // 8)
-        bits = tl.load(
-            mask_ptr + row[:, None] * width + byte[None, :], row_inside[:, None] & (byte < width)[None, :], other=0
-        )
-        dy = tl.where(unpack_bits(bits, BLOCK_ROWS, BLOCK_COLS), dy, 0)
+        dy = tl.where(_load_bits(mask_ptr, row, row_inside, col, channels, BLOCK_ROWS, BLOCK_COLS), dy, 0)
     elif RELU:
         dy = tl.where(passes(normalise(z, mean[None, :], scale[None, :], shift[None, :])), dy, 0)
     if sums_ptr is not None:
@@ -52,6 +59,7 @@ def dgrad_kernel(
     dx_ptr,            # (rows, channels)
     x_ptr, x_stats_ptr,  # (rows, channels), (5, channels) of the norm that the convolution read through; or None
     partials_ptr,      # (row tiles, 2, channels) of that norm's sums, or None
+    added_ptr, added_mask_ptr,  # like dx, and its mask: the gradient of a shortcut; or None
     rows, channels, out_channels, count, col_tiles,
     RELU: tl.constexpr, INPUT_RELU: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -85,6 +93,12 @@ def dgrad_kernel(
         out = partials_ptr + tile * 2 * channels + col
         tl.store(out, tl.sum(acc, axis=0), col_inside)
         tl.store(out + channels, tl.sum(acc * xhat, axis=0) * invstd, col_inside)
+    if added_ptr is not None:
+        added = tl.load(added_ptr + at, inside, other=0).to(tl.float32)
+        if added_mask_ptr is not None:
+            passed = _load_bits(added_mask_ptr, row, row_inside, col, channels, BLOCK_ROWS, BLOCK_COLS)
+            added = tl.where(passed, added, 0)
+        acc += added
     tl.store(dx_ptr + at, acc.to(dx_ptr.dtype.element_ty), inside)
 
 
