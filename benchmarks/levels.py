@@ -136,7 +136,7 @@ class Level:
         read = block.read
         if self.convolutions == "planned" and mode == "train":
             weights = [convolution.weight for convolution in block.convolutions]
-            return static_choices(read.spec, weights, dtype, True, "triton", "auto")
+            return static_choices(read.spec, weights, dtype, True, "triton", "planned")
         choice = Choice() if self.convolutions == "aten" else _ALL_FUSED
         return (choice,) * len(block.convolutions)
 

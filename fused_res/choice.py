@@ -19,6 +19,7 @@ from fused_res.spec import UnitSpec
 _LEAST_CHANNELS = 16
 _HALF = (torch.bfloat16, torch.float16)
 
+_NAMED = "the backend was asked for by name, or FUSED_RES_CONVOLUTION says so"
 _SAYS_SO = "FUSED_RES_CONVOLUTION or backends.use() says so"
 _TOO_FEW = "its channels do not fill matrix instructions and 16-byte loads"
 
@@ -68,7 +69,7 @@ def choose(
     backend: str,
     preference: str,
 ) -> Choice:
-    """The static choice; ``preference`` is ``"auto"``, or ``"aten"`` or ``"fused"`` wherever that is possible."""
+    """The static choice; ``preference`` is ``"planned"``, or ``"aten"`` or ``"fused"`` wherever that is possible."""
     if preference == "aten":
         return Choice(reason=_SAYS_SO)
     choice = possible(spec, weight, dtype, channels_last, backend)
@@ -106,13 +107,15 @@ def choose_inference(
     """Likewise for a convolution with its epilogue (``conv_bias_act``) on a GPU, where cuDNN has one, too."""
     if preference == "aten":
         return Choice(reason=_SAYS_SO)
-    if len(weight) != 4 or not channels_last:
-        return Choice(reason="fused convolutions read images in channels_last memory")
+    if len(weight) != 4:
+        return Choice(reason="fused convolutions are for images")
     if dtype == torch.float64:
         return Choice(reason="float64 has no fused convolution")
     fused = Choice("fused", "fused", "1x1: bias, residual and ReLU cost no pass of their own")
     if preference == "fused":
-        return fused._replace(reason=_SAYS_SO)
+        return fused._replace(reason=_NAMED)
+    if not channels_last:
+        return Choice(reason="fused convolutions read channels_last memory")
     if weight[2:] != (1, 1) or any(padding) or groups > 1:
         return Choice(reason="cuDNN's kernels are ahead")
     if dtype not in _HALF:

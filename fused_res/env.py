@@ -36,8 +36,8 @@ BACKEND = Variable(
 CONVOLUTION = Variable(
     "FUSED_RES_CONVOLUTION",
     default="auto",
-    allowed=("auto", "aten", "fused"),
-    doc="who computes a block's convolutions: ATen, the backend's fused kernels, or whichever suits the shape",
+    allowed=("auto", "planned", "aten", "fused"),
+    doc="who computes convolutions: the planner's choice, ATen, our kernels; auto is ours where a GPU backend is named",
 )
 CPU_ISA = Variable(
     "FUSED_RES_CPU_ISA",

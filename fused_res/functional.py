@@ -145,18 +145,20 @@ def residual_block(
             input = input.to(dtype)
             tensors = [t.to(dtype) if t is not None and i % 6 < 2 else t for i, t in enumerate(tensors)]
 
+    preference = registry.convolution(backend)
     stats: Sequence[Tensor]
     if _needs_reference((input, *tensors)):
         plan(spec, input, tensors, batch_statistics, recompute, kernels.name)
         output, means, variances = reference_block.residual_block(input, spec, tensors, batch_statistics)
         stats = [torch.stack((mean, mean, mean, mean, var)) for mean, var in zip(means, variances, strict=True)]
     elif torch.compiler.is_compiling():
-        output, stats = traceable(input, spec, tensors, batch_statistics, recompute, kernels.name)
+        output, stats = traceable(input, spec, tensors, batch_statistics, recompute, kernels.name, preference)
     else:
-        made = plan(spec, input, tensors, batch_statistics, recompute, kernels.name)
-        if tuning.wanted(input, tune):
+        arguments = spec, input, tensors, batch_statistics, recompute, kernels.name, None
+        made = plan(*arguments, None, preference)
+        if tuning.wanted(input, tune, preference):
             measured = tuning.choices(spec, input, tensors, batch_statistics, kernels)
-            made = plan(spec, input, tensors, batch_statistics, recompute, kernels.name, None, measured)
+            made = plan(*arguments, measured, preference)
         if made.grad:
             output, *stats = ResidualBlock.apply(made, input, *tensors)
         else:
@@ -258,7 +260,10 @@ def packed_conv_bias_act(
     if "conv_bias_act" not in kernels.stems or _needs_reference((input, weight, bias, residual)):
         kernels = registry.resolve("reference", input.device)
     arguments = bias, residual, strides, paddings, dilations, groups, activation == "relu"
-    if kernels.name in ("triton", "cuda") and not tuning.inference_choice(input, weight, kernels, arguments).fused:
+    if (
+        kernels.name in ("triton", "cuda")
+        and not tuning.inference_choice(input, weight, kernels, arguments, registry.convolution(backend)).fused
+    ):
         return convolution.bias_act(input, weight, *arguments)
     operand = weight if pack is None else pack(kernels, input, weight, strides, paddings, dilations, groups)
     # The reference's float32 is not to be cast again.

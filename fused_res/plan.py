@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fused_res.backends import registry
 from fused_res.checks import TensorMeta, check_block
 from fused_res.choice import Choice, choose
 from fused_res.ops import is_channels_last
@@ -123,7 +122,7 @@ def plan(
     backend: str,
     requires_grad: tuple[bool, ...] | None = None,
     choices: tuple[Choice | None, ...] | None = None,
-    preference: str | None = None,
+    preference: str = "planned",
 ) -> Plan:
     """The plan for these tensors; raises ValueError or TypeError for any that do not fit the spec.
 
@@ -138,7 +137,6 @@ def plan(
     # Fake tensors may have symbolic sizes, which cannot be dictionary keys.
     checked = _checked.__wrapped__ if isinstance(input, FakeTensor) else _checked
     channels_last = is_channels_last(input)
-    preference = preference or registry.convolution()
     return checked(spec, metas, channels_last, training, recompute, backend, requires_grad, choices, preference)
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fused_res import convolution
-from fused_res.backends import registry
 from fused_res.backends.registry import Backend
 from fused_res.choice import Choice, choose_inference, possible
 from fused_res.ops import convolved, is_channels_last
@@ -56,9 +55,9 @@ _measured: dict[_Case | _InferenceCase, Choice] = {}
 _lock = threading.Lock()
 
 
-def wanted(input: Tensor, tune: bool) -> bool:
+def wanted(input: Tensor, tune: bool, preference: str) -> bool:
     """Whether to take measured choices for a block with this input."""
-    return (tune or (torch.backends.cudnn.benchmark and input.is_cuda)) and registry.convolution() == "auto"
+    return (tune or (torch.backends.cudnn.benchmark and input.is_cuda)) and preference == "planned"
 
 
 def choices(
@@ -94,13 +93,15 @@ def measured(backend: str) -> dict[tuple[UnitSpec, tuple[int, ...]], Choice]:
     }
 
 
-def inference_choice(input: Tensor, weight: Tensor, backend: Backend, arguments: tuple[Any, ...]) -> Choice:
+def inference_choice(
+    input: Tensor, weight: Tensor, backend: Backend, arguments: tuple[Any, ...], preference: str
+) -> Choice:
     """Who computes ``conv_bias_act`` on a GPU: measured if that was asked for, else static."""
     bias, residual, stride, padding, dilation, groups, relu = arguments
     static = choose_inference.__wrapped__ if torch.compiler.is_compiling() else choose_inference
     shape = tuple(weight.shape)
-    made = static(shape, padding, groups, input.dtype, is_channels_last(input), registry.convolution())
-    if torch.compiler.is_compiling() or not wanted(input, False) or not is_channels_last(input):
+    made = static(shape, padding, groups, input.dtype, is_channels_last(input), preference)
+    if torch.compiler.is_compiling() or not wanted(input, False, preference) or not is_channels_last(input):
         return made
     spec = bias is None, stride, padding, dilation, groups, relu
     device = torch.cuda.get_device_name(input.device)

@@ -5,6 +5,7 @@ import torch
 
 import fused_res
 from fused_res import BlockSpec, UnitSpec, tune
+from fused_res.backends import registry
 from fused_res.choice import choose
 from fused_res.functional import residual_block
 from fused_res.plan import plan
@@ -14,7 +15,9 @@ SPATIAL = UnitSpec(padding=(1, 1))
 BLOCK = BlockSpec((POINTWISE, SPATIAL, POINTWISE), "identity")
 
 
-def choice(spec=POINTWISE, weight=(64, 64, 1, 1), dtype=torch.bfloat16, preference="auto", backend="triton", **other):
+def choice(
+    spec=POINTWISE, weight=(64, 64, 1, 1), dtype=torch.bfloat16, preference="planned", backend="triton", **other
+):
     options = {"channels_last": True, "projection": False} | other
     return choose(spec, weight, dtype, options["channels_last"], options["projection"], backend, preference)
 
@@ -60,13 +63,17 @@ def test_override_is_a_context():
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
 
     def kernels():
-        made = plan(BLOCK, x, block_tensors(), (True,) * 3, "none", "reference")
+        preference = registry.convolution("reference")
+        made = plan(BLOCK, x, block_tensors(), (True,) * 3, "none", "reference", preference=preference)
         return [unit.kernels.kernels for unit in made.units]
 
     assert kernels() == ["ATen"] * 3
     with fused_res.backends.use("reference", convolution="fused"):
         assert kernels() == ["fused", "fused forward, ATen backward", "fused"]
     assert kernels() == ["ATen"] * 3
+    assert registry.convolution("triton") == "fused" and registry.convolution("auto") == "planned"
+    with fused_res.backends.use("auto", convolution="planned"):
+        assert registry.convolution("triton") == "planned"
     with pytest.raises(ValueError, match="convolution must be one of"):
         fused_res.backends.use("auto", convolution="cudnn")
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from test_conv_bias_act import check as check_convolution
+from test_conv_bias_act import make as convolution_case
 from test_residual_block import BLOCKS, learnable, make, run, stock
 
 import fused_res
@@ -42,7 +44,7 @@ def exact(spec, x, tensors, training, **options):
     return run(lambda x, t: stock(x, spec, t, training), x.double(), wide, **options)
 
 
-@pytest.mark.parametrize("convolution", ["auto", "fused"])
+@pytest.mark.parametrize("convolution", ["aten", "fused"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", IMAGES)
 def test_blocks(name, training, convolution):
@@ -72,6 +74,33 @@ def test_partial_gradients(name):
                 frozen_input=frozen_input,
             )
         assert_near(ours, exact(spec, x, learnable(tensors, frozen), True, frozen_input=frozen_input))
+
+
+@pytest.mark.parametrize("case", ["3x3", "1x1", "1x1, stride", "ragged", "one image", "sequence"])
+def test_conv_bias_act(case):
+    """By name, whatever the layout; a sequence is left to ATen."""
+    for dtype, format in itertools.product((torch.float32, torch.float16), (torch.channels_last, None)):
+        tensors, options = convolution_case(case, dtype)
+        if format and tensors["input"].dim() == 4:
+            tensors["input"] = tensors["input"].contiguous(memory_format=format)
+        check_convolution({name: t.to(DEVICE) for name, t in tensors.items()}, options, "triton")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_frozen(compiled):
+    torch.manual_seed(0)
+    model = fused_res.models.cifar_resnet(8, num_classes=3).eval().to(DEVICE, memory_format=torch.channels_last)
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(norm.running_mean), torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    frozen = fused_res.freeze(model, backend="triton")
+    assert all("backend=triton" in row.why and "fused" in row.why for row in fused_res.summarize(frozen).fused)
+    x = torch.randn(1, 3, 9, 9, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact = fused_res.unfuse(model.double())(x.double())
+        if compiled:
+            torch._dynamo.reset()
+            frozen = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+        assert (frozen(x) - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_compiled_has_the_eager_result():

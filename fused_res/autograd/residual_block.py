@@ -81,7 +81,7 @@ def _differentiable_backward(plan: Plan, grad_output: Tensor, tensors: Tensors, 
 _library = torch.library.Library("fused_res", "DEF")
 _DESCRIPTION = (
     "bool[] present, int[] spec, float[] eps, bool[] training, bool[] requires_grad, bool channels_last,"
-    " str recompute, str backend, str convolution"
+    " str recompute, str backend, str preference"
 )
 _library.define(f"block_forward(Tensor input, Tensor[] tensors, {_DESCRIPTION}) -> Tensor[]")
 _library.define(
@@ -100,7 +100,7 @@ class _Description(NamedTuple):
     channels_last: bool
     recompute: str
     backend: str
-    convolution: str  # as registry.convolution() was when the block ran forward
+    preference: str
 
     def block_spec(self) -> BlockSpec:
         return BlockSpec.decode(self.spec, self.eps)
@@ -109,7 +109,7 @@ class _Description(NamedTuple):
         """``tensors`` are those that are present."""
         spec, flags, training = self.block_spec(), tuple(self.requires_grad), tuple(self.training)
         weights = [None if t is None else t.shape for t in self.spread(tensors)[::6]]
-        choices = static_choices(spec, weights, dtype, self.channels_last, self.backend, self.convolution)
+        choices = static_choices(spec, weights, dtype, self.channels_last, self.backend, self.preference)
         return decide(spec, flags, self.channels_last, training, self.recompute, self.backend, choices)
 
     def spread(self, tensors: Iterable[Tensor]) -> list[Tensor | None]:
@@ -118,7 +118,13 @@ class _Description(NamedTuple):
 
 
 def traceable(
-    input: Tensor, spec: BlockSpec, tensors: Tensors, training: Sequence[bool], recompute: str, backend: str
+    input: Tensor,
+    spec: BlockSpec,
+    tensors: Tensors,
+    training: Sequence[bool],
+    recompute: str,
+    backend: str,
+    preference: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """The block through the opaque operators: its output and the statistics of every unit that has any."""
     grad = torch.is_grad_enabled()
@@ -130,7 +136,7 @@ def traceable(
     ints, eps = spec.encode()
     outputs = torch.ops.fused_res.block_forward.default(
         input, given, present, ints, eps, list(training), requires_grad, is_channels_last(input), recompute, backend,
-        registry.convolution(),
+        preference,
     )  # fmt: skip
     return outputs[0], [stats.detach() for stats in outputs[1 : 1 + len(spec.convolutions)]]
 
@@ -140,7 +146,7 @@ def _block_forward(input: Tensor, tensors: list[Tensor], *description: Any) -> l
     flat = about.spread(tensors)
     training, flags = tuple(about.training), tuple(about.requires_grad)
     made = plan(
-        about.block_spec(), input, flat, training, about.recompute, about.backend, flags, preference=about.convolution
+        about.block_spec(), input, flat, training, about.recompute, about.backend, flags, preference=about.preference
     )
     output, kept = block.forward(made, registry.resolve(about.backend, input.device), input, flat)
     # An operator may not return its own input; autograd saves that by itself.

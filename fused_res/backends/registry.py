@@ -178,9 +178,12 @@ def stems(name: str) -> frozenset[str]:
     return frozenset(stem for stem in STEMS if _absent(name, stem) is None)
 
 
-def convolution() -> str:
-    """Who computes the convolutions of a block: ``"auto"``, ``"aten"`` or ``"fused"``."""
-    return _convolution
+def convolution(backend: str) -> str:
+    """Who computes convolutions when ``backend`` is asked for: ``"planned"``, ``"aten"`` or ``"fused"``."""
+    if _convolution != "auto":
+        return _convolution
+    named = _default if backend == "auto" else backend
+    return "fused" if named in ("triton", "cuda") else "planned"
 
 
 def require(name: str) -> None:
@@ -201,8 +204,10 @@ def _restore(previous: tuple[str, str]) -> Iterator[None]:
 def use(name: str, convolution: str | None = None) -> contextlib.AbstractContextManager[None]:
     """Sets what ``backend="auto"`` means from here on; as a context manager, until its end.
 
-    ``convolution`` overrides the planner: ``"aten"`` leaves every convolution to ATen (cuDNN, oneDNN), ``"fused"``
-    takes the backend's own wherever they can compute it, ``"auto"`` decides by shape and dtype; None changes nothing.
+    A GPU's backend that is named so, or as an argument, computes convolutions wherever it can; otherwise the planner
+    decides by shape and dtype. ``convolution`` overrides both: ``"aten"`` leaves every convolution to ATen (cuDNN,
+    oneDNN), ``"fused"`` takes the backend's kernels wherever there are any, ``"planned"`` leaves it to the planner,
+    ``"auto"`` takes the override back, None changes nothing.
     """
     global _default, _convolution
     if name != "auto":

@@ -120,7 +120,7 @@ def _frozen_row(name: str, module: Frozen) -> Row:
 
 
 def _frozen_choice(module: FrozenConv) -> tuple[tuple[int, ...], Choice]:
-    shape, spec, preference = tuple(module.weight.shape), module.spec, registry.convolution()
+    shape, spec, preference = tuple(module.weight.shape), module.spec, registry.convolution(module.backend)
     return shape, choose_inference(shape, spec.padding, spec.groups, module.weight.dtype, True, preference)
 
 
@@ -136,7 +136,8 @@ def _settings(module: Fused | Configured) -> str:
         settings = module._fused_res or Settings()
     backend = _backend(module, settings.backend)
     parts = [f"backend={backend}", f"recompute={settings.recompute}", "tune=True" * settings.tune]
-    pairs = [pair for units, shortcut in _chains_of(module) for pair in _choices(units, shortcut, backend)]
+    preference = registry.convolution(settings.backend)
+    pairs = [pair for units, shortcut in _chains_of(module) for pair in _choices(units, shortcut, backend, preference)]
     parts.append(describe(pairs))
     return ", ".join(filter(None, parts))
 
@@ -163,14 +164,14 @@ def _chains_of(module: Any) -> list[Parts]:
     return [Parts(run.units) for run in runs(tuple(fused._modules.values())) if run.units]
 
 
-def _choices(units: Any, shortcut: Any, backend: str) -> Iterator[tuple[tuple[int, ...], Choice]]:
+def _choices(units: Any, shortcut: Any, backend: str, preference: str) -> Iterator[tuple[tuple[int, ...], Choice]]:
     """The static choice for each convolution, in channels_last memory and the parameters' dtype."""
     read = chain.read(units, shortcut)
     if isinstance(read, Refusal):
         return
     weights = [weight.shape for weight in read.tensors[::6] if weight is not None]
     dtype = read.tensors[0].dtype if read.tensors[0] is not None else torch.float32
-    static = static_choices(read.spec, weights, dtype, True, backend, registry.convolution())
+    static = static_choices(read.spec, weights, dtype, True, backend, preference)
     measured = tune.measured(backend)
     for unit, weight, choice in zip(read.spec.convolutions, weights, static, strict=True):
         yield tuple(weight), measured.get((unit, tuple(weight)), choice)

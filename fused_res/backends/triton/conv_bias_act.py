@@ -7,6 +7,7 @@ from torch import Tensor
 from fused_res.backends.reference import conv_bias_act as reference
 from fused_res.backends.triton import operator
 from fused_res.backends.triton.convolution import convolution, takes
+from fused_res.ops import laid_out, makes_channels_last
 
 
 @operator
@@ -23,4 +24,5 @@ def conv_bias_act(
 ) -> Tensor:
     if not takes(input, weight):
         return reference.conv_bias_act(input, weight, bias, residual, stride, padding, dilation, groups, relu)
-    return convolution(input, weight, bias, residual, None, False, stride, padding, dilation, groups, relu, False)[0]
+    y, _ = convolution(input, weight, bias, residual, None, False, stride, padding, dilation, groups, relu, False)
+    return laid_out(y, makes_channels_last(input, weight))
