@@ -111,168 +111,202 @@ class _Behind:
     sums: Tensor | None = None  # (2, C) of the masked gradient: of itself, and of it times xhat
     dz: Tensor | None = None  # the gradient before the norm
 
+    def by_sign(self, unit: Unit) -> bool:
+        """Whether the ReLU in between is still to be seen to, by the sign of what it clamps."""
+        return unit.spec.relu and self.mask is None and not self.masked
+
 
 def backward(plan: Plan, backend: Backend, grad_output: Tensor, tensors: Tensors, kept: Kept) -> list[Tensor | None]:
     """Gradients of the input and of every tensor, in their order; None where ``plan`` wants none."""
-    if plan.spec.shortcut != "none":
-        grad_output = laid_out(grad_output, plan.channels_last)
-    values = _Values(plan, backend, tensors, kept)
-    grads: list[Tensor | None] = [None] * (1 + len(tensors))
+    return _Backward(plan, backend, grad_output, tensors, kept).run()
 
-    def keep(unit: Unit, dweight: Tensor, dbias: Tensor) -> None:
-        """Gradients of a norm's parameters, where they are wanted."""
-        at = 1 + 6 * unit.index + 2
-        if unit.grad_norm_weight:
-            grads[at] = dweight
-        if unit.grad_norm_bias:
-            grads[at + 1] = dbias
 
-    def pair(unit: Unit, other: Unit, behind: _Behind, other_behind: _Behind) -> None:
-        """One reduction for the two norms that meet in the addition; one pass, too, unless convolutions do the rest."""
-        z, other_z = values[unit.makes], values[other.makes]
-        stats, other_stats = kept.stats[unit.index], kept.stats[other.index]
-        if "fused" in (unit.kernels.backward, other.kernels.backward):
-            sums = backend.batch_norm_sums(behind.dy, z, stats, behind.mask, False, other_z, other_stats)
-            behind.sums, other_behind.sums = sums[:2], sums[::2].contiguous()
-            return
-        weight, other_weight = tensors[6 * unit.index + 2], tensors[6 * other.index + 2]
-        wanted = [unit.grad_z, other.grad_z]
-        wanted += [unit.grad_norm_weight, unit.grad_norm_bias, other.grad_norm_weight, other.grad_norm_bias]
-        behind.dz, other_behind.dz, *norm_grads = backend.batch_norm_act_backward_pair(
-            behind.dy, z, weight, stats, other_z, other_weight, other_stats, behind.mask, unit.training,
-            other.training, wanted,
-        )  # fmt: skip
-        keep(unit, *norm_grads[:2])
-        keep(other, *norm_grads[2:])
+class _Backward:
+    """Walks a plan from the end, norm by norm and convolution by convolution."""
 
-    def sums_of(unit: Unit, behind: _Behind) -> Tensor | None:
-        """The reduction of a norm's backward, if anybody asks for it; gives its parameters their gradients."""
-        if not (unit.training or unit.grad_bias or unit.grad_norm_weight or unit.grad_norm_bias):
+    def __init__(self, plan: Plan, backend: Backend, grad_output: Tensor, tensors: Tensors, kept: Kept) -> None:
+        self.plan, self.backend, self.tensors = plan, backend, tensors
+        self.grad_output = laid_out(grad_output, plan.channels_last) if plan.spec.shortcut != "none" else grad_output
+        self.stats, self.mask = kept.stats, kept.mask
+        self.values = _Values(plan, backend, tensors, kept)
+        self.grads: list[Tensor | None] = [None] * (1 + len(tensors))
+        self.shortcut: Tensor | None = None  # what a projection brings to the input
+
+    def run(self) -> list[Tensor | None]:
+        plan = self.plan
+        last, projection = plan.units[-1], plan.projection
+        behind: _Behind | None = _Behind(self.grad_output, self.mask)
+        if (pool := plan.spec.pool) is not None:
+            shape = self.values[last.makes]
+            behind = _Behind(
+                self.backend.max_pool_backward(
+                    self.grad_output, self.mask, shape, pool.kernel_size, pool.stride, pool.padding
+                )
+            )
+        if projection is not None:
+            # The projection's norm has no ReLU, but stands before the block's: its gradient is masked by that one.
+            its = _Behind(self.grad_output, self.mask)
+            assert behind is not None
+            if last.grad_norm and projection.grad_norm:
+                self._pair(last, projection, behind, its)
+            # First, because it lets go of more than it brings, and the chain can add what it brings.
+            reached = self._through(projection, its)
+            self.shortcut = None if reached is None else reached.dy
+        for unit in reversed(plan.units):
+            behind = self._through(unit, behind)
+        if plan.grad_input:
+            assert behind is not None
+            self.grads[0] = self._with_shortcut(behind.dy)
+        return self.grads
+
+    def _through(self, unit: Unit, behind: _Behind | None) -> _Behind | None:
+        """From the gradient behind a unit's norm to the one behind the norm before it."""
+        if behind is None or not unit.grad_norm:
             return None
-        if behind.sums is None:
-            relu = unit.spec.relu and behind.mask is None and not behind.masked
-            behind.sums = backend.batch_norm_sums(
-                behind.dy, values[unit.makes], kept.stats[unit.index], behind.mask, relu, None, None
-            )
-        weight = tensors[6 * unit.index + 2]
-        dtype = behind.sums.dtype if weight is None else weight.dtype
-        # Copies: gradients are accumulated in place, and must not share memory.
-        dbias, dweight = (row.to(dtype, copy=True) for row in behind.sums)
-        keep(unit, dweight, dbias)
-        return behind.sums
+        reached = (self._fused if unit.kernels.backward == "fused" else self._aten)(unit, behind)
+        self.values.drop(unit.makes)
+        if unit.reads != "x":
+            self.values.drop(unit.reads)
+        return reached
 
-    def before_norm(unit: Unit, behind: _Behind) -> Tensor:
-        if behind.dz is not None:
-            return behind.dz
-        z, stats, relu = values[unit.makes], kept.stats[unit.index], unit.spec.relu
-        if behind.masked or behind.sums is not None:
-            sums = sums_of(unit, behind)
-            relu = relu and behind.mask is None and not behind.masked
-            count = z.numel() // z.shape[1]
-            return backend.batch_norm_act_dx(
-                behind.dy, z, stats, behind.mask, relu, sums if unit.training else None, count
-            )
-        wanted = [unit.grad_z, False, unit.grad_norm_weight, unit.grad_norm_bias]
-        weight = tensors[6 * unit.index + 2]
-        dz, _, *norm_grads = backend.batch_norm_act_backward(
-            behind.dy, z, weight, stats, behind.mask, unit.training, relu, wanted
-        )
-        keep(unit, *norm_grads)
-        return dz
-
-    def aten(unit: Unit, behind: _Behind) -> _Behind | None:
-        dz = before_norm(unit, behind)
-        values.drop(unit.makes)
+    def _aten(self, unit: Unit, behind: _Behind) -> _Behind | None:
+        dz = self._before_norm(unit, behind)
+        self.values.drop(unit.makes)
         if not unit.grad_z:
             return None
-        weight, bias = tensors[6 * unit.index : 6 * unit.index + 2]
+        weight, bias = self.tensors[6 * unit.index : 6 * unit.index + 2]
         at = 1 + 6 * unit.index
         if not (unit.grad_reads or unit.grad_weight):
-            grads[at + 1] = dz.sum([0, *range(2, dz.dim())])
+            self.grads[at + 1] = dz.sum([0, *range(2, dz.dim())])
             return None
         # Only the weight's gradient reads x; the input's takes its shape, which the value before the norm has too.
-        x = values[unit.reads if unit.grad_weight else unit.source]
-        dx, grads[at], grads[at + 1] = convolution.backward(
+        x = self.values[unit.reads if unit.grad_weight else unit.source]
+        dx, self.grads[at], self.grads[at + 1] = convolution.backward(
             dz, x, weight, bias, unit.spec, [unit.grad_reads, unit.grad_weight, unit.grad_bias]
         )
         return None if dx is None else _Behind(dx)
 
-    def fused(unit: Unit, behind: _Behind) -> _Behind | None:
+    def _fused(self, unit: Unit, behind: _Behind) -> _Behind | None:
         """Without the gradient before the norm, and without the activation that the convolution read."""
-        z, stats = values[unit.makes], kept.stats[unit.index]
-        weight, bias = tensors[6 * unit.index : 6 * unit.index + 2]
+        z, stats = self.values[unit.makes], self.stats[unit.index]
+        weight, bias = self.tensors[6 * unit.index : 6 * unit.index + 2]
         count = z.numel() // z.shape[1]
-        sums = sums_of(unit, behind)
-        relu = unit.spec.relu and behind.mask is None and not behind.masked
-        common = (behind.dy, z, stats, behind.mask, relu, sums if unit.training else None, count, weight)
-        x = values[unit.source] if unit.grad_reads or unit.grad_weight else None
+        sums = self._sums(unit, behind)
+        terms = sums if unit.training else None
+        common = (behind.dy, z, stats, behind.mask, behind.by_sign(unit), terms, count, weight)
+        x = self.values[unit.source] if unit.grad_reads or unit.grad_weight else None
         x_stats, x_relu = None, False
         if unit.reads != "x":
-            x_stats, x_relu = kept.stats[unit.index - 1], plan.units[unit.index - 1].spec.relu
+            x_stats, x_relu = self.stats[unit.index - 1], self.plan.units[unit.index - 1].spec.relu
         at = 1 + 6 * unit.index
         if unit.grad_weight:
-            grads[at] = backend.conv_wgrad(*common, x, x_stats, x_relu, unit.spec.stride)
+            self.grads[at] = self.backend.conv_wgrad(*common, x, x_stats, x_relu, unit.spec.stride)
         if unit.grad_bias:
             assert bias is not None and sums is not None
             # The mean of a batch takes the bias away again.
-            grads[at + 1] = torch.zeros_like(bias) if unit.training else (stats[SCALE] * sums[0]).to(bias.dtype)
-        values.drop(unit.makes)
+            db = torch.zeros_like(bias) if unit.training else stats[SCALE] * sums[0]
+            self.grads[at + 1] = db.to(bias.dtype)
         if not unit.grad_reads:
             return None
-        added = shortcut_grad() if unit.reads == "x" and unit is not plan.projection else (None, None)
-        dx, its_sums = backend.conv_dgrad(*common, None if x_stats is None else x, x_stats, x_relu, *added)
-        return _Behind(dx, masked=True, sums=None if x_stats is None else its_sums)
+        if x_stats is None:
+            dx, _ = self.backend.conv_dgrad(*common, None, None, False, *self._carried(unit))
+            return _Behind(dx)
+        dx, its_sums = self.backend.conv_dgrad(*common, x, x_stats, x_relu)
+        return _Behind(dx, masked=True, sums=its_sums)
 
-    def through(unit: Unit, behind: _Behind | None) -> _Behind | None:
-        """From the gradient behind a unit's norm to the one behind the norm before it."""
-        if behind is None or not unit.grad_norm:
-            return None
-        reached = (fused if unit.kernels.backward == "fused" else aten)(unit, behind)
-        if unit.reads != "x":
-            values.drop(unit.reads)
-        return reached
-
-    last, projection = plan.units[-1], plan.projection
-    first = _Behind(grad_output, kept.mask)
-    if (pool := plan.spec.pool) is not None:
-        z = values[last.makes]
-        first = _Behind(
-            backend.max_pool_backward(grad_output, kept.mask, z, pool.kernel_size, pool.stride, pool.padding)
+    def _before_norm(self, unit: Unit, behind: _Behind) -> Tensor:
+        if behind.dz is not None:
+            dz, behind.dz = behind.dz, None  # nobody else holds it, and it is large
+            return dz
+        z, stats = self.values[unit.makes], self.stats[unit.index]
+        if behind.masked or behind.sums is not None:
+            sums = self._sums(unit, behind)
+            terms, count = sums if unit.training else None, z.numel() // z.shape[1]
+            return self.backend.batch_norm_act_dx(behind.dy, z, stats, behind.mask, behind.by_sign(unit), terms, count)
+        dz, _, *norm_grads = self.backend.batch_norm_act_backward(
+            behind.dy,
+            z,
+            self.tensors[6 * unit.index + 2],
+            stats,
+            behind.mask,
+            unit.training,
+            unit.spec.relu,
+            [unit.grad_z, False, unit.grad_norm_weight, unit.grad_norm_bias],
         )
-    # The projection's norm has no ReLU, but stands before the block's: its gradient is masked by that one.
-    shortcut = _Behind(grad_output, kept.mask)
-    if projection is not None and last.grad_norm and projection.grad_norm:
-        pair(last, projection, first, shortcut)
-    # The projection first: it lets go of more than it brings, and the chain can add what it brings.
-    reached = None if projection is None else through(projection, shortcut)
+        self._keep(unit, *norm_grads)
+        return dz
 
-    def shortcut_grad() -> tuple[Tensor | None, Tensor | None]:
-        """The gradient that the shortcut brings to the block's input, and its mask, if one addition is all it takes."""
-        if plan.spec.shortcut == "identity":
-            return grad_output, kept.mask
-        whole = projection is not None and (projection.kernels.backward == "aten" or projection.spec.stride == (1, 1))
-        return (reached.dy if whole and reached is not None else None), None
+    def _pair(self, unit: Unit, other: Unit, behind: _Behind, other_behind: _Behind) -> None:
+        """One reduction for the two norms that meet in the addition; one pass, too, unless convolutions do the rest."""
+        z, other_z = self.values[unit.makes], self.values[other.makes]
+        stats, other_stats = self.stats[unit.index], self.stats[other.index]
+        if "fused" in (unit.kernels.backward, other.kernels.backward):
+            sums = self.backend.batch_norm_sums(behind.dy, z, stats, behind.mask, False, other_z, other_stats)
+            behind.sums, other_behind.sums = sums[:2], sums[::2].contiguous()
+            return
+        weight, other_weight = self.tensors[6 * unit.index + 2], self.tensors[6 * other.index + 2]
+        wanted = [unit.grad_z, other.grad_z]
+        wanted += [unit.grad_norm_weight, unit.grad_norm_bias, other.grad_norm_weight, other.grad_norm_bias]
+        behind.dz, other_behind.dz, *norm_grads = self.backend.batch_norm_act_backward_pair(
+            behind.dy, z, weight, stats, other_z, other_weight, other_stats, behind.mask, unit.training,
+            other.training, wanted,
+        )  # fmt: skip
+        self._keep(unit, *norm_grads[:2])
+        self._keep(other, *norm_grads[2:])
 
-    behind: _Behind | None = first
-    for unit in reversed(plan.units):
-        behind = through(unit, behind)
-    if not plan.grad_input:
-        return grads
+    def _sums(self, unit: Unit, behind: _Behind) -> Tensor | None:
+        """The reduction of a norm's backward, if anybody asks for it; gives its parameters their gradients."""
+        if not (unit.training or unit.grad_bias or unit.grad_norm_weight or unit.grad_norm_bias):
+            return None
+        if behind.sums is None:
+            z, stats = self.values[unit.makes], self.stats[unit.index]
+            behind.sums = self.backend.batch_norm_sums(
+                behind.dy, z, stats, behind.mask, behind.by_sign(unit), None, None
+            )
+        weight = self.tensors[6 * unit.index + 2]
+        dtype = behind.sums.dtype if weight is None else weight.dtype
+        # Copies: gradients are accumulated in place, and must not share memory.
+        dbias, dweight = (row.to(dtype, copy=True) for row in behind.sums)
+        self._keep(unit, dweight, dbias)
+        return behind.sums
 
-    assert behind is not None
-    grads[0] = grad = behind.dy
-    added, mask = shortcut_grad()
-    if plan.units[0].kernels.backward == "fused" and added is not None:
-        return grads
-    if projection is not None:
-        assert reached is not None
-        # A fused projection with a stride brings only the pixels that it has read.
-        into = grad if added is not None else grad[:, :, :: projection.spec.stride[0], :: projection.spec.stride[1]]
-        into.add_(reached.dy)
-    elif added is not None:
-        # The masked gradient goes straight into the first convolution's: it is never a tensor of its own.
-        backend.add_masked_(grad, added, mask)
-    return grads
+    def _keep(self, unit: Unit, dweight: Tensor, dbias: Tensor) -> None:
+        """Gradients of a norm's parameters, where they are wanted."""
+        at = 1 + 6 * unit.index + 2
+        if unit.grad_norm_weight:
+            self.grads[at] = dweight
+        if unit.grad_norm_bias:
+            self.grads[at + 1] = dbias
+
+    def _carried(self, unit: Unit) -> tuple[Tensor | None, Tensor | None]:
+        """The shortcut's gradient and its mask, where the first convolution's can take it in as it is written."""
+        if unit is not self.plan.units[0]:
+            return None, None
+        if self.plan.spec.shortcut == "identity":
+            return self.grad_output, self.mask
+        return (None if self._strided else self.shortcut), None
+
+    @property
+    def _strided(self) -> bool:
+        """Whether the projection brings only those pixels that it has read."""
+        projection = self.plan.projection
+        return projection is not None and projection.kernels.backward == "fused" and projection.spec.stride != (1, 1)
+
+    def _with_shortcut(self, grad: Tensor) -> Tensor:
+        unit = self.plan.units[0]
+        if unit.kernels.backward == "fused" and self._carried(unit)[0] is not None:
+            return grad
+        if self.plan.spec.shortcut == "identity":
+            # The masked gradient goes straight into the first convolution's: it is never a tensor of its own.
+            self.backend.add_masked_(grad, self.grad_output, self.mask)
+        elif (projection := self.plan.projection) is not None:
+            assert self.shortcut is not None
+            into = grad
+            if self._strided:
+                rows, cols = projection.spec.stride
+                into = grad[:, :, ::rows, ::cols]
+            into.add_(self.shortcut)
+        return grad
 
 
 def _convolve(

@@ -37,10 +37,15 @@ def tile_partials(input: Tensor) -> Tensor:
     return partials
 
 
+def _group(parts: int) -> int:
+    """How many parts a program merges; a grid's second dimension is bounded."""
+    return parts if parts <= _MOST_PARTS else max(_GROUP, triton.cdiv(parts, 65535))
+
+
 def merge_parts(partials: Tensor, most: int = 1) -> Tensor:
     """Merges parts until there are at most so many."""
     while (parts := partials.shape[0]) > most:
-        group = parts if parts <= _MOST_PARTS else _GROUP
+        group = _group(parts)
         groups, channels = triton.cdiv(parts, group), partials.shape[2]
         merged = partials.new_empty((groups, 3, channels), dtype=torch.float64)
         launch(
@@ -96,7 +101,7 @@ def merge_sums(partials: Tensor) -> Tensor:
     """Adds up ``(parts, rows, C)``, in a fixed order."""
     parts, rows, channels = partials.shape
     while parts > 1:
-        group = parts if parts <= _MOST_PARTS else _GROUP
+        group = _group(parts)
         groups = triton.cdiv(parts, group)
         merged = partials.new_empty((groups, rows, channels))
         launch(

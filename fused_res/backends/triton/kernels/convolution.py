@@ -135,7 +135,7 @@ def split_epilogue_kernel(
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for _ in range(splits):
         acc += tl.load(at, inside, other=0)
-        at += rows.to(tl.int64) * out_channels
+        at += tl.cast(rows, tl.int64) * out_channels
     _epilogue(
         acc, y_ptr, bias_ptr, residual_ptr, partials_ptr, tile, row, rows, col, col < out_channels, out_channels,
         RELU, BLOCK_ROWS,
