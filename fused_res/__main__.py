@@ -1,10 +1,14 @@
-"""`python -m fused_res info`: what is available here, how it was built, and if something is missing, why."""
+"""`python -m fused_res info`: what is available here, how it was built, and if something is missing, why.
+
+`python -m fused_res kernels`: the Triton kernels that ship, compiled for any NVIDIA GPU, without one.
+"""
 
 import argparse
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -92,11 +96,53 @@ def info() -> str:
     )
 
 
-def main() -> None:
+CAPABILITIES = (80, 90, 100, 120)
+
+
+class CannotCompileError(RuntimeError):
+    """Kernels cannot be compiled here; the message says why."""
+
+
+def kernels(capabilities: Iterable[int], ptx: Path | None) -> Iterator[str]:
+    """A table for each compute capability; the code itself goes to the folder ``ptx``, in the table's order."""
+    if registry.interpreting():
+        raise CannotCompileError("TRITON_INTERPRET is set, with which Triton does not compile: unset it")
+    try:
+        from fused_res.backends.triton import aot, shipped
+    except ImportError as error:
+        raise CannotCompileError(f"Triton is missing: pip install triton ({error})") from error
+    for capability in capabilities:
+        made = shipped.compile_all(capability)
+        if ptx is not None:
+            ptx.mkdir(parents=True, exist_ok=True)
+            for index, one in enumerate(made, 1):
+                (ptx / f"sm_{capability}_{index:03}_{one.name}.ptx").write_text(f"// {one.variant}\n{one.ptx}")
+        registers, shared = max(one.registers for one in made), max(one.shared for one in made)
+        spilling = sum(one.stack > 0 for one in made)
+        yield (
+            f"sm_{capability}: {len(made)} kernels, at most {registers} registers and {shared / 1024:.1f} KiB of"
+            f" shared memory, {spilling or 'none'} with a stack\n{aot.table(made)}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fused_res", description=__doc__)
-    parser.add_subparsers(dest="command", required=True).add_parser("info", help="print it")
-    parser.parse_args()
-    print(info())
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is available here")
+    compiling = commands.add_parser("kernels", help="compile the Triton kernels that ship; needs no GPU")
+    compiling.add_argument(
+        "--sm", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES, help="compute capabilities"
+    )
+    compiling.add_argument("--ptx", type=Path, metavar="DIR", help="where to write the PTX")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "info":
+        print(info())
+        return
+    try:
+        for text in kernels(chosen.sm, chosen.ptx):
+            print(text, end="\n\n", flush=True)
+    except CannotCompileError as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ _PROGRAMS = 256
 _MOST_SPLITS = 16
 #: Chunks of the sum that a split is worth its pass over memory for.
 _LEAST_CHUNKS = 4
+#: Largest tiles (rows, columns), those of eight warps: for 16-bit operands as they are in memory; where an operand is
+#: formed, or of float32, either of which takes registers from the sums; where it is both. Beyond, sums are spilled, and
+#: with more warps Triton leaves tcgen05 alone.
+_TILES = (128, 128), (128, 64), (64, 64)
 
 
 class Product(NamedTuple):
@@ -42,21 +46,20 @@ class Product(NamedTuple):
 def product(rows: int, cols: int, chunk_length: int, taps: int, dtype: torch.dtype, formed: bool = False) -> Product:
     """For ``rows x cols`` sums of ``taps`` times ``chunk_length`` terms.
 
-    ``formed``: an operand is computed from what is loaded, which takes registers, and memory for more than one tensor.
+    ``formed``: an operand is computed from what is loaded, or statistics from the sums, which takes registers.
     """
     block_k = 32 if formed or dtype == torch.float32 else 64
-    block_cols = 128 if cols > 64 else max(16, triton.next_power_of_2(cols))
-    block_rows = 128 if rows * triton.cdiv(cols, block_cols) >= 128 * _PROGRAMS else 64
+    most_rows, most_cols = _TILES[formed + (dtype == torch.float32)]
+    block_cols = min(most_cols, max(16, triton.next_power_of_2(cols)))
+    block_rows = most_rows if rows * triton.cdiv(cols, block_cols) >= most_rows * _PROGRAMS else 64
     block_rows = min(block_rows, max(16, triton.next_power_of_2(rows)))
-    if dtype == torch.float32:
-        block_cols = min(block_cols, 64)
     block_k = min(block_k, max(16, triton.next_power_of_2(chunk_length)))
     row_tiles, col_tiles = triton.cdiv(rows, block_rows), triton.cdiv(cols, block_cols)
     chunks = taps * triton.cdiv(chunk_length, block_k)
     wanted = _PROGRAMS // (row_tiles * col_tiles) if row_tiles * col_tiles < _PROGRAMS else 1
     splits = max(1, min(wanted, _MOST_SPLITS, chunks // _LEAST_CHUNKS))
     per_split = triton.cdiv(chunks, splits)
-    num_warps = 8 if block_rows * block_cols >= (128 * 64 if formed else 128 * 128) else 4
+    num_warps = 8 if (block_rows, block_cols) == (most_rows, most_cols) else 4
     return Product(
         block_rows, block_cols, block_k, num_warps, 3, row_tiles, col_tiles, triton.cdiv(chunks, per_split), per_split
     )
@@ -64,4 +67,6 @@ def product(rows: int, cols: int, chunk_length: int, taps: int, dtype: torch.dty
 
 def precision(dtype: torch.dtype) -> str:
     """float32 products are exact unless PyTorch's own switch for convolutions allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    # Also right where the older `allow_tf32` was set; that raises where this was.
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

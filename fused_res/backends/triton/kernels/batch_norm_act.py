@@ -46,6 +46,8 @@ def partials_kernel(
     what is subtracted, ``n (p - mean)^2``, is at most n / k times the result: the tiles of a part.
     """
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    if LARGE:
+        part = part.to(tl.int64)
     first = part * tiles_per_part
     last = tl.minimum(first + tiles_per_part, tiles)
     offsets, inside = tile_at(first, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
@@ -54,13 +56,16 @@ def partials_kernel(
     pivot = column_sum(x, CHANNELS_LAST) / count
     d = tl.where(inside, x - pivot, 0)
     sum1, sum2 = d, d * d
+    if CHANNELS_LAST:
+        count = (tl.minimum(last * BLOCK_ROWS, rows) - first * BLOCK_ROWS).to(ACC)
     for tile in range(first + 1, last):
         offsets, inside = tile_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
         x = tl.load(x_ptr + offsets, inside, other=0).to(ACC)
         d = tl.where(inside, x - pivot, 0)
         sum1 += d
         sum2 = tl.fma(d, d, sum2)
-        count += _values_in(tile, rows, cols, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS)
+        if not CHANNELS_LAST:
+            count += _values_in(tile, rows, cols, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS)
     total = column_sum(sum1, CHANNELS_LAST)
     mean = pivot + total / count
     m2 = tl.maximum(column_sum(sum2, CHANNELS_LAST) - total * (total / count), 0, propagate_nan=tl.PropagateNan.ALL)
@@ -248,6 +253,8 @@ def sums_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACC: tl.constexpr,
 ):
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    if LARGE:
+        part = part.to(tl.int64)
     first = part * tiles_per_part
     channel, exists = channels_of(block, channels, CHANNELS_LAST, BLOCK_COLS)
     mean, scale, shift = load_norm(stats_ptr, channel, exists, channels)
