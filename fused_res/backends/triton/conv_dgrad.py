@@ -33,7 +33,18 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor]:
     if not takes(output, weight):
         return reference.conv_dgrad(
-            grad_output, output, stats, relu_mask, relu, sums, count, weight, input, input_stats, input_relu, added,
+            grad_output,
+            output,
+            stats,
+            relu_mask,
+            relu,
+            sums,
+            count,
+            weight,
+            input,
+            input_stats,
+            input_relu,
+            added,
             added_mask,
         )
     output, grad_output = laid_out(output, True), laid_out(grad_output, True)

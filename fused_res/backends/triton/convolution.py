@@ -47,7 +47,9 @@ def convolution(
         residual = laid_out(residual, True)
     rows = N * P * Q
     group_channels, R, S = weight.shape[1:]
-    cut = product(rows, K // groups, group_channels, R * S, input.dtype, formed=input_stats is not None or with_partials)
+    cut = product(
+        rows, K // groups, group_channels, R * S, input.dtype, formed=input_stats is not None or with_partials
+    )
     large = max(input.numel(), output.numel()) >= 2**31
 
     split = cut.splits > 1
