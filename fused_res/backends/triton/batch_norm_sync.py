@@ -26,9 +26,12 @@ def batch_norm_partials(input: Tensor) -> Tensor:
 
 
 def tile_partials(input: Tensor) -> Tensor:
-    """``(parts, 3, C)`` in the accumulation dtype, from one pass over a dense input that is not empty."""
+    """``(parts, 4, C)`` in the accumulation dtype, from one pass over a dense input that is not empty.
+
+    The fourth row is what rounding took from the mean: with two values a channel that close to each other matters.
+    """
     cut = tiling(input)
-    partials = input.new_empty((cut.parts, 3, cut.channels), dtype=stats_dtype(input.dtype))
+    partials = input.new_empty((cut.parts, 4, cut.channels), dtype=stats_dtype(input.dtype))
     launch(
         kernels.partials_kernel, (cut.parts * cut.blocks,),
         input, partials, *cut.matrix, cut.tiles, cut.tiles_per_part, *cut.shape, accumulator(input.dtype),
@@ -43,14 +46,15 @@ def _group(parts: int) -> int:
 
 
 def merge_parts(partials: Tensor, most: int = 1) -> Tensor:
-    """Merges parts until there are at most so many."""
-    while (parts := partials.shape[0]) > most:
+    """Merges parts of three rows or four until there are at most so many, of three."""
+    while partials.shape[0] > most or partials.shape[1] == 4:
+        parts, rows, channels = partials.shape
         group = _group(parts)
-        groups, channels = triton.cdiv(parts, group), partials.shape[2]
+        groups = triton.cdiv(parts, group)
         merged = partials.new_empty((groups, 3, channels), dtype=torch.float64)
         launch(
             kernels.merge_partials_kernel, (triton.cdiv(channels, _BLOCK["BLOCK_CHANNELS"]), groups),
-            partials, merged, None, None, parts, group, channels, 0.0, False, **_BLOCK,
+            partials, merged, None, None, parts, group, channels, 0.0, False, rows, **_BLOCK,
         )  # fmt: skip
         partials = merged
     return partials.double()
@@ -61,11 +65,11 @@ def merge_stats(partials: Tensor, weight: Tensor | None, bias: Tensor | None, ep
     if partials.shape[0] > _MOST_PARTS:
         partials = merge_parts(partials, _MOST_PARTS)
     partials = partials.contiguous()
-    parts, _, channels = partials.shape
+    parts, rows, channels = partials.shape
     stats = partials.new_empty((5, channels), dtype=torch.float64 if double else torch.float32)
     launch(
         kernels.merge_partials_kernel, (triton.cdiv(channels, _BLOCK["BLOCK_CHANNELS"]), 1),
-        partials, stats, weight, bias, parts, parts, channels, eps, True, **_BLOCK,
+        partials, stats, weight, bias, parts, parts, channels, eps, True, rows, **_BLOCK,
     )  # fmt: skip
     return stats
 

@@ -54,7 +54,7 @@ def convolution(
 
     split = cut.splits > 1
     row_tiles = triton.cdiv(rows, _EPILOGUE[0]) if split else cut.row_tiles
-    partials = input.new_empty((row_tiles, 3, K) if with_partials else (0,), dtype=torch.float32)
+    partials = input.new_empty((row_tiles, 4, K) if with_partials else (0,), dtype=torch.float32)
     target = input.new_empty((cut.splits, rows, K), dtype=torch.float32) if split else output
     behind = (None, None, None) if split else (bias, residual, partials if with_partials else None)
     launch(

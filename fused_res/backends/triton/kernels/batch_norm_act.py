@@ -35,7 +35,7 @@ def _values_in(tile, rows, cols, CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.con
 @triton.jit
 def partials_kernel(
     x_ptr,         # rows x cols of each block
-    partials_ptr,  # (parts, 3, channels): count, mean, M2
+    partials_ptr,  # (parts, 4, channels): count, mean, M2, what rounding took from the mean
     rows, cols, channels, blocks, tiles, tiles_per_part,
     CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     ACC: tl.constexpr,
@@ -67,23 +67,27 @@ def partials_kernel(
         if not CHANNELS_LAST:
             count += _values_in(tile, rows, cols, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS)
     total = column_sum(sum1, CHANNELS_LAST)
-    mean = pivot + total / count
+    step = total / count
+    mean = pivot + step
+    taken = mean - pivot
+    rest = (pivot - (mean - taken)) + (step - taken)
     m2 = tl.maximum(column_sum(sum2, CHANNELS_LAST) - total * (total / count), 0, propagate_nan=tl.PropagateNan.ALL)
 
     channel, exists = channels_of(block, channels, CHANNELS_LAST, BLOCK_COLS)
-    out = partials_ptr + part * 3 * channels + channel
+    out = partials_ptr + part * 4 * channels + channel
     tl.store(out, count + tl.zeros_like(mean), exists)
     tl.store(out + channels, mean, exists)
     tl.store(out + 2 * channels, m2, exists)
+    tl.store(out + 3 * channels, rest, exists)
 
 
 @triton.jit
 def merge_partials_kernel(
-    partials_ptr,  # (parts, 3, channels)
+    partials_ptr,  # (parts, ROWS, channels): 3 in float64, 4 as tiles leave them
     merged_ptr,    # (ceil(parts / parts_per_group), 3, channels), or stats (5, channels) where FINAL
     weight_ptr, bias_ptr,  # (channels) or None
     parts, parts_per_group, channels,
-    eps: tl.constexpr, FINAL: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    eps: tl.constexpr, FINAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):
     """Chan's rule for many parts at once, in float64 and in a fixed order: the mean first, then the deviations."""
     group = tl.program_id(1)
@@ -92,15 +96,17 @@ def merge_partials_kernel(
     first = group * parts_per_group
     last = tl.minimum(first + parts_per_group, parts)
     # Around the first mean, so that the sum stays small.
-    pivot = tl.load(partials_ptr + (first * 3 + 1) * channels + channel, exists, other=0).to(tl.float64)
+    pivot = tl.load(partials_ptr + (first * ROWS + 1) * channels + channel, exists, other=0).to(tl.float64)
     count = tl.zeros((BLOCK_CHANNELS,), tl.float64)
     total = tl.zeros((BLOCK_CHANNELS,), tl.float64)
     for start in range(first, last, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         inside = (part < last)[:, None] & exists[None, :]
-        at = partials_ptr + part[:, None] * 3 * channels + channel[None, :]
+        at = partials_ptr + part[:, None] * ROWS * channels + channel[None, :]
         n = tl.load(at, inside, other=0).to(tl.float64)
         mean = tl.load(at + channels, inside, other=0).to(tl.float64)
+        if ROWS == 4:
+            mean += tl.load(at + 3 * channels, inside, other=0).to(tl.float64)
         count += tl.sum(n, axis=0)
         total += tl.sum(tl.where(n > 0, n * (mean - pivot[None, :]), 0), axis=0)
     # A part without values (a process with an empty batch) has no mean; all of them together may have none.
@@ -109,9 +115,11 @@ def merge_partials_kernel(
     for start in range(first, last, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         inside = (part < last)[:, None] & exists[None, :]
-        at = partials_ptr + part[:, None] * 3 * channels + channel[None, :]
+        at = partials_ptr + part[:, None] * ROWS * channels + channel[None, :]
         n = tl.load(at, inside, other=0).to(tl.float64)
         d = tl.load(at + channels, inside, other=0).to(tl.float64) - mean_all[None, :]
+        if ROWS == 4:
+            d += tl.load(at + 3 * channels, inside, other=0).to(tl.float64)
         within = tl.load(at + 2 * channels, inside, other=0).to(tl.float64)
         m2 += tl.sum(tl.where(n > 0, within + n * d * d, 0), axis=0)
 

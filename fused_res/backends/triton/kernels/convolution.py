@@ -17,17 +17,18 @@ from fused_res.backends.triton.kernels.elementwise import normalise, relu
 
 @triton.jit
 def _store_partials(acc, inside, partials_ptr, tile, count, col, out_channels, col_inside):
-    """Count, mean and M2 of each column of the tile, two passes over registers."""
+    """Count, mean, M2 and the mean's rest of each column of the tile, two passes over registers."""
     total = tl.sum(tl.where(inside, acc, 0), axis=0)
     mean = total / count
     d = tl.where(inside, acc - mean[None, :], 0)
     # Once more for what rounding left in the mean.
     rest = tl.sum(d, axis=0) / count
     m2 = tl.sum(d * d, axis=0) - rest * rest * count
-    out = partials_ptr + tile * 3 * out_channels + col
+    out = partials_ptr + tile * 4 * out_channels + col
     tl.store(out, tl.zeros_like(mean) + count, col_inside)
-    tl.store(out + out_channels, mean + rest, col_inside)
+    tl.store(out + out_channels, mean, col_inside)
     tl.store(out + 2 * out_channels, m2, col_inside)
+    tl.store(out + 3 * out_channels, rest, col_inside)
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def convolution_kernel(
     y_ptr,            # (N, P, Q, out_channels), or (splits, N * P * Q, out_channels) of sums where SPLIT
     bias_ptr, residual_ptr,  # (out_channels), like y; or None
     input_stats_ptr,  # (5, channels): x is normalised as it is read; or None
-    partials_ptr,     # (row tiles, 3, out_channels), or None
+    partials_ptr,     # (row tiles, 4, out_channels), or None
     rows, channels, out_channels, group_channels, group_out_channels,
     H, W, P, Q, col_tiles, chunks_per_split,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
