@@ -1,5 +1,6 @@
 """Who computes a convolution: ATen (cuDNN, oneDNN), or a backend's kernel, fused with the norms around it.
 
+That cuDNN is ahead outside of 1x1 kernels is what others have published, not what was measured with these kernels.
 The static choice looks at what does not change from batch to batch, so that a compiled graph keeps it. Where it was
 measured (:mod:`fused_res.tune`), the measurement counts.
 """

@@ -259,6 +259,23 @@ def test_operators(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_bias_alone_is_trained(training, backend):
+    """Nothing of the convolution's input is kept then, and nothing of it is needed."""
+    for name in ("plain", "bottleneck"):
+        spec, x, tensors = make(name, bias=True)
+        x = x.contiguous(memory_format=torch.channels_last)
+        frozen = set(range(len(tensors))) - {1}
+
+        def ours(x, t, spec=spec):
+            return residual_block(x, spec, t, training=training, backend=backend)
+
+        found = run(ours, x, learnable(tensors, frozen), frozen_input=True)
+        expected = run(lambda x, t, s=spec: stock(x, s, t, training), x, learnable(tensors, frozen), frozen_input=True)
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("name", ["bottleneck", "projection", "stem"])
 def test_gradcheck_twice(name, backend):
     spec, x, tensors = make(name, batch=2, size=4)
