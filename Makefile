@@ -3,7 +3,9 @@
 #
 #   make test                     the tests; make test ARGS="-k wheel" for some of them
 #   make bench                    the selection of benchmarks that ends within ten minutes
-#   make gpu                      on an NVIDIA GPU: the tests that need it, then the benchmarks (twenty minutes)
+#   make gpu                      on an NVIDIA GPU, with the machine's own Python (it has torch, Triton, pytest; nothing
+#                                 is downloaded): builds in place, tests, benchmarks; make gpu STAGE=test|bench|compile
+#                                 for one of these, each within nine minutes; OUT=folder for the results
 #   make lint                     ruff, clang-format, mypy;  make format  to put right what they can
 #   make build                    only the set-up
 #   make clean                    remove .venv and everything built
@@ -15,8 +17,10 @@ READY := $(VENV)/.stamp-venv
 DEPENDENCIES := $(VENV)/.stamp-dependencies
 BUILT := $(VENV)/.stamp-build
 
-CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SIMULATOR_FILES := $(shell find tests/cuda_sim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 ARGS :=
+GPU_PYTHON := python3
 
 .PHONY: test bench gpu lint format build clean FORCE
 
@@ -26,28 +30,24 @@ test: $(BUILT)
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks all
 
-GPU_NAME := import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))
-
-gpu: $(BUILT)
-	@$(BIN)/python -c "$(GPU_NAME)"
-	$(BIN)/python -m pytest $$(grep -l 'cuda.is_available()' tests/test_*.py) -k "triton or gpu" $(ARGS)
-	$(BIN)/python -m benchmarks all --device cuda --out "benchmarks/results/$$($(BIN)/python -c "$(GPU_NAME)")"
+gpu:
+	$(GPU_PYTHON) benchmarks/on_gpu.py $(STAGE) $(if $(OUT),--out "$(OUT)")
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES) $(SIMULATOR_FILES)
 	$(BIN)/mypy
 
 format: $(DEPENDENCIES)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP_FILES)
+	$(BIN)/clang-format -i $(CPP_FILES) $(SIMULATOR_FILES)
 
 build: $(BUILT)
 
 clean:
-	rm -rf $(VENV) build *.egg-info fused_res/_C.*
+	rm -rf $(VENV) build *.egg-info fused_res/_C.* fused_res/_cuda.*
 
 # FUSED_RES_CPP=1: here a compiler that does not work is an error, not a reason to go on without it.
 $(BUILT): $(DEPENDENCIES) $(CPP_FILES) CMakeLists.txt setup.py pyproject.toml

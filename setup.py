@@ -1,6 +1,6 @@
 """Runs CMake (CMakeLists.txt lists sources and flags) and packages what it made.
 
-The one switch is FUSED_RES_CPP: see fused_res/env.py.
+The switches are FUSED_RES_CPP and FUSED_RES_CUDA: see fused_res/env.py.
 """
 
 import hashlib
@@ -23,7 +23,10 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
-CPP = runpy.run_path(str(ROOT / "fused_res" / "env.py"))["CPP"].read()
+variables = runpy.run_path(str(ROOT / "fused_res" / "env.py"))
+CPP, CUDA = variables["CPP"].read(), variables["CUDA"].read()
+if (CPP, CUDA) == ("0", "1"):
+    raise SystemExit("FUSED_RES_CPP=0 leaves out everything compiled, and FUSED_RES_CUDA=1 insists on a part of it")
 
 
 def torch_version() -> str:
@@ -47,7 +50,11 @@ def tool(name: str) -> str:
 
 def configure(directory: Path) -> None:
     cmake, ninja = tool("cmake"), tool("ninja")
-    settings = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
+    settings = [
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DFUSED_RES_CUDA={CUDA}",
+    ]
     command = [cmake, "-G", "Ninja", "-S", ROOT, "-B", directory, *settings]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     sys.stderr.write(done.stderr)
@@ -59,15 +66,16 @@ def configure(directory: Path) -> None:
 class CMakeBuild(build_ext):
     """Build in a directory that outlives the command, so that ninja finds what it compiled the last time.
 
-    Beside the module lies its build record, <module>.json: the output of CMake, or why there is no module.
+    Beside the module lies the library of CUDA kernels, _cuda. Each of the two has a build record, <name>.json: the
+    output of CMake, or why there is no such library.
     """
 
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name))
+        cuda = cuda_library(module)
         module.parent.mkdir(parents=True, exist_ok=True)
-        record = module.with_suffix(".json")
         if CPP == "0":
-            record.write_text(json.dumps({"skipped": "FUSED_RES_CPP=0"}))
+            skip(module, cuda, reason="FUSED_RES_CPP=0")
             return
         # One directory for each combination that cannot share objects.
         key = f"{torch_version()}|{sys.prefix}|{os.environ.get('CXX')}|{ROOT}"
@@ -76,17 +84,34 @@ class CMakeBuild(build_ext):
         try:
             configure(directory)
         except CompileError as error:  # the machine lacks something: an `optional` extension is left out
-            record.write_text(json.dumps({"skipped": str(error)}))
+            skip(module, cuda, reason=str(error))
             raise
         # From here on an error is one of our code, and nothing to go on without.
         subprocess.run([tool("cmake"), "--build", directory], check=True)
-        shutil.copy2(directory / module.name, module)
-        shutil.copy2(directory / record.name, record)
+        copy_with_record(directory / module.name, module)
+        copy_with_record(directory / cuda.name, cuda)
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        built = Path(self.build_lib, self.get_ext_filename("fused_res._C"))
-        shutil.copy2(built.with_suffix(".json"), ROOT / "fused_res")
+        module = Path(self.build_lib, self.get_ext_filename("fused_res._C"))
+        for built in (module, cuda_library(module)):
+            copy_with_record(built, ROOT / "fused_res" / built.name)
+
+
+def cuda_library(module: Path) -> Path:
+    return module.with_name(module.name.replace("_C", "_cuda", 1))
+
+
+def skip(*libraries: Path, reason: str) -> None:
+    for library in libraries:
+        library.with_suffix(".json").write_text(json.dumps({"skipped": reason}))
+
+
+def copy_with_record(source: Path, target: Path) -> None:
+    record = source.with_suffix(".json")
+    shutil.copy2(record, target.with_suffix(".json"))
+    if "skipped" not in json.loads(record.read_text()):
+        shutil.copy2(source, target)
 
 
 class Build(build):
@@ -109,7 +134,7 @@ setup(
             "fused_res._C",
             sources=[],  # CMakeLists.txt has them; `depends` puts them into a source distribution
             depends=["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.*")))],
-            optional=CPP != "1",
+            optional="1" not in (CPP, CUDA),
         )
     ],
     cmdclass={"build": Build, "build_ext": CMakeBuild, "bdist_wheel": Wheel},

@@ -44,7 +44,10 @@ def main(arguments: list[str]) -> None:
     if getattr(parsed, "into", None) is not None:
         runner.measure_here(benchmark, parsed)
     else:
-        runner.run(parsed.subcommand, benchmark, parsed, arguments)
+        try:
+            runner.run(parsed.subcommand, benchmark, parsed, arguments)
+        except runner.PartFailedError as error:
+            raise SystemExit(error.code) from None
 
 
 if __name__ == "__main__":

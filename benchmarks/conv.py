@@ -124,6 +124,14 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
         "ours": lambda: conv_bias_act(t.x, t.weight, t.bias, t.residual, *how, spec.activation, backend=backend),
         "ours-packed": lambda: packed(t.x, t.residual),
     }
+    if t.x.is_cuda:
+        if _runs(cudnn := lambda: cudnn_fused(t, layer)):
+            calls["cudnn-fused"] = cudnn
+        for name in ("triton", "cuda"):
+            if backends.unavailable(name) is None:
+                calls[f"ours-{name}"] = lambda name=name: conv_bias_act(
+                    t.x, t.weight, t.bias, t.residual, *how, spec.activation, backend=name
+                )
     kernels = backends.resolve(backend, t.x.device)
     if "conv_bn_stats" in kernels.stems:
 
@@ -134,6 +142,27 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
         calls["aten+stats"] = with_statistics
         calls["ours+stats"] = lambda: kernels.conv_bn_stats(t.x, t.weight, None, None, False, *how, True)
     return calls
+
+
+def cudnn_fused(t: Operands, layer: Convolution) -> Tensor:
+    """cuDNN's own epilogue, which PyTorch has operators for and does not use; without a ReLU there is none."""
+    if not layer.relu:
+        return aten_unfused(t, layer)
+    spec = layer.spec
+    how = (t.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+    if t.residual is None:
+        return torch.cudnn_convolution_relu(t.x, t.weight, *how)
+    return torch.cudnn_convolution_add_relu(t.x, t.weight, t.residual, 1.0, *how)
+
+
+def _runs(call: Callable[[], Any]) -> bool:
+    """Which dtypes cuDNN takes depends on versions."""
+    try:
+        call()
+    except RuntimeError as error:
+        print(f"cudnn-fused is left out, it refuses: {error}")
+        return False
+    return True
 
 
 def check(
@@ -205,7 +234,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def tables(run: dict[str, Any]) -> str:
     cases = run["cases"]
-    names = list(cases[0]["providers"])
+    names = report.common_providers(cases)
     rows, errors = [], []
     for case in cases:
         aten_seconds = case["providers"][ATEN]["median_s"]
@@ -233,7 +262,7 @@ def summary(run: dict[str, Any]) -> str:
             report.ratio(report.geometric_mean(report.ratios(cases, name, ATEN))),
             f"{max(case['providers'][name]['error'] for case in cases):.1e}",
         ]
-        for name in cases[0]["providers"]
+        for name in report.common_providers(cases)
     ]
     title = f"conv: sums over the nets and geometric means over {len(cases)} shapes, {report.allocator_title(run)}"
     return title + "\n" + report.table(["provider", "whole nets ms", f"time / {ATEN}", "largest error"], rows)

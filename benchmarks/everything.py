@@ -2,8 +2,9 @@
 cores.
 
 Compiling a ResNet-50 training step takes two minutes on two cores, so compiled providers take part in `op`
-only, in two of its cases. With `--device cuda` (what `make gpu` runs, behind the tests) it is a selection of its
-own. What they leave out, the single subcommands measure.
+only, in two of its cases. With `--device cuda` (what `make gpu` runs, behind the tests) there are two selections of
+their own, without and with compiled providers, each of which ends within nine minutes, whatever fails or takes too
+long. What they leave out, the single subcommands measure.
 """
 
 import argparse
@@ -44,41 +45,79 @@ SELECTION = (
         one_allocator=True,
     ),
 )
-GPU_SELECTION = (
-    Part("op", "op", ("--providers", f"{STOCK},cudnn", *FAST)),
-    Part(
-        "model",
-        "model",
-        ("--providers", f"{STOCK},ours+compile,compile-channels-last", "--model", "resnet50", "--mode", "train"),
+GPU_OURS = "ours,ours-triton,ours-cuda"
+GPU_SELECTION = {
+    "bench": (
+        Part("op", "op", ("--providers", f"{GPU_OURS},eager,eager-channels-last,cudnn", *FAST)),
+        Part(
+            "model",
+            "model",
+            (
+                *("--providers", f"{GPU_OURS},eager,eager-channels-last,ours+graph,eager-channels-last+graph"),
+                *("--model", "resnet50", "--mode", "train", "--batch", "256"),
+            ),
+        ),
+        Part("conv", "conv", ("--model", "resnet50", "--batch", "32", *FAST)),
+        Part("block", "block", ("--providers", f"{GPU_OURS},eager,eager-channels-last", *FAST)),
+        Part(
+            "infer",
+            "infer",
+            (
+                *("--providers", f"{GPU_OURS},eager,eager-channels-last,ours+graph,eager-channels-last+graph"),
+                *("--model", "resnet50", "--batch", "1", "32", "256", "--min-time", "1"),
+            ),
+        ),
+        Part("memory", "memory", ("--repeat", "3", "--min-time", "0")),
+        Part(
+            "model-small",
+            "model",
+            (
+                *("--providers", "ours,ours+graph,eager-channels-last,eager-channels-last+graph"),
+                *("--small", "--repeat", "20"),
+            ),
+        ),
+        Part("conv-large", "conv", ("--model", "resnet50", "--batch", "256", *FAST)),
     ),
-    Part("memory", "memory", ("--repeat", "3", "--min-time", "0")),
-    Part("conv", "conv", FAST),
-    Part(
-        "block",
-        "block",
-        ("--providers", f"{COMPILED},compile-max-autotune", "--cases", "resnet50 layer2", *FAST),
-    ),
-    Part(
-        "infer",
-        "infer",
-        ("--model", "resnet50", "--batch", "1", "16", "256", "--dtype", "bfloat16", "--min-time", "1"),
-    ),
-    Part(
-        "model-graph",
-        "model",
-        (
-            *("--providers", "ours,ours+graph,eager-channels-last,eager-channels-last+graph"),
-            *("--model", "resnet18", "--mode", "eval", "--batch", "1", "--size", "32", "--repeat", "20"),
+    "compile": (
+        Part(
+            "model-compile",
+            "model",
+            (
+                *("--providers", "ours,ours+compile,eager-channels-last,compile-channels-last"),
+                *("--model", "resnet50", "--mode", "train", "--batch", "256"),
+            ),
+        ),
+        Part(
+            "infer-compile",
+            "infer",
+            (
+                *("--providers", "ours,ours+graph,compile-freezing,compile-max-autotune"),
+                *("--model", "resnet50", "--batch", "1", "256", "--min-time", "1"),
+            ),
+        ),
+        Part(
+            "op-compile",
+            "op",
+            ("--providers", f"{COMPILED},compile-max-autotune", "--cases", "layer2 ", *FAST),
+        ),
+        Part(
+            "block-compile",
+            "block",
+            ("--providers", f"{COMPILED},compile-max-autotune", "--cases", "resnet50 layer2", *FAST),
         ),
     ),
-    Part("op-compile", "op", ("--providers", f"{COMPILED},compile-max-autotune", "--cases", "layer2 ", *FAST)),
-)
+}
 # The longest part takes two minutes; on a slow or busy machine what is not begun by then is left out, and named.
 LATEST_START = 8 * 60.0
+#: Of a GPU's selection, when it has to have ended, lent machines being what they are.
+GPU_LIMIT = 8.5 * 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--stage", choices=GPU_SELECTION, default="bench", help="with --device cuda: which selection (default: bench)"
+    )
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks: dict[str, runner.Benchmark]) -> None:
@@ -87,8 +126,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks
     shared += ["--threads", str(options.threads)] if options.threads else []
     shared += ["--quick"] if options.quick else []
     shared += ["--device", "cuda"] if options.device == "cuda" else []
-    documents, summaries, left_out = [], [], []
-    for part in GPU_SELECTION if options.device == "cuda" else SELECTION:
+    documents, summaries, left_out, failed = [], [], [], []
+    on_gpu = options.device == "cuda"
+    for part in GPU_SELECTION[options.stage] if on_gpu else SELECTION:
         settings = allocator.settings_for(options.allocator)
         setting = settings[0] if part.one_allocator else options.allocator
         # Without the compiled providers a quick run is not slow, and its shapes are its own.
@@ -98,12 +138,23 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks
             continue
         arguments = [part.subcommand, *own, *shared, "--allocator", setting]
         benchmark = benchmarks[part.subcommand]
-        document = runner.run(part.title, benchmark, parser.parse_args(arguments), arguments)
+        limit = GPU_LIMIT - (time.monotonic() - started) if on_gpu else None
+        try:
+            document = runner.run(part.title, benchmark, parser.parse_args(arguments), arguments, limit)
+        except runner.PartFailedError as error:
+            if not on_gpu:
+                raise SystemExit(error.code) from None
+            failed.append(f"{shlex.join(['python', '-m', 'benchmarks', *arguments])}: {error}")
+            continue
         documents.append(document)
         summaries += [benchmark.summary(one) for one in document["runs"]]
     if left_out:
         summaries.append("left out, as this machine is slow today:\n" + "\n".join(left_out))
-    text = "\n\n".join([report.environment(documents[0]), *summaries])
-    (options.out / "summary.txt").write_text(text + "\n")
+    if failed:
+        summaries.append("without results:\n" + "\n".join(failed))
+    text = "\n\n".join([*map(report.environment, documents[:1]), *summaries])
+    name = f"summary-{options.stage}.txt" if on_gpu else "summary.txt"
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / name).write_text(text + "\n")
     minutes = (time.monotonic() - started) / 60
     print(f"\n== summary ==\n\n{text}\n\n{minutes:.1f} minutes; results in {options.out}")

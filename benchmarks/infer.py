@@ -13,7 +13,7 @@ from benchmarks import data, plots, progress, report
 from benchmarks import options as common
 from benchmarks.check import Results, check_results
 from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, INFERENCE, Provider, build_module
-from benchmarks.steps import calibrate
+from benchmarks.steps import calibrate, recorded
 from benchmarks.stock import MODELS, stock_model
 from benchmarks.timing import Clock, Workload, measure_interleaved, quantile
 
@@ -79,7 +79,9 @@ def infer(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
 
-def workload(module: nn.Module, x: Tensor) -> Workload:
+def workload(module: nn.Module, x: Tensor, graph: bool) -> Workload:
+    if graph:
+        return {"forward": recorded(lambda: infer(module, x))}
     return {"forward": lambda _: infer(module, x)}
 
 
@@ -101,7 +103,7 @@ def check_and_build(
         module = build_module(provider, stock, options.backend)
         own = x.to(memory_format=provider.memory_format, copy=True)
         results[provider.name] = {"output": infer(module, own)[:CHECKED].cpu()}
-        workloads[provider.name] = workload(module, own)
+        workloads[provider.name] = workload(module, own, provider.graph)
     yardstick = [results[EAGER.name], results[EAGER_CHANNELS_LAST.name]]
     checks = {
         provider.name: check_results(
@@ -120,6 +122,7 @@ def check_and_build(
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     providers = common.chosen_providers(options, INFERENCE)
+    common.check_graphs(providers, options)
     clock = CudaClock() if options.device == "cuda" else Clock()
     measured = []
     for case in progress.cases(select_cases(options), "infer"):

@@ -97,9 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     providers = common.chosen_providers(options, GRAPHS)
     clock = clock_of(options.device)
     cases = select_cases(options)
-    graphs = [provider.name for provider in providers if provider.graph]
-    if graphs and (options.device != "cuda" or any(case.mode == "train" for case in cases)):
-        raise SystemExit(f"{', '.join(graphs)}: for --device cuda --mode eval")
+    common.check_graphs(providers, options)
     measured = []
     for case in progress.cases(cases, "model"):
         torch._dynamo.reset()  # each case compiles for its own shape

@@ -135,4 +135,19 @@ def chosen_providers(options: argparse.Namespace, known: Providers = providers.P
     names = options.providers
     if names is None:
         names = [p.name for p in known.values() if not (p.on_request or (options.quick and p.compiled))]
-    return [known[name] for name in names]
+    chosen = []
+    for name in names:
+        reason = backends.unavailable(known[name].backend) if known[name].backend else None
+        if reason is None:
+            chosen.append(known[name])
+        else:
+            print(f"{name} is left out: {reason}", flush=True)
+    if not chosen:
+        raise SystemExit("no provider is left")
+    return chosen
+
+
+def check_graphs(chosen: Iterable[providers.Provider], options: argparse.Namespace) -> None:
+    graphs = [provider.name for provider in chosen if provider.graph]
+    if graphs and options.device != "cuda":
+        raise SystemExit(f"{', '.join(graphs)}: needs --device cuda")

@@ -26,7 +26,8 @@ class Provider:
     channels_last: bool = False
     mode: str | None = None  # of torch.compile
     cudnn: bool = False  # its batch norm, which PyTorch does not choose for every dtype
-    graph: bool = False  # an inference recorded once and replayed: without the cost of calling
+    graph: bool = False  # a step recorded once and replayed: without the cost of calling
+    backend: str = ""  # of ours; else the one that --backend says
     on_request: bool = False  # takes long, or is for one way of running only
 
     @property
@@ -39,6 +40,8 @@ PROVIDERS = {
     for provider in (
         Provider("ours", fused=True, channels_last=True),
         Provider("ours+compile", fused=True, compiled=True, channels_last=True),
+        Provider("ours-triton", fused=True, channels_last=True, backend="triton", on_request=True),
+        Provider("ours-cuda", fused=True, channels_last=True, backend="cuda", on_request=True),
         Provider("eager", channels_last=False),
         Provider("eager-channels-last", channels_last=True),
         Provider("compile", compiled=True),
@@ -48,7 +51,7 @@ PROVIDERS = {
 }
 #: For a single norm.
 NORMS = PROVIDERS | {"cudnn": Provider("cudnn", channels_last=True, cudnn=True, on_request=True)}
-#: For an inference of a whole network on a GPU.
+#: For whole networks on a GPU.
 GRAPHS = PROVIDERS | {
     provider.name: provider
     for provider in (
@@ -63,9 +66,16 @@ INFERENCE = {
     provider.name: provider
     for provider in (
         Provider("ours", fused=True, frozen=True, channels_last=True),
+        Provider("ours-triton", fused=True, frozen=True, channels_last=True, backend="triton", on_request=True),
+        Provider("ours-cuda", fused=True, frozen=True, channels_last=True, backend="cuda", on_request=True),
+        Provider("ours+graph", fused=True, frozen=True, channels_last=True, graph=True, on_request=True),
         EAGER,
         EAGER_CHANNELS_LAST,
+        Provider("eager-channels-last+graph", channels_last=True, graph=True, on_request=True),
         Provider("compile-freezing", frozen=True, compiled=True, channels_last=True),
+        Provider(
+            "compile-max-autotune", frozen=True, compiled=True, channels_last=True, mode="max-autotune", on_request=True
+        ),
     )
 }
 
@@ -128,7 +138,7 @@ def build_batch_norm_act(
             residual,
             training,
             activation=activation,
-            backend=backend,
+            backend=provider.backend or backend,
         )
 
     stock = cudnn_batch_norm_act if provider.cudnn else stock_batch_norm_act
@@ -140,10 +150,14 @@ def build_module(provider: Provider, stock: nn.Module, backend: str = "auto", re
     """A copy of the stock module, run the provider's way."""
     module: Any = copy.deepcopy(stock).to(memory_format=provider.memory_format)
     if provider.fused:
+        backend = provider.backend or backend
         module = freeze(module, backend) if provider.frozen else fuse(module, backend=backend, recompute=recompute)
         if not summarize(module).fused:
             raise RuntimeError(f"nothing was fused, stock would be measured as ours:\n{summarize(module)}")
     if provider.compiled:
-        options = {"freezing": True} if provider.frozen else None
-        module = torch.compile(module, dynamic=False, mode=provider.mode, options=options)
+        if provider.frozen:  # takes either a mode or options
+            options = {**torch._inductor.list_mode_options(provider.mode), "freezing": True}
+            module = torch.compile(module, dynamic=False, options=options)
+        else:
+            module = torch.compile(module, dynamic=False, mode=provider.mode)
     return module

@@ -51,6 +51,11 @@ def ratios(cases: Sequence[dict[str, Any]], name: str, other: str) -> list[float
     return [case["providers"][name]["median_s"] / case["providers"][other]["median_s"] for case in cases]
 
 
+def common_providers(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """Those that every case has: one may be refused some shapes."""
+    return [name for name in cases[0]["providers"] if all(name in case["providers"] for case in cases)]
+
+
 def allocator_title(run: dict[str, Any]) -> str:
     """What sets one run of a document apart; on a GPU, which it was."""
     gpu = run["environment"].get("gpu")
@@ -87,7 +92,7 @@ def long_times(cases: Sequence[dict[str, Any]]) -> str:
                 milliseconds(provider["median_s"]),
                 spread(provider),
                 ratio(provider["median_s"] / first["median_s"]),
-                *(milliseconds(provider["phases_s"][phase]) for phase in phases),
+                *(milliseconds(provider["phases_s"][p]) if p in provider["phases_s"] else "-" for p in phases),
                 provider["rounds"],
             ]
             for name, provider in case["providers"].items()

@@ -68,7 +68,15 @@ def calculate_here(benchmark: Benchmark, options: argparse.Namespace) -> dict[st
     return {"allocator": None, "environment": environment.describe(), **benchmark.measure(options)}
 
 
-def measure_in_child(arguments: list[str], setting: str) -> dict[str, Any]:
+class PartFailedError(Exception):
+    """The child did not bring results; it has said why, unless its time was up."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def measure_in_child(arguments: list[str], setting: str, limit: float | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "run.json"
         command = [
@@ -81,19 +89,28 @@ def measure_in_child(arguments: list[str], setting: str) -> dict[str, Any]:
             "--into",
             str(into),
         ]
-        child = subprocess.run(command, env=allocator.environment_for(setting, os.environ))
+        try:
+            child = subprocess.run(command, env=allocator.environment_for(setting, os.environ), timeout=limit)
+        except subprocess.TimeoutExpired:
+            raise PartFailedError(1, f"not done after {limit:.0f} s") from None
         if child.returncode:
-            raise SystemExit(child.returncode)  # the child has said why
+            raise PartFailedError(child.returncode, f"ended with exit code {child.returncode}")
         result: dict[str, Any] = json.loads(into.read_text())
     return result
 
 
-def run(name: str, benchmark: Benchmark, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """Measures under each allocator setting, then writes `<name>.json`, prints the tables and draws the
-    charts."""
+def run(
+    name: str,
+    benchmark: Benchmark,
+    options: argparse.Namespace,
+    arguments: list[str],
+    limit: float | None = None,
+) -> dict[str, Any]:
+    """Measures under each allocator setting, each in `limit` seconds, then writes `<name>.json`, prints the tables
+    and draws the charts."""
     if "allocator" in options:
         settings = allocator.settings_for(options.allocator, options.device)
-        runs = [measure_in_child(arguments, setting) for setting in settings]
+        runs = [measure_in_child(arguments, setting, limit) for setting in settings]
     else:
         runs = [calculate_here(benchmark, options)]
     document = {

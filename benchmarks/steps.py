@@ -137,7 +137,8 @@ class ModelStep:
 
     def results(self) -> Results:
         if self.mode == "eval":
-            return {"output": self.workload()["forward"](None)}
+            (infer,) = self.workload().values()
+            return {"output": infer(None)}
         loss = self.forward()
         loss.backward()
         grads = {f"grad of {name}": parameter.grad for name, parameter in self.parameters.items()}
@@ -145,8 +146,18 @@ class ModelStep:
         self.optimizer.zero_grad()
         return {"loss": loss.detach(), **grads, **buffers}
 
+    def step(self) -> Tensor:
+        """All of it; a recorded one writes the same gradients each time it is replayed."""
+        self.optimizer.zero_grad()
+        loss = self.forward()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
     def workload(self) -> Workload:
+        if self.graph:
+            return {"graph": recorded(self.infer if self.mode == "eval" else self.step)}
         if self.mode == "eval":
-            return {"forward": recorded(self.infer) if self.graph else self.infer}
+            return {"forward": self.infer}
         # The loss is the only thing that leaves backward; freeing the graph is part of it.
         return {"forward": self.forward, "backward": Tensor.backward, "optimizer": self.update}

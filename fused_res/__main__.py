@@ -55,10 +55,23 @@ def _extension_rows() -> str:
             ("compiler", build["compiler"]),
             ("flags", build["flags"]),
             *((f"flags, {isa}", flags) for isa, flags in build["isas"].items() if flags),
-            ("CUDA", build["cuda"] or "not built"),
         ]
     if _extension.loaded:
         rows.insert(1, ("instruction set", f"{_extension.cpu_isa()}, of {', '.join(build['isas'])}"))
+    return _rows(rows)
+
+
+def _cuda_rows() -> str:
+    library, reason = _extension.cuda_library()
+    build, _ = _extension.inspect(library=_extension.CUDA)
+    rows = [("status", str(library or reason))]
+    if "torch" in build:
+        rows += [
+            ("built for", f"torch {build['torch']}, CUDA {build['cuda']}"),
+            ("compiler", f"nvcc {build['nvcc']}"),
+            ("flags", build["flags"]),
+            ("architectures", ", ".join(build["architectures"])),
+        ]
     return _rows(rows)
 
 
@@ -69,7 +82,8 @@ def _backends() -> str:
     rows = [("", *next(iter(table.values())))]
     for stem, row in table.items():
         rows.append((stem, *(cell if cell == "yes" else f"no ({reasons.index(cell) + 1})" for cell in row.values())))
-    below = ("see C++ extension" if reason == _extension.reason else reason for reason in reasons)
+    above = {_extension.reason: "see C++ extension", _extension.cuda_library()[1]: "see CUDA kernels"}
+    below = (above.get(reason, reason) for reason in reasons)
     return "\n".join([_rows(rows), *(f"  ({number}) {reason}" for number, reason in enumerate(below, 1))])
 
 
@@ -90,6 +104,7 @@ def info() -> str:
         for title, body in [
             ("Versions", _versions()),
             ("C++ extension", _extension_rows()),
+            ("CUDA kernels", _cuda_rows()),
             ("Backends", _backends()),
             ("Environment variables", _variables()),
         ]

@@ -1,9 +1,11 @@
 """Loads the compiled extension `fused_res._C`, or says why it could not and what to type.
 
-The build leaves a record beside the module (`<module>.json`, written by CMakeLists.txt). It is read first: a
-module built for another torch must not even be opened, because that may crash the interpreter.
+Beside it may lie `_cuda`, the library of CUDA kernels, which whoever wants them opens. The build leaves a record beside
+each of the two (`<library>.json`, written by CMakeLists.txt). It is read first: what was built for another torch must
+not even be opened, because that may crash the interpreter.
 """
 
+import functools
 import importlib
 import json
 import sysconfig
@@ -15,24 +17,24 @@ import torch
 from fused_res import env
 
 _PACKAGE = Path(__file__).resolve().parent
-_MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+_MODULE, CUDA = (f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_C", "_cuda"))
 
 
-def how_to_build(package: Path = _PACKAGE) -> str:
-    """The command that builds the extension, for this kind of installation."""
-    install = "FUSED_RES_CPP=1 pip install --no-build-isolation --no-deps --force-reinstall"
+def how_to_build(variable: env.Variable = env.CPP, package: Path = _PACKAGE) -> str:
+    """The command that builds what ``variable`` is about, for this kind of installation."""
+    install = f"{variable.name}=1 pip install --no-build-isolation --no-deps --force-reinstall"
     sources = package.parent
     if (sources / "CMakeLists.txt").exists():
         return f"{install} --editable {sources}"
     return f"{install} FOLDER_OF_THE_FUSED_RES_SOURCES"
 
 
-def inspect(package: Path = _PACKAGE) -> tuple[dict[str, Any], str]:
-    """The build record in a package's folder, and why its module must not be loaded ("" if it may be)."""
-    module = package / _MODULE
-    record = module.with_suffix(".json")
+def inspect(package: Path = _PACKAGE, library: str = _MODULE) -> tuple[dict[str, Any], str]:
+    """The build record in a package's folder, and why its library must not be loaded ("" if it may be)."""
+    path = package / library
+    record = path.with_suffix(".json")
     if not record.exists():
-        others = sorted(path.name for path in package.glob("_C.*.so") if path != module)
+        others = sorted(one.name for one in package.glob(f"{library.partition('.')[0]}.*.so") if one != path)
         note = f" (there is {', '.join(others)}, for another Python)" if others else ""
         return {}, f"{package} has no {record.name}{note}"
     try:
@@ -41,13 +43,15 @@ def inspect(package: Path = _PACKAGE) -> tuple[dict[str, Any], str]:
         return {}, f"the record of its build, {record}, cannot be read ({error})"
     if "skipped" in build_info:
         return build_info, f"it was left out when fused_res was installed ({build_info['skipped']})"
-    if not module.exists():
-        return build_info, f"{package} has no {module.name}"
+    if not path.exists():
+        return build_info, f"{package} has no {path.name}"
     if _public(build_info["torch"]) != _public(torch.__version__):
         return (
             build_info,
             f"it was built for torch {build_info['torch']}, and this is torch {torch.__version__}",
         )
+    if (cuda := build_info.get("cuda", torch.version.cuda)) != torch.version.cuda:
+        return build_info, f"it was built for CUDA {cuda}, and this torch has CUDA {torch.version.cuda}"
     return build_info, ""
 
 
@@ -102,3 +106,12 @@ def cpu_isa() -> str:
     if not loaded:
         raise RuntimeError(reason)
     return str(_module.cpu_isa())
+
+
+@functools.cache
+def cuda_library() -> tuple[Path | None, str]:
+    """The library of CUDA kernels, for ``torch.ops.load_library``, or why there is none to load."""
+    _, why_not = inspect(library=CUDA)
+    if why_not:
+        return None, f"the library of CUDA kernels is not there: {why_not}. To build it: {how_to_build(env.CUDA)}"
+    return _PACKAGE / CUDA, ""

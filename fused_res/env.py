@@ -17,9 +17,13 @@ class Variable:
     default: str
     allowed: tuple[str, ...]
     doc: str
+    path: bool = False  # of a file: any text
 
     def read(self, environ: Mapping[str, str] = os.environ) -> str:
-        value = environ.get(self.name, "").strip().lower() or self.default
+        value = environ.get(self.name, "").strip() or self.default
+        if self.path:
+            return value
+        value = value.lower()
         if not self.allowed and not (value.isascii() and value.isdigit()):
             raise ValueError(f"{self.name}={value!r} is not a known value: use a whole number, 0 or more")
         if self.allowed and value not in self.allowed:
@@ -57,7 +61,21 @@ CPP = Variable(
     allowed=("auto", "0", "1"),
     doc="at installation: 0 leaves the C++ extension out, 1 insists on it, auto does what it can",
 )
-VARIABLES = (BACKEND, CONVOLUTION, CPU_ISA, CPU_CACHE, CPP)
+CUDA = Variable(
+    "FUSED_RES_CUDA",
+    default="auto",
+    allowed=("auto", "0", "1"),
+    doc="at installation: 0 leaves the CUDA C++ kernels out, 1 insists on them, auto builds them where torch and nvcc"
+    " have CUDA of one major version; TORCH_CUDA_ARCH_LIST and CUDA_HOME mean what they mean to torch",
+)
+SIMULATOR = Variable(
+    "FUSED_RES_SIMULATOR",
+    default="",
+    allowed=(),
+    doc="for tests: a library of the CUDA kernels compiled for the CPU, which then are backend cuda (tests/cuda_sim)",
+    path=True,
+)
+VARIABLES = (BACKEND, CONVOLUTION, CPU_ISA, CPU_CACHE, CPP, CUDA, SIMULATOR)
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:

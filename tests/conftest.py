@@ -1,7 +1,8 @@
-"""Triton's kernels run in its interpreter here, unless there is a GPU to run them on."""
+"""Without a GPU to run them on, Triton's kernels run in its interpreter here, and those in CUDA C++ are simulated."""
 
 import contextlib
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,3 +34,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
     with contextlib.suppress(ImportError):  # no Triton: its tests say so
         _hasten_interpreter()
+    with contextlib.suppress(ImportError):
+        from cuda_sim.simulated import build
+
+        if isinstance(library := build(), Path):
+            os.environ.setdefault("FUSED_RES_SIMULATOR", str(library))

@@ -7,21 +7,16 @@ import sys
 
 import pytest
 import torch
+from backends import BACKENDS, FAST
 from torch.nn import functional as F
 
 import fused_res
 from fused_res import ops
-from fused_res.backends import registry
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as definition
 from fused_res.backends.reference.batch_norm_act import pack_mask, unpack_mask
 from fused_res.functional import batch_norm_act
 from fused_res.testing import assert_as_exact_as
 
-BACKENDS = [name for name in ("reference", "cpu") if fused_res.backends.unavailable(name) is None]
-if registry.interpreting() and fused_res.backends.unavailable("triton") is None:
-    BACKENDS.append("triton")  # on a GPU, tests/test_triton.py does
-#: Where a test makes hundreds of calls, each of which takes the interpreter a second.
-COMPILED = [name for name in BACKENDS if name != "triton"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = {
     "image": (4, 35, 9, 7),
@@ -274,7 +269,7 @@ def test_precision_of_a_pair(case, format, dtype, training, backend):
             )
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("backend", FAST)
 def test_pair_gives_the_gradients_that_are_asked_for(backend):
     for format, training in itertools.product(
         (torch.contiguous_format, torch.channels_last), itertools.product((True, False), repeat=2)
@@ -293,7 +288,7 @@ def test_pair_gives_the_gradients_that_are_asked_for(backend):
                     assert found[name].shape == (0,), (name, wanted)
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_pair_in_mixed_memory_formats(format, backend):
     """Each gradient comes in the format of its tensor, whatever the others' are."""
@@ -332,7 +327,7 @@ def test_pair_of_nothing(backend):
         assert all(g.shape == tensors[name].shape and not g.isnan().any() and not g.any() for name, g in grads.items())
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("backend", FAST)
 def test_forward_apply_and_inference_normalise_the_residual_alike(backend):
     kernels = kernels_of(backend)
     for (case, format), dtype in itertools.product(CASES, DTYPES):
@@ -356,7 +351,7 @@ def test_without_affine_parameters(backend):
     torch.testing.assert_close(found, batch_norm_act(**tensors | ones, **running, training=True, backend=backend))
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_mixed_memory_formats(format, backend):
     """residual and grad_output come in the other layout (make() leaves them contiguous)."""
@@ -373,7 +368,7 @@ def test_strided_input(backend):
     torch.testing.assert_close(batch_norm_act(**views, **running, training=True, backend=backend), dense)
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("residual", [True, False, "scaled"])
 def test_gradcheck(training, residual, backend):

@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from benchmarks import (
     footprint,
     levels,
     network,
+    on_gpu,
     op,
     options,
     providers,
@@ -166,7 +168,8 @@ def test_all_leaves_out_what_would_begin_too_late(
 
 def test_selection_parses() -> None:
     parser = command_line.build_parser()
-    for selection, device in ((everything.SELECTION, "cpu"), (everything.GPU_SELECTION, "cuda")):
+    on_gpu = [(selection, "cuda") for selection in everything.GPU_SELECTION.values()]
+    for selection, device in ((everything.SELECTION, "cpu"), *on_gpu):
         titles = [part.title for part in selection]
         assert len(set(titles)) == len(titles)
         for part in selection:
@@ -179,7 +182,7 @@ def test_selection_parses() -> None:
     [
         (
             ["op", "--providers", "ours,theirs"],
-            "unknown provider 'theirs'; choose from ours, ours+compile, eager",
+            "unknown provider 'theirs'; choose from ours, ours+compile, ours-triton, ours-cuda, eager",
         ),
         (["op", "--providers", ""], "unknown provider ''"),
         (["op", "--threads", "0"], "expected a whole number of at least 1, got '0'"),
@@ -188,7 +191,7 @@ def test_selection_parses() -> None:
         (["model", "--min-time", "nan"], "expected a number of seconds"),
         (["model", "--model", "vgg16"], "invalid choice: 'vgg16'"),
         (["memory", "--allocator", "cold"], "invalid choice: 'cold'"),
-        (["infer", "--providers", "ours+compile"], "unknown provider 'ours+compile'; choose from ours, eager, eager-"),
+        (["infer", "--providers", "ours+compile"], "unknown provider 'ours+compile'; choose from ours, ours-triton"),
         (["infer", "--batch", "0"], "expected a whole number of at least 1, got '0'"),
         (["infer", "--dtype", "float64"], "invalid choice: 'float64'"),
         (["conv", "--dtype", "float64"], "invalid choice: 'float64'"),
@@ -216,7 +219,7 @@ def test_options_that_select_nothing_or_contradict() -> None:
     with pytest.raises(SystemExit, match="leave out --batch"):
         command_line.model.select_cases(parsed)
     graphs = command_line.build_parser().parse_args(["model", "--quick", "--providers", "ours,ours+graph"])
-    with pytest.raises(SystemExit, match=r"ours\+graph: for --device cuda --mode eval"):
+    with pytest.raises(SystemExit, match=r"ours\+graph: needs --device cuda"):
         command_line.model.measure(graphs)
     with pytest.raises(SystemExit, match="cudnn: needs --device cuda"):
         op.measure(op_options(providers=("ours", "cudnn")))
@@ -489,23 +492,36 @@ def test_a_gpu_names_its_runs() -> None:
     assert traffic.eager(1000, True, "train", device="cuda") == traffic.Traffic(8000, 8000)
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_part_that_fails_or_hangs_is_named_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(everything, "GPU_SELECTION", {"bench": everything.GPU_SELECTION["bench"][:3], "compile": ()})
+    documents = iter(
+        [runner.PartFailedError(3, "ended with exit code 3"), {"runs": []}, runner.PartFailedError(1, "not done")]
+    )
+
+    def one(*_: object) -> dict[str, list[object]]:
+        document = next(documents)
+        if isinstance(document, Exception):
+            raise document
+        return document
+
+    monkeypatch.setattr(everything.runner, "run", one)
+    monkeypatch.setattr(everything.report, "environment", lambda _: "machine")
+    command_line.main(["all", "--device", "cuda", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "without results:\npython -m benchmarks op" in printed and "not done" in printed
+    assert (tmp_path / "summary-bench.txt").read_text().startswith("machine\n")
 
 
-@needs_gpu
-@pytest.mark.parametrize("name", ["op", "block", "model", "memory", "conv", "infer"])
-def test_on_a_gpu(name: str, tmp_path: Path) -> None:
-    document = run(name, "--device", "cuda", *RUN, "both", out=tmp_path)
-    (one,) = document["runs"]
-    assert one["environment"]["gpu"]["name"] == torch.cuda.get_device_name()
-    assert all(p["median_s"] > 0 for case in one["cases"] for p in case["providers"].values())
-
-
-@needs_gpu
-def test_gpu_graph_replays_are_the_inference(tmp_path: Path) -> None:
-    arguments = ("--mode", "eval", "--providers", "ours+graph,eager-channels-last+graph", "--device", "cuda")
-    (one,) = run("model", *arguments, *RUN, "as-shipped", out=tmp_path)["runs"]
-    assert list(one["cases"][0]["providers"]) == ["ours+graph", "eager-channels-last+graph"]
+def test_a_stage_stops_what_hangs_and_keeps_what_it_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "LIMIT", 2.0)
+    stage = on_gpu.Stage(tmp_path)
+    assert stage.run("quick", [sys.executable, "-c", "print('done')"]) and not stage.failed
+    hanging = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '600'])"
+    assert not stage.run("slow", [sys.executable, "-c", hanging])
+    assert stage.failed[0].startswith("slow: stopped after")
+    assert (tmp_path / "quick.log").read_text() == "done\n" and (tmp_path / "slow.log").read_text() == "begun\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")

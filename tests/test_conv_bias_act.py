@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import FAST as BACKENDS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -15,7 +16,6 @@ from fused_res import ops
 from fused_res.functional import conv_bias_act
 from fused_res.testing import assert_as_exact_as
 
-BACKENDS = [name for name in ("reference", "cpu") if fused_res.backends.unavailable(name) is None]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 

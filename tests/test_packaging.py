@@ -43,7 +43,7 @@ def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str) 
 # --- environment variables ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variable", env.VARIABLES, ids=lambda variable: variable.name)
+@pytest.mark.parametrize("variable", [one for one in env.VARIABLES if not one.path], ids=lambda one: one.name)
 def test_variable(variable: env.Variable) -> None:
     assert variable.read({}) == variable.read({variable.name: ""}) == variable.default
     for value in variable.allowed or ("0", "4096"):
@@ -54,6 +54,11 @@ def test_variable(variable: env.Variable) -> None:
             variable.read({variable.name: wrong})
     with pytest.raises(FrozenInstanceError):
         variable.default = "quick"  # type: ignore[misc]
+
+
+def test_variable_that_is_a_path() -> None:
+    assert env.SIMULATOR.read({}) == ""
+    assert env.SIMULATOR.read({env.SIMULATOR.name: " /tmp/Library.so "}) == "/tmp/Library.so"
 
 
 def test_unknown_variable_is_reported() -> None:
@@ -78,7 +83,7 @@ def test_bad_value_stops_the_import() -> None:
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     """A copy of the Python files without the compiled module, to be imported from its parent folder."""
-    shutil.copytree(PACKAGE, tmp_path / "fused_res", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    shutil.copytree(PACKAGE, tmp_path / "fused_res", ignore=shutil.ignore_patterns("_C.*", "_cuda.*", "__pycache__"))
     return tmp_path / "fused_res"
 
 
@@ -95,6 +100,11 @@ def broken(tmp_path: Path) -> Path:
             r"built for torch 2\.11\.0\+cu130, and this is torch",
         ),
         ({"record": {"torch": torch.__version__.partition("+")[0] + "+cu999"}, "module": ""}, "^$"),
+        (
+            {"record": {"torch": torch.__version__, "cuda": "99.1"}, "module": ""},
+            "built for CUDA 99.1, and this torch has",
+        ),
+        ({"record": {"torch": torch.__version__, "cuda": torch.version.cuda}, "module": ""}, "^$"),
     ],
 )
 def test_reason_not_to_load(files: dict[str, object], why: str, tmp_path: Path) -> None:
@@ -130,7 +140,7 @@ def test_info_without_extension(broken: Path) -> None:
     """Built for another torch: the module, which is no library at all, must not even be opened."""
     module = broken / _extension._MODULE
     module.write_text("not a library")
-    record = {"torch": "1.0", "python": "", "compiler": "cc 1", "flags": "-O0", "isas": {}, "cuda": None}
+    record = {"torch": "1.0", "python": "", "compiler": "cc 1", "flags": "-O0", "isas": {}}
     module.with_suffix(".json").write_text(json.dumps(record))
     printed = run(sys.executable, "-m", "fused_res", "info", cwd=broken.parent)
     assert f"it was built for torch 1.0, and this is torch {torch.__version__}" in printed
@@ -157,6 +167,28 @@ def test_info() -> None:
     assert re.search(r"batch_norm_act +yes +yes", printed)
     assert re.search(r"FUSED_RES_CPU_ISA +baseline ", printed)
     assert re.search(r"FUSED_RES_BACKEND +auto \(default\)", printed)
+
+
+@pytest.mark.parametrize(
+    ("record", "printed"),
+    [
+        ({"skipped": "no nvcc"}, r"status +the library of CUDA kernels is not there: it was left out .* \(no nvcc\)"),
+        (
+            {
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "nvcc": "13.0.88",
+                "flags": "-O3",
+                "architectures": ["sm_80", "compute_80"],
+            },
+            rf"status +\S+{re.escape(_extension.CUDA)}\n(.*\n)*.*nvcc 13\.0\.88\n(.*\n)*.* sm_80, compute_80\n",
+        ),
+    ],
+)
+def test_info_about_cuda_kernels(record: dict[str, object], printed: str, broken: Path) -> None:
+    (broken / _extension.CUDA).touch()
+    (broken / _extension.CUDA).with_suffix(".json").write_text(json.dumps(record))
+    assert re.search(printed, run(sys.executable, "-m", "fused_res", "info", cwd=broken.parent))
 
 
 @needs_extension
@@ -236,9 +268,12 @@ def test_wheel_content(wheel: Wheel) -> None:
         names = set(archive.namelist())
         module = archive.read(f"fused_res/{_extension._MODULE}")
     sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
-    record = str(Path("fused_res", _extension._MODULE).with_suffix(".json"))
+    module_record, cuda_record = (
+        str(Path("fused_res", library).with_suffix(".json")) for library in (_extension._MODULE, _extension.CUDA)
+    )
+    cuda = {f"fused_res/{_extension.CUDA}"} & names  # where there is a torch that knows CUDA
     packaged = {name for name in names if ".dist-info/" not in name}
-    assert packaged == sources | {f"fused_res/{_extension._MODULE}", record}
+    assert packaged == sources | cuda | {f"fused_res/{_extension._MODULE}", module_record, cuda_record}
     for path in (ROOT, Path(torch.__file__).parent):
         assert os.fsencode(path) not in module, "a path of this machine is in the module"
 
@@ -297,6 +332,19 @@ def test_nothing_is_compiled_for_this_machine_only(wheel: Wheel) -> None:
         # What may use a wider instruction set is the kernels' own file, nothing else.
         if "kernels_" not in entry["command"]:
             assert not re.search(r" -m(arch|avx|fma|f16c)", entry["command"]), entry["file"]
+
+
+def test_switches_that_contradict_each_other() -> None:
+    printed = run(sys.executable, "setup.py", "--version", cwd=ROOT, fails=True, FUSED_RES_CPP="0", FUSED_RES_CUDA="1")
+    assert "FUSED_RES_CPP=0 leaves out everything compiled" in printed
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch knows CUDA")
+def test_cuda_kernels_that_cannot_be_built_are_an_error_if_asked_for() -> None:
+    printed = run(
+        sys.executable, "setup.py", "build_ext", cwd=ROOT, fails=True, FUSED_RES_CPP="auto", FUSED_RES_CUDA="1"
+    )
+    assert "FUSED_RES_CUDA=1, but the CUDA kernels cannot be built: this torch" in printed
 
 
 # --- the project's files ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from backends import FAST
 from torch.nn import functional as F
 
 import fused_res
@@ -11,8 +12,7 @@ from fused_res import BlockSpec, PoolSpec, UnitSpec
 from fused_res.functional import residual_block
 from fused_res.testing import assert_as_exact_as
 
-BACKENDS = [name for name in ("reference", "cpu") if fused_res.backends.unavailable(name) is None]
-BACKENDS.append("reference, fused")
+BACKENDS = [*FAST, "reference, fused"]
 RECOMPUTE = ("none", "norm", "conv")
 SAME = UnitSpec(padding=(1, 1))
 

@@ -9,6 +9,7 @@
 
 #include <optional>
 
+#include "common/layout.h"
 #include "cpu/output_memory.h"
 #include "cpu/partition.h"
 
@@ -36,19 +37,6 @@ inline at::ScalarType stats_type(const Tensor& tensor) {
 }
 // Index into the tables of functions on statistics.
 inline int stats_index(const Tensor& tensor) { return tensor.scalar_type() == at::kDouble ? 1 : 0; }
-
-inline at::MemoryFormat channels_last_of(int64_t dim) {
-  return dim == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
-}
-
-// Whether kernels see rows of channels. The same rule as fused_res.ops.is_channels_last.
-inline bool is_channels_last(const Tensor& input) {
-  if (input.dim() == 2) return true;
-  if (input.size(1) == 1) return false;
-  if (std::all_of(input.sizes().begin() + 2, input.sizes().end(), [](int64_t size) { return size == 1; }))
-    return true;
-  return input.dim() > 3 && !input.is_contiguous() && input.is_contiguous(channels_last_of(input.dim()));
-}
 
 // A tensor in one of the two layouts that kernels know.
 struct Operand {

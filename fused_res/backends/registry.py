@@ -76,8 +76,31 @@ def _triton() -> str | None:
     return reason
 
 
-def _cuda() -> str:
-    return "this version of fused_res has no CUDA C++ kernels yet"
+#: What the CUDA C++ kernels are compiled for.
+OLDEST_GPU = (8, 0)
+
+
+def simulating() -> bool:
+    """Whether the CUDA C++ kernels are simulated on CPU tensors: ``tests/cuda_sim``."""
+    return bool(env.SIMULATOR.read())
+
+
+def _cuda() -> str | None:
+    if simulating():
+        library = env.SIMULATOR.read()
+        return None if os.path.exists(library) else f"{env.SIMULATOR.name} names {library}, and there is no such file"
+    _, reason = _extension.cuda_library()
+    return reason or _gpu_missing()
+
+
+def _gpu_missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU here that this torch can use"
+    found = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    if found < OLDEST_GPU:
+        needed, has = (".".join(map(str, version)) for version in (OLDEST_GPU, found))
+        return f"its kernels need a GPU of compute capability {needed} or newer, and this one has {has}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -90,7 +113,7 @@ _COLUMNS = {
     "reference": _Column(None, _reference),
     "cpu": _Column(lambda: ("cpu",), _cpu),
     "triton": _Column(lambda: ("cuda", "cpu") if interpreting() else ("cuda",), _triton),
-    "cuda": _Column(lambda: ("cuda",), _cuda),
+    "cuda": _Column(lambda: ("cpu",) if simulating() else ("cuda",), _cuda),
 }
 #: What "auto" means on a device, best first.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

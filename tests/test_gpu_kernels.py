@@ -1,14 +1,14 @@
-"""The Triton kernels, run by Triton's interpreter on guarded memory, against plain PyTorch in float64.
+"""The kernels for GPUs, in Triton and CUDA C++, against plain PyTorch in float64: tests/gpu.py says where they run."""
 
-bfloat16 is wrong in the interpreter: :mod:`tests.test_triton_ptx` runs the generated code instead.
-"""
-
+import contextlib
 import itertools
 import subprocess
 import sys
 
+import gpu
 import pytest
 import torch
+from gpu import DEVICE
 from torch.nn import functional as F
 
 import fused_res
@@ -18,33 +18,28 @@ from fused_res.backends.reference import batch_norm_sync as halves
 from fused_res.backends.reference import conv_dgrad as reference_dgrad
 from fused_res.backends.reference import conv_wgrad as reference_wgrad
 
-if (reason := fused_res.backends.unavailable("triton")) is not None:
-    pytest.skip(reason, allow_module_level=True)
-
-from guarded import guarded_launches
-
-from fused_res.backends.triton import batch_norm_sync
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-kernels = fused_res.backends.resolve("triton", DEVICE)
 #: Relative to the largest value: a few roundings of a sum of hundreds.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-HALF = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
+HALF = [torch.float16, torch.bfloat16]
 FORMATS = (torch.channels_last, torch.contiguous_format)
 
 
-@pytest.fixture(autouse=True)
-def _guarded():
-    if DEVICE.type == "cuda":
-        yield
-    else:
-        with guarded_launches():
-            yield
+@pytest.fixture
+def kernels(request):
+    with gpu.guarded(request.param):
+        yield fused_res.backends.resolve(request.param, DEVICE)
 
 
 @pytest.fixture(autouse=True)
 def _no_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def on_kernels(*dtypes):
+    return pytest.mark.parametrize(("kernels", "dtype"), gpu.cases(dtypes), indirect=["kernels"])
+
+
+on_all = pytest.mark.parametrize("kernels", gpu.BACKENDS, indirect=True)
 
 
 def randn(*shape, seed=0):
@@ -64,6 +59,21 @@ def assert_close(ours, exact, dtype, name, factor=1.0):
     assert error <= factor * TOLERANCE[dtype] * scale, f"{name}: {error:.3g} of {scale:.3g}"
 
 
+@contextlib.contextmanager
+def launches(backend):
+    """What Triton launches, or None."""
+    if backend != "triton":
+        yield None
+        return
+    from fused_res.backends.triton import launch
+
+    launched = []
+    observer = launch._observer or (lambda kernel, grid, arguments, options: kernel[grid](*arguments, **options))
+    with launch.observed(lambda *a: (launched.append(a[0]), observer(*a))):
+        yield launched
+
+
+@pytest.mark.skipif("triton" not in gpu.BACKENDS, reason="needs Triton")
 def test_out_of_bounds_accesses_are_caught():
     """A kernel that reads one element too many ends its process; the same without that does not."""
     code = """if True:
@@ -112,10 +122,10 @@ def norm_case(shape, format, dtype):
     return x, residual, dy, weight + 1, bias
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@on_kernels(torch.float64, torch.float32, *HALF)
 @pytest.mark.parametrize(("shape", "format"), NORMS, ids=str)
 class TestNorm:
-    def test_halves(self, shape, format, dtype):
+    def test_halves(self, kernels, shape, format, dtype):
         x, _, dy, weight, bias = norm_case(shape, format, dtype)
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
         partials = kernels.batch_norm_partials(x)
@@ -134,7 +144,7 @@ class TestNorm:
             wanted = halves.batch_norm_act_dx(dy.double(), x.double(), stats.double(), mask, relu, sums.double(), count)
             assert_close(dx, wanted, dtype, "dx")
 
-    def test_apply_and_pair(self, shape, format, dtype):
+    def test_apply_and_pair(self, kernels, shape, format, dtype):
         """The forward's last pass with and without residual, plain and normalised; the backward of two norms."""
         x, residual, dy, weight, bias = norm_case(shape, format, dtype)
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
@@ -154,16 +164,14 @@ class TestNorm:
         for index, (a, b) in enumerate(zip(ours, norm.batch_norm_act_backward_pair(*wide), strict=True)):
             assert_close(a, b, dtype if index < 2 else accumulated, index, 4)
 
-    def test_running_statistics_fold_in_the_same_kernel(self, shape, format, dtype):
+    def test_running_statistics_fold_in_the_same_kernel(self, kernels, shape, format, dtype):
         x, residual, _, weight, bias = norm_case(shape, format, dtype)
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
         mean, var = (50 * weight).to(weight.dtype), bias**2 + 0.5
-        launched = []
-        observer = fused_res.backends.triton.launch._observer
-        with fused_res.backends.triton.launch.observed(lambda *a: (launched.append(a[0]), observer(*a))):
-            arguments = (x, residual, None, weight, bias, mean, var, False, 1e-5, True, False)
+        arguments = (x, residual, None, weight, bias, mean, var, False, 1e-5, True, False)
+        with launches(kernels.name) as launched:
             y, stats, _ = kernels.batch_norm_act_forward(*arguments)
-        assert len(launched) == 1
+        assert launched is None or len(launched) == 1
         wide = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
         exact, exact_stats, _ = norm.batch_norm_act_forward(*wide)
         assert_close(y, exact, dtype, "y", 4)
@@ -174,19 +182,24 @@ class TestNorm:
         assert torch.equal(z, y)
 
 
-def test_parts_merge_in_groups():
+@on_all
+def test_parts_merge_in_groups(kernels):
     """As many parts as a large convolution has tiles, some of them empty."""
     parts = randn(2500, 3, 5).abs()
     parts[:, 0] = (torch.arange(2500, device=DEVICE) % 7)[:, None].double()
     exact = halves.merge_stats(parts, None, None, 1e-5, True)
     assert_close(kernels.merge_stats(parts, None, None, 1e-5, True), exact, torch.float64, "stats")
-    one = batch_norm_sync.merge_parts(parts.float())
-    assert one.shape == (1, 3, 5)
-    assert_close(kernels.merge_stats(one, None, None, 1e-5, False), exact, torch.float32, "stats of one part")
-    assert_close(batch_norm_sync.merge_sums(parts[:, :2].float()), parts[:, :2].sum(0), torch.float32, "sums")
+    if kernels.name == "triton":
+        from fused_res.backends.triton import batch_norm_sync
+
+        one = batch_norm_sync.merge_parts(parts.float())
+        assert one.shape == (1, 3, 5)
+        assert_close(kernels.merge_stats(one, None, None, 1e-5, False), exact, torch.float32, "stats of one part")
+        assert_close(batch_norm_sync.merge_sums(parts[:, :2].float()), parts[:, :2].sum(0), torch.float32, "sums")
 
 
-def test_parts_of_several_processes():
+@on_all
+def test_parts_of_several_processes(kernels):
     """What SyncBN does: statistics of parts of a batch, and sums of their gradients, add up to the whole batch's."""
     x, _, dy, weight, bias = norm_case((6, 8, 5, 5), torch.channels_last, torch.float32)
     pieces = [channels_last(x[rows]) for rows in (slice(0, 1), slice(1, 1), slice(1, 6))]
@@ -213,9 +226,9 @@ CONVOLUTIONS = [  # images, channels, height, width, outputs, kernel, stride, pa
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@on_kernels(torch.float32, *HALF)
 @pytest.mark.parametrize(("shape", "outputs", "kernel", "stride", "padding", "dilation", "groups"), CONVOLUTIONS)
-def test_convolution(shape, outputs, kernel, stride, padding, dilation, groups, dtype):
+def test_convolution(kernels, shape, outputs, kernel, stride, padding, dilation, groups, dtype):
     """Bias, residual and ReLU behind it; and the norm before it, with the statistics of what it writes."""
     x = channels_last(randn(*shape) + 1).to(dtype)
     fan = shape[1] // groups * kernel[0] * kernel[1]
@@ -245,9 +258,9 @@ def test_convolution(shape, outputs, kernel, stride, padding, dilation, groups, 
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@on_kernels(torch.float32, *HALF)
 @pytest.mark.parametrize(("channels", "outputs", "size", "stride"), [(35, 20, 5, 1), (64, 100, 4, 1), (16, 24, 7, 2)])
-def test_pointwise_backward(channels, outputs, size, stride, dtype):
+def test_pointwise_backward(kernels, channels, outputs, size, stride, dtype):
     """Every way that the gradient can be masked and the operand formed, against the same written out in float64."""
     pixels = (size - 1) // stride + 1
     shape, reached = (3, channels, size, size), (3, outputs, pixels, pixels)
@@ -287,8 +300,8 @@ def test_pointwise_backward(channels, outputs, size, stride, dtype):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_max_pool(dtype, format):
+@on_kernels(torch.float32, *HALF)
+def test_max_pool(kernels, dtype, format):
     reference = fused_res.backends.resolve("reference", DEVICE)
     x = randn(2, 5, 9, 11).to(dtype).contiguous(memory_format=format)
     x[0, 0, 2, 2] = float("nan")
@@ -304,7 +317,8 @@ def test_max_pool(dtype, format):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_same_bits_twice(format):
+@on_all
+def test_same_bits_twice(kernels, format):
     x, residual, dy, weight, bias = norm_case((5, 70, 9, 7), format, torch.float32)
     runs = []
     for _ in range(2):
@@ -317,7 +331,8 @@ def test_same_bits_twice(format):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_recomputed_normalise_has_the_forward_bits():
+@on_all
+def test_recomputed_normalise_has_the_forward_bits(kernels):
     x, _, _, weight, bias = norm_case((3, 35, 9, 7), torch.channels_last, torch.float32)
     y, stats, _ = kernels.batch_norm_act_forward(x, None, None, weight, bias, None, None, True, 1e-5, True, False)
     assert torch.equal(y, kernels.batch_norm_act_apply(x, stats, None, None, True, False)[0])

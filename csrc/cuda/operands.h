@@ -1,0 +1,22 @@
+// What host and device sides say to each other, without torch or CUDA's headers.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace fused_res::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// One number a channel, of a dtype of its own; null where there is none.
+struct Parameter {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace fused_res::cuda

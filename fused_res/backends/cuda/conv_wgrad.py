@@ -1,0 +1,5 @@
+"""The kernels of ``csrc/cuda/conv_wgrad.cpp``."""
+
+from fused_res.backends.cuda import operators
+
+conv_wgrad = operators.conv_wgrad.default
