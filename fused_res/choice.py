@@ -54,6 +54,8 @@ def possible(spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, channe
         return Choice(reason="float64 has no fused convolution")
     if spec.groups > 1:
         return Choice(reason="grouped convolutions are not fused")
+    if weight[0] == 1:
+        return Choice(reason="a single channel has no rows of channels")
     pointwise = weight[2:] == (1, 1) and spec.padding == (0, 0)
     if not pointwise:
         return Choice("fused", "aten", "the fused backward is for 1x1 convolutions")

@@ -38,6 +38,6 @@ def guarded(backend: str) -> contextlib.AbstractContextManager[None]:
         from guarded import guarded_launches
 
         return guarded_launches()
-    from cuda_sim.simulated import guarded as guarded_memory
+    from cuda_sim.simulated import run_time
 
-    return guarded_memory()
+    return run_time().guarded()

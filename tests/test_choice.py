@@ -59,6 +59,11 @@ def block_tensors(dtype=torch.float64):
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
+def test_one_channel_has_no_rows():
+    """Its mask lies in planes, which fused gradients do not read."""
+    assert "single channel" in choice(weight=(1, 64, 1, 1), preference="fused").reason
+
+
 def test_override_is_a_context():
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
 

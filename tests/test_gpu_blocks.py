@@ -194,7 +194,7 @@ def test_a_whole_model(backend):
         assert (ours - exact).norm() <= 1e-3 * exact.norm() + 1e-6
 
 
-class TestWithoutTriton:
+class TestWithoutAGpu:
     """Everything imports; the backend says why it is not there."""
 
     @pytest.mark.parametrize(
@@ -226,6 +226,22 @@ class TestWithoutTriton:
                     raise SystemExit("did not raise")"""
         environment = {"PATH": "/usr/bin", "TRITON_INTERPRET": "0"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU, and a library may be")
+    def test_without_cuda(self):
+        """The backend says what it lacks, and how to get it."""
+        code = """if True:
+            import fused_res
+            reason = fused_res.backends.unavailable("cuda")
+            assert "CUDA kernels is not there" in reason and "FUSED_RES_CUDA=1 pip install" in reason, reason
+            try:
+                fused_res.backends.use("cuda")
+            except fused_res.BackendUnavailableError as error:
+                assert reason in str(error)
+            else:
+                raise SystemExit("did not raise")"""
+        done = subprocess.run([sys.executable, "-c", code], env={"PATH": "/usr/bin"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
     def test_no_kernel_is_defined_before_it_is_used(self):

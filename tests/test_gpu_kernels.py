@@ -336,3 +336,22 @@ def test_recomputed_normalise_has_the_forward_bits(kernels):
     x, _, _, weight, bias = norm_case((3, 35, 9, 7), torch.channels_last, torch.float32)
     y, stats, _ = kernels.batch_norm_act_forward(x, None, None, weight, bias, None, None, True, 1e-5, True, False)
     assert torch.equal(y, kernels.batch_norm_act_apply(x, stats, None, None, True, False)[0])
+
+
+@on_kernels(torch.float32, torch.bfloat16)
+def test_no_images(kernels, dtype):
+    """An empty batch has outputs of its shape, no statistics and gradients of zero."""
+    x, z = channels_last(torch.empty(0, 8, 5, 5, device=DEVICE)), channels_last(torch.empty(0, 16, 5, 5, device=DEVICE))
+    x, z, weight = x.to(dtype), z.to(dtype), randn(16, 8, 1, 1).to(dtype)
+    geometry = [1, 1], [0, 0], [1, 1], 1
+    assert kernels.conv_bias_act(x, weight, None, None, *geometry, True).shape == z.shape
+    output, partials = kernels.conv_bn_stats(x, weight, None, None, False, *geometry, True)
+    assert output.shape == z.shape and partials.shape == (1, 3, 16) and not partials[:, [0, 2]].any()
+    stats, x_stats = torch.ones(5, 16, device=DEVICE), torch.ones(5, 8, device=DEVICE)
+    common = z, z, stats, None, True, None, 0, weight
+    grad, sums = kernels.conv_dgrad(*common, x, x_stats, True)
+    assert grad.shape == x.shape and sums.shape == (2, 8) and not sums.any()
+    assert not kernels.conv_wgrad(*common, x, x_stats, True, [1, 1]).any()
+    assert not kernels.batch_norm_sums(z, z, stats, None, True, None, None).any()
+    y, mask = kernels.batch_norm_act_apply(z, stats, z, None, True, True)
+    assert y.shape == z.shape and not mask.numel()

@@ -106,6 +106,9 @@ __device__ inline uint32_t to_tf32(float x) {
 #endif
 }
 
+// What is in memory is read again behind it, where the compiler would have held it in registers, too many.
+__device__ inline void reread_memory() { asm volatile("" ::: "memory"); }
+
 // Waits until `arrivals` threads in all have come here with this counter, one for each block of a cooperative
 // launch; what they wrote to global memory before is visible behind it. The counter is 0 at the start and
 // never goes back: the n-th barrier of b blocks waits for n * b.

@@ -76,6 +76,8 @@ def _branch(operands: Operands, instruction: Instruction) -> Step:
     if not isinstance(label, str) or label not in machine.kernel.labels:
         raise unknown(instruction)
     target = machine.kernel.labels[label]
+    if _waits(machine.kernel.instructions[target : instruction.position]):
+        return _spin(operands, instruction, target)
     if instruction.guard is None:
         return lambda: target
     guard = operands.reader(instruction.guard, "pred")
@@ -90,6 +92,27 @@ def _branch(operands: Operands, instruction: Instruction) -> Step:
             return target
         machine.counters[taken] = target
         machine.counters[stay] = following
+        return REGROUP
+
+    return step
+
+
+def _waits(body: list[Instruction]) -> bool:
+    """Whether a loop only looks at memory until another thread has written there."""
+    return any("acquire" in one.parts or "volatile" in one.parts for one in body) and not any(
+        one.parts[0] in ("st", "red", "atom", "bar", "barrier") for one in body
+    )
+
+
+def _spin(operands: Operands, instruction: Instruction, target: int) -> Step:
+    machine = operands.machine
+    again = operands.reader(instruction.guard, "pred") if instruction.guard else None
+
+    def step() -> int | None:
+        back = machine.active if again is None else machine.active & again()
+        machine.counters[machine.active] = instruction.position + 1
+        machine.counters[back] = target
+        machine.spinning = machine.spinning | back
         return REGROUP
 
     return step

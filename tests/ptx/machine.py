@@ -9,10 +9,12 @@ import numpy as np
 from ptx.instructions import REGROUP, decode
 from ptx.memory import Copies, Fault, Memory, Shared, argument_bytes
 from ptx.numerics import Array
-from ptx.operands import Operands
+from ptx.operands import Operands, Step
 from ptx.parser import Kernel
 
 _THREADS_AT_ONCE = 4096
+_PARAMETER_WINDOW = 1 << 16
+_MOST_SPINS = 1000  # in a row, in which nobody else runs
 
 
 def run(
@@ -24,14 +26,16 @@ def run(
     threads: Sequence[int] | None = None,
     shared: int = 0,
     ctas: Sequence[int] | None = None,
+    cooperative: bool = False,
     schedule: int = 0,
 ) -> None:
     """Runs ``kernel`` on ``memory``.
 
     ``arguments``: numbers, addresses, or bytes for structs. ``shared``: bytes of dynamic shared memory. ``ctas``:
-    linear ids (x fastest) of those to run, all by default. ``schedule``: 0 runs all warps in lock step; 1 runs each
-    warp up to the next barrier before the following one starts; 2 goes from the last warp, and the last CTA, to the
-    first.
+    linear ids (x fastest) of those to run, all by default. ``cooperative``: they run all at once, so that they can wait
+    for each other. ``schedule``: 0 runs all warps in lock step; 1 runs each warp up to the next barrier before the
+    following one starts, or if cooperative, each CTA as far as it comes on its own; 2 goes from the last warp, and the
+    last CTA, to the first.
     """
     block = tuple(threads or kernel.threads or ())
     if not block:
@@ -39,11 +43,11 @@ def run(
     size = int(np.prod(block))
     chosen = np.arange(int(np.prod(grid))) if ctas is None else np.asarray(ctas)
     chosen = chosen[::-1] if schedule == 2 else chosen
-    at_once = max(1, _THREADS_AT_ONCE // size)
+    at_once = len(chosen) if cooperative else max(1, _THREADS_AT_ONCE // size)
     with np.errstate(all="ignore"):
         for start in range(0, len(chosen), at_once):
             part = chosen[start : start + at_once]
-            Machine(kernel, tuple(grid), block, part, arguments, memory, shared, schedule).run()
+            Machine(kernel, tuple(grid), block, part, arguments, memory, shared, schedule, cooperative).run()
 
 
 class Machine:
@@ -57,8 +61,10 @@ class Machine:
         memory: Memory,
         shared: int,
         schedule: int,
+        cooperative: bool = False,
     ) -> None:
         self.kernel, self.memory, self.schedule = kernel, memory, schedule
+        self.in_turn = cooperative and schedule > 0
         self.block, self.ctas, self.numbers = int(np.prod(block)), len(ctas), ctas
         self.warps = -(-self.block // 32)
         # Whole warps, so that warp-wide instructions are reshapes; lanes beyond the block never run.
@@ -67,7 +73,9 @@ class Machine:
         self.cta = np.repeat(np.arange(self.ctas), self.warps * 32)
         self.warp = self.thread // 32
         self.alive = self.thread < self.block
-        self.waiting = np.zeros(self.lanes, bool)
+        self.waiting = np.zeros(self.lanes, bool)  # at a barrier
+        self.spinning = np.zeros(self.lanes, bool)  # until a place in memory changes: they let the others run
+        self._spins = 0
         self.counters = np.zeros(self.lanes, "i8")
         self.active = self.alive
         self.everyone = bool(self.alive.all())  # whether all lanes are active
@@ -75,9 +83,14 @@ class Machine:
         self.shared = Shared(self.ctas, kernel.static_shared + shared, self.cta, self.warp)
         self.copies = Copies(self.lanes, self.shared)
         self.parameters = self._parameters(arguments)
+        self.parameter_memory = Memory()
+        self.parameter_addresses = {
+            name: self.parameter_memory.place(np.frombuffer(value, "u1"), at=_PARAMETER_WINDOW * i, readonly=True)
+            for i, (name, value) in enumerate(self.parameters.items(), 1)
+        }
         self.carry = np.zeros(self.lanes, "u8")
-        operands = Operands(self)
-        self.steps = [decode(operands, one) for one in kernel.instructions]
+        self.operands = Operands(self)
+        self.steps: list[Step | None] = [None] * len(kernel.instructions)  # decoded when they are first met
 
     def _special(self, grid: tuple[int, ...], block: tuple[int, ...], ctas: Array, shared: int) -> dict[str, Array]:
         (bx, by, bz), (gx, gy, gz) = ((*size, 1, 1)[:3] for size in (block, grid))
@@ -104,8 +117,11 @@ class Machine:
                 limit -= 1
                 if counter >= end or limit < 0:
                     raise Fault(f"{self.kernel.name} ran off its end, or does not come to one")
+                step = steps[counter]
+                if step is None:
+                    step = steps[counter] = decode(self.operands, self.kernel.instructions[counter])
                 try:
-                    target = steps[counter]()
+                    target = step()
                 except Fault as fault:
                     raise Fault(self._located(fault, counter)) from None
                 if target is None:
@@ -124,15 +140,18 @@ class Machine:
 
     def _next_group(self) -> tuple[int, int] | None:
         """Activates the runnable threads with the smallest program counter; says how far they may go."""
-        runnable = self.alive & ~self.waiting
+        if self.in_turn:
+            self._open(self._complete())
+        runnable = self.alive & ~self.waiting & ~self.spinning
         if not runnable.any():
-            if not self.waiting.any():
+            if not self.alive.any():
                 return None
             self._release()
-            runnable = self.alive
+            runnable = self.alive & ~self.waiting
         if self.schedule:
-            present = np.unique(self.warp[runnable])
-            runnable = runnable & (self.warp == present[0 if self.schedule == 1 else -1])
+            unit = self.cta if self.in_turn else self.warp
+            present = np.unique(unit[runnable])
+            runnable = runnable & (unit == present[0 if self.schedule == 1 else -1])
         counters = self.counters[runnable]
         smallest = int(counters.min())
         later = counters[counters > smallest]
@@ -142,17 +161,28 @@ class Machine:
     def activate(self, active: Array) -> None:
         self.active, self.everyone = active, bool(active.all())
 
+    def _complete(self) -> Array:
+        """The CTAs all of whose threads wait at the same barrier."""
+        waiting, counters = (one.reshape(self.ctas, -1)[:, : self.block] for one in (self.waiting, self.counters))
+        return waiting.all(1) & (counters == counters[:, :1]).all(1)
+
+    def _open(self, complete: Array) -> None:
+        self.shared.barrier(np.flatnonzero(complete))
+        self.waiting &= ~complete[self.cta]
+
     def _release(self) -> None:
-        """Everyone runnable has come to a barrier: legal where all threads of a CTA are at the same one."""
-        for cta in range(self.ctas):
+        """Nobody can run: barriers open where all threads of a CTA are at the same one, and who spins looks again."""
+        complete = self._complete()
+        for cta in np.unique(self.cta[self.waiting & ~complete[self.cta]]):
             of_cta = (self.cta == cta) & (self.thread < self.block)
-            waiting = of_cta & self.waiting
-            if not waiting.any():
-                continue
-            places = np.unique(self.counters[waiting])
-            if len(places) > 1 or (waiting != of_cta).any():
+            if not (of_cta & self.spinning).any():
+                places = np.unique(self.counters[of_cta & self.waiting])
                 where = [self.kernel.instructions[place - 1].where for place in places]
-                gone = int((of_cta & ~waiting).sum())
+                gone = int((of_cta & ~self.waiting).sum())
                 raise Fault(f"{self.kernel.name}: divergent barrier: threads wait at {where}, {gone} have returned")
-        self.shared.barrier(np.unique(self.cta[self.waiting]))
-        self.waiting[:] = False
+        self._spins = 0 if complete.any() else self._spins + 1
+        if self._spins > _MOST_SPINS:
+            lane = int(np.flatnonzero(self.spinning)[0])
+            raise Fault(self._located(Fault("waits for what nobody writes", lane), int(self.counters[lane])))
+        self._open(complete)
+        self.spinning[:] = False

@@ -52,7 +52,7 @@ def _load(operands: Operands, instruction: Instruction) -> Step:
     item, width = UNSIGNED[BITS[type_]], BITS[type_] // 8 * count
     if len(puts) != count or width > 32:
         raise unknown(instruction)
-    if space == "param":
+    if space == "param" and isinstance(source, Address) and source.base in operands.machine.parameters:
         return _load_parameter(operands, instruction, source, puts, item)
     access, machine = _access(operands, instruction, space), operands.machine
     address = operands.address(source)
@@ -71,10 +71,8 @@ def _load(operands: Operands, instruction: Instruction) -> Step:
 
 
 def _load_parameter(
-    operands: Operands, instruction: Instruction, source: object, puts: list[Callable[[Array], None]], item: np.dtype
+    operands: Operands, instruction: Instruction, source: Address, puts: list[Callable[[Array], None]], item: np.dtype
 ) -> Step:
-    if not isinstance(source, Address) or source.base not in operands.machine.parameters:
-        raise unknown(instruction)
     data = operands.machine.parameters[source.base][source.offset :][: item.itemsize * len(puts)]
     if len(data) < item.itemsize * len(puts):
         raise Fault(f"{instruction.where}: beyond the parameter: {instruction.text}")
@@ -110,7 +108,7 @@ def _access(
 ) -> Callable[[Array, int, Array, Array | None], Array]:
     """Loads, or stores where there are values, in one state space."""
     machine = operands.machine
-    if space not in ("global", "shared", "generic"):
+    if space not in ("global", "shared", "generic", "param"):
         raise unknown(instruction)
 
     def access(addresses: Array, width: int, lanes: Array, values: Array | None) -> Array:
@@ -121,13 +119,45 @@ def _access(
             if inside.any() != shared:
                 raise NotImplementedError("a generic access to two state spaces at once")
             addresses = addresses - np.uint64(_SHARED_WINDOW) if shared else addresses
-        memory = machine.shared if shared else machine.memory
+        memory = machine.shared if shared else machine.parameter_memory if space == "param" else machine.memory
         if values is None:
             return memory.load(addresses, width, lanes)
         memory.store(addresses, values, lanes)
         return values
 
     return access
+
+
+_JOINED: dict[str, Callable[[Array, Array], Array]] = {"add": np.add, "min": np.minimum, "max": np.maximum}
+
+
+def _atomic(operands: Operands, instruction: Instruction) -> Step:
+    """red and atom of whole numbers in global memory, one thread after another."""
+    machine, parts = operands.machine, instruction.parts
+    *result, target, source = instruction.operands
+    space, type_, _ = _shape(instruction)
+    join = next((function for name, function in _JOINED.items() if name in parts), None)
+    if join is None or space not in ("global", "generic") or type_ not in ("u32", "s32", "u64", "s64"):
+        raise unknown(instruction)
+    address, read = operands.address(target), operands.bits(source, type_)
+    put = operands.put(result[0] if result else "_", type_)
+    access, dtype, width = (
+        _access(operands, instruction, space),
+        type_[0].replace("s", "i") + str(BITS[type_] // 8),
+        BITS[type_] // 8,
+    )
+
+    def step() -> None:
+        addresses, values = address(), read()
+        found = np.zeros(machine.lanes, UNSIGNED[BITS[type_]])
+        for lane in np.flatnonzero(machine.active):
+            where, one = addresses[lane : lane + 1], np.array([lane])
+            old = access(where, width, one, None).view(dtype)
+            access(where, width, one, join(old, values[lane : lane + 1].view(dtype)).view(f"V{width}"))
+            found[lane] = old.view(found.dtype)[0]
+        put(found)
+
+    return step
 
 
 def _copy(operands: Operands, instruction: Instruction) -> Step:
@@ -167,5 +197,5 @@ def _copy(operands: Operands, instruction: Instruction) -> Step:
 
 DECODERS: dict[str, Callable[[Operands, Instruction], Step]] = {
     **{"mov": _move, "cvta": _window, "createpolicy": _policy},
-    **{"ld": _load, "ldu": _load, "st": _store, "cp": _copy},
+    **{"ld": _load, "ldu": _load, "st": _store, "cp": _copy, "red": _atomic, "atom": _atomic},
 }

@@ -46,6 +46,8 @@ class Operands:
             return np.zeros(machine.lanes, dtype)
         if name in machine.special:
             return machine.special[name].astype(dtype)
+        if name in machine.parameter_addresses:
+            return np.full(machine.lanes, machine.parameter_addresses[name], dtype)
         if name in machine.kernel.shared:
             return np.full(machine.lanes, machine.kernel.shared[name], dtype)
         return np.full(machine.lanes, _constant(name, bits), dtype)

@@ -58,7 +58,7 @@ class Kernel:
         """Width of a register, None where there is none of this name."""
         if register in self.registers:
             return self.registers[register]
-        return self.families.get(re.sub(r"\d+$", "", register))
+        return self.families.get(register.rstrip("0123456789"))
 
 
 _SHARED = re.compile(

@@ -1,0 +1,124 @@
+// The kernels of batch_norm_act: two passes, and small ones around them. A thread block does one unit of
+// work.
+#pragma once
+
+#include "cuda/batch_norm_units.cuh"
+
+namespace fused_res::cuda {
+
+__device__ inline Unit unit_of_block(const Cut& cut) {
+  return {static_cast<int64_t>(blockIdx.x) % cut.blocks, static_cast<int64_t>(blockIdx.x) / cut.blocks};
+}
+
+template <class T, Layout layout, int n>
+FUSED_RES_KERNEL(kThreads, 2)
+partials_kernel(const __grid_constant__ PartialsArgs args) {
+  using A = Accumulator<T>;
+  const FromGlobal<T, n> source{static_cast<const T*>(args.x)};
+  unit_partials<T, layout, n>(args.cut, unit_of_block(args.cut), source, args.partials,
+                              reinterpret_cast<A*>(shared_memory()));
+}
+
+template <class T, Layout layout, int n>
+FUSED_RES_KERNEL(kThreads, 2)
+apply_kernel(const __grid_constant__ ApplyArgs args) {
+  auto* rows = reinterpret_cast<Accumulator<T>*>(shared_memory());
+  const Unit unit = unit_of_block(args.cut);
+  fill_forward(rows, args, unit);
+  __syncthreads();
+  unit_apply<T, layout, n, kTile>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows);
+}
+
+template <class T, Layout layout, int n>
+FUSED_RES_KERNEL(kThreads, 2)
+sums_kernel(const __grid_constant__ BackwardArgs args) {
+  using A = Accumulator<T>;
+  A *rows = reinterpret_cast<A*>(shared_memory()), *shared = channel_row(rows, 2, 0);
+  const Unit unit = unit_of_block(args.cut);
+  fill_backward_norms(rows, args, unit);
+  __syncthreads();
+  unit_sums<T, layout, n>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.dy)},
+                          FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows, shared);
+}
+
+template <class T, Layout layout, int n>
+FUSED_RES_KERNEL(kThreads, 2)
+dx_kernel(const __grid_constant__ BackwardArgs args) {
+  using A = Accumulator<T>;
+  A* rows = reinterpret_cast<A*>(shared_memory());
+  const Unit unit = unit_of_block(args.cut);
+  fill_backward_norms(rows, args, unit);
+  const int64_t channels = args.cut.channels, channel = unit.first_channel(args.cut) + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) < args.cut.block_channels && channel < channels) {
+    const A* sums = static_cast<const A*>(args.sums) + channel;
+    if (args.training) fill_mean_terms(rows, 0, sums[0], sums[channels], args.stats, args, channel);
+    if (args.residual_training)
+      fill_mean_terms(rows, 1, sums[0], sums[2 * channels], args.residual_stats, args, channel);
+  }
+  __syncthreads();
+  unit_dx<T, layout, n>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.dy)},
+                        FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows);
+}
+
+// The layout makes no difference here: rows of a mask, and columns.
+template <class T, int n>
+FUSED_RES_KERNEL(kThreads, 2)
+add_masked_kernel(const __grid_constant__ AddMaskedArgs args) {
+  using A = Accumulator<T>;
+  const Unit unit = unit_of_block(args.cut);
+  T* into = static_cast<T*>(args.into);
+  const FromGlobal<T, n> left{into}, right{static_cast<const T*>(args.grad)};
+  Walk<Layout::kNhwc, n> read(args.cut, unit.block, unit.first_tile(args.cut) * kTile), write = read;
+  for (int64_t tile = unit.first_tile(args.cut); tile < unit.last_tile(args.cut); ++tile) {
+    Vector<T, n> sum[kTile], grad[kTile];
+    for (int k = 0; k < kTile; ++k, read.next()) sum[k] = left(read, 0), grad[k] = right(read, 0);
+    for (int k = 0; k < kTile; ++k, write.next()) {
+      A more[n];
+      for (int i = 0; i < n; ++i) more[i] = to_float(grad[k][i]);
+      if (args.mask != nullptr) mask_gradient(more, args.mask, write);
+      for (int i = 0; i < n; ++i) sum[k][i] = from_float<T>(to_float(sum[k][i]) + more[i]);
+      if (write.inside()) store(into + write.offset(), sum[k]);
+    }
+  }
+}
+
+template <class A>
+FUSED_RES_KERNEL(kThreads, 1)
+fold_kernel(const __grid_constant__ FoldArgs args) {
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (channel < args.channels) fold_norm<A>(nullptr, args, channel, 0, true);
+}
+
+__device__ inline void store_parameter(void* at, Dtype dtype, int64_t channel, double value) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      static_cast<float*>(at)[channel] = static_cast<float>(value);
+      return;
+    case Dtype::kFloat64:
+      static_cast<double*>(at)[channel] = value;
+      return;
+    case Dtype::kBFloat16:
+      static_cast<__nv_bfloat16*>(at)[channel] = __double2bfloat16(value);
+      return;
+    case Dtype::kFloat16:
+      static_cast<__half*>(at)[channel] = __double2half(value);
+      return;
+  }
+}
+
+// For all norms of a chain at once: blockIdx.y.
+FUSED_RES_KERNEL(kThreads, 1) update_running_kernel(const __grid_constant__ UpdateRunningArgs args) {
+  const UpdateRunningArgs::Norm& norm = args.norms[blockIdx.y];
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (channel >= norm.channels) return;
+  const Parameter stats{norm.stats, norm.is_double ? Dtype::kFloat64 : Dtype::kFloat32};
+  const auto update = [&](void* running, Dtype dtype, int row) {
+    const double before = load_parameter(Parameter{running, dtype}, channel, 0.0);
+    const double batch = load_parameter(stats, row * norm.channels + channel, 0.0);
+    store_parameter(running, dtype, channel, (1.0 - norm.momentum) * before + norm.momentum * batch);
+  };
+  update(norm.mean, norm.mean_dtype, kMean);
+  update(norm.var, norm.var_dtype, kVar);
+}
+
+}  // namespace fused_res::cuda

@@ -1,0 +1,71 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include "cuda/gradient_operands.h"
+
+namespace fused_res::cuda {
+namespace {
+
+// Gradient of a 1x1 convolution's weight, from the gradient behind the norm that follows it.
+Tensor conv_wgrad(const Tensor& grad_output, const Tensor& output, const Tensor& stats,
+                  const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums, int64_t count,
+                  const Tensor& weight, const Tensor& input, const OptionalTensor& input_stats,
+                  bool input_relu, at::IntArrayRef stride) {
+  const OnDeviceOf device(output);
+  const GradientOperands gradient(grad_output, output, stats, relu_mask, relu, sums, count, weight);
+  check_images(input, "input");
+  check_device(input, output, "input");
+  TORCH_CHECK_TYPE(input.scalar_type() == output.scalar_type(), "input: expected the dtype of output, ",
+                   output.scalar_type(), ", got ", input.scalar_type());
+  TORCH_CHECK_VALUE(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                    "stride: expected two positive numbers, got ", stride);
+  const int64_t channels = weight.size(1), outputs = weight.size(0);
+  for (int d = 2; d < 4; ++d) {
+    TORCH_CHECK_VALUE((input.size(d) - 1) / stride[d - 2] + 1 == output.size(d), "input: ", input.sizes(),
+                      " with stride ", stride, " does not make ", output.sizes());
+  }
+  TORCH_CHECK_VALUE(input.size(0) == output.size(0) && input.size(1) == channels, "input: expected ",
+                    output.size(0), " images of ", channels, " channels, got ", input.sizes());
+  const Tensor x = laid_out(input, true);
+  Tensor x_stats;
+  if (input_stats.has_value()) x_stats = channel_rows(*input_stats, output, 5, channels, "input_stats");
+  // In memory (outputs, channels), whatever it is called.
+  Tensor dw = at::empty_like(weight, weight.suggest_memory_format());
+
+  if (output.numel() == 0) return dw.zero_();
+  const Arithmetic arithmetic = arithmetic_of(output);
+  const bool whole = channels * element_size(arithmetic) % 16 == 0;
+  const bool aligned = whole && gradient.aligned() && is_aligned(x);
+  const ProductCut cut = cut_weight({outputs, channels, gradient.args().rows, 1, arithmetic, aligned, true});
+  Tensor split_sums;
+  if (cut.splits > 1) {
+    split_sums = at::empty({cut.splits + 1, outputs, channels}, output.options().dtype(at::kFloat));
+  }
+  WgradArgs args = {};
+  args.gradient = gradient.args();
+  args.input = x.const_data_ptr();
+  args.input_stats = x_stats.defined() ? x_stats.const_data_ptr<float>() : nullptr;
+  args.input_relu = input_relu;
+  args.split_sums = split_sums.defined() ? split_sums.mutable_data_ptr<float>() : nullptr;
+  args.epilogue.output = dw.mutable_data_ptr();
+  args.epilogue.rows = outputs;
+  args.epilogue.channels = channels;
+  args.epilogue.vectors = whole;
+  args.channels = narrow(channels, "channels");
+  args.height = narrow(x.size(2), "height");
+  args.width = narrow(x.size(3), "width");
+  args.out_height = narrow(output.size(2), "height");
+  args.out_width = narrow(output.size(3), "width");
+  args.stride_height = narrow(stride[0], "stride");
+  args.stride_width = narrow(stride[1], "stride");
+  args.col_tiles = static_cast<int>(cut.col_tiles);
+  args.steps_per_split = narrow(cut.steps_per_split, "steps");
+  launch_wgrad(args, cut, arithmetic, aligned, device.stream());
+  return dw;
+}
+
+}  // namespace
+
+FUSED_RES_LIBRARY_IMPL(m) { m.impl("conv_wgrad", TORCH_FN(conv_wgrad)); }
+
+}  // namespace fused_res::cuda

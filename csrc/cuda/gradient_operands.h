@@ -1,0 +1,66 @@
+// The gradient that conv_dgrad and conv_wgrad form as they load it, from the operators' arguments.
+#pragma once
+
+#include "cuda/convolution_host.h"
+#include "cuda/pointwise_backward.h"
+
+namespace fused_res::cuda {
+
+// A relu_mask whose rows are pixels. Of one channel it would be in rows of planes.
+inline const uint8_t* row_mask(const OptionalTensor& mask, const Tensor& like, const char* name) {
+  if (!mask.has_value()) return nullptr;
+  check_device(*mask, like, name);
+  const int64_t channels = like.size(1), rows = like.numel() / channels, bytes = rows * ceil_div(channels, 8);
+  TORCH_CHECK_VALUE(mask->scalar_type() == at::kByte && mask->is_contiguous() && mask->numel() == bytes, name,
+                    ": expected a contiguous uint8 tensor of ", bytes, " bytes, got ", mask->sizes(), " of ",
+                    mask->scalar_type());
+  TORCH_CHECK_VALUE(channels > 1, name, ": there is no kernel for a mask of one channel");
+  return mask->const_data_ptr<uint8_t>();
+}
+
+class GradientOperands {
+ public:
+  // `output`: of the convolution; `dy`: the gradient behind the norm that follows it.
+  GradientOperands(const Tensor& grad_output, const Tensor& output, const Tensor& stats,
+                   const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums, int64_t count,
+                   const Tensor& weight) {
+    check_images(output, "output");
+    check_images(weight, "weight");
+    check_like(grad_output, output, "grad_output");
+    TORCH_CHECK_VALUE(weight.numel() > 0, "weight: expected at least one element, got ", weight.sizes());
+    check_device(weight, output, "weight");
+    TORCH_CHECK_TYPE(weight.scalar_type() == output.scalar_type(), "weight: expected the dtype of output, ",
+                     output.scalar_type(), ", got ", weight.scalar_type());
+    TORCH_CHECK_VALUE(weight.size(0) == output.size(1) && weight.size(2) == 1 && weight.size(3) == 1,
+                      "weight: expected (", output.size(1), ", channels, 1, 1), got ", weight.sizes());
+    TORCH_CHECK_VALUE(!relu_mask.has_value() || is_channels_last(output),
+                      "relu_mask: expected a channels_last output with it");
+    const int64_t channels = output.size(1);
+    z_ = laid_out(output, true);
+    dy_ = laid_out(grad_output, true);
+    stats_ = channel_rows(stats, output, 5, channels, "stats");
+    if (sums.has_value()) sums_ = channel_rows(*sums, output, 2, channels, "sums");
+    TORCH_CHECK_VALUE(!sums.has_value() || count > 0, "count: expected a positive number, got ", count);
+    args_.dy = dy_.const_data_ptr();
+    args_.z = z_.const_data_ptr();
+    args_.stats = stats_.const_data_ptr<float>();
+    args_.sums = sums_.defined() ? sums_.const_data_ptr<float>() : nullptr;
+    args_.mask = row_mask(relu_mask, output, "relu_mask");
+    args_.relu = relu;
+    args_.share = sums_.defined() ? static_cast<float>(1.0 / static_cast<double>(count)) : 0.0f;
+    args_.rows = output.numel() / channels;
+    args_.channels = narrow(channels, "channels");
+  }
+
+  const GradientArgs& args() const { return args_; }
+  const Tensor& output() const { return z_; }
+  bool aligned() const {
+    return args_.channels * z_.element_size() % 16 == 0 && is_aligned(dy_) && is_aligned(z_);
+  }
+
+ private:
+  Tensor dy_, z_, stats_, sums_;
+  GradientArgs args_ = {};
+};
+
+}  // namespace fused_res::cuda

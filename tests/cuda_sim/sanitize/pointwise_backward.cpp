@@ -1,0 +1,99 @@
+#include "cuda/pointwise_backward.h"
+#include "products.h"
+
+namespace fused_res::cuda::sanitize {
+namespace {
+
+constexpr int kImages = 2, kHeight = 7, kWidth = 9;
+
+struct Gradient {
+  Arrays arrays;
+  Dtype dtype;
+  GradientArgs args;
+
+  Gradient(Dtype dtype, int64_t rows, int channels, bool masked) : dtype(dtype), args() {
+    args.dy = arrays.random(dtype, rows * channels);
+    args.z = arrays.random(dtype, rows * channels);
+    args.stats = arrays.random_floats(5 * channels);
+    args.sums = masked ? arrays.random_floats(2 * channels) : nullptr;
+    args.mask = masked ? arrays.random_bits(rows * ceil_div(channels, 8)) : nullptr;
+    args.relu = true;
+    args.share = 1.0f / static_cast<float>(rows);
+    args.rows = rows;
+    args.channels = channels;
+  }
+};
+
+bool has_vectors(Arithmetic arithmetic, int channels) {
+  return channels % (16 / element_size(arithmetic)) == 0;
+}
+
+void dgrad(Arithmetic arithmetic, TileSize size, bool aligned, int outputs, int channels, bool full) {
+  constexpr int64_t kRows = kImages * kHeight * kWidth;
+  Gradient gradient(dtype_of(arithmetic), kRows, outputs, full);
+  Arrays& arrays = gradient.arrays;
+  const ProductCut cut = cut_into(product_of(kRows, channels, outputs, 1, arithmetic, aligned, true), size, 1);
+  DgradArgs args = {};
+  args.gradient = gradient.args;
+  args.weight = arrays.random(gradient.dtype, static_cast<int64_t>(outputs) * channels);
+  args.dx = arrays.empty(gradient.dtype, kRows * channels);
+  args.channels = channels;
+  args.col_tiles = static_cast<int>(cut.col_tiles);
+  args.vectors = has_vectors(arithmetic, channels);
+  if (full) {
+    args.x = arrays.random(gradient.dtype, kRows * channels);
+    args.x_stats = arrays.random_floats(5 * channels);
+    args.x_relu = true;
+    args.partials = arrays.floats(cut.row_tiles * 2 * channels);
+    args.added = arrays.random(gradient.dtype, kRows * channels);
+    args.added_mask = arrays.random_bits(kRows * ceil_div(channels, 8));
+  }
+  launch_dgrad(args, cut, arithmetic, aligned, nullptr);
+}
+
+void wgrad(Arithmetic arithmetic, TileSize size, bool aligned, int outputs, int channels, int stride,
+           int64_t splits) {
+  const int out_height = (kHeight - 1) / stride + 1, out_width = (kWidth - 1) / stride + 1;
+  const int64_t rows = static_cast<int64_t>(kImages) * out_height * out_width;
+  Gradient gradient(dtype_of(arithmetic), rows, outputs, splits > 1);
+  Arrays& arrays = gradient.arrays;
+  const ProductCut cut = cut_into(product_of(outputs, channels, rows, 1, arithmetic, aligned, true), size, splits);
+  WgradArgs args = {};
+  args.gradient = gradient.args;
+  args.input = arrays.random(gradient.dtype, static_cast<int64_t>(kImages) * kHeight * kWidth * channels);
+  args.input_stats = splits > 1 ? arrays.random_floats(5 * channels) : nullptr;
+  args.input_relu = true;
+  if (cut.splits > 1) args.split_sums = arrays.floats((cut.splits + 1) * outputs * channels);
+  args.epilogue.output = arrays.empty(gradient.dtype, static_cast<int64_t>(outputs) * channels);
+  args.epilogue.rows = outputs;
+  args.epilogue.channels = channels;
+  args.epilogue.vectors = has_vectors(arithmetic, channels);
+  args.channels = channels, args.height = kHeight, args.width = kWidth;
+  args.out_height = out_height, args.out_width = out_width;
+  args.stride_height = args.stride_width = stride;
+  args.col_tiles = static_cast<int>(cut.col_tiles);
+  args.steps_per_split = static_cast<int>(cut.steps_per_split);
+  launch_wgrad(args, cut, arithmetic, aligned, nullptr);
+}
+
+}  // namespace
+
+void add_pointwise_backward(Cases& cases) {
+  for (const Arithmetic arithmetic : kArithmetics) {
+    for_each_tile(arithmetic, true, [&](TileSize size, bool aligned) {
+      const int outputs = aligned ? 72 : 19, channels = aligned ? 136 : 67;
+      const std::string name = name_of(arithmetic, size, aligned);
+      cases.push_back({"dgrad " + name, [=] {
+                         dgrad(arithmetic, size, aligned, outputs, channels, false);
+                         dgrad(arithmetic, size, aligned, channels, outputs, true);
+                       }});
+      cases.push_back({"wgrad " + name, [=] {
+                         wgrad(arithmetic, size, aligned, outputs, channels, 1, 1);
+                         wgrad(arithmetic, size, aligned, channels, outputs, 2, 2);
+                         wgrad(arithmetic, size, aligned, outputs, outputs, 1, kFewSplits + 1);
+                       }});
+    });
+  }
+}
+
+}  // namespace fused_res::cuda::sanitize
