@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,18 +69,23 @@ def of_build(folder: Path) -> dict[str, list[Kernel]]:
     return {name: parse((folder / f"csrc/cuda/{name}.o.log").read_text()) for name in sources}
 
 
-def table(sources: dict[str, Iterable[Kernel]]) -> str:
-    """Registers a thread by kernel and architecture, in Markdown."""
+def table(sources: Mapping[str, Iterable[Kernel]], launches: Mapping[str, tuple[int, int]] | None = None) -> str:
+    """Registers a thread by kernel and architecture, in Markdown.
+
+    ``launches``: threads of a block, and bytes of shared memory, by a kernel's name.
+    """
     kernels = {source: list(some) for source, some in sources.items()}
     architectures = list(dict.fromkeys(one.architecture for some in kernels.values() for one in some))
     architectures.sort(key=lambda name: int(re.sub(r"\D", "", name)))
-    lines = ["| kernel | " + " | ".join(architectures) + " |", "| --- |" + " ---: |" * len(architectures)]
+    columns = ["threads", "shared memory", *architectures]
+    lines = ["| kernel | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for source, some in kernels.items():
-        lines.append(f"| **{source}** |" + " |" * len(architectures))
+        lines.append(f"| **{source}** |" + " |" * len(columns))
         registers = {(one.name, one.architecture): one.registers for one in some}
         for name in sorted({one.name for one in some}):
-            cells = (str(registers.get((name, architecture), "")) for architecture in architectures)
-            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+            cells = [str(registers.get((name, architecture), "")) for architecture in architectures]
+            threads, shared = (launches or {}).get(name, ("", ""))
+            lines.append(f"| `{name}` | " + " | ".join([str(threads), str(shared), *cells]) + " |")
     return "\n".join(lines)
 
 

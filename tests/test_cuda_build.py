@@ -1,6 +1,7 @@
 """The CUDA kernels' build, with no GPU and no torch that knows CUDA: which torch, nvcc and architectures it takes, what
 the compiler says of every kernel, and whether the linked library brings every operator."""
 
+import itertools
 import json
 import os
 import re
@@ -8,12 +9,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ptxas
 import pytest
 import torch
+
+from fused_res import ops
+from fused_res.backends import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"  # kept, so that the next session compiles nothing twice
@@ -203,9 +207,7 @@ def built() -> Path:
 
 @pytest.fixture(scope="module")
 def kernels(built: Path) -> dict[str, list[ptxas.Kernel]]:
-    found = ptxas.of_build(built)
-    (built / "kernels.md").write_text(ptxas.table(found) + "\n")
-    return found
+    return ptxas.of_build(built)
 
 
 def test_no_kernel_spills(kernels):
@@ -246,7 +248,70 @@ def test_a_kernel_that_spills_is_seen(tmp_path):
     assert (spilling.name, tiny.name) == ("spilling", "tiny")
     assert spilling.spills and spilling.registers <= 64
     assert not tiny.spills and tiny.shared == 16
-    assert f"| `tiny` | {tiny.registers} |" in ptxas.table({"spilling.cu": [spilling, tiny]})
+    made = ptxas.table({"spilling.cu": [spilling, tiny]}, {"tiny": (64, 1024)})
+    assert f"| `tiny` | 64 | 1024 | {tiny.registers} |" in made
+
+
+#: What a block may have on every architecture: sm_120 has the least.
+SHARED = 99 << 10
+SHAPES = [  # of a bottleneck's convolutions: images, channels, size, outputs
+    (8, 64, 56, 256),
+    (2, 256, 16, 128),
+    (2, 2048, 7, 512),
+    (3, 35, 9, 20),  # nothing is aligned
+]
+
+
+def launched() -> Iterator[tuple[str, int, int, bool]]:
+    """Kernel, threads, shared memory and whether it is cooperative, of every operator at real sizes; none is run."""
+    from ptx.nvcc_kernels import observed
+
+    ours = registry.resolve("cuda", torch.device("cpu"))
+    with observed(lambda launch, argument: None) as launches:
+        for (images, channels, size, outputs), dtype, format, tf32 in itertools.product(
+            SHAPES,
+            (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+            (torch.channels_last, torch.contiguous_format),
+            (True, False),
+        ):
+            torch.backends.cudnn.allow_tf32 = tf32
+            x, y = (torch.empty(images, c, size, size, dtype=dtype, memory_format=format) for c in (channels, outputs))
+            wide = ops.stats_dtype(dtype)
+            vector, stats, y_stats = (
+                torch.empty(size, dtype=wide) for size in ((outputs,), (5, channels), (5, outputs))
+            )
+            mask = torch.empty(ops.packed_shape(y), dtype=torch.uint8)
+            ours.batch_norm_act_forward(y, y, None, vector, vector, None, None, True, 1e-5, True, True)
+            ours.batch_norm_act_forward(y, None, None, vector, vector, vector, vector, False, 1e-5, True, True)
+            ours.batch_norm_act_backward(y, y, vector, y_stats, mask, True, True, [True] * 4)
+            ours.add_masked_(y, y, mask)
+            ours.update_running_stats([vector], [vector], [y_stats], [0.1])
+            pooled, indices = ours.max_pool_forward(x, stats, True, [3, 3], [2, 2], [1, 1])
+            ours.max_pool_backward(pooled, indices, x, [3, 3], [2, 2], [1, 1])
+            if format == torch.contiguous_format or dtype == torch.float64:
+                continue
+            weight, geometry = torch.empty(outputs, channels, 1, 1, dtype=dtype), ([1, 1], [0, 0], [1, 1], 1)
+            ours.conv_bias_act(x, weight, vector.to(dtype), y, *geometry, True)
+            ours.conv_bn_stats(x, weight, None, stats, True, *geometry, True)
+            gradient = y, y, y_stats, mask, False, y_stats[:2], y[:, 0].numel(), weight
+            ours.conv_dgrad(*gradient, x, stats, True)
+            ours.conv_wgrad(*gradient, x, stats, True, [1, 1])
+    names = ptxas.demangled([one.kernel for one in launches])
+    for name, one in zip(names, launches, strict=True):
+        yield name, one.threads, one.shared, one.cooperative
+
+
+@pytest.mark.skipif(not registry.simulating(), reason="the CUDA kernels are not simulated here")
+def test_table_of_registers_and_shared_memory(built, kernels, monkeypatch):
+    """It is left in build/cuda. A cooperative launch asks what a block may have; all others have to fit everywhere."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    most: dict[str, tuple[int, int]] = {}
+    for name, threads, shared, cooperative in launched():
+        assert shared <= SHARED or cooperative, name
+        most[name] = threads, max(shared, most.get(name, (0, 0))[1])
+    assert set(most) <= {one.name for some in kernels.values() for one in some}
+    assert all(any(one.name in most for one in some) for some in kernels.values())
+    (built / "kernels.md").write_text(ptxas.table(kernels, most) + "\n")
 
 
 def test_the_library_says_what_it_needs_but_not_where(built):

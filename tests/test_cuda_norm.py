@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import re
 
 import gpu
 import pytest
@@ -152,6 +153,16 @@ def test_single_pass_has_the_bits_of_two_passes(shape, format, dtype):
         one = training_step(*arguments)
     assert len(launched) == 8
     assert_same_bits(one, two)
+
+
+def test_single_pass_has_the_bits_of_two_passes_beside_misaligned_tensors():
+    """What is no part of the statistics has no influence on how they are cut."""
+    x, residual, dy, weight, bias = norms((3, 72, 9, 11), LAST, torch.bfloat16)
+    found = []
+    for mode in (NEVER, WHEREVER_POSSIBLE):
+        with single_pass(mode):
+            found.append(training_step(x, misaligned(residual), misaligned(dy), weight, bias))
+    assert_same_bits(*found)
 
 
 @simulated
@@ -332,7 +343,9 @@ def test_max_pool_by_vectors(dtype, place):
         x[0, 1, :4, :4] = -float("inf")
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         stats = norm.batch_norm_stats(x.double().nan_to_num(neginf=0), None, None, None, None, True, 1e-5).to(wide)
-        for through in (None, stats):
+        flat = stats.clone()  # close to 1: what is equal when rounded goes to the first
+        flat[0], flat[2], flat[3] = 0, 1e-3, 1
+        for through in (None, stats, flat):
             y, indices = kernels.max_pool_forward(x, through, through is not None, *window)
             wanted, wanted_indices = reference_pool.max_pool_forward(x, through, through is not None, *window)
             torch.testing.assert_close(y, wanted)
@@ -418,3 +431,16 @@ def test_bad_input_is_refused():
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             call()
+
+
+def test_vectors_are_written_in_one_access():
+    """nvcc joins the stores of a vector's elements only now and then."""
+    nvcc_kernels = pytest.importorskip("ptx.nvcc_kernels")
+    if nvcc_kernels.NVCC is None:
+        pytest.skip("there is no nvcc here")
+    names = r"(apply|dx|add_masked|max_pool_\w+|single_pass_\w+)_kernelI(6__half|13__nv_bfloat16)\w*Li8E"
+    found = {name: ptx for name, ptx in nvcc_kernels._entries().items() if re.search(names, name)}
+    assert len(found) == 22
+    for name, ptx in found.items():
+        body = ptx[ptx.index(".entry") :]
+        assert "st.global.v4" in body and not re.search(r"st\.global\.[ub]16", body), name

@@ -1,6 +1,7 @@
 """The simulator of CUDA itself: what its words do, which rules it enforces, and that planted bugs are found."""
 
 import ctypes
+import os
 import subprocess
 
 import numpy as np
@@ -262,11 +263,12 @@ BUGS = {
 REPORTS = {"address": "ERROR: AddressSanitizer", "thread": "WARNING: ThreadSanitizer: data race"}
 
 
-def run_program(program, *arguments):
+def run_program(program, *arguments, schedule=0):
     path = build(program)
     if isinstance(path, str):
         pytest.skip(path)
-    return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=500)
+    environment = {**os.environ, "FUSED_RES_SIM_SCHEDULE": str(schedule)}
+    return subprocess.run([path, *arguments], env=environment, capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])
@@ -287,3 +289,13 @@ def test_deliberate_bugs_are_found(bug, sanitizer):
 def test_no_bug_is_forgotten():
     listed = run_program("fused_res_sim_bugs_plain").stdout.split()[::2]
     assert set(listed) == set(BUGS)
+
+
+@pytest.mark.parametrize(("sanitizer", "schedule"), [("address", 1), ("thread", 0), ("thread", 2)])
+@pytest.mark.parametrize(
+    "kernels", ["norm forward", "norm backward", "norm single pass", "update", "max pool", "conv", "grad"]
+)
+def test_kernels_under_sanitizers(kernels, sanitizer, schedule):
+    """Every kernel in small odd shapes, on arrays of exactly their size (cuda_sim/sanitize)."""
+    done = run_program(f"fused_res_sim_kernels_{sanitizer}", kernels, schedule=schedule)
+    assert done.returncode == 0, done.stdout + done.stderr

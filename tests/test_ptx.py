@@ -411,7 +411,7 @@ def test_a_false_predicate_touches_nothing():
 
 
 @pytest.mark.parametrize(
-    "text", ["frobnicate.b32 %r1, %r2;", "add.rz.f64 %rd1, %rd2, %rd3;", "atom.global.add.u32 %r1, [%rd0], 1;"]
+    "text", ["frobnicate.b32 %r1, %r2;", "add.rz.f64 %rd1, %rd2, %rd3;", "atom.global.add.f32 %r1, [%rd0], 1;"]
 )
 def test_an_unknown_instruction_is_named(text):
     with pytest.raises(NotImplementedError, match=re.escape(text[:-1])):
@@ -468,6 +468,99 @@ def test_copies_arrive_at_the_wait(edit):
 def test_copies_of_a_group_that_was_waited_for_have_arrived():
     values, out = copied(COPY.replace("wait_group 1", "wait_group 0").replace("[%r3];", "[%r3+512];"))
     np.testing.assert_array_equal(out, values[np.arange(32) ^ 3])
+
+
+STRUCT = """
+    .version 8.0
+    .target sm_80
+    .visible .entry k(.param .align 8 .b8 p[24])
+    {
+    .reg .b32 %r<9>;  .reg .b64 %rd<9>;
+    mov.b64 %rd1, p;
+    add.s64 %rd2, %rd1, 8;
+    ld.param.u64 %rd3, [p];
+    ld.param.v2.u32 {%r1, %r2}, [%rd2+8];
+    st.global.u32 [%rd3], %r1;
+    st.global.u32 [%rd3+4], %r2;
+    ret;
+    }"""
+
+
+def test_a_struct_is_read_through_registers():
+    """As nvcc does it with a struct that is passed by value."""
+    memory, out = Memory(), np.zeros(2, "u4")
+    struct = memory.place(out).to_bytes(8, "little") + bytes(8) + np.array([5, 7], "u4").tobytes()
+    run(parse(STRUCT)["k"], (1, 1, 1), [struct], memory, threads=(32,))
+    assert out.tolist() == [5, 7]
+    with pytest.raises(Fault, match="outside of every allocation"):
+        run(parse(STRUCT.replace("%rd2+8", "%rd2+16"))["k"], (1, 1, 1), [struct], memory, threads=(32,))
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+def test_atomics(schedule):
+    """Every thread draws a number of its own."""
+    draw = """
+        atom.global.add.u32 %r1, [%rd1], 2;
+        red.release.gpu.global.max.s32 [%rd1+4], %r0;
+        mul.wide.u32 %rd3, %r1, 4;  add.u64 %rd4, %rd0, %rd3;
+        st.global.u32 [%rd4], 1;
+    """
+    memory, drawn, counter = Memory(), np.zeros(2 * 3 * 64, "u4"), np.array([0, -1], "i4")
+    places = [memory.place(drawn), memory.place(counter)]
+    run(kernel(draw, ("u64",) * 2, 64), (3, 1, 1), places, memory, schedule=schedule)
+    np.testing.assert_array_equal(drawn, np.tile([1, 0], 3 * 64))
+    assert counter.tolist() == [2 * 3 * 64, 63]
+
+
+MEETING = """
+    mov.u32 %r1, %ctaid.x;  mov.u32 %r2, %nctaid.x;
+    mul.wide.u32 %rd3, %r1, 4;  add.u64 %rd4, %rd0, %rd3;
+    setp.eq.u32 %p3, %r0, 37;
+    @%p3 st.global.u32 [%rd4], %r1;
+    bar.sync 0;
+    setp.ne.u32 %p1, %r0, 0;
+    @%p1 bra MET;
+    red.release.gpu.global.add.u32 [%rd1], 1;
+SPIN:
+    ld.acquire.gpu.global.u32 %r3, [%rd1];
+    setp.lt.u32 %p2, %r3, %r2;
+    @%p2 bra SPIN;
+MET:
+    bar.sync 0;
+    sub.u32 %r4, %r2, %r1;  sub.u32 %r4, %r4, 1;
+    mul.wide.u32 %rd5, %r4, 4;  add.u64 %rd5, %rd0, %rd5;  add.u64 %rd6, %rd2, %rd3;
+    ld.global.u32 %r5, [%rd5];
+    st.global.u32 [%rd6], %r5;
+"""
+
+
+def meeting(body=MEETING, schedule=0, cooperative=True, ctas=9):
+    memory, out = Memory(), np.full(ctas, 99, "u4")
+    places = [memory.place(one) for one in (np.full(ctas, 77, "u4"), np.zeros(1, "u4"), out)]
+    code = kernel(body, ("u64",) * 3, 1024)
+    run(code, (ctas, 1, 1), places, memory, cooperative=cooperative, schedule=schedule)
+    return out.tolist()
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+def test_blocks_that_run_at_once_wait_for_each_other(schedule):
+    assert meeting(schedule=schedule) == list(range(9))[::-1]
+
+
+@pytest.mark.parametrize("schedule", [1, 2])
+def test_blocks_that_do_not_wait_read_too_early(schedule):
+    assert 77 in meeting(MEETING.replace("@%p2 bra SPIN;", ""), schedule)
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("body", "cooperative"),
+    [(MEETING, False), (MEETING.replace("[%rd1], 1", "[%rd1], 0"), True)],
+    ids=["one after the other", "nobody arrives"],
+)
+def test_waiting_in_vain_is_a_fault(body, cooperative, schedule):
+    with pytest.raises(Fault, match="waits for what nobody writes"):
+        meeting(body, schedule, cooperative)
 
 
 SQUARE = """

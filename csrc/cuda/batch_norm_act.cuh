@@ -29,6 +29,9 @@ apply_kernel(const __grid_constant__ ApplyArgs args) {
   unit_apply<T, layout, n, kTile>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows);
 }
 
+// Two or three operands are under way: fewer steps of each.
+constexpr int kBackwardTile = 2;
+
 template <class T, Layout layout, int n>
 FUSED_RES_KERNEL(kThreads, 2)
 sums_kernel(const __grid_constant__ BackwardArgs args) {
@@ -37,8 +40,8 @@ sums_kernel(const __grid_constant__ BackwardArgs args) {
   const Unit unit = unit_of_block(args.cut);
   fill_backward_norms(rows, args, unit);
   __syncthreads();
-  unit_sums<T, layout, n>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.dy)},
-                          FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows, shared);
+  unit_sums<T, layout, n, kBackwardTile>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.dy)},
+                                         FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows, shared);
 }
 
 template <class T, Layout layout, int n>
@@ -56,8 +59,8 @@ dx_kernel(const __grid_constant__ BackwardArgs args) {
       fill_mean_terms(rows, 1, sums[0], sums[2 * channels], args.residual_stats, args, channel);
   }
   __syncthreads();
-  unit_dx<T, layout, n>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.dy)},
-                        FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows);
+  unit_dx<T, layout, n, kBackwardTile>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.dy)},
+                                       FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows);
 }
 
 // The layout makes no difference here: rows of a mask, and columns.
@@ -77,7 +80,7 @@ add_masked_kernel(const __grid_constant__ AddMaskedArgs args) {
       for (int i = 0; i < n; ++i) more[i] = to_float(grad[k][i]);
       if (args.mask != nullptr) mask_gradient(more, args.mask, write);
       for (int i = 0; i < n; ++i) sum[k][i] = from_float<T>(to_float(sum[k][i]) + more[i]);
-      if (write.inside()) store(into + write.offset(), sum[k]);
+      if (write.inside()) store_global(into + write.offset(), sum[k]);
     }
   }
 }

@@ -168,7 +168,7 @@ __device__ void unit_apply(const ApplyArgs& args, const Unit& unit, const Source
     Vector<T, n> x[tile], r[tile];
     for (int k = 0; k < tile; ++k, read.next()) {
       x[k] = source(read, step - first + k);
-      if (args.residual != nullptr) r[k] = residual(read, 0);
+      r[k] = args.residual != nullptr ? residual(read, 0) : Vector<T, n>{};
     }
     for (int k = 0; k < tile; ++k, write.next()) {
       const bool inside = write.inside();
@@ -188,7 +188,7 @@ __device__ void unit_apply(const ApplyArgs& args, const Unit& unit, const Source
       }
       Vector<T, n> out;
       for (int i = 0; i < n; ++i) out[i] = from_float<T>(args.relu ? relu(y[i]) : y[i]);
-      if (inside) store(static_cast<T*>(args.y) + write.offset(), out);
+      if (inside) store_global(static_cast<T*>(args.y) + write.offset(), out);
     }
   }
 }
@@ -218,11 +218,8 @@ __device__ inline void masked_dy(Accumulator<T> (&dy)[n], const Vector<T, n>& lo
   }
 }
 
-// Three operands are under way: fewer steps of each.
-constexpr int kBackwardTile = 2;
-
 // Expects the norms' rows to be filled.
-template <class T, Layout layout, int n, class Source>
+template <class T, Layout layout, int n, int tile, class Source>
 __device__ void unit_sums(const BackwardArgs& args, const Unit& unit, const Source& dy_source,
                           const Source& x_source, Accumulator<T>* rows, Accumulator<T>* shared) {
   using A = Accumulator<T>;
@@ -233,14 +230,14 @@ __device__ void unit_sums(const BackwardArgs& args, const Unit& unit, const Sour
   const FromGlobal<T, n> residual{static_cast<const T*>(args.residual)};
   const int64_t first = unit.first_tile(cut) * kTile, last = unit.last_tile(cut) * kTile;
   Walk<layout, n> read(cut, unit.block, first), use = read;
-  for (int64_t step = first; step < last; step += kBackwardTile) {
-    Vector<T, n> loaded[kBackwardTile], x[kBackwardTile], r[kBackwardTile];
-    for (int k = 0; k < kBackwardTile; ++k, read.next()) {
+  for (int64_t step = first; step < last; step += tile) {
+    Vector<T, n> loaded[tile], x[tile], r[tile];
+    for (int k = 0; k < tile; ++k, read.next()) {
       loaded[k] = dy_source(read, step - first + k);
       x[k] = x_source(read, step - first + k);
-      if (args.residual != nullptr) r[k] = residual(read, 0);
+      r[k] = args.residual != nullptr ? residual(read, 0) : Vector<T, n>{};
     }
-    for (int k = 0; k < kBackwardTile; ++k, use.next()) {
+    for (int k = 0; k < tile; ++k, use.next()) {
       A dy[n], mean[columns];
       masked_dy(dy, loaded[k], x[k], args, use, rows);
       load_columns(mean, channel_row(rows, 0, kRowMean) + own);
@@ -312,11 +309,11 @@ __device__ inline void store_before_norm(T* out, const Accumulator<T> (&dy)[n], 
   } else {
     for (int i = 0; i < n; ++i) dz[i] = from_float<T>(dy[i] * scale[column<layout>(i)]);
   }
-  if (walk.inside()) store(out + walk.offset(), dz);
+  if (walk.inside()) store_global(out + walk.offset(), dz);
 }
 
 // Expects the norms' rows, and those of the mean terms where there are batch statistics, to be filled.
-template <class T, Layout layout, int n, class Source>
+template <class T, Layout layout, int n, int tile, class Source>
 __device__ void unit_dx(const BackwardArgs& args, const Unit& unit, const Source& dy_source,
                         const Source& x_source, Accumulator<T>* rows) {
   using A = Accumulator<T>;
@@ -329,14 +326,14 @@ __device__ void unit_dx(const BackwardArgs& args, const Unit& unit, const Source
       dresidual != nullptr && args.residual_stats != nullptr && args.residual_training;
   const int64_t first = unit.first_tile(cut) * kTile, last = unit.last_tile(cut) * kTile;
   Walk<layout, n> read(cut, unit.block, first), write = read;
-  for (int64_t step = first; step < last; step += kBackwardTile) {
-    Vector<T, n> loaded[kBackwardTile], x[kBackwardTile], r[kBackwardTile];
-    for (int k = 0; k < kBackwardTile; ++k, read.next()) {
+  for (int64_t step = first; step < last; step += tile) {
+    Vector<T, n> loaded[tile], x[tile], r[tile];
+    for (int k = 0; k < tile; ++k, read.next()) {
       loaded[k] = dy_source(read, step - first + k);
-      if (reads_x) x[k] = x_source(read, step - first + k);
-      if (reads_residual) r[k] = residual(read, 0);
+      x[k] = reads_x ? x_source(read, step - first + k) : Vector<T, n>{};
+      r[k] = reads_residual ? residual(read, 0) : Vector<T, n>{};
     }
-    for (int k = 0; k < kBackwardTile; ++k, write.next()) {
+    for (int k = 0; k < tile; ++k, write.next()) {
       A dy[n];
       masked_dy(dy, loaded[k], x[k], args, write, rows);
       if (dx != nullptr) store_before_norm(dx, dy, x[k], args.training, write, rows, 0, own);
@@ -346,7 +343,7 @@ __device__ void unit_dx(const BackwardArgs& args, const Unit& unit, const Source
       } else if (write.inside()) {
         Vector<T, n> out;
         for (int i = 0; i < n; ++i) out[i] = from_float<T>(dy[i]);
-        store(dresidual + write.offset(), out);
+        store_global(dresidual + write.offset(), out);
       }
     }
   }

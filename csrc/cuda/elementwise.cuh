@@ -7,6 +7,7 @@
 #include "common/normalize.h"
 #include "cuda/device.cuh"
 #include "cuda/operands.h"
+#include "cuda/ptx.cuh"
 
 namespace fused_res::cuda {
 
@@ -74,6 +75,16 @@ __device__ inline Vector<T, n> load(const T* at, bool valid) {
 template <class T, int n>
 __device__ inline void store(T* at, const Vector<T, n>& vector) {
   *reinterpret_cast<Vector<T, n>*>(at) = vector;
+}
+
+// The same, to global memory, in as few accesses as there can be.
+template <class T, int n>
+__device__ inline void store_global(T* at, const Vector<T, n>& vector) {
+  if constexpr (sizeof(vector) == 16) {
+    ptx::store_16_bytes(at, &vector);
+  } else {
+    store(at, vector);
+  }
 }
 
 // A channel's parameter, or `otherwise` where there are none.

@@ -85,8 +85,8 @@ max_pool_forward_kernel(const __grid_constant__ MaxPoolArgs args) {
   Vector<T, n> y;
   Vector<uint8_t, n> indices;
   for (int i = 0; i < n; ++i) y[i] = from_float<T>(best[i]), indices[i] = chosen[i];
-  store(static_cast<T*>(args.y) + index * n, y);
-  store(args.indices + index * n, indices);
+  store_global(static_cast<T*>(args.y) + index * n, y);
+  store_global(args.indices + index * n, indices);
 }
 
 // Every input position asks the windows that it lies in, in a fixed order.
@@ -113,7 +113,7 @@ max_pool_backward_kernel(const __grid_constant__ MaxPoolArgs args) {
   }
   Vector<T, n> dx;
   for (int i = 0; i < n; ++i) dx[i] = from_float<T>(sum[i]);
-  store(static_cast<T*>(args.y) + index * n, dx);
+  store_global(static_cast<T*>(args.y) + index * n, dx);
 }
 
 }  // namespace fused_res::cuda

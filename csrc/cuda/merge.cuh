@@ -26,7 +26,8 @@ struct Quantities {
 // free again behind it.
 template <int at_once, int quantities, class Terms>
 __device__ Quantities<quantities> sum_parts(Parts parts, double* shared, const Terms& terms) {
-  constexpr int lanes = kLanes * at_once / kThreads > 4 ? 4 : kLanes * at_once / kThreads, batch = 8 / lanes;
+  constexpr int each = kLanes * at_once / kThreads, lanes = each > 4 ? 4 : each;
+  constexpr int batch = lanes == 1 ? 8 : 1;
   constexpr int threads = kThreads / at_once;  // of a channel
   const int channel = threadIdx.x % at_once;
   const auto at = [=](int quantity, int quad) {

@@ -10,6 +10,8 @@
 //     b[0..1] hold column group, rows pair and pair + 4; the sums as above.
 #pragma once
 
+#include <string.h>
+
 #include "cuda/device.cuh"
 
 namespace fused_res::cuda::ptx {
@@ -103,6 +105,22 @@ __device__ inline uint32_t to_tf32(float x) {
   return y;
 #else
   return sim::to_tf32(x);
+#endif
+}
+
+// To global memory, in one access: stores of a vector's elements nvcc joins only now and then.
+__device__ inline void store_16_bytes(void* global, const void* bytes) {
+#ifdef __CUDACC__
+  uint4 words;
+  memcpy(&words, bytes, sizeof(words));
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  struct alignas(16) Access {
+    unsigned char bytes[16];
+  };
+  *static_cast<Access*>(global) = *static_cast<const Access*>(bytes);
 #endif
 }
 

@@ -145,7 +145,7 @@ single_pass_backward_kernel(const __grid_constant__ SinglePassBackwardArgs args)
         __syncthreads();
       }
       const FromShared<T, n> dy{staged + 2 * i * stride}, x{staged + (2 * i + 1) * stride};
-      unit_sums<T, layout, n>(backward, unit, dy, x, rows, room);
+      unit_sums<T, layout, n, 1>(backward, unit, dy, x, rows, room);
     }
     ptx::grid_barrier(args.counter, arrivals += gridDim.x);
     for (int64_t i = 0; i < share.count; ++i) {
@@ -177,7 +177,7 @@ single_pass_backward_kernel(const __grid_constant__ SinglePassBackwardArgs args)
         __syncthreads();
       }
       const FromShared<T, n> dy{staged + 2 * i * stride}, x{staged + (2 * i + 1) * stride};
-      unit_dx<T, layout, n>(backward, unit, dy, x, rows);
+      unit_dx<T, layout, n, 1>(backward, unit, dy, x, rows);
     }
   }
 }

@@ -23,20 +23,27 @@ def build(target: str = "fused_res_sim") -> Path | str:
     _BUILD.mkdir(parents=True, exist_ok=True)
     with open(_BUILD / "lock", "w") as lock:  # of pytest's sessions, one builds
         fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            configured = _cmake(
-                *("-G", "Ninja", "-S", str(_ROOT), "-B", str(_BUILD)),
-                *("-DFUSED_RES_SIMULATOR=ON", f"-DPython_EXECUTABLE={sys.executable}"),
-            )
-        except FileNotFoundError:
-            return "the simulator is built with CMake, which is not installed"
-        if configured.returncode:
-            return f"CMake cannot configure the simulator: {configured.stdout[-2000:]}"
+        if (reason := _configure()) is not None:
+            return reason
         built = _cmake("--build", str(_BUILD), "--target", target, "-j", str(os.cpu_count()))
         if built.returncode:
             raise RuntimeError(f"{target} does not build:\n{built.stdout[-8000:]}")
     library = _BUILD / f"lib{target}.so"
     return library if library.exists() else _BUILD / target
+
+
+def _configure() -> str | None:
+    """What is configured already, for this Python, Ninja keeps up to date."""
+    cache = _BUILD / "CMakeCache.txt"
+    settings = ("FUSED_RES_SIMULATOR=ON", f"Python_EXECUTABLE={sys.executable}")
+    known = cache.read_text().replace(":BOOL=", "=").replace(":UNINITIALIZED=", "=") if cache.exists() else ""
+    if (_BUILD / "build.ninja").exists() and all(f"\n{setting}\n" in known for setting in settings):
+        return None
+    try:
+        done = _cmake("-G", "Ninja", "-S", str(_ROOT), "-B", str(_BUILD), *(f"-D{setting}" for setting in settings))
+    except FileNotFoundError:
+        return "the simulator is built with CMake, which is not installed"
+    return f"CMake cannot configure the simulator: {done.stdout[-2000:]}" if done.returncode else None
 
 
 def _cmake(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -48,42 +48,56 @@ class Launch:
 
 
 @contextlib.contextmanager
+def observed(handle: Callable[[Launch, bytes], None]) -> Iterator[list[Launch]]:
+    """Inside, ``handle`` is what becomes of every kernel that ``torch.ops.fused_res_sim`` launches.
+
+    It gets the launch and the kernel's argument. What it raises is raised at the end: until then there are no more
+    calls. What comes out is the list of launches, as it grows.
+    """
+    launches: list[Launch] = []
+    errors: list[Exception] = []
+    observe = run_time().library.fused_res_sim_observe
+
+    def observer(name: bytes, grid, threads: int, shared: int, argument: int, size: int, cooperative: bool) -> bool:
+        launches.append(launch := Launch(name.decode(), tuple(grid[:3]), threads, shared, cooperative))
+        if not errors:
+            try:
+                handle(launch, ctypes.string_at(argument, size))
+            except Exception as error:  # of which ctypes would only print
+                errors.append(error)
+        return True
+
+    callback = _OBSERVER(observer)  # which ctypes does not keep alive
+    observe(callback)
+    try:
+        yield launches
+    finally:
+        observe(None)
+        if errors:
+            raise errors[0]
+
+
+@contextlib.contextmanager
 def interpreted_nvcc(
     schedule: int = 0, *, edit: Callable[[str], str] = str, multiprocessors: int = 2
 ) -> Iterator[list[Launch]]:
-    """Inside, every kernel that ``torch.ops.fused_res_sim`` launches is run by the interpreter.
+    """:func:`observed` with the interpreter.
 
     A kernel may touch only tensors that were made inside. ``schedule`` is that of :func:`ptx.machine.run`, ``edit``
-    changes a kernel's PTX before it runs, and ``multiprocessors`` limits the blocks of a cooperative launch. A fault is
-    raised at the end. What comes out is the list of launches, as it grows.
+    changes a kernel's PTX before it runs, and ``multiprocessors`` limits the blocks of a cooperative launch.
     """
     if NVCC is None:
         raise FileNotFoundError("there is no nvcc here")
-    launches: list[Launch] = []
-    faults: list[Exception] = []
     simulator = run_time()
 
-    def observe(name: bytes, grid, threads: int, shared: int, arguments: int, size: int, cooperative: bool) -> bool:
-        launches.append(launch := Launch(name.decode(), tuple(grid[:3]), threads, shared, cooperative))
-        if not faults:  # what an operator does after a kernel that failed says nothing
-            try:
-                _run(launch, ctypes.string_at(arguments, size), simulator.library, schedule, edit)
-            except Exception as error:  # of which ctypes would only print
-                faults.append(error)
-        return True
+    def interpret(launch: Launch, argument: bytes) -> None:
+        _run(launch, argument, simulator.library, schedule, edit)
 
-    observer = _OBSERVER(observe)
-    with simulator.guarded(), simulator.multiprocessors(multiprocessors):
-        simulator.library.fused_res_sim_observe(observer)
-        try:
-            yield launches
-        finally:
-            simulator.library.fused_res_sim_observe(None)
-            if faults:
-                raise faults[0]
+    with simulator.guarded(), simulator.multiprocessors(multiprocessors), observed(interpret) as launches:
+        yield launches
 
 
-def _run(launch: Launch, arguments: bytes, library: ctypes.CDLL, schedule: int, edit: Callable[[str], str]) -> None:
+def _run(launch: Launch, argument: bytes, library: ctypes.CDLL, schedule: int, edit: Callable[[str], str]) -> None:
     text = edit(entry(launch.kernel))
     most = re.search(r"\.maxntid\s+(\d+)", text)
     if most is not None and launch.threads > int(most[1]):
@@ -91,7 +105,7 @@ def _run(launch: Launch, arguments: bytes, library: ctypes.CDLL, schedule: int, 
     run(
         _parse(text)[launch.kernel],
         launch.grid,
-        [arguments],
+        [argument],
         _live_memory(library),
         threads=(launch.threads,),
         shared=launch.shared,
