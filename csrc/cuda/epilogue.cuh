@@ -110,7 +110,7 @@ __device__ void store_output(const Epilogue& epilogue, const float* sums, Place 
       const float value = values[i] + bias[i] + to_float(added[i]);
       y[i] = from_float<T>(epilogue.relu ? relu(value) : value);
     }
-    store(static_cast<T*>(epilogue.output) + at, y);
+    store_global(static_cast<T*>(epilogue.output) + at, y);
   });
 }
 

@@ -150,7 +150,7 @@ __device__ void finish_dgrad(const DgradArgs& args, float* sums, Place place) {
     Vector<T, n> dx;
 #pragma unroll
     for (int i = 0; i < n; ++i) dx[i] = from_float<T>(values[i]);
-    store(static_cast<T*>(args.dx) + at, dx);
+    store_global(static_cast<T*>(args.dx) + at, dx);
   });
   if (x == nullptr) return;
   __syncthreads();

@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,14 +34,15 @@ def build(target: str = "fused_res_sim") -> Path | str:
 
 
 def _configure() -> str | None:
-    """What is configured already, for this Python, Ninja keeps up to date."""
+    """What is configured already, for this Python's packages, Ninja keeps up to date."""
     cache = _BUILD / "CMakeCache.txt"
-    settings = ("FUSED_RES_SIMULATOR=ON", f"Python_EXECUTABLE={sys.executable}")
-    known = cache.read_text().replace(":BOOL=", "=").replace(":UNINITIALIZED=", "=") if cache.exists() else ""
-    if (_BUILD / "build.ninja").exists() and all(f"\n{setting}\n" in known for setting in settings):
+    known = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(), re.MULTILINE)) if cache.exists() else {}
+    same_python = Path(known.get("Python_EXECUTABLE", "")).parent == Path(sys.executable).parent
+    if same_python and known.get("FUSED_RES_SIMULATOR") == "ON" and (_BUILD / "build.ninja").exists():
         return None
+    settings = ("-DFUSED_RES_SIMULATOR=ON", f"-DPython_EXECUTABLE={sys.executable}")
     try:
-        done = _cmake("-G", "Ninja", "-S", str(_ROOT), "-B", str(_BUILD), *(f"-D{setting}" for setting in settings))
+        done = _cmake("-G", "Ninja", "-S", str(_ROOT), "-B", str(_BUILD), *settings)
     except FileNotFoundError:
         return "the simulator is built with CMake, which is not installed"
     return f"CMake cannot configure the simulator: {done.stdout[-2000:]}" if done.returncode else None

@@ -40,7 +40,8 @@ std::atomic<int> chosen_schedule = [] {
   const char* variable = std::getenv("FUSED_RES_SIM_SCHEDULE");
   return variable == nullptr ? 0 : std::atoi(variable);
 }();
-std::atomic<int> multiprocessors = 132;
+// Few, so that what a small tensor takes at once stays small.
+std::atomic<int> multiprocessors = 4;
 std::atomic<Observer> observer = nullptr;
 
 std::string mangled_name(const void* kernel) {
