@@ -89,7 +89,9 @@ def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 #: What is no image, the kernels for GPUs leave to ATen, which on a CPU gives it another layout than on a GPU.
-ON_BACKENDS = [(case, backend) for case in CASES for backend in BACKENDS if backend != "cuda" or len(CASES[case][2]) == 2]
+ON_BACKENDS = [
+    (case, backend) for case in CASES for backend in BACKENDS if backend != "cuda" or len(CASES[case][2]) == 2
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

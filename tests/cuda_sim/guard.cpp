@@ -1,5 +1,5 @@
-// Memory for tensors on the CPU in which a kernel's access out of bounds meets a page that must not be touched,
-// and a value that nobody wrote is NaN. Part of the library with the operators, as it needs torch.
+// Memory for tensors on the CPU in which a kernel's access out of bounds meets a page that must not be
+// touched, and a value that nobody wrote is NaN. Part of the library with the operators, as it needs torch.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>

@@ -15,7 +15,8 @@ namespace fused_res::cuda::sim {
 using Site = std::source_location;
 using Stream = CUstream_st*;
 
-// --- launches -----------------------------------------------------------------------------------------------
+// --- launches
+// -----------------------------------------------------------------------------------------------
 
 struct Launch {
   const void* kernel;
@@ -65,7 +66,8 @@ int resident_blocks(void (*)(Arguments), unsigned threads, size_t shared) {
 
 void fill_zero(void* memory, size_t bytes, Stream);
 
-// --- memory -------------------------------------------------------------------------------------------------
+// --- memory
+// -------------------------------------------------------------------------------------------------
 
 // Of the running block. An address is the distance from its beginning.
 unsigned char* shared_memory();
@@ -77,7 +79,8 @@ void copy_async(uint32_t shared, const void* global, int bytes);
 void copy_async_commit();
 void copy_async_wait(int groups);
 
-// --- threads that meet --------------------------------------------------------------------------------------
+// --- threads that meet
+// --------------------------------------------------------------------------------------
 
 enum class Vote { kNone, kOr, kAnd, kCount };
 int block_barrier(Vote vote, bool value, const char* what, Site site);

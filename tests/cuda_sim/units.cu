@@ -51,7 +51,8 @@ product(const __grid_constant__ Args args) {
   uint4* b = a + 32;                                    // 16 x 8, or 8 x 16
   const int lane = threadIdx.x;
   ptx::copy_async(shared_address(a + lane), static_cast<const uint4*>(args.in) + lane, true);
-  if (lane < 16) ptx::copy_async(shared_address(b + lane), static_cast<const uint4*>(args.other) + lane, true);
+  if (lane < 16)
+    ptx::copy_async(shared_address(b + lane), static_cast<const uint4*>(args.other) + lane, true);
   ptx::copy_async_commit();
   ptx::copy_async_wait<0>();
   __syncwarp();
@@ -187,12 +188,16 @@ using Args = fused_res::cuda::units::Args;
 
 void (*kernel_named(const std::string& name))(Args) {
   namespace units = fused_res::cuda::units;
-  const std::pair<const char*, void (*)(Args)> kernels[] = {
-      {"nothing", units::nothing},   {"where", units::where},
-      {"shuffles", units::shuffles}, {"votes", units::votes},
-      {"product_f16", units::product<__half>}, {"product_bf16", units::product<__nv_bfloat16>},
-      {"product_tf32", units::product_tf32},   {"copies", units::copies},
-      {"rounds", units::rounds},     {"wrong", units::wrong}};
+  const std::pair<const char*, void (*)(Args)> kernels[] = {{"nothing", units::nothing},
+                                                            {"where", units::where},
+                                                            {"shuffles", units::shuffles},
+                                                            {"votes", units::votes},
+                                                            {"product_f16", units::product<__half>},
+                                                            {"product_bf16", units::product<__nv_bfloat16>},
+                                                            {"product_tf32", units::product_tf32},
+                                                            {"copies", units::copies},
+                                                            {"rounds", units::rounds},
+                                                            {"wrong", units::wrong}};
   for (const auto& [known, kernel] : kernels) {
     if (name == known) return kernel;
   }

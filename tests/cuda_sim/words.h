@@ -23,7 +23,8 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-// --- barriers and votes -------------------------------------------------------------------------------------
+// --- barriers and votes
+// -------------------------------------------------------------------------------------
 
 inline void __syncthreads(fused_res::cuda::sim::Site site = fused_res::cuda::sim::Site::current()) {
   fused_res::cuda::sim::block_barrier(fused_res::cuda::sim::Vote::kNone, false, "__syncthreads", site);
@@ -60,7 +61,8 @@ inline int __all_sync(unsigned mask, int value,
   return fused_res::cuda::sim::ballot(mask, value != 0, "__all_sync", site) == mask;
 }
 
-// --- shuffles -----------------------------------------------------------------------------------------------
+// --- shuffles
+// -----------------------------------------------------------------------------------------------
 
 namespace fused_res::cuda::sim {
 
@@ -108,7 +110,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32,
   return fused_res::cuda::sim::shuffle(mask, value, inside ? own - by : own, "__shfl_up_sync", site);
 }
 
-// --- memory -------------------------------------------------------------------------------------------------
+// --- memory
+// -------------------------------------------------------------------------------------------------
 
 template <class T>
 T __ldg(const T* at) {
@@ -144,7 +147,8 @@ T atomicAdd(T* at, std::type_identity_t<T> value) {
   return __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL);
 }
 
-// --- arithmetic ---------------------------------------------------------------------------------------------
+// --- arithmetic
+// ---------------------------------------------------------------------------------------------
 
 using std::fma;
 using std::isfinite;

@@ -9,8 +9,8 @@ struct Args {
   int* out;
 };
 
-// Each lane takes what its neighbour left in shared memory. The ballot makes lanes wait for each other, here and
-// most often on a GPU, but orders no memory.
+// Each lane takes what its neighbour left in shared memory. The ballot makes lanes wait for each other, here
+// and most often on a GPU, but orders no memory.
 FUSED_RES_KERNEL(kWarp, 1) take_neighbours(const __grid_constant__ Args args) {
   auto* shared = reinterpret_cast<int*>(shared_memory());
   const int own = args.in[threadIdx.x];

@@ -27,7 +27,8 @@ FUSED_RES_KERNEL(kThreads, 1) twice(const __grid_constant__ Args args) {
 }
 
 static const Register registered("out_of_bounds_global", kVersion, [] {
-  const std::unique_ptr<int, void (*)(void*)> in(static_cast<int*>(std::malloc(kCount * sizeof(int))), std::free);
+  const std::unique_ptr<int, void (*)(void*)> in(static_cast<int*>(std::malloc(kCount * sizeof(int))),
+                                                 std::free);
   int out[kCount];
   for (int i = 0; i < kCount; ++i) in.get()[i] = i;
   launch(twice, dim3(1), kThreads, 0, nullptr, Args{in.get(), out});

@@ -35,7 +35,8 @@ static const Register registered("swapped_fragments", kVersion, [] {
   std::vector<__half> a(kRows * kDepth), b(kColumns * kDepth);
   std::vector<float> out(kRows * kColumns), expected(out.size());
   const auto fill = [](std::vector<__half>& matrix, int step) {
-    for (size_t i = 0; i < matrix.size(); ++i) matrix[i] = __int2half_rn(static_cast<int>(i) * step % 31 - 15);
+    for (size_t i = 0; i < matrix.size(); ++i)
+      matrix[i] = __int2half_rn(static_cast<int>(i) * step % 31 - 15);
   };
   fill(a, 7);
   fill(b, 11);

@@ -11,8 +11,8 @@ struct Args {
   int* out;
 };
 
-// Adds up tiles that are copied one ahead of their use. The last tile has none behind it, so that "all but the
-// last group" would be all but itself.
+// Adds up tiles that are copied one ahead of their use. The last tile has none behind it, so that "all but
+// the last group" would be all but itself.
 FUSED_RES_KERNEL(kThreads, 1) add_tiles(const __grid_constant__ Args args) {
   auto* shared = reinterpret_cast<int4*>(shared_memory());
   const auto copy = [&](int tile) {

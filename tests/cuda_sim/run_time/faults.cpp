@@ -23,8 +23,9 @@ const void* touched;
   char address[32];
   std::snprintf(address, sizeof address, "%p", touched);
   // The processor does not tell the address of a misaligned access of 16 bytes.
-  std::string message = touched == nullptr ? "a misaligned access, or one to no memory at all"
-                                           : "an access to memory that is not its own, " + std::string(address);
+  std::string message = touched == nullptr
+                            ? "a misaligned access, or one to no memory at all"
+                            : "an access to memory that is not its own, " + std::string(address);
   if (describe_address != nullptr) message += describe_address(touched);
   abandon(message);
 }

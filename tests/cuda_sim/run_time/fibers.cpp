@@ -19,8 +19,9 @@ constexpr size_t kStackBytes = kSanitized ? 512 << 10 : 64 << 10;
 // Without an offset the same variable of all threads would fall into the same set of the cache.
 constexpr size_t kColours = 32, kColourBytes = 192;
 // To ThreadSanitizer, who comes to a used context seems to come behind who was there before, and never races
-// with them. So that threads of different blocks seldom meet like that, the one that was used least recently is
-// taken, and never one of the last few: their number is prime. Others take the one that is still in the cache.
+// with them. So that threads of different blocks seldom meet like that, the one that was used least recently
+// is taken, and never one of the last few: their number is prime. Others take the one that is still in the
+// cache.
 constexpr size_t kRest = kThreadSanitizer ? 61 : 0;
 
 unsigned char* map_memory(size_t bytes) {

@@ -1,6 +1,6 @@
 // Launches and the scheduler. One launch at a time in a process: the state of the machine is global.
-#include <dlfcn.h>
 #include <cxxabi.h>
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <atomic>
@@ -79,7 +79,8 @@ void check(const Launch& launch) {
     refuse(std::to_string(blocks) + " blocks do not run at once");
 }
 
-// --- one launch ---------------------------------------------------------------------------------------------
+// --- one launch
+// ---------------------------------------------------------------------------------------------
 
 class Machine {
  public:
@@ -229,9 +230,7 @@ void Machine::resume(Thread& thread) {
   current = nullptr;
 }
 
-void Machine::wait() {
-  switch_context(current->context, context_);
-}
+void Machine::wait() { switch_context(current->context, context_); }
 
 void Machine::end(std::exception_ptr error) {
   if (error) error_ = std::move(error);
@@ -323,7 +322,8 @@ int resident_blocks(unsigned threads, size_t shared) {
 
 void fill_zero(void* memory, size_t bytes, Stream) { std::memset(memory, 0, bytes); }
 
-// --- barriers of a block and of the grid --------------------------------------------------------------------
+// --- barriers of a block and of the grid
+// --------------------------------------------------------------------
 
 int block_barrier(Vote vote, bool value, const char* what, Site site) {
   Block& block = *current->block;
@@ -378,18 +378,15 @@ void grid_barrier(unsigned* counter, unsigned arrivals, Site site) {
 
 }  // namespace fused_res::cuda::sim
 
-// --- for tests ----------------------------------------------------------------------------------------------
+// --- for tests
+// ----------------------------------------------------------------------------------------------
 
 extern "C" {
 
 // Returns the one before.
-int fused_res_sim_schedule(int schedule) {
-  return fused_res::cuda::sim::chosen_schedule.exchange(schedule);
-}
+int fused_res_sim_schedule(int schedule) { return fused_res::cuda::sim::chosen_schedule.exchange(schedule); }
 
-int fused_res_sim_multiprocessors(int count) {
-  return fused_res::cuda::sim::multiprocessors.exchange(count);
-}
+int fused_res_sim_multiprocessors(int count) { return fused_res::cuda::sim::multiprocessors.exchange(count); }
 
 // Sees every launch from now on; where it returns true the launch is not simulated. NULL takes it back.
 void fused_res_sim_observe(fused_res::cuda::sim::Observer observe) {

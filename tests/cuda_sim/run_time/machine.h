@@ -89,7 +89,8 @@ extern Thread* current;
 void wait(const char* what, Site site, unsigned mask = 0);
 void wake(Thread& thread);
 
-// --- scheduler's settings -----------------------------------------------------------------------------------
+// --- scheduler's settings
+// -----------------------------------------------------------------------------------
 
 // 0: forward, 1: backward, others: pseudo-random from that seed.
 int schedule();
@@ -103,8 +104,8 @@ struct SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
   void clear();  // NaN, and intact margins
-  // An address for what barrier number `barrier`, of a warp or of the block, makes visible. Two in turn: who is
-  // through already may come to the next one before others have left this one.
+  // An address for what barrier number `barrier`, of a warp or of the block, makes visible. Two in turn: who
+  // is through already may come to the next one before others have left this one.
   void* token(unsigned warp, unsigned barrier) const { return mapped_ + 2 * warp + barrier % 2; }
   bool overrun() const;  // whether a margin was written to
   unsigned char* begin;

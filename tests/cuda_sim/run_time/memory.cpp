@@ -41,7 +41,8 @@ bool SharedMemory::overrun() const {
   if (kSanitized) return false;
   unsigned char untouched[kMargin];
   std::memset(untouched, kNan, kMargin);
-  return std::memcmp(mapped_, untouched, kMargin) != 0 || std::memcmp(begin + bytes_, untouched, kMargin) != 0;
+  return std::memcmp(mapped_, untouched, kMargin) != 0 ||
+         std::memcmp(begin + bytes_, untouched, kMargin) != 0;
 }
 
 unsigned char* shared_memory() { return current->block->shared; }
@@ -53,20 +54,22 @@ uint32_t shared_address(const void* pointer) {
 unsigned char* shared_at(uint32_t address, size_t bytes, const char* what) {
   const Block& block = *current->block;
   if (address % bytes != 0 || address + bytes > block.shared_bytes) {
-    fail(std::string(what) + " at " + std::to_string(static_cast<int32_t>(address)) + " in shared memory of " +
-         std::to_string(block.shared_bytes) + " bytes" + (address % bytes != 0 ? ", misaligned" : ""));
+    fail(std::string(what) + " at " + std::to_string(static_cast<int32_t>(address)) +
+         " in shared memory of " + std::to_string(block.shared_bytes) + " bytes" +
+         (address % bytes != 0 ? ", misaligned" : ""));
   }
   return block.shared + address;
 }
 
-// --- cp.async -----------------------------------------------------------------------------------------------
+// --- cp.async
+// -----------------------------------------------------------------------------------------------
 
 namespace {
 
 Copies& copies() {
   if (current->copies == nullptr) {
-    // With the flags of stacks, beside which it comes to lie: other flags would make each a mapping of its own,
-    // of which the kernel has 65530 for a process.
+    // With the flags of stacks, beside which it comes to lie: other flags would make each a mapping of its
+    // own, of which the kernel has 65530 for a process.
     constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void* memory = mmap(nullptr, sizeof(Copies), PROT_READ | PROT_WRITE, kFlags, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();

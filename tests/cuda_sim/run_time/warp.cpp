@@ -33,8 +33,8 @@ Meeting& meeting(Warp& warp, Deed deed, unsigned mask, const Site& site) {
   return warp.meetings[warp.meeting_count++] = {deed, site, mask, 0};
 }
 
-// Waits for all lanes of the mask to come to this place with this mask; the last one does the deed and goes on
-// at once.
+// Waits for all lanes of the mask to come to this place with this mask; the last one does the deed and goes
+// on at once.
 void meet(Deed deed, unsigned mask, const char* what, Site site) {
   Thread& thread = *current;
   const unsigned lane = thread.index % kWarp, bit = 1u << lane;
@@ -92,7 +92,8 @@ unsigned ballot(unsigned mask, bool value, const char* what, Site site) {
   return result;
 }
 
-// --- ldmatrix -----------------------------------------------------------------------------------------------
+// --- ldmatrix
+// -----------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -144,7 +145,8 @@ void load_matrices(uint32_t (&registers)[4], uint32_t shared, bool transposed, S
   meet_whole_warp(load_matrices_of, "ldmatrix", site);
 }
 
-// --- mma ----------------------------------------------------------------------------------------------------
+// --- mma
+// ----------------------------------------------------------------------------------------------------
 
 namespace {
 

@@ -1,5 +1,5 @@
-// Launches of all kernels, in small odd shapes, on arrays of exactly their size: for programs that are compiled
-// with a sanitizer. What the results are is tested elsewhere; nothing here looks at them.
+// Launches of all kernels, in small odd shapes, on arrays of exactly their size: for programs that are
+// compiled with a sanitizer. What the results are is tested elsewhere; nothing here looks at them.
 #pragma once
 
 #include <bit>

@@ -29,8 +29,7 @@ void convolution(const Geometry& g, Arithmetic arithmetic, TileSize size, bool a
   args.dilation_height = args.dilation_width = g.dilation;
 
   const int64_t rows = kImages * args.out_height * args.out_width;
-  const ProductCut cut =
-      cut_into(
+  const ProductCut cut = cut_into(
       product_of(rows, args.group_outputs, args.depth, g.groups, arithmetic, aligned, false), size, splits);
   const int64_t row_tiles = cut.splits > 1 ? ceil_div(rows, kSplitRows) : cut.row_tiles;
   args.col_tiles = static_cast<int>(cut.col_tiles);
@@ -67,8 +66,8 @@ void add_convolutions(Cases& cases) {
             for (const Geometry& geometry : geometries)
               convolution(geometry, arithmetic, size, aligned, splits, training);
           };
-          cases.push_back({"convolution " + name_of(arithmetic, size, aligned) + (splits > 1 ? " split" : "") +
-                               (training ? " training" : " inference"),
+          cases.push_back({"convolution " + name_of(arithmetic, size, aligned) +
+                               (splits > 1 ? " split" : "") + (training ? " training" : " inference"),
                            [=] { aligned ? run(kAligned) : run(kAnything); }});
         }
       }

@@ -1,4 +1,5 @@
-// Runs the cases whose name contains the first argument, or all, under the schedule that the environment names.
+// Runs the cases whose name contains the first argument, or all, under the schedule that the environment
+// names.
 #include <cstring>
 #include <exception>
 

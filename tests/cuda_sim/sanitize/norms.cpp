@@ -177,8 +177,8 @@ void update_running(Dtype dtype) {
 }  // namespace
 
 void add_norms(Cases& cases) {
-  constexpr Activation kShapes[] = {{3, 5, 7, true},    {2, 24, 9, true}, {5, 72, 33, true},
-                                    {3, 5, 7, false},   {2, 3, 24, false}, {3, 2, 1030, false}};
+  constexpr Activation kShapes[] = {{3, 5, 7, true},  {2, 24, 9, true},  {5, 72, 33, true},
+                                    {3, 5, 7, false}, {2, 3, 24, false}, {3, 2, 1030, false}};
   for (const Dtype dtype : kDtypes) {
     for (const Activation& shape : kShapes) {
       const int widest = widest_vector(dtype), vector = shape.cols() % widest == 0 ? widest : 1;

@@ -1,4 +1,5 @@
 #include "cuda/pointwise_backward.h"
+
 #include "products.h"
 
 namespace fused_res::cuda::sanitize {
@@ -32,7 +33,8 @@ void dgrad(Arithmetic arithmetic, TileSize size, bool aligned, int outputs, int 
   constexpr int64_t kRows = kImages * kHeight * kWidth;
   Gradient gradient(dtype_of(arithmetic), kRows, outputs, full);
   Arrays& arrays = gradient.arrays;
-  const ProductCut cut = cut_into(product_of(kRows, channels, outputs, 1, arithmetic, aligned, true), size, 1);
+  const ProductCut cut =
+      cut_into(product_of(kRows, channels, outputs, 1, arithmetic, aligned, true), size, 1);
   DgradArgs args = {};
   args.gradient = gradient.args;
   args.weight = arrays.random(gradient.dtype, static_cast<int64_t>(outputs) * channels);
@@ -57,7 +59,8 @@ void wgrad(Arithmetic arithmetic, TileSize size, bool aligned, int outputs, int 
   const int64_t rows = static_cast<int64_t>(kImages) * out_height * out_width;
   Gradient gradient(dtype_of(arithmetic), rows, outputs, splits > 1);
   Arrays& arrays = gradient.arrays;
-  const ProductCut cut = cut_into(product_of(outputs, channels, rows, 1, arithmetic, aligned, true), size, splits);
+  const ProductCut cut =
+      cut_into(product_of(outputs, channels, rows, 1, arithmetic, aligned, true), size, splits);
   WgradArgs args = {};
   args.gradient = gradient.args;
   args.input = arrays.random(gradient.dtype, static_cast<int64_t>(kImages) * kHeight * kWidth * channels);
