@@ -60,8 +60,8 @@ def pretended(folder: Path, cuda: str | None) -> Path:
     (package / "__init__.py").touch()
     (package / "version.py").write_text(f"cuda = {cuda!r}\n")
     for name in ("include", "lib/libc10.so", "lib/libtorch_cpu.so"):
-        if not (package / name).exists():
-            (package / name).symlink_to(TORCH / name)
+        (package / name).unlink(missing_ok=True)
+        (package / name).symlink_to(TORCH / name)
     stub(package, "")
     return folder
 
@@ -255,7 +255,8 @@ def test_a_kernel_that_spills_is_seen(tmp_path):
 #: What a block may have on every architecture: sm_120 has the least.
 SHARED = 99 << 10
 SHAPES = [  # of a bottleneck's convolutions: images, channels, size, outputs
-    (8, 64, 56, 256),
+    (32, 64, 56, 256),
+    (64, 256, 28, 512),
     (2, 256, 16, 128),
     (2, 2048, 7, 512),
     (3, 35, 9, 20),  # nothing is aligned

@@ -264,6 +264,42 @@ def test_convolution(shape, outputs, kernel, stride, padding, dilation, groups, 
     check("conv_bn_stats", with_stats, tolerance, 2)
 
 
+def assert_some_tiles(name: str, make: Make, elements: int, tolerance: float) -> None:
+    """With the first two thread blocks and the last one alone: what the others would write stays NaN."""
+    with interpreted_nvcc(1, ctas=lambda grid: [0, 1, grid[0] - 1]) as launches:
+        ours = results("cuda", name, make())[0]
+    assert len(launches) == 1
+    written = ~ours.isnan()
+    assert written.sum() == 3 * elements
+    exact = results("reference", name, wide(make()))[0]
+    assert ((ours - exact)[written].abs() <= tolerance * exact.abs().max()).all()
+
+
+LARGE = [("bfloat16", 128, 256), ("tf32", 128, 256), ("float16", 256, 64), ("float32", 256, 64)]
+
+
+@pytest.mark.parametrize(("kind", "width", "outputs"), LARGE)
+def test_large_tiles(kind, width, outputs):
+    """As many pixels as it takes until tiles of 128 pixels, by 128 outputs or by 64, are enough of them."""
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    tolerance = TF32 if kind == "tf32" else TOLERANCE[dtype]
+
+    def image(channels, seed=0):
+        return randn(1, channels, 128, width, seed=seed).to(dtype).contiguous(memory_format=LAST)
+
+    def forward():
+        return image(16), filters(outputs, 16, 1, 1).to(dtype), None, None, [1, 1], [0, 0], [1, 1], 1, False
+
+    def backward():
+        weight, stats = filters(16, outputs, 1, 1).to(dtype), randn(5, 16).float()
+        return image(16), image(16, 1), stats, None, True, None, 128 * width, weight, None, None, False
+
+    elements = 128 * min(outputs, 128)
+    assert_some_tiles("conv_bias_act", forward, elements, tolerance)
+    if dtype != torch.float32:
+        assert_some_tiles("conv_dgrad", backward, elements, tolerance)
+
+
 POINTWISE = [(64, 24, 4, 1, True), (35, 20, 3, 1, False), (16, 40, 7, 2, True)]
 
 

@@ -1,12 +1,14 @@
 """The simulator of CUDA itself: what its words do, which rules it enforces, and that planted bugs are found."""
 
 import ctypes
+import mmap
 import os
 import subprocess
 
 import numpy as np
 import pytest
-from cuda_sim.simulated import RunTime, build
+import torch
+from cuda_sim.simulated import RunTime, build, run_time
 
 SCHEDULES = pytest.mark.parametrize("schedule", range(4))
 
@@ -247,6 +249,23 @@ def test_an_observer_sees_launches_and_may_take_them(units, launch):
         units.library.fused_res_sim_observe(None)
     name = b"_ZN9fused_res4cuda5units5whereENS1_4ArgsE"
     assert seen == [(name, [5, 3, 2], 2, 64, 7, ctypes.sizeof(Args), False)] * 2
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_guarded_tensors(launch, before):
+    """Every other one ends, or begins, where a page is that must not be touched, and all begin as NaN."""
+    if isinstance(reason := build(), str):
+        pytest.skip(reason)
+    with run_time().guarded():
+        tensors = [torch.empty(4 * 10), torch.empty(4 * 10)]
+    assert all(tensor.isnan().all() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    ends_at_page = [(tensor.data_ptr() + tensor.nbytes) % mmap.PAGESIZE == 0 for tensor in tensors]
+    assert sorted(ends_at_page) == [False, True]
+    tensor = tensors[ends_at_page.index(not before)]
+    launch("where", threads=40, out=tensor.data_ptr())
+    with pytest.raises(RuntimeError, match="thread 0: an access" if before else "thread 40: an access"):
+        launch("where", threads=41, out=tensor.data_ptr() - 4 * before)
+    assert not torch.empty(4096).isnan().all()
 
 
 # Which layer finds which deliberate bug (cuda_sim/bugs): its result, under all schedules, or a sanitizer.

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,39 +79,41 @@ def observed(handle: Callable[[Launch, bytes], None]) -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def interpreted_nvcc(
-    schedule: int = 0, *, edit: Callable[[str], str] = str, multiprocessors: int = 2
+    schedule: int = 0,
+    *,
+    ctas: Callable[[tuple[int, ...]], Sequence[int]] | None = None,
+    edit: Callable[[str], str] = str,
+    multiprocessors: int = 2,
 ) -> Iterator[list[Launch]]:
     """:func:`observed` with the interpreter.
 
-    A kernel may touch only tensors that were made inside. ``schedule`` is that of :func:`ptx.machine.run`, ``edit``
-    changes a kernel's PTX before it runs, and ``multiprocessors`` limits the blocks of a cooperative launch.
+    A kernel may touch only tensors that were made inside. ``schedule`` is that of :func:`ptx.machine.run`, ``ctas``
+    gets the grid and says which to run, ``edit`` changes a kernel's PTX before it runs, and ``multiprocessors`` limits
+    the blocks of a cooperative launch.
     """
     if NVCC is None:
         raise FileNotFoundError("there is no nvcc here")
     simulator = run_time()
 
     def interpret(launch: Launch, argument: bytes) -> None:
-        _run(launch, argument, simulator.library, schedule, edit)
+        text = edit(entry(launch.kernel))
+        most = re.search(r"\.maxntid\s+(\d+)", text)
+        if most is not None and launch.threads > int(most[1]):
+            raise ValueError(f"{launch.kernel} is launched with {launch.threads} threads, and takes {most[1]} at most")
+        run(
+            _parse(text)[launch.kernel],
+            launch.grid,
+            [argument],
+            _live_memory(simulator.library),
+            threads=(launch.threads,),
+            shared=launch.shared,
+            ctas=ctas and ctas(launch.grid),
+            cooperative=launch.cooperative,
+            schedule=schedule,
+        )
 
     with simulator.guarded(), simulator.multiprocessors(multiprocessors), observed(interpret) as launches:
         yield launches
-
-
-def _run(launch: Launch, argument: bytes, library: ctypes.CDLL, schedule: int, edit: Callable[[str], str]) -> None:
-    text = edit(entry(launch.kernel))
-    most = re.search(r"\.maxntid\s+(\d+)", text)
-    if most is not None and launch.threads > int(most[1]):
-        raise ValueError(f"{launch.kernel} is launched with {launch.threads} threads, and takes {most[1]} at most")
-    run(
-        _parse(text)[launch.kernel],
-        launch.grid,
-        [argument],
-        _live_memory(library),
-        threads=(launch.threads,),
-        shared=launch.shared,
-        cooperative=launch.cooperative,
-        schedule=schedule,
-    )
 
 
 def _live_memory(library: ctypes.CDLL) -> Memory:
