@@ -473,7 +473,8 @@ class TestWrongArguments:
             fuse([model])
         assert type(model) is resnet.ResNet
 
-    def test_a_backend_that_is_not_there(self) -> None:
+    def test_a_backend_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fused_res.backends.registry, "simulating", lambda: False)
         model = network()
         with pytest.raises(fused_res.BackendUnavailableError, match="cuda"):
             fuse(model, backend="cuda")
