@@ -306,9 +306,9 @@ def test_wheel_in_empty_environment(wheel: Wheel, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index"]
     run(*pip, "--ignore-installed", wheel.path, cwd=tmp_path)
     ours, reference = run(python, "-W", "error", "-c", SMOKE, cwd=tmp_path).splitlines()
-    # Two float32 sums of hundreds of terms in another order: they need not agree in the seventh digit that is printed.
+    # Float32 sums of thousands of terms in another order, printed to three places: the last one may differ.
     theirs = [float(number) for number in reference.split()[1:]]
-    assert [float(number) for number in ours.split()[1:]] == pytest.approx(theirs, rel=1e-6)
+    assert [float(number) for number in ours.split()[1:]] == pytest.approx(theirs, rel=1e-6, abs=1.1e-3)
 
 
 @needs_extension
