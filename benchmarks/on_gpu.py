@@ -70,7 +70,8 @@ def test(stage: Stage) -> None:
     stage.run("info", [python, "-m", "fused_res", "info"])
     pytest = [python, "-m", "pytest", "--durations=5"]
     alone = "tests/test_gpu_device.py"  # takes tens of GB at a time
-    others = [name for path in ROOT.glob("tests/test_gpu_*.py") if (name := str(path.relative_to(ROOT))) != alone]
+    others = ["tests/test_cuda_conv.py", "tests/test_cuda_norm.py"]  # also the simulator's
+    others += [name for path in ROOT.glob("tests/test_gpu_*.py") if (name := str(path.relative_to(ROOT))) != alone]
     stage.run("tests-device", [*pytest, alone, f"--junitxml={stage.out / 'tests-device.xml'}"], reserve=SANITIZER)
     # Triton compiles for most of the time.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []

@@ -1,6 +1,7 @@
 """The simulator of CUDA itself: what its words do, which rules it enforces, and that planted bugs are found."""
 
 import ctypes
+import importlib.util
 import mmap
 import os
 import subprocess
@@ -21,6 +22,12 @@ class Args(ctypes.Structure):
         ("number", ctypes.c_int),
         ("counter", ctypes.c_void_p),
     )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton, which brings CUDA's headers, is missing")
+def test_the_simulator_is_there():
+    """With all that `make test` installs, no test of CUDA C++ is skipped for want of it."""
+    assert not isinstance(library := build(), str), library
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,10 @@ import fcntl
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +51,15 @@ def _configure() -> str | None:
 
 
 def _cmake(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["cmake", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """CMake and Ninja of this environment, which need not be activated, or else from PATH."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None:
+        raise FileNotFoundError("cmake")
+    environment = os.environ | {"PATH": path}
+    return subprocess.run(
+        [cmake, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 class RunTime:
