@@ -24,7 +24,7 @@ class Args(ctypes.Structure):
     )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton, which brings CUDA's headers, is missing")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which brings CUDA's headers")
 def test_the_simulator_is_there():
     """With all that `make test` installs, no test of CUDA C++ is skipped for want of it."""
     assert not isinstance(library := build(), str), library
