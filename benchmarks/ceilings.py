@@ -1,10 +1,11 @@
-"""What this machine can do at best, measured: the yardstick for memory-bound operators."""
+"""What this machine can do at best, measured: the yardsticks for operators bound by memory or by arithmetic."""
 
 import statistics
 
 import torch
 
 from benchmarks.timing import clock_of
+from fused_res import _extension
 
 COPY_BYTES = 256 << 20  # far beyond any last-level cache
 GPU_COPY_BYTES = 1 << 30
@@ -28,3 +29,24 @@ def copy_bandwidth(size: int = COPY_BYTES, repeat: int = 9, device: str = "cpu")
         destination.copy_(source)
         seconds.append(clock.seconds(before, clock.now()))
     return 2 * size / statistics.median(seconds)
+
+
+def fma_peak() -> float | None:
+    """FLOP/s of float32 multiply-adds in registers, in all of PyTorch's threads; None without our extension."""
+    if not _extension.loaded:
+        return None
+    from fused_res import _C
+
+    measured = getattr(_C, "fma_peak", None)
+    return measured and measured(torch.get_num_threads())
+
+
+def measure(device: str, quick: bool) -> dict[str, float]:
+    ceilings = {"copy_bytes_per_s": copy_bandwidth(copy_size(device, quick), device=device)}
+    peak = fma_peak() if device == "cpu" else None
+    return ceilings if peak is None else {**ceilings, "fma_flops_per_s": peak}
+
+
+def best(*measured: dict[str, float]) -> dict[str, float]:
+    """A neighbour may have been busy at one moment."""
+    return {name: max(one[name] for one in measured) for name in measured[0]}

@@ -2,11 +2,14 @@
 ours with bias, addition and ReLU in its epilogue; where the backend has it, also with the output's statistics.
 
 The yardstick is `aten`, the convolution alone as PyTorch runs it (cuDNN, oneDNN), which does less than the others.
-`ours-packed` is a frozen network's layer, which keeps its weight in the form that the backend likes best. Errors are
-relative to float64, in the Euclidean norm.
+`ours-packed` is a frozen network's layer, which keeps its weight in the form that the backend likes best; on a CPU its
+peer is `onednn-fused`, oneDNN's own operator on a weight that is packed once. GFLOP/s are those of a direct
+convolution, two operations a multiply-add, whatever the algorithm, and on a CPU stand beside the measured peak of such
+instructions. Errors are relative to float64, in the Euclidean norm.
 """
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from fused_res.nn.frozen import FrozenConv
 HELP = "single convolutions with bias, addition and ReLU, and with statistics"
 
 ATEN = "aten"
+ONEDNN = "onednn-fused"
 # The library's precision contract; Winograd alone may be off by more than that.
 ERROR_FACTOR = 2.0
 ERROR_FLOOR_ULP = 4
@@ -46,6 +50,7 @@ class ConvCase:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
     common.add_device(parser)
+    common.add_isa(parser)
     parser.add_argument("--model", nargs="+", choices=MODELS, help="default: resnet18 resnet50")
     parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
     parser.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains this")
@@ -108,6 +113,10 @@ def aten(t: Operands, layer: Convolution) -> Tensor:
 def aten_unfused(t: Operands, layer: Convolution) -> Tensor:
     spec = layer.spec
     output = torch.conv2d(t.x, t.weight, t.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+    return finish(output, t, layer)
+
+
+def finish(output: Tensor, t: Operands, layer: Convolution) -> Tensor:
     if t.residual is not None:
         output += t.residual
     return F.relu_(output) if layer.relu else output
@@ -124,8 +133,10 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
         "ours": lambda: conv_bias_act(t.x, t.weight, t.bias, t.residual, *how, spec.activation, backend=backend),
         "ours-packed": lambda: packed(t.x, t.residual),
     }
+    if not t.x.is_cuda and _runs(ONEDNN, onednn := onednn_fused(t, layer)):
+        calls[ONEDNN] = onednn
     if t.x.is_cuda:
-        if _runs(cudnn := lambda: cudnn_fused(t, layer)):
+        if _runs("cudnn-fused", cudnn := lambda: cudnn_fused(t, layer)):
             calls["cudnn-fused"] = cudnn
         for name in ("triton", "cuda"):
             if backends.unavailable(name) is None:
@@ -155,12 +166,31 @@ def cudnn_fused(t: Operands, layer: Convolution) -> Tensor:
     return torch.cudnn_convolution_add_relu(t.x, t.weight, t.residual, 1.0, *how)
 
 
-def _runs(call: Callable[[], Any]) -> bool:
-    """Which dtypes cuDNN takes depends on versions."""
+def onednn_fused(t: Operands, layer: Convolution) -> Callable[[], Tensor]:
+    """oneDNN's epilogue, which torch.compile with freezing uses, too."""
+    spec, mkldnn = layer.spec, torch.ops.mkldnn
+    how = (spec.padding, spec.stride, spec.dilation, spec.groups)
+    end = "relu" if layer.relu else None
+
+    @functools.cache
+    def packed() -> Tensor:
+        return mkldnn._reorder_convolution_weight(t.weight, *how, list(t.x.shape))
+
+    if t.residual is None:
+        return lambda: mkldnn._convolution_pointwise(t.x, packed(), t.bias, *how, end or "none", [], None)
+    if spec.groups > 1:  # it adds only where there is one group
+        return lambda: finish(mkldnn._convolution_pointwise(t.x, packed(), t.bias, *how, "none", [], None), t, layer)
+    return lambda: mkldnn._convolution_pointwise.binary(
+        t.x, t.residual, packed(), t.bias, *how, "add", None, end, [], None
+    )
+
+
+def _runs(name: str, call: Callable[[], Any]) -> bool:
+    """Which dtypes cuDNN takes depends on versions, which oneDNN takes on the processor."""
     try:
         call()
     except RuntimeError as error:
-        print(f"cudnn-fused is left out, it refuses: {error}")
+        print(f"{name} is left out, it refuses: {error}")
         return False
     return True
 
@@ -168,7 +198,7 @@ def _runs(call: Callable[[], Any]) -> bool:
 def check(
     calls: dict[str, Callable[[], Any]], t: Operands, layer: Convolution, name: str, options: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Each provider's error, and of ours the largest in units of what is allowed."""
+    """Each provider's error, and of those that fuse the largest in units of what is allowed."""
     exact = {"bare": aten(t.double(), layer), "whole": aten_unfused(t.double(), layer)}
     dtype = t.x.dtype
     floor = max(ERROR_FLOOR_ULP * torch.finfo(dtype).eps, WINOGRAD_FLOOR if dtype == torch.float32 else 0.0)
@@ -187,7 +217,7 @@ def check(
             for row, part in enumerate(exact_moments(result[0])):
                 expected[f"moment {row + 1}"] = yardstick[f"moment {row + 1}"] = part
         errors[provider] = relative_error(values["output"], expected["output"])
-        if provider.startswith("ours"):
+        if provider.startswith("ours") or provider == ONEDNN:
             checks[provider] = check_results(
                 f"{provider}, {name}", values, expected, [yardstick], factor=ERROR_FACTOR, floor=floor
             )
@@ -235,7 +265,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def tables(run: dict[str, Any]) -> str:
     cases = run["cases"]
     names = report.common_providers(cases)
-    rows, errors = [], []
+    rows, rates, errors = [], [], []
+    others = [name for name in names if name.startswith("ours") and "+" not in name] if ONEDNN in names else []
     for case in cases:
         aten_seconds = case["providers"][ATEN]["median_s"]
         rows.append(
@@ -243,29 +274,61 @@ def tables(run: dict[str, Any]) -> str:
                 case["name"],
                 case["count"],
                 report.milliseconds(aten_seconds),
-                f"{case['flops'] / aten_seconds / 1e9:.0f}",
                 *(report.ratio(case["providers"][name]["median_s"] / aten_seconds) for name in names[1:]),
             ]
         )
+        rates.append(
+            [
+                case["name"],
+                *(rate(run, case["flops"], case["providers"][name]["median_s"]) for name in names),
+                *(report.ratio(*report.ratios([case], name, ONEDNN)) for name in others),
+            ]
+        )
         errors.append([case["name"], *(f"{case['providers'][name]['error']:.1e}" for name in names)])
-    header = ["case", "in the net", f"{ATEN} ms", "GFLOP/s", *(f"{name} / {ATEN}" for name in names[1:])]
-    parts = [report.table(header, rows), "error against float64\n" + report.table(["case", *names], errors)]
+    header = ["case", "in the net", f"{ATEN} ms", *(f"{name} / {ATEN}" for name in names[1:])]
+    parts = [
+        report.table(header, rows),
+        rates_title(run) + "\n" + report.table(["case", *names, *(f"{name} / {ONEDNN}" for name in others)], rates),
+        "error against float64\n" + report.table(["case", *names], errors),
+    ]
     return "\n\n".join([*parts, summary(run)])
+
+
+def rates_title(run: dict[str, Any]) -> str:
+    peak = run["ceilings"].get("fma_flops_per_s")
+    return "GFLOP/s of a direct convolution" + (f" (share of the {peak / 1e9:.0f} measured)" if peak else "")
+
+
+def rate(run: dict[str, Any], flops: float, seconds: float) -> str:
+    """GFLOP/s, and the share of the peak of multiply-adds where that was measured, which is float32's."""
+    peak = run["ceilings"].get("fma_flops_per_s")
+    share = f" ({flops / seconds / peak:.0%})" if peak else ""
+    return f"{flops / seconds / 1e9:.0f}{share}"
 
 
 def summary(run: dict[str, Any]) -> str:
     cases = run["cases"]
-    rows = [
-        [
-            name,
-            report.milliseconds(sum(case["count"] * case["providers"][name]["median_s"] for case in cases)),
-            report.ratio(report.geometric_mean(report.ratios(cases, name, ATEN))),
-            f"{max(case['providers'][name]['error'] for case in cases):.1e}",
-        ]
-        for name in report.common_providers(cases)
-    ]
-    title = f"conv: sums over the nets and geometric means over {len(cases)} shapes, {report.allocator_title(run)}"
-    return title + "\n" + report.table(["provider", "whole nets ms", f"time / {ATEN}", "largest error"], rows)
+    names = report.common_providers(cases)
+    flops = sum(case["count"] * case["flops"] for case in cases)
+    bases = [base for base in (ATEN, ONEDNN) if base in names]
+    rows = []
+    for name in names:
+        seconds = sum(case["count"] * case["providers"][name]["median_s"] for case in cases)
+        rows.append(
+            [
+                name,
+                report.milliseconds(seconds),
+                rate(run, flops, seconds),
+                *(report.ratio(report.geometric_mean(report.ratios(cases, name, base))) for base in bases),
+                f"{max(case['providers'][name]['error'] for case in cases):.1e}",
+            ]
+        )
+    title = (
+        f"conv: sums over the nets and geometric means over {len(cases)} shapes; {rates_title(run)}; "
+        f"{report.allocator_title(run)}"
+    )
+    header = ["provider", "whole nets ms", "GFLOP/s", *(f"time / {base}" for base in bases), "largest error"]
+    return title + "\n" + report.table(header, rows)
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

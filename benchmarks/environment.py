@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fused_res
-from benchmarks import allocator
+from benchmarks import allocator, isa, peers
 from fused_res import _extension
 
 
@@ -29,11 +29,13 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version_of("torchvision"),
+        **{name: version_of(name) for name in peers.NAMES},
         "fused_res": fused_res.__version__,
         "commit": commit(),
         "isa": kernel_isa(),
         "extension": _extension.build_info if _extension.loaded else f"not loaded: {_extension.reason}",
         "allocator_variables": {name: os.environ[name] for name in allocator.VARIABLES if name in os.environ},
+        "isa_variables": {name: os.environ[name] for name in isa.VARIABLES if name in os.environ},
     }
 
 

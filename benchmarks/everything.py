@@ -1,9 +1,9 @@
 """`all` (what `make bench` runs): a selection of the other subcommands that ends within ten minutes on two
 cores.
 
-Compiling a ResNet-50 training step takes two minutes on two cores, so compiled providers take part in `op`
-only, in two of its cases. With `--device cuda` (what `make gpu` runs, behind the tests) there are two selections of
-their own, without and with compiled providers, each of which ends within nine minutes, whatever fails or takes too
+Compiling a ResNet-50 training step takes two minutes on two cores, so compiled providers take part in `infer` and, in
+two of its cases, in `op` only. With `--device cuda` (what `make gpu` runs, behind the tests) there are two selections
+of their own, without and with compiled providers, each of which ends within nine minutes, whatever fails or takes too
 long. What they leave out, the single subcommands measure.
 """
 
@@ -28,22 +28,38 @@ class Part:
     title: str
     subcommand: str
     arguments: tuple[str, ...]
-    one_allocator: bool = False  # bytes do not depend on it
+    one_allocator: bool = False  # the first, to save time
 
 
 SELECTION = (
     Part("op", "op", ("--providers", STOCK, *FAST)),
-    Part("op-compile", "op", ("--providers", COMPILED, "--cases", "layer2 ", *FAST)),
-    Part("block", "block", ("--providers", STOCK, "--cases", "resnet50 layer2", *FAST)),
-    Part("model", "model", ("--providers", STOCK, "--model", "resnet50", "--mode", "train", "--repeat", "5")),
-    Part("model-small", "model", ("--providers", STOCK, "--small", "--repeat", "20", "--min-time", "2")),
-    Part("memory", "memory", ("--batch", "4", "--repeat", "3", "--min-time", "0"), one_allocator=True),
+    Part(
+        "infer",
+        "infer",
+        ("--model", "resnet18", "resnet50", "--batch", "1", "16", "--repeat", "5", "--min-time", "0.5"),
+        one_allocator=True,
+    ),
     Part(
         "conv",
         "conv",
         ("--model", "resnet50", "--batch", "4", "--repeat", "5", "--min-time", "0.1"),
         one_allocator=True,
     ),
+    Part(
+        "model",
+        "model",
+        ("--providers", STOCK, "--model", "resnet50", "--mode", "train", "--repeat", "5"),
+        one_allocator=True,
+    ),
+    Part("op-compile", "op", ("--providers", COMPILED, "--cases", "layer2 ", *FAST), one_allocator=True),
+    Part("block", "block", ("--providers", STOCK, "--cases", "resnet50 layer2", *FAST), one_allocator=True),
+    Part(
+        "model-small",
+        "model",
+        ("--providers", STOCK, "--small", "--repeat", "20", "--min-time", "2"),
+        one_allocator=True,
+    ),
+    Part("memory", "memory", ("--batch", "4", "--repeat", "3", "--min-time", "0"), one_allocator=True),
 )
 GPU_OURS = "ours,ours-triton,ours-cuda"
 GPU_SELECTION = {
@@ -107,7 +123,8 @@ GPU_SELECTION = {
         ),
     ),
 }
-# The longest part takes two minutes; on a slow or busy machine what is not begun by then is left out, and named.
+# The longest parts come early, those behind them take less than two minutes; on a slow or busy machine what is not
+# begun by then is left out, and named.
 LATEST_START = 8 * 60.0
 #: Of a GPU's selection, when it has to have ended, lent machines being what they are.
 GPU_LIMIT = 8.5 * 60

@@ -1,5 +1,6 @@
 """`infer`: latency (median and 99th percentile) and images a second of trained networks: ours frozen, stock PyTorch,
-and torch.compile with its own freezing."""
+torch.compile with its own freezing, and on a CPU OpenVINO and ONNX Runtime, if they are installed.
+"""
 
 import argparse
 from dataclasses import asdict, dataclass
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import data, plots, progress, report
+from benchmarks import data, peers, plots, progress, report
 from benchmarks import options as common
 from benchmarks.check import Results, check_results
-from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, INFERENCE, Provider, build_module
+from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, INFERENCE, PEERS, Provider, build_module
 from benchmarks.steps import calibrate, recorded
 from benchmarks.stock import MODELS, stock_model
-from benchmarks.timing import Clock, Workload, measure_interleaved, quantile
+from benchmarks.timing import IDLE, Clock, Workload, measure_interleaved, quantile
 
 HELP = "latency and throughput of frozen networks"
 
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
     parser.set_defaults(repeat=20, min_time=3.0)  # one call a sample: a percentile needs many
     common.add_providers(parser, INFERENCE)
+    common.add_isa(parser)
     parser.add_argument("--model", nargs="+", choices=MODELS, help="default: resnet18 resnet34 resnet50")
     parser.add_argument(
         "--batch", nargs="+", type=common.positive_int, help="images (default: 1 4 16, on a GPU 64 and 256, too)"
@@ -79,10 +81,15 @@ def infer(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
 
-def workload(module: nn.Module, x: Tensor, graph: bool) -> Workload:
-    if graph:
-        return {"forward": recorded(lambda: infer(module, x))}
-    return {"forward": lambda _: infer(module, x)}
+def build(provider: Provider, stock: nn.Module, x: Tensor, backend: str) -> Workload:
+    own = x.to(memory_format=provider.memory_format, copy=True)
+    if provider.runtime:
+        run = peers.build(provider.runtime, stock, own)
+        return {"forward": lambda _: run()}
+    module = build_module(provider, stock, backend)
+    if provider.graph:
+        return {"forward": recorded(lambda: infer(module, own))}
+    return {"forward": lambda _: infer(module, own)}
 
 
 def check_and_build(
@@ -100,10 +107,8 @@ def check_and_build(
     workloads: dict[str, Workload] = {}
     results: dict[str, Results] = {}
     for provider in progress.details(dict.fromkeys([EAGER, EAGER_CHANNELS_LAST, *providers]), f"{case.name}: check"):
-        module = build_module(provider, stock, options.backend)
-        own = x.to(memory_format=provider.memory_format, copy=True)
-        results[provider.name] = {"output": infer(module, own)[:CHECKED].cpu()}
-        workloads[provider.name] = workload(module, own, provider.graph)
+        workloads[provider.name] = build(provider, stock, x, options.backend)
+        results[provider.name] = {"output": workloads[provider.name]["forward"](None)[:CHECKED].cpu()}
     yardstick = [results[EAGER.name], results[EAGER_CHANNELS_LAST.name]]
     checks = {
         provider.name: check_results(
@@ -123,13 +128,13 @@ def check_and_build(
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     providers = common.chosen_providers(options, INFERENCE)
     common.check_graphs(providers, options)
-    clock = CudaClock() if options.device == "cuda" else Clock()
+    clock, idle = (CudaClock(), 0.0) if options.device == "cuda" else (Clock(), IDLE)
     measured = []
     for case in progress.cases(select_cases(options), "infer"):
         torch._dynamo.reset()  # each case compiles for its own shape
         workloads, checks = check_and_build(providers, case, options)
         samples = measure_interleaved(
-            workloads, **common.timing(options), label=case.name, clock=clock, sample_seconds=0.0
+            workloads, **common.timing(options), label=case.name, clock=clock, sample_seconds=0.0, idle=idle
         )
         measured.append(
             {
@@ -161,13 +166,21 @@ def tables(run: dict[str, Any]) -> str:
             for name, provider in case["providers"].items()
         ]
         parts.append(report.table([case["name"], "p50 ms", "p99 ms", "images/s", f"time / {first}", "rounds"], rows))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, summary(run)])
+
+
+def fastest_peer(case: dict[str, Any], first: str) -> str:
+    providers = case["providers"]
+    seconds, name = min((providers[name]["median_s"], name) for name in PEERS if name in providers)
+    return f"{report.ratio(seconds / providers[first]['median_s'])} {name}"
 
 
 def summary(run: dict[str, Any]) -> str:
-    """One row a case: latency, images a second, and every other provider's time relative to it."""
+    """One row a case: latency, images a second, and every other provider's time relative to it; last the fastest of
+    those that are made for inference."""
     cases = run["cases"]
     first, *others = cases[0]["providers"]
+    peers_there = first not in PEERS and any(name in PEERS for name in others)
     rows = []
     for case in cases:
         provider = case["providers"][first]
@@ -178,9 +191,11 @@ def summary(run: dict[str, Any]) -> str:
                 report.milliseconds(provider["p99_s"]),
                 f"{case['batch'] / provider['median_s']:.1f}",
                 *(report.ratio(case["providers"][name]["median_s"] / provider["median_s"]) for name in others),
+                *([fastest_peer(case, first)] if peers_there else []),
             ]
         )
     header = ["", f"{first} p50 ms", "p99 ms", "images/s", *(f"{name} / {first}" for name in others)]
+    header += [f"fastest peer / {first}"] if peers_there else []
     return f"infer: time relative to {first}, {report.allocator_title(run)}\n" + report.table(header, rows)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import allocator, providers
+from benchmarks import allocator, isa, peers, providers
 from fused_res import backends
 
 Providers = Mapping[str, providers.Provider]
@@ -98,6 +98,15 @@ def batch_of(options: argparse.Namespace) -> int:
     return options.batch or DEFAULT_BATCHES[options.device]
 
 
+def add_isa(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--isa",
+        choices=isa.SETTINGS,
+        help="hold everybody to this instruction set, on a CPU; who cannot be held is left out (default: what the "
+        "machine has)",
+    )
+
+
 def add_timing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=positive_int, default=7, help="rounds at least (default: %(default)s)")
     parser.add_argument(
@@ -137,9 +146,15 @@ def chosen_providers(options: argparse.Namespace, known: Providers = providers.P
         names = [p.name for p in known.values() if not (p.on_request or (options.quick and p.compiled))]
     chosen = []
     for name in names:
-        reason = backends.unavailable(known[name].backend) if known[name].backend else None
+        provider, reason = known[name], None
+        if provider.runtime:
+            reason = peers.unavailable(provider.runtime, options)
+        elif provider.backend:
+            reason = backends.unavailable(provider.backend)
         if reason is None:
-            chosen.append(known[name])
+            chosen.append(provider)
+        elif provider.runtime and options.providers:
+            raise SystemExit(f"--providers {name}: {reason}")
         else:
             print(f"{name} is left out: {reason}", flush=True)
     if not chosen:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import peers
 from fused_res import freeze, fuse, summarize
 from fused_res.functional import batch_norm_act
 
@@ -28,6 +29,7 @@ class Provider:
     cudnn: bool = False  # its batch norm, which PyTorch does not choose for every dtype
     graph: bool = False  # a step recorded once and replayed: without the cost of calling
     backend: str = ""  # of ours; else the one that --backend says
+    runtime: str = ""  # another one than PyTorch, see peers.py
     on_request: bool = False  # takes long, or is for one way of running only
 
     @property
@@ -76,8 +78,11 @@ INFERENCE = {
         Provider(
             "compile-max-autotune", frozen=True, compiled=True, channels_last=True, mode="max-autotune", on_request=True
         ),
+        *(Provider(name, runtime=name) for name in peers.NAMES),
     )
 }
+#: Who infers networks that are not trained any more, as we do.
+PEERS = ("compile-freezing", *peers.NAMES)
 
 
 def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool) -> BatchNormAct:
@@ -156,8 +161,8 @@ def build_module(provider: Provider, stock: nn.Module, backend: str = "auto", re
             raise RuntimeError(f"nothing was fused, stock would be measured as ours:\n{summarize(module)}")
     if provider.compiled:
         if provider.frozen:  # takes either a mode or options
-            options = {**torch._inductor.list_mode_options(provider.mode), "freezing": True}
-            module = torch.compile(module, dynamic=False, options=options)
+            options = torch._inductor.list_mode_options(provider.mode) if provider.mode else {}
+            module = torch.compile(module, dynamic=False, options={**options, "freezing": True})
         else:
             module = torch.compile(module, dynamic=False, mode=provider.mode)
     return module

@@ -110,8 +110,9 @@ def long_times(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def environment(document: dict[str, Any]) -> str:
-    """One line on what was measured on what."""
-    env = document["runs"][0]["environment"]
+    """One line on what was measured on what, and what that can do at best."""
+    run = document["runs"][0]
+    env = run["environment"]
     versions = f"torch {env['torch']} · fused_res {env['fused_res']} ({(env['commit'] or 'no commit')[:12]})"
     if "backend" not in env:
         return f"calculated · {versions} · {env['date']}"
@@ -120,4 +121,15 @@ def environment(document: dict[str, Any]) -> str:
     else:
         where = f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads"
         kernels = f" ({env['isa'] or 'no C++ kernels'})"
-    return f"{where} · backend {env['backend']}{kernels} · {versions} · {env['date']}"
+    parts = [where, f"backend {env['backend']}{kernels}", *ceilings(run), versions, env["date"]]
+    return " · ".join(parts)
+
+
+def ceilings(run: dict[str, Any]) -> list[str]:
+    """What was measured of them: older results have no peak, nor has a GPU."""
+    measured = run.get("ceilings", {})
+    texts = {
+        "copy_bytes_per_s": "copies {:.1f} GB/s (read plus write)",
+        "fma_flops_per_s": "multiplies and adds {:.0f} GFLOP/s",
+    }
+    return [text.format(measured[name] / 1e9) for name, text in texts.items() if name in measured]

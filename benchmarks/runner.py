@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import allocator, ceilings, environment, report
+from benchmarks import allocator, ceilings, environment, isa, report
 from fused_res import backends
 
 
@@ -51,14 +51,13 @@ def measure_here(benchmark: Benchmark, options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    size = ceilings.copy_size(device, options.quick)
-    before = ceilings.copy_bandwidth(size, device=device)
+    before = ceilings.measure(device, options.quick)
     measured = benchmark.measure(options)
-    after = ceilings.copy_bandwidth(size, device=device)  # a neighbour may have been busy at one of the two moments
+    after = ceilings.measure(device, options.quick)
     run = {
         "allocator": options.allocator,
         "environment": {**environment.describe(device), "backend": backend},
-        "ceilings": {"copy_bytes_per_s": max(before, after)},
+        "ceilings": ceilings.best(before, after),
         **measured,
     }
     options.into.write_text(json.dumps(run))
@@ -76,7 +75,9 @@ class PartFailedError(Exception):
         self.code = code
 
 
-def measure_in_child(arguments: list[str], setting: str, limit: float | None = None) -> dict[str, Any]:
+def measure_in_child(
+    arguments: list[str], setting: str, instruction_set: str | None = None, limit: float | None = None
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "run.json"
         command = [
@@ -90,7 +91,8 @@ def measure_in_child(arguments: list[str], setting: str, limit: float | None = N
             str(into),
         ]
         try:
-            child = subprocess.run(command, env=allocator.environment_for(setting, os.environ), timeout=limit)
+            variables = isa.environment_for(instruction_set, allocator.environment_for(setting, os.environ))
+            child = subprocess.run(command, env=variables, timeout=limit)
         except subprocess.TimeoutExpired:
             raise PartFailedError(1, f"not done after {limit:.0f} s") from None
         if child.returncode:
@@ -110,7 +112,9 @@ def run(
     and draws the charts."""
     if "allocator" in options:
         settings = allocator.settings_for(options.allocator, options.device)
-        runs = [measure_in_child(arguments, setting, limit) for setting in settings]
+        instruction_set = getattr(options, "isa", None)
+        isa.check(instruction_set, options.device)
+        runs = [measure_in_child(arguments, setting, instruction_set, limit) for setting in settings]
     else:
         runs = [calculate_here(benchmark, options)]
     document = {

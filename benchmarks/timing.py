@@ -2,7 +2,7 @@
 machine's clock, in its neighbours or in its memory meets all of them alike. On a CPU, which data is in which
 cache is left as it falls: a provider finds what the previous one left, as it would find what another layer
 left in a real network. On a GPU a single operator would find all it needs in the L2 cache, so there that is
-overwritten before every call (`cold`).
+overwritten before every call (`cold`). Whole networks in several runtimes on a CPU are another matter: `IDLE`.
 """
 
 import gc
@@ -21,6 +21,14 @@ from benchmarks import progress
 Workload = Mapping[str, Callable[[Any], Any]]
 
 SAMPLE_SECONDS = 0.01  # far above the clock and the scheduler
+
+# Threads wait for their next work in a loop, and so take the cores from whose turn it is. On two cores, CPU time spent
+# behind one ResNet-18: 46 ms by ONNX Runtime, 10 by PyTorch's OpenMP, 1 by OpenVINO; PyTorch took 87 ms right after
+# ONNX Runtime, 36 after itself. So where runtimes are compared, all threads get time to fall asleep before each sample,
+# and the provider one call that is not timed, to wake its own (4 ms, nothing in a long call): that gives each about the
+# time that it takes when alone.
+IDLE = 0.06
+LONG_CALL = 0.1
 
 
 class Clock:
@@ -123,18 +131,20 @@ def measure_interleaved(
     label: str,
     clock: Clock | None = None,
     sample_seconds: float = SAMPLE_SECONDS,
+    idle: float = 0.0,
 ) -> dict[str, Samples]:
     """Times all workloads in rounds: `repeat` rounds at least, and about `min_time` seconds for each workload
-    on average. A sample is the mean of as many calls as take `sample_seconds`."""
+    on average. A sample is the mean of as many calls as take `sample_seconds`; with `idle`, see `IDLE`, behind so many
+    seconds of sleep."""
     clock = clock or Clock()
-    calls = {}
-    seconds = 0.0
+    calls, steps = {}, {}
     for name, workload in progress.details(workloads.items(), f"{label}: warm-up"):
         for _ in range(clock.warm_up_calls):
-            step = sum(_sample(workload, 1, clock).values())
-        calls[name] = max(1, math.ceil(sample_seconds / max(step, 1e-7)))
-        seconds += calls[name] * step
+            steps[name] = sum(_sample(workload, 1, clock).values())
+        calls[name] = max(1, math.ceil(sample_seconds / max(steps[name], 1e-7)))
+    seconds = sum(calls[name] * step for name, step in steps.items())
     rounds = max(repeat, math.ceil(min_time * len(workloads) / seconds))
+    wake = min(steps.values()) < LONG_CALL  # for all alike
 
     samples = {name: Samples({phase: [] for phase in workload}) for name, workload in workloads.items()}
     gc.collect()
@@ -142,6 +152,10 @@ def measure_interleaved(
     try:
         for _ in progress.details(range(rounds), f"{label}: rounds"):
             for name, workload in workloads.items():
+                if idle:
+                    time.sleep(idle)
+                    if wake:
+                        _sample(workload, 1, clock)
                 for phase, value in _sample(workload, calls[name], clock).items():
                     samples[name].phases[phase].append(value)
     finally:

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,14 @@ SCHEMAS = {
     " -> (Tensor output, Tensor indices)",
     "max_pool_backward": "(Tensor grad_output, Tensor indices, Tensor input, int[2] kernel_size, int[2] stride,"
     " int[2] padding) -> Tensor",
+}
+
+#: What only the CPU's backend has, behind its ``conv_*`` stems: packed weights, and convolutions with them.
+CPU_SCHEMAS = {
+    "pack_conv_weight": "(Tensor weight, bool winograd, bool transposed) -> Tensor",
+    "convolve": "(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int outputs, int[2] kernel_size,"
+    " int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu, bool partials)"
+    " -> (Tensor output, Tensor partials)",
 }
 
 #: rows of ``stats``
@@ -335,9 +343,11 @@ FAKES: dict[str, Callable] = {
 _libraries: dict[str, torch.library.Library] = {}
 
 
-def define(namespace: str) -> None:
-    """Defines every operator, with its fake, in ``namespace``."""
+def define(namespace: str, internal: Mapping[str, str] | None = None) -> None:
+    """Defines every operator, with its fake, in ``namespace``; ``internal`` ones are called by no one who traces."""
     library = _libraries[namespace] = torch.library.Library(namespace, "DEF")
+    for name, schema in (internal or {}).items():
+        library.define(name + schema)
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)

@@ -3,6 +3,10 @@
 #include "cpu/isa/kernels.h"
 
 #include "cpu/isa/batch_norm_act.h"
+#if defined(__AVX2__)
+#include "cpu/isa/direct.h"
+#include "cpu/isa/winograd.h"
+#endif
 #include "cpu/isa/max_pool.h"
 
 namespace fused_res::cpu {
@@ -25,6 +29,10 @@ inline constexpr MaxPoolKernels max_pool_nhwc = {max_pool_forward_nhwc<T>, max_p
 template <class T>
 inline constexpr MaxPoolKernels max_pool_nchw = {max_pool_forward_nchw<T>, max_pool_backward_nchw<T>};
 
+#if defined(__AVX2__)
+inline constexpr ConvolutionKernels convolution = {direct, winograd};
+#endif
+
 }  // namespace
 
 #define FUSED_RES_PASTE(a, b) a##b
@@ -34,6 +42,11 @@ inline constexpr MaxPoolKernels max_pool_nchw = {max_pool_forward_nchw<T>, max_p
 
 extern constexpr Kernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
     .name = FUSED_RES_STRING(FUSED_RES_ISA),
+#if defined(__AVX2__)
+    .convolution = &convolution,
+#else
+    .convolution = nullptr,
+#endif
     .batch_norm_act = {{batch_norm_act_nhwc<float>, batch_norm_act_nchw<float>},
                        {batch_norm_act_nhwc<double>, batch_norm_act_nchw<double>},
                        {batch_norm_act_nhwc<bfloat16>, batch_norm_act_nchw<bfloat16>},

@@ -105,8 +105,58 @@ struct MaxPoolKernels {
   void (*backward)(const PoolArgs&, int64_t begin, int64_t end);
 };
 
+// --- convolutions of float32 images in channels_last memory; weights are packed first ---
+
+constexpr int kPanelOutputs = 32;  // outputs whose weights lie together
+
+struct Weight {  // any strides: flipped taps and swapped channels make it that of the gradient
+  const float* data;
+  int64_t outputs, channels, taps_h, taps_w;
+  int64_t output_stride, channel_stride, row_stride, column_stride;
+};
+
+struct ConvolutionArgs {
+  int64_t images, channels, height, width;  // of the input
+  int64_t outputs, out_height, out_width;
+  int64_t taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  const float* x;
+  const float* packed;
+  const float* bias;      // [outputs], or null
+  const float* residual;  // like y, or null
+  float* y;
+  bool relu;
+  int64_t tile;  // Winograd's, 2 to 4 outputs a side; 0: direct
+  bool gather;   // direct: copy the pixels' windows into rows first, which 1x1 kernels may not need
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Every function computes a part of the whole by itself. Panels are kPanelOutputs outputs each. `moments`: of
+// the outputs written, double (mean, M2)[outputs], or null.
+struct DirectKernels {
+  // packed[panel][tap row][tap column][channel][kPanelOutputs]
+  void (*pack)(const Weight&, Range panels, float* packed);
+  // The output pixels `rows`, counted through all images. Scratch: direct_scratch() floats.
+  void (*run)(const ConvolutionArgs&, Range rows, Range panels, float* scratch, double* moments);
+};
+struct WinogradKernels {
+  // packed[panel][pair of points][channel][kPanelOutputs]
+  void (*pack)(const Weight&, Range panels, float* packed);
+  // Tiles are counted through all images; `block` is what v has room for (tiles.h), `tiles` a part of it.
+  void (*input)(const ConvolutionArgs&, Range block, Range tiles, float* v);
+  void (*output)(const ConvolutionArgs&, Range block, Range panels, const float* v, float* products,
+                 double* moments);
+};
+struct ConvolutionKernels {
+  DirectKernels direct;
+  WinogradKernels winograd;
+};
+
 struct Kernels {
   const char* name;
+  const ConvolutionKernels* convolution;  // null: not worth it on this instruction set
   BatchNormActKernels batch_norm_act[kDtypes][kLayouts];
   MaxPoolKernels max_pool[kDtypes][kLayouts];
   // self += mask ? grad : 0, in rows of `cols` elements; mask or null

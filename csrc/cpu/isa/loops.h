@@ -33,6 +33,10 @@ inline void for_each_vector(int64_t n, F f) {
   for_each_strip<V, 1>(n, [&](auto strip, int64_t i) { f(strip.part, i); });
 }
 
+inline void copy_floats(float* to, const float* from, int64_t n) {
+  for_each_vector<Vec<float>>(n, [&](auto part, int64_t i) { part.store(to + i, part.load(from + i)); });
+}
+
 // A factor along a row of memory.
 template <class S>
 struct Varying {  // NHWC

@@ -47,6 +47,14 @@ inline void prefetch(const void* p) {
 #endif
 }
 
+inline void prefetch_to_write(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 1);
+#endif
+}
+
 template <class S>
 struct Vec;
 

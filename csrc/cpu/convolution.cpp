@@ -1,0 +1,174 @@
+// Convolutions of float32 images in channels_last memory: packed weights, one layer with its epilogue, and
+// programs of several layers whose values between them never leave an arena. The kernels are in isa/direct.h
+// and isa/winograd.h, the tasks in convolution.h. Who calls them, and for which shapes:
+// fused_res/backends/cpu/convolution.py.
+#include "cpu/convolution.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/tensor.h"
+
+namespace fused_res::cpu {
+namespace {
+
+const ConvolutionKernels& convolution_kernels() {
+  const ConvolutionKernels* found = kernels().convolution;
+  TORCH_CHECK(found, "this instruction set, ", kernels().name, ", has no convolution kernels");
+  return *found;
+}
+
+const float* floats(const Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat && tensor.is_cpu(), name,
+                   ": expected float32 on the CPU, got ", tensor.scalar_type(), " on ", tensor.device());
+  return tensor.const_data_ptr<float>();
+}
+
+// Threads by their number, for scratch memory of their own.
+struct Threads : Parallel {
+  using Parallel::Parallel;
+  int64_t thread() const { return worthwhile ? at::get_thread_num() : 0; }
+};
+
+// Uninitialised memory for one call; in whole megabytes, so that many calls can have the same.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    constexpr int64_t kUnit = 1 << 18;
+    const int64_t size = divide_up(std::max<int64_t>(floats, 1), kUnit) * kUnit;
+    memory_ = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
+  }
+  float* data() { return memory_.data_ptr<float>(); }
+
+ private:
+  Tensor memory_;
+};
+
+// transposed: the weight of the gradient with respect to the input, its taps reversed, inputs and outputs
+// exchanged.
+Tensor pack_conv_weight(const Tensor& weight, bool winograd, bool transposed) {
+  TORCH_CHECK_VALUE(weight.dim() == 4, "weight: expected (K, C, kh, kw), got ", weight.sizes());
+  const int64_t taps_h = weight.size(2), taps_w = weight.size(3);
+  TORCH_CHECK_VALUE(!winograd || (taps_h == 3 && taps_w == 3), "weight: Winograd is for 3x3 kernels, got ",
+                    weight.sizes());
+  Weight w = {floats(weight, "weight"), weight.size(0),   weight.size(1),   taps_h,          taps_w,
+              weight.stride(0),         weight.stride(1), weight.stride(2), weight.stride(3)};
+  if (transposed) {
+    w.data += (taps_h - 1) * w.row_stride + (taps_w - 1) * w.column_stride;
+    w.row_stride = -w.row_stride, w.column_stride = -w.column_stride;
+    std::swap(w.outputs, w.channels);
+    std::swap(w.output_stride, w.channel_stride);
+  }
+  const int64_t size = packed_size(w.outputs, w.channels, taps_h * taps_w, winograd);
+  Tensor packed = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
+  float* to = packed.data_ptr<float>();
+  const auto& k = convolution_kernels();
+  const auto pack = winograd ? k.winograd.pack : k.direct.pack;
+  Threads{size}(panels_of(w.outputs), [&](int64_t begin, int64_t end) { pack(w, {begin, end}, to); });
+  return packed;
+}
+
+void set_geometry(ConvolutionArgs& args, at::IntArrayRef taps, at::IntArrayRef stride,
+                  at::IntArrayRef padding, at::IntArrayRef dilation) {
+  args.taps_h = taps[0], args.taps_w = taps[1];
+  args.stride_h = stride[0], args.stride_w = stride[1];
+  args.pad_h = padding[0], args.pad_w = padding[1];
+  args.dilation_h = dilation[0], args.dilation_w = dilation[1];
+  const auto size = [](int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+    return (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1;
+  };
+  args.out_height = size(args.height, args.taps_h, args.stride_h, args.pad_h, args.dilation_h);
+  args.out_width = size(args.width, args.taps_w, args.stride_w, args.pad_w, args.dilation_w);
+  const bool pointwise =
+      args.taps_h * args.taps_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
+  // Rows a multiple of 4 KB apart would fall into one set of the L1.
+  args.gather = !pointwise || args.channels % 1024 == 0;
+}
+
+void check(const ConvolutionArgs& args, int64_t packed) {
+  TORCH_CHECK_VALUE(args.out_height > 0 && args.out_width > 0 && args.channels > 0 && args.outputs > 0,
+                    "input: expected images at least as large as the kernel");
+  TORCH_CHECK_VALUE(
+      args.tile == 0 || (args.tile >= 2 && args.tile <= 4 && args.taps_h * args.taps_w == 9 &&
+                         args.stride_h * args.stride_w * args.dilation_h * args.dilation_w == 1),
+      "tile: Winograd is for 3x3 kernels with stride 1, in tiles of 2 to 4");
+  TORCH_CHECK_VALUE(
+      packed == packed_size(args.outputs, args.channels, args.taps_h * args.taps_w, args.tile != 0),
+      "packed: expected the weight packed for this convolution");
+}
+
+// As one part, (1, 3, C): count, mean, M2.
+Tensor merged(const ConvolutionArgs& args, double* partial, std::vector<double> counts,
+              const Threads& parallel) {
+  const int64_t channels = args.outputs;
+  parallel(divide_up(channels, kPanelOutputs), [&](int64_t begin, int64_t end) {
+    const int64_t c0 = begin * kPanelOutputs, c1 = std::min(end * kPanelOutputs, channels);
+    double count = counts[0];
+    for (size_t i = 1; i < counts.size(); ++i) {
+      kernels().merge(partial, partial + i * 2 * channels, count, counts[i], channels, c0, c1);
+      count += counts[i];
+    }
+  });
+  Tensor merged = at::empty({1, 3, channels}, at::kDouble);
+  double* to = merged.data_ptr<double>();
+  double count = 0;
+  for (const double more : counts) count += more;
+  std::fill(to, to + channels, count);
+  std::copy(partial, partial + 2 * channels, to + channels);
+  return merged;
+}
+
+std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, const OptionalTensor& bias,
+                                    const OptionalTensor& residual, int64_t outputs,
+                                    at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t tile,
+                                    bool relu, bool partials) {
+  TORCH_CHECK_VALUE(input.dim() == 4, "input: expected (N, C, H, W), got ", input.sizes());
+  const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+  ConvolutionArgs args = {};
+  args.images = x.size(0), args.channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
+  args.outputs = outputs, args.tile = tile, args.relu = relu;
+  set_geometry(args, kernel_size, stride, padding, dilation);
+  check(args, packed.numel());
+  const std::array<int64_t, 4> sizes = {args.images, outputs, args.out_height, args.out_width};
+  Tensor added;
+  if (residual && residual->defined()) {
+    TORCH_CHECK_VALUE(residual->sizes().equals(sizes), "residual: expected the shape of the output, ",
+                      at::IntArrayRef(sizes), ", got ", residual->sizes());
+    added = residual->contiguous(at::MemoryFormat::ChannelsLast);
+    args.residual = floats(added, "residual");
+  }
+  if (bias && bias->defined()) {
+    TORCH_CHECK_VALUE(bias->numel() == outputs && bias->is_contiguous(), "bias: expected ", outputs,
+                      " elements, got ", bias->sizes());
+    args.bias = floats(*bias, "bias");
+  }
+  Tensor output = empty_output(sizes, at::kFloat, at::MemoryFormat::ChannelsLast);
+  args.x = floats(x, "input"), args.packed = floats(packed, "packed"), args.y = output.data_ptr<float>();
+  const Threads parallel(output.numel());
+  Tensor statistics = nothing(at::kDouble);
+  with_tasks(args, [&](const auto& tasks) {
+    Scratch scratch(tasks.scratch(parallel.threads()));
+    std::unique_ptr<double[]> partial(partials ? new double[tasks.chunks() * 2 * outputs] : nullptr);
+    tasks.run(convolution_kernels(), scratch.data(), parallel, ChunkMoments{partial.get()});
+    if (partials) {
+      std::vector<double> counts;
+      for (int64_t i = 0; i < tasks.chunks(); ++i) counts.push_back(static_cast<double>(tasks.outputs_in(i)));
+      statistics = merged(args, partial.get(), std::move(counts), parallel);
+    }
+  });
+  return {output, statistics};
+}
+
+}  // namespace
+}  // namespace fused_res::cpu
+
+TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
+  using namespace fused_res::cpu;
+  m.impl("pack_conv_weight", TORCH_FN(pack_conv_weight));
+  m.impl("convolve", TORCH_FN(convolve));
+}

@@ -1,0 +1,83 @@
+// The one matrix product behind every convolution: a few rows of A times a panel of 32 columns of B, summed
+// in registers. Its rows are as many as the registers hold; each sum runs over the whole depth in order, so
+// an output has the same bits in whichever block it is computed.
+#pragma once
+
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/vec.h"
+
+namespace fused_res::cpu {
+namespace {
+
+// Two vectors of columns at a time: the panel, or with narrower vectors half of it.
+constexpr int kVectors = 2;
+constexpr int kColumns = kVectors * Vec<float>::lanes;
+static_assert(kPanelOutputs % kColumns == 0);
+
+// Registers: kRows * kVectors sums, kVectors columns and a broadcast element of A.
+#if defined(__AVX512F__)
+constexpr int kRows = 14;  // of 32
+#else
+constexpr int kRows = 6;  // of 16
+#endif
+
+// sums[r][0..kColumns) = a[r][0..depth) * b[0..depth)[0..kColumns). Rows of A are `stride` apart, those of B
+// and of the sums kPanelOutputs.
+template <int R>
+inline void multiply(const float* a, int64_t stride, const float* b, int64_t depth, float* to) {
+  using V = Vec<float>;
+  V sums[R][kVectors];
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = V::zero();
+  }
+  // Three rows to a pointer: an instruction adds once or twice the stride by itself, and 14 pointers would
+  // not fit into the registers.
+  constexpr int kPointers = (R + 2) / 3;
+  const float* pointers[kPointers];
+  for (int i = 0; i < kPointers; ++i) pointers[i] = a + 3 * i * stride;
+  for (int64_t k = 0; k < depth; ++k) {
+    V columns[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * V::lanes);
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+      const V element = V::all(pointers[r / 3][r % 3 * stride]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(element, columns[v], sums[r][v]);
+    }
+#pragma GCC unroll 5
+    for (int i = 0; i < kPointers; ++i) ++pointers[i];
+    b += kPanelOutputs;
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(to + r * kPanelOutputs + v * V::lanes, sums[r][v]);
+  }
+}
+
+// The same for 1 to kRows rows.
+template <int R = kRows>
+inline void multiply_rows(int64_t rows, const float* a, int64_t stride, const float* b, int64_t depth,
+                          float* to) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_rows<R - 1>(rows, a, stride, b, depth, to);
+  }
+  multiply<R>(a, stride, b, depth, to);
+}
+
+// f(first row, rows) for blocks of registers, as equal as can be: one of two rows would wait for its own
+// sums.
+template <class F>
+inline void for_each_row_block(int64_t rows, F f) {
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = rows * block / blocks;
+    f(begin, rows * (block + 1) / blocks - begin);
+  }
+}
+
+}  // namespace
+}  // namespace fused_res::cpu

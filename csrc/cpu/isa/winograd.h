@@ -1,0 +1,247 @@
+// Winograd convolution of 3x3 kernels with stride 1: input tiles to factors, a product for each pair of
+// points, products to output tiles.
+#pragma once
+
+#include "cpu/isa/epilogue.h"
+#include "cpu/isa/product.h"
+#include "cpu/isa/tiles.h"
+#include "cpu/isa/winograd_points.h"
+
+namespace fused_res::cpu {
+namespace {
+
+// f(Int<size>) for the sizes of tiles.
+template <class F>
+inline void with_size(int64_t size, F f) {
+  if (size == 4) {
+    f(Int<4>{});
+  } else if (size == 3) {
+    f(Int<3>{});
+  } else {
+    f(Int<2>{});
+  }
+}
+
+// The part of a tile's input that is inside of the image.
+struct Window {
+  int64_t row, column;  // strides
+  Range rows, columns;
+};
+
+template <int MY, int MX, bool kInside, class Part>
+inline void input_vector(Part part, const float* x, const Window& window, float* const* to, int64_t c) {
+  using V = Vec<float>;
+  constexpr int NY = MY + 2, NX = MX + 2;
+  if constexpr (kInside) {  // what the next tile reads, and this one does not
+#pragma GCC unroll 6
+    for (int i = 0; i < NY; ++i) {
+#pragma GCC unroll 4
+      for (int j = NX; j < NX + MX; ++j) prefetch(x + i * window.row + j * window.column + c);
+    }
+  }
+  V t[NY][NX];
+#pragma GCC unroll 6
+  for (int j = 0; j < NX; ++j) {
+    V d[NY], u[NY];
+#pragma GCC unroll 6
+    for (int i = 0; i < NY; ++i) {
+      const float* p = x + i * window.row + j * window.column + c;
+      if constexpr (kInside) {
+        d[i] = part.load(p);
+      } else {
+        const bool inside = i >= window.rows.begin && i < window.rows.end && j >= window.columns.begin &&
+                            j < window.columns.end;
+        d[i] = inside ? part.load(p) : V::zero();
+      }
+    }
+    transform_input<MY>(d, u);
+#pragma GCC unroll 6
+    for (int i = 0; i < NY; ++i) t[i][j] = u[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < NY; ++i) {
+    V u[NX];
+    transform_input<MX>(t[i], u);
+#pragma GCC unroll 6
+    for (int j = 0; j < NX; ++j) part.store(to[i * NX + j] + c, u[j]);
+  }
+}
+
+// f(y, x, image, kind, index) for the tiles, index as Tiles::before counts.
+template <class F>
+inline void for_each_tile(const Tiles& tiles, Range range, F f) {
+  Kinds count = tiles.before(range.begin);
+  int64_t image = range.begin / tiles.in_image();
+  int64_t y = range.begin % tiles.in_image() / tiles.across, x = range.begin % tiles.across;
+  for (int64_t t = range.begin; t < range.end; ++t) {
+    const int kind = tiles.kind(y, x);
+    f(image, y, x, kind, count.n[kind]++);
+    if (++x == tiles.across) {
+      x = 0;
+      if (++y == tiles.down) y = 0, ++image;
+    }
+  }
+}
+
+void winograd_input(const ConvolutionArgs& args, Range block, Range range, float* v) {
+  const Tiles tiles(args.tile, args.out_height, args.out_width);
+  const Matrices matrices(tiles, block);
+  const int64_t stride = row_stride(args.channels);
+  for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
+    with_size(tiles.height(kind), [&](auto my) {
+      with_size(tiles.width(kind), [&](auto mx) {
+        constexpr int MY = my.value, MX = mx.value, NY = MY + 2, NX = MX + 2;
+        float* to[NY * NX];
+        for (int i = 0; i < NY; ++i) {
+          for (int j = 0; j < NX; ++j) {
+            to[i * NX + j] = v + stride * matrices.row(point_of(MY, i), point_of(MX, j), kind, index);
+          }
+        }
+        const int64_t y = ty * args.tile - args.pad_h, x = tx * args.tile - args.pad_w;
+        const float* corner = args.x + ((image * args.height + y) * args.width + x) * args.channels;
+        const Window window = {
+            args.width * args.channels, args.channels, {-y, args.height - y}, {-x, args.width - x}};
+        if (y >= 0 && x >= 0 && y + NY <= args.height && x + NX <= args.width) {
+          for_each_vector<Vec<float>>(args.channels, [&](auto part, int64_t c) {
+            input_vector<MY, MX, true>(part, corner, window, to, c);
+          });
+        } else {
+          for_each_vector<Vec<float>>(args.channels, [&](auto part, int64_t c) {
+            input_vector<MY, MX, false>(part, corner, window, to, c);
+          });
+        }
+      });
+    });
+  });
+}
+
+template <int MY, int MX>
+inline void output_tile(const float* const* from, int64_t at, Vec<float> (&y)[MY][MX]) {
+  using V = Vec<float>;
+  constexpr int NY = MY + 2, NX = MX + 2;
+  V t[NY][MX];
+#pragma GCC unroll 6
+  for (int i = 0; i < NY; ++i) {
+    V d[NX];
+#pragma GCC unroll 6
+    for (int j = 0; j < NX; ++j) d[j] = load(from[i * NX + j] + at);
+    transform_output<MX>(d, t[i]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < MX; ++j) {
+    V d[NY], u[MY];
+#pragma GCC unroll 6
+    for (int i = 0; i < NY; ++i) d[i] = t[i][j];
+    transform_output<MY>(d, u);
+#pragma GCC unroll 4
+    for (int i = 0; i < MY; ++i) y[i][j] = u[i];
+  }
+}
+
+inline void prefetch_tile(const ConvolutionArgs& args, const Tiles& tiles, int64_t t, int64_t c) {
+  const int64_t image = t / tiles.in_image(), y = t % tiles.in_image() / tiles.across * tiles.tile;
+  const int64_t x = t % tiles.across * tiles.tile;
+  for (int64_t i = y; i < smaller(y + tiles.tile, args.out_height); ++i) {
+    for (int64_t j = x; j < smaller(x + tiles.tile, args.out_width); ++j) {
+      epilogue_prefetch(args, (image * args.out_height + i) * args.out_width + j, c);
+    }
+  }
+}
+
+void winograd_output(const ConvolutionArgs& args, Range block, Range panels, const float* v, float* products,
+                     double* moments) {
+  using V = Vec<float>;
+  const Tiles tiles(args.tile, args.out_height, args.out_width);
+  const Matrices matrices(tiles, block);
+  const int64_t stride = row_stride(args.channels);
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    const float* u = args.packed + panel * kPoints * kPoints * args.channels * kPanelOutputs;
+    for (int i = 0; i < kPoints; ++i) {
+      for (int j = 0; j < kPoints; ++j) {
+        const int64_t first = matrices.begin(i, j);
+        // Spread over the products: the memory that the tiles' outputs will touch.
+        const int64_t turn = block.begin + i * kPoints + j;
+        for (int64_t t = turn; t < block.end; t += kPoints * kPoints)
+          prefetch_tile(args, tiles, t, panel * kPanelOutputs);
+        for (int half = 0; half < kPanelOutputs; half += kColumns) {
+          for_each_row_block(matrices.rows(i, j), [&](int64_t row, int64_t rows) {
+            multiply_rows(rows, v + (first + row) * stride, stride, u + half, args.channels,
+                          products + (first + row) * kPanelOutputs + half);
+          });
+        }
+        u += args.channels * kPanelOutputs;
+      }
+    }
+    for (int64_t at = 0; at < kPanelOutputs; at += V::lanes) {
+      const int64_t c = panel * kPanelOutputs + at;
+      if (c >= args.outputs) break;
+      with_part(args.outputs - c, [&](auto part) {
+        const Epilogue epilogue(args, part, c);
+        Moments sums;
+        for_each_tile(tiles, block, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
+          with_size(tiles.height(kind), [&](auto my) {
+            with_size(tiles.width(kind), [&](auto mx) {
+              constexpr int MY = my.value, MX = mx.value, NY = MY + 2, NX = MX + 2;
+              const float* from[NY * NX];
+              for (int i = 0; i < NY; ++i) {
+                for (int j = 0; j < NX; ++j) {
+                  from[i * NX + j] =
+                      products + kPanelOutputs * matrices.row(point_of(MY, i), point_of(MX, j), kind, index);
+                }
+              }
+              V outputs[MY][MX];
+              output_tile<MY, MX>(from, at, outputs);
+              const int64_t y = ty * args.tile, x = tx * args.tile;
+              const int64_t rows = smaller(MY, args.out_height - y),
+                            columns = smaller(MX, args.out_width - x);
+              const int64_t pixel = (image * args.out_height + y) * args.out_width + x;
+              for (int i = 0; i < MY && i < rows; ++i) {
+                for (int j = 0; j < MX && j < columns; ++j) {
+                  outputs[i][j] = epilogue.finish(part, outputs[i][j], pixel + i * args.out_width + j);
+                }
+                if (moments) sums.add(outputs[i], columns);
+              }
+            });
+          });
+        });
+        if (moments) sums.store(part, moments + c, moments + args.outputs + c);
+      });
+    }
+  }
+}
+
+void winograd_pack(const Weight& weight, Range panels, float* packed) {
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    float* u = packed + panel * kPoints * kPoints * weight.channels * kPanelOutputs;
+    const float* first = weight.data + panel * kPanelOutputs * weight.output_stride;
+    const int64_t outputs = smaller(kPanelOutputs, weight.outputs - panel * kPanelOutputs);
+    double g[kTaps][kTaps][kPanelOutputs] = {};
+    for (int64_t c = 0; c < weight.channels; ++c) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        const float* w = first + o * weight.output_stride + c * weight.channel_stride;
+        for (int y = 0; y < kTaps; ++y) {
+          for (int x = 0; x < kTaps; ++x) g[y][x][o] = w[y * weight.row_stride + x * weight.column_stride];
+        }
+      }
+      float to[kPoints][kPoints][kPanelOutputs];
+      for (int o = 0; o < kPanelOutputs; ++o) {  // the compiler makes vectors of this
+        double t[kTaps][kPoints];
+        for (int x = 0; x < kTaps; ++x) transform_kernel(g[0][x][o], g[1][x][o], g[2][x][o], t[x]);
+        for (int i = 0; i < kPoints; ++i) {
+          double row[kPoints];
+          transform_kernel(t[0][i], t[1][i], t[2][i], row);
+          for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
+        }
+      }
+      for (int p = 0; p < kPoints * kPoints; ++p) {
+        copy_floats(u + (p * weight.channels + c) * kPanelOutputs, to[0][0] + p * kPanelOutputs,
+                    kPanelOutputs);
+      }
+    }
+  }
+}
+
+inline constexpr WinogradKernels winograd = {winograd_pack, winograd_input, winograd_output};
+
+}  // namespace
+}  // namespace fused_res::cpu
