@@ -31,13 +31,14 @@ const float* floats(const Tensor& tensor, const char* name) {
   return tensor.const_data_ptr<float>();
 }
 
-// parallel(n, body) for convolution.h. Each thread takes the next task when it is done with its last: tasks differ in
-// length, and so do processors that others use, too. Threads have numbers, for scratch memory of their own; as many
-// are woken as are worth it for this much work.
+// parallel(n, body) for convolution.h. Each thread takes the next task when it is done with its last: tasks
+// differ in length, and so do processors that others use, too. Threads have numbers, for scratch memory of
+// their own; as many are woken as are worth it for this much work.
 class Threads {
  public:
   explicit Threads(const ConvolutionArgs& args)
-      : threads_(Parallel(args.images * args.out_height * args.out_width * args.outputs * depth_of(args) / kProducts)
+      : threads_(Parallel(args.images * args.out_height * args.out_width * args.outputs * depth_of(args) /
+                          kProducts)
                      .threads()) {}
 
   int64_t threads() const { return threads_; }
@@ -290,10 +291,7 @@ class Program {
   }
 
   int64_t scratch_of(const Step& step, int64_t images) const {
-    if (step.kind == kMaxPool) {  // bytes, of indices that nobody reads
-      const PoolArgs args = pool(step, images);
-      return divide_up(images * args.channels * args.out_height * args.out_width, sizeof(float));
-    }
+    if (step.kind == kMaxPool) return 0;
     const ConvolutionArgs args = convolution(step, images);
     return with_tasks(args, [&](const auto& tasks) { return tasks.scratch(Threads(args).threads()); });
   }
@@ -302,7 +300,6 @@ class Program {
     if (step.kind == kMaxPool) {
       PoolArgs args = pool(step, places.images);
       args.x = places.read(step.from), args.y = places.write(step.to);
-      args.indices = reinterpret_cast<uint8_t*>(scratch);
       const auto forward =
           kernels().max_pool[static_cast<int>(Dtype::kFloat32)][static_cast<int>(Layout::kNhwc)].forward;
       const int64_t rows = args.images * args.out_height;

@@ -95,8 +95,9 @@ struct PoolArgs {
   const void* scale;  // stats[C], or null: x is pooled as it is
   const void* shift;  // stats[C]
   bool relu;
-  void* y;           // forward: output; backward: gradient of the input
-  uint8_t* indices;  // of the output's shape: position in the window
+  void* y;  // forward: output; backward: gradient of the input
+  uint8_t*
+      indices;  // of the output's shape: position in the window; null (forward NHWC without a norm): unwanted
 };
 
 struct MaxPoolKernels {

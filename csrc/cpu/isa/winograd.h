@@ -83,8 +83,8 @@ inline void for_each_tile(const Tiles& tiles, Range range, F f) {
   }
 }
 
-// Where a tile of each kind has its factors, or products: one pointer for each pair of its points, for the tile whose
-// index is 0.
+// Where a tile of each kind has its factors, or products: one pointer for each pair of its points, for the
+// tile whose index is 0.
 template <class T>
 class Places {
  public:
@@ -94,7 +94,8 @@ class Places {
       if (my == 0 || mx == 0) continue;
       for (int i = 0; i < my + 2; ++i) {
         for (int j = 0; j < mx + 2; ++j) {
-          places_[kind][i * (mx + 2) + j] = data + stride * matrices.row(point_of(my, i), point_of(mx, j), kind, 0);
+          places_[kind][i * (mx + 2) + j] =
+              data + stride * matrices.row(point_of(my, i), point_of(mx, j), kind, 0);
         }
       }
     }
@@ -167,8 +168,8 @@ inline void prefetch_tile(const ConvolutionArgs& args, const Tiles& tiles, int64
 
 // Adds, clamps, writes; a tile at the border of the image may be cropped.
 template <int MY, int MX, class Part>
-inline void write_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Part part, int64_t pixel, int64_t rows,
-                       int64_t columns, Vec<float> (&outputs)[MY][MX], Moments* moments) {
+inline void write_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Part part, int64_t pixel,
+                       int64_t rows, int64_t columns, Vec<float> (&outputs)[MY][MX], Moments* moments) {
   if (rows >= MY && columns >= MX) {
 #pragma GCC unroll 4
     for (int i = 0; i < MY; ++i) {
