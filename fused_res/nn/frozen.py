@@ -213,7 +213,9 @@ def run_blocks(modules: Sequence[Any], x: Tensor) -> Tensor | None:
     """Frozen modules in a row as one call of the backend, or None where they have to run one by one."""
     if torch.compiler.is_compiling() or chain.situation() or chain.inspect_input(x) or torch.is_autocast_enabled("cpu"):
         return None
-    if torch._C._len_torch_dispatch_stack() or any(module.backend != modules[0].backend for module in modules):
+    if x.dtype is not torch.float32 or torch._C._len_torch_dispatch_stack():
+        return None
+    if any(module.backend != modules[0].backend for module in modules):
         return None
     run: Callable[..., Tensor | None] | None = getattr(
         registry.resolve(modules[0].backend, x.device), "run_blocks", None
