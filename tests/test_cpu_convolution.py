@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 import fused_res.backends.cpu  # noqa: F401  (defines the operators)
 from fused_res import _extension
@@ -25,7 +27,7 @@ from fused_res import _extension
 if not _extension.loaded:
     pytest.skip(_extension.reason, allow_module_level=True)
 
-from fused_res import _C
+_C = _extension._module
 
 
 def _runs(isa: str) -> bool:
@@ -160,7 +162,7 @@ def check_everywhere(case: Case) -> None:
             check(operands, tile, operands.run(tile, packed=weight)[0], exact)
 
 
-def epilogue(number: int) -> dict[str, bool]:
+def epilogue(number: int) -> dict[str, Any]:
     """Each of the eight in turn."""
     return {name: bool(number >> bit & 1) for bit, name in enumerate(("bias", "residual", "relu"))}
 
@@ -255,9 +257,7 @@ class TestGradient:
             forward = Case(2, channels, *size, outputs, kernel, padding=(padding, padding))
             operands = Operands.of(forward)
             grad = rows(torch.randn(2, outputs, *forward.out()) + 1)
-            exact = torch.nn.grad.conv2d_input(
-                (2, channels, *size), operands.weight.double(), grad.double(), padding=padding
-            )
+            exact = conv2d_input((2, channels, *size), operands.weight.double(), grad.double(), padding=padding)
             weight = operands.weight.transpose(0, 1)
             backward = replace(
                 forward, channels=outputs, outputs=channels, height=grad.shape[2], width=grad.shape[3],
@@ -445,9 +445,9 @@ def test_guarded_memory() -> None:
 class TestBadArguments:
     GOOD = Case(2, 4, 6, 5, 8)
 
-    def fails(self, match: str, good_tile: int = DIRECT, **changed: object) -> None:
+    def fails(self, match: str, good_tile: int = DIRECT, **changed: Any) -> None:
         operands = Operands.of(self.GOOD)
-        arguments: dict[str, object] = {
+        arguments: dict[str, Any] = {
             "input": operands.x, "packed": operands.packed(good_tile), "bias": operands.bias,
             "residual": operands.residual, "outputs": 8, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1),
             "dilation": (1, 1), "tile": good_tile, "relu": True, "partials": False,
@@ -492,7 +492,7 @@ class TestBadArguments:
         ],
         ids=str,
     )  # fmt: skip
-    def test_convolve(self, changed: dict[str, object], match: str) -> None:
+    def test_convolve(self, changed: dict[str, Any], match: str) -> None:
         self.fails(match, **changed)
 
     @pytest.mark.parametrize(
@@ -504,13 +504,14 @@ class TestBadArguments:
         ],
         ids=str,
     )  # fmt: skip
-    def test_winograd(self, changed: dict[str, object]) -> None:
+    def test_winograd(self, changed: dict[str, Any]) -> None:
         self.fails("tile: Winograd is for 3x3 kernels with stride 1", good_tile=4, **changed)
 
     def test_lengths(self) -> None:
         for name in ("kernel_size", "stride", "padding", "dilation"):
             for wrong in ((1,), (1, 1, 1)):
-                self.fails(f"{name}: expected two numbers", **{name: wrong})
+                changed: dict[str, Any] = {name: wrong}
+                self.fails(f"{name}: expected two numbers", **changed)
 
     @pytest.mark.parametrize(
         ("weight", "winograd", "match"),
