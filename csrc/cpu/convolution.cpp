@@ -5,6 +5,7 @@
 #include "cpu/convolution.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -99,12 +100,19 @@ Tensor pack_conv_weight(const Tensor& weight, bool winograd, bool transposed) {
 
 void set_geometry(ConvolutionArgs& args, at::IntArrayRef taps, at::IntArrayRef stride,
                   at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const auto check_pair = [](const char* name, at::IntArrayRef pair, int64_t least) {
+    TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name,
+                      ": expected two numbers of at least ", least, ", got ", pair);
+  };
+  check_pair("kernel_size", taps, 1), check_pair("stride", stride, 1);
+  check_pair("padding", padding, 0), check_pair("dilation", dilation, 1);
   args.taps_h = taps[0], args.taps_w = taps[1];
   args.stride_h = stride[0], args.stride_w = stride[1];
   args.pad_h = padding[0], args.pad_w = padding[1];
   args.dilation_h = dilation[0], args.dilation_w = dilation[1];
   const auto size = [](int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-    return (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1;
+    const int64_t room = in + 2 * pad - dilation * (taps - 1) - 1;
+    return room < 0 ? 0 : room / stride + 1;
   };
   args.out_height = size(args.height, args.taps_h, args.stride_h, args.pad_h, args.dilation_h);
   args.out_width = size(args.width, args.taps_w, args.stride_w, args.pad_w, args.dilation_w);
@@ -115,10 +123,12 @@ void set_geometry(ConvolutionArgs& args, at::IntArrayRef taps, at::IntArrayRef s
 }
 
 void check(const ConvolutionArgs& args, int64_t packed) {
-  TORCH_CHECK_VALUE(args.out_height > 0 && args.out_width > 0 && args.channels > 0 && args.outputs > 0,
-                    "input: expected images at least as large as the kernel");
+  TORCH_CHECK_VALUE(args.outputs > 0, "outputs: expected at least one, got ", args.outputs);
   TORCH_CHECK_VALUE(
-      args.tile == 0 || (args.tile >= 2 && args.tile <= 4 && args.taps_h * args.taps_w == 9 &&
+      args.out_height > 0 && args.out_width > 0 && args.channels > 0 && args.height > 0 && args.width > 0,
+      "input: expected channels, and images at least as large as the kernel");
+  TORCH_CHECK_VALUE(
+      args.tile == 0 || (args.tile >= 2 && args.tile <= 4 && args.taps_h == 3 && args.taps_w == 3 &&
                          args.stride_h * args.stride_w * args.dilation_h * args.dilation_w == 1),
       "tile: Winograd is for 3x3 kernels with stride 1, in tiles of 2 to 4");
   TORCH_CHECK_VALUE(
@@ -159,6 +169,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
   args.outputs = outputs, args.tile = tile, args.relu = relu;
   set_geometry(args, kernel_size, stride, padding, dilation);
   check(args, packed.numel());
+  TORCH_CHECK_VALUE(packed.is_contiguous(), "packed: expected contiguous memory, as it was packed");
   const std::array<int64_t, 4> sizes = {args.images, outputs, args.out_height, args.out_width};
   Tensor added;
   if (residual && residual->defined()) {
@@ -174,8 +185,9 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
   }
   Tensor output = empty_output(sizes, at::kFloat, at::MemoryFormat::ChannelsLast);
   args.x = floats(x, "input"), args.packed = floats(packed, "packed"), args.y = output.data_ptr<float>();
-  const Threads parallel(args);
   Tensor statistics = nothing(at::kDouble);
+  if (output.numel() == 0) return {output, partials ? at::zeros({1, 3, outputs}, at::kDouble) : statistics};
+  const Threads parallel(args);
   with_tasks(args, [&](const auto& tasks) {
     Scratch scratch(tasks.scratch(parallel.threads()));
     std::unique_ptr<double[]> partial(partials ? new double[tasks.chunks() * 2 * outputs] : nullptr);

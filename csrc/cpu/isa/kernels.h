@@ -155,6 +155,8 @@ struct ConvolutionKernels {
   WinogradKernels winograd;
 };
 
+constexpr int kFmaValues = 14;  // 12 chains and their two operands
+
 struct Kernels {
   const char* name;
   const ConvolutionKernels* convolution;  // null: not worth it on this instruction set
@@ -175,6 +177,8 @@ struct Kernels {
   // dweight[C], dbias[C]; each may be null.
   void (*finish_gradient[2])(const GradientArgs&, const double* sums, const double* products, double count,
                              int64_t channels, int64_t c0, int64_t c1);
+  // Keeps the multiply-add units busy and returns the FLOP. `values`: kFmaValues floats, read and written.
+  int64_t (*multiply_add)(int64_t rounds, float* values);
 };
 
 extern const Kernels kernels_baseline;
