@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -154,6 +155,15 @@ class TestLayout:
                 assert all(torch.equal(tensors[name], before[name]) for name in tensors)
 
 
+class Keeps:
+    """A layer that keeps nothing."""
+
+    kernel: Any = None
+
+    def keep(self, _key: Any, make: Callable[[], Tensor]) -> Tensor:
+        return make()
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
 class TestPackedWeights:
     """What a frozen layer hands to the cpu backend instead of its weight."""
@@ -169,7 +179,7 @@ class TestPackedWeights:
         exact = stock(**{name: tensor.double() for name, tensor in tensors.items()}, **options)
 
         def pack(_kernels: Any, *arguments: Any) -> Any:
-            packed = pack_weight(lambda _key, make: make(), *arguments)
+            packed = pack_weight(Keeps(), *arguments)
             if packed is arguments[1]:
                 pytest.skip(f"oneDNN does not compute in {dtype} here")
             return packed
@@ -192,7 +202,7 @@ class TestPackedWeights:
                 given = tensors | {"input": tensors["input"].contiguous(memory_format=layout)}
                 how = (given["input"], given["weight"], (1, 1), (1, 1), (1, 1), 1)
                 ours = layout is CHANNELS_LAST[4]  # the kernels of this library do not need oneDNN
-                assert (pack_weight(lambda _key, make: make(), *how) is not given["weight"]) == ours
+                assert (pack_weight(Keeps(), *how) is not given["weight"]) == ours
                 with fused_res.backends.use("auto", winograd=False):
                     check(given, options, "cpu")
 

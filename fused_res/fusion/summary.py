@@ -116,6 +116,10 @@ def _frozen_row(name: str, module: Frozen) -> Row:
     how = f"frozen, backend={backend}"
     if backend in ("triton", "cuda"):
         how += ", " + describe([_frozen_choice(child) for child in module.modules() if isinstance(child, FrozenConv)])
+    elif backend == "cpu":
+        layers = [(name, child) for name, child in module.named_modules() if isinstance(child, FrozenConv)]
+        chosen = [f"{name} {child.kernel} ({child.kernel.reason})".strip() for name, child in layers if child.kernel]
+        how += ", " + ("; ".join(chosen) or "kernels are chosen for the first input")
     return Row(name, module.origin, True, how)
 
 

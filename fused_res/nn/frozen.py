@@ -73,6 +73,8 @@ class FrozenConv(Frozen):
         self.spec = spec
         self.pool = pool
         self._packed: dict[Hashable, _Packed] = {}
+        #: The kernel that ran last, where the backend chooses between several: for people to read.
+        self.kernel: Any = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         spec = self.spec
@@ -83,6 +85,7 @@ class FrozenConv(Frozen):
             output = run_blocks((self,), input)
             if output is not None:
                 return output
+        self._check(input)
         output = functional.packed_conv_bias_act(
             input,
             self.weight,
@@ -97,6 +100,16 @@ class FrozenConv(Frozen):
             None if compiling or type(input) is not Tensor else self._pack,
         )
         return self._pooled(output)
+
+    def _check(self, input: Tensor) -> None:
+        weight, groups = self.weight, self.spec.groups
+        if input.dim() == 4 and input.shape[1] != weight.shape[1] * groups:
+            raise ValueError(
+                f"input must have the {weight.shape[1] * groups} channels that this layer was frozen for, got"
+                f" {tuple(input.shape)}"
+            )
+        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"input must be {weight.dtype}, which this layer was frozen for, got {input.dtype}")
 
     def _pooled(self, output: Tensor) -> Tensor:
         pool = self.pool
@@ -118,7 +131,7 @@ class FrozenConv(Frozen):
 
     def _pack(self, kernels: Backend, input: Tensor, weight: Tensor, *how: Any) -> Any:
         pack: Callable[..., Any] | None = getattr(kernels, "pack_weight", None)
-        return weight if pack is None else pack(self.keep, input, weight, *how)
+        return weight if pack is None else pack(self, input, weight, *how)
 
     def keep(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """What `make` made for this key last, if the weight is still the same."""
@@ -143,7 +156,7 @@ class FrozenConv(Frozen):
         super()._load_from_state_dict(*arguments, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": {}}
+        return self.__dict__ | {"_packed": {}, "kernel": None}
 
     def extra_repr(self) -> str:
         outputs, inputs, *kernel = self.weight.shape

@@ -26,11 +26,17 @@ class Packed(NamedTuple):
     shape: torch.Size  # of the weight
 
 
-Keep = Callable[[Hashable, Callable[[], Tensor]], Tensor]
+class Layer(Protocol):
+    """A convolution that keeps its weight, and what is made of it: ``keep(key, make)``."""
+
+    weight: Tensor
+    bias: Tensor
+    kernel: Kernel | None  # the last that ran, for people to read
+    keep: Callable[[Hashable, Callable[[], Tensor]], Tensor]
 
 
 def pack_weight(
-    keep: Keep,
+    layer: Layer,
     input: Tensor,
     weight: Tensor,
     stride: Sequence[int],
@@ -38,14 +44,14 @@ def pack_weight(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor | Packed:
-    """``weight`` for inputs like this one, packed where that pays; ``keep(key, make)`` remembers what was made."""
-    kernel = convolution.kernel_for(input, weight, stride, padding, dilation, groups, True)
+    """The layer's ``weight`` for inputs like this one, packed where that pays."""
+    layer.kernel = kernel = convolution.kernel_for(input, weight, stride, padding, dilation, groups, True)
     if kernel.ours:
         # One form for every shape of input; the tiles' size is the kernel's own affair.
-        tensor = keep(kernel.name, lambda: convolution.pack_conv_weight(weight, kernel.name == "winograd", False))
+        tensor = layer.keep(kernel.name, lambda: convolution.pack_conv_weight(weight, kernel.name == "winograd", False))
     elif kernel.name == "onednn":
         key = kernel.name, input.shape, input.dtype, torch.get_num_threads()
-        tensor = keep(key, lambda: onednn.pack(input, weight, stride, padding, dilation, groups))
+        tensor = layer.keep(key, lambda: onednn.pack(input, weight, stride, padding, dilation, groups))
     else:
         return weight
     return Packed(kernel, tensor, weight.shape)
@@ -90,14 +96,6 @@ def _conv_bias_act(
 conv_bias_act = ops.operator("fused_res_cpu", "conv_bias_act", _conv_bias_act, "CPU")
 
 
-class Layer(Protocol):
-    """A convolution that keeps its weight."""
-
-    weight: Tensor
-    bias: Tensor
-    keep: Keep
-
-
 def run_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input: Tensor) -> Tensor | None:
     """Blocks in a row, by our kernels alone (:mod:`.program`); None where that cannot be."""
     tensors = [input, *[layer.weight for layer in layers], *[layer.bias for layer in layers]]
@@ -107,8 +105,9 @@ def run_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input: Te
     plan = program.plan(blocks, shapes, tuple(input.shape), registry.winograd(), _extension.cpu_isa())
     if plan is None:
         return None
-    packed = [
-        layer.keep(kernel.name, partial(convolution.pack_conv_weight, layer.weight, kernel.name == "winograd", False))
-        for layer, kernel in zip(layers, plan.kernels, strict=True)
-    ]
+    packed = []
+    for layer, kernel in zip(layers, plan.kernels, strict=True):
+        make = partial(convolution.pack_conv_weight, layer.weight, kernel.name == "winograd", False)
+        packed.append(layer.keep(kernel.name, make))
+        layer.kernel = kernel
     return plan.run(input, packed, [layer.bias for layer in layers])
