@@ -102,7 +102,11 @@ def choose(geometry: Geometry, ours: bool, packed: bool, winograd: bool, isa: st
     count = taps[0] * taps[1]
     direct = count * (pixels + _READ + (0 if packed else _PACK_DIRECT))
     if taps != [3, 3] or geometry.stride != (1, 1) or geometry.dilation != (1, 1):
-        return Kernel("direct", "no 3x3 kernel with stride 1")
+        what = "x".join(map(str, taps))
+        spread = f", stride {max(geometry.stride)}" * (max(geometry.stride) > 1) + ", dilated" * (
+            geometry.dilation != (1, 1)
+        )
+        return Kernel("direct", f"{what}{spread}: one product, with its epilogue")
     if not winograd:
         return Kernel("direct", "Winograd is switched off")
     costs: dict[int, float] = {0: direct}
