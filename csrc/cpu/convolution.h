@@ -9,6 +9,7 @@
 #include "cpu/isa/tiles.h"
 
 namespace fused_res::cpu {
+namespace {  // as tiles.h, whose types are members here
 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // Part `index` of [0, n), cut into `parts` as equal as can be.
@@ -162,4 +163,5 @@ auto with_tasks(const ConvolutionArgs& args, F f) {
   return args.tile == 0 ? f(DirectTasks(args)) : f(WinogradTasks(args));
 }
 
+}  // namespace
 }  // namespace fused_res::cpu
