@@ -43,6 +43,12 @@ CONVOLUTION = Variable(
     allowed=("auto", "planned", "aten", "fused"),
     doc="who computes convolutions: the planner's choice, ATen, our kernels; auto is ours where a GPU backend is named",
 )
+WINOGRAD = Variable(
+    "FUSED_RES_WINOGRAD",
+    default="auto",
+    allowed=("auto", "0"),
+    doc="0: no convolution by Winograd's algorithm on the CPU; it is faster, and off by up to 3e-6 of the output",
+)
 CPU_ISA = Variable(
     "FUSED_RES_CPU_ISA",
     default="auto",
@@ -75,7 +81,7 @@ SIMULATOR = Variable(
     doc="for tests: a library of the CUDA kernels compiled for the CPU, which then are backend cuda (tests/cuda_sim)",
     path=True,
 )
-VARIABLES = (BACKEND, CONVOLUTION, CPU_ISA, CPU_CACHE, CPP, CUDA, SIMULATOR)
+VARIABLES = (BACKEND, CONVOLUTION, WINOGRAD, CPU_ISA, CPU_CACHE, CPP, CUDA, SIMULATOR)
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:

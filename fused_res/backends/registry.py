@@ -35,8 +35,9 @@ STEMS: dict[str, tuple[str, ...]] = {
     "conv_dgrad": ("conv_dgrad",),
     "conv_wgrad": ("conv_wgrad",),
 }
-#: What a backend may offer besides: an operand in the form that its kernels like best.
-_EXTRAS = ("pack_weight",)
+#: What a backend may offer besides: an operand in the form that its kernels like best; statistics from a convolution's
+#: partial ones; ATen's convolution and its backward, but faster, and with statistics.
+_EXTRAS = ("pack_weight", "merge_stats", "conv_forward", "conv_backward")
 
 
 class BackendUnavailableError(RuntimeError):
@@ -209,6 +210,11 @@ def convolution(backend: str) -> str:
     return "fused" if named in ("triton", "cuda") else "planned"
 
 
+def winograd() -> bool:
+    """Whether convolutions may use Winograd's algorithm."""
+    return _winograd
+
+
 def require(name: str) -> None:
     """Raises unless ``backend=name`` is a known backend that could run here on some device."""
     if name != "auto" and (reason := unavailable(name)) is not None:
@@ -216,29 +222,35 @@ def require(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _restore(previous: tuple[str, str]) -> Iterator[None]:
-    global _default, _convolution
+def _restore(previous: tuple[str, str, bool]) -> Iterator[None]:
+    global _default, _convolution, _winograd
     try:
         yield
     finally:
-        _default, _convolution = previous
+        _default, _convolution, _winograd = previous
 
 
-def use(name: str, convolution: str | None = None) -> contextlib.AbstractContextManager[None]:
+def use(
+    name: str, convolution: str | None = None, winograd: bool | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Sets what ``backend="auto"`` means from here on; as a context manager, until its end.
 
     A GPU's backend that is named so, or as an argument, computes convolutions wherever it can; otherwise the planner
     decides by shape and dtype. ``convolution`` overrides both: ``"aten"`` leaves every convolution to ATen (cuDNN,
     oneDNN), ``"fused"`` takes the backend's kernels wherever there are any, ``"planned"`` leaves it to the planner,
-    ``"auto"`` takes the override back, None changes nothing.
+    ``"auto"`` takes the override back, None changes nothing. ``winograd=False`` keeps the CPU's convolutions from
+    Winograd's algorithm, which is faster and less exact: its RMS error is up to 3e-6 of the output's.
     """
-    global _default, _convolution
+    global _default, _convolution, _winograd
     if name != "auto":
         require(name)
     if convolution not in (None, *env.CONVOLUTION.allowed):
         raise ValueError(f"convolution must be one of {env.CONVOLUTION.allowed}, got {convolution!r}")
-    previous = _default, _convolution
+    if winograd not in (None, True, False):
+        raise ValueError(f"winograd must be True, False or None, got {winograd!r}")
+    previous = _default, _convolution, _winograd
     _default, _convolution = name, convolution or _convolution
+    _winograd = _winograd if winograd is None else winograd
     return _restore(previous)
 
 
@@ -261,5 +273,6 @@ def _load(name: str) -> Backend:
 
 _default: str = env.BACKEND.read()
 _convolution: str = env.CONVOLUTION.read()
+_winograd: bool = env.WINOGRAD.read() != "0"
 _loaded: dict[str, Backend] = {}
 _resolved: dict[tuple[str, str], Backend] = {}
