@@ -114,30 +114,50 @@ class TrainingKernels(NamedTuple):
 
 #: Output pixels from which the larger weight of Winograd is worth its transform, which is made on every step.
 _WINOGRAD_PIXELS = 128
+#: Elements of a float32 tensor of 32 MB. The C library gives a larger one fresh memory every time, whose page faults
+#: take as long as a 1x1 convolution; our outputs come from a cache.
+_LARGE = 1 << 23
 
 
 @lru_cache(maxsize=4096)
 def training_kernels(
+    input: tuple[int, ...],
     weight: tuple[int, ...],
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
-    pixels: int,
     winograd: bool,
 ) -> TrainingKernels:
-    """Which kernels measured faster in training on the CPU, weights packed on every step; ``pixels`` of the output.
+    """Which kernels measured faster in training on the CPU, weights packed on every step.
 
-    Two Zen 4 cores, batch 16, the shapes of ResNet-18 and ResNet-50.
+    A Zen 4 core, AVX-512, the shapes of ResNet-18 and ResNet-50 at batch 16, ms of ATen's and ours:
+
+    ====================  =======================  ====================  =======================
+    kernel                forward                  gradient of input     gradient of weight
+    ====================  =======================  ====================  =======================
+    3x3, Winograd         31-50 to 14-21           31-49 to 12-18        34-58 to 13-19
+    3x3 with stride 2     a tie                    ATen's alone          30-68 to 27-48
+    1x1                   a tie                    a tie                 a tie, up to 1.3x
+    what is over 32 MB    56 to 36, 88 to 71       60 to 35, 60 to 41
+    ====================  =======================  ====================  =======================
     """
-    outputs, channels, *taps = weight
+    images, channels, *size = input
+    outputs, _, *taps = weight
+    height, width = (
+        (n + 2 * pad - spread * (tap - 1) - 1) // step + 1
+        for n, tap, step, pad, spread in zip(size, taps, stride, padding, dilation, strict=True)
+    )
+    pixels = images * height * width
     if pixels < _WINOGRAD_PIXELS:
         return TrainingKernels()
-    if _winograds(weight, stride, dilation):
-        if not winograd or min(outputs, channels) < _LEAST_CHANNELS:
-            return TrainingKernels()
+    if winograd and _winograds(weight, stride, dilation) and min(outputs, channels) >= _LEAST_CHANNELS:
         # The gradient of the input is a convolution with 2 - padding.
         return TrainingKernels("winograd", "winograd" if max(padding) <= 2 else "aten", "winograd")
-    return TrainingKernels()
+    return TrainingKernels(
+        "direct" if pixels * outputs > _LARGE else "aten",
+        "direct" if images * channels * size[0] * size[1] > _LARGE and set(stride) == {1} else "aten",
+        "direct" if set(stride) != {1} or taps == [1, 1] else "aten",
+    )
 
 
 def _winograds(weight: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> bool:

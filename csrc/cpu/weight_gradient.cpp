@@ -41,8 +41,8 @@ const float* floats(const Tensor& tensor, const char* name) {
   return tensor.const_data_ptr<float>();
 }
 
-// Rows a multiple of 4 KB apart would fall into one set of the L1.
-bool far_apart(int64_t channels) { return channels % 1024 == 0; }
+// Rows a multiple of 2 KB apart would fall into two sets of the L1.
+bool far_apart(int64_t channels) { return channels % 512 == 0; }
 
 Tensor conv_weight_gradient(const Tensor& grad, const Tensor& input, const Tensor& weight,
                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,

@@ -38,10 +38,8 @@ def _kernels(input: Tensor, weight: Tensor, spec: UnitSpec) -> TrainingKernels:
         return TrainingKernels()
     if weight.dtype != torch.float32 or _extension.cpu_isa() == "baseline":
         return TrainingKernels()
-    images, _, *sizes = ops.convolved(input, weight, spec.stride, spec.padding, spec.dilation)
-    pixels = images * sizes[0] * sizes[1]
     winograd = registry.winograd()
-    return training_kernels(tuple(weight.shape), spec.stride, spec.padding, spec.dilation, pixels, winograd)
+    return training_kernels(tuple(input.shape), tuple(weight.shape), spec.stride, spec.padding, spec.dilation, winograd)
 
 
 def conv_forward(
