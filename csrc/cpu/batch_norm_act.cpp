@@ -221,7 +221,8 @@ Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const O
     count += part[0];
   }
   const ParamArgs params = {data_or_null(scale), data_or_null(shift), eps};
-  kernels().finish[wide](stats.data_ptr(), moments.get(), std::max(count, 1.0), params, channels, 0, channels);
+  kernels().finish[wide](stats.data_ptr(), moments.get(), std::max(count, 1.0), params, channels, 0,
+                         channels);
   return stats;
 }
 

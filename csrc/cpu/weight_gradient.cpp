@@ -76,8 +76,8 @@ Tensor conv_weight_gradient(const Tensor& grad, const Tensor& input, const Tenso
                                   dilation[0] * dilation[1] == 1),
                     "weight: Winograd is for 3x3 kernels with stride 1, got ", weight.sizes());
   shape.tile = winograd ? 4 : 0;
-  const bool pointwise = shape.taps_h * shape.taps_w * shape.stride_h * shape.stride_w == 1 &&
-                         shape.pad_h + shape.pad_w == 0;
+  const bool pointwise =
+      shape.taps_h * shape.taps_w * shape.stride_h * shape.stride_w == 1 && shape.pad_h + shape.pad_w == 0;
   shape.gather = !pointwise || far_apart(shape.channels);
   args.pack_dz = shape.outputs % kPanelOutputs != 0 || far_apart(shape.outputs);
   shape.x = floats(x, "input"), args.dz = floats(dz, "grad_output");

@@ -160,8 +160,8 @@ struct WinogradKernels {
                  double* moments);
 };
 // The weight's gradient is a sum over rows: output pixels, or tiles for each pair of points. A block of rows
-// becomes two factors, of `v` as many numbers a row as a window or a tile's input has channels, of `dz` panels
-// of outputs.
+// becomes two factors, of `v` as many numbers a row as a window or a tile's input has channels, of `dz`
+// panels of outputs.
 struct WeightGradientKernels {
   // Rows of a block, by output pixels or tiles: `part` of what the factors have room for.
   void (*input)(const WeightGradientArgs&, Range block, Range part, float* v);

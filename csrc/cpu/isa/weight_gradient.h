@@ -148,12 +148,12 @@ void winograd_gradient_output(const WeightGradientArgs& args, Range block, Range
         float* to[NY * NX];
         for (int i = 0; i < NY; ++i) {
           for (int j = 0; j < NX; ++j) {
-            to[i * NX + j] =
-                dz + kPanelOutputs * matrices.row(point_of(MY, i), point_of(MX, j), kind, index);
+            to[i * NX + j] = dz + kPanelOutputs * matrices.row(point_of(MY, i), point_of(MX, j), kind, index);
           }
         }
         const int64_t y = ty * shape.tile, x = tx * shape.tile;
-        const float* corner = args.dz + ((image * shape.out_height + y) * shape.out_width + x) * shape.outputs;
+        const float* corner =
+            args.dz + ((image * shape.out_height + y) * shape.out_width + x) * shape.outputs;
         for_each_vector<Vec<float>>(shape.outputs, [&](auto part, int64_t o) {
           const int64_t at = o / kPanelOutputs * panel + o % kPanelOutputs;
           gradient_vector<MY, MX>(part, corner + o, shape.out_width * shape.outputs, shape.outputs,
