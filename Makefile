@@ -18,7 +18,7 @@ DEPENDENCIES := $(VENV)/.stamp-dependencies
 BUILT := $(VENV)/.stamp-build
 
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SIMULATOR_FILES := $(shell find tests/cuda_sim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+TEST_FILES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 ARGS :=
 GPU_PYTHON := python3
 
@@ -36,13 +36,13 @@ gpu:
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES) $(SIMULATOR_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES) $(TEST_FILES)
 	$(BIN)/mypy
 
 format: $(DEPENDENCIES)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP_FILES) $(SIMULATOR_FILES)
+	$(BIN)/clang-format -i $(CPP_FILES) $(TEST_FILES)
 
 build: $(BUILT)
 

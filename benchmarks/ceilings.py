@@ -37,8 +37,7 @@ def fma_peak() -> float | None:
         return None
     from fused_res import _C
 
-    measured = getattr(_C, "fma_peak", None)
-    return measured and measured(torch.get_num_threads())
+    return _C.fma_peak(torch.get_num_threads())
 
 
 def measure(device: str, quick: bool) -> dict[str, float]:

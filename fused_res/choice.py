@@ -130,16 +130,18 @@ def training_kernels(
 ) -> TrainingKernels:
     """Which kernels measured faster in training on the CPU, weights packed on every step.
 
-    A Zen 4 core, AVX-512, the shapes of ResNet-18 and ResNet-50 at batch 16, ms of ATen's and ours:
+    Two Zen 4 cores, AVX-512, the shapes of ResNet-18 and ResNet-50 at batch 16; ms of ATen's, and ours:
 
-    ====================  =======================  ====================  =======================
-    kernel                forward                  gradient of input     gradient of weight
-    ====================  =======================  ====================  =======================
-    3x3, Winograd         31-50 to 14-21           31-49 to 12-18        34-58 to 13-19
-    3x3 with stride 2     a tie                    ATen's alone          30-68 to 27-48
-    1x1                   a tie                    a tie                 a tie, up to 1.3x
-    what is over 32 MB    56 to 36, 88 to 71       60 to 35, 60 to 41
-    ====================  =======================  ====================  =======================
+    ======================  ==================  ===================  ===================
+    kernel                  forward             gradient of input    gradient of weight
+    ======================  ==================  ===================  ===================
+    3x3, Winograd           17-19, 7-13         16-17, 6-11          17-36, 8-11
+    3x3 with stride 2       a tie               no kernel            12-28, 10-21
+    1x1 of 64 channels      2.4, 3.6            2.6, 3.4             3.2, 2.7
+    1x1 of more             a tie               a tie                a tie, ours with stride 2
+    1x1 with over 32 MB     22, 13              23, 12 and 30, 19    13, 10
+    7x7, over 32 MB         33, 24              no kernel            a tie
+    ======================  ==================  ===================  ===================
     """
     images, channels, *size = input
     outputs, _, *taps = weight
@@ -156,7 +158,9 @@ def training_kernels(
     return TrainingKernels(
         "direct" if pixels * outputs > _LARGE else "aten",
         "direct" if images * channels * size[0] * size[1] > _LARGE and set(stride) == {1} else "aten",
-        "direct" if set(stride) != {1} or taps == [1, 1] else "aten",
+        "direct"
+        if max(taps) <= 3 and channels >= _LEAST_CHANNELS and (set(stride) != {1} or channels <= 128)
+        else "aten",
     )
 
 

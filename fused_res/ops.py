@@ -97,6 +97,8 @@ CPU_SCHEMAS = {
     " -> (Tensor output, Tensor partials)",
     "conv_weight_gradient": "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding,"
     " int[2] dilation, bool winograd) -> Tensor",
+    "conv_program": "(Tensor input, Tensor[] packed, Tensor[] bias, int[] steps, int arena, int chunk,"
+    " int[] output_size) -> Tensor",
 }
 
 #: rows of ``stats``

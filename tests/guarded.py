@@ -21,7 +21,7 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _FAILED = ctypes.c_void_p(-1).value
 
 
-class _Guarded:
+class Guarded:
     """A copy of a tensor that ends where a forbidden page begins, or begins where one ends."""
 
     def __init__(self, tensor: Tensor, at_end: bool) -> None:
@@ -60,7 +60,7 @@ def guarded_launches() -> Iterator[None]:
     def run(kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         nonlocal count
         count += 1
-        copies = {id(a): _Guarded(a, at_end=bool(count % 2)) for a in arguments if isinstance(a, Tensor)}
+        copies = {id(a): Guarded(a, at_end=bool(count % 2)) for a in arguments if isinstance(a, Tensor)}
         kernel[grid](*(copies[id(a)].copy if id(a) in copies else a for a in arguments), **options)
         for copy in copies.values():
             copy.close()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ from benchmarks import (
 )
 from benchmarks.devices import DEVICES
 from benchmarks.memory import Checkpointed
+from fused_res import _extension
 
 RUN = ("--quick", "--threads", "1", "--allocator")
 
@@ -227,6 +229,27 @@ def test_ceilings_are_the_best_of_what_was_measured(monkeypatch: pytest.MonkeyPa
     run = {"allocator": "warm", "environment": environment.describe() | {"backend": "cpu"}, "ceilings": best}
     line = report.environment({"runs": [run]})
     assert " · copies 3.0 GB/s (read plus write) · multiplies and adds 600 GFLOP/s · torch" in line
+
+
+@pytest.mark.skipif(not _extension.loaded, reason=_extension.reason)
+def test_fma_peak_is_plausible() -> None:
+    """No product of matrices passes it; both may have a neighbour, so they are measured in turn."""
+    peak = _extension._module.fma_peak
+    with pytest.raises(ValueError, match="threads: expected 1 to"):
+        peak(0)
+    with pytest.raises(ValueError, match="threads: expected 1 to"):
+        peak(torch.get_num_threads() + 1)
+    size, peaks, products = 1024, [], []
+    matrix = torch.randn(size, size)
+    for _ in range(3):
+        peaks.append(peak(torch.get_num_threads()))
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            products.append(2 * size**3 / (time.perf_counter() - start))
+    assert max(peaks) > 1e9
+    assert max(products) < 1.1 * max(peaks)
+    assert ceilings.fma_peak() > 1e9
 
 
 def test_a_frozen_model_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

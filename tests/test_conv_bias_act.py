@@ -168,9 +168,9 @@ class TestPackedWeights:
         rank = input.dim() - 2
         exact = stock(**{name: tensor.double() for name, tensor in tensors.items()}, **options)
 
-        def pack(_kernels: Any, input: Tensor, weight: Tensor, *how: Any) -> Tensor:
-            packed = pack_weight(input, weight, *how)
-            if packed is None:
+        def pack(_kernels: Any, *arguments: Any) -> Any:
+            packed = pack_weight(lambda _key, make: make(), *arguments)
+            if packed is arguments[1]:
                 pytest.skip(f"oneDNN does not compute in {dtype} here")
             return packed
 
@@ -188,8 +188,13 @@ class TestPackedWeights:
         from fused_res.backends.cpu.conv_bias_act import pack_weight
 
         with torch.backends.mkldnn.flags(enabled=False):
-            assert pack_weight(tensors["input"], tensors["weight"], (1, 1), (1, 1), (1, 1), 1) is None
-            check(tensors, options, "cpu")
+            for layout in CHANNELS_LAST[4], torch.contiguous_format:
+                given = tensors | {"input": tensors["input"].contiguous(memory_format=layout)}
+                how = (given["input"], given["weight"], (1, 1), (1, 1), (1, 1), 1)
+                ours = layout is CHANNELS_LAST[4]  # the kernels of this library do not need oneDNN
+                assert (pack_weight(lambda _key, make: make(), *how) is not given["weight"]) == ours
+                with fused_res.backends.use("auto", winograd=False):
+                    check(given, options, "cpu")
 
 
 class TestOperator:

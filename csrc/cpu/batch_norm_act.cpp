@@ -1,6 +1,6 @@
 // batch_norm_act on the CPU: act(bn(x) [+ residual]), its backward, and what belongs to it. Python has
 // checked the arguments; what is checked here is what a kernel would crash on. The kernels are in
-// isa/batch_norm_act.h, the scheme in partition.h.
+// isa/batch_norm_*.h, the scheme in partition.h.
 #include <torch/library.h>
 
 #include <array>

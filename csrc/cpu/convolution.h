@@ -85,7 +85,7 @@ class WinogradTasks {
         total_(args.images * tiles_.in_image()) {
     const int64_t side = args.tile + 2;
     const int64_t weight = panels_of(args.outputs) * kPanelOutputs * args.channels * side * side;
-    shared_ = weight > kCachedWeight || total_ < kFewTiles;
+    shared_ = total_ < (weight > kSmallWeight ? kFewTiles : 3 * kOwnBlock) || weight > kCachedWeight;
     chunks_ = divide_up(total_, shared_ ? kSharedBlock : kOwnBlock);
   }
 
@@ -142,8 +142,8 @@ class WinogradTasks {
   }
 
  private:
-  static constexpr int64_t kCachedWeight = 3 << 20;  // floats: a good part of a last-level cache
-  static constexpr int64_t kOwnBlock = 14, kSharedBlock = 112, kFewTiles = 3 * kOwnBlock;  // tiles
+  static constexpr int64_t kSmallWeight = 1 << 20, kCachedWeight = 3 << 20;                // floats
+  static constexpr int64_t kOwnBlock = 14, kSharedBlock = 112, kFewTiles = 8 * kOwnBlock;  // tiles
   static constexpr int64_t kBlocksAtOnce = 4, kParts = 28;
 
   // Floats of a block's factors and of one panel's products.

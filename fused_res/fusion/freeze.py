@@ -18,7 +18,7 @@ from fused_res.models.network import ResidualNetwork
 from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
 from fused_res.nn.chain import Refusal, Shortcut, Unit, untouched
 from fused_res.nn.configured import check_settings
-from fused_res.nn.frozen import Frozen, FrozenBlock, FrozenConv
+from fused_res.nn.frozen import Frozen, FrozenBlock, FrozenConv, FrozenStage
 from fused_res.spec import UnitSpec
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,6 +61,9 @@ def freeze(model: Model, backend: str = "auto") -> Model:
         for name, child in parent._modules.items():
             if child in replaced:
                 parent._modules[name] = replaced[child]
+        children = list(parent._modules.values())
+        if type(parent) is nn.Sequential and len(children) > 1 and all(type(c) is FrozenBlock for c in children):
+            parent.__class__ = FrozenStage
     base: Any = type(frozen)
     if not isinstance(frozen, (Frozen, *CLOSED)) and base.__reduce_ex__ is object.__reduce_ex__:
         frozen.__class__ = _frozen_class(base)
@@ -116,9 +119,12 @@ def _freeze_stem(module: Any, adapter: Any, backend: str) -> Refusal | None:
         module.fused = False
     else:
         units, names = adapter.units(module), adapter.children
-    made = _fold(units, "none", backend)
+    pool = module.maxpool if module.maxpool is not None and chain.inspect_pool(module.maxpool) is None else None
+    made = _fold(units, "none", backend, pool=pool)
     if isinstance(made, Refusal):
         return made
+    if pool is not None:
+        module.maxpool = nn.Identity().eval()
     by_layer: dict[nn.Module, nn.Module] = {}
     for unit, frozen in zip(units, made, strict=True):
         by_layer |= {unit[0]: frozen} | dict.fromkeys(unit[1:], nn.Identity().eval())
@@ -160,10 +166,14 @@ def _has_own(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
 
 
 def _fold(
-    units: Sequence[Unit], shortcut: Shortcut, backend: str, origin: str | None = None
+    units: Sequence[Unit],
+    shortcut: Shortcut,
+    backend: str,
+    origin: str | None = None,
+    pool: nn.Module | None = None,
 ) -> list[FrozenConv] | Refusal:
-    """One frozen convolution for each unit, the projection's last."""
-    read = chain.read(units, shortcut)
+    """One frozen convolution for each unit, the projection's last; the pooling goes with the chain's last one."""
+    read = chain.read(units, shortcut, pool)
     if isinstance(read, Refusal):
         return read
     for norm, batch_statistics in zip(read.norms, read.training, strict=True):
@@ -177,7 +187,10 @@ def _fold(
     for index, spec in enumerate(read.spec.convolutions):
         weight, bias = _folded(read.tensors[6 * index : 6 * index + 6], spec)
         layers = "Conv2d + BatchNorm2d" + " + ReLU" * spec.relu
-        frozen.append(FrozenConv(weight, bias, spec, backend, origin or layers))
+        behind = read.spec.pool if index == len(units) - 1 else None
+        frozen.append(
+            FrozenConv(weight, bias, spec, backend, origin or layers + " + MaxPool2d" * (behind is not None), behind)
+        )
     return frozen
 
 

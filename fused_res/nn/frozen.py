@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_res import functional
+from fused_res.backends import registry
 from fused_res.backends.registry import Backend
-from fused_res.spec import UnitSpec
+from fused_res.nn import chain
+from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 
 class _Packed(NamedTuple):
@@ -21,8 +24,8 @@ class _Packed(NamedTuple):
     tensor: Tensor
 
 
-#: Shapes of input for which a layer keeps a packed weight. A server's batch varies; each takes as much memory as the
-#: weight itself.
+#: Packed weights that a layer keeps: the form of some depends on the input's shape, and a server's batch varies. Each
+#: takes as much memory as the weight itself, a transformed one (Winograd) four times as much.
 _SHAPES = 4
 _packing = threading.Lock()
 
@@ -49,24 +52,38 @@ class FrozenConv(Frozen):
         weight, bias: a convolution's, with the batch norm behind it folded in.
         spec: how it is applied.
         backend: see :func:`fused_res.functional.conv_bias_act`.
+        pool: the max pooling behind it, of a stem.
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor, spec: UnitSpec, backend: str = "auto", origin: str = "") -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        spec: UnitSpec,
+        backend: str = "auto",
+        origin: str = "",
+        pool: PoolSpec | None = None,
+    ) -> None:
         super().__init__(backend, origin)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.spec = spec
-        self._packed: dict[tuple[Any, ...], _Packed] = {}
+        self.pool = pool
+        self._packed: dict[Hashable, _Packed] = {}
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         spec = self.spec
         compiling = torch.compiler.is_compiling()
         if torch.compiler.is_exporting() or (not compiling and torch._C._get_tracing_state() is not None):
-            return self._plain(input, residual)
-        return functional.packed_conv_bias_act(
+            return self._pooled(self._plain(input, residual))
+        if self.pool is not None:
+            output = run_blocks((self,), input)
+            if output is not None:
+                return output
+        output = functional.packed_conv_bias_act(
             input,
             self.weight,
             self.bias,
@@ -79,6 +96,17 @@ class FrozenConv(Frozen):
             self.backend,
             None if compiling or type(input) is not Tensor else self._pack,
         )
+        return self._pooled(output)
+
+    def _pooled(self, output: Tensor) -> Tensor:
+        pool = self.pool
+        return output if pool is None else F.max_pool2d(output, pool.kernel_size, pool.stride, pool.padding)
+
+    def layers(self) -> tuple[Any, ...]:
+        return (self,)
+
+    def block(self) -> BlockSpec:
+        return _block((self.spec,), "none", self.pool)
 
     def _plain(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """For graphs that leave this process: nothing but ATen."""
@@ -88,19 +116,18 @@ class FrozenConv(Frozen):
             y = y + residual.to(y.dtype)
         return F.relu(y) if spec.relu else y
 
-    def _pack(self, kernels: Backend, input: Tensor, weight: Tensor, *how: Any) -> Tensor:
-        pack: Callable[..., Tensor | None] | None = getattr(kernels, "pack_weight", None)
-        if pack is None:
-            return weight
-        key = (kernels.name, input.shape, input.dtype, torch.get_num_threads())
+    def _pack(self, kernels: Backend, input: Tensor, weight: Tensor, *how: Any) -> Any:
+        pack: Callable[..., Any] | None = getattr(kernels, "pack_weight", None)
+        return weight if pack is None else pack(self.keep, input, weight, *how)
+
+    def keep(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` made for this key last, if the weight is still the same."""
         source, version = self.weight, _version(self.weight)
         found = self._packed.get(key)
         # The buffer may have been replaced (.to, functional_call) or written to (load_state_dict).
         if found is not None and found.source is source and found.version == version:
             return found.tensor
-        packed = pack(input, weight, *how)
-        if packed is None:
-            return weight
+        packed = make()
         with _packing:
             while len(self._packed) >= _SHAPES:
                 del self._packed[next(iter(self._packed))]
@@ -144,7 +171,21 @@ class FrozenBlock(Frozen):
         self.identity = shortcut == "identity"
         self._names = tuple(f"conv{index}" for index in range(1, len(units) + 1))
 
+    def layers(self) -> tuple[Any, ...]:
+        """The chain's, then the projection."""
+        children = self._modules
+        chain = tuple([children[name] for name in self._names])
+        return chain if self.downsample is None else (*chain, self.downsample)
+
+    def block(self) -> BlockSpec:
+        layers = self.layers()
+        shortcut = layers[-1].spec if self.downsample is not None else "identity" if self.identity else "none"
+        return _block(tuple([layer.spec for layer in layers[: len(self._names)]]), shortcut, None)
+
     def forward(self, x: Tensor) -> Tensor:
+        output = run_blocks((self,), x)
+        if output is not None:
+            return output
         children: dict[str, Any] = self._modules
         *first, last = self._names
         y = x
@@ -154,6 +195,45 @@ class FrozenBlock(Frozen):
         if self.downsample is not None:
             residual = self.downsample(x)
         return children[last](y, residual)
+
+
+class FrozenStage(nn.Sequential):
+    """Blocks in a row, which may run as one program; else one after the other, as in any nn.Sequential."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = tuple(self._modules.values())
+        output = run_blocks(blocks, x) if all(type(block) is FrozenBlock for block in blocks) else None
+        return super().forward(x) if output is None else output
+
+
+_block = cache(BlockSpec)
+
+
+def run_blocks(modules: Sequence[Any], x: Tensor) -> Tensor | None:
+    """Frozen modules in a row as one call of the backend, or None where they have to run one by one."""
+    if torch.compiler.is_compiling() or chain.situation() or chain.inspect_input(x) or torch.is_autocast_enabled("cpu"):
+        return None
+    if x.dtype is not torch.float32 or torch._C._len_torch_dispatch_stack():
+        return None
+    if any(module.backend != modules[0].backend for module in modules):
+        return None
+    run: Callable[..., Tensor | None] | None = getattr(
+        registry.resolve(modules[0].backend, x.device), "run_blocks", None
+    )
+    if run is None:
+        return None
+    layers = [layer for module in modules for layer in module.layers()]
+    for module in (*modules, *layers):
+        if not chain.untouched(module.__dict__):
+            return None
+    for layer in layers:
+        if type(layer) is not FrozenConv:
+            return None
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, *[t for layer in layers for t in (layer.weight, layer.bias)])
+    ):
+        return None
+    return run(tuple([module.block() for module in modules]), layers, x)
 
 
 def _version(tensor: Tensor) -> int:

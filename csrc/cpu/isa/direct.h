@@ -40,21 +40,40 @@ inline Range taps_inside(int64_t position, int64_t taps, int64_t dilation, int64
 
 // Rows of windows, row_stride(depth) apart.
 inline void gather(const ConvolutionArgs& args, Range rows, float* to) {
+  using V = Vec<float>;
   const int64_t run = args.taps_w * args.channels, stride = row_stride(args.taps_h * run);
   int64_t x = rows.begin % args.out_width, y = rows.begin / args.out_width % args.out_height;
   int64_t image = rows.begin / (args.out_width * args.out_height);
+  const auto advance = [&] {
+    if (++x == args.out_width) {
+      x = 0;
+      if (++y == args.out_height) y = 0, ++image;
+    }
+  };
+  const float* const end = args.x + args.images * args.height * args.width * args.channels;
   for (int64_t row = rows.begin; row < rows.end; ++row, to += stride) {
     const int64_t top = y * args.stride_h - args.pad_h, left = x * args.stride_w - args.pad_w;
     const Range inside_h = taps_inside(top, args.taps_h, args.dilation_h, args.height);
     const Range inside_w = taps_inside(left, args.taps_w, args.dilation_w, args.width);
+    const float* corner = args.x + ((image * args.height + top) * args.width + left) * args.channels;
+    const int64_t pitch = args.dilation_h * args.width * args.channels;
+    if (inside_h.end - inside_h.begin == args.taps_h && inside_w.end - inside_w.begin == args.taps_w &&
+        args.dilation_w == 1 && corner + (args.taps_h - 1) * pitch + run + V::lanes <= end) {
+      // Whole vectors: what they bring too much is written over by the next line, or lies in the rows'
+      // padding.
+      for (int64_t i = 0; i < args.taps_h; ++i) {
+        for (int64_t j = 0; j < run; j += V::lanes) store(to + i * run + j, load(corner + i * pitch + j));
+      }
+      advance();
+      continue;
+    }
     for (int64_t i = 0; i < args.taps_h; ++i) {
       float* line = to + i * run;
       if (i < inside_h.begin || i >= inside_h.end || inside_w.begin == inside_w.end) {
         clear_floats(line, run);
         continue;
       }
-      const int64_t line_y = image * args.height + top + i * args.dilation_h;
-      const float* from = args.x + (line_y * args.width + left) * args.channels;
+      const float* from = corner + i * pitch;
       clear_floats(line, inside_w.begin * args.channels);
       if (args.dilation_w == 1) {
         copy_floats(line + inside_w.begin * args.channels, from + inside_w.begin * args.channels,
@@ -66,10 +85,7 @@ inline void gather(const ConvolutionArgs& args, Range rows, float* to) {
       }
       clear_floats(line + inside_w.end * args.channels, run - inside_w.end * args.channels);
     }
-    if (++x == args.out_width) {
-      x = 0;
-      if (++y == args.out_height) y = 0, ++image;
-    }
+    advance();
   }
 }
 

@@ -2,12 +2,14 @@
 // leaves this file; it is constant, so that no instruction of this file runs before the table was chosen.
 #include "cpu/isa/kernels.h"
 
-#include "cpu/isa/batch_norm_act.h"
+#include "cpu/isa/batch_norm_backward.h"
+#include "cpu/isa/batch_norm_forward.h"
 #if defined(__AVX2__)
 #include "cpu/isa/direct.h"
 #include "cpu/isa/weight_gradient.h"
 #include "cpu/isa/winograd.h"
 #endif
+#include "cpu/isa/fma_peak.h"
 #include "cpu/isa/max_pool.h"
 
 namespace fused_res::cpu {
@@ -61,6 +63,7 @@ extern constexpr Kernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
     .add = add_partials,
     .finish = {finish<float>, finish<double>},
     .finish_gradient = {finish_gradient<float>, finish_gradient<double>},
+    .multiply_add = multiply_add,
 };
 
 }  // namespace fused_res::cpu

@@ -95,8 +95,9 @@ struct PoolArgs {
   const void* scale;  // stats[C], or null: x is pooled as it is
   const void* shift;  // stats[C]
   bool relu;
-  void* y;           // forward: output; backward: gradient of the input
-  uint8_t* indices;  // of the output's shape: position in the window
+  void* y;  // forward: output; backward: gradient of the input
+  uint8_t*
+      indices;  // of the output's shape: position in the window; null (forward NHWC without a norm): unwanted
 };
 
 struct MaxPoolKernels {
@@ -180,6 +181,8 @@ struct ConvolutionKernels {
   WeightGradientKernels direct_gradient, winograd_gradient;
 };
 
+constexpr int kFmaValues = 14;  // 12 chains and their two operands
+
 struct Kernels {
   const char* name;
   const ConvolutionKernels* convolution;  // null: not worth it on this instruction set
@@ -200,6 +203,8 @@ struct Kernels {
   // dweight[C], dbias[C]; each may be null.
   void (*finish_gradient[2])(const GradientArgs&, const double* sums, const double* products, double count,
                              int64_t channels, int64_t c0, int64_t c1);
+  // Keeps the multiply-add units busy and returns the FLOP. `values`: kFmaValues floats, read and written.
+  int64_t (*multiply_add)(int64_t rounds, float* values);
 };
 
 extern const Kernels kernels_baseline;

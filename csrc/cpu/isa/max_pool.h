@@ -59,8 +59,36 @@ inline typename V::Mask positions_equal(const uint8_t* p, uint8_t value, Partial
 
 // --- NHWC: a vector is some channels of one pixel ---
 
+// Without indices, and without a norm before it.
+template <class T>
+void max_pool_values_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
+  using V = Vec<Compute<T>>;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* image = static_cast<const T*>(a.x) + row / a.out_height * a.height * a.width * a.channels;
+    const int64_t oy = row % a.out_height;
+    const Range rows = window(oy, a.kernel_h, a.stride_h, a.pad_h, a.height);
+    for (int64_t ox = 0; ox < a.out_width; ++ox) {
+      const Range cols = window(ox, a.kernel_w, a.stride_w, a.pad_w, a.width);
+      const int64_t corner = ((oy * a.stride_h - a.pad_h) * a.width + ox * a.stride_w - a.pad_w) * a.channels;
+      T* y = static_cast<T*>(a.y) + (row * a.out_width + ox) * a.channels;
+      for_each_vector<V>(a.channels, [&](auto part, int64_t c) {
+        V best = V::all(-static_cast<Compute<T>>(__builtin_inf()));
+        for (int64_t ky = rows.begin; ky < rows.end; ++ky) {
+          const T* x = image + corner + ky * a.width * a.channels + c;
+          for (int64_t kx = cols.begin; kx < cols.end; ++kx) {
+            const V v = part.load(x + kx * a.channels);
+            best = select(greater_or_nan(v, best), v, best);
+          }
+        }
+        part.store(y + c, best);
+      });
+    }
+  }
+}
+
 template <class T>
 void max_pool_forward_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
+  if (!a.indices) return max_pool_values_nhwc<T>(a, begin, end);
   using S = Compute<T>;
   using V = Vec<S>;
   const S* mean = static_cast<const S*>(a.mean);

@@ -21,6 +21,11 @@ constexpr int kRows = 14;  // of 32
 constexpr int kRows = 6;  // of 16
 #endif
 
+// How far ahead of the products B is asked for, in floats. The processor's own prefetcher stops at every
+// page; a weight of megabytes, read once for a few rows (one image, 256 channels of 14x14), comes from
+// memory 1.3x as fast with this.
+constexpr int64_t kPrefetch = 64 * kPanelOutputs, kLine = 16;
+
 // sums[r][0..kColumns) = a[r][0..depth) * b[0..depth)[0..kColumns). Rows of A are `stride` apart, those of B
 // and of the sums kPanelOutputs.
 template <int R>
@@ -39,6 +44,8 @@ inline void multiply(const float* a, int64_t stride, const float* b, int64_t dep
   for (int i = 0; i < kPointers; ++i) pointers[i] = a + 3 * i * stride;
   for (int64_t k = 0; k < depth; ++k) {
     V columns[kVectors];
+    prefetch(b + kPrefetch);
+    prefetch(b + kPrefetch + kLine);
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * V::lanes);
 #pragma GCC unroll 14

@@ -29,14 +29,14 @@ struct Window {
 };
 
 template <int MY, int MX, bool kInside, class Part>
-inline void input_vector(Part part, const float* x, const Window& window, float* const* to, int64_t c) {
+inline void input_vector(Part part, const float* x, const Window& window, float* const* to, int64_t at) {
   using V = Vec<float>;
   constexpr int NY = MY + 2, NX = MX + 2;
   if constexpr (kInside) {  // what the next tile reads, and this one does not
 #pragma GCC unroll 6
     for (int i = 0; i < NY; ++i) {
 #pragma GCC unroll 4
-      for (int j = NX; j < NX + MX; ++j) prefetch(x + i * window.row + j * window.column + c);
+      for (int j = NX; j < NX + MX; ++j) prefetch(x + i * window.row + j * window.column);
     }
   }
   V t[NY][NX];
@@ -45,7 +45,7 @@ inline void input_vector(Part part, const float* x, const Window& window, float*
     V d[NY], u[NY];
 #pragma GCC unroll 6
     for (int i = 0; i < NY; ++i) {
-      const float* p = x + i * window.row + j * window.column + c;
+      const float* p = x + i * window.row + j * window.column;
       if constexpr (kInside) {
         d[i] = part.load(p);
       } else {
@@ -63,7 +63,7 @@ inline void input_vector(Part part, const float* x, const Window& window, float*
     V u[NX];
     transform_input<MX>(t[i], u);
 #pragma GCC unroll 6
-    for (int j = 0; j < NX; ++j) part.store(to[i * NX + j] + c, u[j]);
+    for (int j = 0; j < NX; ++j) part.store(to[i * NX + j] + at, u[j]);
   }
 }
 
@@ -83,32 +83,50 @@ inline void for_each_tile(const Tiles& tiles, Range range, F f) {
   }
 }
 
+// Where a tile of each kind has its factors, or products: one pointer for each pair of its points, for the
+// tile whose index is 0.
+template <class T>
+class Places {
+ public:
+  Places(const Tiles& tiles, const Matrices& matrices, T* data, int64_t stride) {
+    for (int kind = 0; kind < 4; ++kind) {
+      const int my = static_cast<int>(tiles.height(kind)), mx = static_cast<int>(tiles.width(kind));
+      if (my == 0 || mx == 0) continue;
+      for (int i = 0; i < my + 2; ++i) {
+        for (int j = 0; j < mx + 2; ++j) {
+          places_[kind][i * (mx + 2) + j] =
+              data + stride * matrices.row(point_of(my, i), point_of(mx, j), kind, 0);
+        }
+      }
+    }
+  }
+  T* const* of(int kind) const { return places_[kind]; }
+
+ private:
+  T* places_[4][kPoints * kPoints];
+};
+
 void winograd_input(const ConvolutionArgs& args, Range block, Range range, float* v) {
   const Tiles tiles(args.tile, args.out_height, args.out_width);
-  const Matrices matrices(tiles, block);
   const int64_t stride = row_stride(args.channels);
+  const Places<float> places(tiles, Matrices(tiles, block), v, stride);
   for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
+    const int64_t y = ty * args.tile - args.pad_h, x = tx * args.tile - args.pad_w;
+    const float* corner = args.x + ((image * args.height + y) * args.width + x) * args.channels;
+    const Window window = {
+        args.width * args.channels, args.channels, {-y, args.height - y}, {-x, args.width - x}};
     with_size(tiles.height(kind), [&](auto my) {
       with_size(tiles.width(kind), [&](auto mx) {
-        constexpr int MY = my.value, MX = mx.value, NY = MY + 2, NX = MX + 2;
-        float* to[NY * NX];
-        for (int i = 0; i < NY; ++i) {
-          for (int j = 0; j < NX; ++j) {
-            to[i * NX + j] = v + stride * matrices.row(point_of(MY, i), point_of(MX, j), kind, index);
-          }
-        }
-        const int64_t y = ty * args.tile - args.pad_h, x = tx * args.tile - args.pad_w;
-        const float* corner = args.x + ((image * args.height + y) * args.width + x) * args.channels;
-        const Window window = {
-            args.width * args.channels, args.channels, {-y, args.height - y}, {-x, args.width - x}};
-        if (y >= 0 && x >= 0 && y + NY <= args.height && x + NX <= args.width) {
+        constexpr int MY = my.value, MX = mx.value;
+        const auto run = [&](auto inside) {
           for_each_vector<Vec<float>>(args.channels, [&](auto part, int64_t c) {
-            input_vector<MY, MX, true>(part, corner, window, to, c);
+            input_vector<MY, MX, inside.value>(part, corner + c, window, places.of(kind), index * stride + c);
           });
+        };
+        if (y >= 0 && x >= 0 && y + MY + 2 <= args.height && x + MX + 2 <= args.width) {
+          run(Int<true>{});
         } else {
-          for_each_vector<Vec<float>>(args.channels, [&](auto part, int64_t c) {
-            input_vector<MY, MX, false>(part, corner, window, to, c);
-          });
+          run(Int<false>{});
         }
       });
     });
@@ -148,12 +166,36 @@ inline void prefetch_tile(const ConvolutionArgs& args, const Tiles& tiles, int64
   }
 }
 
+// Adds, clamps, writes; a tile at the border of the image may be cropped.
+template <int MY, int MX, class Part>
+inline void write_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Part part, int64_t pixel,
+                       int64_t rows, int64_t columns, Vec<float> (&outputs)[MY][MX], Moments* moments) {
+  if (rows >= MY && columns >= MX) {
+#pragma GCC unroll 4
+    for (int i = 0; i < MY; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < MX; ++j) {
+        outputs[i][j] = epilogue.finish(part, outputs[i][j], pixel + i * args.out_width + j);
+      }
+    }
+    if (moments) moments->add(outputs[0], MY * MX);
+    return;
+  }
+  for (int i = 0; i < MY && i < rows; ++i) {
+    for (int j = 0; j < MX && j < columns; ++j) {
+      outputs[i][j] = epilogue.finish(part, outputs[i][j], pixel + i * args.out_width + j);
+    }
+    if (moments) moments->add(outputs[i], smaller(columns, MX));
+  }
+}
+
 void winograd_output(const ConvolutionArgs& args, Range block, Range panels, const float* v, float* products,
                      double* moments) {
   using V = Vec<float>;
   const Tiles tiles(args.tile, args.out_height, args.out_width);
   const Matrices matrices(tiles, block);
   const int64_t stride = row_stride(args.channels);
+  const Places<const float> places(tiles, matrices, products, kPanelOutputs);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const float* u = args.packed + panel * kPoints * kPoints * args.channels * kPanelOutputs;
     for (int i = 0; i < kPoints; ++i) {
@@ -179,28 +221,13 @@ void winograd_output(const ConvolutionArgs& args, Range block, Range panels, con
         const Epilogue epilogue(args, part, c);
         Moments sums;
         for_each_tile(tiles, block, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
+          const int64_t y = ty * args.tile, x = tx * args.tile;
           with_size(tiles.height(kind), [&](auto my) {
             with_size(tiles.width(kind), [&](auto mx) {
-              constexpr int MY = my.value, MX = mx.value, NY = MY + 2, NX = MX + 2;
-              const float* from[NY * NX];
-              for (int i = 0; i < NY; ++i) {
-                for (int j = 0; j < NX; ++j) {
-                  from[i * NX + j] =
-                      products + kPanelOutputs * matrices.row(point_of(MY, i), point_of(MX, j), kind, index);
-                }
-              }
-              V outputs[MY][MX];
-              output_tile<MY, MX>(from, at, outputs);
-              const int64_t y = ty * args.tile, x = tx * args.tile;
-              const int64_t rows = smaller(MY, args.out_height - y),
-                            columns = smaller(MX, args.out_width - x);
-              const int64_t pixel = (image * args.out_height + y) * args.out_width + x;
-              for (int i = 0; i < MY && i < rows; ++i) {
-                for (int j = 0; j < MX && j < columns; ++j) {
-                  outputs[i][j] = epilogue.finish(part, outputs[i][j], pixel + i * args.out_width + j);
-                }
-                if (moments) sums.add(outputs[i], columns);
-              }
+              V outputs[my.value][mx.value];
+              output_tile(places.of(kind), index * kPanelOutputs + at, outputs);
+              write_tile(args, epilogue, part, (image * args.out_height + y) * args.out_width + x,
+                         args.out_height - y, args.out_width - x, outputs, moments ? &sums : nullptr);
             });
           });
         });
@@ -210,35 +237,63 @@ void winograd_output(const ConvolutionArgs& args, Range block, Range panels, con
   }
 }
 
+// Floats of a packed weight that no cache keeps until it is read: written past them.
+constexpr int64_t kUncached = 4 << 20;
+
 void winograd_pack(const Weight& weight, Range panels, float* packed) {
+  constexpr int kTogether = 16;  // channels: a line of memory, whichever way the weight lies in it
+  const int64_t size = weight.channels * kPanelOutputs;
+  const bool past = kPoints * kPoints * size * (weight.outputs / kPanelOutputs) > kUncached;
+  float g[kTogether][kTaps][kTaps][kPanelOutputs] = {};
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    float* u = packed + panel * kPoints * kPoints * weight.channels * kPanelOutputs;
+    float* u = packed + panel * kPoints * kPoints * size;
     const float* first = weight.data + panel * kPanelOutputs * weight.output_stride;
     const int64_t outputs = smaller(kPanelOutputs, weight.outputs - panel * kPanelOutputs);
-    double g[kTaps][kTaps][kPanelOutputs] = {};
-    for (int64_t c = 0; c < weight.channels; ++c) {
-      for (int64_t o = 0; o < outputs; ++o) {
-        const float* w = first + o * weight.output_stride + c * weight.channel_stride;
-        for (int y = 0; y < kTaps; ++y) {
-          for (int x = 0; x < kTaps; ++x) g[y][x][o] = w[y * weight.row_stride + x * weight.column_stride];
+    if (outputs < kPanelOutputs) memset(g, 0, sizeof(g));
+    for (int64_t begin = 0; begin < weight.channels; begin += kTogether) {
+      const int64_t channels = smaller(kTogether, weight.channels - begin);
+      for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
+        const int64_t y = tap / kTaps, x = tap % kTaps;
+        const float* w =
+            first + y * weight.row_stride + x * weight.column_stride + begin * weight.channel_stride;
+        if (weight.channel_stride < weight.output_stride) {
+          for (int64_t o = 0; o < outputs; ++o) {
+            for (int64_t c = 0; c < channels; ++c) {
+              g[c][y][x][o] = w[o * weight.output_stride + c * weight.channel_stride];
+            }
+          }
+        } else {
+          for (int64_t c = 0; c < channels; ++c) {
+            for (int64_t o = 0; o < outputs; ++o) {
+              g[c][y][x][o] = w[o * weight.output_stride + c * weight.channel_stride];
+            }
+          }
         }
       }
-      float to[kPoints][kPoints][kPanelOutputs];
-      for (int o = 0; o < kPanelOutputs; ++o) {  // the compiler makes vectors of this
-        double t[kTaps][kPoints];
-        for (int x = 0; x < kTaps; ++x) transform_kernel(g[0][x][o], g[1][x][o], g[2][x][o], t[x]);
-        for (int i = 0; i < kPoints; ++i) {
-          double row[kPoints];
-          transform_kernel(t[0][i], t[1][i], t[2][i], row);
-          for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
+      for (int64_t c = 0; c < channels; ++c) {
+        float to[kPoints][kPoints][kPanelOutputs];
+        for (int o = 0; o < kPanelOutputs; ++o) {  // the compiler makes vectors of this
+          double t[kTaps][kPoints];
+          for (int x = 0; x < kTaps; ++x) {
+            transform_kernel(static_cast<double>(g[c][0][x][o]), static_cast<double>(g[c][1][x][o]),
+                             static_cast<double>(g[c][2][x][o]), t[x]);
+          }
+          for (int i = 0; i < kPoints; ++i) {
+            double row[kPoints];
+            transform_kernel(t[0][i], t[1][i], t[2][i], row);
+            for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
+          }
         }
-      }
-      for (int p = 0; p < kPoints * kPoints; ++p) {
-        copy_floats(u + (p * weight.channels + c) * kPanelOutputs, to[0][0] + p * kPanelOutputs,
-                    kPanelOutputs);
+        for (int p = 0; p < kPoints * kPoints; ++p) {
+          float* line = u + p * size + (begin + c) * kPanelOutputs;
+          for (int o = 0; o < kPanelOutputs; o += Vec<float>::lanes) {
+            put(Whole{}, line + o, load(to[0][0] + p * kPanelOutputs + o), past);
+          }
+        }
       }
     }
   }
+  stream_fence();
 }
 
 inline constexpr WinogradKernels winograd = {winograd_pack, winograd_input, winograd_output};

@@ -1,60 +1,59 @@
-"""``act(conv(x, w) + bias [+ residual])`` by oneDNN, with the bias, the addition and the ReLU in its epilogue.
-
-What it does not take (float64, sequences, 16-bit types that the processor does not know, an empty batch) is ATen's
-convolution, with the rest in place on its output.
-"""
+"""``act(conv(x, w) + bias [+ residual])``: by our kernels, oneDNN's or ATen's, as :mod:`.convolution` chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fused_res import ops
+from fused_res import _extension, ops
+from fused_res.backends import registry
+from fused_res.backends.cpu import convolution, onednn, program
+from fused_res.backends.cpu.convolution import Kernel
 from fused_res.convolution import finish_in_place
 from fused_res.ops import laid_out, makes_channels_last
-
-_pointwise = torch.ops.mkldnn._convolution_pointwise.default
-_binary = torch.ops.mkldnn._convolution_pointwise.binary
+from fused_res.spec import BlockSpec
 
 
-@cache
-def _dtypes() -> tuple[torch.dtype, ...]:
-    """What oneDNN computes in on this processor."""
-    if not torch.backends.mkldnn.is_available():
-        return ()
-    supported = {
-        torch.float32: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    }
-    return tuple(dtype for dtype, yes in supported.items() if yes)
+class Packed(NamedTuple):
+    """A weight in the form of its kernel: stands for the weight in :func:`conv_bias_act`."""
+
+    kernel: Kernel
+    tensor: Tensor
+    shape: torch.Size  # of the weight
 
 
-def _takes(input: Tensor) -> bool:
-    return input.dim() > 3 and input.dtype in _dtypes() and input.numel() > 0 and torch._C._get_mkldnn_enabled()
+Keep = Callable[[Hashable, Callable[[], Tensor]], Tensor]
 
 
 def pack_weight(
-    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor | None:
-    """``weight`` in the blocked format that oneDNN wants for this input, or None where it would not be asked.
-
-    It may stand for ``weight`` in :func:`conv_bias_act` with inputs of this shape and, as the format depends on it,
-    this number of threads; for others it would be right, and up to 30 times slower.
-    """
-    if not _takes(input):
-        return None
-    return torch.ops.mkldnn._reorder_convolution_weight.default(
-        weight, padding, stride, dilation, groups, list(input.shape)
-    )
+    keep: Keep,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor | Packed:
+    """``weight`` for inputs like this one, packed where that pays; ``keep(key, make)`` remembers what was made."""
+    kernel = convolution.kernel_for(input, weight, stride, padding, dilation, groups, True)
+    if kernel.ours:
+        # One form for every shape of input; the tiles' size is the kernel's own affair.
+        tensor = keep(kernel.name, lambda: convolution.pack_conv_weight(weight, kernel.name == "winograd", False))
+    elif kernel.name == "onednn":
+        key = kernel.name, input.shape, input.dtype, torch.get_num_threads()
+        tensor = keep(key, lambda: onednn.pack(input, weight, stride, padding, dilation, groups))
+    else:
+        return weight
+    return Packed(kernel, tensor, weight.shape)
 
 
 def _conv_bias_act(
     input: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor | None,
     residual: Tensor | None,
     stride: Sequence[int],
@@ -63,35 +62,53 @@ def _conv_bias_act(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    channels_last = makes_channels_last(input, weight)
-    input = laid_out(input, channels_last)
-    # A weight that is not packed yet is packed on every call: for one image that takes longer than is gained.
-    if not weight.is_mkldnn and (input.shape[0] == 1 or not _takes(input)):
-        y = torch.convolution(input, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
-    elif residual is None:
-        y = _pointwise(input, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], None)
-        relu = False
-    elif channels_last and groups == 1:
-        residual = laid_out(residual, True)
-        y = _binary(
-            input,
-            residual,
+    if isinstance(weight, Packed):
+        kernel, operand, shape = weight
+        channels_last = True
+    else:
+        kernel, operand, shape = (
+            convolution.kernel_for(input, weight, stride, padding, dilation, groups, False),
             weight,
-            bias,
-            padding,
-            stride,
-            dilation,
-            groups,
-            "add",
-            None,
-            "relu" if relu else None,
-            [],
-            None,
+            weight.shape,
         )
-        residual, relu = None, False
-    else:  # oneDNN adds in its epilogue only there
-        y = _pointwise(input, weight, bias, padding, stride, dilation, groups, "none", [], None)
-    return laid_out(finish_in_place(y, residual, relu), channels_last)
+        channels_last = makes_channels_last(input, weight)
+        if kernel.ours:
+            operand = convolution.pack_conv_weight(weight, kernel.name == "winograd", False)
+    if kernel.ours:
+        return convolution.run(input, operand, kernel, shape, bias, residual, stride, padding, dilation, relu)
+    input = laid_out(input, channels_last)
+    if residual is not None:
+        residual = laid_out(residual, channels_last)
+    if kernel.name == "onednn":
+        y = onednn.conv_bias_act(input, operand, bias, residual, stride, padding, dilation, groups, relu)
+    else:
+        y = torch.convolution(input, operand, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+        y = finish_in_place(y, residual, relu)
+    return laid_out(y, channels_last)
 
 
 conv_bias_act = ops.operator("fused_res_cpu", "conv_bias_act", _conv_bias_act, "CPU")
+
+
+class Layer(Protocol):
+    """A convolution that keeps its weight."""
+
+    weight: Tensor
+    bias: Tensor
+    keep: Keep
+
+
+def run_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input: Tensor) -> Tensor | None:
+    """Blocks in a row, by our kernels alone (:mod:`.program`); None where that cannot be."""
+    tensors = [input, *[layer.weight for layer in layers], *[layer.bias for layer in layers]]
+    if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    shapes = tuple([tuple(layer.weight.shape) for layer in layers])
+    plan = program.plan(blocks, shapes, tuple(input.shape), registry.winograd(), _extension.cpu_isa())
+    if plan is None:
+        return None
+    packed = [
+        layer.keep(kernel.name, partial(convolution.pack_conv_weight, layer.weight, kernel.name == "winograd", False))
+        for layer, kernel in zip(layers, plan.kernels, strict=True)
+    ]
+    return plan.run(input, packed, [layer.bias for layer in layers])

@@ -1,0 +1,187 @@
+"""Blocks in a row as one call: convolutions and poolings whose values in between stay in an arena.
+
+A program takes a few images at a time through all of its layers, as many as fit into the last-level cache together
+with everything between input and output: on large maps a layer then reads from cache what the one before has written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fused_res.backends.cpu.convolution import Geometry, Kernel, choose
+from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
+
+_run = torch.ops.fused_res_cpu.conv_program.default
+
+#: About half of a last-level cache, in floats: others use it, too.
+_CACHE = 4 << 20
+#: Where values are, beside offsets into the arena, and what steps do: csrc/cpu/convolution.cpp.
+_INPUT, _OUTPUT, _NOWHERE = -1, -2, -3
+_CONVOLUTION, _MAX_POOL = 0, 1
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    kernels: tuple[Kernel, ...]  # of the convolutions, each block's projection last
+    steps: tuple[int, ...]
+    arena: int  # floats an image
+    chunk: int  # images at a time
+    output: Shape
+
+    def run(self, input: Tensor, packed: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        output: Tensor = _run(input, packed, biases, self.steps, self.arena, self.chunk, self.output)
+        return output
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Values have numbers: 0 is the input, layer i makes value i + 1, the last one is the output."""
+
+    spec: UnitSpec | PoolSpec
+    reads: int
+    residual: int | None
+    weight: int  # its number; -1 for a pooling
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    blocks: tuple[BlockSpec, ...], weights: tuple[Shape, ...], input: Shape, winograd: bool, isa: str
+) -> Program | None:
+    """The program for an input ``(N, C, H, W)``; None if it does not fit, or another library is to compute a part.
+
+    ``weights`` are the shapes of all weights, block after block, a projection's behind those of its block.
+    """
+    layers = _layers(blocks)
+    images, *image = input
+    if images == 0:
+        return None
+    shapes: list[Shape] = [tuple(image)]
+    kernels: dict[int, Kernel] = {}
+    for layer in layers:
+        channels, *size = shapes[layer.reads]
+        if isinstance(layer.spec, PoolSpec):
+            shapes.append((channels, *_sizes(size, layer.spec.kernel_size, layer.spec, (1, 1))))
+            continue
+        spec, weight = layer.spec, weights[layer.weight]
+        if weight[1] * spec.groups != channels:
+            return None
+        geometry = Geometry((images, channels, *size), weight, spec.stride, spec.padding, spec.dilation, spec.groups)
+        kernels[layer.weight] = kernel = choose(geometry, True, True, winograd, isa)
+        if not kernel.ours:
+            return None
+        shapes.append((weight[0], *_sizes(size, weight[2:], spec, spec.dilation)))
+    if any(size < 1 for shape in shapes for size in shape):
+        return None
+    places, arena = _places(layers, [prod(shape) for shape in shapes])
+    steps = [
+        number
+        for index, layer in enumerate(layers)
+        for number in _step(layer, index, places, shapes[layer.reads], weights, kernels)
+    ]
+    floats = sum(prod(weights[n]) * ((k.tile + 2) ** 2 // 9 if k.tile else 1) for n, k in kernels.items())
+    return Program(
+        tuple(kernels[number] for number in sorted(kernels)),
+        tuple(steps),
+        arena,
+        _chunk(images, prod(shapes[0]) + arena + prod(shapes[-1]), floats),
+        (images, *shapes[-1]),
+    )
+
+
+def _layers(blocks: Sequence[BlockSpec]) -> list[_Layer]:
+    layers: list[_Layer] = []
+    weight = 0
+    for block in blocks:
+        start = len(layers)
+        residual = start if block.shortcut == "identity" else None
+        if block.projection is not None:
+            layers.append(_Layer(block.projection, start, None, weight + len(block.units)))
+            residual = len(layers)
+        reads = start
+        for index, unit in enumerate(block.units):
+            last = index == len(block.units) - 1
+            layers.append(_Layer(unit, reads, residual if last else None, weight + index))
+            reads = len(layers)
+        if block.pool is not None:
+            layers.append(_Layer(block.pool, reads, None, -1))
+        weight += len(block.convolutions)
+    return layers
+
+
+def _places(layers: Sequence[_Layer], sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where each value is, in floats an image, and the arena's size: a place is used again when its value is not."""
+    output = len(layers)
+    last_use = dict.fromkeys(range(output + 1), output)
+    for index, layer in enumerate(layers):
+        for value in (layer.reads, layer.residual):
+            if value is not None:
+                last_use[value] = index
+    # What is added for the last time is written over, one number after the other, by the sum.
+    same = list(range(output + 1))
+    for index in reversed(range(output)):
+        residual = layers[index].residual
+        if residual and last_use[residual] == index:
+            same[residual] = same[index + 1]
+    lives: dict[int, tuple[int, int]] = {}
+    for value in range(1, output + 1):
+        begin, end = lives.get(same[value], (value - 1, 0))
+        lives[same[value]] = begin, max(end, last_use[value])
+    offsets: dict[int, int] = {0: _INPUT, output: _OUTPUT}
+    for value, (begin, end) in lives.items():
+        if value == output:
+            continue
+        taken = sorted(
+            (offsets[other], offsets[other] + sizes[other])
+            for other, (first, last) in lives.items()
+            if other in offsets and other != output and first <= end and begin <= last
+        )
+        offset = 0
+        for low, high in taken:
+            if offset + sizes[value] <= low:
+                break
+            offset = max(offset, high)
+        offsets[value] = offset
+    arena = max((offsets[value] + sizes[value] for value in lives if value != output), default=0)
+    return [offsets[same[value]] for value in range(output + 1)], arena
+
+
+def _step(
+    layer: _Layer,
+    index: int,
+    places: Sequence[int],
+    image: Shape,
+    weights: Sequence[Shape],
+    kernels: dict[int, Kernel],
+) -> list[int]:
+    """The numbers of struct Step."""
+    spec = layer.spec
+    residual = _NOWHERE if layer.residual is None else places[layer.residual]
+    where = [places[layer.reads], places[index + 1], residual, layer.weight]
+    if isinstance(spec, PoolSpec):
+        return [_MAX_POOL, *where, 0, 0, *image, image[0], *spec.kernel_size, *spec.stride, *spec.padding, 1, 1]
+    outputs, _, *taps = weights[layer.weight]
+    how = [kernels[layer.weight].tile, int(spec.relu), *image, outputs, *taps]
+    return [_CONVOLUTION, *where, *how, *spec.stride, *spec.padding, *spec.dilation]
+
+
+def _chunk(images: int, floats: int, weights: int) -> int:
+    """Images at a time. Every chunk reads the weights again, so these have to fit into the cache as well."""
+    room = _CACHE - weights
+    return images if room < _CACHE // 2 else max(1, min(images, room // floats))
+
+
+def _sizes(
+    size: Sequence[int], kernel: Sequence[int], spec: UnitSpec | PoolSpec, dilation: Sequence[int]
+) -> tuple[int, ...]:
+    return tuple(
+        (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
+        for size, taps, step, pad, spread in zip(size, kernel, spec.stride, spec.padding, dilation, strict=True)
+    )

@@ -1,0 +1,254 @@
+// The CPU's convolutions without torch, on plain threads and on arrays of exactly their size: what
+// AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer watch (test_cpu_sanitizers.py). Outputs
+// are compared with a plain loop. With the argument `broken`, scratch memory is too short and shared by all
+// threads: sanitizers have to say so.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "cpu/convolution.h"
+#include "cpu/isa/direct.h"
+#include "cpu/isa/winograd.h"
+
+namespace fused_res::cpu {
+namespace {
+
+bool broken = false;
+
+constexpr ConvolutionKernels kKernels = {direct, winograd};
+
+// Memory of exactly this size, so that a sanitizer sees the first element behind it.
+template <class T>
+struct Array {
+  int64_t size;
+  std::unique_ptr<T[]> data;
+
+  explicit Array(int64_t n) : size(n), data(new T[n]) {}
+  T* get() const { return data.get(); }
+  T& operator[](int64_t i) const { return data[i]; }
+};
+
+// The same numbers everywhere: multiples of 1/64 around `mean`.
+Array<float> random_floats(int64_t n, float mean) {
+  static uint32_t state = 1;
+  Array<float> values(n);
+  for (int64_t i = 0; i < n; ++i) {
+    state = state * 1664525 + 1013904223;
+    values[i] = mean + static_cast<float>(static_cast<int>(state >> 24) - 128) / 64;
+  }
+  return values;
+}
+
+// parallel(n, body) for the tasks. Nothing but the beginning and the end of the loop orders what threads do.
+struct Threads {
+  int64_t count;
+  static thread_local int64_t number;
+
+  int64_t threads() const { return count; }
+  int64_t thread() const { return broken ? 0 : number; }
+
+  template <class Body>
+  void operator()(int64_t n, const Body& body) const {
+    std::vector<std::thread> threads;
+    for (int64_t i = 0; i < count; ++i) {
+      threads.emplace_back([&, i] {
+        number = i;
+        const Range part = part_of(n, i, count);
+        if (part.begin < part.end) body(part.begin, part.end);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+thread_local int64_t Threads::number = 0;
+
+struct Case {
+  int64_t images, channels, height, width, outputs, taps_h, taps_w, stride, pad, dilation, tile;
+  bool transposed = false, bias = false, residual = false, relu = false;
+};
+
+struct Image {
+  int64_t images, height, width;
+};
+
+struct Operands {
+  ConvolutionArgs args = {};
+  Array<float> x, plain, bias, residual;
+  Weight weight;
+
+  explicit Operands(const Case& c)
+      : x(random_floats(c.images * c.height * c.width * c.channels, 1)),
+        plain(random_floats(c.outputs * c.channels * c.taps_h * c.taps_w, 0)),
+        bias(random_floats(c.outputs, 10)),
+        residual(0) {
+    const int64_t taps = c.taps_h * c.taps_w;
+    weight = {plain.get(), c.outputs, c.channels, c.taps_h, c.taps_w, c.channels * taps, taps, c.taps_w, 1};
+    if (c.transposed) {
+      weight.data += taps - 1;
+      weight.row_stride = -c.taps_w, weight.column_stride = -1;
+      weight.output_stride = taps, weight.channel_stride = c.outputs * taps;
+    }
+    const auto size = [&](int64_t in, int64_t taps) {
+      return (in + 2 * c.pad - c.dilation * (taps - 1) - 1) / c.stride + 1;
+    };
+    args.images = c.images, args.channels = c.channels, args.height = c.height, args.width = c.width;
+    args.outputs = c.outputs, args.taps_h = c.taps_h, args.taps_w = c.taps_w;
+    args.out_height = size(c.height, c.taps_h), args.out_width = size(c.width, c.taps_w);
+    args.stride_h = args.stride_w = c.stride, args.pad_h = args.pad_w = c.pad;
+    args.dilation_h = args.dilation_w = c.dilation;
+    args.relu = c.relu, args.tile = c.tile, args.gather = taps * c.stride != 1 || c.pad != 0;
+    args.x = x.get();
+    if (c.bias) args.bias = bias.get();
+    if (c.residual) {
+      residual = random_floats(numel(), 0);
+      args.residual = residual.get();
+    }
+  }
+
+  int64_t pixels() const { return args.images * args.out_height * args.out_width; }
+  int64_t numel() const { return pixels() * args.outputs; }
+
+  // One output in double, and the sum of the absolute values that it is made of.
+  double naive(int64_t pixel, int64_t o, double& magnitude) const {
+    const int64_t x0 = pixel % args.out_width, y0 = pixel / args.out_width % args.out_height;
+    const int64_t image = pixel / args.out_width / args.out_height;
+    double sum = args.bias ? args.bias[o] : 0;
+    if (args.residual) sum += args.residual[pixel * args.outputs + o];
+    magnitude = std::abs(sum);
+    for (int64_t i = 0; i < args.taps_h; ++i) {
+      for (int64_t j = 0; j < args.taps_w; ++j) {
+        const int64_t h = y0 * args.stride_h - args.pad_h + i * args.dilation_h;
+        const int64_t w = x0 * args.stride_w - args.pad_w + j * args.dilation_w;
+        if (h < 0 || h >= args.height || w < 0 || w >= args.width) continue;
+        for (int64_t c = 0; c < args.channels; ++c) {
+          const double product =
+              static_cast<double>(args.x[((image * args.height + h) * args.width + w) * args.channels + c]) *
+              weight.data[o * weight.output_stride + c * weight.channel_stride + i * weight.row_stride +
+                          j * weight.column_stride];
+          sum += product, magnitude += std::abs(product);
+        }
+      }
+    }
+    return args.relu && sum <= 0 ? 0 : sum;
+  }
+};
+
+void fail(const Case& c, const char* what, double got, double expected) {
+  std::printf(
+      "wrong: %s, %.9g instead of %.9g, in %ld x %ld x %ld x %ld to %ld, taps %ld x %ld, stride %ld, pad "
+      "%ld, dilation %ld, tile %ld\n",
+      what, got, expected, c.images, c.channels, c.height, c.width, c.outputs, c.taps_h, c.taps_w, c.stride,
+      c.pad, c.dilation, c.tile);
+  std::exit(1);
+}
+
+// Chunks' moments, merged here by another formula, against those of the outputs.
+template <class Tasks>
+void check_moments(const Case& c, const Operands& on, const Array<float>& y, const Tasks& tasks,
+                   const Array<double>& moments) {
+  const int64_t outputs = c.outputs, pixels = on.pixels();
+  for (int64_t o = 0; o < outputs; ++o) {
+    double mean = 0, m2 = 0, exact = 0, exact_m2 = 0;
+    int64_t count = 0;
+    for (int64_t i = 0; i < tasks.chunks(); ++i) {
+      count += tasks.outputs_in(i);
+      mean += moments[i * 2 * outputs + o] * static_cast<double>(tasks.outputs_in(i));
+    }
+    if (count != pixels) fail(c, "count", static_cast<double>(count), static_cast<double>(pixels));
+    mean /= static_cast<double>(count);
+    for (int64_t i = 0; i < tasks.chunks(); ++i) {
+      const double off = moments[i * 2 * outputs + o] - mean;
+      m2 += moments[(i * 2 + 1) * outputs + o] + static_cast<double>(tasks.outputs_in(i)) * off * off;
+    }
+    for (int64_t p = 0; p < pixels; ++p) exact += y[p * outputs + o];
+    exact /= static_cast<double>(pixels);
+    for (int64_t p = 0; p < pixels; ++p) exact_m2 += std::pow(y[p * outputs + o] - exact, 2);
+    if (!(std::abs(mean - exact) <= 1e-5 * (1 + std::abs(exact)))) fail(c, "mean", mean, exact);
+    if (!(std::abs(m2 - exact_m2) <= 1e-4 * exact_m2 + 1e-6)) fail(c, "M2", m2, exact_m2);
+  }
+}
+
+Array<float> run(const Case& c, Operands& on, const Threads& parallel) {
+  Array<float> packed(packed_size(c.outputs, c.channels, c.taps_h * c.taps_w, c.tile != 0));
+  const auto pack = c.tile ? kKernels.winograd.pack : kKernels.direct.pack;
+  parallel(panels_of(c.outputs),
+           [&](int64_t begin, int64_t end) { pack(on.weight, {begin, end}, packed.get()); });
+  Array<float> y(on.numel());
+  on.args.packed = packed.get(), on.args.y = y.get();
+  with_tasks(on.args, [&](const auto& tasks) {
+    Array<double> moments(tasks.chunks() * 2 * c.outputs);
+    // NaN: what is read before it is written reaches an output.
+    Array<float> scratch(broken ? tasks.scratch(1) - 1 : tasks.scratch(parallel.threads()));
+    std::fill_n(scratch.get(), scratch.size, std::numeric_limits<float>::quiet_NaN());
+    tasks.run(kKernels, scratch.get(), parallel, ChunkMoments{moments.get()});
+    check_moments(c, on, y, tasks, moments);
+  });
+  return y;
+}
+
+void check(const Case& c) {
+  Operands on(c);
+  const Array<float> y = run(c, on, Threads{3});
+  // Winograd's error is that of a whole tile's window, of which the image's edge may leave an output little.
+  const auto window = static_cast<double>(depth_of(on.args));
+  // In large ones, each pixel some outputs, others than its neighbour.
+  const int64_t step = on.numel() > 40000 ? 997 : 1;
+  for (int64_t i = 0; i < on.numel(); i += step) {
+    double magnitude;
+    const double expected = on.naive(i / c.outputs, i % c.outputs, magnitude);
+    if (!(std::abs(y[i] - expected) <= 1e-5 * (magnitude + window))) fail(c, "output", y[i], expected);
+  }
+  const Array<float> alone = run(c, on, Threads{1});
+  if (std::memcmp(y.get(), alone.get(), static_cast<size_t>(y.size) * sizeof(float)) != 0)
+    fail(c, "bits on one thread", 0, 0);
+}
+
+void check_all() {
+  int64_t count = 0;
+  const auto next = [&](Case c) {
+    c.transposed = count & 1, c.bias = count & 2, c.residual = count & 4, c.relu = count & 8;
+    ++count;
+    check(c);
+  };
+  for (const int64_t tile : {2, 3, 4}) {
+    for (const int64_t pad : {0, 1, 2}) {
+      // Few tiles, which share the transformed input, and then a task's own.
+      for (const auto [images, height, width] : {Image{1, 1, 3}, {2, 3, 5}, {1, 7, 6}, {3, 14, 31}}) {
+        if (height + 2 * pad < 3 || width + 2 * pad < 3) continue;
+        for (const auto [channels, outputs] : {Range{1, 33}, {17, 1}, {19, 70}})
+          next({images, channels, height, width, outputs, 3, 3, 1, pad, 1, tile});
+      }
+    }
+  }
+  // A weight beyond the caches and many tiles: blocks in several rounds share the transformed input.
+  next({2, 512, 61, 62, 161, 3, 3, 1, 1, 1, 4});
+  for (const auto [taps_h, taps_w] : {Range{1, 1}, {3, 3}, {5, 3}, {1, 7}}) {
+    for (const auto [stride, dilation] : {Range{1, 1}, {2, 1}, {3, 2}}) {
+      for (const int64_t pad : {0, 1, 2}) {
+        next({2, 5, 13, 15, 35, taps_h, taps_w, stride, pad, dilation, 0});
+        next({1, 33, 11, 13, 130, taps_h, taps_w, stride, pad, dilation, 0});
+      }
+    }
+  }
+  std::printf("%ld convolutions are right\n", count);
+}
+
+}  // namespace
+}  // namespace fused_res::cpu
+
+int main(int argc, char** argv) {
+  using namespace fused_res::cpu;
+  broken = argc > 1 && std::string_view(argv[1]) == "broken";
+  if (broken) {
+    check({3, 19, 16, 32, 70, 3, 3, 1, 1, 1, 4});
+  } else {
+    check_all();
+  }
+}
