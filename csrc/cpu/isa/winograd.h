@@ -244,7 +244,7 @@ void winograd_pack(const Weight& weight, Range panels, float* packed) {
   constexpr int kTogether = 16;  // channels: a line of memory, whichever way the weight lies in it
   const int64_t size = weight.channels * kPanelOutputs;
   const bool past = kPoints * kPoints * size * (weight.outputs / kPanelOutputs) > kUncached;
-  float g[kTogether][kTaps][kTaps][kPanelOutputs] = {};
+  float g[kTogether][kTaps * kTaps][kPanelOutputs] = {};
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     float* u = packed + panel * kPoints * kPoints * size;
     const float* first = weight.data + panel * kPanelOutputs * weight.output_stride;
@@ -252,20 +252,23 @@ void winograd_pack(const Weight& weight, Range panels, float* packed) {
     if (outputs < kPanelOutputs) memset(g, 0, sizeof(g));
     for (int64_t begin = 0; begin < weight.channels; begin += kTogether) {
       const int64_t channels = smaller(kTogether, weight.channels - begin);
-      for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
+      const auto read = [&](int64_t c, int64_t o, int64_t tap) {
         const int64_t y = tap / kTaps, x = tap % kTaps;
-        const float* w =
-            first + y * weight.row_stride + x * weight.column_stride + begin * weight.channel_stride;
-        if (weight.channel_stride < weight.output_stride) {
-          for (int64_t o = 0; o < outputs; ++o) {
-            for (int64_t c = 0; c < channels; ++c) {
-              g[c][y][x][o] = w[o * weight.output_stride + c * weight.channel_stride];
-            }
+        return first + o * weight.output_stride + (begin + c) * weight.channel_stride +
+               y * weight.row_stride + x * weight.column_stride;
+      };
+      if (weight.output_stride == 1) {
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
+            copy_floats(g[c][tap], read(c, 0, tap), outputs);
           }
-        } else {
-          for (int64_t c = 0; c < channels; ++c) {
-            for (int64_t o = 0; o < outputs; ++o) {
-              g[c][y][x][o] = w[o * weight.output_stride + c * weight.channel_stride];
+        }
+      } else {
+        for (int64_t o = 0; o < outputs; ++o) {
+          for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
+            const float* w = read(0, o, tap);
+            for (int64_t c = 0; c < channels; ++c) {
+              g[c][tap][o] = w[c * weight.channel_stride];
             }
           }
         }
@@ -275,8 +278,9 @@ void winograd_pack(const Weight& weight, Range panels, float* packed) {
         for (int o = 0; o < kPanelOutputs; ++o) {  // the compiler makes vectors of this
           double t[kTaps][kPoints];
           for (int x = 0; x < kTaps; ++x) {
-            transform_kernel(static_cast<double>(g[c][0][x][o]), static_cast<double>(g[c][1][x][o]),
-                             static_cast<double>(g[c][2][x][o]), t[x]);
+            transform_kernel(static_cast<double>(g[c][0 * kTaps + x][o]),
+                             static_cast<double>(g[c][1 * kTaps + x][o]),
+                             static_cast<double>(g[c][2 * kTaps + x][o]), t[x]);
           }
           for (int i = 0; i < kPoints; ++i) {
             double row[kPoints];
