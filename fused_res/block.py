@@ -163,13 +163,13 @@ class _Backward:
         """From the gradient behind a unit's norm to the one behind the norm before it."""
         if behind is None or not unit.grad_norm:
             return None
-        reached = (self._fused if unit.kernels.backward == "fused" else self._aten)(unit, behind)
+        reached = (self._fused if unit.kernels.backward == "fused" else self._plain)(unit, behind)
         self.values.drop(unit.makes)
         if unit.reads != "x":
             self.values.drop(unit.reads)
         return reached
 
-    def _aten(self, unit: Unit, behind: _Behind) -> _Behind | None:
+    def _plain(self, unit: Unit, behind: _Behind) -> _Behind | None:
         dz = self._before_norm(unit, behind)
         self.values.drop(unit.makes)
         if not unit.grad_z:
@@ -181,7 +181,8 @@ class _Backward:
             return None
         # Only the weight's gradient reads x; the input's takes its shape, which the value before the norm has too.
         x = self.values[unit.reads if unit.grad_weight else unit.source]
-        dx, self.grads[at], self.grads[at + 1] = convolution.backward(
+        own = unit.kernels.backward == "own"
+        dx, self.grads[at], self.grads[at + 1] = (self.backend.conv_backward if own else convolution.backward)(
             dz, x, weight, bias, unit.spec, [unit.grad_reads, unit.grad_weight, unit.grad_bias]
         )
         return None if dx is None else _Behind(dx)
@@ -327,6 +328,8 @@ def _convolve(
         z, partials = backend.conv_bn_stats(
             x, weight, bias, through, relu, spec.stride, spec.padding, spec.dilation, spec.groups, statistics
         )
+    elif unit.kernels.forward == "own":
+        z, partials = backend.conv_forward(x, weight, bias, spec, statistics)
     else:
         z = convolution.forward(x, weight, bias, spec)
     # What meets in the addition has one layout, whatever each convolution chose: the mask's bits lie in its order.

@@ -1,6 +1,8 @@
 """Who computes a convolution: ATen (cuDNN, oneDNN), or a backend's kernel, fused with the norms around it.
 
 That cuDNN is ahead outside of 1x1 kernels is what others have published, not what was measured with these kernels.
+On the CPU the kernels are our own without fusion: they read and write what ATen's would, and bring statistics.
+
 The static choice looks at what does not change from batch to batch, so that a compiled graph keeps it. Where it was
 measured (:mod:`fused_res.tune`), the measurement counts.
 """
@@ -26,7 +28,7 @@ _TOO_FEW = "its channels do not fill matrix instructions and 16-byte loads"
 
 
 class Choice(NamedTuple):
-    """``"aten"`` or ``"fused"`` for each direction, and why."""
+    """``"aten"``, ``"fused"`` or, with the operands that ATen's have, ``"own"`` for each direction, and why."""
 
     forward: str = "aten"
     backward: str = "aten"
@@ -39,7 +41,7 @@ class Choice(NamedTuple):
     @property
     def kernels(self) -> str:
         if self.forward == self.backward:
-            return {"aten": "ATen", "fused": "fused"}[self.forward]
+            return {"aten": "ATen"}.get(self.forward, self.forward)
         return "fused forward, ATen backward" if self.forward == "fused" else "ATen forward, fused backward"
 
 
@@ -75,6 +77,8 @@ def choose(
     """The static choice; ``preference`` is ``"planned"``, or ``"aten"`` or ``"fused"`` wherever that is possible."""
     if preference == "aten":
         return Choice(reason=_SAYS_SO)
+    if backend == "cpu":
+        return _choose_cpu(spec, weight, dtype, channels_last)
     choice = possible(spec, weight, dtype, channels_last, backend)
     # The fused input gradient knows no stride; a projection's is added where its pixels are.
     if choice.backward == "fused" and spec.stride != (1, 1) and not projection:
@@ -88,6 +92,80 @@ def choose(
     if dtype not in _HALF:
         return Choice(reason=f"{_name(dtype)} gains less from fusion than cuDNN's kernels are ahead")
     return choice if _fills(weight) else Choice(reason=_TOO_FEW)
+
+
+def _choose_cpu(spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Choice:
+    if dtype != torch.float32 or not channels_last or len(weight) != 4:
+        return Choice(reason="our own convolutions are for float32 images in channels_last memory")
+    if spec.groups > 1:
+        return Choice(reason="grouped")
+    if _winograds(weight, spec.stride, spec.dilation):
+        return Choice("own", "own", "Winograd where there are images enough and it is not switched off, else as ATen")
+    return Choice("own", "own", "direct, each where it measured faster than ATen's")
+
+
+class TrainingKernels(NamedTuple):
+    """``"winograd"``, ``"direct"`` or ``"aten"``: who computes a convolution on the CPU, and its two gradients."""
+
+    forward: str = "aten"
+    input_gradient: str = "aten"
+    weight_gradient: str = "aten"
+
+
+#: Output pixels from which the larger weight of Winograd is worth its transform, which is made on every step.
+_WINOGRAD_PIXELS = 128
+#: Elements of a float32 tensor of 32 MB. The C library gives a larger one fresh memory every time, whose page faults
+#: take as long as a 1x1 convolution; our outputs come from a cache.
+_LARGE = 1 << 23
+
+
+@lru_cache(maxsize=4096)
+def training_kernels(
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    winograd: bool,
+) -> TrainingKernels:
+    """Which kernels measured faster in training on the CPU, weights packed on every step.
+
+    Two Zen 4 cores, AVX-512, the shapes of ResNet-18 and ResNet-50 at batch 16; ms of ATen's, and ours:
+
+    ======================  ==================  ===================  ===================
+    kernel                  forward             gradient of input    gradient of weight
+    ======================  ==================  ===================  ===================
+    3x3, Winograd           17-19, 7-13         16-17, 6-11          17-36, 8-11
+    3x3 with stride 2       a tie               no kernel            12-28, 10-21
+    1x1 of 64 channels      2.4, 3.6            2.6, 3.4             3.2, 2.7
+    1x1 of more             a tie               a tie                a tie, ours with stride 2
+    1x1 with over 32 MB     22, 13              23, 12 and 30, 19    13, 10
+    7x7, over 32 MB         33, 24              no kernel            a tie
+    ======================  ==================  ===================  ===================
+    """
+    images, channels, *size = input
+    outputs, _, *taps = weight
+    height, width = (
+        (n + 2 * pad - spread * (tap - 1) - 1) // step + 1
+        for n, tap, step, pad, spread in zip(size, taps, stride, padding, dilation, strict=True)
+    )
+    pixels = images * height * width
+    if pixels < _WINOGRAD_PIXELS:
+        return TrainingKernels()
+    if winograd and _winograds(weight, stride, dilation) and min(outputs, channels) >= _LEAST_CHANNELS:
+        # The gradient of the input is a convolution with 2 - padding.
+        return TrainingKernels("winograd", "winograd" if max(padding) <= 2 else "aten", "winograd")
+    return TrainingKernels(
+        "direct" if pixels * outputs > _LARGE else "aten",
+        "direct" if images * channels * size[0] * size[1] > _LARGE and set(stride) == {1} else "aten",
+        "direct"
+        if max(taps) <= 3 and channels >= _LEAST_CHANNELS and (set(stride) != {1} or channels <= 128)
+        else "aten",
+    )
+
+
+def _winograds(weight: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> bool:
+    return weight[2:] == (3, 3) and set(stride) == {1} and set(dilation) == {1}
 
 
 def _fills(weight: tuple[int, ...]) -> bool:

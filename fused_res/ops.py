@@ -95,6 +95,8 @@ CPU_SCHEMAS = {
     "convolve": "(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int outputs, int[2] kernel_size,"
     " int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu, bool partials)"
     " -> (Tensor output, Tensor partials)",
+    "conv_weight_gradient": "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding,"
+    " int[2] dilation, bool winograd) -> Tensor",
     "conv_program": "(Tensor input, Tensor[] packed, Tensor[] bias, int[] steps, int arena, int chunk,"
     " int[] output_size) -> Tensor",
 }

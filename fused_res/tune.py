@@ -64,7 +64,8 @@ def choices(
     spec: BlockSpec, input: Tensor, tensors: Sequence[Tensor | None], training: Sequence[bool], backend: Backend
 ) -> tuple[Choice | None, ...]:
     """The measured choice for every convolution, the projection's last; None where the static one has to do."""
-    if not is_channels_last(input):
+    # The CPU's rule is measured, and knows the shapes.
+    if not is_channels_last(input) or backend.name == "cpu":
         return (None,) * len(spec.convolutions)
     found = []
     shape: tuple[int, ...] = tuple(input.shape)

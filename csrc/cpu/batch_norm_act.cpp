@@ -188,6 +188,44 @@ Tensor batch_norm_stats(const Tensor& input, const OptionalTensor& weight, const
   return stats;
 }
 
+// From what convolutions bring of their outputs: (P, 3, C), count, mean and M2 of P parts.
+Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const OptionalTensor& bias,
+                   double eps, bool wide) {
+  TORCH_CHECK_VALUE(partials.dim() == 3 && partials.size(0) > 0 && partials.size(1) == 3 &&
+                        partials.scalar_type() == at::kDouble && partials.is_cpu(),
+                    "partials: expected (P, 3, C) of float64 on the CPU, got ", partials.sizes(), " of ",
+                    partials.scalar_type());
+  const Tensor parts = partials.contiguous();
+  const int64_t channels = parts.size(2);
+  const auto type = wide ? at::kDouble : at::kFloat;
+  const auto parameter = [&](const OptionalTensor& tensor, const char* name) -> Tensor {
+    if (!tensor || !tensor->defined()) return {};
+    TORCH_CHECK_VALUE(tensor->is_cpu() && tensor->numel() == channels, name, ": expected ", channels,
+                      " elements on the CPU, got ", tensor->sizes(), " on ", tensor->device());
+    return tensor->to(type).contiguous();
+  };
+  const Tensor scale = parameter(weight, "weight"), shift = parameter(bias, "bias");
+  Tensor stats = at::detail::empty_cpu({kStatsRows, channels}, type);
+  if (channels == 0) return stats;
+  const auto moments = uninitialised(2 * channels);
+  std::fill_n(moments.get(), 2 * channels, 0.0);
+  double count = 0;
+  for (int64_t i = 0; i < parts.size(0); ++i) {
+    const double* part = parts.const_data_ptr<double>() + i * 3 * channels;
+    if (part[0] == 0) continue;
+    if (count == 0) {
+      std::copy_n(part + channels, 2 * channels, moments.get());
+    } else {
+      kernels().merge(moments.get(), part + channels, count, part[0], channels, 0, channels);
+    }
+    count += part[0];
+  }
+  const ParamArgs params = {data_or_null(scale), data_or_null(shift), eps};
+  kernels().finish[wide](stats.data_ptr(), moments.get(), std::max(count, 1.0), params, channels, 0,
+                         channels);
+  return stats;
+}
+
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& residual_stats,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
@@ -440,5 +478,6 @@ TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
   m.impl("batch_norm_act_backward", TORCH_FN(batch_norm_act_backward));
   m.impl("batch_norm_act_backward_pair", TORCH_FN(batch_norm_act_backward_pair));
   m.impl("add_masked_", TORCH_FN(add_masked_));
+  m.impl("merge_stats", TORCH_FN(merge_stats));
   m.impl("update_running_stats", TORCH_FN(update_running_stats));
 }

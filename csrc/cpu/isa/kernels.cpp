@@ -6,6 +6,7 @@
 #include "cpu/isa/batch_norm_forward.h"
 #if defined(__AVX2__)
 #include "cpu/isa/direct.h"
+#include "cpu/isa/weight_gradient.h"
 #include "cpu/isa/winograd.h"
 #endif
 #include "cpu/isa/fma_peak.h"
@@ -32,7 +33,7 @@ template <class T>
 inline constexpr MaxPoolKernels max_pool_nchw = {max_pool_forward_nchw<T>, max_pool_backward_nchw<T>};
 
 #if defined(__AVX2__)
-inline constexpr ConvolutionKernels convolution = {direct, winograd};
+inline constexpr ConvolutionKernels convolution = {direct, winograd, direct_gradient, winograd_gradient};
 #endif
 
 }  // namespace

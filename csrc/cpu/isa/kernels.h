@@ -134,6 +134,16 @@ struct Range {
   int64_t begin, end;
 };
 
+// Of the weight: what the convolution read, and the gradient of what it made. `tile`, `gather` and the sizes
+// are those of the convolution; its other pointers are not read.
+struct WeightGradientArgs {
+  ConvolutionArgs convolution;
+  const float* dz;
+  bool pack_dz;  // direct: copy dz into panels, which whole ones in memory may not need
+  float* dweight;
+  int64_t output_stride, channel_stride, row_stride, column_stride;  // of dweight
+};
+
 // Every function computes a part of the whole by itself. Panels are kPanelOutputs outputs each. `moments`: of
 // the outputs written, double (mean, M2)[outputs], or null.
 struct DirectKernels {
@@ -150,9 +160,25 @@ struct WinogradKernels {
   void (*output)(const ConvolutionArgs&, Range block, Range panels, const float* v, float* products,
                  double* moments);
 };
+// The weight's gradient is a sum over rows: output pixels, or tiles for each pair of points. A block of rows
+// becomes two factors, of `v` as many numbers a row as a window or a tile's input has channels, of `dz`
+// panels of outputs.
+struct WeightGradientKernels {
+  // Rows of a block, by output pixels or tiles: `part` of what the factors have room for.
+  void (*input)(const WeightGradientArgs&, Range block, Range part, float* v);
+  void (*output)(const WeightGradientArgs&, Range block, Range part, float* dz);
+  // sums[panel][pair of points][channel][kPanelOutputs] = or, unless `first`, += products of the factors
+  void (*multiply)(const WeightGradientArgs&, Range block, Range panels, Range channels, const float* v,
+                   const float* dz, bool first, float* sums);
+  // dweight, from `parts` of sums that lie `stride` apart.
+  void (*finish)(const WeightGradientArgs&, Range panels, Range channels, const float* sums, int64_t parts,
+                 int64_t stride);
+};
+
 struct ConvolutionKernels {
   DirectKernels direct;
   WinogradKernels winograd;
+  WeightGradientKernels direct_gradient, winograd_gradient;
 };
 
 constexpr int kFmaValues = 14;  // 12 chains and their two operands

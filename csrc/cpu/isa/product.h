@@ -75,6 +75,50 @@ inline void multiply_rows(int64_t rows, const float* a, int64_t stride, const fl
   multiply<R>(a, stride, b, depth, to);
 }
 
+// sums[r][0..kColumns) (+)= a[0..depth)[r] * b[0..depth)[0..kColumns): A is read down its columns, and so its
+// elements lie together. Summed apart from what is there already, which keeps the rounding small.
+template <int R>
+inline void multiply_down(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                          bool first, float* to) {
+  using V = Vec<float>;
+  V sums[R][kVectors];
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = V::zero();
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    V columns[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * V::lanes);
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+      const V element = V::all(a[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(element, columns[v], sums[r][v]);
+    }
+    a += a_stride;
+    b += b_stride;
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = to + r * kPanelOutputs + v * V::lanes;
+      store(sum, first ? sums[r][v] : load(sum) + sums[r][v]);
+    }
+  }
+}
+
+template <int R = kRows>
+inline void multiply_rows_down(int64_t rows, const float* a, int64_t a_stride, const float* b,
+                               int64_t b_stride, int64_t depth, bool first, float* to) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_rows_down<R - 1>(rows, a, a_stride, b, b_stride, depth, first, to);
+  }
+  multiply_down<R>(a, a_stride, b, b_stride, depth, first, to);
+}
+
 // f(first row, rows) for blocks of registers, as equal as can be: one of two rows would wait for its own
 // sums.
 template <class F>

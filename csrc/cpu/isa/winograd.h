@@ -237,35 +237,67 @@ void winograd_output(const ConvolutionArgs& args, Range block, Range panels, con
   }
 }
 
+// Floats of a packed weight that no cache keeps until it is read: written past them.
+constexpr int64_t kUncached = 4 << 20;
+
 void winograd_pack(const Weight& weight, Range panels, float* packed) {
+  constexpr int kTogether = 16;  // channels: a line of memory, whichever way the weight lies in it
+  const int64_t size = weight.channels * kPanelOutputs;
+  const bool past = kPoints * kPoints * size * (weight.outputs / kPanelOutputs) > kUncached;
+  float g[kTogether][kTaps * kTaps][kPanelOutputs] = {};
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    float* u = packed + panel * kPoints * kPoints * weight.channels * kPanelOutputs;
+    float* u = packed + panel * kPoints * kPoints * size;
     const float* first = weight.data + panel * kPanelOutputs * weight.output_stride;
     const int64_t outputs = smaller(kPanelOutputs, weight.outputs - panel * kPanelOutputs);
-    double g[kTaps][kTaps][kPanelOutputs] = {};
-    for (int64_t c = 0; c < weight.channels; ++c) {
-      for (int64_t o = 0; o < outputs; ++o) {
-        const float* w = first + o * weight.output_stride + c * weight.channel_stride;
-        for (int y = 0; y < kTaps; ++y) {
-          for (int x = 0; x < kTaps; ++x) g[y][x][o] = w[y * weight.row_stride + x * weight.column_stride];
+    if (outputs < kPanelOutputs) memset(g, 0, sizeof(g));
+    for (int64_t begin = 0; begin < weight.channels; begin += kTogether) {
+      const int64_t channels = smaller(kTogether, weight.channels - begin);
+      const auto read = [&](int64_t c, int64_t o, int64_t tap) {
+        const int64_t y = tap / kTaps, x = tap % kTaps;
+        return first + o * weight.output_stride + (begin + c) * weight.channel_stride +
+               y * weight.row_stride + x * weight.column_stride;
+      };
+      if (weight.output_stride == 1) {
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
+            copy_floats(g[c][tap], read(c, 0, tap), outputs);
+          }
+        }
+      } else {
+        for (int64_t o = 0; o < outputs; ++o) {
+          for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
+            const float* w = read(0, o, tap);
+            for (int64_t c = 0; c < channels; ++c) {
+              g[c][tap][o] = w[c * weight.channel_stride];
+            }
+          }
         }
       }
-      float to[kPoints][kPoints][kPanelOutputs];
-      for (int o = 0; o < kPanelOutputs; ++o) {  // the compiler makes vectors of this
-        double t[kTaps][kPoints];
-        for (int x = 0; x < kTaps; ++x) transform_kernel(g[0][x][o], g[1][x][o], g[2][x][o], t[x]);
-        for (int i = 0; i < kPoints; ++i) {
-          double row[kPoints];
-          transform_kernel(t[0][i], t[1][i], t[2][i], row);
-          for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
+      for (int64_t c = 0; c < channels; ++c) {
+        float to[kPoints][kPoints][kPanelOutputs];
+        for (int o = 0; o < kPanelOutputs; ++o) {  // the compiler makes vectors of this
+          double t[kTaps][kPoints];
+          for (int x = 0; x < kTaps; ++x) {
+            transform_kernel(static_cast<double>(g[c][0 * kTaps + x][o]),
+                             static_cast<double>(g[c][1 * kTaps + x][o]),
+                             static_cast<double>(g[c][2 * kTaps + x][o]), t[x]);
+          }
+          for (int i = 0; i < kPoints; ++i) {
+            double row[kPoints];
+            transform_kernel(t[0][i], t[1][i], t[2][i], row);
+            for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
+          }
         }
-      }
-      for (int p = 0; p < kPoints * kPoints; ++p) {
-        copy_floats(u + (p * weight.channels + c) * kPanelOutputs, to[0][0] + p * kPanelOutputs,
-                    kPanelOutputs);
+        for (int p = 0; p < kPoints * kPoints; ++p) {
+          float* line = u + p * size + (begin + c) * kPanelOutputs;
+          for (int o = 0; o < kPanelOutputs; o += Vec<float>::lanes) {
+            put(Whole{}, line + o, load(to[0][0] + p * kPanelOutputs + o), past);
+          }
+        }
       }
     }
   }
+  stream_fence();
 }
 
 inline constexpr WinogradKernels winograd = {winograd_pack, winograd_input, winograd_output};

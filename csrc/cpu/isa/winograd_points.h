@@ -92,5 +92,45 @@ inline void transform_output(const V* t, V* y) {
   }
 }
 
+// A: from the gradients of m outputs those of the products that F(m) has, in their order.
+template <int M, class V>
+inline void transform_gradient(const V* y, V* t) {
+  if constexpr (M == 2) {
+    const V odd_a = times(kA, y[1]);
+    t[0] = y[0];
+    t[1] = y[0] + odd_a;
+    t[2] = y[0] - odd_a;
+    t[3] = y[1];
+  } else {
+    const V even_a = plus(y[0], kA2, y[2]), even_b = plus(y[0], kB2, y[2]);
+    if constexpr (M == 3) {
+      const V odd_a = times(kA, y[1]);
+      t[0] = y[0];
+      t[1] = even_a + odd_a;
+      t[2] = even_a - odd_a;
+      t[3] = plus(even_b, kB, y[1]);
+      t[4] = y[2];
+    } else {
+      const V odd_a = times(kA, plus(y[1], kA2, y[3])), odd_b = times(kB, plus(y[1], kB2, y[3]));
+      t[0] = y[0];
+      t[1] = even_a + odd_a;
+      t[2] = even_a - odd_a;
+      t[3] = even_b + odd_b;
+      t[4] = even_b - odd_b;
+      t[5] = y[3];
+    }
+  }
+}
+
+// G^T: from the gradients of the transformed kernel those of its taps.
+template <class V>
+inline void transform_weight_gradient(const V* u, V* g) {
+  constexpr double at_a = 1 / (2 * kA2 * (kA2 - kB2)), at_b = 1 / (2 * kB2 * (kB2 - kA2));
+  const V sum_a = times(at_a, u[1] + u[2]), sum_b = times(at_b, u[3] + u[4]);
+  g[0] = plus(sum_a + sum_b, 1 / (kA2 * kB2), u[0]);
+  g[1] = plus(times(kA * at_a, u[1] - u[2]), kB * at_b, u[3] - u[4]);
+  g[2] = plus(plus(u[5], kA2, sum_a), kB2, sum_b);
+}
+
 }  // namespace
 }  // namespace fused_res::cpu
