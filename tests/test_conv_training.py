@@ -142,7 +142,7 @@ def test_bad_arguments(winograd: bool) -> None:
     for arguments, error in (
         ((dz[:1], x, weight, 1, 1, 1), "grad_output: expected the gradient"),
         ((dz, x, weight, 1, 0, 1), "grad_output: expected the gradient"),
-        ((dz, x, weight, 0, 1, 1), "grad_output: expected the gradient"),
+        ((dz, x, weight, 0, 1, 1), "stride: expected two numbers of at least 1"),
         ((dz, x[:, :4], weight, 1, 1, 1), "grad_output: expected the gradient"),
         ((dz[0], x, weight, 1, 1, 1), r"expected \(N, C, H, W\)"),
         ((dz.double(), x, weight, 1, 1, 1), "grad_output: expected float32"),

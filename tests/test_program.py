@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_res
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
@@ -244,3 +245,20 @@ def test_a_weight_changed_in_place_is_packed_again() -> None:
     after = frozen(x)
     assert not torch.allclose(before, after)
     assert torch.equal(after, frozen(x))
+
+
+def test_flops_are_counted() -> None:
+    """By those who look at what reaches the dispatcher: they know ATen's convolution, and not ours."""
+    x = torch.randn(4, 32, 28, 28).to(memory_format=torch.channels_last)
+    weight = torch.randn(32, 32, 3, 3, requires_grad=True)
+    spec = BlockSpec((THREE,))
+    norm = [torch.ones(32), torch.zeros(32), torch.zeros(32), torch.ones(32)]
+    forward = 2 * x.numel() * 32 * 9
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fused_res.functional.conv_bias_act(x, weight, None, None, 1, 1)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        fused_res.functional.residual_block(
+            x, spec, [weight, None, *norm], training=True, momentum=0.1
+        ).sum().backward()
+    assert counter.get_total_flops() == 2 * forward  # and the gradient of the weight

@@ -32,7 +32,9 @@ _TILES = {"winograd": 4, "direct": 0}
 
 
 def _kernels(input: Tensor, weight: Tensor, spec: UnitSpec) -> TrainingKernels:
-    # What traces (fake tensors, subclasses) sees ATen's, which have the same outputs.
+    # What traces or counts (fake tensors, subclasses, dispatch modes) sees ATen's, which have the same outputs.
+    if torch._C._len_torch_dispatch_stack():
+        return TrainingKernels()
     plain = type(input) is Tensor and (type(weight) is Tensor or type(weight) is Parameter)
     if not plain or input.dim() != 4 or input.dtype != torch.float32 or spec.groups > 1 or not is_channels_last(input):
         return TrainingKernels()
