@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fused_res import _extension, ops
+from fused_res import convolution as aten
 from fused_res.backends import registry
 from fused_res.backends.cpu import convolution, onednn, program
 from fused_res.backends.cpu.convolution import Kernel
-from fused_res.convolution import finish_in_place
 from fused_res.ops import laid_out, makes_channels_last
 from fused_res.spec import BlockSpec
 
@@ -88,8 +88,7 @@ def _conv_bias_act(
     if kernel.name == "onednn":
         y = onednn.conv_bias_act(input, operand, bias, residual, stride, padding, dilation, groups, relu)
     else:
-        y = torch.convolution(input, operand, bias, stride, padding, dilation, False, [0] * len(stride), groups)
-        y = finish_in_place(y, residual, relu)
+        y = aten.bias_act(input, operand, bias, residual, stride, padding, dilation, groups, relu)
     return laid_out(y, channels_last)
 
 
