@@ -91,7 +91,7 @@ SCHEMAS = {
 
 #: What only the CPU's backend has, behind its ``conv_*`` stems: packed weights, and convolutions with them.
 CPU_SCHEMAS = {
-    "pack_conv_weight": "(Tensor weight, bool winograd, bool transposed) -> Tensor",
+    "pack_conv_weight": "(Tensor weight, int winograd, bool transposed) -> Tensor",
     "convolve": "(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int outputs, int[2] kernel_size,"
     " int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu, bool partials)"
     " -> (Tensor output, Tensor partials)",

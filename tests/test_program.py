@@ -89,9 +89,10 @@ def test_against_float64(case: str, images: int, cache: int, monkeypatch: pytest
     x = torch.randn(images, *image, generator=generator) + 1
     weights = [torch.randn(shape, generator=generator) / prod(shape[1:]) ** 0.5 for shape in shapes]
     biases = [torch.randn(shape[0], generator=generator) for shape in shapes]
+    specs = [spec for block in blocks for spec in block.convolutions]
     packed = [
-        convolution.pack_conv_weight(weight, kernel.name == "winograd", False)
-        for weight, kernel in zip(weights, plan.kernels, strict=True)
+        convolution.pack(weight, kernel.name, spec.stride)
+        for weight, kernel, spec in zip(weights, plan.kernels, specs, strict=True)
     ]
     output = plan.run(x, packed, biases)
     expected = exact(blocks, x, weights, biases)
@@ -144,7 +145,9 @@ class TestChoice:
         assert self.choose((16, 512, 7, 7), (512, 512, 3, 3))[::2] == ("winograd", 4)
         assert self.choose((16, 3, 32, 32), (16, 3, 3, 3)).name == "direct"
         assert self.choose((1, 512, 1, 1), (512, 512, 3, 3)).name == "direct"
-        assert self.choose((16, 64, 56, 56), (64, 64, 3, 3), stride=(2, 2)).name == "direct"
+        assert self.choose((16, 64, 56, 56), (64, 64, 3, 3), stride=(2, 2))[::2] == ("winograd", 4)
+        assert self.choose((1, 256, 14, 14), (512, 256, 3, 3), stride=(2, 2)).name == "direct"
+        assert self.choose((16, 64, 56, 56), (64, 64, 3, 3), stride=(2, 1)).name == "direct"
         assert self.choose((16, 64, 56, 56), (64, 64, 3, 3), dilation=(2, 2)).name == "direct"
         assert self.choose((16, 64, 56, 56), (64, 32, 3, 3), groups=2).name == "onednn"
 

@@ -14,26 +14,27 @@
 namespace fused_res::cpu {
 namespace {
 
-// transposed: the weight of the gradient with respect to the input, its taps reversed, inputs and outputs
-// exchanged.
-Tensor pack_conv_weight(const Tensor& weight, bool winograd, bool transposed) {
+// winograd: the stride, 1 or 2, of a Winograd convolution; 0: direct. transposed: the weight of the gradient
+// with respect to the input, its taps reversed, inputs and outputs exchanged.
+Tensor pack_conv_weight(const Tensor& weight, int64_t winograd, bool transposed) {
   TORCH_CHECK_VALUE(weight.dim() == 4, "weight: expected (K, C, kh, kw), got ", weight.sizes());
   const int64_t taps_h = weight.size(2), taps_w = weight.size(3);
-  TORCH_CHECK_VALUE(!winograd || (taps_h == 3 && taps_w == 3), "weight: Winograd is for 3x3 kernels, got ",
-                    weight.sizes());
-  Weight w = {floats(weight, "weight"), weight.size(0),   weight.size(1),   taps_h,          taps_w,
-              weight.stride(0),         weight.stride(1), weight.stride(2), weight.stride(3)};
+  TORCH_CHECK_VALUE(winograd >= 0 && winograd <= 2, "winograd: expected a stride of 1 or 2, or 0, got ", winograd);
+  TORCH_CHECK_VALUE(winograd == 0 || (taps_h == 3 && taps_w == 3),
+                    "weight: Winograd is for 3x3 kernels, got ", weight.sizes());
+  Weight w = {floats(weight, "weight"), weight.size(0),   weight.size(1),   taps_h,           taps_w,
+              weight.stride(0),         weight.stride(1), weight.stride(2), weight.stride(3), winograd};
   if (transposed) {
     w.data += (taps_h - 1) * w.row_stride + (taps_w - 1) * w.column_stride;
     w.row_stride = -w.row_stride, w.column_stride = -w.column_stride;
     std::swap(w.outputs, w.channels);
     std::swap(w.output_stride, w.channel_stride);
   }
-  const int64_t size = packed_size(w.outputs, w.channels, taps_h * taps_w, winograd);
+  const int64_t size = packed_size(w.outputs, w.channels, taps_h * taps_w, winograd != 0);
   Tensor packed = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
   float* to = packed.data_ptr<float>();
   const auto& k = convolution_kernels();
-  const auto pack = winograd ? k.winograd.pack : k.direct.pack;
+  const auto pack = winograd != 0 ? k.winograd.pack : k.direct.pack;
   Parallel{size}(panels_of(w.outputs), [&](int64_t begin, int64_t end) { pack(w, {begin, end}, to); });
   return packed;
 }

@@ -81,12 +81,12 @@ class WinogradTasks {
  public:
   explicit WinogradTasks(const ConvolutionArgs& args)
       : args_(args),
-        tiles_(args.tile, args.out_height, args.out_width),
+        tiles_(args),
         total_(args.images * tiles_.in_image()) {
     const int64_t side = args.tile + 2;
     const int64_t weight = panels_of(args.outputs) * kPanelOutputs * args.channels * side * side;
     shared_ = total_ < (weight > kSmallWeight ? kFewTiles : 3 * kOwnBlock) || weight > kCachedWeight;
-    chunks_ = divide_up(total_, shared_ ? kSharedBlock : kOwnBlock);
+    chunks_ = divide_up(total_, shared_ ? kSharedBlock / args.stride_h : kOwnBlock);
   }
 
   int64_t chunks() const { return chunks_; }
@@ -147,7 +147,7 @@ class WinogradTasks {
   static constexpr int64_t kBlocksAtOnce = 4, kParts = 28;
 
   // Floats of a block's factors and of one panel's products.
-  int64_t rows() const { return divide_up(total_, chunks_) * 36; }
+  int64_t rows() const { return divide_up(total_, chunks_) * tiles_.factors(); }
   int64_t factors() const { return rows() * row_stride(args_.channels); }
   int64_t products() const { return rows() * kPanelOutputs; }
 

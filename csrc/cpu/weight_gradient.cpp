@@ -30,9 +30,8 @@ Tensor conv_weight_gradient(const Tensor& grad, const Tensor& input, const Tenso
                         shape.out_width == dz.size(3) && dz.numel() > 0 && x.numel() > 0,
                     "grad_output: expected the gradient of this convolution, got ", grad.sizes(),
                     " for an input of ", input.sizes(), " and a weight of ", weight.sizes());
-  TORCH_CHECK_VALUE(!winograd || (shape.taps_h == 3 && shape.taps_w == 3 && stride[0] * stride[1] == 1 &&
-                                  dilation[0] * dilation[1] == 1),
-                    "weight: Winograd is for 3x3 kernels with stride 1, got ", weight.sizes());
+  TORCH_CHECK_VALUE(!winograd || is_winograd(shape),
+                    "weight: Winograd is for 3x3 kernels with stride 1 or 2, got ", weight.sizes());
   shape.tile = winograd ? 4 : 0;
   shape.gather = shape.gather || far_apart(shape.channels);
   args.pack_dz = shape.outputs % kPanelOutputs != 0 || far_apart(shape.outputs);

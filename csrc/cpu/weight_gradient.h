@@ -17,12 +17,12 @@ class WeightGradientTasks {
       : args_(args),
         shape_(args.convolution),
         winograd_(shape_.tile != 0),
-        tiles_(winograd_ ? shape_.tile : 1, shape_.out_height, shape_.out_width),
+        tiles_(winograd_ ? Tiles(shape_) : Tiles(1, 1, shape_.out_height, shape_.out_width)),
         total_(shape_.images * tiles_.in_image()),
         points_(winograd_ ? 36 : 1),
         channels_(winograd_ ? shape_.channels : depth_of(shape_)) {
     own_ = sums() <= kOwnSums;
-    const int64_t most = winograd_ ? (own_ ? kOwnTiles : kSharedTiles) : kPixels;
+    const int64_t most = winograd_ ? (own_ ? kOwnTiles : kSharedTiles) / shape_.stride_h : kPixels;
     chunks_ = divide_up(total_, most);
     parts_ = own_ ? std::min(chunks_, kOwnParts) : 1;
   }
@@ -98,7 +98,7 @@ class WeightGradientTasks {
 
   int64_t sums() const { return panels_of(shape_.outputs) * kPanelOutputs * points_ * channels_; }
   // Floats of a chunk's factors.
-  int64_t rows() const { return divide_up(total_, chunks_) * points_; }
+  int64_t rows() const { return divide_up(total_, chunks_) * (winograd_ ? tiles_.factors() : 1); }
   int64_t input_factors() const { return winograd_ || shape_.gather ? rows() * row_stride(channels_) : 0; }
   int64_t output_factors() const {
     return winograd_ || args_.pack_dz ? rows() * panels_of(shape_.outputs) * kPanelOutputs : 0;

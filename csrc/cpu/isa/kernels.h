@@ -114,6 +114,7 @@ struct Weight {  // any strides: flipped taps and swapped channels make it that 
   const float* data;
   int64_t outputs, channels, taps_h, taps_w;
   int64_t output_stride, channel_stride, row_stride, column_stride;
+  int64_t stride;  // of a Winograd convolution
 };
 
 struct ConvolutionArgs {

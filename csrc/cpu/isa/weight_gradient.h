@@ -110,11 +110,11 @@ void winograd_gradient_input(const WeightGradientArgs& args, Range block, Range 
   winograd_input(args.convolution, block, part, v);
 }
 
-template <int MY, int MX, class Part>
+template <int S, int MY, int MX, class Part>
 inline void gradient_vector(Part part, const float* dz, int64_t row, int64_t column, int64_t rows,
                             int64_t columns, float* const* to, int64_t at) {
   using V = Vec<float>;
-  constexpr int NY = MY + 2, NX = MX + 2;
+  constexpr int NY = factors_of(S, MY), NX = factors_of(S, MX);
   V t[NY][MX];
 #pragma GCC unroll 4
   for (int j = 0; j < MX; ++j) {
@@ -123,42 +123,35 @@ inline void gradient_vector(Part part, const float* dz, int64_t row, int64_t col
     for (int i = 0; i < MY; ++i) {
       d[i] = i < rows && j < columns ? part.load(dz + i * row + j * column) : V::zero();
     }
-    transform_gradient<MY>(d, u);
-#pragma GCC unroll 6
+    transform_gradient<S, MY>(d, u);
+#pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) t[i][j] = u[i];
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 9
   for (int i = 0; i < NY; ++i) {
     V u[NX];
-    transform_gradient<MX>(t[i], u);
-#pragma GCC unroll 6
+    transform_gradient<S, MX>(t[i], u);
+#pragma GCC unroll 9
     for (int j = 0; j < NX; ++j) store(to[i * NX + j] + at, u[j]);
   }
 }
 
 void winograd_gradient_output(const WeightGradientArgs& args, Range block, Range range, float* dz) {
   const auto& shape = args.convolution;
-  const Tiles tiles(shape.tile, shape.out_height, shape.out_width);
+  const Tiles tiles(shape);
   const Matrices matrices(tiles, block);
   const int64_t panel = matrices.total_rows() * kPanelOutputs;
+  const Places<float> places(tiles, matrices, dz, kPanelOutputs);
   for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
-    with_size(tiles.height(kind), [&](auto my) {
-      with_size(tiles.width(kind), [&](auto mx) {
-        constexpr int MY = my.value, MX = mx.value, NY = MY + 2, NX = MX + 2;
-        float* to[NY * NX];
-        for (int i = 0; i < NY; ++i) {
-          for (int j = 0; j < NX; ++j) {
-            to[i * NX + j] = dz + kPanelOutputs * matrices.row(point_of(MY, i), point_of(MX, j), kind, index);
-          }
-        }
-        const int64_t y = ty * shape.tile, x = tx * shape.tile;
-        const float* corner =
-            args.dz + ((image * shape.out_height + y) * shape.out_width + x) * shape.outputs;
-        for_each_vector<Vec<float>>(shape.outputs, [&](auto part, int64_t o) {
-          const int64_t at = o / kPanelOutputs * panel + o % kPanelOutputs;
-          gradient_vector<MY, MX>(part, corner + o, shape.out_width * shape.outputs, shape.outputs,
-                                  shape.out_height - y, shape.out_width - x, to, at);
-        });
+    with_tile(tiles, kind, [&](auto by, auto my, auto mx) {
+      const int64_t y = ty * shape.tile, x = tx * shape.tile;
+      const float* corner =
+          args.dz + ((image * shape.out_height + y) * shape.out_width + x) * shape.outputs;
+      for_each_vector<Vec<float>>(shape.outputs, [&](auto part, int64_t o) {
+        const int64_t at = o / kPanelOutputs * panel + index * kPanelOutputs + o % kPanelOutputs;
+        gradient_vector<by.value, my.value, mx.value>(
+            part, corner + o, shape.out_width * shape.outputs, shape.outputs, shape.out_height - y,
+            shape.out_width - x, places.of(kind), at);
       });
     });
   });
@@ -167,7 +160,7 @@ void winograd_gradient_output(const WeightGradientArgs& args, Range block, Range
 void winograd_gradient_multiply(const WeightGradientArgs& args, Range block, Range panels, Range channels,
                                 const float* v, const float* dz, bool first, float* sums) {
   const auto& shape = args.convolution;
-  const Matrices matrices(Tiles(shape.tile, shape.out_height, shape.out_width), block);
+  const Matrices matrices(Tiles(shape), block);
   const int64_t stride = row_stride(shape.channels);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const float* columns = dz + panel * matrices.total_rows() * kPanelOutputs;
@@ -182,7 +175,8 @@ void winograd_gradient_multiply(const WeightGradientArgs& args, Range block, Ran
   }
 }
 
-void winograd_gradient_finish(const WeightGradientArgs& args, Range panels, Range channels, const float* sums,
+template <int S>
+void winograd_gradient_finish_by(const WeightGradientArgs& args, Range panels, Range channels, const float* sums,
                               int64_t parts, int64_t stride) {
   using V = Vec<float>;
   const auto& shape = args.convolution;
@@ -194,19 +188,19 @@ void winograd_gradient_finish(const WeightGradientArgs& args, Range panels, Rang
       for (int64_t at = 0; at < n * kPanelOutputs; at += V::lanes) {
         const float* from = sums + panel * kPoints * kPoints * point + c * kPanelOutputs + at;
         V t[kPoints][kTaps];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
         for (int i = 0; i < kPoints; ++i) {
           V u[kPoints];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
           for (int j = 0; j < kPoints; ++j) u[j] = sum_parts(from + (i * kPoints + j) * point, parts, stride);
-          transform_weight_gradient(u, t[i]);
+          transform_weight_gradient<S>(u, t[i]);
         }
 #pragma GCC unroll 3
         for (int x = 0; x < kTaps; ++x) {
           V u[kPoints], g[kTaps];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
           for (int i = 0; i < kPoints; ++i) u[i] = t[i][x];
-          transform_weight_gradient(u, g);
+          transform_weight_gradient<S>(u, g);
 #pragma GCC unroll 3
           for (int y = 0; y < kTaps; ++y) store(values[y * kTaps + x][0] + at, g[y]);
         }
@@ -214,6 +208,12 @@ void winograd_gradient_finish(const WeightGradientArgs& args, Range panels, Rang
       store_weight(args, panel, c, n, 0, kTaps * kTaps, values[0][0]);
     }
   }
+}
+
+void winograd_gradient_finish(const WeightGradientArgs& args, Range panels, Range channels, const float* sums,
+                              int64_t parts, int64_t stride) {
+  const auto finish = args.convolution.stride_h == 1 ? winograd_gradient_finish_by<1> : winograd_gradient_finish_by<2>;
+  finish(args, panels, channels, sums, parts, stride);
 }
 
 inline constexpr WeightGradientKernels winograd_gradient = {

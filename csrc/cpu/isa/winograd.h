@@ -1,4 +1,4 @@
-// Winograd convolution of 3x3 kernels with stride 1: input tiles to factors, a product for each pair of
+// Winograd convolution of 3x3 kernels with stride 1 or 2: input tiles to factors, a product for each pair of
 // points, products to output tiles.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace fused_res::cpu {
 namespace {
 
-// f(Int<size>) for the sizes of tiles.
+// f(Int<stride>, Int<height>, Int<width>) for a kind of tile.
 template <class F>
 inline void with_size(int64_t size, F f) {
   if (size == 4) {
@@ -21,6 +21,18 @@ inline void with_size(int64_t size, F f) {
     f(Int<2>{});
   }
 }
+template <class F>
+inline void with_tile(const Tiles& tiles, int kind, F f) {
+  with_size(tiles.height(kind), [&](auto my) {
+    with_size(tiles.width(kind), [&](auto mx) {
+      if (tiles.stride == 1) {
+        f(Int<1>{}, my, mx);
+      } else {
+        f(Int<2>{}, my, mx);
+      }
+    });
+  });
+}
 
 // The part of a tile's input that is inside of the image.
 struct Window {
@@ -28,22 +40,22 @@ struct Window {
   Range rows, columns;
 };
 
-template <int MY, int MX, bool kInside, class Part>
+template <int S, int MY, int MX, bool kInside, class Part>
 inline void input_vector(Part part, const float* x, const Window& window, float* const* to, int64_t at) {
   using V = Vec<float>;
-  constexpr int NY = MY + 2, NX = MX + 2;
+  constexpr int NY = factors_of(S, MY), NX = factors_of(S, MX);
   if constexpr (kInside) {  // what the next tile reads, and this one does not
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) {
-#pragma GCC unroll 4
-      for (int j = NX; j < NX + MX; ++j) prefetch(x + i * window.row + j * window.column);
+#pragma GCC unroll 8
+      for (int j = NX; j < NX + S * MX; ++j) prefetch(x + i * window.row + j * window.column);
     }
   }
   V t[NY][NX];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
   for (int j = 0; j < NX; ++j) {
     V d[NY], u[NY];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) {
       const float* p = x + i * window.row + j * window.column;
       if constexpr (kInside) {
@@ -54,15 +66,15 @@ inline void input_vector(Part part, const float* x, const Window& window, float*
         d[i] = inside ? part.load(p) : V::zero();
       }
     }
-    transform_input<MY>(d, u);
-#pragma GCC unroll 6
+    transform_input<S, MY>(d, u);
+#pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) t[i][j] = u[i];
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 9
   for (int i = 0; i < NY; ++i) {
     V u[NX];
-    transform_input<MX>(t[i], u);
-#pragma GCC unroll 6
+    transform_input<S, MX>(t[i], u);
+#pragma GCC unroll 9
     for (int j = 0; j < NX; ++j) part.store(to[i * NX + j] + at, u[j]);
   }
 }
@@ -83,19 +95,21 @@ inline void for_each_tile(const Tiles& tiles, Range range, F f) {
   }
 }
 
-// Where a tile of each kind has its factors, or products: one pointer for each pair of its points, for the
-// tile whose index is 0.
+// Where a tile of each kind has its factors, or products: a pointer to each, for the tile whose index is 0.
 template <class T>
 class Places {
  public:
   Places(const Tiles& tiles, const Matrices& matrices, T* data, int64_t stride) {
+    const int by = static_cast<int>(tiles.stride);
     for (int kind = 0; kind < 4; ++kind) {
       const int my = static_cast<int>(tiles.height(kind)), mx = static_cast<int>(tiles.width(kind));
       if (my == 0 || mx == 0) continue;
-      for (int i = 0; i < my + 2; ++i) {
-        for (int j = 0; j < mx + 2; ++j) {
-          places_[kind][i * (mx + 2) + j] =
-              data + stride * matrices.row(point_of(my, i), point_of(mx, j), kind, 0);
+      T** place = places_[kind];
+      for (int i = 0; i < factors_of(by, my); ++i) {
+        for (int j = 0; j < factors_of(by, mx); ++j) {
+          const int y = point_of(by, my, i), x = point_of(by, mx, j);
+          const int64_t turn = turn_of(by, my, i) * rows_at(by, mx, x) + turn_of(by, mx, j);
+          *place++ = data + stride * matrices.row(y, x, kind, turn, 0);
         }
       }
     }
@@ -103,54 +117,53 @@ class Places {
   T* const* of(int kind) const { return places_[kind]; }
 
  private:
-  T* places_[4][kPoints * kPoints];
+  T* places_[4][kMostFactors];
 };
 
 void winograd_input(const ConvolutionArgs& args, Range block, Range range, float* v) {
-  const Tiles tiles(args.tile, args.out_height, args.out_width);
+  const Tiles tiles(args);
   const int64_t stride = row_stride(args.channels);
   const Places<float> places(tiles, Matrices(tiles, block), v, stride);
   for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
-    const int64_t y = ty * args.tile - args.pad_h, x = tx * args.tile - args.pad_w;
+    const int64_t y = ty * args.tile * args.stride_h - args.pad_h;
+    const int64_t x = tx * args.tile * args.stride_w - args.pad_w;
     const float* corner = args.x + ((image * args.height + y) * args.width + x) * args.channels;
     const Window window = {
         args.width * args.channels, args.channels, {-y, args.height - y}, {-x, args.width - x}};
-    with_size(tiles.height(kind), [&](auto my) {
-      with_size(tiles.width(kind), [&](auto mx) {
-        constexpr int MY = my.value, MX = mx.value;
-        const auto run = [&](auto inside) {
-          for_each_vector<Vec<float>>(args.channels, [&](auto part, int64_t c) {
-            input_vector<MY, MX, inside.value>(part, corner + c, window, places.of(kind), index * stride + c);
-          });
-        };
-        if (y >= 0 && x >= 0 && y + MY + 2 <= args.height && x + MX + 2 <= args.width) {
-          run(Int<true>{});
-        } else {
-          run(Int<false>{});
-        }
-      });
+    with_tile(tiles, kind, [&](auto by, auto my, auto mx) {
+      constexpr int S = by.value, MY = my.value, MX = mx.value;
+      const auto run = [&](auto inside) {
+        for_each_vector<Vec<float>>(args.channels, [&](auto part, int64_t c) {
+          input_vector<S, MY, MX, inside.value>(part, corner + c, window, places.of(kind), index * stride + c);
+        });
+      };
+      if (y >= 0 && x >= 0 && y + factors_of(S, MY) <= args.height && x + factors_of(S, MX) <= args.width) {
+        run(Int<true>{});
+      } else {
+        run(Int<false>{});
+      }
     });
   });
 }
 
-template <int MY, int MX>
+template <int S, int MY, int MX>
 inline void output_tile(const float* const* from, int64_t at, Vec<float> (&y)[MY][MX]) {
   using V = Vec<float>;
-  constexpr int NY = MY + 2, NX = MX + 2;
+  constexpr int NY = factors_of(S, MY), NX = factors_of(S, MX);
   V t[NY][MX];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
   for (int i = 0; i < NY; ++i) {
     V d[NX];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int j = 0; j < NX; ++j) d[j] = load(from[i * NX + j] + at);
-    transform_output<MX>(d, t[i]);
+    transform_output<S, MX>(d, t[i]);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < MX; ++j) {
     V d[NY], u[MY];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) d[i] = t[i][j];
-    transform_output<MY>(d, u);
+    transform_output<S, MY>(d, u);
 #pragma GCC unroll 4
     for (int i = 0; i < MY; ++i) y[i][j] = u[i];
   }
@@ -192,7 +205,7 @@ inline void write_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Pa
 void winograd_output(const ConvolutionArgs& args, Range block, Range panels, const float* v, float* products,
                      double* moments) {
   using V = Vec<float>;
-  const Tiles tiles(args.tile, args.out_height, args.out_width);
+  const Tiles tiles(args);
   const Matrices matrices(tiles, block);
   const int64_t stride = row_stride(args.channels);
   const Places<const float> places(tiles, matrices, products, kPanelOutputs);
@@ -222,13 +235,11 @@ void winograd_output(const ConvolutionArgs& args, Range block, Range panels, con
         Moments sums;
         for_each_tile(tiles, block, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
           const int64_t y = ty * args.tile, x = tx * args.tile;
-          with_size(tiles.height(kind), [&](auto my) {
-            with_size(tiles.width(kind), [&](auto mx) {
-              V outputs[my.value][mx.value];
-              output_tile(places.of(kind), index * kPanelOutputs + at, outputs);
-              write_tile(args, epilogue, part, (image * args.out_height + y) * args.out_width + x,
-                         args.out_height - y, args.out_width - x, outputs, moments ? &sums : nullptr);
-            });
+          with_tile(tiles, kind, [&](auto by, auto my, auto mx) {
+            V outputs[my.value][mx.value];
+            output_tile<by.value>(places.of(kind), index * kPanelOutputs + at, outputs);
+            write_tile(args, epilogue, part, (image * args.out_height + y) * args.out_width + x,
+                       args.out_height - y, args.out_width - x, outputs, moments ? &sums : nullptr);
           });
         });
         if (moments) sums.store(part, moments + c, moments + args.outputs + c);
@@ -278,13 +289,13 @@ void winograd_pack(const Weight& weight, Range panels, float* packed) {
         for (int o = 0; o < kPanelOutputs; ++o) {  // the compiler makes vectors of this
           double t[kTaps][kPoints];
           for (int x = 0; x < kTaps; ++x) {
-            transform_kernel(static_cast<double>(g[c][0 * kTaps + x][o]),
+            transform_kernel(weight.stride, static_cast<double>(g[c][0 * kTaps + x][o]),
                              static_cast<double>(g[c][1 * kTaps + x][o]),
                              static_cast<double>(g[c][2 * kTaps + x][o]), t[x]);
           }
           for (int i = 0; i < kPoints; ++i) {
             double row[kPoints];
-            transform_kernel(t[0][i], t[1][i], t[2][i], row);
+            transform_kernel(weight.stride, t[0][i], t[1][i], t[2][i], row);
             for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
           }
         }

@@ -48,7 +48,7 @@ def pack_weight(
     layer.kernel = kernel = convolution.kernel_for(input, weight, stride, padding, dilation, groups, True)
     if kernel.ours:
         # One form for every shape of input; the tiles' size is the kernel's own affair.
-        tensor = layer.keep(kernel.name, lambda: convolution.pack_conv_weight(weight, kernel.name == "winograd", False))
+        tensor = layer.keep(kernel.name, lambda: convolution.pack(weight, kernel.name, stride))
     elif kernel.name == "onednn":
         key = kernel.name, input.shape, input.dtype, torch.get_num_threads()
         tensor = layer.keep(key, lambda: onednn.pack(input, weight, stride, padding, dilation, groups))
@@ -79,7 +79,7 @@ def _conv_bias_act(
         )
         channels_last = makes_channels_last(input, weight)
         if kernel.ours:
-            operand = convolution.pack_conv_weight(weight, kernel.name == "winograd", False)
+            operand = convolution.pack(weight, kernel.name, stride)
     if kernel.ours:
         return convolution.run(input, operand, kernel, shape, bias, residual, stride, padding, dilation, relu)
     input = laid_out(input, channels_last)
@@ -105,8 +105,9 @@ def run_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input: Te
     if plan is None:
         return None
     packed = []
-    for layer, kernel in zip(layers, plan.kernels, strict=True):
-        make = partial(convolution.pack_conv_weight, layer.weight, kernel.name == "winograd", False)
+    specs = [spec for block in blocks for spec in block.convolutions]
+    for layer, kernel, spec in zip(layers, plan.kernels, specs, strict=True):
+        make = partial(convolution.pack, layer.weight, kernel.name, spec.stride)
         packed.append(layer.keep(kernel.name, make))
         layer.kernel = kernel
     return plan.run(input, packed, [layer.bias for layer in layers])

@@ -1,7 +1,7 @@
 """Which kernel computes a convolution on the CPU, and its weight in that kernel's own form.
 
-Ours are for float32 images in channels_last memory, without groups: Winograd's tiles for 3x3 kernels with stride 1
-(``csrc/cpu/isa/winograd.h``), a direct product for all else (``direct.h``). Whatever they do not take, or where they
+Ours are for float32 images in channels_last memory, without groups: Winograd's tiles for 3x3 kernels with stride 1 or
+2 (``csrc/cpu/isa/winograd.h``), a direct product for all else (``direct.h``). Whatever they do not take, or where they
 measure slower, is oneDNN's with its epilogue, or ATen's.
 """
 
@@ -19,7 +19,7 @@ from fused_res.backends import registry
 from fused_res.backends.cpu import onednn
 from fused_res.ops import makes_channels_last
 
-pack_conv_weight = torch.ops.fused_res_cpu.pack_conv_weight.default
+_pack = torch.ops.fused_res_cpu.pack_conv_weight.default
 convolve = torch.ops.fused_res_cpu.convolve.default
 
 #: Outputs whose weights lie together: fewer leave a part of every instruction idle.
@@ -101,7 +101,7 @@ def choose(geometry: Geometry, ours: bool, packed: bool, winograd: bool, isa: st
     # Costs in multiply-adds for each pair of an input and an output channel.
     count = taps[0] * taps[1]
     direct = count * (pixels + _READ + (0 if packed else _PACK_DIRECT))
-    if taps != [3, 3] or geometry.stride != (1, 1) or geometry.dilation != (1, 1):
+    if not has_winograd(geometry.weight, geometry.stride, geometry.dilation):
         what = "x".join(map(str, taps))
         spread = f", stride {max(geometry.stride)}" * (max(geometry.stride) > 1) + ", dilated" * (
             geometry.dilation != (1, 1)
@@ -111,7 +111,7 @@ def choose(geometry: Geometry, ours: bool, packed: bool, winograd: bool, isa: st
         return Kernel("direct", "Winograd is switched off")
     costs: dict[int, float] = {0: direct}
     for tile in (4, 2):
-        products = images * _points(height, tile) * _points(width, tile)
+        products = images * _products(height, tile, geometry.stride[0]) * _products(width, tile, geometry.stride[0])
         transforms = products * _TRANSFORM * (1 / channels + 1 / outputs)
         costs[tile] = products + transforms + (tile + 2) ** 2 * _READ + (0 if packed else 36 * _PACK_WINOGRAD)
     best = min(costs, key=costs.__getitem__)
@@ -122,11 +122,21 @@ def choose(geometry: Geometry, ours: bool, packed: bool, winograd: bool, isa: st
     return Kernel("winograd", reason, best)
 
 
-def _points(size: int, tile: int) -> int:
-    """Products along one side of an image; the last tile may be smaller."""
-    rest = size % tile
-    edge = 0 if rest == 0 else max(rest, 2) + 2
-    return size // tile * (tile + 2) + edge
+def has_winograd(weight: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
+    return tuple(weight[2:]) == (3, 3) and tuple(stride) in ((1, 1), (2, 2)) and tuple(dilation) == (1, 1)
+
+
+def _products(size: int, tile: int, stride: int) -> int:
+    """Along one side of an image; the last tile may be smaller."""
+    whole, rest = divmod(size, tile)
+    tiles = [tile] * whole + [max(rest, 2)] * (rest > 0)
+    return sum((m - 1) * stride + 3 for m in tiles)
+
+
+def pack(weight: Tensor, kernel: str, stride: Sequence[int], transposed: bool = False) -> Tensor:
+    """The weight as one of our kernels reads it, whatever the size of its tiles."""
+    packed: Tensor = _pack(weight, stride[0] if kernel == "winograd" else 0, transposed)
+    return packed
 
 
 def run(
