@@ -47,7 +47,7 @@ class Program {
       const Range part = part_of(images, i, chunks);
       Places places = {floats(x, "input") + part.begin * in, output.data_ptr<float>() + part.begin * out,
                        memory.data(), part.end - part.begin};
-      for (const Step& step : steps_) run(step, places, memory.data() + arena_ * largest);
+      for (const Step& step : steps_) run(step, images, places, memory.data() + arena_ * largest);
     }
     return output;
   }
@@ -114,7 +114,7 @@ class Program {
     return with_tasks(args, [&](const auto& tasks) { return tasks.scratch(Threads(args).threads()); });
   }
 
-  void run(const Step& step, const Places& places, float* scratch) const {
+  void run(const Step& step, int64_t images, const Places& places, float* scratch) const {
     if (step.kind == kMaxPool) {
       PoolArgs args = pool(step, places.images);
       args.x = places.read(step.from), args.y = places.write(step.to);
@@ -128,6 +128,7 @@ class Program {
     ConvolutionArgs args = convolution(step, places.images);
     args.x = places.read(step.from), args.y = places.write(step.to),
     args.residual = places.read(step.residual);
+    args.stream = may_stream(args, step.to == kOutput ? images : places.images);
     with_tasks(args,
                [&](const auto& tasks) { tasks.run(convolution_kernels(), scratch, Threads(args), {}); });
   }

@@ -88,6 +88,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
   }
   Tensor output = empty_output(sizes, at::kFloat, at::MemoryFormat::ChannelsLast);
   args.x = floats(x, "input"), args.packed = floats(packed, "packed"), args.y = output.data_ptr<float>();
+  args.stream = may_stream(args, args.images);
   Tensor statistics = nothing(at::kDouble);
   if (output.numel() == 0) return {output, partials ? at::zeros({1, 3, outputs}, at::kDouble) : statistics};
   const Threads parallel(args);

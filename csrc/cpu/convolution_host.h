@@ -88,6 +88,15 @@ inline void set_geometry(ConvolutionArgs& args, at::IntArrayRef taps, at::IntArr
   args.gather = !pointwise || args.channels % 1024 == 0;
 }
 
+// Whether to write past the caches. A normal store reads the line first, and an output that no cache holds
+// until it is read has nothing from it: 64 -> 256 channels of 16 images of 56x56, with a residual, 13.4 ms
+// with normal stores, 9.8 ms without. `images`: of the whole output, which `args` may have a part of.
+inline bool may_stream(const ConvolutionArgs& args, int64_t images) {
+  constexpr int64_t kCached = 2 << 20, kLine = 16;  // floats
+  return images * args.out_height * args.out_width * args.outputs > kCached && args.outputs % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(args.y) % (kLine * sizeof(float)) == 0;
+}
+
 // Whether there are Winograd kernels for this geometry.
 inline bool is_winograd(const ConvolutionArgs& args) {
   return args.taps_h == 3 && args.taps_w == 3 && args.stride_h == args.stride_w && args.stride_h <= 2 &&

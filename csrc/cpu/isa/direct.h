@@ -123,6 +123,7 @@ void direct_run(const ConvolutionArgs& args, Range rows, Range panels, float* sc
       with_part(end - at, [&](auto part) { sums[v].store(part, moments + at, moments + args.outputs + at); });
     }
   }
+  if (args.stream) stream_fence();
 }
 
 inline constexpr DirectKernels direct = {direct_pack, direct_run};

@@ -23,6 +23,11 @@ inline void with_part(int64_t n, F f) {
   }
 }
 
+// A line written in two pieces, with other lines between, would go to memory twice.
+inline bool streams(const ConvolutionArgs& args) {
+  return args.stream && Vec<float>::lanes * sizeof(float) == 64;
+}
+
 // A vector of channels, from c on, of output pixels.
 class Epilogue {
  public:
@@ -32,7 +37,8 @@ class Epilogue {
         y_(args.y + c),
         residual_(args.residual ? args.residual + c : nullptr),
         bias_(args.bias ? part.load(args.bias + c) : Vec<float>::zero()),
-        relu_(args.relu) {}
+        relu_(args.relu),
+        stream_(streams(args)) {}
 
   // Writes, and returns what it has written.
   template <class Part>
@@ -40,7 +46,7 @@ class Epilogue {
     value = value + bias_;
     if (residual_) value = value + part.load(residual_ + pixel * outputs_);
     if (relu_) value = keep(not_less_equal_zero(value), value);
-    part.store(y_ + pixel * outputs_, value);
+    put(part, y_ + pixel * outputs_, value, stream_);
     return value;
   }
 
@@ -49,7 +55,7 @@ class Epilogue {
   float* y_;
   const float* residual_;
   Vec<float> bias_;
-  bool relu_;
+  bool relu_, stream_;
 };
 
 // Asks for the memory that the epilogue of an output pixel's kColumns channels will touch: it comes while the
@@ -58,7 +64,7 @@ inline void epilogue_prefetch(const ConvolutionArgs& args, int64_t pixel, int64_
   const int64_t at = pixel * args.outputs + c;
   for (int64_t line = 0; line < 32; line += 16) {
     if (args.residual) prefetch(args.residual + at + line);
-    prefetch_to_write(args.y + at + line);
+    if (!streams(args)) prefetch_to_write(args.y + at + line);
   }
 }
 

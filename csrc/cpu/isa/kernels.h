@@ -127,6 +127,7 @@ struct ConvolutionArgs {
   const float* residual;  // like y, or null
   float* y;
   bool relu;
+  bool stream;   // write past the caches: only where pixels are whole, aligned lines of memory
   int64_t tile;  // Winograd's, 2 to 4 outputs a side; 0: direct
   bool gather;   // direct: copy the pixels' windows into rows first, which 1x1 kernels may not need
 };

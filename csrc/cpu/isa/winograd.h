@@ -246,6 +246,7 @@ void winograd_output(const ConvolutionArgs& args, Range block, Range panels, con
       });
     }
   }
+  if (args.stream) stream_fence();
 }
 
 // Floats of a packed weight that no cache keeps until it is read: written past them.

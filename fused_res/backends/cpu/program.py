@@ -19,8 +19,8 @@ from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 _run = torch.ops.fused_res_cpu.conv_program.default
 
-#: About half of a last-level cache, in floats: others use it, too.
-_CACHE = 4 << 20
+#: About a quarter of a last-level cache, in floats: others use it, too.
+_CACHE = 2 << 20
 #: Where values are, beside offsets into the arena, and what steps do: csrc/cpu/conv_program.cpp.
 _INPUT, _OUTPUT, _NOWHERE = -1, -2, -3
 _CONVOLUTION, _MAX_POOL = 0, 1
