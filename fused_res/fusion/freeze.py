@@ -18,7 +18,7 @@ from fused_res.models.network import ResidualNetwork
 from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
 from fused_res.nn.chain import Refusal, Shortcut, Unit, untouched
 from fused_res.nn.configured import check_settings
-from fused_res.nn.frozen import Frozen, FrozenBlock, FrozenConv, FrozenStage
+from fused_res.nn.frozen import Frozen, FrozenBlock, FrozenConv, FrozenStage, Programs
 from fused_res.spec import UnitSpec
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,7 +65,7 @@ def freeze(model: Model, backend: str = "auto") -> Model:
                 parent._modules[name] = replaced[child]
         children = list(parent._modules.values())
         if type(parent) is nn.Sequential and len(children) > 1 and all(type(c) is FrozenBlock for c in children):
-            parent.__class__ = FrozenStage
+            parent.__class__, parent._programs = FrozenStage, Programs()
     base: Any = type(frozen)
     if not isinstance(frozen, (Frozen, *CLOSED)) and base.__reduce_ex__ is object.__reduce_ex__:
         frozen.__class__ = _frozen_class(base)

@@ -18,14 +18,18 @@ from fused_res.nn import chain
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 
-class _Packed(NamedTuple):
+class Kept(NamedTuple):
+    """A packed weight, and what it was made of."""
+
+    key: Hashable
     source: Tensor
     version: int
     tensor: Tensor
 
 
-#: Packed weights that a layer keeps: the form of some depends on the input's shape, and a server's batch varies. Each
-#: takes as much memory as the weight itself, a transformed one (Winograd) four times as much.
+#: Packed weights that a layer keeps, and programs that modules in a row do: the form of some depends on the input's
+#: shape, and a server's batch varies. Each weight takes as much memory as the weight itself, a transformed one
+#: (Winograd) four times as much.
 _SHAPES = 4
 _packing = threading.Lock()
 
@@ -72,7 +76,8 @@ class FrozenConv(Frozen):
         self.register_buffer("bias", bias)
         self.spec = spec
         self.pool = pool
-        self._packed: dict[Hashable, _Packed] = {}
+        self._packed: dict[Hashable, Kept] = {}
+        self._programs = Programs()
         #: The kernel that ran last, where the backend chooses between several: for people to read.
         self.kernel: Any = None
 
@@ -82,7 +87,7 @@ class FrozenConv(Frozen):
         if torch.compiler.is_exporting() or (not compiling and torch._C._get_tracing_state() is not None):
             return self._pooled(self._plain(input, residual))
         if self.pool is not None:
-            output = run_blocks((self,), input)
+            output = self._programs.run((self,), input)
             if output is not None:
                 return output
         self._check(input)
@@ -133,19 +138,23 @@ class FrozenConv(Frozen):
         pack: Callable[..., Any] | None = getattr(kernels, "pack_weight", None)
         return weight if pack is None else pack(self, input, weight, *how)
 
-    def keep(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def keep(self, key: Hashable, make: Callable[[], Tensor]) -> Kept:
         """What `make` made for this key last, if the weight is still the same."""
-        source, version = self.weight, _version(self.weight)
         found = self._packed.get(key)
-        # The buffer may have been replaced (.to, functional_call) or written to (load_state_dict).
-        if found is not None and found.source is source and found.version == version:
-            return found.tensor
-        packed = make()
-        with _packing:
-            while len(self._packed) >= _SHAPES:
-                del self._packed[next(iter(self._packed))]
-            self._packed[key] = _Packed(source, version, packed)
-        return packed
+        if found is not None and self.has(found):
+            return found
+        kept = Kept(key, self.weight, _version(self.weight), make())
+        _remember(self._packed, key, kept)
+        return kept
+
+    def has(self, kept: Kept) -> bool:
+        """Whether it is kept still, and the weight the same: :meth:`to` and others replace it, or write to it."""
+        source = kept.source
+        return (
+            self._buffers["weight"] is source
+            and self._packed.get(kept.key) is kept
+            and kept.version == _version(source)
+        )
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         self._packed.clear()
@@ -156,7 +165,7 @@ class FrozenConv(Frozen):
         super()._load_from_state_dict(*arguments, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": {}, "kernel": None}
+        return self.__dict__ | {"_packed": {}, "_programs": Programs(), "kernel": None}
 
     def extra_repr(self) -> str:
         outputs, inputs, *kernel = self.weight.shape
@@ -183,6 +192,7 @@ class FrozenBlock(Frozen):
         self.downsample = None if isinstance(shortcut, str) else shortcut
         self.identity = shortcut == "identity"
         self._names = tuple(f"conv{index}" for index in range(1, len(units) + 1))
+        self._programs = Programs()
 
     def layers(self) -> tuple[Any, ...]:
         """The chain's, then the projection."""
@@ -196,7 +206,7 @@ class FrozenBlock(Frozen):
         return _block(tuple([layer.spec for layer in layers[: len(self._names)]]), shortcut, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        output = run_blocks((self,), x)
+        output = self._programs.run((self,), x)
         if output is not None:
             return output
         children: dict[str, Any] = self._modules
@@ -213,40 +223,65 @@ class FrozenBlock(Frozen):
 class FrozenStage(nn.Sequential):
     """Blocks in a row, which may run as one program; else one after the other, as in any nn.Sequential."""
 
+    def __init__(self, *blocks: FrozenBlock) -> None:
+        super().__init__(*blocks)
+        self._programs = Programs()
+
     def forward(self, x: Tensor) -> Tensor:
         blocks = tuple(self._modules.values())
-        output = run_blocks(blocks, x) if all(type(block) is FrozenBlock for block in blocks) else None
+        output = self._programs.run(blocks, x) if all(type(block) is FrozenBlock for block in blocks) else None
         return super().forward(x) if output is None else output
 
 
 _block = cache(BlockSpec)
 
 
-def run_blocks(modules: Sequence[Any], x: Tensor) -> Tensor | None:
-    """Frozen modules in a row as one call of the backend, or None where they have to run one by one."""
-    if torch.compiler.is_compiling() or chain.situation() or chain.inspect_input(x) or torch.is_autocast_enabled("cpu"):
-        return None
-    if x.dtype is not torch.float32 or torch._C._len_torch_dispatch_stack():
-        return None
-    if any(module.backend != modules[0].backend for module in modules):
-        return None
-    run: Callable[..., Tensor | None] | None = getattr(
-        registry.resolve(modules[0].backend, x.device), "run_blocks", None
-    )
-    if run is None:
-        return None
-    layers = [layer for module in modules for layer in module.layers()]
-    for module in (*modules, *layers):
-        if not chain.untouched(module.__dict__):
+class Programs:
+    """Frozen modules in a row as one call of the backend, which prepares it once for inputs of a kind."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[Hashable, Any] = {}
+
+    def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
+        return Programs, ()  # with the module's weights, packed or not, a copy has nothing in common
+
+    def run(self, modules: Sequence[Any], x: Tensor) -> Tensor | None:
+        """None: the modules have to run one by one."""
+        if torch.compiler.is_compiling() or chain.situation() or chain.inspect_input(x):
             return None
-    for layer in layers:
-        if type(layer) is not FrozenConv:
+        if x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
             return None
-    if torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (x, *[t for layer in layers for t in (layer.weight, layer.bias)])
-    ):
-        return None
-    return run(tuple([module.block() for module in modules]), layers, x)
+        backend = modules[0].backend
+        kernels = registry.resolve(backend, x.device)
+        prepare: Callable[..., Any] | None = getattr(kernels, "prepare_blocks", None)
+        if prepare is None:
+            return None
+        layers = [layer for module in modules for layer in module.layers()]
+        for module in modules:
+            if module.backend != backend or not chain.untouched(module.__dict__):
+                return None
+        for layer in layers:
+            if type(layer) is not FrozenConv or not chain.untouched(layer.__dict__):
+                return None
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (x, *[t for layer in layers for t in (layer.weight, layer.bias)])
+        ):
+            return None
+        key = (x.shape, *kernels.convolution_settings())
+        prepared = self._prepared.get(key)
+        if prepared is None or not prepared.current(layers):
+            prepared = prepare(tuple([module.block() for module in modules]), layers, x)
+            if prepared is None:
+                return None
+            _remember(self._prepared, key, prepared)
+        return prepared.run(x)
+
+
+def _remember(memory: dict[Hashable, Any], key: Hashable, value: Any) -> None:
+    with _packing:
+        while len(memory) >= _SHAPES:
+            del memory[next(iter(memory))]
+        memory[key] = value
 
 
 def _version(tensor: Tensor) -> int:

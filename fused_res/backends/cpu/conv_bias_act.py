@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from fused_res import convolution as aten
 from fused_res.backends import registry
 from fused_res.backends.cpu import convolution, onednn, program
 from fused_res.backends.cpu.convolution import Kernel
+from fused_res.backends.cpu.program import Program
 from fused_res.ops import laid_out, makes_channels_last
 from fused_res.spec import BlockSpec
 
@@ -27,12 +28,13 @@ class Packed(NamedTuple):
 
 
 class Layer(Protocol):
-    """A convolution that keeps its weight, and what is made of it: ``keep(key, make)``."""
+    """A convolution that keeps its weight, and what is made of it: ``keep(key, make).tensor``, while it ``has`` that."""
 
     weight: Tensor
     bias: Tensor
     kernel: Kernel | None  # the last that ran, for people to read
-    keep: Callable[[Hashable, Callable[[], Tensor]], Tensor]
+    keep: Callable[[Hashable, Callable[[], Tensor]], Any]
+    has: Callable[[Any], bool]
 
 
 def pack_weight(
@@ -48,13 +50,13 @@ def pack_weight(
     layer.kernel = kernel = convolution.kernel_for(input, weight, stride, padding, dilation, groups, True)
     if kernel.ours:
         # One form for every shape of input; the tiles' size is the kernel's own affair.
-        tensor = layer.keep(kernel.name, lambda: convolution.pack(weight, kernel.name, stride))
+        kept = layer.keep(kernel.name, lambda: convolution.pack(weight, kernel.name, stride))
     elif kernel.name == "onednn":
         key = kernel.name, input.shape, input.dtype, torch.get_num_threads()
-        tensor = layer.keep(key, lambda: onednn.pack(input, weight, stride, padding, dilation, groups))
+        kept = layer.keep(key, lambda: onednn.pack(input, weight, stride, padding, dilation, groups))
     else:
         return weight
-    return Packed(kernel, tensor, weight.shape)
+    return Packed(kernel, kept.tensor, weight.shape)
 
 
 def _conv_bias_act(
@@ -95,19 +97,47 @@ def _conv_bias_act(
 conv_bias_act = ops.operator("fused_res_cpu", "conv_bias_act", _conv_bias_act, "CPU")
 
 
-def run_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input: Tensor) -> Tensor | None:
-    """Blocks in a row, by our kernels alone (:mod:`.program`); None where that cannot be."""
+def convolution_settings() -> tuple[Hashable, ...]:
+    """What the choice of kernels depends on, beside shapes."""
+    return registry.winograd(), _extension.cpu_isa()
+
+
+class Prepared(NamedTuple):
+    """Blocks in a row, by our kernels alone: a program and its operands."""
+
+    program: Program
+    layers: Sequence[Layer]
+    kept: list[Any]
+    packed: list[Tensor]
+    biases: list[Tensor]
+
+    def current(self, layers: Sequence[Layer]) -> bool:
+        """Whether these layers still have the operands."""
+        for layer, kept, bias in zip(layers, self.kept, self.biases, strict=True):
+            if layer.bias is not bias or not layer.has(kept):
+                return False
+        return True
+
+    def run(self, input: Tensor) -> Tensor:
+        first = self.layers[0]
+        if first.kernel is not self.program.kernels[0]:
+            for layer, kernel in zip(self.layers, self.program.kernels, strict=True):
+                layer.kernel = kernel
+        return self.program.run(input, self.packed, self.biases)
+
+
+def prepare_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input: Tensor) -> Prepared | None:
+    """None where another library is to compute a part, or a shape does not fit."""
     tensors = [input, *[layer.weight for layer in layers], *[layer.bias for layer in layers]]
     if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return None
     shapes = tuple([tuple(layer.weight.shape) for layer in layers])
-    plan = program.plan(blocks, shapes, tuple(input.shape), registry.winograd(), _extension.cpu_isa())
+    plan = program.plan(blocks, shapes, tuple(input.shape), *convolution_settings())
     if plan is None:
         return None
-    packed = []
     specs = [spec for block in blocks for spec in block.convolutions]
-    for layer, kernel, spec in zip(layers, plan.kernels, specs, strict=True):
-        make = partial(convolution.pack, layer.weight, kernel.name, spec.stride)
-        packed.append(layer.keep(kernel.name, make))
-        layer.kernel = kernel
-    return plan.run(input, packed, [layer.bias for layer in layers])
+    kept = [
+        layer.keep(kernel.name, partial(convolution.pack, layer.weight, kernel.name, spec.stride))
+        for layer, kernel, spec in zip(layers, plan.kernels, specs, strict=True)
+    ]
+    return Prepared(plan, layers, kept, [one.tensor for one in kept], [layer.bias for layer in layers])
