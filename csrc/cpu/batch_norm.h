@@ -25,13 +25,6 @@ inline const BatchNormActKernels& norm_kernels(const Operand& x) {
   return kernels().batch_norm_act[static_cast<int>(x.dtype)][static_cast<int>(x.shape.layout)];
 }
 
-inline const void* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-inline void* mutable_data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.data_ptr() : nullptr;
-}
-
 inline void* row_of(const Tensor& matrix, int64_t row) {
   return static_cast<char*>(matrix.data_ptr()) + row * matrix.size(1) * matrix.element_size();
 }
