@@ -133,7 +133,11 @@ setup(
         Extension(
             "fused_res._C",
             sources=[],  # CMakeLists.txt has them; `depends` puts them into a source distribution
-            depends=["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.*")))],
+            depends=[
+                str(path.relative_to(ROOT))
+                for pattern in ("CMakeLists.txt", "cmake/*.cmake", "csrc/**/*.*")
+                for path in sorted(ROOT.glob(pattern))
+            ],
             optional="1" not in (CPP, CUDA),
         )
     ],

@@ -1,5 +1,5 @@
-// The Python module fused_res._C. Importing it registers the operators' CPU kernels: every
-// csrc/cpu/<stem>.cpp ends with its own registration. What the module itself offers says how the library was
+// The Python module fused_res._C. Importing it registers the operators' CPU kernels: each file of csrc/cpu
+// that has operators ends with their registration. What the module itself offers says how the library was
 // built and which instruction set it runs.
 #include <pybind11/pybind11.h>
 

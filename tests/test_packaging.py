@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -334,6 +335,16 @@ def test_nothing_is_compiled_for_this_machine_only(wheel: Wheel) -> None:
         # What may use a wider instruction set is the kernels' own file, nothing else.
         if "kernels_" not in entry["command"]:
             assert not re.search(r" -m(arch|avx|fma|f16c)", entry["command"]), entry["file"]
+
+
+def test_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
+    sdist = ["setup.py", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    run(sys.executable, *sdist, cwd=ROOT, FUSED_RES_CPP="0")
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {*ROOT.glob("CMakeLists.txt"), *ROOT.glob("cmake/*"), *ROOT.glob("csrc/**/*.*"), *PACKAGE.rglob("*.py")}
+    assert {str(path.relative_to(ROOT)) for path in needed} <= names
 
 
 def test_switches_that_contradict_each_other() -> None:

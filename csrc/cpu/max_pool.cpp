@@ -4,8 +4,7 @@
 
 #include <tuple>
 
-#include "cpu/isa.h"
-#include "cpu/tensor.h"
+#include "cpu/batch_norm.h"
 
 namespace fused_res::cpu {
 namespace {
@@ -50,19 +49,13 @@ std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input, const OptionalT
                                             at::IntArrayRef padding) {
   const Operand x(input);
   PoolArgs args = pool_args(x, kernel_size, stride, padding);
-  const int64_t channels = x.shape.channels;
-  const Tensor saved = stats && stats->defined() ? stats->contiguous() : Tensor();
-  if (saved.defined()) {
-    TORCH_CHECK_VALUE(saved.is_cpu() && saved.scalar_type() == stats_type(x.tensor) && saved.dim() == 2 &&
-                          saved.size(0) == kStatsRows && saved.size(1) == channels,
-                      "stats: expected (5, ", channels, ") of ", stats_type(x.tensor), ", got ",
-                      saved.sizes(), " of ", saved.scalar_type());
-    const auto row = [&](StatsRow row) {
-      return static_cast<const char*>(saved.const_data_ptr()) + row * channels * saved.element_size();
-    };
-    args.mean = row(kMean), args.scale = row(kScale), args.shift = row(kShift);
+  Tensor saved;
+  if (stats && stats->defined()) {
+    saved = checked_stats(*stats, x, "stats");
+    const NormArgs norm = norm_args(saved);
+    args.mean = norm.mean, args.scale = norm.scale, args.shift = norm.shift;
   }
-  const std::array<int64_t, 4> sizes = {x.shape.images, channels, args.out_height, args.out_width};
+  const std::array<int64_t, 4> sizes = {x.shape.images, x.shape.channels, args.out_height, args.out_width};
   Tensor output = empty_output(sizes, input.scalar_type(), x.format);
   Tensor indices = at::detail::empty_cpu(sizes, at::kByte, false, x.format);
   args.x = x.tensor.const_data_ptr();

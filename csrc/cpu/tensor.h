@@ -5,33 +5,13 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 
-#include <optional>
-
-#include "common/layout.h"
+#include "common/tensor.h"
 #include "cpu/output_memory.h"
 #include "cpu/partition.h"
 
 namespace fused_res::cpu {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kDouble:
-      return Dtype::kFloat64;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "input: expected a floating point tensor, got ", tensor.scalar_type());
-  }
-}
 inline at::ScalarType stats_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -49,7 +29,7 @@ struct Operand {
     const int64_t dim = input.dim();
     TORCH_CHECK_VALUE(dim >= 2 && dim <= 5, "input: expected (N, C, ...) of 2 to 5 dimensions, got ",
                       input.sizes());
-    dtype = dtype_of(input);
+    dtype = dtype_of(input, "input");
     const bool channels_last = is_channels_last(input);
     const int64_t pixels = input.size(0) * input.size(1);
     shape = {input.size(0), input.size(1), 1, channels_last ? Layout::kNhwc : Layout::kNchw};
@@ -61,11 +41,7 @@ struct Operand {
 
   // Another tensor of the same shape, in the same order of memory.
   Tensor match(const Tensor& other, const char* name) const {
-    TORCH_CHECK_VALUE(other.sizes() == tensor.sizes(), name, ": expected the shape of input, ",
-                      tensor.sizes(), ", got ", other.sizes());
-    TORCH_CHECK_TYPE(other.scalar_type() == tensor.scalar_type(), name, ": expected the dtype of input, ",
-                     tensor.scalar_type(), ", got ", other.scalar_type());
-    TORCH_CHECK_VALUE(other.is_cpu(), name, ": expected a CPU tensor, got ", other.device());
+    check_like(other, tensor, name);
     return other.contiguous(format);
   }
 
@@ -87,11 +63,6 @@ inline Tensor empty_output(const Tensor& like) {
 
 // A tensor that was not asked for.
 inline Tensor nothing(at::ScalarType dtype) { return at::detail::empty_cpu({0}, dtype); }
-
-// `output` with the strides that PyTorch gives an output for this input, where the kernels read a copy of it.
-inline Tensor restored(Tensor output, const Tensor& input, const Tensor& read) {
-  return read.is_same(input) ? output : at::empty_like(input).copy_(output);
-}
 
 // parallel(n, body) for partition.h. For fewer elements than ATen's own grain, waking a thread costs more
 // than it brings.

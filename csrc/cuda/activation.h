@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <initializer_list>
 
@@ -55,18 +54,6 @@ struct Operand {
     return cols % widest == 0 && aligned(data()) && std::ranges::all_of(others, aligned) ? widest : 1;
   }
 };
-
-// `output` with the strides that PyTorch gives an output for this input, where the kernels read a copy of it.
-inline Tensor restored(const Tensor& output, const Tensor& input, const Tensor& read) {
-  return read.is_same(input) ? output : at::empty_like(input).copy_(output);
-}
-
-inline const void* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-inline void* mutable_data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.data_ptr() : nullptr;
-}
 
 inline Tensor checked_stats(const Tensor& stats, const Operand& x, const char* name) {
   check_device(stats, x.tensor, name);

@@ -2,13 +2,10 @@
 // name, free of torch, behind the functions of the .h.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
-
-#include "common/layout.h"
+#include "common/tensor.h"
 #include "cuda/operands.h"
 
 #ifndef FUSED_RES_SIMULATED
@@ -25,9 +22,6 @@
 
 namespace fused_res::cuda {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 // For as long as it lives, the tensor's device is the current one; kernels go to that device's current
 // stream.
 class OnDeviceOf {
@@ -43,35 +37,6 @@ class OnDeviceOf {
   c10::cuda::CUDAGuard guard_;
 #endif
 };
-
-inline Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kDouble:
-      return Dtype::kFloat64;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, name, ": expected a floating point tensor, got ", tensor.scalar_type());
-  }
-}
-
-// Kernels read it with the pointers of `like`'s device.
-inline void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), name, ": expected a tensor on the input's device, ",
-                    like.device(), ", got ", tensor.device());
-}
-
-inline void check_like(const Tensor& tensor, const Tensor& like, const char* name) {
-  check_device(tensor, like, name);
-  TORCH_CHECK_VALUE(tensor.sizes() == like.sizes(), name, ": expected the shape of input, ", like.sizes(),
-                    ", got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), name, ": expected the dtype of input, ",
-                   like.scalar_type(), ", got ", tensor.scalar_type());
-}
 
 inline const void* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;

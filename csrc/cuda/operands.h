@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 struct CUstream_st;
 
 namespace fused_res::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
-
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // One number a channel, of a dtype of its own; null where there is none.
 struct Parameter {

@@ -5,9 +5,10 @@
 
 #include <stdint.h>
 
+#include "common/dtype.h"
+
 namespace fused_res::cpu {
 
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kDtypes = 4;
 
 enum class Layout { kNhwc, kNchw };  // rows of channels; planes, one for each channel

@@ -10,10 +10,6 @@
 namespace fused_res::cpu {
 namespace {
 
-struct Range {
-  int64_t begin, end;
-};
-
 // The part of the window at output position `out` that lies within the input.
 inline Range window(int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t size) {
   const int64_t start = out * stride - pad;
@@ -59,36 +55,8 @@ inline typename V::Mask positions_equal(const uint8_t* p, uint8_t value, Partial
 
 // --- NHWC: a vector is some channels of one pixel ---
 
-// Without indices, and without a norm before it.
-template <class T>
-void max_pool_values_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
-  using V = Vec<Compute<T>>;
-  for (int64_t row = begin; row < end; ++row) {
-    const T* image = static_cast<const T*>(a.x) + row / a.out_height * a.height * a.width * a.channels;
-    const int64_t oy = row % a.out_height;
-    const Range rows = window(oy, a.kernel_h, a.stride_h, a.pad_h, a.height);
-    for (int64_t ox = 0; ox < a.out_width; ++ox) {
-      const Range cols = window(ox, a.kernel_w, a.stride_w, a.pad_w, a.width);
-      const int64_t corner = ((oy * a.stride_h - a.pad_h) * a.width + ox * a.stride_w - a.pad_w) * a.channels;
-      T* y = static_cast<T*>(a.y) + (row * a.out_width + ox) * a.channels;
-      for_each_vector<V>(a.channels, [&](auto part, int64_t c) {
-        V best = V::all(-static_cast<Compute<T>>(__builtin_inf()));
-        for (int64_t ky = rows.begin; ky < rows.end; ++ky) {
-          const T* x = image + corner + ky * a.width * a.channels + c;
-          for (int64_t kx = cols.begin; kx < cols.end; ++kx) {
-            const V v = part.load(x + kx * a.channels);
-            best = select(greater_or_nan(v, best), v, best);
-          }
-        }
-        part.store(y + c, best);
-      });
-    }
-  }
-}
-
-template <class T>
-void max_pool_forward_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
-  if (!a.indices) return max_pool_values_nhwc<T>(a, begin, end);
+template <class T, bool Norm, bool Indices>
+void max_pool_rows_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
   using S = Compute<T>;
   using V = Vec<S>;
   const S* mean = static_cast<const S*>(a.mean);
@@ -103,25 +71,34 @@ void max_pool_forward_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
       const int64_t corner = ((oy * a.stride_h - a.pad_h) * a.width + ox * a.stride_w - a.pad_w) * a.channels;
       const int64_t out = (row * a.out_width + ox) * a.channels;
       for_each_vector<V>(a.channels, [&](auto part, int64_t c) {
-        const V means = scale ? part.load(mean + c) : V::zero();
-        const V scales = scale ? part.load(scale + c) : V::zero();
-        const V shifts = scale ? part.load(shift + c) : V::zero();
+        V means, scales, shifts;
+        if constexpr (Norm)
+          means = part.load(mean + c), scales = part.load(scale + c), shifts = part.load(shift + c);
         V best = V::all(-static_cast<S>(__builtin_inf()));
         V position = V::all(static_cast<S>(rows.begin * a.kernel_w + cols.begin));
         for (int64_t ky = rows.begin; ky < rows.end; ++ky) {
+          const T* x = image + corner + ky * a.width * a.channels + c;
           for (int64_t kx = cols.begin; kx < cols.end; ++kx) {
-            const T* x = image + corner + (ky * a.width + kx) * a.channels + c;
-            const V v = activated<T>(part.load(x), a, means, scales, shifts);
+            V v = part.load(x + kx * a.channels);
+            if constexpr (Norm) v = activated<T>(v, a, means, scales, shifts);
             const auto better = greater_or_nan(v, best);
             best = select(better, v, best);
-            position = select(better, V::all(static_cast<S>(ky * a.kernel_w + kx)), position);
+            if constexpr (Indices)
+              position = select(better, V::all(static_cast<S>(ky * a.kernel_w + kx)), position);
           }
         }
         part.store(static_cast<T*>(a.y) + out + c, best);
-        store_positions(a.indices + out + c, position, part);
+        if constexpr (Indices) store_positions(a.indices + out + c, position, part);
       });
     }
   }
+}
+
+template <class T>
+void max_pool_forward_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
+  if (a.scale) return max_pool_rows_nhwc<T, true, true>(a, begin, end);
+  if (a.indices) return max_pool_rows_nhwc<T, false, true>(a, begin, end);
+  max_pool_rows_nhwc<T, false, false>(a, begin, end);
 }
 
 // Each input position gathers from the windows that cover it: nothing is written twice, the order of the sum

@@ -1,0 +1,77 @@
+// How the host sides of all backends see a tensor: its dtype, its layout, and whether it fits to another.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "common/dtype.h"
+
+namespace fused_res {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, name, ": expected a floating point tensor, got ", tensor.scalar_type());
+  }
+}
+
+// Kernels read it with the pointers of `like`'s device.
+inline void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), name, ": expected a tensor on the input's device, ",
+                    like.device(), ", got ", tensor.device());
+}
+
+inline void check_like(const Tensor& tensor, const Tensor& like, const char* name) {
+  check_device(tensor, like, name);
+  TORCH_CHECK_VALUE(tensor.sizes() == like.sizes(), name, ": expected the shape of input, ", like.sizes(),
+                    ", got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), name, ": expected the dtype of input, ",
+                   like.scalar_type(), ", got ", tensor.scalar_type());
+}
+
+inline const void* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+inline void* mutable_data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.data_ptr() : nullptr;
+}
+
+inline at::MemoryFormat channels_last_of(int64_t dim) {
+  return dim == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+}
+
+// Whether kernels see rows of channels. The same rule as fused_res.ops.is_channels_last.
+inline bool is_channels_last(const Tensor& input) {
+  if (input.dim() == 2) return true;
+  if (input.size(1) == 1) return false;
+  if (std::all_of(input.sizes().begin() + 2, input.sizes().end(), [](int64_t size) { return size == 1; }))
+    return true;
+  return input.dim() > 3 && !input.is_contiguous() && input.is_contiguous(channels_last_of(input.dim()));
+}
+
+// `input` in channels_last memory, or contiguous; itself if it is already.
+inline Tensor laid_out(const Tensor& input, bool channels_last) {
+  const bool has_rows = channels_last && input.dim() > 3;
+  return input.contiguous(has_rows ? channels_last_of(input.dim()) : at::MemoryFormat::Contiguous);
+}
+
+// `output` with the strides that PyTorch gives an output for this input, where the kernels read a copy of it.
+inline Tensor restored(const Tensor& output, const Tensor& input, const Tensor& read) {
+  return read.is_same(input) ? output : at::empty_like(input).copy_(output);
+}
+
+}  // namespace fused_res

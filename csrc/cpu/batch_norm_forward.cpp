@@ -1,0 +1,98 @@
+// act(bn(x) [+ residual]): with the statistics of the batch, with given ones, and in place. The kernels
+// are in isa/batch_norm_forward.h, the scheme in partition.h.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "cpu/batch_norm_stats.h"
+
+namespace fused_res::cpu {
+namespace {
+
+// What is added: nothing, a tensor as it is, or one that is normalised with statistics of its own.
+struct Residual {
+  Tensor tensor, stats;
+
+  Residual(const Operand& x, const OptionalTensor& residual, const OptionalTensor& residual_stats) {
+    if (residual && residual->defined()) tensor = x.match(*residual, "residual");
+    if (!residual_stats || !residual_stats->defined()) return;
+    TORCH_CHECK_VALUE(tensor.defined(), "residual_stats: expected a residual that they are of");
+    stats = checked_stats(*residual_stats, x, "residual_stats");
+  }
+};
+
+Tensor empty_mask(const Operand& x, bool wanted) {
+  return wanted ? at::detail::empty_cpu({x.shape.rows(), x.mask_cols()}, at::kByte) : nothing(at::kByte);
+}
+
+ForwardArgs forward_args(const Operand& x, const Residual& residual, const Tensor& stats, bool relu,
+                         const Tensor& y, const Tensor& mask) {
+  return {.x = x.tensor.const_data_ptr(),
+          .residual = data_or_null(residual.tensor),
+          .norm = norm_args(stats),
+          .residual_norm = norm_args(residual.stats),
+          .y = y.data_ptr(),
+          .mask = mask.defined() && mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr,
+          .relu = relu,
+          .stream = !y.is_same(x.tensor) && may_stream(x, y)};
+}
+
+void run_forward(const Operand& x, const ForwardArgs& args) {
+  const auto forward = norm_kernels(x).forward;
+  one_pass(x.shape, Parallel(x.shape.numel()), [&](const Block& block) { forward(block, args); });
+}
+
+// --- the operators ---
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
+    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& residual_stats,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, bool training, double eps, bool relu, bool save_mask) {
+  const Operand x(input);
+  const Norm norm(x, weight, bias, running_mean, running_var, training, eps);
+  const Residual added(x, residual, residual_stats);
+  Tensor output = empty_output(x.tensor), stats = empty_stats(x), mask = empty_mask(x, save_mask);
+  const ForwardArgs args = forward_args(x, added, stats, relu, output, mask);
+  if (training && x.shape.numel() > 0) {
+    const auto forward = norm_kernels(x).forward;
+    with_batch_stats(x, norm, stats.data_ptr(), [&](const Block& block) { forward(block, args); });
+  } else {
+    finish_given(x, norm, stats.data_ptr());
+    run_forward(x, args);
+  }
+  return {restored(output, input, x.tensor), stats, mask};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_act_apply(const Tensor& input, const Tensor& stats,
+                                                const OptionalTensor& residual,
+                                                const OptionalTensor& residual_stats, bool relu,
+                                                bool save_mask) {
+  const Operand x(input);
+  const Residual added(x, residual, residual_stats);
+  Tensor output = empty_output(x.tensor), mask = empty_mask(x, save_mask);
+  run_forward(x, forward_args(x, added, checked_stats(stats, x, "stats"), relu, output, mask));
+  return {restored(output, input, x.tensor), mask};
+}
+
+void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual,
+                               const OptionalTensor& residual_stats, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& running_mean,
+                               const Tensor& running_var, double eps, bool relu) {
+  const Operand x(input);
+  const Norm norm(x, weight, bias, running_mean, running_var, /*training=*/false, eps);
+  const Residual added(x, residual, residual_stats);
+  const Tensor stats = empty_stats(x);
+  finish_given(x, norm, stats.data_ptr());
+  run_forward(x, forward_args(x, added, stats, relu, x.tensor, {}));
+  if (!x.tensor.is_same(input)) input.copy_(x.tensor);
+}
+
+}  // namespace
+}  // namespace fused_res::cpu
+
+TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
+  using namespace fused_res::cpu;
+  m.impl("batch_norm_act_forward", TORCH_FN(batch_norm_act_forward));
+  m.impl("batch_norm_act_apply", TORCH_FN(batch_norm_act_apply));
+  m.impl("batch_norm_act_inference_", TORCH_FN(batch_norm_act_inference_));
+}
