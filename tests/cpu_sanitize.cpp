@@ -91,7 +91,8 @@ struct Operands {
         bias(random_floats(c.outputs, 10)),
         residual(0) {
     const int64_t taps = c.taps_h * c.taps_w;
-    weight = {plain.get(), c.outputs, c.channels, c.taps_h, c.taps_w, c.channels * taps, taps, c.taps_w, 1};
+    weight = {plain.get(),       c.outputs, c.channels, c.taps_h, c.taps_w,
+              c.channels * taps, taps,      c.taps_w,   1,        c.stride};
     if (c.transposed) {
       weight.data += taps - 1;
       weight.row_stride = -c.taps_w, weight.column_stride = -1;
@@ -294,7 +295,8 @@ void check_all() {
       for (const auto [images, height, width] : {Image{1, 1, 3}, {2, 3, 5}, {1, 7, 6}, {3, 14, 31}}) {
         if (height + 2 * pad < 3 || width + 2 * pad < 3) continue;
         for (const auto [channels, outputs] : {Range{1, 33}, {17, 1}, {19, 70}})
-          next({images, channels, height, width, outputs, 3, 3, 1, pad, 1, tile});
+          for (int64_t stride = 1; stride <= (tile == 4 ? 2 : 1); ++stride)
+            next({images, channels, height, width, outputs, 3, 3, stride, pad, 1, tile});
       }
     }
   }
@@ -322,7 +324,8 @@ void check_all_gradients() {
     for (const auto [images, height, width] : {Image{1, 1, 3}, {2, 3, 5}, {1, 7, 6}, {3, 14, 31}}) {
       if (height + 2 * pad < 3 || width + 2 * pad < 3) continue;
       for (const auto [channels, outputs] : {Range{1, 33}, {17, 1}, {19, 70}})
-        next({images, channels, height, width, outputs, 3, 3, 1, pad, 1, 4});
+        for (const int64_t stride : {1, 2})
+          next({images, channels, height, width, outputs, 3, 3, stride, pad, 1, 4});
     }
   }
   for (const auto [taps_h, taps_w] : {Range{1, 1}, {3, 3}, {5, 3}, {1, 7}}) {

@@ -116,7 +116,7 @@ class Operands:
         )
 
     def packed(self, tile: int) -> Tensor:
-        return PACK(self.weight, tile != DIRECT, False)
+        return PACK(self.weight, self.case.stride[0] if tile != DIRECT else 0, False)
 
     def run(self, tile: int, partials: bool = False, packed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         case = self.case
@@ -154,7 +154,7 @@ def check(operands: Operands, tile: int, output: Tensor, exact: Tensor) -> None:
 def check_everywhere(case: Case) -> None:
     operands = Operands.of(case)
     exact = operands.exact()
-    winograd = case.kernel == (3, 3) and case.stride == case.dilation == (1, 1)
+    winograd = case.kernel == (3, 3) and case.stride in ((1, 1), (2, 2)) and case.dilation == (1, 1)
     packed = {tile: operands.packed(tile) for tile in (TILES if winograd else (DIRECT,))}
     for isa in ISAS:
         _C.set_cpu_isa(isa)
@@ -183,11 +183,14 @@ class TestAgainstFloat64:
             )
             if case.exists():
                 check_everywhere(case)
+                check_everywhere(replace(case, stride=(2, 2)))
 
     @pytest.mark.parametrize("channels", CHANNELS)
     def test_channels(self, channels: int) -> None:
         for outputs, images in itertools.product(CHANNELS, (1, 2, 3)):
-            check_everywhere(Case(images, channels, 7, 9, outputs, **epilogue(outputs + images)))
+            case = Case(images, channels, 7, 9, outputs, **epilogue(outputs + images))
+            check_everywhere(case)
+            check_everywhere(replace(case, height=14, width=13, stride=(2, 2)))
 
     @pytest.mark.parametrize(
         "number", range(8), ids=lambda n: " ".join(k for k, on in epilogue(n).items() if on) or "-"

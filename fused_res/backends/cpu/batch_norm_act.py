@@ -1,4 +1,4 @@
-"""The kernels of ``csrc/cpu/batch_norm_act.cpp``. Overloads, not packets: resolving one costs a microsecond a call."""
+"""The kernels of ``csrc/cpu/batch_norm_*.cpp``. Overloads, not packets: resolving one costs a microsecond a call."""
 
 import torch
 
