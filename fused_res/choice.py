@@ -99,7 +99,7 @@ def _choose_cpu(spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, cha
         return Choice(reason="our own convolutions are for float32 images in channels_last memory")
     if spec.groups > 1:
         return Choice(reason="grouped")
-    if _winograds(weight, spec.stride, spec.dilation):
+    if has_winograd(weight, spec.stride, spec.dilation):
         return Choice("own", "own", "Winograd where there are images enough and it is not switched off, else as ATen")
     return Choice("own", "own", "direct, each where it measured faster than ATen's")
 
@@ -152,9 +152,10 @@ def training_kernels(
     pixels = images * height * width
     if pixels < _WINOGRAD_PIXELS:
         return TrainingKernels()
-    if winograd and _winograds(weight, stride, dilation) and min(outputs, channels) >= _LEAST_CHANNELS:
-        # The gradient of the input is a convolution with 2 - padding.
-        return TrainingKernels("winograd", "winograd" if max(padding) <= 2 else "aten", "winograd")
+    if winograd and has_winograd(weight, stride, dilation) and min(outputs, channels) >= _LEAST_CHANNELS:
+        # With stride 1 the gradient of the input is a convolution with 2 - padding.
+        backward = stride == (1, 1) and max(padding) <= 2
+        return TrainingKernels("winograd", "winograd" if backward else "aten", "winograd")
     return TrainingKernels(
         "direct" if pixels * outputs > _LARGE else "aten",
         "direct" if images * channels * size[0] * size[1] > _LARGE and set(stride) == {1} else "aten",
@@ -164,8 +165,9 @@ def training_kernels(
     )
 
 
-def _winograds(weight: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> bool:
-    return weight[2:] == (3, 3) and set(stride) == {1} and set(dilation) == {1}
+def has_winograd(weight: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> bool:
+    """Whether the CPU's Winograd kernels compute this convolution."""
+    return weight[2:] == (3, 3) and stride in ((1, 1), (2, 2)) and dilation == (1, 1)
 
 
 def _fills(weight: tuple[int, ...]) -> bool:

@@ -98,9 +98,12 @@ def test_weight_gradient_by_winograd(isa: str) -> None:
     heights, widths = (1, 2, 3, 4, 5, 6, 7, 13), (2, 5, 8, 11)
     for n, channels, outputs in ((1, 17, 33), (3, 64, 3), (2, 1, 40)):
         for height, width, padding, last in itertools.product(heights, widths, (0, 1, 2), (True, False)):
-            check(n, channels, outputs, (height, width), (3, 3), True, padding=padding, last=last)
+            for stride in (1, 2):
+                check(n, channels, outputs, (height, width), (3, 3), True, stride, padding, last=last)
     check(4, 130, 100, (14, 14), (3, 3), True)  # sums that all share
     check(8, 64, 64, (28, 28), (3, 3), True)  # and of its own for each part
+    check(4, 130, 100, (28, 27), (3, 3), True, stride=2)
+    check(8, 64, 64, (56, 56), (3, 3), True, stride=2)
 
 
 def test_weight_gradient_by_one_product(isa: str) -> None:

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from fused_res import _extension, convolution, ops
 from fused_res.backends import registry
 from fused_res.backends.cpu.batch_norm_act import batch_norm_act_apply
+from fused_res.backends.cpu.convolution import pack
 from fused_res.backends.reference.batch_norm_sync import batch_norm_partials
 from fused_res.choice import TrainingKernels, training_kernels
 from fused_res.ops import is_channels_last
@@ -23,7 +24,6 @@ from fused_res.spec import UnitSpec
 _namespace = torch.ops.fused_res_cpu
 
 merge_stats = _namespace.merge_stats.default
-_pack = _namespace.pack_conv_weight.default
 _convolve = _namespace.convolve.default
 _weight_gradient = _namespace.conv_weight_gradient.default
 
@@ -52,7 +52,7 @@ def conv_forward(
     kernel = _kernels(input, weight, spec).forward
     if kernel == "aten":
         return convolution.forward(input, weight, bias, spec), None
-    packed = _pack(weight, kernel == "winograd", False)
+    packed = pack(weight, kernel, spec.stride)
     z, partials = _convolve(
         input,
         packed,
@@ -100,7 +100,7 @@ def _input_gradient(grad: Tensor, input: Tensor, weight: Tensor, spec: UnitSpec,
     """With stride 1 a convolution, too, of the flipped and transposed weight."""
     taps = weight.shape[2:]
     padding = [spread * (tap - 1) - pad for tap, pad, spread in zip(taps, spec.padding, spec.dilation, strict=True)]
-    packed = _pack(weight, kernel == "winograd", True)
+    packed = pack(weight, kernel, spec.stride, transposed=True)
     dx, _ = _convolve(
         grad,
         packed,

@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_res import _extension
 from fused_res.backends import registry
 from fused_res.backends.cpu import onednn
+from fused_res.choice import has_winograd
 from fused_res.ops import makes_channels_last
 
 _pack = torch.ops.fused_res_cpu.pack_conv_weight.default
@@ -120,10 +121,6 @@ def choose(geometry: Geometry, ours: bool, packed: bool, winograd: bool, isa: st
     saved = direct / costs[best]
     reason = f"{saved:.1f}x fewer operations" if best == 4 else "a small image: reads less of the weight than F(4x4)"
     return Kernel("winograd", reason, best)
-
-
-def has_winograd(weight: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
-    return tuple(weight[2:]) == (3, 3) and tuple(stride) in ((1, 1), (2, 2)) and tuple(dilation) == (1, 1)
 
 
 def _products(size: int, tile: int, stride: int) -> int:
