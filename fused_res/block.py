@@ -181,10 +181,12 @@ class _Backward:
             return None
         # Only the weight's gradient reads x; the input's takes its shape, which the value before the norm has too.
         x = self.values[unit.reads if unit.grad_weight else unit.source]
-        own = unit.kernels.backward == "own"
-        dx, self.grads[at], self.grads[at + 1] = (self.backend.conv_backward if own else convolution.backward)(
-            dz, x, weight, bias, unit.spec, [unit.grad_reads, unit.grad_weight, unit.grad_bias]
-        )
+        wanted = [unit.grad_reads, unit.grad_weight, unit.grad_bias]
+        if unit.kernels.backward == "own":
+            found = self.backend.conv_backward(dz, x, weight, bias, unit.spec, wanted, unit is self.plan.projection)
+        else:
+            found = convolution.backward(dz, x, weight, bias, unit.spec, wanted)
+        dx, self.grads[at], self.grads[at + 1] = found
         return None if dx is None else _Behind(dx)
 
     def _fused(self, unit: Unit, behind: _Behind) -> _Behind | None:
@@ -291,7 +293,9 @@ class _Backward:
     def _strided(self) -> bool:
         """Whether the projection brings only those pixels that it has read."""
         projection = self.plan.projection
-        return projection is not None and projection.kernels.backward == "fused" and projection.spec.stride != (1, 1)
+        if projection is None or self.shortcut is None or projection.spec.stride == (1, 1):
+            return False
+        return self.shortcut.shape[2:] == self.grad_output.shape[2:]
 
     def _with_shortcut(self, grad: Tensor) -> Tensor:
         unit = self.plan.units[0]

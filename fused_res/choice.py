@@ -156,12 +156,12 @@ def training_kernels(
         # With stride 1 the gradient of the input is a convolution with 2 - padding.
         backward = stride == (1, 1) and max(padding) <= 2
         return TrainingKernels("winograd", "winograd" if backward else "aten", "winograd")
+    if taps == [1, 1] and not any(padding) and min(outputs, channels) >= _LEAST_CHANNELS:
+        return TrainingKernels("direct", "direct", "direct")
     return TrainingKernels(
         "direct" if pixels * outputs > _LARGE else "aten",
-        "direct" if images * channels * size[0] * size[1] > _LARGE and set(stride) == {1} else "aten",
-        "direct"
-        if max(taps) <= 3 and channels >= _LEAST_CHANNELS and (set(stride) != {1} or channels <= 128)
-        else "aten",
+        "direct" if images * channels * size[0] * size[1] > _LARGE and stride == (1, 1) else "aten",
+        "direct" if max(taps) <= 3 and channels >= _LEAST_CHANNELS else "aten",
     )
 
 

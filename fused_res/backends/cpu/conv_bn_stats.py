@@ -71,9 +71,16 @@ def conv_forward(
 
 
 def conv_backward(
-    grad: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, spec: UnitSpec, output_mask: list[bool]
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    spec: UnitSpec,
+    output_mask: list[bool],
+    compact: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As :func:`fused_res.convolution.backward`."""
+    """As :func:`fused_res.convolution.backward`. ``compact``: the gradient of the input may come for those pixels alone
+    that a 1x1 kernel with a stride has read, as an image of the output's size; the others' is zero."""
     assert weight is not None  # the plan has checked
     kernels = _kernels(input, weight, spec)
     of_input = output_mask[0] and kernels.input_gradient != "aten"
@@ -83,6 +90,10 @@ def conv_backward(
     dx = dweight = dbias = None
     if of_input:
         dx = _input_gradient(grad, input, weight, spec, kernels.input_gradient)
+        if dx.shape != input.shape and not compact:
+            rows, columns = spec.stride
+            read, dx = dx, torch.zeros_like(input)
+            dx[:, :, ::rows, ::columns] = read
     if of_weight:
         dweight = _weight_gradient(
             grad, input, weight, spec.stride, spec.padding, spec.dilation, kernels.weight_gradient == "winograd"
@@ -97,7 +108,7 @@ def conv_backward(
 
 
 def _input_gradient(grad: Tensor, input: Tensor, weight: Tensor, spec: UnitSpec, kernel: str) -> Tensor:
-    """With stride 1 a convolution, too, of the flipped and transposed weight."""
+    """A convolution, too, of the flipped and transposed weight: with stride 1, or of the pixels that a 1x1 has read."""
     taps = weight.shape[2:]
     padding = [spread * (tap - 1) - pad for tap, pad, spread in zip(taps, spec.padding, spec.dilation, strict=True)]
     packed = pack(weight, kernel, spec.stride, transposed=True)
@@ -108,7 +119,7 @@ def _input_gradient(grad: Tensor, input: Tensor, weight: Tensor, spec: UnitSpec,
         None,
         input.shape[1],
         taps,
-        spec.stride,
+        (1, 1),
         padding,
         spec.dilation,
         _TILES[kernel],
