@@ -89,6 +89,49 @@ inline void gather(const ConvolutionArgs& args, Range rows, float* to) {
   }
 }
 
+// A block of whole vectors straight from the registers: by way of memory, as in direct_run, a block 64 to 256
+// channels deep takes 4 % longer.
+template <int R>
+inline void convolve_block(const ConvolutionArgs& args, const float* a, int64_t stride, const float* b,
+                           int64_t depth, int64_t pixel, int64_t c) {
+  using V = Vec<float>;
+  V sums[R][kVectors];
+  sum_products<R>(a, stride, b, depth, sums);
+  const int64_t pitch = args.outputs, first = pixel * pitch + c;
+  if (args.bias) {
+    V bias[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) bias[v] = load(args.bias + c + v * V::lanes);
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = sums[r][v] + bias[v];
+    }
+  }
+  if (args.residual) {
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v)
+        sums[r][v] = sums[r][v] + load(args.residual + first + r * pitch + v * V::lanes);
+    }
+  }
+  if (args.relu) {
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = keep(not_less_equal_zero(sums[r][v]), sums[r][v]);
+    }
+  }
+  const bool stream = streams(args);
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      put(Whole{}, args.y + first + r * pitch + v * V::lanes, sums[r][v], stream);
+  }
+}
+
 void direct_run(const ConvolutionArgs& args, Range rows, Range panels, float* scratch, double* moments) {
   constexpr int kLanes = Vec<float>::lanes;
   const int64_t depth = args.taps_h * args.taps_w * args.channels;
@@ -103,8 +146,13 @@ void direct_run(const ConvolutionArgs& args, Range rows, Range panels, float* sc
     const float* b = args.packed + c / kPanelOutputs * kPanelOutputs * depth + c % kPanelOutputs;
     Moments sums[kVectors];
     for_each_row_block(rows.end - rows.begin, [&](int64_t row, int64_t n) {
-      float products[kRows * kPanelOutputs];
       for (int64_t r = 0; r < n; ++r) epilogue_prefetch(args, rows.begin + row + r, c);
+      if (c + kColumns <= end && moments == nullptr) {
+        return with_rows(n, [&](auto count) {
+          convolve_block<count.value>(args, a + row * stride, stride, b, depth, rows.begin + row, c);
+        });
+      }
+      float products[kRows * kPanelOutputs];
       multiply_rows(n, a + row * stride, stride, b, depth, products);
       for (int v = 0; v < kVectors && c + v * kLanes < end; ++v) {
         with_part(end - (c + v * kLanes), [&](auto part) {

@@ -8,11 +8,6 @@
 namespace fused_res::cpu {
 namespace {
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
 // f(part) for a vector of the first n elements.
 template <class F>
 inline void with_part(int64_t n, F f) {

@@ -26,12 +26,26 @@ constexpr int kRows = 6;  // of 16
 // memory 1.3x as fast with this.
 constexpr int64_t kPrefetch = 64 * kPanelOutputs, kLine = 16;
 
-// sums[r][0..kColumns) = a[r][0..depth) * b[0..depth)[0..kColumns). Rows of A are `stride` apart, those of B
-// and of the sums kPanelOutputs.
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// f(Int<rows>), for 1 to kRows rows.
+template <int R = kRows, class F>
+inline void with_rows(int64_t rows, const F& f) {
+  if constexpr (R > 1) {
+    if (rows < R) return with_rows<R - 1>(rows, f);
+  }
+  f(Int<R>{});
+}
+
+// sums[r] = a[r][0..depth) * b[0..depth)[0..kColumns), in registers where the caller's loops are unrolled, too.
+// Rows of A are `stride` apart, those of B kPanelOutputs.
 template <int R>
-inline void multiply(const float* a, int64_t stride, const float* b, int64_t depth, float* to) {
+[[gnu::always_inline]] inline void sum_products(const float* a, int64_t stride, const float* b, int64_t depth,
+                                                Vec<float> (&sums)[R][kVectors]) {
   using V = Vec<float>;
-  V sums[R][kVectors];
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -58,21 +72,23 @@ inline void multiply(const float* a, int64_t stride, const float* b, int64_t dep
     for (int i = 0; i < kPointers; ++i) ++pointers[i];
     b += kPanelOutputs;
   }
+}
+
+// The same for 1 to kRows rows, to memory, where rows are kPanelOutputs apart.
+template <int R>
+inline void multiply(const float* a, int64_t stride, const float* b, int64_t depth, float* to) {
+  using V = Vec<float>;
+  V sums[R][kVectors];
+  sum_products<R>(a, stride, b, depth, sums);
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) store(to + r * kPanelOutputs + v * V::lanes, sums[r][v]);
   }
 }
-
-// The same for 1 to kRows rows.
-template <int R = kRows>
 inline void multiply_rows(int64_t rows, const float* a, int64_t stride, const float* b, int64_t depth,
                           float* to) {
-  if constexpr (R > 1) {
-    if (rows < R) return multiply_rows<R - 1>(rows, a, stride, b, depth, to);
-  }
-  multiply<R>(a, stride, b, depth, to);
+  with_rows(rows, [&](auto count) { multiply<count.value>(a, stride, b, depth, to); });
 }
 
 // sums[r][0..kColumns) (+)= a[0..depth)[r] * b[0..depth)[0..kColumns): A is read down its columns, and so its
@@ -110,13 +126,10 @@ inline void multiply_down(const float* a, int64_t a_stride, const float* b, int6
   }
 }
 
-template <int R = kRows>
 inline void multiply_rows_down(int64_t rows, const float* a, int64_t a_stride, const float* b,
                                int64_t b_stride, int64_t depth, bool first, float* to) {
-  if constexpr (R > 1) {
-    if (rows < R) return multiply_rows_down<R - 1>(rows, a, a_stride, b, b_stride, depth, first, to);
-  }
-  multiply_down<R>(a, a_stride, b, b_stride, depth, first, to);
+  with_rows(rows,
+            [&](auto count) { multiply_down<count.value>(a, a_stride, b, b_stride, depth, first, to); });
 }
 
 // f(first row, rows) for blocks of registers, as equal as can be: one of two rows would wait for its own
