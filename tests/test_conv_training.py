@@ -331,18 +331,21 @@ def kernels(input: tuple[int, ...], winograd: bool) -> TrainingKernels:
 
 
 def losses(steps: int, seed: int, winograd: bool, size: int = 64, batch: int = 16) -> list[float]:
-    """Of ResNet-18 on images that can be told apart by their colour and its place."""
+    """Of ResNet-18 on images that can just be told apart by their colour and its place.
+
+    At 0.02 and without warm-up every curve, whoever computes it, has peaks of 5 to 19: chaos, which any rounding moves.
+    """
     torch.manual_seed(seed)
     model = models.resnet18(num_classes=4).to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(7)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9)
     found = []
     with fused_res.backends.use("auto", winograd=winograd):
         for _ in range(steps):
             labels = torch.randint(0, 4, (batch,), generator=generator)
             x = torch.randn(batch, 3, size, size, generator=generator)
-            x[:, 0, : size // 2] += (labels % 2)[:, None, None]
-            x[:, 1, :, : size // 2] += (labels // 2)[:, None, None]
+            x[:, 0, : size // 2] += 0.1 * (labels % 2)[:, None, None]
+            x[:, 1, :, : size // 2] += 0.1 * (labels // 2)[:, None, None]
             loss = F.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), labels)
             optimizer.zero_grad()
             loss.backward()

@@ -19,7 +19,8 @@ namespace {
 Tensor pack_conv_weight(const Tensor& weight, int64_t winograd, bool transposed) {
   TORCH_CHECK_VALUE(weight.dim() == 4, "weight: expected (K, C, kh, kw), got ", weight.sizes());
   const int64_t taps_h = weight.size(2), taps_w = weight.size(3);
-  TORCH_CHECK_VALUE(winograd >= 0 && winograd <= 2, "winograd: expected a stride of 1 or 2, or 0, got ", winograd);
+  TORCH_CHECK_VALUE(winograd >= 0 && winograd <= 2, "winograd: expected a stride of 1 or 2, or 0, got ",
+                    winograd);
   TORCH_CHECK_VALUE(winograd == 0 || (taps_h == 3 && taps_w == 3),
                     "weight: Winograd is for 3x3 kernels, got ", weight.sizes());
   Weight w = {floats(weight, "weight"), weight.size(0),   weight.size(1),   taps_h,           taps_w,

@@ -80,9 +80,7 @@ class DirectTasks {
 class WinogradTasks {
  public:
   explicit WinogradTasks(const ConvolutionArgs& args)
-      : args_(args),
-        tiles_(args),
-        total_(args.images * tiles_.in_image()) {
+      : args_(args), tiles_(args), total_(args.images * tiles_.in_image()) {
     const int64_t side = args.tile + 2;
     const int64_t weight = panels_of(args.outputs) * kPanelOutputs * args.channels * side * side;
     shared_ = total_ < (weight > kSmallWeight ? kFewTiles : 3 * kOwnBlock) || weight > kCachedWeight;

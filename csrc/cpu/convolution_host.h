@@ -108,9 +108,8 @@ inline void check(const ConvolutionArgs& args, int64_t packed) {
   TORCH_CHECK_VALUE(
       args.out_height > 0 && args.out_width > 0 && args.channels > 0 && args.height > 0 && args.width > 0,
       "input: expected channels, and images at least as large as the kernel");
-  TORCH_CHECK_VALUE(
-      args.tile == 0 || (args.tile >= 2 && args.tile <= 4 && is_winograd(args)),
-      "tile: Winograd is for 3x3 kernels with stride 1 or 2, in tiles of 2 to 4");
+  TORCH_CHECK_VALUE(args.tile == 0 || (args.tile >= 2 && args.tile <= 4 && is_winograd(args)),
+                    "tile: Winograd is for 3x3 kernels with stride 1 or 2, in tiles of 2 to 4");
   TORCH_CHECK_VALUE(
       packed == packed_size(args.outputs, args.channels, args.taps_h * args.taps_w, args.tile != 0),
       "packed: expected the weight packed for this convolution");

@@ -65,7 +65,8 @@ def freeze(model: Model, backend: str = "auto") -> Model:
                 parent._modules[name] = replaced[child]
         children = list(parent._modules.values())
         if type(parent) is nn.Sequential and len(children) > 1 and all(type(c) is FrozenBlock for c in children):
-            parent.__class__, parent._programs = FrozenStage, Programs()
+            parent.__class__ = FrozenStage
+            cast(FrozenStage, parent)._programs = Programs()
     base: Any = type(frozen)
     if not isinstance(frozen, (Frozen, *CLOSED)) and base.__reduce_ex__ is object.__reduce_ex__:
         frozen.__class__ = _frozen_class(base)

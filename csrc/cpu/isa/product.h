@@ -40,8 +40,8 @@ inline void with_rows(int64_t rows, const F& f) {
   f(Int<R>{});
 }
 
-// sums[r] = a[r][0..depth) * b[0..depth)[0..kColumns), in registers where the caller's loops are unrolled, too.
-// Rows of A are `stride` apart, those of B kPanelOutputs.
+// sums[r] = a[r][0..depth) * b[0..depth)[0..kColumns), in registers where the caller's loops are unrolled,
+// too. Rows of A are `stride` apart, those of B kPanelOutputs.
 template <int R>
 [[gnu::always_inline]] inline void sum_products(const float* a, int64_t stride, const float* b, int64_t depth,
                                                 Vec<float> (&sums)[R][kVectors]) {

@@ -11,8 +11,9 @@ namespace {
 constexpr int kTaps = 3;
 constexpr int kPoints = 6;
 
-// Where the factors of F(m) belong, in one dimension: winograd_points.h. The factor `l` is that of a point, or
-// with stride 2 and behind the points', of an input under the tap in the middle. Such factors share a place.
+// Where the factors of F(m) belong, in one dimension: winograd_points.h. The factor `l` is that of a point,
+// or with stride 2 and behind the points', of an input under the tap in the middle. Such factors share a
+// place.
 constexpr int kMiddle = kPoints - 2, kInfinity = kPoints - 1;
 constexpr int factors_of(int stride, int m) { return (m - 1) * stride + kTaps; }  // as many as inputs
 constexpr int kMostFactors = factors_of(2, 4) * factors_of(2, 4);

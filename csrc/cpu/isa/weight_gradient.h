@@ -145,13 +145,12 @@ void winograd_gradient_output(const WeightGradientArgs& args, Range block, Range
   for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
     with_tile(tiles, kind, [&](auto by, auto my, auto mx) {
       const int64_t y = ty * shape.tile, x = tx * shape.tile;
-      const float* corner =
-          args.dz + ((image * shape.out_height + y) * shape.out_width + x) * shape.outputs;
+      const float* corner = args.dz + ((image * shape.out_height + y) * shape.out_width + x) * shape.outputs;
       for_each_vector<Vec<float>>(shape.outputs, [&](auto part, int64_t o) {
         const int64_t at = o / kPanelOutputs * panel + index * kPanelOutputs + o % kPanelOutputs;
-        gradient_vector<by.value, my.value, mx.value>(
-            part, corner + o, shape.out_width * shape.outputs, shape.outputs, shape.out_height - y,
-            shape.out_width - x, places.of(kind), at);
+        gradient_vector<by.value, my.value, mx.value>(part, corner + o, shape.out_width * shape.outputs,
+                                                      shape.outputs, shape.out_height - y,
+                                                      shape.out_width - x, places.of(kind), at);
       });
     });
   });
@@ -176,8 +175,8 @@ void winograd_gradient_multiply(const WeightGradientArgs& args, Range block, Ran
 }
 
 template <int S>
-void winograd_gradient_finish_by(const WeightGradientArgs& args, Range panels, Range channels, const float* sums,
-                              int64_t parts, int64_t stride) {
+void winograd_gradient_finish_by(const WeightGradientArgs& args, Range panels, Range channels,
+                                 const float* sums, int64_t parts, int64_t stride) {
   using V = Vec<float>;
   const auto& shape = args.convolution;
   const int64_t point = shape.channels * kPanelOutputs;
@@ -212,7 +211,8 @@ void winograd_gradient_finish_by(const WeightGradientArgs& args, Range panels, R
 
 void winograd_gradient_finish(const WeightGradientArgs& args, Range panels, Range channels, const float* sums,
                               int64_t parts, int64_t stride) {
-  const auto finish = args.convolution.stride_h == 1 ? winograd_gradient_finish_by<1> : winograd_gradient_finish_by<2>;
+  const auto finish =
+      args.convolution.stride_h == 1 ? winograd_gradient_finish_by<1> : winograd_gradient_finish_by<2>;
   finish(args, panels, channels, sums, parts, stride);
 }
 

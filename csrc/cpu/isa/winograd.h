@@ -10,7 +10,7 @@
 namespace fused_res::cpu {
 namespace {
 
-// f(Int<stride>, Int<height>, Int<width>) for a kind of tile.
+// f(Int<size>) for the sizes of tiles.
 template <class F>
 inline void with_size(int64_t size, F f) {
   if (size == 4) {
@@ -21,6 +21,7 @@ inline void with_size(int64_t size, F f) {
     f(Int<2>{});
   }
 }
+// f(Int<stride>, Int<height>, Int<width>) for a kind of tile.
 template <class F>
 inline void with_tile(const Tiles& tiles, int kind, F f) {
   with_size(tiles.height(kind), [&](auto my) {
@@ -134,7 +135,8 @@ void winograd_input(const ConvolutionArgs& args, Range block, Range range, float
       constexpr int S = by.value, MY = my.value, MX = mx.value;
       const auto run = [&](auto inside) {
         for_each_vector<Vec<float>>(args.channels, [&](auto part, int64_t c) {
-          input_vector<S, MY, MX, inside.value>(part, corner + c, window, places.of(kind), index * stride + c);
+          input_vector<S, MY, MX, inside.value>(part, corner + c, window, places.of(kind),
+                                                index * stride + c);
         });
       };
       if (y >= 0 && x >= 0 && y + factors_of(S, MY) <= args.height && x + factors_of(S, MX) <= args.width) {

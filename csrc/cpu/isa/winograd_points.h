@@ -2,18 +2,18 @@
 //
 //   y = A^T [ (G g) * (B^T d) ]    Lavin & Gray 2016, https://arxiv.org/abs/1509.09308
 //
-// F(m) with stride 1: m outputs from m + 2 inputs with m + 2 products, one for each point of interpolation: 0,
-// +a, -a, +b, -b and infinity. G evaluates the kernel as a polynomial at the points, A^T is the transpose of
-// such an evaluation, and B^T holds the coefficients of the Lagrange polynomials. a = 5/8 and b = 3/2 instead
-// of 1 and 2 cut the error 2.2x.
+// F(m) with stride 1: m outputs from m + 2 inputs with m + 2 products, one for each point of interpolation:
+// 0, +a, -a, +b, -b and infinity. G evaluates the kernel as a polynomial at the points, A^T is the transpose
+// of such an evaluation, and B^T holds the coefficients of the Lagrange polynomials. a = 5/8 and b = 3/2
+// instead of 1 and 2 cut the error 2.2x.
 //
 // Smaller tiles take a subset of the same points, F(3) without -b and F(2) without +b and -b, and so the same
 // transformed kernel G g: its scale is that of F(4), and what differs for a smaller tile is in its B^T. So 14
 // rows are 4 + 4 + 4 + 2 and take 22 instead of 24 products, with no other weights.
 //
-// With stride 2 the outer taps meet every other input: as a kernel of 2 taps with stride 1, whose F(m) has m + 1
-// points, those of F(m - 1) for 3 taps, and the same B^T. The tap in the middle meets the inputs between, by
-// itself: m products. So 4 outputs take 9 products instead of 12, and in two dimensions 81 instead of 144.
+// With stride 2 the outer taps meet every other input: as a kernel of 2 taps with stride 1, whose F(m) has m
+// + 1 points, those of F(m - 1) for 3 taps, and the same B^T. The tap in the middle meets the inputs between,
+// by itself: m products. So 4 outputs take 9 products instead of 12, and in two dimensions 81 instead of 144.
 #pragma once
 
 #include "cpu/isa/tiles.h"
@@ -23,7 +23,8 @@ namespace fused_res::cpu {
 namespace {
 
 constexpr double kA = 0.625, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
-constexpr double kAtZero = 1 / (kA2 * kB2), kAtA = 1 / (2 * kA2 * (kA2 - kB2)), kAtB = 1 / (2 * kB2 * (kB2 - kA2));
+constexpr double kAtZero = 1 / (kA2 * kB2), kAtA = 1 / (2 * kA2 * (kA2 - kB2)),
+                 kAtB = 1 / (2 * kB2 * (kB2 - kA2));
 
 // G: the kernel's value at every point, in double because it is done once for many uses.
 inline void transform_kernel(int64_t stride, double g0, double g1, double g2, double (&u)[kPoints]) {

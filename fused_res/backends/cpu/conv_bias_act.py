@@ -28,7 +28,7 @@ class Packed(NamedTuple):
 
 
 class Layer(Protocol):
-    """A convolution that keeps its weight, and what is made of it: ``keep(key, make).tensor``, while it ``has`` that."""
+    """A convolution that keeps its weight, and what is made of it: ``keep(key, make)``, while it ``has`` that."""
 
     weight: Tensor
     bias: Tensor
