@@ -74,14 +74,14 @@ def exact(blocks: tuple[BlockSpec, ...], x: Tensor, weights: list[Tensor], biase
     return x
 
 
-@pytest.mark.parametrize("cache", [1, 1 << 16, 1 << 30])  # floats: one image at a time, some, all
+@pytest.mark.parametrize("arena", [1, 1 << 16, 1 << 30])  # floats: one image at a time, some, all
 @pytest.mark.parametrize("images", [1, 5])
 @pytest.mark.parametrize("case", CASES)
-def test_against_float64(case: str, images: int, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_float64(case: str, images: int, arena: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_res.backends.cpu import convolution, program
 
     blocks, shapes, image = CASES[case]
-    monkeypatch.setattr(program, "_CACHE", cache)
+    monkeypatch.setattr(program, "_ARENA", arena)
     program.plan.cache_clear()
     plan = planned(case, images)
     program.plan.cache_clear()

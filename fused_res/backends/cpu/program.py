@@ -1,7 +1,6 @@
 """Blocks in a row as one call: convolutions and poolings whose values in between stay in an arena.
 
-A program takes a few images at a time through all of its layers, as many as fit into the last-level cache together
-with everything between input and output: on large maps a layer then reads from cache what the one before has written.
+A program takes as many images at a time through all of its layers as an arena of bounded size has room for.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 _run = torch.ops.fused_res_cpu.conv_program.default
 
-#: About a quarter of a last-level cache, in floats: others use it, too.
-_CACHE = 2 << 20
+#: Floats of an arena, 64 MB: more images at a time gain nothing.
+_ARENA = 16 << 20
 #: Where values are, beside offsets into the arena, and what steps do: csrc/cpu/conv_program.cpp.
 _INPUT, _OUTPUT, _NOWHERE = -1, -2, -3
 _CONVOLUTION, _MAX_POOL = 0, 1
@@ -86,12 +85,11 @@ def plan(
         for index, layer in enumerate(layers)
         for number in _step(layer, index, places, shapes[layer.reads], weights, kernels)
     ]
-    floats = sum(prod(weights[n]) * ((k.tile + 2) ** 2 // 9 if k.tile else 1) for n, k in kernels.items())
     return Program(
         tuple(kernels[number] for number in sorted(kernels)),
         tuple(steps),
         arena,
-        _chunk(images, prod(shapes[0]) + arena + prod(shapes[-1]), floats),
+        max(1, min(images, _ARENA // max(arena, 1))),
         (images, *shapes[-1]),
     )
 
@@ -170,12 +168,6 @@ def _step(
     outputs, _, *taps = weights[layer.weight]
     how = [kernels[layer.weight].tile, int(spec.relu), *image, outputs, *taps]
     return [_CONVOLUTION, *where, *how, *spec.stride, *spec.padding, *spec.dilation]
-
-
-def _chunk(images: int, floats: int, weights: int) -> int:
-    """Images at a time. Every chunk reads the weights again, so these have to fit into the cache as well."""
-    room = _CACHE - weights
-    return images if room < _CACHE // 2 else max(1, min(images, room // floats))
 
 
 def _sizes(
