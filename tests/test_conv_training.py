@@ -181,11 +181,11 @@ def test_statistics_from_the_epilogue() -> None:
 # --- blocks ---
 
 
-def block(size: int = 12, channels: int = 32) -> tuple[BlockSpec, Tensor, list[Tensor | None]]:
+def block(size: int = 12, channels: int = 32, stride: int = 1) -> tuple[BlockSpec, Tensor, list[Tensor | None]]:
     """Without a ReLU in between: a clamped element that is off in its sign is off by all of its gradient."""
     torch.manual_seed(1)
-    identity = UnitSpec(padding=(1, 1), activation="identity")
-    spec = BlockSpec((identity, identity), UnitSpec(activation="identity"))
+    first, second = (UnitSpec((by, by), (1, 1), activation="identity") for by in (stride, 1))
+    spec = BlockSpec((first, second), UnitSpec((stride, stride), activation="identity"))
     tensors: list[Tensor | None] = []
     for taps in (3, 3, 1):
         weight = images(channels, channels, taps, taps, mean=0.0) * 0.1
@@ -228,11 +228,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("winograd", [True, False])
-def test_block_precision(winograd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_precision(winograd: bool, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Winograd to the contract, twice stock's error. With it, a few times the 3e-6 of one convolution, as four
     follow each other; and where stock loses more (a norm's bias before another norm: a sum that cancels), so do we."""
-    spec, x, tensors = block()
+    spec, x, tensors = block(12 * stride + 1, stride=stride)
     exact = gradients(lambda x, t: stock(x, spec, t), x.double(), [None if t is None else t.double() for t in tensors])
     theirs = gradients(lambda x, t: stock(x, spec, t), x, tensors)
     with fused_res.backends.use("auto", winograd=winograd), counted(monkeypatch) as calls:
@@ -244,6 +245,23 @@ def test_block_precision(winograd: bool, monkeypatch: pytest.MonkeyPatch) -> Non
             assert off(a, c) <= 1e-5 + 2 * off(b, c), index
         else:
             assert_as_exact_as(f"{index}", a, b, c)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_input_gradient_of_a_projection(compact: bool) -> None:
+    """Of a 1x1 with a stride: of the pixels it has read alone, or of all."""
+    from fused_res.backends.cpu.conv_bn_stats import conv_backward
+
+    spec = UnitSpec((2, 3))
+    for size in ((17, 16), (15, 31), (16, 18)):
+        x, weight = images(4, 24, *size), images(40, 24, 1, 1, mean=0.0)
+        dz = images(4, 40, (size[0] + 1) // 2, (size[1] + 2) // 3, mean=0.0)
+        exact = torch.nn.grad.conv2d_input(x.shape, weight.double(), dz.double(), (2, 3))
+        dx, dweight, _ = conv_backward(dz, x, weight, None, spec, [True, True, False], compact)
+        exact_weight = torch.nn.grad.conv2d_weight(x.double(), weight.shape, dz.double(), (2, 3))
+        assert dx is not None and dweight is not None
+        assert off(dx, exact[:, :, ::2, ::3] if compact else exact) <= 1e-6
+        assert off(dweight, exact_weight) <= 1e-6
 
 
 def test_everything_to_aten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,17 @@ class TestAgainstFloat64:
             _C.set_cpu_isa(isa)
             assert rms(operands.run(tile)[0] - exact) <= limit(tile) * rms(exact), (isa, tile)
 
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_past_the_caches(self, stride: int) -> None:
+        """Outputs of more than 8 MB, whole lines each: written by other instructions, with statistics and without."""
+        case = Case(5, 9, 82 * stride, 82 * stride, 64, stride=(stride, stride))
+        operands = Operands.of(case)
+        exact = operands.exact()
+        assert exact.numel() > 2 << 20
+        for isa, tile, partials in itertools.product(ISAS, TILES, (False, True)):
+            _C.set_cpu_isa(isa)
+            check(operands, tile, operands.run(tile, partials)[0], exact)
+
     @settings(max_examples=500, deadline=None, derandomize=True)
     @given(st.data())
     def test_drawn(self, data: st.DataObject) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from copy import deepcopy
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -248,6 +249,26 @@ def test_a_weight_changed_in_place_is_packed_again() -> None:
     after = frozen(x)
     assert not torch.allclose(before, after)
     assert torch.equal(after, frozen(x))
+
+
+def test_calls_are_prepared_for_shapes_and_looked_at_again() -> None:
+    """A stage keeps what it has prepared; replaced tensors, other settings and copies get their own."""
+    frozen = fused_res.freeze(network())
+    small, large = torch.randn(1, 3, 64, 64), torch.randn(2, 3, 96, 64)
+    expected = [frozen(small), frozen(large)]
+    other = fused_res.freeze(network())
+    for _ in range(2):
+        assert torch.equal(frozen(small), expected[0]) and torch.equal(frozen(large), expected[1])
+    twin = deepcopy(frozen)
+    frozen.layer1[1].conv2.bias = frozen.layer1[1].conv2.bias + 1
+    assert not torch.allclose(frozen(small), expected[0]) and torch.equal(twin(small), expected[0])
+    with fused_res.backends.use("auto", winograd=False):
+        assert not torch.equal(twin(small), expected[0])
+        assert twin.layer2[1].conv1.kernel.name == "direct"
+    assert torch.equal(twin(small), expected[0]) and twin.layer2[1].conv1.kernel.name == "winograd"
+    assert torch.equal(other(large), expected[1])
+    twin.layer2[1].conv1 = other.layer2[1].conv2
+    assert not torch.allclose(twin(small), expected[0])
 
 
 def test_flops_are_counted() -> None:
