@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fused_res
 from fused_res import ops
 from fused_res.functional import conv_bias_act
+from fused_res.nn.frozen import Kept
 from fused_res.testing import assert_as_exact_as
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -160,8 +161,9 @@ class Keeps:
 
     kernel: Any = None
 
-    def keep(self, _key: Any, make: Callable[[], Tensor]) -> Tensor:
-        return make()
+    def keep(self, key: Any, make: Callable[[], Tensor]) -> Kept:
+        packed = make()
+        return Kept(key, packed, 0, packed)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
