@@ -136,7 +136,7 @@ def training_kernels(
     kernel                  forward             gradient of input    gradient of weight
     ======================  ==================  ===================  ===================
     3x3, Winograd           17-19, 7-13         16-17, 6-11          17-36, 8-11
-    3x3 with stride 2       9-19, 6-13          no kernel            12-28, 9-17
+    3x3 with stride 2       direct 9-19, 6-13   no kernel            12-28, 9-17
     1x1                     8-22, 9-19          9-30, 8-17           10-25, 10-21
     7x7, over 32 MB         33, 24              no kernel            a tie
     ======================  ==================  ===================  ===================

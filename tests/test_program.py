@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -269,6 +270,16 @@ def test_calls_are_prepared_for_shapes_and_looked_at_again() -> None:
     assert torch.equal(other(large), expected[1])
     twin.layer2[1].conv1 = other.layer2[1].conv2
     assert not torch.allclose(twin(small), expected[0])
+    layer = other.layer3[1].conv1
+    layer.spec = replace(layer.spec, activation="identity")
+    assert not torch.allclose(other(small), expected[0])
+    layer.spec = replace(layer.spec, activation="relu")
+    assert torch.equal(other(small), expected[0])
+    removed = other.layer1[1]
+    del other.layer1[1]
+    assert not torch.allclose(other(small), expected[0])
+    other.layer1.append(removed)
+    assert torch.equal(other(small), expected[0])
 
 
 def test_flops_are_counted() -> None:

@@ -16,7 +16,7 @@ from fused_res.backends.cpu import convolution, onednn, program
 from fused_res.backends.cpu.convolution import Kernel
 from fused_res.backends.cpu.program import Program
 from fused_res.ops import laid_out, makes_channels_last
-from fused_res.spec import BlockSpec
+from fused_res.spec import BlockSpec, UnitSpec
 
 
 class Packed(NamedTuple):
@@ -32,6 +32,7 @@ class Layer(Protocol):
 
     weight: Tensor
     bias: Tensor
+    spec: UnitSpec
     kernel: Kernel | None  # the last that ran, for people to read
     keep: Callable[[Hashable, Callable[[], Tensor]], Any]
     has: Callable[[Any], bool]
@@ -107,14 +108,17 @@ class Prepared(NamedTuple):
 
     program: Program
     layers: Sequence[Layer]
+    specs: list[UnitSpec]
     kept: list[Any]
     packed: list[Tensor]
     biases: list[Tensor]
 
     def current(self, layers: Sequence[Layer]) -> bool:
-        """Whether these layers still have the operands."""
-        for layer, kept, bias in zip(layers, self.kept, self.biases, strict=True):
-            if layer.bias is not bias or not layer.has(kept):
+        """Whether these are the same layers still, with the same operands."""
+        if len(layers) != len(self.layers):
+            return False
+        for layer, spec, kept, bias in zip(layers, self.specs, self.kept, self.biases, strict=True):
+            if layer.spec is not spec or layer.bias is not bias or not layer.has(kept):
                 return False
         return True
 
@@ -135,9 +139,9 @@ def prepare_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input
     plan = program.plan(blocks, shapes, tuple(input.shape), *convolution_settings())
     if plan is None:
         return None
-    specs = [spec for block in blocks for spec in block.convolutions]
+    specs = [layer.spec for layer in layers]
     kept = [
         layer.keep(kernel.name, partial(convolution.pack, layer.weight, kernel.name, spec.stride))
         for layer, kernel, spec in zip(layers, plan.kernels, specs, strict=True)
     ]
-    return Prepared(plan, layers, kept, [one.tensor for one in kept], [layer.bias for layer in layers])
+    return Prepared(plan, layers, specs, kept, [one.tensor for one in kept], [layer.bias for layer in layers])
