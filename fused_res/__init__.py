@@ -3,6 +3,7 @@
 from fused_res import backends, env, functional, fusion, models, nn
 from fused_res.backends import BackendUnavailableError
 from fused_res.fusion import freeze, fuse, summarize, unfuse
+from fused_res.nn import convert_sync_batchnorm
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "PoolSpec",
     "UnitSpec",
     "backends",
+    "convert_sync_batchnorm",
     "freeze",
     "functional",
     "fuse",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_res import convolution
+from fused_res import convolution, distributed
 from fused_res.backends.registry import Backend
 from fused_res.ops import SCALE, laid_out
 from fused_res.plan import Plan, Unit
@@ -45,7 +45,15 @@ def forward(plan: Plan, backend: Backend, input: Tensor, tensors: Tensors) -> tu
     def norm(unit: Unit) -> Tensors:
         return tensors[6 * unit.index + 2 : 6 * unit.index + 6]
 
+    def together(unit: Unit, z: Tensor, partials: Tensor | None) -> Tensor | None:
+        """Partial statistics of all that the unit's are to be of, where those are more than this process's."""
+        if not (plan.group and unit.training):
+            return partials
+        own = backend.batch_norm_partials(z) if partials is None else partials
+        return distributed.gather_partials(own, plan.group)
+
     def only_stats(unit: Unit, z: Tensor, partials: Tensor | None) -> Tensor:
+        partials = together(unit, z, partials)
         if partials is None:
             made = backend.batch_norm_stats(z, *norm(unit), unit.training, unit.spec.eps)
         else:
@@ -65,7 +73,7 @@ def forward(plan: Plan, backend: Backend, input: Tensor, tensors: Tensors) -> tu
         if plan.inference:
             backend.batch_norm_act_inference_(z, residual, residual_stats, *norm(unit), spec.eps, spec.relu)
             return z, None
-        if partials is None:
+        if partials is None and not (plan.group and unit.training):
             y, stats[unit.index], mask = backend.batch_norm_act_forward(
                 z, residual, residual_stats, *norm(unit), unit.training, spec.eps, spec.relu, save_mask
             )
@@ -109,6 +117,7 @@ class _Behind:
     mask: Tensor | None = None  # bits of the ReLU in between
     masked: bool = False  # that ReLU has been seen to
     sums: Tensor | None = None  # (2, C) of the masked gradient: of itself, and of it times xhat
+    totals: Tensor | None = None  # these of everybody whose values the statistics are of
     dz: Tensor | None = None  # the gradient before the norm
 
     def by_sign(self, unit: Unit) -> bool:
@@ -195,7 +204,7 @@ class _Backward:
         weight, bias = self.tensors[6 * unit.index : 6 * unit.index + 2]
         count = z.numel() // z.shape[1]
         sums = self._sums(unit, behind)
-        terms = sums if unit.training else None
+        terms = behind.totals if unit.training else None
         common = (behind.dy, z, stats, behind.mask, behind.by_sign(unit), terms, count, weight)
         x = self.values[unit.source] if unit.grad_reads or unit.grad_weight else None
         x_stats, x_relu = None, False
@@ -222,9 +231,9 @@ class _Backward:
             dz, behind.dz = behind.dz, None  # nobody else holds it, and it is large
             return dz
         z, stats = self.values[unit.makes], self.stats[unit.index]
-        if behind.masked or behind.sums is not None:
-            sums = self._sums(unit, behind)
-            terms, count = sums if unit.training else None, z.numel() // z.shape[1]
+        if behind.masked or behind.sums is not None or (self.plan.group and unit.training):
+            self._sums(unit, behind)
+            terms, count = behind.totals if unit.training else None, z.numel() // z.shape[1]
             return self.backend.batch_norm_act_dx(behind.dy, z, stats, behind.mask, behind.by_sign(unit), terms, count)
         dz, _, *norm_grads = self.backend.batch_norm_act_backward(
             behind.dy,
@@ -243,9 +252,11 @@ class _Backward:
         """One reduction for the two norms that meet in the addition; one pass, too, unless convolutions do the rest."""
         z, other_z = self.values[unit.makes], self.values[other.makes]
         stats, other_stats = self.stats[unit.index], self.stats[other.index]
-        if "fused" in (unit.kernels.backward, other.kernels.backward):
+        if self.plan.group or "fused" in (unit.kernels.backward, other.kernels.backward):
             sums = self.backend.batch_norm_sums(behind.dy, z, stats, behind.mask, False, other_z, other_stats)
-            behind.sums, other_behind.sums = sums[:2], sums[::2].contiguous()
+            totals = self._totals(sums, z)
+            behind.sums, behind.totals = sums[:2], totals[:2]
+            other_behind.sums, other_behind.totals = sums[::2].contiguous(), totals[::2].contiguous()
             return
         weight, other_weight = self.tensors[6 * unit.index + 2], self.tensors[6 * other.index + 2]
         wanted = [unit.grad_z, other.grad_z]
@@ -258,7 +269,10 @@ class _Backward:
         self._keep(other, *norm_grads[2:])
 
     def _sums(self, unit: Unit, behind: _Behind) -> Tensor | None:
-        """The reduction of a norm's backward, if anybody asks for it; gives its parameters their gradients."""
+        """The reduction of a norm's backward, if anybody asks for it; gives its parameters their gradients.
+
+        Those are of this process's values: whoever averages gradients over processes does so with these, too.
+        """
         if not (unit.training or unit.grad_bias or unit.grad_norm_weight or unit.grad_norm_bias):
             return None
         if behind.sums is None:
@@ -266,12 +280,18 @@ class _Backward:
             behind.sums = self.backend.batch_norm_sums(
                 behind.dy, z, stats, behind.mask, behind.by_sign(unit), None, None
             )
+        if unit.training and behind.totals is None:
+            behind.totals = self._totals(behind.sums, self.values[unit.makes])
         weight = self.tensors[6 * unit.index + 2]
         dtype = behind.sums.dtype if weight is None else weight.dtype
         # Copies: gradients are accumulated in place, and must not share memory.
         dbias, dweight = (row.to(dtype, copy=True) for row in behind.sums)
         self._keep(unit, dweight, dbias)
         return behind.sums
+
+    def _totals(self, sums: Tensor, z: Tensor) -> Tensor:
+        group = self.plan.group
+        return distributed.total_sums(sums, z.numel() // z.shape[1], group) if group else sums
 
     def _keep(self, unit: Unit, dweight: Tensor, dbias: Tensor) -> None:
         """Gradients of a norm's parameters, where they are wanted."""

@@ -23,8 +23,12 @@ def check_block(
     input: TensorMeta,
     tensors: Sequence[TensorMeta | None],
     training: Sequence[bool],
+    alone: bool = True,
 ) -> None:
-    """Raises for the first tensor that does not fit, by name, before anything is computed or written."""
+    """Raises for the first tensor that does not fit, by name, before anything is computed or written.
+
+    ``alone``: no other process brings values for the batch's statistics.
+    """
     names = spec.tensor_names()
     if len(tensors) != len(names):
         raise ValueError(f"tensors must hold {len(names)} entries ({names[0]!r} ... {names[-1]!r}), got {len(tensors)}")
@@ -34,6 +38,8 @@ def check_block(
     shape = tuple(input.shape)
     for index, unit in enumerate(spec.units):
         shape = _check_unit(unit, str(index), shape, input.dtype, tensors[6 * index :], training[index])
+        if alone and training[index]:
+            check_batch(shape)
     if spec.projection is None:
         shortcut = tuple(input.shape)
     else:
@@ -41,6 +47,8 @@ def check_block(
         shortcut = _check_unit(
             spec.projection, "shortcut", tuple(input.shape), input.dtype, tensors[6 * last :], training[last]
         )
+        if alone and training[last]:
+            check_batch(shortcut)
     if spec.shortcut != "none" and shortcut != shape:
         raise ValueError(f"shortcut has the shape {shortcut}, the chain's output {shape}: they cannot be added")
     if spec.pool is not None and spatial != 2:
@@ -83,10 +91,7 @@ def _check_unit(
     ]
     if any(size < 1 for size in output):
         raise ValueError(f"{owner}: input of {shape[2:]} is too small for a kernel of {tuple(weight.shape[2:])}")
-    made = (shape[0], channels, *output)
-    if training:
-        check_batch(made)
-    return made
+    return (shape[0], channels, *output)
 
 
 def check_batch(shape: Sequence[int]) -> None:

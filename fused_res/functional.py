@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.distributed import ProcessGroup
 
-from fused_res import block, convolution
+from fused_res import block, convolution, distributed
 from fused_res import tune as tuning
 from fused_res.autograd.batch_norm_act import BatchNormAct, affine_stats
+from fused_res.autograd.batch_norm_act import forward as batch_norm_act_forward
 from fused_res.autograd.residual_block import ResidualBlock, traceable
 from fused_res.backends import registry
 from fused_res.backends.reference import batch_norm_act as reference_norm
@@ -38,6 +40,7 @@ def batch_norm_act(
     *,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``activation(batch_norm(input) [+ residual])`` in one pass behind the statistics.
@@ -57,6 +60,9 @@ def batch_norm_act(
         eps: added to the variance.
         activation: ``"relu"`` or ``"identity"``.
         residual_scale, residual_shift: ``(C,)``, float32 or of ``input``'s dtype; both or neither, and with a residual.
+        process_group: the batch is that of all its processes, each of which calls this with its part, of any number
+            of images, none at all included; None: this process's alone. Gradients of ``weight`` and ``bias`` are those
+            of the own part.
         backend: see :mod:`fused_res.backends`.
 
     Returns:
@@ -66,12 +72,14 @@ def batch_norm_act(
         ValueError, TypeError: an argument does not fit; nothing has been written then.
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
-    _check_norm(input, running_mean, running_var, weight, bias, training, momentum, activation)
+    group = distributed.name_of(process_group) if training else ""
+    _check_norm(input, running_mean, running_var, weight, bias, training, not group, momentum, activation)
     _check_residual(input, residual, residual_scale, residual_shift)
     kernels = registry.resolve(backend, input.device)
     relu = activation == "relu"
     tensors = (input, residual, weight, bias, residual_scale, residual_shift)
     if _needs_reference(tensors):
+        _check_alone(group)
         output, mean, var = reference_norm.batch_norm_act(
             input,
             running_mean,
@@ -87,13 +95,16 @@ def batch_norm_act(
         )
         stats = torch.stack((mean, mean, mean, mean, var))
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        output, stats = BatchNormAct.apply(*tensors, running_mean, running_var, training, eps, relu, kernels.name)
+        output, stats = BatchNormAct.apply(
+            *tensors, running_mean, running_var, training, eps, relu, kernels.name, group
+        )
     else:
         residual_stats = affine_stats(residual_scale, residual_shift, stats_dtype(input.dtype))
-        output, stats, _ = kernels.batch_norm_act_forward(
-            input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps, relu, False
-        )
-    if training and running_mean is not None and input.numel() and not recomputing():
+        output, stats, _ = batch_norm_act_forward(
+            kernels, group, input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps,
+            relu, False,
+        )  # fmt: skip
+    if training and running_mean is not None and (input.numel() or group) and not recomputing():
         kernels.update_running_stats([running_mean], [running_var], [stats], [momentum])
     return output
 
@@ -106,6 +117,7 @@ def residual_block(
     training: bool | Sequence[bool],
     momentum: float | Sequence[float] = 0.1,
     recompute: str = "none",
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
     tune: bool = False,
 ) -> Tensor:
@@ -125,6 +137,7 @@ def residual_block(
         recompute: ``"none"`` keeps what makes backward fastest; ``"norm"`` keeps only the convolutions' raw outputs and
             normalises again in backward; ``"conv"`` also runs a bottleneck's last 1x1 convolution and a projection's
             convolution again.
+        process_group: as in :func:`batch_norm_act`, for all units that are training.
         backend: see :mod:`fused_res.backends`.
         tune: measure, on first use of a shape, whether its convolutions are faster fused with their norms, where there
             are kernels for it; ``torch.backends.cudnn.benchmark`` asks for it, too.
@@ -138,6 +151,7 @@ def residual_block(
     """
     _check_input(input)
     batch_statistics = spec.per_unit(training, "training")
+    group = distributed.name_of(process_group) if True in batch_statistics else ""
     kernels = registry.resolve(backend, input.device)
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
@@ -148,24 +162,25 @@ def residual_block(
     preference = registry.convolution(backend)
     stats: Sequence[Tensor]
     if _needs_reference((input, *tensors)):
+        _check_alone(group)
         plan(spec, input, tensors, batch_statistics, recompute, kernels.name)
         output, means, variances = reference_block.residual_block(input, spec, tensors, batch_statistics)
         stats = [torch.stack((mean, mean, mean, mean, var)) for mean, var in zip(means, variances, strict=True)]
     elif torch.compiler.is_compiling():
-        output, stats = traceable(input, spec, tensors, batch_statistics, recompute, kernels.name, preference)
+        output, stats = traceable(input, spec, tensors, batch_statistics, recompute, kernels.name, preference, group)
     else:
         arguments = spec, input, tensors, batch_statistics, recompute, kernels.name, None
-        made = plan(*arguments, None, preference)
+        made = plan(*arguments, None, preference, group)
         if tuning.wanted(input, tune, preference):
             measured = tuning.choices(spec, input, tensors, batch_statistics, kernels)
-            made = plan(*arguments, measured, preference)
+            made = plan(*arguments, measured, preference, group)
         if made.grad:
             output, *stats = ResidualBlock.apply(made, input, *tensors)
         else:
             output, kept = block.forward(made, kernels, input, tensors)
             stats = kept.stats
 
-    if True in batch_statistics and output.numel() and not recomputing():
+    if True in batch_statistics and (output.numel() or group) and not recomputing():
         momenta = spec.per_unit(momentum, "momentum")
         updated = [index for index, flag in enumerate(batch_statistics) if flag and tensors[6 * index + 4] is not None]
         if updated:
@@ -290,6 +305,13 @@ def _needs_reference(tensors: Sequence[Tensor | None]) -> bool:
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
+def _check_alone(group: str) -> None:
+    if group:
+        raise RuntimeError(
+            "process_group: torch.func transforms and forward-mode differentiation do not reach other processes"
+        )
+
+
 def _check_input(input: Tensor) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
@@ -305,6 +327,7 @@ def _check_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    alone: bool,
     momentum: float,
     activation: str,
 ) -> None:
@@ -327,7 +350,7 @@ def _check_norm(
         ("bias", bias),
     ):
         _check_per_channel(input, name, tensor)
-    if training:
+    if training and alone:
         check_batch(shape)
 
 

@@ -347,14 +347,19 @@ FAKES: dict[str, Callable] = {
 _libraries: dict[str, torch.library.Library] = {}
 
 
-def define(namespace: str, internal: Mapping[str, str] | None = None) -> None:
-    """Defines every operator, with its fake, in ``namespace``; ``internal`` ones are called by no one who traces."""
+def define(
+    namespace: str,
+    schemas: Mapping[str, str] = SCHEMAS,
+    fakes: Mapping[str, Callable] = FAKES,
+    internal: Mapping[str, str] | None = None,
+) -> None:
+    """Defines operators, each with its fake, in ``namespace``; ``internal`` ones are called by no one who traces."""
     library = _libraries[namespace] = torch.library.Library(namespace, "DEF")
     for name, schema in (internal or {}).items():
         library.define(name + schema)
-    for name, schema in SCHEMAS.items():
+    for name, schema in schemas.items():
         library.define(name + schema)
-        torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
 
 
 def operator(namespace: str, name: str, implementation: Callable[..., Any], *keys: str) -> Callable[..., Any]:

@@ -82,6 +82,7 @@ class Plan:
     projection: Unit | None
     channels_last: bool  # the memory that an addition, its mask and its gradient agree on
     backend: str
+    group: str  # of the processes whose batches together give the statistics; "" for this one alone
     grad_input: bool
     grad: bool
     saved: tuple[str, ...]
@@ -123,12 +124,14 @@ def plan(
     requires_grad: tuple[bool, ...] | None = None,
     choices: tuple[Choice | None, ...] | None = None,
     preference: str = "planned",
+    group: str = "",
 ) -> Plan:
     """The plan for these tensors; raises ValueError or TypeError for any that do not fit the spec.
 
     ``requires_grad`` (the input's first) stands in for the tensors' own flags inside an operator that runs below
     autograd, where those say nothing; ``choices``, as far as they are not None, for the static ones;
-    ``preference`` for :func:`fused_res.backends.registry.convolution`.
+    ``preference`` for :func:`fused_res.backends.registry.convolution`; ``group`` for
+    :mod:`fused_res.distributed`.
     """
     # This runs for every block of every step: plain tuples, and one look into the cache.
     metas = tuple([None if t is None else (t.shape, t.dtype, t.requires_grad) for t in (input, *tensors)])
@@ -137,7 +140,7 @@ def plan(
     # Fake tensors may have symbolic sizes, which cannot be dictionary keys.
     checked = _checked.__wrapped__ if isinstance(input, FakeTensor) else _checked
     channels_last = is_channels_last(input)
-    return checked(spec, metas, channels_last, training, recompute, backend, requires_grad, choices, preference)
+    return checked(spec, metas, channels_last, training, recompute, backend, requires_grad, choices, preference, group)
 
 
 @lru_cache(maxsize=4096)
@@ -151,16 +154,17 @@ def _checked(
     requires_grad: tuple[bool, ...] | None,
     choices: tuple[Choice | None, ...] | None,
     preference: str,
+    group: str,
 ) -> Plan:
     input, *tensors = (None if meta is None else TensorMeta(*meta) for meta in metas)
     assert input is not None
-    check_block(spec, input, tensors, training)
+    check_block(spec, input, tensors, training, alone=not group)
     if requires_grad is None:
         requires_grad = tuple(meta is not None and meta[2] for meta in metas)
     weights = [meta and meta.shape for meta in tensors[::6]]
     static = static_choices(spec, weights, input.dtype, channels_last, backend, preference)
     merged = tuple(given or own for given, own in zip(choices or static, static, strict=True))
-    return decide(spec, requires_grad, channels_last, training, recompute, backend, merged)
+    return decide(spec, requires_grad, channels_last, training, recompute, backend, merged, group)
 
 
 def static_choices(
@@ -187,6 +191,7 @@ def decide(
     recompute: str,
     backend: str,
     choices: tuple[Choice, ...],
+    group: str = "",
 ) -> Plan:
     """The plan, without a look at the tensors: what depends on their shapes is in ``choices``."""
     if recompute not in RECOMPUTE:
@@ -210,8 +215,8 @@ def decide(
     # What a fused convolution reads is never in memory.
     skipped = {unit.reads for unit in units[1:] if unit.kernels.forward == "fused"}
     saved = saved_names(units, projection, kept_names(spec, recompute) - skipped, grad_input)
-    steps = _steps(spec, all_units, saved, backend)
-    return Plan(spec, tuple(units), projection, channels_last, backend, grad_input, grad, saved, steps)
+    steps = _steps(spec, all_units, saved, backend, group)
+    return Plan(spec, tuple(units), projection, channels_last, backend, group, grad_input, grad, saved, steps)
 
 
 def _unit(
@@ -272,12 +277,12 @@ def saved_names(
     return tuple(sorted(saved))
 
 
-def _steps(spec: BlockSpec, units: Sequence[Unit], saved: Sequence[str], backend: str) -> tuple[Step, ...]:
+def _steps(spec: BlockSpec, units: Sequence[Unit], saved: Sequence[str], backend: str, group: str) -> tuple[Step, ...]:
     steps = []
     for unit in units:
         name, kernels = unit.makes, unit.kernels
         steps.append(Step(f"{unit.forward_reads} -> {name}", f"{kernels.kernels} convolution", kernels.reason))
-        statistics = "batch statistics" if unit.training else "running statistics"
+        statistics = ("everybody's" * bool(group) or "batch") + " statistics" if unit.training else "running statistics"
         if unit.index == len(spec.units):
             steps.append(Step(f"{name} -> statistics", backend, f"{statistics}, for the norm that adds it"))
             continue

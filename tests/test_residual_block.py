@@ -252,7 +252,7 @@ def test_operators(backend):
         ints, eps = spec.encode()
         flags = [True, *present]
         args = (x.requires_grad_(), flat, present, ints, eps, [True] * len(eps), flags, False, "norm", backend)
-        args += (fused_res.backends.registry.convolution(backend),)
+        args += (fused_res.backends.registry.convolution(backend), "")
         torch.library.opcheck(torch.ops.fused_res.block_forward.default, args, test_utils="test_schema")
         torch.library.opcheck(torch.ops.fused_res.block_forward.default, args, test_utils="test_faketensor")
         torch.library.opcheck(torch.ops.fused_res.block_forward.default, args, test_utils="test_autograd_registration")

@@ -1,10 +1,8 @@
-// The statistics of a batch norm: those of a batch, those that convolutions made in parts, and the running
-// ones. The kernels are in isa/batch_norm_sums.h, the scheme in partition.h.
+// The statistics of a batch norm: those of a batch, and the running ones. The kernels are in
+// isa/batch_norm_sums.h, the scheme in partition.h.
 #include "cpu/batch_norm_stats.h"
 
 #include <torch/library.h>
-
-#include <algorithm>
 
 namespace fused_res::cpu {
 namespace {
@@ -20,39 +18,6 @@ Tensor batch_norm_stats(const Tensor& input, const OptionalTensor& weight, const
   } else {
     finish_given(x, norm, stats.data_ptr());
   }
-  return stats;
-}
-
-// From what convolutions bring of their outputs: (P, 3, C), count, mean and M2 of P parts.
-Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const OptionalTensor& bias,
-                   double eps, bool wide) {
-  TORCH_CHECK_VALUE(partials.dim() == 3 && partials.size(0) > 0 && partials.size(1) == 3 &&
-                        partials.scalar_type() == at::kDouble && partials.is_cpu(),
-                    "partials: expected (P, 3, C) of float64 on the CPU, got ", partials.sizes(), " of ",
-                    partials.scalar_type());
-  const Tensor parts = partials.contiguous();
-  const int64_t channels = parts.size(2);
-  const auto type = wide ? at::kDouble : at::kFloat;
-  const Tensor scale = channel_vector(weight, channels, type, "weight");
-  const Tensor shift = channel_vector(bias, channels, type, "bias");
-  Tensor stats = at::detail::empty_cpu({kStatsRows, channels}, type);
-  if (channels == 0) return stats;
-  const auto moments = uninitialised(2 * channels);
-  std::fill_n(moments.get(), 2 * channels, 0.0);
-  double count = 0;
-  for (int64_t i = 0; i < parts.size(0); ++i) {
-    const double* part = parts.const_data_ptr<double>() + i * 3 * channels;
-    if (part[0] == 0) continue;
-    if (count == 0) {
-      std::copy_n(part + channels, 2 * channels, moments.get());
-    } else {
-      kernels().merge(moments.get(), part + channels, count, part[0], channels, 0, channels);
-    }
-    count += part[0];
-  }
-  const ParamArgs params = {data_or_null(scale), data_or_null(shift), eps};
-  kernels().finish[wide](stats.data_ptr(), moments.get(), std::max(count, 1.0), params, channels, 0,
-                         channels);
   return stats;
 }
 
@@ -117,6 +82,5 @@ void update_running_stats(at::TensorList running_mean, at::TensorList running_va
 TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
   using namespace fused_res::cpu;
   m.impl("batch_norm_stats", TORCH_FN(batch_norm_stats));
-  m.impl("merge_stats", TORCH_FN(merge_stats));
   m.impl("update_running_stats", TORCH_FN(update_running_stats));
 }

@@ -56,13 +56,13 @@ inline void finish_given(const Operand& x, const Norm& norm, void* stats) {
   kernels().finish[stats_index(x.tensor)](stats, moments.get(), 1.0, norm.args(), channels, 0, channels);
 }
 
-// Statistics of the batch, then second(block) for every block.
-template <class Second>
-void with_batch_stats(const Operand& x, const Norm& norm, void* stats, const Second& second) {
+// The moments of the batch, mean[C] and M2[C]: finish(group, moments) for every group of channels, then
+// second(block) for every block.
+template <class Finish, class Second>
+void with_moments(const Operand& x, const Finish& finish, const Second& second) {
   const Parallel parallel(x.shape.numel());
   const Partition partition(x.shape, x.tensor.element_size(), parallel.threads());
   const auto partial = uninitialised(partition.chunks() * 2 * x.shape.channels);
-  const auto count = static_cast<double>(x.shape.values_per_channel());
   const void* data = x.tensor.const_data_ptr();
   const auto moments = norm_kernels(x).moments;
   two_passes(
@@ -72,7 +72,19 @@ void with_batch_stats(const Operand& x, const Norm& norm, void* stats, const Sec
       },
       [&](Channels group) {
         merge_chunks(kernels(), partition, partial.get(), group);
-        kernels().finish[stats_index(x.tensor)](stats, partial.get(), count, norm.args(), x.shape.channels,
+        finish(group, partial.get());
+      },
+      second);
+}
+
+// Statistics of the batch, then second(block) for every block.
+template <class Second>
+void with_batch_stats(const Operand& x, const Norm& norm, void* stats, const Second& second) {
+  const auto count = static_cast<double>(x.shape.values_per_channel());
+  with_moments(
+      x,
+      [&](Channels group, const double* moments) {
+        kernels().finish[stats_index(x.tensor)](stats, moments, count, norm.args(), x.shape.channels,
                                                 group.begin, group.end);
       },
       second);

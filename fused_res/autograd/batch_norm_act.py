@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fused_res import distributed
 from fused_res.backends import registry
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as reference
 from fused_res.backends.reference.batch_norm_act import unpack_mask
@@ -22,6 +23,32 @@ def affine_stats(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype)
     scale = scale.to(dtype)
     zeros = torch.zeros_like(scale)
     return torch.stack((zeros, torch.ones_like(scale), scale, shift.to(dtype), zeros))
+
+
+def forward(
+    kernels: registry.Backend,
+    group: str,
+    input: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, ``stats`` and ``relu_mask``; with the statistics of a group of processes, where ``group`` names one."""
+    if not group:
+        return kernels.batch_norm_act_forward(
+            input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps, relu, save_mask
+        )
+    partials = distributed.gather_partials(kernels.batch_norm_partials(input), group)
+    stats = kernels.merge_stats(partials, weight, bias, eps, input.dtype == torch.float64)
+    output, mask = kernels.batch_norm_act_apply(input, stats, residual, residual_stats, relu, save_mask)
+    return output, stats, mask
 
 
 class BatchNormAct(Function):
@@ -42,34 +69,43 @@ class BatchNormAct(Function):
         eps: float,
         relu: bool,
         backend: str,
+        group: str,
     ) -> tuple[Tensor, Tensor]:
         kernels = registry.resolve(backend, input.device)
         save_mask = relu and residual is not None
         residual_stats = affine_stats(residual_scale, residual_shift, stats_dtype(input.dtype))
-        output, stats, mask = kernels.batch_norm_act_forward(
-            input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps, relu, save_mask
-        )
+        output, stats, mask = forward(
+            kernels, group, input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps,
+            relu, save_mask,
+        )  # fmt: skip
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         # Only the gradient of residual_scale reads the residual.
         read = residual if ctx.needs_input_grad[4] else None
         ctx.save_for_backward(input, weight, stats, mask if save_mask else None, read, residual_scale, residual_stats)
         ctx.options = training, eps, relu, backend
+        ctx.group = group
         return output, stats
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 12
+            return (None,) * 13
         input, weight, stats, mask, residual, residual_scale, residual_stats = ctx.saved_tensors
         training, _, relu, backend = ctx.options
         kernels = registry.resolve(backend, input.device)
         wanted = ctx.needs_input_grad[:6]
         grads: Sequence[Tensor | None]
+        # What goes through a group's statistics is done apart; the rest is as for one process.
+        rest = (False, wanted[1], False, False, *wanted[4:]) if ctx.group else wanted
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if ctx.group:
+                raise RuntimeError("a norm with statistics of several processes cannot be differentiated twice")
             grads = _differentiable_backward(grad_output, ctx.saved_tensors, ctx.options, wanted, kernels)
+        elif True not in rest:
+            grads = (None,) * 6
         elif residual_stats is None:
-            flags = wanted[:4]
+            flags = rest[:4]
             grads = kernels.batch_norm_act_backward(grad_output, input, weight, stats, mask, training, relu, flags)
             grads = *grads, None, None
         else:
@@ -86,9 +122,28 @@ class BatchNormAct(Function):
                 mask,
                 training,
                 False,
-                wanted,
+                rest,
             )
-        return *(grad if flag else None for grad, flag in zip(grads, wanted, strict=True)), *(None,) * 6
+        if ctx.group:
+            through = _group_backward(kernels, ctx.group, grad_output, input, stats, mask, relu and mask is None)
+            grads = through[0], grads[1], *through[1:], *grads[4:]
+        return *(grad if flag else None for grad, flag in zip(grads, wanted, strict=True)), *(None,) * 7
+
+
+def _group_backward(
+    kernels: registry.Backend,
+    group: str,
+    grad_output: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    mask: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias; the last two are those of this process's part, as of any other layer."""
+    sums = kernels.batch_norm_sums(grad_output, input, stats, mask, relu, None, None)
+    count = input.numel() // max(input.shape[1], 1)
+    totals = distributed.total_sums(sums, count, group)
+    return kernels.batch_norm_act_dx(grad_output, input, stats, mask, relu, totals, count), sums[1], sums[0]
 
 
 def _differentiable_backward(

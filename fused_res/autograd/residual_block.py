@@ -59,6 +59,8 @@ def _without_running(tensors: Tensors) -> list[Tensor | None]:
 
 def _differentiable_backward(plan: Plan, grad_output: Tensor, tensors: Tensors, kept: Kept) -> list[Tensor | None]:
     """The gradients as a graph that can be differentiated again: the block anew from its input, in plain PyTorch."""
+    if plan.group:
+        raise RuntimeError("a block with statistics of several processes cannot be differentiated twice")
     wanted = (plan.grad_input, *(flag for unit in plan.all_units for flag in (*unit.grads, False, False)))
     if "x" not in kept.values:
         raise RuntimeError(
@@ -81,7 +83,7 @@ def _differentiable_backward(plan: Plan, grad_output: Tensor, tensors: Tensors, 
 _library = torch.library.Library("fused_res", "DEF")
 _DESCRIPTION = (
     "bool[] present, int[] spec, float[] eps, bool[] training, bool[] requires_grad, bool channels_last,"
-    " str recompute, str backend, str preference"
+    " str recompute, str backend, str preference, str group"
 )
 _library.define(f"block_forward(Tensor input, Tensor[] tensors, {_DESCRIPTION}) -> Tensor[]")
 _library.define(
@@ -101,6 +103,7 @@ class _Description(NamedTuple):
     recompute: str
     backend: str
     preference: str
+    group: str
 
     def block_spec(self) -> BlockSpec:
         return BlockSpec.decode(self.spec, self.eps)
@@ -110,7 +113,7 @@ class _Description(NamedTuple):
         spec, flags, training = self.block_spec(), tuple(self.requires_grad), tuple(self.training)
         weights = [None if t is None else t.shape for t in self.spread(tensors)[::6]]
         choices = static_choices(spec, weights, dtype, self.channels_last, self.backend, self.preference)
-        return decide(spec, flags, self.channels_last, training, self.recompute, self.backend, choices)
+        return decide(spec, flags, self.channels_last, training, self.recompute, self.backend, choices, self.group)
 
     def spread(self, tensors: Iterable[Tensor]) -> list[Tensor | None]:
         rest = iter(tensors)
@@ -125,6 +128,7 @@ def traceable(
     recompute: str,
     backend: str,
     preference: str,
+    group: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """The block through the opaque operators: its output and the statistics of every unit that has any."""
     grad = torch.is_grad_enabled()
@@ -136,7 +140,7 @@ def traceable(
     ints, eps = spec.encode()
     outputs = torch.ops.fused_res.block_forward.default(
         input, given, present, ints, eps, list(training), requires_grad, is_channels_last(input), recompute, backend,
-        preference,
+        preference, group,
     )  # fmt: skip
     return outputs[0], [stats.detach() for stats in outputs[1 : 1 + len(spec.convolutions)]]
 
@@ -146,8 +150,9 @@ def _block_forward(input: Tensor, tensors: list[Tensor], *description: Any) -> l
     flat = about.spread(tensors)
     training, flags = tuple(about.training), tuple(about.requires_grad)
     made = plan(
-        about.block_spec(), input, flat, training, about.recompute, about.backend, flags, preference=about.preference
-    )
+        about.block_spec(), input, flat, training, about.recompute, about.backend, flags, None, about.preference,
+        about.group,
+    )  # fmt: skip
     output, kept = block.forward(made, registry.resolve(about.backend, input.device), input, flat)
     # An operator may not return its own input; autograd saves that by itself.
     values = [value for name, value in kept.values.items() if name != "x"]

@@ -36,9 +36,8 @@ STEMS: dict[str, tuple[str, ...]] = {
     "conv_wgrad": ("conv_wgrad",),
 }
 #: What a backend may offer besides: an operand in the form that its kernels like best; several layers as one call, and
-#: what that depends on; statistics from a convolution's partial ones; ATen's convolution and its backward, but faster,
-#: and with statistics.
-_EXTRAS = ("pack_weight", "prepare_blocks", "convolution_settings", "merge_stats", "conv_forward", "conv_backward")
+#: what that depends on; ATen's convolution and its backward, but faster, and with statistics.
+_EXTRAS = ("pack_weight", "prepare_blocks", "convolution_settings", "conv_forward", "conv_backward")
 
 
 class BackendUnavailableError(RuntimeError):

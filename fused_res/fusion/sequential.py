@@ -22,12 +22,13 @@ class Run(NamedTuple):
 
 def runs(modules: tuple[nn.Module, ...]) -> Iterator[Run]:
     """Splits the modules, in their order, into the longest runs."""
+    norms = [[kind] for kind in chain.norms]
     kinds = [type(module) if untouched(module.__dict__) else None for module in modules]
     start = 0
     while start < len(kinds):
         units: list[Unit] = []
         stop = start
-        while kinds[stop : stop + 2] == [nn.Conv2d, nn.BatchNorm2d]:
+        while kinds[stop : stop + 1] == [nn.Conv2d] and kinds[stop + 1 : stop + 2] in norms:
             length = 3 if kinds[stop + 2 : stop + 3] == [nn.ReLU] else 2
             units.append(modules[stop : stop + length])
             stop += length

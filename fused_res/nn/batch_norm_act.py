@@ -46,6 +46,15 @@ class BatchNormAct2d(Configured, nn.BatchNorm2d):
             output = (output + residual).to(output.dtype)
         return F.relu(output) if self.activation == "relu" else output
 
+    @property
+    def qconfig(self) -> None:
+        """Asked for by ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, which would put a norm without an activation,
+        and without a residual, in this one's place."""
+        raise RuntimeError(
+            "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of a fused_res.nn.BatchNormAct2d:"
+            " use fused_res.convert_sync_batchnorm(model, process_group)"
+        )
+
     def refusal(self) -> chain.Refusal | None:
         state = chain.read_norm(self.__dict__)
         return chain.Refusal(state, self) if isinstance(state, str) else None

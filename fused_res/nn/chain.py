@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed import ProcessGroup
 from torch.nn import BatchNorm2d, Conv2d, Parameter
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -23,7 +24,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from fused_res import functional
+from fused_res import distributed, functional
 from fused_res.nn.geometry import UnitKey, block_spec
 from fused_res.spec import BlockSpec
 
@@ -35,6 +36,10 @@ Shortcut = Literal["none", "identity"] | nn.Module
 _HALF = (torch.bfloat16, torch.float16)
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_AUTOCAST_FROM, torch.float64)
+
+
+#: The norms that a chain may hold; fused_res.nn.SyncBatchNorm adds itself.
+norms: set[type[nn.Module]] = {BatchNorm2d, nn.SyncBatchNorm}
 
 
 class Refusal(NamedTuple):
@@ -72,7 +77,7 @@ def inspect_plain(module: Any, kind: type[nn.Module]) -> Refusal | None:
 class Chain:
     """The units read so far, flat, as :func:`fused_res.functional.residual_block` takes them."""
 
-    __slots__ = ("counters", "keys", "momentum", "norms", "spec", "tensors", "training")
+    __slots__ = ("counters", "groups", "keys", "momentum", "norms", "spec", "tensors", "training")
 
     spec: BlockSpec
 
@@ -82,16 +87,18 @@ class Chain:
         self.training: list[bool] = []
         self.momentum: list[float] = []
         self.norms: list[nn.Module] = []
+        self.groups: list[ProcessGroup | None] = []  # of the norms that use the statistics of the batch
         self.counters: list[Tensor] = []
 
     def add(self, unit: Unit) -> Refusal | None:
         """Appends a unit, or says why it cannot and leaves the chain as it was."""
         conv, norm = unit[0], unit[1]
-        if type(conv) is not Conv2d or type(norm) is not BatchNorm2d:
+        kind = type(norm)
+        if type(conv) is not Conv2d or kind not in norms:
             return inspect_plain(conv, Conv2d) or inspect_plain(norm, BatchNorm2d)
         conv_state, norm_state = conv.__dict__, norm.__dict__
         if not (untouched(conv_state) and untouched(norm_state)):
-            return inspect_plain(conv, Conv2d) or inspect_plain(norm, BatchNorm2d)
+            return inspect_plain(conv, Conv2d) or inspect_plain(norm, kind)
         relu = False
         if len(unit) == 3:
             activation = unit[2]
@@ -118,6 +125,8 @@ class Chain:
         self.training.append(training)
         self.momentum.append(momentum)
         self.norms.append(norm)
+        if training:
+            self.groups.append(group_of(norm_state))
         if counter is not None:
             self.counters.append(counter)
         return None
@@ -132,12 +141,20 @@ class Chain:
             training=tuple(self.training),
             momentum=tuple(self.momentum),
             recompute=recompute,
+            process_group=self.groups[0] if self.groups else None,
             tune=tune,
             backend=backend,
         )
         if count:
             torch._foreach_add_(self.counters, 1)
         return output
+
+
+def group_of(state: dict[str, Any]) -> ProcessGroup | None:
+    """The processes, this one and others, whose batches together give a norm its statistics; from its ``__dict__``."""
+    if "process_group" not in state or not state["training"]:
+        return None
+    return distributed.others(state["process_group"])
 
 
 #: What a norm contributes: weight, bias, running_mean, running_var; training; momentum; num_batches_tracked
@@ -207,6 +224,8 @@ def read(units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | N
         refusal = _add_projection(chain, shortcut)
         if refusal is not None:
             return refusal
+    if any(group is not chain.groups[0] for group in chain.groups):
+        return Refusal("some norms take their statistics from other processes than others do")
     refusal = None if pool is None else inspect_pool(pool)
     if refusal is not None:
         return refusal
@@ -305,16 +324,22 @@ def run_norm(
     ):
         return None
     read = read_norm(norm.__dict__)
-    if isinstance(read, str):
+    if isinstance(read, str) or inspect_tensors((None, None, *read[:4]), input.dtype, False):
         return None
+    return apply_norm(input, norm, read, residual, activation, backend)
+
+
+def apply_norm(
+    input: Tensor, norm: nn.Module, read: NormState, residual: Tensor | None, activation: str, backend: str
+) -> Tensor:
+    """What ``norm`` holds, applied; its running statistics and its counter take the batch in."""
     weight, bias, mean, var, training, momentum, counter = read
-    if inspect_tensors((None, None, weight, bias, mean, var), input.dtype, False):
-        return None
-    eps = norm.__dict__["eps"]
+    state = norm.__dict__
     count = counter is not None and not functional.recomputing()
     output = functional.batch_norm_act(
-        input, mean, var, weight, bias, residual, training, momentum, eps, activation, backend=backend
-    )
+        input, mean, var, weight, bias, residual, training, momentum, state["eps"], activation,
+        process_group=group_of(state), backend=backend,
+    )  # fmt: skip
     if count:
         counter.add_(1)  # type: ignore[union-attr]
     return output

@@ -9,4 +9,4 @@ from fused_res._extension import output_cache_bytes, set_output_cache
 
 __all__ = ["output_cache_bytes", "set_output_cache"]
 
-ops.define("fused_res_cpu", ops.CPU_SCHEMAS)
+ops.define("fused_res_cpu", internal=ops.CPU_SCHEMAS)

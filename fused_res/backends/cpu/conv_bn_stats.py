@@ -15,15 +15,14 @@ from torch.nn import Parameter
 from fused_res import _extension, convolution, ops
 from fused_res.backends import registry
 from fused_res.backends.cpu.batch_norm_act import batch_norm_act_apply
+from fused_res.backends.cpu.batch_norm_sync import batch_norm_partials
 from fused_res.backends.cpu.convolution import pack
-from fused_res.backends.reference.batch_norm_sync import batch_norm_partials
 from fused_res.choice import TrainingKernels, training_kernels
 from fused_res.ops import is_channels_last
 from fused_res.spec import UnitSpec
 
 _namespace = torch.ops.fused_res_cpu
 
-merge_stats = _namespace.merge_stats.default
 _convolve = _namespace.convolve.default
 _weight_gradient = _namespace.conv_weight_gradient.default
 

@@ -23,15 +23,18 @@ def batch_norm_partials(input: Tensor) -> Tensor:
     return torch.stack((torch.full_like(mean, count), mean, var * count))[None]
 
 
-def merge_stats(partials: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, double: bool) -> Tensor:
-    """Chan, Golub & LeVeque (1979) for any number of parts at once; a part with a count of zero says nothing.
-
-    ``double``: whether ``stats`` are float64, too.
-    """
+def merge_partials(partials: Tensor) -> Tensor:
+    """Chan, Golub & LeVeque (1979) for any number of parts at once; a part with a count of zero says nothing."""
     count, mean, m2 = partials.unbind(1)
     total = count.sum(0)
     merged = torch.where(count > 0, count * mean, 0).sum(0) / total.clamp(min=1)
     deviations = torch.where(count > 0, m2 + count * (mean - merged) ** 2, 0).sum(0)
+    return torch.stack((total, merged, deviations))[None]
+
+
+def merge_stats(partials: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, double: bool) -> Tensor:
+    """``double``: whether ``stats`` are float64, too."""
+    total, merged, deviations = merge_partials(partials)[0]
     dtype = torch.float64 if double else torch.float32
     var, unbiased = deviations / total.clamp(min=1), deviations / (total - 1).clamp(min=1)
     return stats_of(merged, var, unbiased, weight, bias, eps, dtype)

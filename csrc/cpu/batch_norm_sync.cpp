@@ -1,0 +1,165 @@
+// The halves of a batch norm, between which convolutions or other processes bring what they found: statistics
+// in parts, put together; sums of a gradient, and the gradient that is made of them.
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "cpu/batch_norm_stats.h"
+
+namespace fused_res::cpu {
+namespace {
+
+// (1, 3, C): count, mean and M2 of this batch.
+Tensor batch_norm_partials(const Tensor& input) {
+  const Operand x(input);
+  const int64_t channels = x.shape.channels;
+  Tensor partials = at::detail::empty_cpu({1, 3, channels}, at::kDouble);
+  double* out = partials.mutable_data_ptr<double>();
+  std::fill_n(out, channels, static_cast<double>(x.shape.values_per_channel()));
+  if (x.shape.numel() == 0) {
+    std::fill_n(out + channels, 2 * channels, 0.0);
+    return partials;
+  }
+  with_moments(
+      x,
+      [&](Channels group, const double* moments) {
+        for (const int64_t row : {0, 1}) {
+          std::copy(moments + row * channels + group.begin, moments + row * channels + group.end,
+                    out + (1 + row) * channels + group.begin);
+        }
+      },
+      [](const Block&) {});
+  return partials;
+}
+
+// (P, 3, C): count, mean and M2 of P parts, from a convolution's epilogue or from several processes.
+Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const OptionalTensor& bias,
+                   double eps, bool wide) {
+  TORCH_CHECK_VALUE(partials.dim() == 3 && partials.size(0) > 0 && partials.size(1) == 3 &&
+                        partials.scalar_type() == at::kDouble && partials.is_cpu(),
+                    "partials: expected (P, 3, C) of float64 on the CPU, got ", partials.sizes(), " of ",
+                    partials.scalar_type());
+  const Tensor parts = partials.contiguous();
+  const int64_t channels = parts.size(2);
+  const auto type = wide ? at::kDouble : at::kFloat;
+  const Tensor scale = channel_vector(weight, channels, type, "weight");
+  const Tensor shift = channel_vector(bias, channels, type, "bias");
+  Tensor stats = at::detail::empty_cpu({kStatsRows, channels}, type);
+  if (channels == 0) return stats;
+  const auto moments = uninitialised(2 * channels);
+  std::fill_n(moments.get(), 2 * channels, 0.0);
+  double count = 0;
+  for (int64_t i = 0; i < parts.size(0); ++i) {
+    const double* part = parts.const_data_ptr<double>() + i * 3 * channels;
+    if (part[0] == 0) continue;
+    if (count == 0) {
+      std::copy_n(part + channels, 2 * channels, moments.get());
+    } else {
+      kernels().merge(moments.get(), part + channels, count, part[0], channels, 0, channels);
+    }
+    count += part[0];
+  }
+  const ParamArgs params = {data_or_null(scale), data_or_null(shift), eps};
+  kernels().finish[wide](stats.data_ptr(), moments.get(), std::max(count, 1.0), params, channels, 0,
+                         channels);
+  return stats;
+}
+
+NormBackwardArgs gradient_of(const Tensor& x, const Tensor& stats) {
+  return {
+      .x = x.const_data_ptr(), .norm = norm_args(stats), .slope = nullptr, .offset = nullptr, .dx = nullptr};
+}
+
+// Rows of C: sum dy, sum dy * xhat, and where the residual has a norm, sum dy * xhat of that.
+Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
+                       const OptionalTensor& relu_mask, bool relu, const OptionalTensor& residual,
+                       const OptionalTensor& residual_stats) {
+  const Operand x(input);
+  const Tensor dy = x.match(grad_output, "grad_output");
+  const bool pair = residual && residual->defined();
+  TORCH_CHECK_VALUE(pair == (residual_stats && residual_stats->defined()),
+                    "residual: expected together with residual_stats");
+  const Tensor own[2] = {x.tensor, pair ? x.match(*residual, "residual") : Tensor()};
+  const Tensor saved[2] = {checked_stats(stats, x, "stats"),
+                           pair ? checked_stats(*residual_stats, x, "residual_stats") : Tensor()};
+  const int64_t norms = pair ? 2 : 1, rows = 1 + norms, channels = x.shape.channels;
+  Tensor sums = at::detail::empty_cpu({rows, channels}, stats_type(x.tensor));
+  if (x.shape.numel() == 0) return sums.zero_();
+
+  BackwardArgs args = {.dy = dy.const_data_ptr(),
+                       .mask = checked_mask(relu_mask, x),
+                       .norms = {},
+                       .dresidual = nullptr,
+                       .relu = relu,
+                       .stream = false};
+  for (int64_t k = 0; k < norms; ++k) args.norms[k] = gradient_of(own[k], saved[k]);
+  const auto reduce = norm_kernels(x).reduce[norms - 1];
+  const Parallel parallel(x.shape.numel());
+  const Partition partition(x.shape, rows * x.tensor.element_size(), parallel.threads());
+  const auto partial = uninitialised(partition.chunks() * rows * channels);
+  two_passes(
+      partition, parallel,
+      [&](const Block& block, int64_t chunk) { reduce(block, args, &partial[chunk * rows * channels]); },
+      [&](Channels group) {
+        add_chunks(kernels(), partition, partial.get(), rows, group);
+        for (int64_t k = 0; k < norms; ++k) {
+          const GradientArgs out = {.stats = saved[k].const_data_ptr(),
+                                    .slope = nullptr,
+                                    .offset = nullptr,
+                                    .dweight = row_of(sums, 1 + k),
+                                    .dbias = row_of(sums, 0)};
+          kernels().finish_gradient[stats_index(x.tensor)](out, partial.get(), &partial[(1 + k) * channels],
+                                                           1.0, channels, group.begin, group.end);
+        }
+      },
+      [](const Block&) {});
+  return sums;
+}
+
+Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
+                         const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums,
+                         int64_t count) {
+  const Operand x(input);
+  const Tensor dy = x.match(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
+  const int64_t channels = x.shape.channels;
+  Tensor dx = empty_output(x.tensor), factors;
+  NormBackwardArgs norm = gradient_of(x.tensor, saved);
+  norm.dx = dx.data_ptr();
+  if (sums && sums->defined()) {
+    TORCH_CHECK_VALUE(sums->is_cpu() && sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == channels,
+                      "sums: expected (2, ", channels, ") on the CPU, got ", sums->sizes());
+    factors = at::detail::empty_cpu({2, channels}, stats_type(x.tensor));
+    norm.slope = row_of(factors, 0), norm.offset = row_of(factors, 1);
+    const GradientArgs out = {.stats = saved.const_data_ptr(),
+                              .slope = row_of(factors, 0),
+                              .offset = row_of(factors, 1),
+                              .dweight = nullptr,
+                              .dbias = nullptr};
+    // The kernel wants sum dy * (x - mean), which is xhat's over invstd.
+    const Tensor wide = sums->to(at::kDouble).contiguous();
+    const Tensor products = wide[1].div(saved[kInvstd]);
+    kernels().finish_gradient[stats_index(x.tensor)](out, wide.const_data_ptr<double>(),
+                                                     products.const_data_ptr<double>(),
+                                                     static_cast<double>(count), channels, 0, channels);
+  }
+  const BackwardArgs args = {.dy = dy.const_data_ptr(),
+                             .mask = checked_mask(relu_mask, x),
+                             .norms = {norm},
+                             .dresidual = nullptr,
+                             .relu = relu,
+                             .stream = may_stream(x, dx)};
+  const auto backward = norm_kernels(x).backward[0];
+  one_pass(x.shape, Parallel(x.shape.numel()), [&](const Block& block) { backward(block, args); });
+  return restored(dx, input, x.tensor);
+}
+
+}  // namespace
+}  // namespace fused_res::cpu
+
+TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
+  using namespace fused_res::cpu;
+  m.impl("batch_norm_partials", TORCH_FN(batch_norm_partials));
+  m.impl("merge_stats", TORCH_FN(merge_stats));
+  m.impl("batch_norm_sums", TORCH_FN(batch_norm_sums));
+  m.impl("batch_norm_act_dx", TORCH_FN(batch_norm_act_dx));
+}
