@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,15 +20,15 @@ _PATIENCE_S = 120
 
 def _serve(rank: int, world: int, meeting: str, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes below this one
     patience = datetime.timedelta(seconds=_PATIENCE_S)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world, timeout=patience)
-    while (task := tasks.get()) is not None:
-        function, arguments = task
+    while True:
+        function, arguments = tasks.get()
         try:
             results.put((rank, function(*arguments), None))
         except BaseException:
             results.put((rank, None, traceback.format_exc()))
-    dist.destroy_process_group()
 
 
 class Processes:
@@ -57,11 +58,9 @@ class Processes:
         return [value for _, value, _ in answers]
 
     def close(self) -> None:
-        for tasks in self._tasks:
-            tasks.put(None)
         for process in self._processes:
-            process.join(2)
             process.kill()
+            process.join()
 
 
 @contextlib.contextmanager

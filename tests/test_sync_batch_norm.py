@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from backends import BACKENDS as EVERY
 from backends import FAST
 from processes import processes
 from test_residual_block import BLOCKS, RECOMPUTE, assert_same, learnable, make, run
@@ -175,6 +176,30 @@ def test_block_keeps_the_precision_contract(group, sizes, name):
     floor = 1e-5 * max(t.abs().max().item() for t in exact[2:])
     for index, found in enumerate(zip(ours, stock, exact, strict=True)):
         assert_as_exact_as(f"{name} {index}", *found, floor=floor if index > 1 else 0.0)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cuda", "triton") if name in EVERY])
+@pytest.mark.parametrize("name", ["bottleneck", "projection"])
+def test_kernels_for_gpus(group, sizes, name, backend):
+    """1x1 convolutions that normalise as they load, and form the gradient before the norm as they load that."""
+    spec, x, tensors = make(name, torch.float16, bias=True, batch=sum(sizes))
+    # A bias before a norm has a gradient of zero, which is the sum of large ones over processes: all rounding.
+    biases = range(1, len(tensors), 6)
+    arguments = sizes, "none", f"{backend}, fused", True, torch.float16, biases
+    ours = whole_block(group.run(block_part, name, *arguments), name, biases)
+    wide = [None if t is None else t.double() for t in tensors]
+    grad = torch.linspace(-1, 2, ours[0].numel(), dtype=torch.float64).half().double().view_as(ours[0])
+    exact = run(lambda x, t: stock_block(x, spec, t), x.double(), learnable(wide, biases), grad)
+
+    def block(x, tensors):
+        return functional.residual_block(x, spec, tensors, training=True, backend=backend)
+
+    with fused_res.backends.use("auto", "fused"):
+        one = run(block, x.contiguous(memory_format=torch.channels_last), learnable(tensors, biases), grad.half())
+    for index, (found, alone, wanted) in enumerate(zip(ours, one, exact, strict=True)):
+        # In 16 bits elements near zero flip their ReLU, here or there: a gradient is compared as a whole.
+        error, its, size = (found.double() - wanted).norm(), (alone.double() - wanted).norm(), wanted.norm()
+        assert error <= 2 * its + 0.005 * size + 0.01, f"{index}: {error:.3g}, one process {its:.3g}, of {size:.3g}"
 
 
 @pytest.mark.parametrize("frozen", [(0, 1), (2, 3), (0, 1, 2, 3, 6, 7, 18, 19), (*range(24),)], ids=str)
@@ -410,13 +435,13 @@ def test_fully_shard(two):
     assert_same_net(two.run(sharded_part, (3, 5)), (3, 5))
 
 
-def compiled_part(sizes, backend):
+def compiled_part(sizes):
     torch._dynamo.reset()
     model = fused_res.convert_sync_batchnorm(net())
     model[2].momentum = 0.1  # a cumulative average reads its counter, where stock PyTorch breaks the graph, too
     model.add_module("last", fused_res.fuse(nn.Sequential(nn.Unflatten(1, (10, 1, 1)), fnn.SyncBatchNorm(10).double())))
     eager = copy.deepcopy(model)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True)
     found = []
     for net_ in (eager, compiled):
         for x, _, _ in own_steps(sizes, torch.channels_last):
@@ -428,9 +453,8 @@ def compiled_part(sizes, backend):
     return [dist.get_rank()]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled(two, backend):
-    two.run(compiled_part, (3, 5), backend)
+def test_compiled(two):
+    two.run(compiled_part, (3, 5))
 
 
 def subgroup_part():
@@ -463,8 +487,10 @@ def test_groups(four):
 def test_conversion_changes_nothing_else():
     model, twin = net(), net()
     seen = []
-    for hooked in (model, twin):
-        hooked[1].layer1[0].bn1.register_forward_hook(lambda norm, *_: seen.append(type(norm)))
+    hooks = [
+        hooked[1].layer1[0].bn1.register_forward_hook(lambda layer, *_: seen.append(type(layer)))
+        for hooked in (model, twin)
+    ]
     before = {name: (id(module), type(module)) for name, module in model.named_modules()}
     parameters, keys = list(model.parameters()), list(model.state_dict())
     assert fused_res.convert_sync_batchnorm(model) is model
@@ -472,16 +498,18 @@ def test_conversion_changes_nothing_else():
     for name, module in model.named_modules():
         identity, kind = before[name]
         assert id(module) == identity
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        assert type(module) is (kind if not norm else fnn.SyncBatchNormAct2d if name == "0" else fnn.SyncBatchNorm)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            kind = fnn.SyncBatchNormAct2d if name == "0" else fnn.SyncBatchNorm
+        assert type(module) is kind
     x = batch((3, 5))[0]
     for _ in range(2):  # alone, and converted once more
         for train in (True, False):
             assert torch.equal(model.train(train)(x), twin.train(train)(x))
         fused_res.convert_sync_batchnorm(model)
     assert set(seen) == {nn.BatchNorm2d, fnn.SyncBatchNorm}
+    hooks[0].remove()
     again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    assert torch.equal(again(x), twin(x))
+    torch.testing.assert_close(again(x), twin(x))
     frozen = fused_res.freeze(model)
     torch.testing.assert_close(frozen(x), twin(x))
     assert not any(isinstance(m, fnn.SyncBatchNorm) for m in frozen[1].modules())
@@ -490,10 +518,10 @@ def test_conversion_changes_nothing_else():
 
 
 def test_conversion_of_a_norm_itself():
-    norm = nn.BatchNorm2d(4)
-    assert fused_res.convert_sync_batchnorm(norm) is norm and type(norm) is fnn.SyncBatchNorm
+    layer = nn.BatchNorm2d(4)
+    assert fused_res.convert_sync_batchnorm(layer) is layer and type(layer) is fnn.SyncBatchNorm
     with pytest.raises(ValueError, match="expected 2D to 5D input"):
-        norm.train()(torch.randn(4))
+        layer.train()(torch.randn(4))
 
 
 def test_conversion_refuses_what_would_be_lost():
@@ -507,6 +535,6 @@ def test_conversion_refuses_what_would_be_lost():
 
 
 def test_stock_conversion_does_not_drop_the_activation():
-    for norm in (fnn.BatchNormAct2d(3), fnn.SyncBatchNormAct2d(3)):
+    for layer in (fnn.BatchNormAct2d(3), fnn.SyncBatchNormAct2d(3)):
         with pytest.raises(RuntimeError, match=r"would drop the activation .*fused_res\.convert_sync_batchnorm"):
-            nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(norm))
+            nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer))
