@@ -282,7 +282,9 @@ def _steps(spec: BlockSpec, units: Sequence[Unit], saved: Sequence[str], backend
     for unit in units:
         name, kernels = unit.makes, unit.kernels
         steps.append(Step(f"{unit.forward_reads} -> {name}", f"{kernels.kernels} convolution", kernels.reason))
-        statistics = ("everybody's" * bool(group) or "batch") + " statistics" if unit.training else "running statistics"
+        statistics = "batch statistics" if unit.training else "running statistics"
+        if unit.training and group:
+            statistics += " of all processes"
         if unit.index == len(spec.units):
             steps.append(Step(f"{name} -> statistics", backend, f"{statistics}, for the norm that adds it"))
             continue
