@@ -240,9 +240,8 @@ def test_flop_counter_counts_the_compiled_operators(recompute: str, input_grad: 
     x = torch.randn(2, 8, 6, 6, requires_grad=input_grad)
 
     def step() -> None:
-        residual_block.traceable(x, spec, tensors, (True,) * 4, recompute, "reference", "planned", "")[
-            0
-        ].sum().backward()
+        arguments = x, spec, tensors, (True,) * 4, recompute, "reference", "planned", ""
+        residual_block.traceable(*arguments)[0].sum().backward()
 
     pixels = 2 * 6 * 6
     first, inner, last, projection = (2 * pixels * n for n in (8 * 4, 4 * 4 * 9, 4 * 16, 8 * 16))
