@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as distributed_state
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import fused_res
 from examples import checkpoint, networks
@@ -111,7 +111,13 @@ class Trainer:
         self.model = model
         self.average = None
         if options.ema is not None:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
+            # One by one under FSDP, whose parameters are of another class than the buffers; else all at once.
+            how: Any = (
+                {"avg_fn": get_ema_avg_fn(options.ema)}
+                if options.fsdp
+                else {"multi_avg_fn": get_ema_multi_avg_fn(options.ema)}
+            )
+            self.average = AveragedModel(model, use_buffers=True, **how)
         if options.fsdp:
             for module in (model, self.average.module) if self.average else (model,):
                 shard(module, networks.residual_blocks(module), processes)
