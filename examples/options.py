@@ -127,7 +127,8 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint-blocks",
         action="store_true",
-        help="torch.utils.checkpoint around each residual block: keeps less still, and is slower",
+        help="torch.utils.checkpoint around each residual block: keeps less still, and is slower (with --no-fuse, batch"
+        " norm then counts each batch twice in its running statistics)",
     )
     group.add_argument(
         "--amp", choices=AMP, default="off", help="automatic mixed precision, with a GradScaler for fp16 (default: off)"

@@ -43,13 +43,23 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 class StopSignal:
-    """Whether SIGTERM or SIGINT has come. By itself a process dies of the second one; torchrun's get several."""
+    """Inside of its block, SIGTERM and SIGINT only set ``came``.
+
+    The second one ends a process that is by itself; many processes get several, from the terminal and from torchrun.
+    """
 
     def __init__(self, only_once: bool) -> None:
         self.came = False
         self.only_once = only_once
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+            self.before[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
         self.came = True
@@ -136,20 +146,21 @@ class Trainer:
         Raises: Stopped: after SIGTERM or SIGINT. TrainingError: the loss or a weight is not finite, or the checkpoint
         is of another run. CheckpointError: the checkpoint is damaged, or all of them are.
         """
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        self._resume()
         out, tensorboard = self.options.out, self.options.tensorboard
-        log = Log(out, self.steps, self.step, tensorboard, silent=not self.processes.first)
-        try:
-            log.write_csv(self.history)
-            while self.epoch < self.options.epochs:
-                self._train_epoch(log)
-                self._finish_epoch(log, *self._test())
-        except Stopped:
-            self.save()
-            raise
-        finally:
-            log.close()
+        out.mkdir(parents=True, exist_ok=True)
+        with self.stop_signal:
+            self._resume()
+            log = Log(out, self.steps, self.step, tensorboard, silent=not self.processes.first)
+            try:
+                log.write_csv(self.history)
+                while self.epoch < self.options.epochs:
+                    self._train_epoch(log)
+                    self._finish_epoch(log, *self._test())
+            except Stopped:
+                self.save()
+                raise
+            finally:
+                log.close()
         return self.history[-1]
 
     def _train_epoch(self, log: Log) -> None:
