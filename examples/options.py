@@ -141,7 +141,7 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
-    group.add_argument("--epochs", type=number(int, 1), default=30, help="default: %(default)s")
+    group.add_argument("--epochs", type=number(int, 1), default=20, help="default: %(default)s")
     group.add_argument(
         "--batch-size",
         type=number(int, 1),

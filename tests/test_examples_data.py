@@ -271,7 +271,8 @@ def test_a_folder_of_images_is_read(tmp_path: Path, test: str, workers: int) -> 
     assert [len(batch.labels) for batch in batches] == [3, 3, 3, 1]
     assert_same_batches(list(loaded.training(3).batches(1, 2)), batches[2:])
     first = next(loaded.testing(4).batches()).images[0, :, 0, 0]  # an epoch that nobody finishes ends, too
-    assert torch.allclose(first * torch.tensor(loaded.std) + torch.tensor(loaded.mean), torch.tensor([20.0, 0, 200]))
+    pixel = first * torch.tensor(loaded.std) + torch.tensor(loaded.mean)
+    assert torch.allclose(pixel, torch.tensor([20.0, 0, 200]), atol=1e-3)
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
