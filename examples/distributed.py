@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,9 @@ def processes(device: str) -> Iterator[Processes]:
     try:
         yield Processes(chosen)
     finally:
+        # What still holds the group, as DDP does, would end it later, holding the interpreter's lock that the group's
+        # threads wait for.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,31 +153,40 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen, seconds: f
         time.sleep(0.02)
 
 
-def start(command: list[str], out: Path, *arguments: str, folder: Path) -> subprocess.Popen:
-    """From another folder, by the script's path."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(SCRIPT), *SMALL, *QUIET, "--out", str(out), *arguments],
-        cwd=folder,
-        env=environment,
+@contextmanager
+def started(command: list[str], out: Path, *arguments: str, small: Sequence[str] = SMALL) -> Iterator[subprocess.Popen]:
+    """The script by its path, from another folder; ended with the block in any case."""
+    process = subprocess.Popen(
+        [*command, str(SCRIPT), *small, *QUIET, "--out", str(out), *arguments],
+        cwd=out.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun takes its processes along
+
+
+def finish(process: subprocess.Popen) -> str:
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return stdout
 
 
 def test_sigterm_ends_the_script_with_status_0(tmp_path: Path) -> None:
     out, expected = tmp_path / "out", tmp_path / "expected"
-    with start([sys.executable], out, "--epochs", "40", folder=tmp_path) as process:
+    with started([sys.executable], out, "--epochs", "40") as process:
         wait_for(lambda: checkpoint.newest_first(out), process)
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert "stopped by a signal after step" in stdout and not stderr
-    (stopped, *_) = checkpoint.newest_first(out)
-    assert stopped.name < file_name(240)
-    run(out, "--epochs", "40")
-    run(expected, "--epochs", "40")
+        assert "stopped by a signal after step" in finish(process)
+    assert checkpoint.newest_first(out)[0].name < file_name(240)
+    for folder in (out, expected):
+        run(folder, "--epochs", "40")
     assert_same_run(out, expected, 240)
 
 
@@ -463,24 +473,12 @@ def torchrun(*options: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> str:
-    try:
-        stdout, stderr = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun takes its processes along
-        process.communicate(timeout=60)
-        raise
-    assert process.returncode == 0, stderr
-    return stdout
-
-
 def test_two_processes_come_to_the_same_as_one(tmp_path: Path, normless: Path) -> None:
     """The last batch is a single image, so one of them has none, and most parts of it are empty."""
-    arguments = [*without_width(SMALL), *QUIET, *NORMLESS, "--accumulate", "2", "--out", str(tmp_path)]
-    command = [*torchrun(), str(SCRIPT), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-    assert_close_run(tmp_path, normless, 3)
+    out = tmp_path / "out"
+    with started(torchrun(), out, *NORMLESS, "--accumulate", "2", small=without_width(SMALL)) as process:
+        finish(process)
+    assert_close_run(out, normless, 3)
 
 
 def children(pid: int) -> list[int]:
@@ -491,24 +489,25 @@ def children(pid: int) -> list[int]:
 def test_a_run_whose_process_is_killed_comes_back(tmp_path: Path) -> None:
     disturbed, expected = tmp_path / "disturbed", tmp_path / "expected"
     arguments = ["--epochs", "12", "--checkpoint-every", "4", "--ema", "0.9"]
-    process = start(torchrun("--max-restarts", "1"), disturbed, *arguments, folder=tmp_path)
-    wait_for(lambda: checkpoint.newest_first(disturbed), process)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    stdout = finish(process)
-    assert f"going on from {disturbed}" in stdout
-    finish(start(torchrun(), expected, *arguments, folder=tmp_path))
+    with started(torchrun("--max-restarts", "1"), disturbed, *arguments) as process:
+        wait_for(lambda: checkpoint.newest_first(disturbed), process)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        assert f"going on from {disturbed}" in finish(process)
+    with started(torchrun(), expected, *arguments) as process:
+        finish(process)
     assert_same_run(disturbed, expected, 72)
 
 
 def test_sharded_training_resumes_with_any_number_of_processes(tmp_path: Path) -> None:
     whole, resumed, alone = tmp_path / "whole", tmp_path / "resumed", tmp_path / "alone"
     arguments = ["--epochs", "2", "--ema", "0.9"]
-    kept = ["--checkpoint-every", "4", "--keep", "9"]
-    finish(start(torchrun(), whole, *arguments, *kept, "--fsdp", folder=tmp_path))
+    with started(torchrun(), whole, *arguments, "--checkpoint-every", "4", "--keep", "9", "--fsdp") as process:
+        finish(process)
     for out in (resumed, alone):
         out.mkdir()
         shutil.copy(whole / file_name(8), out)
-    finish(start(torchrun(), resumed, *arguments, "--fsdp", folder=tmp_path))
+    with started(torchrun(), resumed, *arguments, "--fsdp") as process:
+        finish(process)
     assert_same_run(resumed, whole, 12)
     run(alone, *arguments)
     # By itself, batch norm sees the whole batch.
@@ -519,9 +518,9 @@ def test_sharded_training_resumes_with_any_number_of_processes(tmp_path: Path) -
 
 def test_torchrun_forwards_a_signal(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(torchrun(), out, "--epochs", "200", folder=tmp_path)
-    wait_for(lambda: checkpoint.newest_first(out), process)
-    process.send_signal(signal.SIGTERM)
-    stdout, _ = process.communicate(timeout=60)
+    with started(torchrun(), out, "--epochs", "200") as process:
+        wait_for(lambda: checkpoint.newest_first(out), process)
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=120)  # torchrun itself then fails, by its own account
     assert "stopped by a signal after step" in stdout
     checkpoint.check(checkpoint.newest_first(out)[0])
