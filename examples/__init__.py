@@ -1,0 +1,1 @@
+"""Programs to start from: a training script, and a study of depth."""
