@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import fused_res
 from examples import distributed, networks
 from fused_res.backends import registry
 from fused_res.plan import RECOMPUTE
@@ -235,8 +234,6 @@ def parse(documentation: str, arguments: list[str] | None = None) -> argparse.Na
         made.error(f"{kind}: start it with torchrun, for example: torchrun --nproc-per-node 2 examples/train.py {kind}")
     if options.fsdp and options.compile:
         made.error("--compile: not together with --fsdp")
-    if options.sync_bn and not hasattr(fused_res, "convert_sync_batchnorm"):
-        made.error("--sync-bn: this fused_res has no convert_sync_batchnorm yet")
     if options.warmup_epochs is None:
         options.warmup_epochs = min(2.0, options.epochs / 4)
     if options.warmup_epochs > options.epochs:

@@ -481,6 +481,17 @@ def test_two_processes_come_to_the_same_as_one(tmp_path: Path, normless: Path) -
     assert_close_run(out, normless, 3)
 
 
+@pytest.mark.parametrize(("processes", "kind"), [(4, "--ddp"), (2, "--fsdp")])
+def test_synchronised_norms_make_many_processes_one(tmp_path: Path, processes: int, kind: str) -> None:
+    """The last batch is a single image again: the other processes bring nothing to its statistics."""
+    arguments = ["--batch-size", "718", "--lr", "0.02", "--sync-bn"]
+    many, one = tmp_path / "many", tmp_path / "one"
+    with started(torchrun("--nproc-per-node", str(processes)), many, "--epochs", "1", *arguments, kind) as process:
+        finish(process)
+    run(one, *arguments, "--epochs", "1")
+    assert_close_run(many, one, 3)
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
