@@ -663,7 +663,6 @@ V = torch.ones(3)
         ({"backend": "tpu"}, ValueError, "backend must be one of"),
         ({"momentum": "much"}, TypeError, "momentum must be a number"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_input_is_refused_before_anything_is_written(change, error, words, backend):

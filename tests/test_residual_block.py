@@ -401,7 +401,6 @@ def test_bad_tensors_are_named_before_anything_is_written(index, value, error, w
         ({"spec": BlockSpec((UnitSpec(), SAME, UnitSpec((2, 2))), "identity")}, ValueError, "cannot be added"),
         ({"spec": BlockSpec((UnitSpec((9, 9), (0, 0), (9, 9)), SAME, SAME))}, ValueError, "cannot|too small|reads"),
     ],
-    ids=str,
 )
 def test_bad_arguments(change, error, words):
     spec, x, tensors = make("bottleneck")
