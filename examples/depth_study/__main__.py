@@ -42,7 +42,7 @@ SECTIONS: dict[str, ModuleType] = {
 }
 DEPTHS, QUICK_DEPTHS = (20, 32, 44, 56, 110), (20, 32, 56)
 SEEDS, QUICK_SEEDS = 3, 1
-EPOCHS, QUICK_EPOCHS = 40, 8
+EPOCHS, QUICK_EPOCHS = 40, 12
 CPU = torch.device("cpu")
 MODULE = "python -m examples.depth_study"
 

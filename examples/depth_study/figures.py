@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from benchmarks.plots import OURS as GREEN
 from benchmarks.plots import STOCK as GREY
@@ -21,7 +23,7 @@ SHADES = {"plain": ("#f4c19c", "#7c2d06"), "residual": ("#a9cdea", "#0b2f57")}
 STATES = {
     "initial": "at initialisation",
     "trained": "after training",
-    "initial, no norm": "at initialisation, without batch norm",
+    "initial, no norm": "at initialisation,\nwithout batch norm",
 }
 DPI = 115
 
@@ -55,7 +57,7 @@ def errors_by_depth(measured: dict[str, Any]) -> Any:
     axes[0].legend(frameon=False, loc="upper left")
     seeds = len({entry["seed"] for entry in measured["by_depth"]})
     note = f"mean of {seeds} seeds, shaded from the lowest to the highest" if seeds > 1 else "one seed"
-    figure.suptitle(f"Error in the end of training, by depth ({note})", fontsize=11)
+    figure.suptitle(f"Error at the end of training ({note})", fontsize=11)
     return figure
 
 
@@ -67,13 +69,15 @@ def training_curves(measured: dict[str, Any]) -> Any:
             curves = [e["curve_error"] for e in measured["by_depth"] if (e["kind"], e["depth"]) == (kind, depth)]
             epochs = range(1, len(curves[0]) + 1)
             by_epoch = list(zip(*curves, strict=True))
-            axis.plot(epochs, [statistics.fmean(v) for v in by_epoch], color=color, label=f"{depth} layers")
+            axis.plot(epochs, [statistics.fmean(v) for v in by_epoch], color=color, label=str(depth))
             axis.fill_between(
                 epochs, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=color, alpha=0.15, linewidth=0
             )
-        axis.set_xlabel("epoch")
+        axis.set_xlabel("epoch; below: layers")
         axis.set_title(f"{kind} networks", fontsize=10, color=COLORS[kind])
-        axis.legend(frameon=False, fontsize=8, loc="center right" if kind == "plain" else "upper right")
+        axis.legend(
+            frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=5, handlelength=1
+        )
         _tidy(axis)
     axes[0].set_ylabel("training error, %")
     axes[0].set_ylim(0, 100)
@@ -100,11 +104,14 @@ def gradient_norms(measured: dict[str, Any]) -> Any:
                     layers, [min(v) for v in by_layer], [max(v) for v in by_layer], color=color, alpha=0.2, linewidth=0
                 )
             axis.set_yscale("log")
-            axis.set_title(f"{depth} layers, {title}" if axis is row[0] else f"{depth} layers", fontsize=9, loc="left")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             _tidy(axis)
-        row[0].set_ylabel("norm of the gradient", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("layer, from the input", fontsize=9)
+        row[0].set_ylabel(title, fontsize=9)
+        _at_least_a_decade(row[0])
+    for depth, top, bottom in zip(depths, axes[0], axes[-1], strict=True):
+        top.set_title(f"{depth} layers", fontsize=10)
+        bottom.set_xlabel("layer, from the input", fontsize=9)
     axes[0][0].legend(frameon=False, fontsize=9)
     figure.suptitle("Norm of the loss's gradient with respect to each layer's weight", fontsize=11)
     return figure
@@ -132,7 +139,8 @@ def costs(measured: dict[str, Any]) -> Any:
         axis.set_xlabel("ResNet of so many layers", fontsize=9)
         axis.margins(y=0.12)
         _tidy(axis)
-    train.legend(frameon=False, fontsize=8, loc="upper left")
+    handles, names = train.get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     shape = f"{measured['batch']}x{measured['side']}x{measured['side']}, {measured['threads']} threads"
     figure.suptitle(f"What depth costs, with our kernels and without ({shape})", fontsize=11)
     return figure
@@ -153,6 +161,14 @@ def _bars(axis: Any, networks: Sequence[dict[str, Any]], mode: str, quantity: st
 def _shades(kind: str, count: int) -> list[Any]:
     shades = matplotlib.colors.LinearSegmentedColormap.from_list(kind, SHADES[kind])
     return [shades(index / (count - 1)) for index in range(count)]
+
+
+def _at_least_a_decade(axis: Any) -> None:
+    """Of a logarithmic axis: less would make a drama of what is even."""
+    low, high = axis.get_ylim()
+    if high < 10 * low:
+        middle = math.sqrt(low * high)
+        axis.set_ylim(middle / math.sqrt(10), middle * math.sqrt(10))
 
 
 def _tidy(axis: Any) -> None:

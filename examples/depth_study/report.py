@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.depth_study.claims import CLAIMS, Claim, errors
+from examples.depth_study.claims import CLAIMS, NEGLIGIBLE, Claim, errors
 from examples.depth_study.figures import FIGURES
 from examples.depth_study.settings import MOMENTUM, WARMUP_EPOCHS, WEIGHT_DECAY
-from examples.depth_study.store import write_atomically
+from examples.depth_study.store import write_text
 
 #: What is known, for readers new to it. Nothing in it depends on the results.
 BACKGROUND = Path(__file__).with_name("background.md")
@@ -42,8 +42,7 @@ def summary(document: dict[str, Any]) -> str:
 
 def write(document: dict[str, Any], folder: Path) -> None:
     """Writes report.md into `folder`, where the figures are."""
-    text = render(document)
-    write_atomically(folder / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "report.md", render(document))
 
 
 def render(document: dict[str, Any]) -> str:
@@ -58,7 +57,7 @@ def render(document: dict[str, Any]) -> str:
         parts.append("**This is a quick run: it shows that the study works, not what it finds.**")
     parts.append(BACKGROUND.read_text(encoding="utf-8"))
     for section, found in claims.items():
-        parts += [f"## {TITLES[section]}", *map(_claim, found)]
+        parts += [f"## {TITLES[section]}", "\n".join(map(_claim, found))]
         parts += [f"![{FIGURE_TITLES[name]}]({name}.png)" for name in FIGURES.get(section, {})]
         parts += TABLES[section](document["sections"][section])
     parts += ["## How it was measured", *_method(document)]
@@ -68,7 +67,7 @@ def render(document: dict[str, Any]) -> str:
 def _claim(claim: Claim) -> str:
     mark = "✓" if claim.holds else "✗"
     link = f" ([figure]({claim.shown_in}.png))" if claim.shown_in else ""
-    return f"- {mark} **{claim.text}** This {claim.verdict}: {claim.numbers}{link}."
+    return f"- {mark} **{claim.text}** {claim.verdict.capitalize()}: {claim.numbers}{link}."
 
 
 def _degradation_tables(measured: dict[str, Any]) -> list[str]:
@@ -87,9 +86,9 @@ def _degradation_tables(measured: dict[str, Any]) -> list[str]:
 def _gradient_tables(measured: dict[str, Any]) -> list[str]:
     seeds = max(len(curve["norms"]) for curve in measured["curves"])
     return [
-        f"Gradients are of the mean cross entropy of {measured['batch']} training images, in training mode, with respect "
-        f"to each 3x3 convolution's weight; lines are the median of {seeds} initialisations, shaded from the lowest to "
-        "the highest, after training of one. Steps in a line are where a stage, and with it the size of the weights, "
+        f"Gradients are of the mean cross entropy of {measured['batch']} training images, in training mode, with "
+        f"respect to each 3x3 convolution's weight; lines are the median over {seeds} seeds, shaded from lowest to "
+        "the highest (after training: one seed). Steps in a line are where a stage, and with it the size of the weights, "
         "begins. Without norms, part of what vanishes is lost at the images' borders: a 3x3 window of zero padding and "
         "few pixels passes on less than He et al.'s initialisation reckons with."
     ]
@@ -158,9 +157,9 @@ def _spectrum_tables(measured: dict[str, Any]) -> list[str]:
     ]
     return [
         f"Ours / stock PyTorch's better memory format, {measured['batch']} images of "
-        f"{measured['side']}x{measured['side']}, medians of interleaved rounds on {measured['threads']} threads. Memory is "
-        "that of tensors made in the step, gradients included, parameters and optimizer not. A multiply and an add are two "
-        "FLOPs.",
+        f"{measured['side']}x{measured['side']}, medians of interleaved rounds on {measured['threads']} threads. "
+        "Memory is that of tensors made in the step, gradients included, parameters and optimizer not. A multiply and "
+        "an add are two FLOPs.",
         table(header, rows),
     ]
 
@@ -183,12 +182,13 @@ def _method(document: dict[str, Any]) -> list[str]:
         f"- **Data**: {settings['data']}, {images['train']} training and {images['test']} test images of "
         f"{images['side']}x{images['side']}, {settings['classes']} classes; while training, {augmentation}.\n"
         f"- **Networks**: depths {', '.join(map(str, settings['depths']))}, {settings['width']} channels in the first "
-        f"stage; seeds 0 to {settings['seeds'] - 1}, for weights, order and augmentation alike.\n"
+        f"stage; {settings['seeds']} seeds, from 0 on, for weights, order and augmentation alike.\n"
         f"- **Training**, the same for every network: {settings['epochs']} epochs in batches of "
-        f"{settings['batch_size']}; SGD with Nesterov momentum {MOMENTUM} and weight decay {WEIGHT_DECAY:g}; the learning "
-        f"rate rises to {settings['learning_rate']:g} over {WARMUP_EPOCHS} epochs, then falls along a cosine.\n"
-        "- **Errors in the end** are of the whole set, in eval mode, without augmentation. One counts as above "
-        "another if its mean is by more than 1 percentage point and its lowest seed is above the other's highest.\n"
+        f"{settings['batch_size']}; SGD with Nesterov momentum {MOMENTUM} and weight decay {WEIGHT_DECAY:g}; the "
+        f"learning rate rises to {settings['learning_rate']:g} over {WARMUP_EPOCHS} epochs and falls along a cosine.\n"
+        "- **Errors in the end** are of the whole set, in eval mode, without augmentation. One is *above* "
+        f"another if its mean is, by more than {NEGLIGIBLE:g} percentage point, and its lowest seed is above the "
+        "other's highest.\n"
         f"- **Machine**: {environment['cpu']}, {environment['cores']} cores; backend {environment['backend']} "
         f"({environment['isa'] or 'no C++ kernels'}); torch {environment['torch']}, fused_res "
         f"{environment['fused_res']} ({(environment['commit'] or 'no commit')[:12]}); {environment['date']}.\n"
