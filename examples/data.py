@@ -184,8 +184,8 @@ def load(source: str | Path, image_size: int | None = None, workers: int = 0) ->
     if (folder / "train").is_dir() and tests:
         return _load_folder(folder, tests[0], image_size or PHOTOGRAPH_SIZE, workers)
     raise DataError(
-        f"--data {source}: looked for CIFAR's files ({', '.join(kind.folder for kind in CIFAR_KINDS)}) and for images in"
-        " train/<class>/* with val/<class>/* or test/<class>/*, and found neither"
+        f"--data {source}: looked for CIFAR's files ({', '.join(kind.folder for kind in CIFAR_KINDS)}) and for images"
+        " in train/<class>/* with val/<class>/* or test/<class>/*, and found neither"
     )
 
 

@@ -1,0 +1,252 @@
+"""The command line of the training script, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_res
+from examples import distributed, networks
+from fused_res.backends import registry
+from fused_res.plan import RECOMPUTE
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: What the curve of a run depends on: a checkpoint goes on only with the same.
+CURVE = (
+    "data",
+    "image_size",
+    "model",
+    "width",
+    "plain",
+    "sync_bn",
+    "amp",
+    "epochs",
+    "batch_size",
+    "accumulate",
+    "lr",
+    "warmup_epochs",
+    "momentum",
+    "weight_decay",
+    "label_smoothing",
+    "ema",
+    "augment",
+    "seed",
+)
+
+
+def number(kind: type[int] | type[float], low: float, high: float = math.inf, open_end: bool = True) -> Callable:
+    """An argparse type: a number from `low` to `high`, which is left out if `open_end`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value and (value < high if open_end else value <= high)):
+            what = "a whole number" if kind is int else "a number"
+            limit = "" if high == math.inf else f" and {'below' if open_end else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"expected {what} of at least {low:g}{limit}, got {text!r}")
+        return value
+
+    return parse
+
+
+def device(text: str) -> str:
+    """An argparse type: the name of a device that is there."""
+    if text == "auto":
+        return text
+    try:
+        kind, index = torch.device(text).type, torch.device(text).index
+    except RuntimeError:
+        kind, index = text, None
+    if kind not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:<index>, got {text!r}")
+    if kind == "cuda" and (index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: this PyTorch sees {torch.cuda.device_count()} NVIDIA GPUs")
+    return text
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        default="digits",
+        metavar="SET",
+        help="digits (embedded), or a folder: CIFAR's Python files, or images in train/<class>/* and val|test/<class>/*"
+        " (default: %(default)s)",
+    )
+    group.add_argument(
+        "--image-size",
+        type=number(int, 4),
+        metavar="PIXELS",
+        help="side to resize images to (default: as they are; 224 for a folder of images)",
+    )
+    group.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="random shifts, and for photographs mirroring (default: yes)",
+    )
+    group.add_argument(
+        "--workers", type=number(int, 0), default=2, help="threads that decode a folder's images (default: %(default)s)"
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="cifar_resnet20",
+        metavar="NAME",
+        help=f"cifar_resnet<depth>, {', '.join(networks.OURS)}, torchvision/<name> or timm/<name>"
+        " (default: %(default)s)",
+    )
+    group.add_argument(
+        "--width", type=number(int, 1), metavar="CHANNELS", help="of a cifar_resnet's first stage (default: 16)"
+    )
+    group.add_argument("--plain", action="store_true", help="the twin without shortcuts, of our own networks")
+
+
+def add_kernels(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how it is computed")
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--fuse", action=switch, default=True, help="run blocks as fused operations (default: yes)")
+    group.add_argument("--backend", choices=registry.names(), default="auto", help="of fused_res (default: auto)")
+    group.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        default="none",
+        help="inside fused blocks, what is computed again in the backward instead of kept (default: none)",
+    )
+    group.add_argument(
+        "--checkpoint-blocks",
+        action="store_true",
+        help="torch.utils.checkpoint around each residual block: keeps less still, and is slower (with --no-fuse, batch"
+        " norm then counts each batch twice in its running statistics)",
+    )
+    group.add_argument(
+        "--amp", choices=AMP, default="off", help="automatic mixed precision, with a GradScaler for fp16 (default: off)"
+    )
+    group.add_argument("--channels-last", action=switch, default=True, help="memory format (default: channels last)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--device", type=device, default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
+    group.add_argument("--threads", type=number(int, 1), help="of PyTorch on the CPU (default: PyTorch's)")
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--epochs", type=number(int, 1), default=20, help="default: %(default)s")
+    group.add_argument(
+        "--batch-size",
+        type=number(int, 1),
+        default=64,
+        help="images to an optimizer step, over all processes and parts (default: %(default)s)",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=number(int, 1),
+        default=1,
+        metavar="PARTS",
+        help="forward and backward a batch in so many parts, for less memory; batch norm sees the parts (default: 1)",
+    )
+    group.add_argument("--lr", type=number(float, 0), default=0.1, help="peak learning rate (default: %(default)s)")
+    group.add_argument(
+        "--warmup-epochs",
+        type=number(float, 0),
+        default=2.0,
+        help="epochs in which the rate rises to its peak; a cosine brings it down to zero after (default: %(default)s)",
+    )
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="default: %(default)s")
+    group.add_argument(
+        "--weight-decay",
+        type=number(float, 0),
+        default=5e-4,
+        help="of all weights but those of norms; biases have none (default: %(default)s)",
+    )
+    group.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
+    group.add_argument(
+        "--ema",
+        type=number(float, 0, 1),
+        metavar="DECAY",
+        help="keep an exponential moving average of the weights, and test that (try 0.99; default: none)",
+    )
+    group.add_argument("--seed", type=number(int, 0, 2**32), default=0, help="default: %(default)s")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many processes, under torchrun")
+    kinds = group.add_mutually_exclusive_group()
+    kinds.add_argument("--ddp", action="store_true", help="a whole model in each process (default)")
+    kinds.add_argument("--fsdp", action="store_true", help="weights and optimizer state shared out (FSDP2)")
+    group.add_argument(
+        "--sync-bn", action="store_true", help="batch norm's statistics over all processes, not over each one's images"
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<model>-<data>")
+    group.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|FILE",
+        help="auto: go on from the newest sound checkpoint in --out, if there is one; never: start anew, removing the"
+        " checkpoints there; or the checkpoint to go on from (default: auto)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="save also in mid-epoch; a checkpoint is saved after each epoch in any case",
+    )
+    group.add_argument("--keep", type=number(int, 1), default=2, help="newest checkpoints to keep (default: 2)")
+    group.add_argument(
+        "--log-every", type=number(int, 1), default=10, metavar="STEPS", help="check and show the loss (default: 10)"
+    )
+    group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
+
+
+def parser(documentation: str) -> argparse.ArgumentParser:
+    summary, _, rest = documentation.partition("\n")
+    made = argparse.ArgumentParser(
+        prog="train.py", description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for add in (add_data, add_model, add_recipe, add_kernels, add_processes, add_output):
+        add(made)
+    return made
+
+
+def parse(documentation: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, those that go together checked together; exits with status 2 and a message if they do not."""
+    made = parser(documentation)
+    options = made.parse_args(arguments)
+    if not options.fuse:
+        for name in ("backend", "recompute"):
+            if getattr(options, name) != made.get_default(name):
+                made.error(f"--{name} {getattr(options, name)}: is of the fused operations; not with --no-fuse")
+    if (options.fsdp or options.ddp) and not distributed.under_torchrun():
+        kind = "--fsdp" if options.fsdp else "--ddp"
+        made.error(f"{kind}: start it with torchrun, for example: torchrun --nproc-per-node 2 examples/train.py {kind}")
+    if options.fsdp and options.compile:
+        made.error("--compile: not together with --fsdp")
+    if options.sync_bn and not hasattr(fused_res, "convert_sync_batchnorm"):
+        made.error("--sync-bn: this fused_res has no convert_sync_batchnorm yet")
+    if options.warmup_epochs > options.epochs:
+        made.error(f"--warmup-epochs {options.warmup_epochs:g}: is more than --epochs {options.epochs}")
+    if options.resume not in ("auto", "never") and not Path(options.resume).is_file():
+        made.error(f"--resume {options.resume}: there is no such file (nor is it auto or never)")
+    if options.out is None:
+        options.out = Path("runs") / f"{options.model.replace('/', '-')}-{Path(options.data).resolve().name}"
+    if options.out.exists() and not options.out.is_dir():
+        made.error(f"--out {options.out}: is not a folder")
+    return options
+
+
+def curve(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in CURVE}
