@@ -88,8 +88,8 @@ def _gradient_tables(measured: dict[str, Any]) -> list[str]:
     return [
         f"Gradients are of the mean cross entropy of {measured['batch']} training images, in training mode, with "
         f"respect to each 3x3 convolution's weight; lines are the median over {seeds} seeds, shaded from lowest to "
-        "the highest (after training: one seed). Steps in a line are where a stage, and with it the size of the weights, "
-        "begins. Without norms, part of what vanishes is lost at the images' borders: a 3x3 window of zero padding and "
+        "highest (after training: one seed). Steps in a line are where a stage begins, and with it weights of another "
+        "size. Without norms, part of what vanishes is lost at the images' borders: a 3x3 window over zero padding and "
         "few pixels passes on less than He et al.'s initialisation reckons with."
     ]
 
