@@ -19,7 +19,7 @@ pytest.importorskip("tqdm")
 
 from examples.data import load
 from examples.depth_study import __main__ as command_line
-from examples.depth_study import claims, figures, gradients, identity, report, spectrum, training
+from examples.depth_study import claims, degradation, figures, gradients, identity, report, spectrum, training
 from examples.depth_study.networks import Network, layers
 from examples.depth_study.settings import Study, Training, fingerprint
 from examples.depth_study.store import Store
@@ -27,7 +27,7 @@ from fused_res import unfuse
 from fused_res.nn import ResidualBlock
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--section", "degradation", "--depths", "8", "14", "--seeds", "1", "--width", "4", "--epochs", "4")
+TINY = ("--section", "degradation", "--depths", "8", "14", "--seeds", "1", "--width", "4", "--epochs", "3")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def children_of(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_goes_on_after_a_kill_and_does_not_depend_on_jobs(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "examples.depth_study", *TINY, "--jobs", "2", "--out", str(killed)]
+    command = [sys.executable, "-m", "examples.depth_study", *TINY, "--jobs", "1", "--out", str(killed)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: finished(killed))
     workers = children_of(process.pid)
@@ -92,8 +92,12 @@ def test_goes_on_after_a_kill_and_does_not_depend_on_jobs(tmp_path):
     assert all(entry["curve_loss"][-1] < entry["curve_loss"][0] for entry in entries)
 
     # Other settings share nothing with these.
-    command_line.main([*TINY, "--batch-size", "64", "--out", str(whole)])
-    assert len(finished(whole)) == 20
+    settings = command_line.build_parser().parse_args([*TINY, "--batch-size", "64", "--out", str(whole)])
+    study = command_line.study_of(settings, command_line.build_parser())
+    store = Store(study.out / "trainings")
+    assert [store.result(wanted) for wanted in degradation.trainings(study)] == [None] * 12
+    same = dataclasses.replace(study, batch_size=128)
+    assert all(store.result(wanted) for wanted in degradation.trainings(same))
 
 
 def test_a_diverging_training_ends_the_study(tmp_path):
@@ -109,6 +113,7 @@ def test_a_diverging_training_ends_the_study(tmp_path):
         (("--depths", "20", "20"), "argument --depths: expected two different depths"),
         (("--data", "nowhere"), "--data nowhere: there is no such folder"),
         (("--lr", "0"), "argument --lr: expected a number above 0"),
+        (("--out", "/proc/nowhere"), "argument --out: /proc/nowhere"),
         (("--section", "spectre"), "argument --section: invalid choice"),
     ],
 )
@@ -212,6 +217,7 @@ def test_gradients_are_those_of_float64(network, data):
 
 def test_first_to_last_is_the_ratio_of_thirds():
     assert gradients.first_to_last([1, 4, 9, 9, 8, 2]) == pytest.approx(0.5)
+    assert gradients.first_to_last([0.0] * 6) == 1
 
 
 @pytest.mark.parametrize("span", identity.SPANS)
@@ -253,7 +259,7 @@ def test_networks_of_other_spans(span):
 
 
 def test_the_spectrum_counts(study):
-    found = spectrum._network("resnet18", spectrum.Size(("resnet18",), 1, 32, 1, 0.0), "auto")
+    found = spectrum.measure_network("resnet18", spectrum.Size(("resnet18",), 2, 32, 1, 0.0), "auto")
     assert found["parameters"] == 11_689_512  # torchvision's
     assert found["flops_per_image"] == pytest.approx(1.82e9 * 2 * (32 / 224) ** 2, rel=0.02)
     assert found["train"]["ours"]["saved_bytes"] < found["train"]["eager"]["saved_bytes"]

@@ -18,6 +18,7 @@ import os
 import shlex
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,6 +94,10 @@ def study_of(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -> Stu
     if len(depths) < 2:
         parser.error(f"argument --depths: expected two different depths at least, got {depths[0]}")
     try:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {parsed.out}: {error.strerror}")
+    try:
         data = load(parsed.data, parsed.image_size)
         fused_res.backends.resolve(parsed.backend, CPU)
     except (DataError, fused_res.BackendUnavailableError) as error:
@@ -142,8 +147,12 @@ def main(arguments: list[str]) -> None:
     jobs = parsed.jobs or len(os.sched_getaffinity(0))
     try:
         pool.run(study, [t for module in sections.values() for t in module.trainings(study)], store, jobs)
-    except DivergedError as error:
+    except (DataError, DivergedError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from None
+    except BrokenProcessPool:
+        raise SystemExit(
+            f"{parser.prog}: a process that trained was killed (out of memory?); the same command goes on from here"
+        ) from None
     except KeyboardInterrupt:
         raise SystemExit(f"{parser.prog}: interrupted; the same command goes on from here") from None
     measured = {}

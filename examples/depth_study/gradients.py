@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ def layer_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[fl
 def first_to_last(norms: list[float]) -> float:
     """Geometric mean over the first third of the layers, divided by that over the last third."""
     count = len(norms) // 3
-    return math.exp(statistics.fmean(map(math.log, norms[:count])) - statistics.fmean(map(math.log, norms[-count:])))
+    # In a network that is dead, gradients are zero.
+    logarithms = [math.log(max(norm, sys.float_info.min)) for norm in norms]
+    return math.exp(statistics.fmean(logarithms[:count]) - statistics.fmean(logarithms[-count:]))
 
 
 def trainings(study: Study) -> list[Training]:

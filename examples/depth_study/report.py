@@ -15,10 +15,10 @@ from examples.depth_study.store import write_text
 BACKGROUND = Path(__file__).with_name("background.md")
 
 TITLES = {
-    "degradation": "Deeper plain networks train worse, residual ones do not",
-    "gradients": "What the gradients look like",
-    "identity": "A block can be the identity",
-    "spectrum": "What depth costs",
+    "degradation": "Do deeper networks train worse?",
+    "gradients": "How large is the gradient in each layer?",
+    "identity": "Can a block be the identity?",
+    "spectrum": "What does depth cost?",
 }
 FIGURE_TITLES = {
     "errors-by-depth": "Training and test error in the end, by depth",

@@ -46,7 +46,7 @@ def trainings(study: Study) -> list[Training]:
 
 def measure(study: Study, store: Store) -> dict[str, Any]:
     size = QUICK if study.quick else FULL
-    networks = [_network(name, size, study.backend) for name in progress.cases(size.networks, "spectrum")]
+    networks = [measure_network(name, size, study.backend) for name in progress.cases(size.networks, "spectrum")]
     return {
         "batch": size.batch,
         "side": size.side,
@@ -55,7 +55,8 @@ def measure(study: Study, store: Store) -> dict[str, Any]:
     }
 
 
-def _network(name: str, size: Size, backend: str) -> dict[str, Any]:
+def measure_network(name: str, size: Size, backend: str) -> dict[str, Any]:
+    """Parameters, FLOPs, time and memory of one ResNet."""
     torch.manual_seed(0)
     stock = unfuse(getattr(models, name)(num_classes=CLASSES))
     x, target = photographs(size.batch, size.side), labels(size.batch, CLASSES)
