@@ -105,6 +105,7 @@ def degradation(measured: Measured) -> list[Claim]:
             "",
         ),
         *_other_depths(measured, figure),
+        _twins(measured, figure),
     ]
 
 
@@ -123,6 +124,17 @@ def _other_depths(measured: Measured, figure: str) -> Iterable[Claim]:
             ", ".join(f"{kind}-{depth} {spread}" for depth, spread in found.items()),
             figure,
         )
+
+
+def _twins(measured: Measured, figure: str) -> Claim:
+    depths = sorted({entry["depth"] for entry in measured["by_depth"] if entry["depth"] >= measured["deep"]})
+    found = {depth: [errors(measured, kind, depth) for kind in ("plain", "residual")] for depth in depths}
+    return Claim(
+        f"From {measured['deep']} layers on, a residual network ends below its plain twin.",
+        all(plain.above(residual) for plain, residual in found.values()),
+        "; ".join(f"{depth} layers: plain {plain}, residual {residual}" for depth, (plain, residual) in found.items()),
+        figure,
+    )
 
 
 def gradients(measured: Measured) -> list[Claim]:
