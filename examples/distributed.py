@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -88,10 +90,19 @@ def processes(device: str) -> Iterator[Processes]:
     if not under_torchrun():
         yield Processes(chosen)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    store, rank, world = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # On a single machine torchrun keeps one store over its restarts, and with it the addresses of processes that
+        # are dead: whoever reads one before it is overwritten waits in vain.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield Processes(chosen)
     finally:
+        # What still holds the group, as DDP does, would end it later, holding the interpreter's lock that the group's
+        # threads wait for.
+        gc.collect()
         dist.destroy_process_group()
 
 

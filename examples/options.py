@@ -159,8 +159,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--warmup-epochs",
         type=number(float, 0),
-        default=2.0,
-        help="epochs in which the rate rises to its peak; a cosine brings it down to zero after (default: %(default)s)",
+        help="epochs in which the rate rises to its peak, before a cosine brings it down to zero (default: 2, or a"
+        " quarter of all)",
     )
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="default: %(default)s")
     group.add_argument(
@@ -237,6 +237,8 @@ def parse(documentation: str, arguments: list[str] | None = None) -> argparse.Na
         made.error("--compile: not together with --fsdp")
     if options.sync_bn and not hasattr(fused_res, "convert_sync_batchnorm"):
         made.error("--sync-bn: this fused_res has no convert_sync_batchnorm yet")
+    if options.warmup_epochs is None:
+        options.warmup_epochs = min(2.0, options.epochs / 4)
     if options.warmup_epochs > options.epochs:
         made.error(f"--warmup-epochs {options.warmup_epochs:g}: is more than --epochs {options.epochs}")
     if options.resume not in ("auto", "never") and not Path(options.resume).is_file():

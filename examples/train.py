@@ -26,6 +26,7 @@ damaged checkpoint, data that are not there), 2 for a wrong command line.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -45,23 +46,34 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(chosen.threads)
     try:
         loaded = data.load(chosen.data, chosen.image_size, chosen.workers)
-        with distributed.processes(chosen.device) as processes:
-            say = print if processes.first else lambda text, **kwargs: None
-            run = trainer.Trainer(chosen, loaded, processes)
-            try:
-                last = run.run()
-            except trainer.Stopped:
-                say(f"stopped by a signal after step {run.step} of {run.steps}; the same command goes on", flush=True)
-                return 0
+    except data.DataError as error:
+        return failure(error)
+    with distributed.processes(chosen.device) as processes:
+        return train(chosen, loaded, processes)
+
+
+def train(chosen: argparse.Namespace, loaded: data.Data, processes: distributed.Processes) -> int:
+    """One run, of which nothing is left behind: DDP has to be gone before its processes part."""
+    say = print if processes.first else lambda text, **_: None
+    try:
+        run = trainer.Trainer(chosen, loaded, processes)
+        last = run.run()
+    except trainer.Stopped:
+        say(f"stopped by a signal after step {run.step} of {run.steps}; the same command goes on", flush=True)
+        return 0
     except FAILURES as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        return failure(error)
     say(
         f"{chosen.model} on {loaded.name}: {1 - last['test_error']:.2%} of {len(loaded.test.labels)} test images right"
         f" after {last['epoch']:.0f} epochs in {last['seconds']:.0f} s, {last['images_per_second']:.0f} images/s in the"
         f" last one; checkpoints and log in {chosen.out}"
     )
     return 0
+
+
+def failure(error: Exception) -> int:
+    print(f"train.py: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import csv
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples import checkpoint, data, networks, train, trainer
+from examples import checkpoint, data, networks, train
 from examples.checkpoint import file_name
 from examples.trainer import Trainer, learning_rate
+from fused_res.testing import stub_torchvision_operators
 
 pytest.importorskip("sklearn")
 
@@ -111,7 +114,7 @@ def test_the_gradient_scaler_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("method", "calls", "saved"), [("_train_step", 9, 9), ("_outputs", 32, 12)])
+@pytest.mark.parametrize(("method", "calls", "saved"), [("_train_step", 9, 9), ("_outputs", 27, 12)])
 def test_a_signal_finishes_the_step_and_saves(
     tmp_path: Path,
     undisturbed: Path,
@@ -122,7 +125,7 @@ def test_a_signal_finishes_the_step_and_saves(
     calls: int,
     saved: int,
 ) -> None:
-    """In the middle of a step, and of the test behind epoch 2: two parts a step, two batches a test."""
+    """In the middle of a step, and of the test behind epoch 2: twelve steps of two parts, two batches, a third."""
     original, done = getattr(Trainer, method), itertools.count(1)
 
     def interrupted(self: Trainer, *arguments: Any) -> Any:
@@ -137,6 +140,7 @@ def test_a_signal_finishes_the_step_and_saves(
     assert signal.getsignal(number) is before
     assert f"stopped by a signal after step {saved} of 18" in capsys.readouterr().out
     assert checkpoint.newest_first(tmp_path)[0].name == file_name(saved)
+    assert state(tmp_path, saved)["epoch"] == 1  # a test that was interrupted is repeated
     run(tmp_path, *EVERYTHING)
     assert_same_run(tmp_path, undisturbed)
 
@@ -149,31 +153,40 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen, seconds: f
         time.sleep(0.02)
 
 
-def start(command: list[str], out: Path, *arguments: str, folder: Path) -> subprocess.Popen:
-    """From another folder, by the script's path."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(SCRIPT), *SMALL, *QUIET, "--out", str(out), *arguments],
-        cwd=folder,
-        env=environment,
+@contextmanager
+def started(command: list[str], out: Path, *arguments: str, small: Sequence[str] = SMALL) -> Iterator[subprocess.Popen]:
+    """The script by its path, from another folder; ended with the block in any case."""
+    process = subprocess.Popen(
+        [*command, str(SCRIPT), *small, *QUIET, "--out", str(out), *arguments],
+        cwd=out.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun takes its processes along
+
+
+def finish(process: subprocess.Popen) -> str:
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return stdout
 
 
 def test_sigterm_ends_the_script_with_status_0(tmp_path: Path) -> None:
     out, expected = tmp_path / "out", tmp_path / "expected"
-    with start([sys.executable], out, "--epochs", "40", folder=tmp_path) as process:
+    with started([sys.executable], out, "--epochs", "40") as process:
         wait_for(lambda: checkpoint.newest_first(out), process)
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert "stopped by a signal after step" in stdout and not stderr
-    (stopped, *_) = checkpoint.newest_first(out)
-    assert stopped.name < file_name(240)
-    run(out, "--epochs", "40")
-    run(expected, "--epochs", "40")
+        assert "stopped by a signal after step" in finish(process)
+    assert checkpoint.newest_first(out)[0].name < file_name(240)
+    for folder in (out, expected):
+        run(folder, "--epochs", "40")
     assert_same_run(out, expected, 240)
 
 
@@ -283,13 +296,14 @@ def test_steps_are_those_of_sgd_on_the_mean_loss(undisturbed: Path) -> None:
     torch.manual_seed(0)
     model = networks.build("cifar_resnet8", 10, 8)
     networks.set_fusion(model, False, "auto", "none")
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
     velocity = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
-    for step, batch in enumerate(itertools.islice(data.load("digits").training(256).batches(), 3)):
+    # Two steps: later, a ReLU whose input is zero but for rounding sends its gradient one way or the other.
+    for step, batch in enumerate(itertools.islice(data.load("digits").training(256).batches(), 2)):
         for part in range(2):
             outputs = model(batch.images.tensor_split(2)[part])
-            logs = F.log_softmax(outputs, 1)
             wanted = F.one_hot(batch.labels.tensor_split(2)[part], 10) * 0.9 + 0.01
-            (-(logs * wanted).sum() / 256).backward()
+            (-(F.log_softmax(outputs, 1) * wanted).sum() / 256).backward()
         with torch.no_grad():
             for name, value in model.named_parameters():
                 decay = 0.0 if value.dim() == 1 else 5e-4
@@ -297,8 +311,9 @@ def test_steps_are_those_of_sgd_on_the_mean_loss(undisturbed: Path) -> None:
                 value -= 0.1 * (step + 1) / 6 * velocity[name]
                 value.grad = None
         for name, value in state(undisturbed, step + 1)["model"].items():
-            expected = model.state_dict()[name]
-            assert (value - expected).abs().max() <= 1e-4 * expected.abs().max(), (step, name)
+            change, expected = (other.double() - initial[name] for other in (value, model.state_dict()[name]))
+            rounding = 1e-7 * initial[name].double().norm()
+            assert (change - expected).norm() <= 1e-3 * expected.norm() + rounding, (step, name)
 
 
 def test_the_average_is_exponential_and_is_what_is_tested(undisturbed: Path) -> None:
@@ -317,7 +332,7 @@ def test_the_average_is_exponential_and_is_what_is_tested(undisturbed: Path) -> 
     model.load_state_dict(saved)
     (batch,) = data.load("digits").testing(360).batches()
     outputs = model.eval()(batch.images)
-    assert float(rows(undisturbed)[-1]["test_loss"]) == pytest.approx(float(F.cross_entropy(outputs, batch.labels)))
+    assert float(rows(undisturbed)[-1]["test_loss"]) == pytest.approx(F.cross_entropy(outputs, batch.labels).item())
     errors = int((outputs.argmax(1) != batch.labels).sum())
     assert float(rows(undisturbed)[-1]["test_error"]) == errors / 360
 
@@ -333,6 +348,7 @@ def without_width(arguments: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def normless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps of 718 images, and one of a single image."""
+    stub_torchvision_operators()  # timm imports torchvision
     pytest.importorskip("timm")
     out = tmp_path_factory.mktemp("normless")
     assert train.main([*without_width(SMALL), *QUIET, *NORMLESS, "--out", str(out)]) == 0
@@ -378,14 +394,16 @@ def test_bfloat16_learns(tmp_path: Path) -> None:
     assert float(rows(half)[-1]["test_error"]) < 0.3
 
 
-def test_tensorboard_has_the_curves(tmp_path: Path, undisturbed: Path) -> None:
+def test_tensorboard_has_the_curves_once(tmp_path: Path, undisturbed: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    shutil.copy(undisturbed / file_name(8), tmp_path)
-    run(tmp_path, *EVERYTHING, "--tensorboard")
+    for _ in range(2):  # the second time from step 8 on
+        run(tmp_path, *EVERYTHING, "--tensorboard", "--checkpoint-every", "8", "--keep", "9")
+        for step in (12, 16, 18):
+            (tmp_path / file_name(step)).unlink()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = [(event.step, event.value) for event in events.Scalars("test/error")]
-    assert found == [(int(row["step"]), pytest.approx(float(row["test_error"]))) for row in rows(undisturbed)[1:]]
-    assert [event.step for event in events.Scalars("train/loss")] == [10, 12, 18]
+    assert found == [(int(row["step"]), pytest.approx(float(row["test_error"]))) for row in rows(undisturbed)]
+    assert [event.step for event in events.Scalars("train/loss")] == [6, 10, 12, 18]
 
 
 def test_digits_are_learned(tmp_path: Path) -> None:
@@ -418,7 +436,7 @@ def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str], arguments: 
     with pytest.raises(SystemExit) as error:
         train.main(arguments)
     assert error.value.code == 2
-    assert __import__("re").search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -441,14 +459,10 @@ def test_what_is_not_there_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_help_shows_examples() -> None:
-    printed = subprocess.run(
-        [sys.executable, "-m", "examples.train", "--help"],
-        cwd=SCRIPT.parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    printed = capsys.readouterr().out
     assert "torchrun --nproc-per-node" in printed and "--checkpoint-every STEPS" in printed
 
 
@@ -459,19 +473,12 @@ def torchrun(*options: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> str:
-    with process:
-        stdout, stderr = process.communicate(timeout=seconds)
-    assert process.returncode == 0, stderr
-    return stdout
-
-
 def test_two_processes_come_to_the_same_as_one(tmp_path: Path, normless: Path) -> None:
-    """The last batch is a single image, so one of them has none."""
-    command = [*torchrun(), str(SCRIPT), *without_width(SMALL), *QUIET, *NORMLESS, "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-    assert_close_run(tmp_path, normless, 3)
+    """The last batch is a single image, so one of them has none, and most parts of it are empty."""
+    out = tmp_path / "out"
+    with started(torchrun(), out, *NORMLESS, "--accumulate", "2", small=without_width(SMALL)) as process:
+        finish(process)
+    assert_close_run(out, normless, 3)
 
 
 def children(pid: int) -> list[int]:
@@ -482,24 +489,25 @@ def children(pid: int) -> list[int]:
 def test_a_run_whose_process_is_killed_comes_back(tmp_path: Path) -> None:
     disturbed, expected = tmp_path / "disturbed", tmp_path / "expected"
     arguments = ["--epochs", "12", "--checkpoint-every", "4", "--ema", "0.9"]
-    process = start(torchrun("--max-restarts", "1"), disturbed, *arguments, folder=tmp_path)
-    wait_for(lambda: checkpoint.newest_first(disturbed), process)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    stdout = finish(process)
-    assert f"going on from {disturbed}" in stdout
-    finish(start(torchrun(), expected, *arguments, folder=tmp_path))
+    with started(torchrun("--max-restarts", "1"), disturbed, *arguments) as process:
+        wait_for(lambda: checkpoint.newest_first(disturbed), process)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        assert f"going on from {disturbed}" in finish(process)
+    with started(torchrun(), expected, *arguments) as process:
+        finish(process)
     assert_same_run(disturbed, expected, 72)
 
 
 def test_sharded_training_resumes_with_any_number_of_processes(tmp_path: Path) -> None:
     whole, resumed, alone = tmp_path / "whole", tmp_path / "resumed", tmp_path / "alone"
     arguments = ["--epochs", "2", "--ema", "0.9"]
-    kept = ["--checkpoint-every", "4", "--keep", "9"]
-    finish(start(torchrun(), whole, *arguments, *kept, "--fsdp", folder=tmp_path))
+    with started(torchrun(), whole, *arguments, "--checkpoint-every", "4", "--keep", "9", "--fsdp") as process:
+        finish(process)
     for out in (resumed, alone):
         out.mkdir()
         shutil.copy(whole / file_name(8), out)
-    finish(start(torchrun(), resumed, *arguments, "--fsdp", folder=tmp_path))
+    with started(torchrun(), resumed, *arguments, "--fsdp") as process:
+        finish(process)
     assert_same_run(resumed, whole, 12)
     run(alone, *arguments)
     # By itself, batch norm sees the whole batch.
@@ -510,9 +518,9 @@ def test_sharded_training_resumes_with_any_number_of_processes(tmp_path: Path) -
 
 def test_torchrun_forwards_a_signal(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(torchrun(), out, "--epochs", "200", folder=tmp_path)
-    wait_for(lambda: checkpoint.newest_first(out), process)
-    process.send_signal(signal.SIGTERM)
-    stdout, _ = process.communicate(timeout=60)
+    with started(torchrun(), out, "--epochs", "200") as process:
+        wait_for(lambda: checkpoint.newest_first(out), process)
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=120)  # torchrun itself then fails, by its own account
     assert "stopped by a signal after step" in stdout
     checkpoint.check(checkpoint.newest_first(out)[0])
