@@ -43,7 +43,7 @@ SECTIONS: dict[str, ModuleType] = {
 }
 DEPTHS, QUICK_DEPTHS = (20, 32, 44, 56, 110), (20, 32, 56)
 SEEDS, QUICK_SEEDS = 3, 1
-EPOCHS, QUICK_EPOCHS = 40, 12
+EPOCHS, QUICK_EPOCHS = 40, 10
 CPU = torch.device("cpu")
 MODULE = "python -m examples.depth_study"
 
