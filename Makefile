@@ -6,6 +6,8 @@
 #   make gpu                      on an NVIDIA GPU, with the machine's own Python (it has torch, Triton, pytest; nothing
 #                                 is downloaded): builds in place, tests, benchmarks; make gpu STAGE=test|bench|compile
 #                                 for one of these, each within nine minutes; OUT=folder for the results
+#   make study                    what skip connections are for: trains plain and residual networks, writes
+#                                 docs/depth-study; a quarter of an hour, and a kill loses nothing of it
 #   make lint                     ruff, clang-format, mypy;  make format  to put right what they can
 #   make build                    only the set-up
 #   make clean                    remove .venv and everything built
@@ -22,13 +24,18 @@ TEST_FILES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 ARGS :=
 GPU_PYTHON := python3
 
-.PHONY: test bench gpu lint format build clean FORCE
+.PHONY: test bench study gpu lint format build clean FORCE
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks all
+
+study: $(BUILT)
+	$(BIN)/python -m examples.depth_study
+	mkdir -p docs/depth-study
+	cp build/depth-study/report/* docs/depth-study/
 
 gpu:
 	$(GPU_PYTHON) benchmarks/on_gpu.py $(STAGE) $(if $(OUT),--out "$(OUT)")

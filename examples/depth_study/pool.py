@@ -1,0 +1,101 @@
+"""Trainings in processes of one thread each: on a few cores that is faster than one after the other on all of them."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from examples.data import Data, load
+from examples.depth_study.settings import Study, Training
+from examples.depth_study.store import Store
+from examples.depth_study.training import train
+
+#: Of a worker: how it tells of epochs.
+_epochs: Any = None
+
+
+def run(study: Study, trainings: Iterable[Training], store: Store, jobs: int) -> None:
+    """Trains what `store` does not have yet, `jobs` at a time, the longest first. The results do not depend on `jobs`.
+
+    Raises: whatever a training raises; none is left running then.
+    """
+    images = len(study.data.train.labels)
+    wanted = sorted(dict.fromkeys(trainings), key=lambda training: -training.cost(images))
+    missing = [training for training in wanted if store.result(training) is None]
+    if len(missing) < len(wanted):
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} trainings are finished already")
+    if not missing:
+        return
+    # Forked processes would inherit PyTorch's threads, which do not survive it.
+    context = multiprocessing.get_context("spawn")
+    epochs = context.SimpleQueue()
+    bar = tqdm(
+        total=sum(training.cost(images) for training in missing),
+        desc="training",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} to go{postfix}",
+        smoothing=0.05,
+    )
+    listener = threading.Thread(target=_listen, args=(epochs, bar), daemon=True)
+    listener.start()
+    pool = ProcessPoolExecutor(min(jobs, len(missing)), context, _prepare, (epochs,))
+    try:
+        source = (study.source, study.data.size)
+        futures = {pool.submit(_train, training, source, store, images): training for training in missing}
+        for done, future in enumerate(as_completed(futures), start=1):
+            result = future.result()
+            tqdm.write(
+                f"{futures[future].label}: training error {result['train_error']:.2f} %,"
+                f" test error {result['test_error']:.2f} % ({result['seconds']:.0f} s)"
+            )
+            bar.set_postfix_str(f"{done} of {len(missing)} trainings", refresh=False)
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        epochs.put(None)
+        listener.join()
+        bar.close()
+
+
+def _listen(epochs: Any, bar: tqdm) -> None:
+    for cost in iter(epochs.get, None):
+        bar.update(cost)
+
+
+def _prepare(epochs: Any) -> None:
+    """In each worker, once."""
+    global _epochs
+    _epochs = epochs
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+@functools.cache
+def _data(source: str, size: int) -> Data:
+    return load(source, size)
+
+
+def _train(training: Training, source: tuple[str, int], store: Store, images: int) -> dict[str, Any]:
+    cost = training.cost(images) // training.epochs
+    return train(training, _data(*source), store, lambda epochs: _epochs.put(epochs * cost))
