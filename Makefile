@@ -22,12 +22,14 @@ BUILT := $(VENV)/.stamp-build
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_FILES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 ARGS :=
+# Some tests use one core, some all: two at a time, whose threads let go of a core while they wait.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 GPU_PYTHON := python3
 
 .PHONY: test bench study gpu lint format build clean FORCE
 
 test: $(BUILT)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks all
