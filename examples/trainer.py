@@ -22,6 +22,7 @@ from examples.data import Batch, Data
 from examples.distributed import Processes, gradients, replicate, shard
 from examples.logs import COLUMNS, Log, Row
 from examples.options import AMP, curve
+from examples.schedule import rate_factor
 
 #: Whole tensors, on the first process's CPU: one kind of checkpoint for every way of training.
 WHOLE = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -33,13 +34,6 @@ class TrainingError(Exception):
 
 class Stopped(Exception):
     """A signal asked for it, and everything is saved."""
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """The rate of step `step` of `steps`: a line up to `peak` over `warmup` steps, then a cosine down to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 class StopSignal:
@@ -232,7 +226,7 @@ class Trainer:
         self.save()
 
     def _rate(self, step: int) -> float:
-        return learning_rate(step, self.steps, self.warmup, self.options.lr)
+        return self.options.lr * rate_factor(step, self.steps, self.warmup)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.started

@@ -171,12 +171,6 @@ def test_errors_are_counted(study, data):
     assert loss == pytest.approx(torch.tensor(torch.e + 9).log().item() - (1 - wrong), rel=1e-5)
 
 
-def test_the_rate_rises_and_falls():
-    factors = [training.rate_factor(step, 100, 10) for step in range(101)]
-    assert factors[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
-    assert factors[10] == 1 and factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0)
-
-
 def test_results_are_told_apart_by_every_setting(study, data):
     wanted = study.training("plain", 8)
     other = {"network": Network("plain", 8, 8), "backend": "reference", "data": "other", "versions": "other"}

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from examples import checkpoint, data, networks, train
 from examples.checkpoint import file_name
-from examples.trainer import Trainer, learning_rate
+from examples.schedule import rate_factor
+from examples.trainer import Trainer
 from fused_res.testing import stub_torchvision_operators
 
 pytest.importorskip("sklearn")
@@ -285,10 +286,10 @@ def test_a_finished_run_is_not_repeated(undisturbed: Path, tmp_path: Path, capsy
 
 
 def test_the_rate_rises_and_falls() -> None:
-    rates = [learning_rate(step, 100, 20, 0.4) for step in range(100)]
+    rates = [0.4 * rate_factor(step, 100, 20) for step in range(100)]
     assert rates[0] == pytest.approx(0.02) and rates[19] == rates[20] == pytest.approx(0.4)
     assert rates[60] == pytest.approx(0.2) and 0 < rates[99] < 0.001
-    assert learning_rate(0, 10, 0, 0.4) == 0.4
+    assert rate_factor(0, 10, 0) == 1
 
 
 def test_steps_are_those_of_sgd_on_the_mean_loss(undisturbed: Path) -> None:

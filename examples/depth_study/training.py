@@ -14,6 +14,7 @@ from torch import nn
 from examples.data import Data, Images
 from examples.depth_study.settings import MOMENTUM, WARMUP_EPOCHS, WEIGHT_DECAY, Training
 from examples.depth_study.store import Store
+from examples.schedule import rate_factor
 
 #: Between two states of an unfinished training on the disk.
 SECONDS_BETWEEN_STATES = 10.0
@@ -21,13 +22,6 @@ SECONDS_BETWEEN_STATES = 10.0
 
 class DivergedError(RuntimeError):
     """The loss is not a finite number any more."""
-
-
-def rate_factor(step: int, steps: int, warmup: int) -> float:
-    """What the learning rate is multiplied with in `step` of `steps`: up a line, down half a cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def train(training: Training, data: Data, store: Store, epoch_done: Callable[[int], None]) -> dict[str, Any]:
