@@ -43,6 +43,9 @@ SECTIONS: dict[str, ModuleType] = {
 }
 DEPTHS, QUICK_DEPTHS = (20, 32, 44, 56, 110), (20, 32, 56)
 SEEDS, QUICK_SEEDS = 3, 1
+#: At He et al.'s 0.1 the plain networks degrade as well, but residual-110 is at its edge: with one seed it ended at a
+#: training error of 2.8 % behind 2 epochs of warm-up, and of 58 % behind 5.
+LEARNING_RATE = 0.05
 EPOCHS, QUICK_EPOCHS = 40, 10
 CPU = torch.device("cpu")
 MODULE = "python -m examples.depth_study"
@@ -81,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=positive_int, help=f"default: {EPOCHS}")
     parser.add_argument("--width", type=positive_int, default=16, help="channels of the first stage; %(default)s")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="default: %(default)s")
-    parser.add_argument("--lr", type=positive_float, default=0.05, help="highest learning rate; default: %(default)s")
+    parser.add_argument(
+        "--lr", type=positive_float, default=LEARNING_RATE, help="highest learning rate; default: %(default)s"
+    )
     parser.add_argument("--backend", choices=fused_res.backends.names(), default="auto", help="default: %(default)s")
     parser.add_argument(
         "--jobs", type=positive_int, help="trainings at a time, each in one thread (default: the number of cores)"
