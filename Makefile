@@ -8,6 +8,7 @@
 #                                 for one of these, each within nine minutes; OUT=folder for the results
 #   make study                    what skip connections are for: trains plain and residual networks, writes
 #                                 docs/depth-study; a quarter of an hour, and a kill loses nothing of it
+#   make docs                     docs/api.md from the docstrings, and the measured tables from benchmarks/results
 #   make lint                     ruff, clang-format, mypy;  make format  to put right what they can
 #   make build                    only the set-up
 #   make clean                    remove .venv and everything built
@@ -26,7 +27,7 @@ ARGS :=
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 GPU_PYTHON := python3
 
-.PHONY: test bench study gpu lint format build clean FORCE
+.PHONY: test bench study docs gpu lint format build clean FORCE
 
 test: $(BUILT)
 	$(PYTEST) $(ARGS)
@@ -38,6 +39,10 @@ study: $(BUILT)
 	$(BIN)/python -m examples.depth_study
 	mkdir -p docs/depth-study
 	cp build/depth-study/report/* docs/depth-study/
+
+docs: $(BUILT)
+	$(BIN)/python -m sphinx -b markdown -E -q docs/api build/docs
+	$(BIN)/python -m benchmarks.readme
 
 gpu:
 	$(GPU_PYTHON) benchmarks/on_gpu.py $(STAGE) $(if $(OUT),--out "$(OUT)")

@@ -24,7 +24,7 @@ def color_of(name: str) -> str:
         "eager-channels-last": STOCK[1],
         "compile": STOCK[2],
         "compile-channels-last": STOCK[3],
-        "compile-freezing": STOCK[2],
+        "compile-freezing": "#e3c567",
         "compile-max-autotune": "#7a4a12",
         "openvino": "#7d5ba6",
         "onnxruntime": "#c27ba0",
@@ -82,9 +82,12 @@ def panels(document: dict[str, Any], height: float) -> Any:
     return figure, list(zip(axes[0], runs, strict=True))
 
 
-def legend_below(figure: Any, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4, frameon=False)
+def legend_below(figure: Any, *axes: Any) -> None:
+    """One for all axes, without repetitions."""
+    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        entries.values(), map(report.title_of, entries), fontsize=8, loc="outside lower center", ncols=4, frameon=False
+    )
 
 
 def bandwidth(document: dict[str, Any], path: Path) -> None:
@@ -124,6 +127,27 @@ def speedups(document: dict[str, Any], path: Path, title: str) -> None:
         axis.set_xlabel(f"speed relative to {base} (longer is better)")
     legend_below(figure, pairs[0][0])
     save(figure, document, path, title)
+
+
+def overview(documents: dict[str, dict[str, Any]], path: Path) -> None:
+    """The README's figure: whole networks, inference left and training right, relative to stock PyTorch."""
+    base = "eager-channels-last"
+    sides = {"inference": ("infer",), "training step": ("model-resnet18", "model")}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2), layout="constrained")
+    for axis, (title, names) in zip(axes, sides.items(), strict=True):
+        cases = [case for name in names if name in documents for case in documents[name]["runs"][0]["cases"]]
+        shown = [case for case in cases if case["model"] in ("resnet18", "resnet50") and case["batch"] != 4]
+        series = {
+            name: [case["providers"][base]["median_s"] / case["providers"][name]["median_s"] for case in shown]
+            for name in report.common_providers(shown)
+        }
+        labels = [f"{case['model'].replace('resnet', 'ResNet-')}\nbatch {case['batch']}" for case in shown]
+        grouped_bars(axis, labels, series, "{:.2f}")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(f"speed relative to {report.title_of(base)} (longer is better)", fontsize=8)
+    legend_below(figure, *axes)
+    case = documents["infer"]["runs"][0]["cases"][0]
+    save(figure, documents["infer"], path, f"ResNets in {case['dtype']}, {case['size']}x{case['size']} pixels")
 
 
 def floors(document: dict[str, Any], path: Path) -> None:

@@ -23,6 +23,33 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same for a page that is rendered."""
+    lines = [header, ["---", *(["---:"] * (len(header) - 1))], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+#: Providers, for those who do not know the benchmarks' options.
+TITLES = {
+    "ours": "fused_res",
+    "eager": "PyTorch",
+    "eager-channels-last": "PyTorch, channels_last",
+    "compile": "torch.compile",
+    "compile-channels-last": "torch.compile, channels_last",
+    "compile-freezing": "torch.compile, freezing",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+    "checkpoint": "PyTorch, checkpointed blocks",
+    "ours none": "fused_res",
+    "ours norm": 'fused_res, recompute="norm"',
+    "ours conv": 'fused_res, recompute="conv"',
+}
+
+
+def title_of(provider: str) -> str:
+    return TITLES.get(provider, provider)
+
+
 def milliseconds(seconds: float) -> str:
     """Three digits that mean something."""
     value = seconds * 1e3
@@ -113,16 +140,23 @@ def environment(document: dict[str, Any]) -> str:
     """One line on what was measured on what, and what that can do at best."""
     run = document["runs"][0]
     env = run["environment"]
-    versions = f"torch {env['torch']} · fused_res {env['fused_res']} ({(env['commit'] or 'no commit')[:12]})"
-    if "backend" not in env:
-        return f"calculated · {versions} · {env['date']}"
+    commit = (env["commit"] or "no commit")[:12]
+    where = machine(env) if "backend" in env else f"calculated · {versions(env)}"
+    return " · ".join([where, *ceilings(run), f"commit {commit}", env["date"]])
+
+
+def machine(env: dict[str, Any]) -> str:
+    """Where it ran, and with what."""
     if gpu := env.get("gpu"):
         where, kernels = f"{gpu['name']}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}", ""
     else:
         where = f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads"
         kernels = f" ({env['isa'] or 'no C++ kernels'})"
-    parts = [where, f"backend {env['backend']}{kernels}", *ceilings(run), versions, env["date"]]
-    return " · ".join(parts)
+    return f"{where} · backend {env['backend']}{kernels} · {versions(env)}"
+
+
+def versions(env: dict[str, Any]) -> str:
+    return f"torch {env['torch']} · fused_res {env['fused_res']}"
 
 
 def ceilings(run: dict[str, Any]) -> list[str]:

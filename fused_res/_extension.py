@@ -8,6 +8,7 @@ not even be opened, because that may crash the interpreter.
 import functools
 import importlib
 import json
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def inspect(package: Path = _PACKAGE, library: str = _MODULE) -> tuple[dict[str,
     if not record.exists():
         others = sorted(one.name for one in package.glob(f"{library.partition('.')[0]}.*.so") if one != path)
         note = f" (there is {', '.join(others)}, for another Python)" if others else ""
+        if (installed := _hidden(package, record.name)) is not None:
+            note = f", but the installed {installed} has: start Python in another folder than {package.parent}"
         return {}, f"{package} has no {record.name}{note}"
     try:
         build_info = json.loads(record.read_text())
@@ -53,6 +56,12 @@ def inspect(package: Path = _PACKAGE, library: str = _MODULE) -> tuple[dict[str,
     if (cuda := build_info.get("cuda", torch.version.cuda)) != torch.version.cuda:
         return build_info, f"it was built for CUDA {cuda}, and this torch has CUDA {torch.version.cuda}"
     return build_info, ""
+
+
+def _hidden(package: Path, file: str) -> Path | None:
+    """The package that Python would have imported, with such a file, had it not been started beside ``package``."""
+    others = (Path(folder).resolve() / package.name for folder in sys.path)
+    return next((other for other in others if other != package and (other / file).exists()), None)
 
 
 def _public(version: str) -> str:

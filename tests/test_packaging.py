@@ -137,6 +137,15 @@ def test_import_without_extension(broken: Path) -> None:
     assert "pip install --no-build-isolation" in printed
 
 
+def test_sources_that_hide_what_is_installed(broken: Path, tmp_path: Path) -> None:
+    """`pip install .` in a clone, and Python started there."""
+    installed = tmp_path / "site-packages"
+    (installed / "fused_res").mkdir(parents=True)
+    (installed / "fused_res" / _extension._MODULE).with_suffix(".json").write_text("{}")
+    printed = run(sys.executable, "-m", "fused_res", "info", cwd=broken.parent, PYTHONPATH=str(installed))
+    assert f"the installed {installed / 'fused_res'} has: start Python in another folder than {tmp_path}" in printed
+
+
 def test_info_without_extension(broken: Path) -> None:
     """Built for another torch: the module, which is no library at all, must not even be opened."""
     module = broken / _extension._MODULE
