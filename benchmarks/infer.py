@@ -89,7 +89,7 @@ def build(provider: Provider, stock: nn.Module, x: Tensor, backend: str) -> Work
     module = build_module(provider, stock, backend)
     if provider.graph:
         return {"forward": recorded(lambda: infer(module, own))}
-    return {"forward": lambda _: infer(module, own)}
+    return provider.workload({"forward": lambda _: infer(module, own)})
 
 
 def check_and_build(

@@ -90,7 +90,7 @@ def check_and_build(
                 factor=ERROR_FACTOR,
                 floor=ERROR_FLOOR,
             )
-    return {provider.name: steps[provider].workload() for provider in providers}, checks
+    return {provider.name: provider.workload(steps[provider].workload()) for provider in providers}, checks
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

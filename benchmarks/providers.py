@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import peers
-from fused_res import freeze, fuse, summarize
+from benchmarks.timing import Workload
+from fused_res import backends, freeze, fuse, summarize
 from fused_res.functional import batch_norm_act
 
 # (input, running_mean, running_var, weight, bias, residual) -> output
@@ -30,7 +31,23 @@ class Provider:
     graph: bool = False  # a step recorded once and replayed: without the cost of calling
     backend: str = ""  # of ours; else the one that --backend says
     runtime: str = ""  # another one than PyTorch, see peers.py
+    winograd: bool = True
+    convolution: str = "auto"  # who computes them, see fused_res.backends.use
     on_request: bool = False  # takes long, or is for one way of running only
+
+    def workload(self, workload: Workload) -> Workload:
+        """The same under this provider's settings."""
+        if self.winograd and self.convolution == "auto":
+            return workload
+
+        def under_settings(phase: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def run(value: Any) -> Any:
+                with backends.use("auto", self.convolution, self.winograd):
+                    return phase(value)
+
+            return run
+
+        return {name: under_settings(phase) for name, phase in workload.items()}
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -46,6 +63,9 @@ PROVIDERS = {
         Provider("ours-cuda", fused=True, channels_last=True, backend="cuda", on_request=True),
         Provider("eager", channels_last=False),
         Provider("eager-channels-last", channels_last=True),
+        # What each of our parts is worth, by leaving it out.
+        Provider("ours-direct", fused=True, channels_last=True, winograd=False, on_request=True),
+        Provider("ours-norms", fused=True, channels_last=True, convolution="aten", on_request=True),
         Provider("compile", compiled=True),
         Provider("compile-channels-last", compiled=True, channels_last=True),
         Provider("compile-max-autotune", compiled=True, channels_last=True, mode="max-autotune", on_request=True),
@@ -71,6 +91,8 @@ INFERENCE = {
         Provider("ours-triton", fused=True, frozen=True, channels_last=True, backend="triton", on_request=True),
         Provider("ours-cuda", fused=True, frozen=True, channels_last=True, backend="cuda", on_request=True),
         Provider("ours+graph", fused=True, frozen=True, channels_last=True, graph=True, on_request=True),
+        Provider("ours-direct", fused=True, frozen=True, channels_last=True, winograd=False, on_request=True),
+        Provider("ours-folded", fused=True, frozen=True, channels_last=True, backend="reference", on_request=True),
         EAGER,
         EAGER_CHANNELS_LAST,
         Provider("eager-channels-last+graph", channels_last=True, graph=True, on_request=True),

@@ -44,7 +44,8 @@ def networks(documents: list[Document]) -> str:
             first = speeds[names[0]]
             rows.append(
                 [
-                    f"{case['model']}, {case['batch']} x {case['size']}²",
+                    f"{case['model']}, {case['batch']} x {case['size']}²"
+                    + ", training" * (case.get("mode") == "train"),
                     f"**{first:.1f}**",
                     *(f"{speeds[n]:.1f} ({report.ratio(first / speeds[n])})" if n in speeds else "" for n in names[1:]),
                 ]
@@ -103,6 +104,12 @@ QUESTIONS = (
         "Medians, interleaved in one process; in brackets, how many times as fast `fused_res` is.",
     ),
     Question("Training steps", ("model-resnet18", "model"), networks, "Forward, backward and SGD."),
+    Question(
+        "What each part is worth",
+        ("model-ablation", "infer-ablation"),
+        networks,
+        "Training steps, then inference, with a part left out; the rest is as above.",
+    ),
     Question("Small images", ("model-small",), networks, "Evaluation of one image, and a training step of two."),
     Question(
         "Batch norm, addition and ReLU alone",

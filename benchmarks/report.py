@@ -32,6 +32,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 #: Providers, for those who do not know the benchmarks' options.
 TITLES = {
     "ours": "fused_res",
+    "ours-direct": "without Winograd",
+    "ours-norms": "fused norms, PyTorch's convolutions",
+    "ours-folded": "norms folded, PyTorch's convolutions",
     "eager": "PyTorch",
     "eager-channels-last": "PyTorch, channels_last",
     "compile": "torch.compile",
