@@ -12,7 +12,7 @@ import shlex
 import time
 from dataclasses import dataclass
 
-from benchmarks import allocator, report, runner
+from benchmarks import allocator, headline, report, runner
 
 HELP = "a selection of all of the above within ten minutes, its summary last"
 
@@ -169,7 +169,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks
         summaries.append("left out, as this machine is slow today:\n" + "\n".join(left_out))
     if failed:
         summaries.append("without results:\n" + "\n".join(failed))
-    text = "\n\n".join([*map(report.environment, documents[:1]), *summaries])
+    text = "\n\n".join([*map(report.environment, documents[:1]), *summaries, headline.in_short(documents)])
     name = f"summary-{options.stage}.txt" if on_gpu else "summary.txt"
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / name).write_text(text + "\n")

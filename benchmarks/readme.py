@@ -145,7 +145,7 @@ def everything(device: str, documents: dict[str, Document]) -> str:
     """One device's section of benchmarks/results/README.md."""
     parts = [f"## {device}"]
     for name, document in documents.items():
-        subcommand = SUBCOMMANDS[document["command"].split()[3]]
+        subcommand = SUBCOMMANDS[report.subcommand_of(document)]
         texts = [f"$ {document['command']}", *map(subcommand.summary, document["runs"])]
         body = "\n\n".join(texts)
         parts.append(

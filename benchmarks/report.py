@@ -139,6 +139,11 @@ def long_times(cases: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def subcommand_of(document: dict[str, Any]) -> str:
+    """Its results' name may be another: a selection has several documents of one subcommand."""
+    return document["command"].split()[3]  # python -m benchmarks SUBCOMMAND ...
+
+
 def environment(document: dict[str, Any]) -> str:
     """One line on what was measured on what, and what that can do at best."""
     run = document["runs"][0]
