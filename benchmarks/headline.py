@@ -8,27 +8,20 @@ from benchmarks import report
 Case = dict[str, Any]
 
 
-def times_as_fast(case: Case, rest: Sequence[str]) -> str:
-    """How the first provider does against the fastest of the others, who is named."""
-    providers = case["providers"]
-    first = next(iter(providers))
-    seconds, name = min((providers[name]["median_s"], name) for name in rest)
-    ratio = seconds / providers[first]["median_s"]
-    return f"{ratio:.2f} times as fast as {report.title_of(name)}"
-
-
-def others(case: Case) -> list[str]:
-    """All that is not ours."""
-    return [name for name in case["providers"] if not name.startswith("ours")]
-
-
 def of_networks(cases: Sequence[Case], doing: Callable[[Case], str]) -> Iterator[str]:
+    """The first provider against the fastest of those that are not ours."""
     for case in cases:
-        if case["providers"] and others(case):
-            seconds = next(iter(case["providers"].values()))["median_s"]
-            what = f"{case['model']} {doing(case)} {case['batch']} x {case['size']}x{case['size']} pixels"
-            fastest = times_as_fast(case, others(case))
-            yield f"{what} in {report.milliseconds(seconds)} ms, {fastest}, the fastest of {len(others(case))} others"
+        medians = {name: provider["median_s"] for name, provider in case["providers"].items()}
+        ours = next(iter(medians.values()))
+        others = {name: seconds for name, seconds in medians.items() if not name.startswith("ours")}
+        if others:
+            fastest = min(others, key=others.__getitem__)
+            images = f"{case['batch']} image{'s' * (case['batch'] > 1)} of {case['size']}x{case['size']}"
+            yield (
+                f"{case['model']} {doing(case)} {images} in {report.milliseconds(ours)} ms,"
+                f" {others[fastest] / ours:.2f} times as fast as {report.title_of(fastest)}, the fastest of"
+                f" {len(others)} others"
+            )
 
 
 def of_norms(cases: Sequence[Case]) -> Iterator[str]:
@@ -36,10 +29,8 @@ def of_norms(cases: Sequence[Case]) -> Iterator[str]:
     means = {n: report.geometric_mean(report.ratios(cases, n, names[0])) for n in names if not n.startswith("ours")}
     if means:
         name = min(means, key=means.__getitem__)
-        yield (
-            f"batch norm, addition and ReLU alone are {means[name]:.2f} times as fast as those of {report.title_of(name)}"
-            f" (geometric mean over {len(cases)} shapes)"
-        )
+        ratio, over = f"{means[name]:.2f} times as fast as", f"(geometric mean over {len(cases)} shapes)"
+        yield f"batch norm, addition and ReLU alone are {ratio} those of {report.title_of(name)} {over}"
 
 
 def of_memory(cases: Sequence[Case]) -> Iterator[str]:
