@@ -108,6 +108,13 @@ def cpu_isa() -> str:
     return str(_module.cpu_isa())
 
 
+def fma_peak(threads: int) -> float:
+    """FLOP/s of float32 multiply-adds in registers, measured in so many threads."""
+    if not loaded:
+        raise RuntimeError(reason)
+    return float(_module.fma_peak(threads))
+
+
 @functools.cache
 def cuda_library() -> tuple[Path | None, str]:
     """The library of CUDA kernels, for ``torch.ops.load_library``, or why there is none to load."""
