@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from fused_res.models import cifar_resnet
-from fused_res.models.network import NormLayer, ResidualNetwork, Stage
+from fused_res.models.network import ResidualNetwork, Stage
 from fused_res.nn import BasicBlock, ResidualBlock
+from fused_res.nn.configured import NormLayer, norm_layer_or_default
 
 KINDS = ("plain", "residual")
 STAGES = ("layer1", "layer2", "layer3")
@@ -78,7 +79,7 @@ def block_over(span: int) -> type[ResidualBlock]:
             backend: str = "auto",
             recompute: str = "none",
         ) -> None:
-            norm = norm_layer or nn.BatchNorm2d
+            norm = norm_layer_or_default(norm_layer)
             channels = [inplanes, *[planes] * span]
             strides = [stride, *[1] * (span - 1)]
             convolutions = [

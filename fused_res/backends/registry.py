@@ -157,9 +157,14 @@ def resolve(name: str, device: torch.device) -> Backend:
     """
     if name == "auto":
         name = _default
+    elif type(name) is not str:
+        _checked(name)
     if torch.compiler.is_compiling():
         return getattr(_traced, _traced_name(name, device.type))
-    found = _resolved.get((name, device.type))
+    try:
+        found = _resolved.get((name, device.type))
+    except AttributeError:
+        raise TypeError(f"device must be a torch.device, got {device!r}") from None
     return found if found is not None else _resolve(name, device)
 
 
@@ -255,7 +260,7 @@ def use(
 
 
 def _checked(name: str) -> str:
-    if name not in _COLUMNS:
+    if name not in tuple(_COLUMNS):  # which a list may be asked about, too
         raise ValueError(f"backend must be one of {names()}, got {name!r}")
     return name
 

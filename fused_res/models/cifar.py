@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from fused_res.models.network import NormLayer, ResidualNetwork, Stage
+from fused_res.models.network import ResidualNetwork, Stage
 from fused_res.nn import BasicBlock
+from fused_res.nn.configured import NormLayer
 
 
 class CifarResNet(ResidualNetwork):
@@ -24,11 +25,11 @@ class CifarResNet(ResidualNetwork):
         backend: str = "auto",
         recompute: str = "none",
     ) -> None:
-        blocks, rest = divmod(depth - 2, 6)
+        blocks, rest = divmod(depth - 2, 6) if isinstance(depth, int) else (0, 0)
         if rest or blocks < 1:
-            raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 44, 56, 110, ...), got {depth}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+            raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 44, 56, 110, ...), got {depth!r}")
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"width must be a whole number of at least 1, got {width!r}")
         super().__init__(
             BasicBlock,
             [Stage(width, blocks), Stage(2 * width, blocks, 2), Stage(4 * width, blocks, 2)],

@@ -3,17 +3,16 @@ forward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fused_res.nn import BasicBlock, Bottleneck, chain
-from fused_res.nn.configured import Configured
+from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
 
 Block = type[BasicBlock] | type[Bottleneck]
-NormLayer = Callable[[int], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,16 @@ class ResidualNetwork(Configured):
     ) -> None:
         super().__init__()
         self.configure(backend, recompute)
+        if not (isinstance(block, type) and issubclass(block, nn.Module) and hasattr(block, "expansion")):
+            raise TypeError(f"block must be fused_res.nn.BasicBlock or Bottleneck, the class, got {block!r}")
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be a whole number, 0 or more, got {num_classes!r}")
         if plain and zero_init_residual:
             raise ValueError("zero_init_residual needs shortcuts: a plain network would output zeros")
         self.plain = plain
         self.groups = groups
         self.base_width = width_per_group
-        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self._norm_layer = norm_layer_or_default(norm_layer)
 
         self.inplanes = stem.out_channels
         self.dilation = 1

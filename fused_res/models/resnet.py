@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from fused_res.models.network import Block, NormLayer, ResidualNetwork, Stage
+from fused_res.models.network import Block, ResidualNetwork, Stage
 from fused_res.nn import BasicBlock, Bottleneck
+from fused_res.nn.configured import NormLayer
 
 
 class ResNet(ResidualNetwork):
@@ -37,17 +38,17 @@ class ResNet(ResidualNetwork):
         backend: str = "auto",
         recompute: str = "none",
     ) -> None:
-        dilate = (False, *(replace_stride_with_dilation or (False, False, False)))
-        if len(dilate) != 4:
+        dilate = replace_stride_with_dilation or (False, False, False)
+        if not isinstance(dilate, (tuple, list)) or len(dilate) != 3:
             raise ValueError(
                 "replace_stride_with_dilation must be None or hold one bool for each of layer2, layer3 and "
                 f"layer4, got {replace_stride_with_dilation}"
             )
-        if len(layers) != 4:
-            raise ValueError(f"layers must hold the number of blocks of each of 4 stages, got {layers}")
+        if not isinstance(layers, (tuple, list)) or [isinstance(n, int) and n > 0 for n in layers] != [True] * 4:
+            raise ValueError(f"layers must hold the number of blocks of each of 4 stages, got {layers!r}")
         super().__init__(
             block,
-            [Stage(64 << i, layers[i], 1 if i == 0 else 2, dilate[i]) for i in range(4)],
+            [Stage(64 << i, layers[i], 1 if i == 0 else 2, i > 0 and dilate[i - 1]) for i in range(4)],
             nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
             nn.MaxPool2d(3, stride=2, padding=1),
             num_classes,

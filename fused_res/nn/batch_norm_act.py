@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_res.checks import check_activation
 from fused_res.nn import chain
 from fused_res.nn.configured import Configured
-from fused_res.spec import ACTIVATIONS, Activation
+from fused_res.spec import Activation
 
 
 class BatchNormAct2d(Configured, nn.BatchNorm2d):
@@ -30,8 +31,7 @@ class BatchNormAct2d(Configured, nn.BatchNorm2d):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        check_activation(activation)
         super().__init__(num_features, *args, **kwargs)
         self.activation = activation
         self.configure(backend)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from fused_res.nn import chain
-from fused_res.nn.configured import Configured
-
-NormLayer = Callable[[int], nn.Module]
+from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
 
 
 class ResidualBlock(Configured):
@@ -34,17 +32,21 @@ class ResidualBlock(Configured):
     ) -> None:
         super().__init__()
         self.configure(backend, recompute)
-        if not units or any(len(unit) != 2 for unit in units):
-            raise ValueError("units must be a sequence of at least one (convolution, norm) pair")
+        try:
+            pairs = [tuple(unit) for unit in units]
+        except TypeError:
+            pairs = []
+        if not pairs or any(len(p) != 2 or not all(isinstance(m, nn.Module) for m in p) for p in pairs):
+            raise ValueError(f"units must be a sequence of at least one (convolution, norm) pair, got {units!r}")
         if not isinstance(shortcut, nn.Module) and shortcut not in ("none", "identity"):
             raise ValueError(f"shortcut must be 'none', 'identity' or a module, got {shortcut!r}")
-        for index, (conv, norm) in enumerate(units, start=1):
+        for index, (conv, norm) in enumerate(pairs, start=1):
             self.add_module(f"conv{index}", conv)
             self.add_module(f"bn{index}", norm)
         self.relu = nn.ReLU()
         self.downsample = shortcut if isinstance(shortcut, nn.Module) else None
         self.has_shortcut = shortcut != "none"
-        self._names = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(units) + 1))
+        self._names = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(pairs) + 1))
 
     def _parts(self) -> tuple[list[chain.Unit], chain.Shortcut]:
         children = self._modules
@@ -106,7 +108,7 @@ class BasicBlock(ResidualBlock):
             raise ValueError(f"BasicBlock takes groups=1 and base_width=64 only, got {groups} and {base_width}")
         if dilation != 1:
             raise NotImplementedError(f"BasicBlock takes dilation=1 only, got {dilation}")
-        norm = norm_layer or nn.BatchNorm2d
+        norm = norm_layer_or_default(norm_layer)
         super().__init__(
             [(_conv3x3(inplanes, planes, stride), norm(planes)), (_conv3x3(planes, planes), norm(planes))],
             _shortcut(shortcut, downsample),
@@ -136,7 +138,7 @@ class Bottleneck(ResidualBlock):
         backend: str = "auto",
         recompute: str = "none",
     ) -> None:
-        norm = norm_layer or nn.BatchNorm2d
+        norm = norm_layer_or_default(norm_layer)
         width = int(planes * base_width / 64) * groups
         outplanes = planes * self.expansion
         super().__init__(
@@ -153,6 +155,10 @@ class Bottleneck(ResidualBlock):
 
 
 def _shortcut(wanted: bool, downsample: nn.Module | None) -> str | nn.Module:
+    if not isinstance(wanted, bool):
+        raise TypeError(f"shortcut must be True or False, got {wanted!r}")
+    if not isinstance(downsample, nn.Module | None):
+        raise TypeError(f"downsample must be a torch.nn.Module or None, got {downsample!r}")
     if not wanted and downsample is not None:
         raise ValueError("downsample must be None where shortcut is False")
     if downsample is not None:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from fused_res.backends import registry
+from fused_res.checks import check_recompute
 from fused_res.nn.chain import Refusal
-from fused_res.plan import RECOMPUTE
+
+#: Makes a norm from its number of channels.
+NormLayer = Callable[[int], nn.Module]
+
+
+def norm_layer_or_default(norm_layer: NormLayer | None) -> NormLayer:
+    """:class:`torch.nn.BatchNorm2d` for None. Raises TypeError for what makes no norms, such as a norm."""
+    if norm_layer is None:
+        return nn.BatchNorm2d
+    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
+        raise TypeError(
+            "norm_layer must make a norm from its number of channels, as the class torch.nn.BatchNorm2d does, got"
+            f" {norm_layer!r}"
+        )
+    return norm_layer
 
 
 def check_settings(backend: str, recompute: str) -> None:
     """Raises ValueError for an unknown name, BackendUnavailableError for a backend that cannot run here."""
     if backend not in registry.names():
         raise ValueError(f"backend must be one of {registry.names()}, got {backend!r}")
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
+    check_recompute(recompute)
     registry.require(backend)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fused_res import distributed
 from fused_res.nn import chain
 from fused_res.nn.batch_norm_act import BatchNormAct2d
 
@@ -32,6 +33,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def __init__(self, *args: Any, process_group: ProcessGroup | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        distributed.check_group(process_group)
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
@@ -78,9 +80,12 @@ def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = No
         `model`.
 
     Raises:
-        TypeError: it holds a batch norm of a class of its own, which may do more than normalise. Nothing has been
-            changed then.
+        TypeError: `model` is no module, or holds a batch norm of a class of its own, which may do more than normalise;
+            or `process_group` is no group. Nothing has been changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    distributed.check_group(process_group)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, norm in norms.items():
         if type(norm) not in _SYNCHRONISED:
