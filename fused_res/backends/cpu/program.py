@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fused_res.backends.cpu.convolution import Geometry, Kernel, choose
+from fused_res.backends.cpu.choice import Geometry, Kernel, inference_kernel
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, convolved_sizes
 
 _run = torch.ops.fused_res_cpu.conv_program.default
@@ -74,7 +74,7 @@ def plan(
         if weight[1] * spec.groups != channels:
             return None
         geometry = Geometry((images, channels, *size), weight, spec.stride, spec.padding, spec.dilation, spec.groups)
-        kernels[layer.weight] = kernel = choose(geometry, True, True, winograd, isa)
+        kernels[layer.weight] = kernel = inference_kernel(geometry, True, True, winograd, isa)
         if not kernel.ours:
             return None
         sizes = convolved_sizes(size, weight[2:], spec.stride, spec.padding, spec.dilation)
