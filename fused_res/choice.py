@@ -46,7 +46,9 @@ class Choice(NamedTuple):
         return "fused forward, ATen backward" if self.forward == "fused" else "ATen forward, fused backward"
 
 
-def possible(spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, channels_last: bool, backend: str) -> Choice:
+def possible(
+    spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, channels_last: bool, projection: bool, backend: str
+) -> Choice:
     """Where the backend's kernels can stand in for ATen, at whatever speed."""
     stems = registry.stems(backend)
     if not {"conv_bn_stats", "conv_dgrad", "conv_wgrad", "batch_norm_sync"} <= stems:
@@ -62,6 +64,9 @@ def possible(spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, channe
     pointwise = weight[2:] == (1, 1) and spec.padding == (0, 0)
     if not pointwise:
         return Choice("fused", "aten", "the fused backward is for 1x1 convolutions")
+    # The fused input gradient knows no stride; a projection's is added where its pixels are.
+    if spec.stride != (1, 1) and not projection:
+        return Choice("fused", "aten", "the fused backward of a chain has stride 1")
     return Choice("fused", "fused", "1x1: normalises as it loads, brings the statistics with it")
 
 
@@ -80,10 +85,7 @@ def choose(
         return Choice(reason=_SAYS_SO)
     if backend == "cpu":
         return _choose_cpu(spec, weight, dtype, channels_last)
-    choice = possible(spec, weight, dtype, channels_last, backend)
-    # The fused input gradient knows no stride; a projection's is added where its pixels are.
-    if choice.backward == "fused" and spec.stride != (1, 1) and not projection:
-        choice = Choice(choice.forward, "aten", "the fused backward of a chain has stride 1")
+    choice = possible(spec, weight, dtype, channels_last, projection, backend)
     if preference == "fused" or choice.forward == "aten":
         return choice
     if backend == "reference":
