@@ -1,4 +1,8 @@
-"""The public functions: they check arguments once, raise clear errors, and choose who computes."""
+"""The public functions: they check arguments once, raise clear errors, and choose who computes.
+
+All run under autograd (but :func:`conv_bias_act`, which is for inference), autocast, ``torch.compile``, and under
+``torch.func`` transforms, where plain PyTorch computes. Numbers per channel are ``(C,)``; shapes are ``(N, C, ...)``.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,8 @@ from fused_res.ops import stats_dtype
 from fused_res.plan import plan
 from fused_res.spec import BlockSpec
 
+__all__ = ["batch_norm_act", "conv_bias_act", "residual_block"]
+
 
 def batch_norm_act(
     input: Tensor,
@@ -64,8 +70,8 @@ def batch_norm_act(
         weight, bias: ``(C,)``, float32 or of ``input``'s dtype; None stands for ones and zeros.
         residual: of ``input``'s shape, dtype and device, in any memory format.
         training: normalise with the statistics of the batch.
-        momentum: weight of the new batch in the running statistics.
-        eps: added to the variance.
+        momentum: weight of the new batch in the running statistics, from 0 to 1.
+        eps: added to the variance; above 0 when ``training``.
         activation: ``"relu"`` or ``"identity"``.
         residual_scale, residual_shift: ``(C,)``, float32 or of ``input``'s dtype; both or neither, and with a residual.
         process_group: the batch is that of all its processes, each of which calls this with its part, of any number
@@ -139,11 +145,13 @@ def residual_block(
 
     Args:
         input: ``(N, C, ...)``, float32, float64, bfloat16 or float16; channels_last is fastest.
-        spec: what the block is.
-        tensors: its tensors, flat, in the order of :meth:`BlockSpec.tensor_names`. Running statistics are updated in
-            place where their unit is training.
+        spec: what the block is; its units have as many spatial dimensions as ``input``.
+        tensors: a list or tuple, flat, in the order of :meth:`fused_res.BlockSpec.tensor_names`: of each unit the
+            convolution's weight ``(K, C / groups, ...)`` and bias ``(K,)``, both of ``input``'s dtype, and the norm's
+            weight, bias, running mean and running variance, ``(K,)``, float32 or of ``input``'s dtype. All but the
+            first may be None; running statistics only where ``training``, which updates them in place.
         training: whether norms use the statistics of the batch; one value, or one for each unit (projection last).
-        momentum: weight of the new batch in the running statistics; one value, or one for each unit.
+        momentum: weight of the new batch in the running statistics, from 0 to 1; one value, or one for each unit.
         recompute: ``"none"`` keeps what makes backward fastest; ``"norm"`` keeps only the convolutions' raw outputs and
             normalises again in backward; ``"conv"`` also runs a bottleneck's last 1x1 convolution and a projection's
             convolution again.
@@ -153,7 +161,7 @@ def residual_block(
             are kernels for it; ``torch.backends.cudnn.benchmark`` asks for it, too.
 
     Returns:
-        The block's output, of ``input``'s dtype.
+        The block's output ``(N, K, ...)``, of ``input``'s dtype, under autocast of its dtype.
 
     Raises:
         ValueError, TypeError: an argument does not fit; nothing has been written then.

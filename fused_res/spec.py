@@ -85,6 +85,7 @@ class UnitSpec:
 
     @property
     def relu(self) -> bool:
+        """Whether the activation is a ReLU."""
         return self.activation == "relu"
 
 
@@ -159,6 +160,7 @@ class BlockSpec:
 
     @property
     def projection(self) -> UnitSpec | None:
+        """The shortcut's unit, if it has one."""
         return self.shortcut if isinstance(self.shortcut, UnitSpec) else None
 
     @property
@@ -167,12 +169,19 @@ class BlockSpec:
         return self.units if self.projection is None else (*self.units, self.projection)
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the flat tensors, such as ``"0.weight"``; the projection's unit is called ``"shortcut"``."""
+        """Names of the flat tensors, six for each unit in the order of :data:`UNIT_TENSORS`, such as ``"0.weight"``.
+
+        The units come first, by number, then the projection, which is called ``"shortcut"``.
+        """
         owners = [str(i) for i in range(len(self.units))] + ["shortcut"] * (self.projection is not None)
         return tuple(f"{owner}.{name}" for owner in owners for name in UNIT_TENSORS)
 
     def per_unit(self, value: T | Sequence[T], name: str) -> tuple[T, ...]:
-        """Spreads a single value over all convolutions, or checks that there is one for each."""
+        """``value`` for each of :attr:`convolutions`: spread, or, if it is a list or tuple, checked to be as long.
+
+        Raises:
+            ValueError: it has another length; ``name`` is what the message calls it.
+        """
         count = len(self.convolutions)
         if not isinstance(value, (tuple, list)):
             return (value,) * count  # type: ignore[return-value]
@@ -182,6 +191,7 @@ class BlockSpec:
 
     # torch.compile hands specs to opaque operators, whose arguments are tensors and numbers only.
     def encode(self) -> tuple[list[int], list[float]]:
+        """Whole numbers and eps, of which :meth:`decode` makes an equal spec."""
         ints: list[int] = [len(self.units), {"none": 0, "identity": 1}.get(self.shortcut, 2)]  # type: ignore[arg-type]
         for unit in self.convolutions:
             ints += [
@@ -198,6 +208,7 @@ class BlockSpec:
 
     @staticmethod
     def decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
+        """The spec that :meth:`encode` was called on."""
         rest = list(ints)
 
         def take(count: int) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ def fuse(model: Model, backend: str = "auto", recompute: str = "none", tune: boo
         `model`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: `backend` or `recompute` is not a known name.
         BackendUnavailableError: a backend asked for by name cannot run here. Nothing has been changed then.
     """
@@ -59,7 +60,14 @@ def fuse(model: Model, backend: str = "auto", recompute: str = "none", tune: boo
 
 
 def unfuse(model: Model) -> Model:
-    """Undoes :func:`fuse`, in place: modules have their classes back, ours run their stock layers."""
+    """Undoes :func:`fuse`, in place: modules have their classes back, ours run their stock layers.
+
+    Args:
+        model: any module, fused or not.
+
+    Returns:
+        `model`.
+    """
     for module in model.modules():
         if isinstance(module, Configured):
             module.fused = False

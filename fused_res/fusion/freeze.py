@@ -44,6 +44,7 @@ def freeze(model: Model, backend: str = "auto") -> Model:
         The copy, of `model`'s class; of a block alone, a :class:`fused_res.nn.frozen.FrozenBlock`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: `backend` is not a known name.
         BackendUnavailableError: a backend asked for by name cannot run here.
     """

@@ -68,7 +68,14 @@ class Summary:
 def summarize(model: nn.Module) -> Summary:
     """What of `model` runs fused at present, what does not, and why; ``print`` it for a table.
 
-    Rows are the modules that :func:`fused_res.fuse` knows, those of :mod:`fused_res.nn`, and all other norms.
+    Rows are the modules that :func:`fused_res.fuse` knows, those of :mod:`fused_res.nn`, and all other norms. For
+    convolutions they say who computes them, where that does not depend on the batch, or who did last.
+
+    Args:
+        model: any module, fused, frozen or stock.
+
+    Returns:
+        A :class:`fused_res.fusion.Summary`.
     """
     return Summary(tuple(_rows(model)))
 

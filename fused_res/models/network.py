@@ -1,5 +1,4 @@
-"""What the ImageNet and the CIFAR residual networks have in common: stages of blocks, initialisation,
-forward."""
+"""What the ImageNet and the CIFAR residual networks have in common: stages of blocks, initialisation, forward."""
 
 from __future__ import annotations
 
@@ -31,13 +30,22 @@ class ResidualNetwork(Configured):
     Children are made in torchvision's order, which both the state_dict's order and the random numbers of the
     initialisation depend on.
 
-    Args: block: :class:`fused_res.nn.BasicBlock` or :class:`fused_res.nn.Bottleneck`. stages: what
-    ``layer1``, ``layer2``, ... consist of. stem: the first convolution. pool: follows the stem's ReLU.
-    num_classes: outputs of the classifier. zero_init_residual: start with every block's last norm at zero, so
-    that blocks start as their shortcut. groups, width_per_group: of the bottlenecks' 3x3 convolution.
-    norm_layer: makes a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None. plain: leave
-    out all shortcuts, and so all projections. backend, recompute: see
-    :func:`fused_res.functional.residual_block`.
+    Args:
+        block: :class:`fused_res.nn.BasicBlock` or :class:`fused_res.nn.Bottleneck`.
+        stages: what ``layer1``, ``layer2``, ... consist of.
+        stem: the first convolution.
+        pool: follows the stem's ReLU.
+        num_classes: outputs of the classifier.
+        zero_init_residual: start with every block's last norm at zero, so that blocks start as their shortcut (Goyal
+            et al. 2017, https://arxiv.org/abs/1706.02677).
+        groups, width_per_group: of the bottlenecks' 3x3 convolution.
+        norm_layer: makes a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
+        plain: leave out all shortcuts, and so all projections.
+        backend, recompute: see :func:`fused_res.functional.residual_block`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
 
     def __init__(

@@ -14,11 +14,20 @@ from fused_res.spec import Activation
 
 
 class BatchNormAct2d(Configured, nn.BatchNorm2d):
-    """``activation(batch_norm(x) [+ residual])``; the arguments and state of :class:`torch.nn.BatchNorm2d`.
+    """``activation(batch_norm(input) [+ residual])``; the arguments and state of :class:`torch.nn.BatchNorm2d`.
+
+    Called with ``input`` ``(N, C, H, W)`` and, if there is one, ``residual`` of its shape and dtype; the output has
+    them, too. Batch norm is that of Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
 
     Args:
+        num_features: channels, C.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`.
         activation: ``"relu"`` or ``"identity"``.
-        backend: see :func:`fused_res.functional.batch_norm_act`.
+        backend: see :mod:`fused_res.backends`.
+
+    Raises:
+        ValueError: ``activation`` or ``backend`` is not a known name.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
 
     activation: Activation

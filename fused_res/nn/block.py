@@ -13,13 +13,18 @@ from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
 class ResidualBlock(Configured):
     """``relu(units(x) + shortcut(x))`` with any number of units, each convolution, batch norm and ReLU.
 
-    The last unit's ReLU follows the addition. Children are called ``conv1, bn1, conv2, bn2, ...`` and
-    ``downsample``.
+    The residual block of He et al. 2015, https://arxiv.org/abs/1512.03385. The last unit's ReLU follows the addition.
+    Children are called ``conv1, bn1, conv2, bn2, ...``, ``relu`` and ``downsample``. Called with ``x``
+    ``(N, C, H, W)``; returns what the last unit makes of it, ``(N, K, H', W')``.
 
     Args:
-        units: a (convolution, norm) pair for each unit.
+        units: a (convolution, norm) pair of modules for each unit.
         shortcut: ``"identity"``, ``"none"``, or a module that projects the input to the output's shape.
         backend, recompute: see :func:`fused_res.functional.residual_block`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
 
     def __init__(
@@ -85,7 +90,24 @@ def _conv1x1(inplanes: int, planes: int) -> nn.Conv2d:
 
 
 class BasicBlock(ResidualBlock):
-    """Two 3x3 convolutions; arguments and state_dict keys of torchvision's."""
+    """Two 3x3 convolutions, the first with the stride; arguments and state_dict keys of torchvision's.
+
+    Of He et al. 2015, https://arxiv.org/abs/1512.03385, figure 5 left. ``(N, inplanes, H, W)`` to ``(N, planes, H /
+    stride, W / stride)``, sizes rounded up.
+
+    Args:
+        inplanes, planes: channels of the input, and of both convolutions.
+        stride: of the first convolution.
+        downsample: projects the input to the output's shape; None: the input itself is added.
+        groups, base_width, dilation: 1, 64 and 1; they are for :class:`Bottleneck`.
+        norm_layer: makes a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
+        shortcut: False leaves the addition out, with ``downsample`` None.
+        backend, recompute: see :func:`fused_res.functional.residual_block`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
+    """
 
     expansion = 1
 
@@ -119,7 +141,23 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """Convolutions of 1x1, 3x3 (with the stride) and 1x1; arguments and state_dict keys of torchvision's."""
+    """Convolutions of 1x1, 3x3 (with the stride) and 1x1; arguments and state_dict keys of torchvision's.
+
+    Of He et al. 2015, https://arxiv.org/abs/1512.03385, figure 5 right, and with ``groups`` of Xie et al. 2016,
+    https://arxiv.org/abs/1611.05431. ``(N, inplanes, H, W)`` to ``(N, 4 * planes, H / stride, W / stride)``, sizes
+    rounded up.
+
+    Args:
+        inplanes: channels of the input.
+        planes: a quarter of the output's channels.
+        stride, dilation, groups: of the 3x3 convolution.
+        base_width: that has ``planes * base_width / 64`` channels times ``groups``.
+        downsample, norm_layer, shortcut, backend, recompute: as in :class:`BasicBlock`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
+    """
 
     expansion = 4
 

@@ -35,9 +35,10 @@ def check_settings(backend: str, recompute: str) -> None:
 
 
 class Configured(nn.Module):
-    """A module that :func:`fused_res.fuse` and :func:`fused_res.unfuse` switch instead of replacing.
+    """The base of this package's modules: :func:`fused_res.fuse` and :func:`fused_res.unfuse` switch them.
 
     A subclass's ``forward`` takes the fused path where ``fused`` is set and its modules and input allow it.
+    ``backend``, ``recompute`` and ``tune`` are those of :func:`fused_res.functional.residual_block`.
     """
 
     backend: str = "auto"
@@ -46,6 +47,12 @@ class Configured(nn.Module):
     fused: bool = True
 
     def configure(self, backend: str = "auto", recompute: str = "none", fused: bool = True, tune: bool = False) -> None:
+        """Sets all four.
+
+        Raises:
+            ValueError: ``backend`` or ``recompute`` is not a known name.
+            BackendUnavailableError: the backend was asked for by name and cannot run here.
+        """
         check_settings(backend, recompute)
         self.backend, self.recompute, self.fused, self.tune = backend, recompute, fused, tune
 

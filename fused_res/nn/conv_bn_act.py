@@ -11,7 +11,9 @@ from fused_res.spec import Activation
 
 
 class ConvBNAct2d(Configured):
-    """``activation(norm(conv(x)))`` with the children ``conv`` and ``bn``.
+    """``activation(norm(conv(x)))`` with the children ``conv``, ``bn`` and ``act``.
+
+    Called with ``x`` ``(N, in_channels, H, W)``; returns ``(N, out_channels, H', W')``.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: the convolution's, as
@@ -19,6 +21,10 @@ class ConvBNAct2d(Configured):
         activation: ``"relu"`` or ``"identity"``.
         norm_layer: makes the norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
         backend, recompute: see :func:`fused_res.functional.residual_block`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
 
     def __init__(

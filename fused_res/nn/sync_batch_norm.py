@@ -29,6 +29,9 @@ class SyncBatchNorm(_BatchNorm):
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`;
             inputs are ``(N, C, ...)`` with 2 to 5 dimensions.
         process_group: the processes to synchronise with; None stands for all. Alone, this is a batch norm.
+
+    Raises:
+        TypeError: ``process_group`` is no group.
     """
 
     def __init__(self, *args: Any, process_group: ProcessGroup | None = None, **kwargs: Any) -> None:
@@ -50,7 +53,12 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class SyncBatchNormAct2d(BatchNormAct2d, SyncBatchNorm):
-    """:class:`BatchNormAct2d` with the statistics of several processes; see :class:`SyncBatchNorm`."""
+    """:class:`BatchNormAct2d` with the statistics of several processes.
+
+    Args:
+        num_features, activation, backend and the others: those of :class:`BatchNormAct2d`.
+        process_group: as in :class:`SyncBatchNorm`.
+    """
 
 
 _SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
