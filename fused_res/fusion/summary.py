@@ -43,10 +43,12 @@ class Summary:
 
     @property
     def fused(self) -> tuple[Row, ...]:
+        """The rows of what runs fused."""
         return tuple(row for row in self.rows if row.fused)
 
     @property
     def left(self) -> tuple[Row, ...]:
+        """All other rows."""
         return tuple(row for row in self.rows if not row.fused)
 
     def __str__(self) -> str:
@@ -76,6 +78,9 @@ def summarize(model: nn.Module) -> Summary:
 
     Returns:
         A :class:`fused_res.fusion.Summary`.
+
+    Raises:
+        TypeError: `model` is no module.
     """
     return Summary(tuple(_rows(model)))
 

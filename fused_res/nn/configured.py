@@ -26,6 +26,11 @@ def norm_layer_or_default(norm_layer: NormLayer | None) -> NormLayer:
     return norm_layer
 
 
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_settings(backend: str, recompute: str) -> None:
     """Raises ValueError for an unknown name, BackendUnavailableError for a backend that cannot run here."""
     if backend not in registry.names():

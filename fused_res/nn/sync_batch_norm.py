@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fused_res import distributed
 from fused_res.nn import chain
 from fused_res.nn.batch_norm_act import BatchNormAct2d
+from fused_res.nn.configured import check_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,8 +92,7 @@ def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = No
         TypeError: `model` is no module, or holds a batch norm of a class of its own, which may do more than normalise;
             or `process_group` is no group. Nothing has been changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     distributed.check_group(process_group)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, norm in norms.items():
