@@ -38,15 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="side of the model's images (default: %(default)s)",
     )
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="default: %(default)s")
-    parser.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains this, such as resnet50")
+    common.add_cases(parser)
 
 
 def select_cases(options: argparse.Namespace) -> list[BlockCase]:
-    cases = QUICK_BLOCK_CASES if options.quick else BLOCK_CASES
-    chosen = [case for case in cases if not options.cases or options.cases in case.name]
-    if not chosen:
-        raise SystemExit(f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}")
-    return chosen
+    return common.chosen_cases(options, QUICK_BLOCK_CASES if options.quick else BLOCK_CASES)
 
 
 def check_and_build(

@@ -33,11 +33,7 @@ def copy_bandwidth(size: int = COPY_BYTES, repeat: int = 9, device: str = "cpu")
 
 def fma_peak() -> float | None:
     """FLOP/s of float32 multiply-adds in registers, in all of PyTorch's threads; None without our extension."""
-    if not _extension.loaded:
-        return None
-    from fused_res import _C
-
-    return _C.fma_peak(torch.get_num_threads())
+    return _extension.fma_peak(torch.get_num_threads()) if _extension.loaded else None
 
 
 def measure(device: str, quick: bool) -> dict[str, float]:

@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
     common.add_device(parser)
     common.add_isa(parser)
-    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: resnet18 resnet50")
+    common.add_models(parser, MODELS, "resnet18 resnet50")
     parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
-    parser.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains this")
+    common.add_cases(parser)
 
 
 def select_cases(options: argparse.Namespace) -> list[ConvCase]:
@@ -67,9 +67,7 @@ def select_cases(options: argparse.Namespace) -> list[ConvCase]:
                     layer
                 )
         cases += [ConvCase(f"{model} {describe(layers[0])}", len(layers), layers[0]) for layers in same.values()]
-    chosen = [case for case in cases if not options.cases or options.cases in case.name]
-    if not chosen:
-        raise SystemExit(f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}")
+    chosen = common.chosen_cases(options, cases)
     return chosen[:4] if options.quick and not options.cases else chosen
 
 

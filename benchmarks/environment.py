@@ -32,7 +32,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         **{name: version_of(name) for name in peers.NAMES},
         "fused_res": fused_res.__version__,
         "commit": commit(),
-        "isa": kernel_isa(),
+        "isa": _extension.cpu_isa() if _extension.loaded else None,
         "extension": _extension.build_info if _extension.loaded else f"not loaded: {_extension.reason}",
         "allocator_variables": {name: os.environ[name] for name in allocator.VARIABLES if name in os.environ},
         "isa_variables": {name: os.environ[name] for name in isa.VARIABLES if name in os.environ},
@@ -92,12 +92,3 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def kernel_isa() -> str | None:
-    """The instruction set that the C++ kernels chose on this machine."""
-    if not _extension.loaded:
-        return None
-    from fused_res import _C
-
-    return _C.cpu_isa()

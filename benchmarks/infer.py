@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(repeat=20, min_time=3.0)  # one call a sample: a percentile needs many
     common.add_providers(parser, INFERENCE)
     common.add_isa(parser)
-    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: resnet18 resnet34 resnet50")
+    common.add_models(parser, MODELS, "resnet18 resnet34 resnet50")
     parser.add_argument(
         "--batch", nargs="+", type=common.positive_int, help="images (default: 1 4 16, on a GPU 64 and 256, too)"
     )

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
     common.add_providers(parser, GRAPHS)
     common.add_device(parser)
-    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: resnet18 resnet50")
+    common.add_models(parser, MODELS, "resnet18 resnet50")
     parser.add_argument("--mode", nargs="+", choices=["train", "eval"], help="default: both")
     parser.add_argument("--size", type=common.positive_int, help="side of an image (default: 224)")
     parser.add_argument(

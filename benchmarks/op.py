@@ -47,15 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_device(parser)
     parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="default: %(default)s")
-    parser.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains this")
+    common.add_cases(parser)
 
 
 def select_cases(options: argparse.Namespace) -> list[OpCase]:
     cases = quick_op_cases() if options.quick else resnet50_op_cases(common.batch_of(options), options.size)
-    chosen = [case for case in cases if not options.cases or options.cases in case.name]
-    if not chosen:
-        raise SystemExit(f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}")
-    return chosen
+    return common.chosen_cases(options, cases)
 
 
 class Inputs:

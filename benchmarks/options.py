@@ -1,10 +1,10 @@
 """Command line options that the subcommands share, checked where they are parsed."""
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -96,6 +96,38 @@ def dtype_of(options: argparse.Namespace) -> torch.dtype:
 
 def batch_of(options: argparse.Namespace) -> int:
     return options.batch or DEFAULT_BATCHES[options.device]
+
+
+def add_models(parser: argparse.ArgumentParser, known: Sequence[str], default: str) -> None:
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        choices=known,
+        metavar="NAME",
+        help=f"one or more of {', '.join(known)} (default: {default})",
+    )
+
+
+Case = TypeVar("Case", bound="NamedCase")
+
+
+class NamedCase(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def add_cases(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cases", metavar="TEXT", help="only the cases whose name contains this, such as layer2 (default: all)"
+    )
+
+
+def chosen_cases(options: argparse.Namespace, cases: Sequence[Case]) -> list[Case]:
+    """Those that `--cases` asks for."""
+    chosen = [case for case in cases if not options.cases or options.cases in case.name]
+    if not chosen:
+        raise SystemExit(f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}")
+    return chosen
 
 
 def add_isa(parser: argparse.ArgumentParser) -> None:

@@ -107,8 +107,11 @@ INFERENCE = {
 PEERS = ("compile-freezing", *peers.NAMES)
 
 
-def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool) -> BatchNormAct:
-    """Stock PyTorch at its best: the addition and the ReLU in place, as in torchvision's blocks."""
+def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool, cudnn: bool = False) -> BatchNormAct:
+    """Stock PyTorch at its best: the addition and the ReLU in place, as in torchvision's blocks.
+
+    ``cudnn``: cuDNN's norm whether or not PyTorch would choose it; fails where it does not apply.
+    """
 
     def run(
         input: Tensor,
@@ -118,26 +121,10 @@ def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool
         bias: Tensor,
         residual: Tensor | None,
     ) -> Tensor:
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, training)
-        if residual is not None:
-            output += residual
-        return F.relu_(output) if activation == "relu" else output
-
-    return run
-
-
-def cudnn_batch_norm_act(activation: Literal["relu", "identity"], training: bool) -> BatchNormAct:
-    """cuDNN's norm whether or not PyTorch would choose it, and the rest as stock; fails where it does not apply."""
-
-    def run(
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-    ) -> Tensor:
-        output = torch.cudnn_batch_norm(input, weight, bias, running_mean, running_var, training, 0.1, 1e-5)[0]
+        if cudnn:
+            output = torch.cudnn_batch_norm(input, weight, bias, running_mean, running_var, training, 0.1, 1e-5)[0]
+        else:
+            output = F.batch_norm(input, running_mean, running_var, weight, bias, training)
         if residual is not None:
             output += residual
         return F.relu_(output) if activation == "relu" else output
@@ -168,8 +155,7 @@ def build_batch_norm_act(
             backend=provider.backend or backend,
         )
 
-    stock = cudnn_batch_norm_act if provider.cudnn else stock_batch_norm_act
-    run = ours if provider.fused else stock(activation, training)
+    run = ours if provider.fused else stock_batch_norm_act(activation, training, provider.cudnn)
     return torch.compile(run, dynamic=False, mode=provider.mode) if provider.compiled else run
 
 

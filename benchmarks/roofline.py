@@ -30,7 +30,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="h200", help="default: %(default)s")
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["resnet50"], help="default: resnet50")
+    common.add_models(parser, MODELS, "resnet50")
+    parser.set_defaults(model=["resnet50"])
     parser.add_argument("--batch", type=common.positive_int, default=256, help="images (default: %(default)s)")
     parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
     parser.add_argument(

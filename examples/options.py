@@ -12,7 +12,7 @@ import torch
 
 from examples import distributed, networks
 from fused_res.backends import registry
-from fused_res.plan import RECOMPUTE
+from fused_res.spec import RECOMPUTE
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,4 +1,8 @@
-"""Fused convolution, batch norm, addition and ReLU for PyTorch: residual blocks that train faster."""
+"""Fused convolution, batch norm, addition and ReLU for PyTorch: residual blocks that train faster.
+
+:func:`fuse` and :func:`freeze` are for models that exist, :mod:`fused_res.nn` and :mod:`fused_res.models` for new ones,
+:mod:`fused_res.functional` is what all of these call, and :mod:`fused_res.backends` says who computes.
+"""
 
 from fused_res import backends, env, functional, fusion, models, nn
 from fused_res.backends import BackendUnavailableError

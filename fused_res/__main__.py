@@ -91,7 +91,7 @@ def _variables() -> str:
     return _rows(
         (
             variable.name,
-            variable.read() + ("" if os.environ.get(variable.name) else " (default)"),
+            (variable.read() or "none") + ("" if os.environ.get(variable.name) else " (default)"),
             variable.doc,
         )
         for variable in env.VARIABLES
@@ -141,14 +141,29 @@ def kernels(capabilities: Iterable[int], ptx: Path | None) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fused_res", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is available here")
-    compiling = commands.add_parser("kernels", help="compile the Triton kernels that ship; needs no GPU")
-    compiling.add_argument(
-        "--sm", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES, help="compute capabilities"
+    parser = argparse.ArgumentParser(prog="python -m fused_res", description="What fused_res is, on this machine.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    about = "what is available here, how it was built, and if something is missing, why and what to type"
+    commands.add_parser("info", help=about, description=f"Prints {about}.")
+    about = "compiles the Triton kernels that ship, for NVIDIA GPUs that need not be here"
+    compiling = commands.add_parser(
+        "kernels",
+        help=about,
+        description=f"C{about[1:]}. Prints a table for each architecture: every kernel's registers, shared memory,"
+        " spills and occupancy. Takes minutes.",
     )
-    compiling.add_argument("--ptx", type=Path, metavar="DIR", help="where to write the PTX")
+    compiling.add_argument(
+        "--sm",
+        nargs="+",
+        type=int,
+        choices=CAPABILITIES,
+        default=CAPABILITIES,
+        metavar="N",
+        help=f"compute capabilities, of {', '.join(map(str, CAPABILITIES))} (default: all)",
+    )
+    compiling.add_argument(
+        "--ptx", type=Path, metavar="DIR", help="also write each kernel's PTX into this folder (default: nowhere)"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.command == "info":
         print(info())

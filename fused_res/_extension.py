@@ -91,7 +91,12 @@ if loaded:
 
 
 def set_output_cache(megabytes: int) -> None:
-    """How many MB of freed outputs the C++ kernels keep for their next ones; what is kept beyond that is freed now."""
+    """How many MB of freed outputs the C++ kernels keep for their next ones; what is kept beyond that is freed now.
+
+    Raises:
+        ValueError: ``megabytes`` is no whole number, or below 0.
+        RuntimeError: the C++ extension is not loaded.
+    """
     if not loaded:
         raise RuntimeError(reason)
     if not isinstance(megabytes, int) or not 0 <= megabytes <= 1 << 30:
@@ -104,7 +109,7 @@ if loaded:
 
 
 def output_cache_bytes() -> int:
-    """Bytes of freed outputs kept at this moment."""
+    """Bytes of freed outputs kept at this moment. Raises RuntimeError where the C++ extension is not loaded."""
     if not loaded:
         raise RuntimeError(reason)
     return int(_module.output_cache_bytes())
@@ -115,6 +120,13 @@ def cpu_isa() -> str:
     if not loaded:
         raise RuntimeError(reason)
     return str(_module.cpu_isa())
+
+
+def fma_peak(threads: int) -> float:
+    """FLOP/s of float32 multiply-adds in registers, measured in so many threads."""
+    if not loaded:
+        raise RuntimeError(reason)
+    return float(_module.fma_peak(threads))
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Who computes a convolution: ATen (cuDNN, oneDNN), or a backend's kernel, fused with the norms around it.
 
 That cuDNN is ahead outside of 1x1 kernels is what others have published, not what was measured with these kernels.
-On the CPU the kernels are our own without fusion: they read and write what ATen's would, and bring statistics.
+On the CPU the kernels are our own without fusion: they read and write what ATen's would, and bring statistics; which
+of them runs depends on the batch, and is said in :mod:`fused_res.backends.cpu.choice`.
 
 The static choice looks at what does not change from batch to batch, so that a compiled graph keeps it. Where it was
 measured (:mod:`fused_res.tune`), the measurement counts.
@@ -45,7 +46,9 @@ class Choice(NamedTuple):
         return "fused forward, ATen backward" if self.forward == "fused" else "ATen forward, fused backward"
 
 
-def possible(spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, channels_last: bool, backend: str) -> Choice:
+def possible(
+    spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, channels_last: bool, projection: bool, backend: str
+) -> Choice:
     """Where the backend's kernels can stand in for ATen, at whatever speed."""
     stems = registry.stems(backend)
     if not {"conv_bn_stats", "conv_dgrad", "conv_wgrad", "batch_norm_sync"} <= stems:
@@ -61,6 +64,9 @@ def possible(spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, channe
     pointwise = weight[2:] == (1, 1) and spec.padding == (0, 0)
     if not pointwise:
         return Choice("fused", "aten", "the fused backward is for 1x1 convolutions")
+    # The fused input gradient knows no stride; a projection's is added where its pixels are.
+    if spec.stride != (1, 1) and not projection:
+        return Choice("fused", "aten", "the fused backward of a chain has stride 1")
     return Choice("fused", "fused", "1x1: normalises as it loads, brings the statistics with it")
 
 
@@ -79,10 +85,7 @@ def choose(
         return Choice(reason=_SAYS_SO)
     if backend == "cpu":
         return _choose_cpu(spec, weight, dtype, channels_last)
-    choice = possible(spec, weight, dtype, channels_last, backend)
-    # The fused input gradient knows no stride; a projection's is added where its pixels are.
-    if choice.backward == "fused" and spec.stride != (1, 1) and not projection:
-        choice = Choice(choice.forward, "aten", "the fused backward of a chain has stride 1")
+    choice = possible(spec, weight, dtype, channels_last, projection, backend)
     if preference == "fused" or choice.forward == "aten":
         return choice
     if backend == "reference":
@@ -102,69 +105,6 @@ def _choose_cpu(spec: UnitSpec, weight: tuple[int, ...], dtype: torch.dtype, cha
     if has_winograd(weight, spec.stride, spec.dilation):
         return Choice("own", "own", "Winograd where there are images enough and it is not switched off, else as ATen")
     return Choice("own", "own", "direct, each where it measured faster than ATen's")
-
-
-class TrainingKernels(NamedTuple):
-    """``"winograd"``, ``"direct"`` or ``"aten"``: who computes a convolution on the CPU, and its two gradients."""
-
-    forward: str = "aten"
-    input_gradient: str = "aten"
-    weight_gradient: str = "aten"
-
-
-#: Output pixels from which the larger weight of Winograd is worth its transform, which is made on every step.
-_WINOGRAD_PIXELS = 128
-#: Elements of a float32 tensor of 32 MB. The C library gives a larger one fresh memory every time, whose page faults
-#: take as long as a 1x1 convolution; our outputs come from a cache.
-_LARGE = 1 << 23
-
-
-@lru_cache(maxsize=4096)
-def training_kernels(
-    input: tuple[int, ...],
-    weight: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    winograd: bool,
-) -> TrainingKernels:
-    """Which kernels measured faster in training on the CPU, weights packed on every step.
-
-    Two Zen 4 cores, AVX-512, the shapes of ResNet-18 and ResNet-50 at batch 16; ms of ATen's, and ours:
-
-    ======================  ==================  ===================  ===================
-    kernel                  forward             gradient of input    gradient of weight
-    ======================  ==================  ===================  ===================
-    3x3, Winograd           17-19, 7-13         16-17, 6-11          17-36, 8-11
-    3x3 with stride 2       direct 9-19, 6-13   no kernel            12-28, 9-17
-    1x1                     8-22, 9-19          9-30, 8-17           10-25, 10-21
-    7x7, over 32 MB         33, 24              no kernel            a tie
-    ======================  ==================  ===================  ===================
-
-    A 1x1's forward brings the statistics, too. Its weight's gradient with stride 1 and more than 128 channels is faster
-    by itself, but not in a step of ResNet-50: 1.80 s at best with ATen's, 1.89 s with ours.
-    """
-    images, channels, *size = input
-    outputs, _, *taps = weight
-    height, width = (
-        (n + 2 * pad - spread * (tap - 1) - 1) // step + 1
-        for n, tap, step, pad, spread in zip(size, taps, stride, padding, dilation, strict=True)
-    )
-    pixels = images * height * width
-    if pixels < _WINOGRAD_PIXELS:
-        return TrainingKernels()
-    if winograd and has_winograd(weight, stride, dilation) and min(outputs, channels) >= _LEAST_CHANNELS:
-        # With stride 1 the gradient of the input is a convolution with 2 - padding.
-        backward = stride == (1, 1) and max(padding) <= 2
-        return TrainingKernels("winograd", "winograd" if backward else "aten", "winograd")
-    weight_gradient = max(taps) <= 3 and channels >= _LEAST_CHANNELS and (stride != (1, 1) or channels <= 128)
-    if taps == [1, 1] and not any(padding) and min(outputs, channels) >= _LEAST_CHANNELS:
-        return TrainingKernels("direct", "direct", "direct" if weight_gradient else "aten")
-    return TrainingKernels(
-        "direct" if pixels * outputs > _LARGE else "aten",
-        "direct" if images * channels * size[0] * size[1] > _LARGE and stride == (1, 1) else "aten",
-        "direct" if weight_gradient else "aten",
-    )
 
 
 def has_winograd(weight: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> bool:

@@ -12,17 +12,15 @@ meets, gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fused_res.ops import is_channels_last
-from fused_res.spec import UnitSpec
+from fused_res.spec import UnitSpec, convolved_sizes
 
 #: More taps than this and ATen's one call is faster than the products.
 _MOST_TAPS = 4
@@ -129,12 +127,7 @@ def _few(input: Tensor, weight: Tensor, spec: UnitSpec) -> tuple[int, int] | Non
         return None
     if not (is_channels_last(input) and weight.is_contiguous(memory_format=torch.channels_last)):
         return None
-    height, width = (
-        (size + 2 * pad - spread * (tap - 1) - 1) // step + 1
-        for size, tap, step, pad, spread in zip(
-            input.shape[2:], weight.shape[2:], spec.stride, spec.padding, spec.dilation, strict=True
-        )
-    )
+    height, width = convolved_sizes(input.shape[2:], weight.shape[2:], spec.stride, spec.padding, spec.dilation)
     most = _FEW_PIXELS_POINTWISE if weight.shape[2:] == (1, 1) else _FEW_PIXELS
     return (height, width) if height * width > 1 and 0 < input.shape[0] * height * width <= most else None
 
@@ -196,110 +189,12 @@ def _taps(input: Tensor, weight: Tensor, spec: UnitSpec) -> tuple[tuple[Index, I
 
 @lru_cache(maxsize=1024)
 def _pairs(sizes: tuple[int, ...], kernel: tuple[int, ...], spec: UnitSpec) -> tuple[tuple[Index, Index], ...] | None:
+    if any(size != 1 for size in convolved_sizes(sizes, kernel, spec.stride, spec.padding, spec.dilation)):
+        return None
     met = []
-    for size, taps, stride, pad, dilation in zip(sizes, kernel, spec.stride, spec.padding, spec.dilation, strict=True):
-        if (size + 2 * pad - dilation * (taps - 1) - 1) // stride != 0:
-            return None  # more than one pixel of output
+    for size, taps, pad, dilation in zip(sizes, kernel, spec.padding, spec.dilation, strict=True):
         positions = [tap * dilation - pad for tap in range(taps)]
         met.append([(position, tap) for tap, position in enumerate(positions) if 0 <= position < size])
     every = slice(None)
     pairs = tuple(((every, every, y, x), (every, every, i, j)) for y, i in met[0] for x, j in met[1])
     return pairs if 0 < len(pairs) <= _MOST_TAPS else None
-
-
-Size = int | Sequence[int]  # one for all dimensions, or a list or tuple
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-def check(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-) -> Geometry:
-    """Raises for the first argument that does not fit; returns stride, padding and dilation for each dimension."""
-    metas: list[Any] = [None if t is None else (t.shape, t.dtype, t.device) for t in (input, weight, bias, residual)]
-    sizes: list[Any] = [tuple(size) if isinstance(size, list) else size for size in (stride, padding, dilation)]
-    # Sizes may be symbolic while something traces, and no keys of a dictionary.
-    checked: Callable[..., Geometry] = (
-        _check if torch.compiler.is_compiling() or isinstance(input, FakeTensor) else _cached_check
-    )
-    return checked(*metas, *sizes, groups)
-
-
-Meta = tuple[torch.Size, torch.dtype, torch.device]
-
-
-def _check(
-    input: Meta,
-    weight: Meta,
-    bias: Meta | None,
-    residual: Meta | None,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-) -> Geometry:
-    (shape, dtype, device), filters = input, weight[0]
-    rank = len(shape) - 2
-    if not 1 <= rank <= 3:
-        raise ValueError(f"input must have 3 to 5 dimensions (N, C, ...), got {rank + 2}")
-    if len(filters) != rank + 2:
-        raise ValueError(f"weight must have {rank + 2} dimensions as input has, got {len(filters)}")
-    strides, dilations = _each(stride, rank, "stride", 1), _each(dilation, rank, "dilation", 1)
-    if isinstance(padding, str):
-        paddings = _named_padding(padding, strides, dilations, filters[2:])
-    else:
-        paddings = _each(padding, rank, "padding", 0)
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups must be a whole number of at least 1, got {groups!r}")
-    if filters[1] * groups != shape[1]:
-        raise ValueError(
-            f"input must have {filters[1] * groups} channels for weight {tuple(filters)} and groups={groups},"
-            f" got {shape[1]}"
-        )
-    if filters[0] % groups:
-        raise ValueError(f"weight makes {filters[0]} channels, which groups={groups} does not divide")
-    taps = zip(shape[2:], filters[2:], strides, paddings, dilations, strict=True)
-    sizes = [(size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, spread in taps]
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"input of size {tuple(shape[2:])} is too small for a kernel of {tuple(filters[2:])}")
-    output = (shape[0], filters[0], *sizes)
-    wanted = (("weight", weight, filters), ("bias", bias, filters[:1]), ("residual", residual, output))
-    for name, meta, expected in wanted:
-        if meta is None:
-            continue
-        if meta[0] != expected:
-            raise ValueError(f"{name} must have the shape {tuple(expected)}, got {tuple(meta[0])}")
-        if meta[1] != dtype:
-            raise TypeError(f"{name} must have input's dtype {dtype}, got {meta[1]}")
-        if meta[2] != device:
-            raise ValueError(f"{name} must be on {device} as input is, got {meta[2]}")
-    return strides, paddings, dilations
-
-
-_cached_check = lru_cache(maxsize=4096)(_check)
-
-
-def _each(value: Size, rank: int, name: str, least: int) -> tuple[int, ...]:
-    values = (value,) * rank if isinstance(value, int) else value
-    if not isinstance(values, tuple) or len(values) != rank or any(not isinstance(v, int) or v < least for v in values):
-        raise ValueError(f"{name} must be a whole number of at least {least}, or {rank} of them, got {value!r}")
-    return values
-
-
-def _named_padding(
-    name: str, stride: tuple[int, ...], dilation: tuple[int, ...], kernel: Sequence[int]
-) -> tuple[int, ...]:
-    if name == "valid":
-        return (0,) * len(stride)
-    if name != "same":
-        raise ValueError(f"padding must be 'same', 'valid' or whole numbers, got {name!r}")
-    around = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if any(a % 2 for a in around) or any(s != 1 for s in stride):
-        raise ValueError("padding='same' must be as much on both sides, with stride 1: give numbers")
-    return tuple(a // 2 for a in around)

@@ -38,7 +38,17 @@ def others(group: ProcessGroup | None) -> ProcessGroup | None:
 
 
 def name_of(group: ProcessGroup | None) -> str:
-    return "" if group is None or dist.get_world_size(group) < 2 else group.group_name
+    """Empty for None, a group of one, and in the processes that a group leaves out; raises TypeError for no group."""
+    if isinstance(group, ProcessGroup):
+        return "" if dist.get_world_size(group) < 2 else group.group_name
+    check_group(group)
+    return ""
+
+
+def check_group(group: ProcessGroup | None) -> None:
+    """Raises TypeError unless it is a group, None, or what stands for one in the processes that it leaves out."""
+    if not (group is None or isinstance(group, ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
 
 
 def _resolve(name: str) -> ProcessGroup:

@@ -1,4 +1,8 @@
-"""The public functions: they check arguments once, raise clear errors, and choose who computes."""
+"""The public functions: they check arguments once, raise clear errors, and choose who computes.
+
+All run under autograd (but :func:`conv_bias_act`, which is for inference), autocast, ``torch.compile``, and under
+``torch.func`` transforms, where plain PyTorch computes. Numbers per channel are ``(C,)``; shapes are ``(N, C, ...)``.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,22 @@ from fused_res.autograd.residual_block import ResidualBlock, traceable
 from fused_res.backends import registry
 from fused_res.backends.reference import batch_norm_act as reference_norm
 from fused_res.backends.reference import residual_block as reference_block
-from fused_res.checks import check_batch
+from fused_res.checks import (
+    check_activation,
+    check_convolution,
+    check_input,
+    check_momentum,
+    check_norm,
+    check_operands,
+    check_recompute,
+    check_residual,
+    check_tensors,
+)
 from fused_res.ops import stats_dtype
 from fused_res.plan import plan
-from fused_res.spec import ACTIVATIONS, BlockSpec
+from fused_res.spec import BlockSpec
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+__all__ = ["batch_norm_act", "conv_bias_act", "residual_block"]
 
 
 def batch_norm_act(
@@ -56,8 +70,8 @@ def batch_norm_act(
         weight, bias: ``(C,)``, float32 or of ``input``'s dtype; None stands for ones and zeros.
         residual: of ``input``'s shape, dtype and device, in any memory format.
         training: normalise with the statistics of the batch.
-        momentum: weight of the new batch in the running statistics.
-        eps: added to the variance.
+        momentum: weight of the new batch in the running statistics, from 0 to 1.
+        eps: added to the variance; above 0 when ``training``.
         activation: ``"relu"`` or ``"identity"``.
         residual_scale, residual_shift: ``(C,)``, float32 or of ``input``'s dtype; both or neither, and with a residual.
         process_group: the batch is that of all its processes, each of which calls this with its part, of any number
@@ -73,8 +87,10 @@ def batch_norm_act(
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
     group = distributed.name_of(process_group) if training else ""
-    _check_norm(input, running_mean, running_var, weight, bias, training, not group, momentum, activation)
-    _check_residual(input, residual, residual_scale, residual_shift)
+    check_norm(input, running_mean, running_var, weight, bias, training, not group, eps)
+    check_residual(input, residual, residual_scale, residual_shift)
+    check_momentum(momentum)
+    check_activation(activation)
     kernels = registry.resolve(backend, input.device)
     relu = activation == "relu"
     tensors = (input, residual, weight, bias, residual_scale, residual_shift)
@@ -129,11 +145,13 @@ def residual_block(
 
     Args:
         input: ``(N, C, ...)``, float32, float64, bfloat16 or float16; channels_last is fastest.
-        spec: what the block is.
-        tensors: its tensors, flat, in the order of :meth:`BlockSpec.tensor_names`. Running statistics are updated in
-            place where their unit is training.
+        spec: what the block is; its units have as many spatial dimensions as ``input``.
+        tensors: a list or tuple, flat, in the order of :meth:`fused_res.BlockSpec.tensor_names`: of each unit the
+            convolution's weight ``(K, C / groups, ...)`` and bias ``(K,)``, both of ``input``'s dtype, and the norm's
+            weight, bias, running mean and running variance, ``(K,)``, float32 or of ``input``'s dtype. All but the
+            first may be None; running statistics only where ``training``, which updates them in place.
         training: whether norms use the statistics of the batch; one value, or one for each unit (projection last).
-        momentum: weight of the new batch in the running statistics; one value, or one for each unit.
+        momentum: weight of the new batch in the running statistics, from 0 to 1; one value, or one for each unit.
         recompute: ``"none"`` keeps what makes backward fastest; ``"norm"`` keeps only the convolutions' raw outputs and
             normalises again in backward; ``"conv"`` also runs a bottleneck's last 1x1 convolution and a projection's
             convolution again.
@@ -143,17 +161,30 @@ def residual_block(
             are kernels for it; ``torch.backends.cudnn.benchmark`` asks for it, too.
 
     Returns:
-        The block's output, of ``input``'s dtype.
+        The block's output ``(N, K, ...)``, of ``input``'s dtype, under autocast of its dtype.
 
     Raises:
         ValueError, TypeError: an argument does not fit; nothing has been written then.
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
-    _check_input(input)
+    check_input(input)
+    if not isinstance(spec, BlockSpec):
+        raise TypeError(f"spec must be a fused_res.BlockSpec, got {type(spec).__name__}")
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"tensors must be a list or tuple, got {type(tensors).__name__}")
     batch_statistics = spec.per_unit(training, "training")
+    if batch_statistics.count(True) + batch_statistics.count(False) != len(batch_statistics):
+        raise TypeError(f"training must be True or False, or one of them for each unit, got {training!r}")
+    check_recompute(recompute)
+    momenta = spec.per_unit(momentum, "momentum") if True in batch_statistics else ()
+    for one in momenta:
+        check_momentum(one)
     group = distributed.name_of(process_group) if True in batch_statistics else ""
     kernels = registry.resolve(backend, input.device)
-    if torch.is_autocast_enabled(input.device.type):
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if autocast or torch.compiler.is_compiling():  # else the plan finds out, at no cost
+        check_tensors(spec, tensors)
+    if autocast:
         dtype = torch.get_autocast_dtype(input.device.type)
         if input.dtype != torch.float64:  # as autocast does
             input = input.to(dtype)
@@ -181,7 +212,6 @@ def residual_block(
             stats = kept.stats
 
     if True in batch_statistics and (output.numel() or group) and not recomputing():
-        momenta = spec.per_unit(momentum, "momentum")
         updated = [index for index, flag in enumerate(batch_statistics) if flag and tensors[6 * index + 4] is not None]
         if updated:
             kernels.update_running_stats(
@@ -254,16 +284,16 @@ def packed_conv_bias_act(
     pack: Pack | None,
 ) -> Tensor:
     """:func:`conv_bias_act` for a caller who keeps ``weight``, and so can keep it in the backend's own form, too."""
-    _check_input(input)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    check_input(input)
+    check_activation(activation)
     autocast = torch.is_autocast_enabled(input.device.type)
     if autocast:
+        check_operands(weight, bias, residual)
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
         residual = None if residual is None else _autocast(residual, dtype)
-    strides, paddings, dilations = convolution.check(input, weight, bias, residual, stride, padding, dilation, groups)
+    strides, paddings, dilations = check_convolution(input, weight, bias, residual, stride, padding, dilation, groups)
     if torch.is_grad_enabled():
         for name, tensor in (("input", input), ("weight", weight), ("bias", bias), ("residual", residual)):
             if tensor is not None and tensor.requires_grad:
@@ -310,77 +340,3 @@ def _check_alone(group: str) -> None:
         raise RuntimeError(
             "process_group: torch.func transforms and forward-mode differentiation do not reach other processes"
         )
-
-
-def _check_input(input: Tensor) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
-    if input.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"input must be one of {names}, got {input.dtype}")
-
-
-def _check_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    alone: bool,
-    momentum: float,
-    activation: str,
-) -> None:
-    _check_input(input)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if not isinstance(momentum, (int, float)):
-        raise TypeError(f"momentum must be a number, got {momentum!r}")
-    shape = input.shape
-    if not 2 <= len(shape) <= 5:
-        raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got {len(shape)}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must both be given, or neither")
-    if running_mean is None and not training:
-        raise ValueError("running_mean and running_var are needed when training is False")
-    for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        _check_per_channel(input, name, tensor)
-    if training and alone:
-        check_batch(shape)
-
-
-def _check_residual(input: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> None:
-    if (scale is None) != (shift is None):
-        raise ValueError("residual_scale and residual_shift must both be given, or neither")
-    if residual is None:
-        if scale is not None:
-            raise ValueError("residual_scale and residual_shift are given without a residual")
-        return
-    if residual.shape != input.shape:
-        raise ValueError(f"residual must have input's shape {tuple(input.shape)}, got {tuple(residual.shape)}")
-    if residual.dtype != input.dtype:
-        raise TypeError(f"residual must have input's dtype {input.dtype}, got {residual.dtype}")
-    if residual.device != input.device:
-        raise ValueError(f"residual must be on {input.device} as input is, got {residual.device}")
-    _check_per_channel(input, "residual_scale", scale)
-    _check_per_channel(input, "residual_shift", shift)
-
-
-def _check_per_channel(input: Tensor, name: str, tensor: Tensor | None) -> None:
-    if tensor is None:
-        return
-    if tensor.shape != input.shape[1:2]:
-        raise ValueError(f"{name} must have the shape ({input.shape[1]},), got {tuple(tensor.shape)}")
-    if tensor.device != input.device:
-        raise ValueError(f"{name} must be on {input.device} as input is, got {tensor.device}")
-    if tensor.dtype != input.dtype and (tensor.dtype != torch.float32 or input.dtype == torch.float64):
-        raise TypeError(f"{name} must be of input's dtype {input.dtype}{_or_float32(input)}, got {tensor.dtype}")
-
-
-def _or_float32(input: Tensor) -> str:
-    return "" if input.dtype in (torch.float32, torch.float64) else " or float32"

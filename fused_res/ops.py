@@ -46,6 +46,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fused_res.spec import convolved_sizes
+
 SCHEMAS = {
     "batch_norm_stats": "(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var,"
     " bool training, float eps) -> Tensor",
@@ -147,8 +149,8 @@ def packed_shape(input: Tensor) -> tuple[int, int]:
 
 def pooled_shape(input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
     """The shape behind a max pooling of ``input`` ``(N, C, H, W)`` with floor mode."""
-    spatial = zip(input.shape[2:], kernel_size, stride, padding, strict=True)
-    return [*input.shape[:2], *((size + 2 * p - k) // s + 1 for size, k, s, p in spatial)]
+    sizes = convolved_sizes(input.shape[2:], kernel_size, stride, padding, (1,) * len(kernel_size))
+    return [*input.shape[:2], *sizes]
 
 
 def _new_stats(input: Tensor) -> Tensor:
@@ -236,12 +238,7 @@ def convolved(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
     """The shape of a convolution's output."""
-    sizes = (
-        (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, spread in zip(
-            input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    )
+    sizes = convolved_sizes(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     return input.shape[0], weight.shape[0], *sizes
 
 

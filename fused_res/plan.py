@@ -17,13 +17,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fused_res.checks import TensorMeta, check_block
+from fused_res.checks import TensorMeta, check_block, check_tensors
 from fused_res.choice import Choice, choose
 from fused_res.ops import is_channels_last
 from fused_res.spec import BlockSpec, UnitSpec
-
-#: How much a block recomputes in backward instead of keeping it.
-RECOMPUTE = ("none", "norm", "conv")
 
 
 class Step(NamedTuple):
@@ -134,7 +131,11 @@ def plan(
     :mod:`fused_res.distributed`.
     """
     # This runs for every block of every step: plain tuples, and one look into the cache.
-    metas = tuple([None if t is None else (t.shape, t.dtype, t.requires_grad) for t in (input, *tensors)])
+    try:
+        metas = tuple([None if t is None else (t.shape, t.dtype, t.requires_grad, t.device) for t in (input, *tensors)])
+    except AttributeError:
+        check_tensors(spec, tensors)
+        raise
     if requires_grad is None and not torch.is_grad_enabled():
         requires_grad = (False,) * len(metas)
     # Fake tensors may have symbolic sizes, which cannot be dictionary keys.
@@ -194,8 +195,6 @@ def decide(
     group: str = "",
 ) -> Plan:
     """The plan, without a look at the tensors: what depends on their shapes is in ``choices``."""
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
     grad_input, *rest = requires_grad
     owned = [rest[6 * index : 6 * index + 6] for index in range(len(spec.convolutions))]
 

@@ -7,12 +7,16 @@ it, flat, in the order that :meth:`BlockSpec.tensor_names` gives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 Activation = Literal["relu", "identity"]
 ACTIVATIONS = ("relu", "identity")
+
+#: How much a block recomputes in backward instead of keeping it.
+RECOMPUTE = ("none", "norm", "conv")
 
 #: What one unit owns, in order: the convolution's tensors, then the batch norm's. Any but the first may be None.
 UNIT_TENSORS = ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var")
@@ -21,9 +25,35 @@ UNIT_TENSORS = ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "r
 T = TypeVar("T")
 
 
+def convolved_sizes(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """Height, width, ... of a convolution's output, from those of its input."""
+    return tuple(
+        (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
+        for size, taps, step, pad, spread in zip(sizes, kernel, stride, padding, dilation, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class UnitSpec:
-    """Convolution, batch norm, activation. The activation of a block's last unit follows the addition."""
+    """A convolution (cross-correlation with zero padding), a batch norm, an activation.
+
+    The activation of a block's last unit follows the addition of the shortcut.
+
+    Args:
+        stride, padding, dilation: a tuple with a number for each spatial dimension (1 to 3), whose count they agree on.
+        groups: of the convolution.
+        eps: added to the variance.
+        activation: ``"relu"`` or ``"identity"``.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
 
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0)
@@ -36,12 +66,17 @@ class UnitSpec:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {ACTIVATIONS}, got {self.activation!r}")
         for name in ("stride", "padding", "dilation"):
-            values = getattr(self, name)
-            least = 0 if name == "padding" else 1
-            if not isinstance(values, tuple) or any(not isinstance(v, int) or v < least for v in values):
-                raise ValueError(f"{name} must be a tuple of integers >= {least}, got {values!r}")
-        if self.groups < 1:
-            raise ValueError(f"groups must be at least 1, got {self.groups}")
+            _check_numbers(name, getattr(self, name), 0 if name == "padding" else 1)
+        rank = len(self.stride)
+        if not 1 <= rank <= 3 or len(self.padding) != rank or len(self.dilation) != rank:
+            raise ValueError(
+                "stride, padding and dilation must have as many numbers, 1 to 3, one for each spatial dimension,"
+                f" got {self.stride}, {self.padding} and {self.dilation}"
+            )
+        if not isinstance(self.groups, int) or self.groups < 1:
+            raise ValueError(f"groups must be a whole number of at least 1, got {self.groups!r}")
+        if not isinstance(self.eps, (int, float)) or not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps must be a number, 0 or more, got {self.eps!r}")
 
     @property
     def no_output_padding(self) -> tuple[int, ...]:
@@ -50,20 +85,32 @@ class UnitSpec:
 
     @property
     def relu(self) -> bool:
+        """Whether the activation is a ReLU."""
         return self.activation == "relu"
 
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """Max pooling of a stem, as ``nn.MaxPool2d`` does it with floor mode and no dilation."""
+    """Max pooling of a stem's images, as :class:`torch.nn.MaxPool2d` with floor mode and no dilation.
+
+    Args:
+        kernel_size, stride: two numbers of at least 1; a window covers at most 255 positions.
+        padding: two numbers, each at most half of the window's.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
 
     kernel_size: tuple[int, int] = (3, 3)
     stride: tuple[int, int] = (2, 2)
     padding: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
-        if any(k < 1 for k in self.kernel_size) or any(s < 1 for s in self.stride):
-            raise ValueError(f"kernel_size and stride must be at least 1, got {self}")
+        for name in ("kernel_size", "stride", "padding"):
+            values = getattr(self, name)
+            _check_numbers(name, values, 0 if name == "padding" else 1)
+            if len(values) != 2:
+                raise ValueError(f"{name} must be two numbers, got {values}")
         if self.kernel_size[0] * self.kernel_size[1] > 255:
             raise ValueError(f"kernel_size may cover at most 255 positions (1-byte indices), got {self.kernel_size}")
         if any(not 0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel_size, strict=True)):
@@ -72,10 +119,16 @@ class PoolSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """A chain of units and what is added to it.
+    """A chain of units, what is added to its end, and for the stem of a network a pooling behind it.
 
-    ``shortcut`` is ``"none"``, ``"identity"`` (the block's input) or a :class:`UnitSpec` (a projection of the input,
-    whose own activation must be ``"identity"``).
+    Args:
+        units: a tuple of at least one :class:`UnitSpec`, all for as many spatial dimensions.
+        shortcut: ``"none"``, ``"identity"`` (the block's input) or a :class:`UnitSpec` (a projection of the input,
+            whose own activation must be ``"identity"``).
+        pool: a :class:`PoolSpec`, with ``shortcut="none"`` only.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
     """
 
     units: tuple[UnitSpec, ...]
@@ -84,6 +137,8 @@ class BlockSpec:
     _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.units, tuple) or any(not isinstance(unit, UnitSpec) for unit in self.units):
+            raise TypeError(f"units must be a tuple of UnitSpec, got {self.units!r}")
         if not self.units:
             raise ValueError("units must hold at least one UnitSpec")
         if isinstance(self.shortcut, UnitSpec):
@@ -91,6 +146,10 @@ class BlockSpec:
                 raise ValueError("shortcut: a projection has no activation of its own, set activation='identity'")
         elif self.shortcut not in ("none", "identity"):
             raise ValueError(f"shortcut must be 'none', 'identity' or a UnitSpec, got {self.shortcut!r}")
+        if len({len(unit.stride) for unit in self.convolutions}) > 1:
+            raise ValueError(f"units and shortcut must be for as many spatial dimensions each, got {self.convolutions}")
+        if not isinstance(self.pool, PoolSpec | None):
+            raise TypeError(f"pool must be a PoolSpec or None, got {self.pool!r}")
         if self.pool is not None and self.shortcut != "none":
             raise ValueError("pool is for stems: it goes with shortcut='none' only")
         # A spec is a dictionary key on every call; hashing nested dataclasses anew costs microseconds.
@@ -101,6 +160,7 @@ class BlockSpec:
 
     @property
     def projection(self) -> UnitSpec | None:
+        """The shortcut's unit, if it has one."""
         return self.shortcut if isinstance(self.shortcut, UnitSpec) else None
 
     @property
@@ -109,12 +169,19 @@ class BlockSpec:
         return self.units if self.projection is None else (*self.units, self.projection)
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the flat tensors, such as ``"0.weight"``; the projection's unit is called ``"shortcut"``."""
+        """Names of the flat tensors, six for each unit in the order of :data:`UNIT_TENSORS`, such as ``"0.weight"``.
+
+        The units come first, by number, then the projection, which is called ``"shortcut"``.
+        """
         owners = [str(i) for i in range(len(self.units))] + ["shortcut"] * (self.projection is not None)
         return tuple(f"{owner}.{name}" for owner in owners for name in UNIT_TENSORS)
 
     def per_unit(self, value: T | Sequence[T], name: str) -> tuple[T, ...]:
-        """Spreads a single value over all convolutions, or checks that there is one for each."""
+        """``value`` for each of :attr:`convolutions`: spread, or, if it is a list or tuple, checked to be as long.
+
+        Raises:
+            ValueError: it has another length; ``name`` is what the message calls it.
+        """
         count = len(self.convolutions)
         if not isinstance(value, (tuple, list)):
             return (value,) * count  # type: ignore[return-value]
@@ -124,6 +191,7 @@ class BlockSpec:
 
     # torch.compile hands specs to opaque operators, whose arguments are tensors and numbers only.
     def encode(self) -> tuple[list[int], list[float]]:
+        """Whole numbers and eps, of which :meth:`decode` makes an equal spec."""
         ints: list[int] = [len(self.units), {"none": 0, "identity": 1}.get(self.shortcut, 2)]  # type: ignore[arg-type]
         for unit in self.convolutions:
             ints += [
@@ -140,6 +208,7 @@ class BlockSpec:
 
     @staticmethod
     def decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
+        """The spec that :meth:`encode` was called on."""
         rest = list(ints)
 
         def take(count: int) -> tuple[int, ...]:
@@ -156,3 +225,8 @@ class BlockSpec:
         shortcut = units[length] if shortcut_code == 2 else ("none", "identity")[shortcut_code]
         pool = PoolSpec(take(2), take(2), take(2)) if rest else None  # type: ignore[arg-type]
         return BlockSpec(tuple(units[:length]), shortcut, pool)  # type: ignore[arg-type]
+
+
+def _check_numbers(name: str, values: object, least: int) -> None:
+    if not isinstance(values, tuple) or any(not isinstance(v, int) or v < least for v in values):
+        raise ValueError(f"{name} must be a tuple of integers >= {least}, got {values!r}")

@@ -117,9 +117,7 @@ def inference_choice(
 
 def _choice(case: _Case, device: torch.device, backend: Backend) -> Choice | None:
     if case not in _measured and _may_measure(device):
-        could = possible(case.spec, case.weight, case.dtype, True, case.backend)
-        if could.backward == "fused" and case.spec.stride != (1, 1) and not case.projection:
-            could = could._replace(backward="aten")
+        could = possible(case.spec, case.weight, case.dtype, True, case.projection, case.backend)
         with _lock:
             if case not in _measured:
                 _measured[case] = could if could.forward == "aten" else _measure(case, could, device, backend)

@@ -328,11 +328,21 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"weight": torch.ones(6, 1, 3, 3), "groups": 4, "bias": None}, ValueError, "6 channels, which groups=4"),
         ({"activation": "gelu"}, ValueError, "activation must be one of"),
         ({"backend": "cudnn"}, ValueError, "backend must be one of"),
+        ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
+        ({"weight": torch.nn.Conv2d(4, 8, 3)}, TypeError, "weight must be a torch.Tensor, got Conv2d"),
+        ({"bias": [0.0] * 8}, TypeError, "bias must be a torch.Tensor, got list"),
+        ({"residual": 1.0}, TypeError, "residual must be a torch.Tensor, got float"),
+        ({"stride": [1, [1]]}, ValueError, "stride must be"),
+        ({"groups": [1]}, ValueError, r"groups must be a whole number of at least 1, got \[1\]"),
+        ({"input": torch.ones(2, 4, 6, 6).to_sparse()}, TypeError, "input must be a strided tensor"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        conv_bias_act(**arguments(**changes))
+    for autocast in (False, True):
+        # Which casts what there is to cast, and would find dtypes alike.
+        if not (autocast and "dtype" in message):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(error, match=message):
+                conv_bias_act(**arguments(**changes))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 import fused_res
 from fused_res import BlockSpec, UnitSpec, _extension, models
 from fused_res.backends import registry
-from fused_res.choice import TrainingKernels, training_kernels
 from fused_res.functional import residual_block
 from fused_res.plan import plan
 from fused_res.testing import assert_as_exact_as
@@ -336,13 +335,15 @@ def test_the_plan_says_so() -> None:
     made = plan(spec, x, tensors, (True,) * 3, "none", "cpu")
     assert [unit.kernels.kernels for unit in made.units] == ["own", "own"]
     assert "own convolution: Winograd" in str(made)
-    assert kernels((16, 64, 56, 56), True) == TrainingKernels("winograd", "winograd", "winograd")
-    assert kernels((1, 64, 2, 2), True) == TrainingKernels()
+    assert kernels((16, 64, 56, 56), True) == ("winograd", "winograd", "winograd")
+    assert kernels((1, 64, 2, 2), True) == ("aten", "aten", "aten")
     assert "winograd" not in kernels((16, 64, 56, 56), False)
 
 
-def kernels(input: tuple[int, ...], winograd: bool) -> TrainingKernels:
-    return training_kernels(input, (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), winograd)
+def kernels(input: tuple[int, ...], winograd: bool) -> tuple[str, ...]:
+    from fused_res.backends.cpu.choice import Geometry, training_kernels
+
+    return training_kernels(Geometry(input, (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1), winograd)
 
 
 # --- a network ---

@@ -469,8 +469,12 @@ class TestWrongArguments:
             fuse(model, backend="cudnn")
         with pytest.raises(ValueError, match="recompute must be one of"):
             fuse(model, recompute="everything")
-        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
-            fuse([model])
+        for function in (fuse, unfuse, summarize, fused_res.convert_sync_batchnorm):
+            for wrong in ([model], None, nn.ReLU):
+                with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+                    function(wrong)
+        with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup or None"):
+            fused_res.convert_sync_batchnorm(model, "world")
         assert type(model) is resnet.ResNet
 
     def test_a_backend_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:

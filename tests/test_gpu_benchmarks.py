@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_benchmarks import RUN, run
+from benchmarking import RUN, run
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_res import models
 from fused_res.autograd import residual_block
-from fused_res.nn import BasicBlock, Bottleneck
+from fused_res.nn import BasicBlock, Bottleneck, ResidualBlock
 from fused_res.spec import BlockSpec, UnitSpec
 from fused_res.testing import stub_torchvision_operators
 
@@ -135,11 +135,23 @@ def test_takes_torchvisions_weights() -> None:
         ({"plain": True, "zero_init_residual": True}, "zero_init_residual"),
         ({"backend": "fast"}, "backend must be one of"),
         ({"recompute": "everything"}, "recompute must be one of"),
+        ({"replace_stride_with_dilation": True}, "replace_stride_with_dilation"),
+        ({"num_classes": "ten"}, "num_classes must be a whole number, 0 or more, got 'ten'"),
+        ({"norm_layer": nn.BatchNorm2d(64)}, "norm_layer must make a norm"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         models.resnet50(**arguments)
+
+
+def test_bad_blocks_and_layers() -> None:
+    for block in ("basic", nn.Conv2d, ResidualBlock):
+        with pytest.raises(TypeError, match=r"block must be fused_res\.nn\.BasicBlock or Bottleneck"):
+            models.ResNet(block, (1, 1, 1, 1))
+    for layers in (4, (1, 1, 1), (1, 1, 1, 0), ("1", "1", "1", "1")):
+        with pytest.raises(ValueError, match="layers must hold the number of blocks of each of 4 stages"):
+            models.ResNet(BasicBlock, layers)
 
 
 def test_recompute_and_backend_reach_every_block() -> None:
@@ -170,9 +182,9 @@ def test_cifar_resnet20_is_the_papers() -> None:
     assert count - projections == 269_722
 
 
-@pytest.mark.parametrize("depth", [0, 2, 3, 18, 21, -4])
+@pytest.mark.parametrize("depth", [0, 2, 3, 18, 21, -4, "20", 20.0, None])
 def test_cifar_bad_depth(depth: int) -> None:
-    with pytest.raises(ValueError, match=f"depth must be 6n \\+ 2.*got {depth}"):
+    with pytest.raises(ValueError, match=f"depth must be 6n \\+ 2.*got {depth!r}"):
         models.cifar_resnet(depth)
 
 

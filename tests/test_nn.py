@@ -355,6 +355,47 @@ def test_wrong_arguments() -> None:
         fnn.BasicBlock(4, 4, downsample=projection(4, 4, 1), shortcut=False)
     with pytest.raises(ValueError, match="activation must be one of"):
         fnn.ConvBNAct2d(3, 3, activation="gelu")
+    for units in (None, unit, [unit[0]], [(unit[0], "bn")], [(*unit, nn.ReLU())]):
+        with pytest.raises(ValueError, match="units must be"):
+            fnn.ResidualBlock(units)
+    with pytest.raises(TypeError, match="downsample must be a torch.nn.Module or None, got 'identity'"):
+        fnn.BasicBlock(4, 4, downsample="identity")
+    with pytest.raises(TypeError, match="shortcut must be True or False, got 'none'"):
+        fnn.Bottleneck(4, 4, shortcut="none")
+    for kernel_size in ("3", None, (3, 3, 3)):
+        with pytest.raises(TypeError, match="kernel_size must be a whole number, or two of them"):
+            fnn.ConvBNAct2d(3, 3, kernel_size)
+    for make in (
+        lambda norm: fnn.ConvBNAct2d(3, 3, norm_layer=norm),
+        lambda norm: fnn.BasicBlock(3, 3, norm_layer=norm),
+    ):
+        for norm in (nn.BatchNorm2d(3), "bn"):
+            with pytest.raises(TypeError, match="norm_layer must make a norm from its number of channels"):
+                make(norm)
+
+
+@pytest.mark.parametrize("settings", [{"momentum": -0.5}, {"momentum": 1.5}])
+def test_a_momentum_that_only_stock_accepts_is_left_to_stock(settings: dict) -> None:
+    x = images(4).float()
+    outcomes = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = fnn.ConvBNAct2d(4, 4, norm_layer=lambda channels: nn.BatchNorm2d(channels, **settings))
+        layer.fused = fused
+        outcomes.append((layer(x), layer.bn.running_mean, layer.bn.running_var))
+        assert layer.refusal() is not None
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize(("eps", "training"), [(0.0, True), (-1e-5, True), (-1e-5, False)])
+def test_an_eps_that_stock_refuses_is_refused(eps: float, training: bool) -> None:
+    x = images(4).float()
+    for layer in (nn.BatchNorm2d(4, eps), fnn.BatchNormAct2d(4, eps), fnn.BasicBlock(4, 4)):
+        for norm in layer.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eps = eps
+        with pytest.raises(ValueError, match="eps must be"):
+            layer.train(training)(x)
 
 
 def conv(kernel: int, stride: int, padding: int | str, dilation: int = 1) -> nn.Conv2d:

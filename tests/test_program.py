@@ -133,13 +133,13 @@ def test_places_of_living_values_do_not_overlap(case: str) -> None:
 
 class TestChoice:
     def choose(self, input: tuple[int, ...], weight: tuple[int, ...], **options: Any) -> Any:
-        from fused_res.backends.cpu.convolution import Geometry, choose
+        from fused_res.backends.cpu.choice import Geometry, inference_kernel
 
         how = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1} | {
             name: options.pop(name) for name in ("stride", "padding", "dilation", "groups") if name in options
         }
         given = {"ours": True, "packed": True, "winograd": True, "isa": "avx2"} | options
-        return choose(Geometry(input, weight, **how), **given)
+        return inference_kernel(Geometry(input, weight, **how), **given)
 
     def test_by_shape(self) -> None:
         assert self.choose((16, 64, 56, 56), (64, 64, 3, 3))[::2] == ("winograd", 4)

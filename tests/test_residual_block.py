@@ -376,13 +376,21 @@ def test_max_pool_ties_and_nan():
         (2, torch.ones(5).double(), ValueError, r"0.norm_weight must have the shape \(4,\)"),
         (12, torch.randn(9, 4, 1, 1).double(), ValueError, "2.norm_weight must have the shape"),
         (11, torch.ones(3).double(), ValueError, "1.running_var must have the shape"),
+        (11, None, ValueError, "1.running_mean and running_var must both be given, or neither"),
+        (0, [1.0], TypeError, r"tensors\[0\] \(0.weight\) must be a torch.Tensor, got list"),
+        (9, torch.nn.ReLU(), TypeError, r"tensors\[9\] \(1.norm_bias\) must be a torch.Tensor, got ReLU"),
+        (8, torch.ones(4), TypeError, "1.norm_weight must be of the input's dtype torch.float64, got torch.float32"),
+        (10, torch.zeros(4).long(), TypeError, "1.running_mean must be of the input's dtype"),
+        # A dispatcher that sees one tensor without data runs the fake kernel: uninitialised memory came back.
+        (2, torch.ones(4).double().to("meta"), ValueError, "0.norm_weight must be on cpu as the input is, got meta"),
+        (6, torch.ones(4, 4, 3, 3).double().to("meta"), ValueError, "1.weight must be on cpu as the input is"),
     ],
 )
 def test_bad_tensors_are_named_before_anything_is_written(index, value, error, words):
     spec, x, tensors = make("bottleneck")
     tensors = [t if t is None else t.clone() for t in tensors]
     tensors[index] = value
-    before = [None if t is None else t.clone() for t in tensors]
+    before = [t.clone() if isinstance(t, torch.Tensor) and not t.is_meta else None for t in tensors]
     with pytest.raises(error, match=words):
         residual_block(x, spec, tensors, training=True)
     assert all(a is None or torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
@@ -397,6 +405,15 @@ def test_bad_tensors_are_named_before_anything_is_written(index, value, error, w
         ({"tensors": []}, ValueError, "tensors must hold 18 entries"),
         ({"training": (True, False)}, ValueError, r"training must be one value or 3 \(one per unit\), got 2"),
         ({"recompute": "all"}, ValueError, "recompute must be one of"),
+        ({"recompute": ["none"]}, ValueError, "recompute must be one of"),
+        ({"spec": SAME}, TypeError, "spec must be a fused_res.BlockSpec, got UnitSpec"),
+        ({"tensors": torch.ones(18)}, TypeError, "tensors must be a list or tuple, got Tensor"),
+        ({"training": "yes"}, TypeError, "training must be True or False, or one of them for each unit, got 'yes'"),
+        ({"training": [True, None, False]}, TypeError, "training must be True or False"),
+        ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+        ({"momentum": [0.1, 0.1, -1.0]}, ValueError, "momentum must be from 0 to 1"),
+        ({"process_group": 3}, TypeError, "process_group must be a torch.distributed.ProcessGroup"),
+        ({"spec": BlockSpec((UnitSpec(), SAME, UnitSpec(eps=0.0)))}, ValueError, "eps must be above 0 when training"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
         ({"spec": BlockSpec((UnitSpec(), SAME, UnitSpec((2, 2))), "identity")}, ValueError, "cannot be added"),
         ({"spec": BlockSpec((UnitSpec((9, 9), (0, 0), (9, 9)), SAME, SAME))}, ValueError, "cannot|too small|reads"),
@@ -425,6 +442,29 @@ def test_specs():
         lambda: UnitSpec(groups=0),
         lambda: PoolSpec((17, 17)),
         lambda: PoolSpec((2, 2), padding=(2, 2)),
+        lambda: UnitSpec(stride=1),
+        lambda: UnitSpec((1,), (1, 1), (1, 1)),
+        lambda: UnitSpec((), (), ()),
+        lambda: UnitSpec(groups="1"),
+        lambda: UnitSpec(eps=-1e-5),
+        lambda: UnitSpec(eps=None),
+        lambda: PoolSpec(3, 2, 1),
+        lambda: PoolSpec((3, 3, 3)),
+        lambda: PoolSpec((3.0, 3.0)),
+        lambda: BlockSpec(SAME),
+        lambda: BlockSpec([SAME]),
+        lambda: BlockSpec((SAME,), pool=(3, 3)),
+        lambda: BlockSpec((SAME, UnitSpec((1,), (1,), (1,)))),
     ):
-        with pytest.raises(ValueError, match="must|may|goes with|has no activation"):
+        with pytest.raises((ValueError, TypeError), match="must|may|goes with|has no activation"):
             bad()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_no_tensor_is_named_under_autocast_too(autocast):
+    spec, x, tensors = make("bottleneck", dtype=torch.float32)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TypeError, match=r"tensors\[1\] \(0.bias\) must be a torch.Tensor, got float"),
+    ):
+        residual_block(x, spec, [tensors[0], 1.0, *tensors[2:]], training=True)

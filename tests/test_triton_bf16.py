@@ -19,7 +19,7 @@ from fused_res import ops
 from fused_res.backends.reference import batch_norm_act as norm
 from fused_res.backends.reference import batch_norm_sync as halves
 from fused_res.backends.reference import max_pool as reference_pool
-from fused_res.backends.reference.conv_bn_stats import activated
+from fused_res.backends.reference.batch_norm_act import activated
 from fused_res.backends.triton import batch_norm_sync
 from fused_res.backends.triton.batch_norm_act import (
     add_masked_,

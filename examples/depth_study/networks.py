@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fused_res.models import cifar_resnet
-from fused_res.models.network import NormLayer, ResidualNetwork, Stage
+from fused_res.models.network import ResidualNetwork, Stage
 from fused_res.nn import BasicBlock, ResidualBlock
 
 KINDS = ("plain", "residual")
@@ -58,7 +59,8 @@ class Network:
 
 
 def block_over(span: int) -> type[ResidualBlock]:
-    """A block like :class:`fused_res.nn.BasicBlock`, of `span` 3x3 convolutions instead of two."""
+    """A block like :class:`fused_res.nn.BasicBlock`, of `span` 3x3 convolutions instead of two, as a
+    :class:`ResidualNetwork` makes its blocks."""
 
     class SpanBlock(ResidualBlock):
         expansion = 1
@@ -67,28 +69,19 @@ def block_over(span: int) -> type[ResidualBlock]:
             self,
             inplanes: int,
             planes: int,
-            stride: int = 1,
-            downsample: nn.Module | None = None,
-            groups: int = 1,
-            base_width: int = 64,
-            dilation: int = 1,
-            norm_layer: NormLayer | None = None,
-            *,
-            shortcut: bool = True,
-            backend: str = "auto",
-            recompute: str = "none",
+            stride: int,
+            downsample: nn.Module | None,
+            *rest: Any,
+            shortcut: bool,
+            **how: str,
         ) -> None:
-            norm = norm_layer or nn.BatchNorm2d
-            channels = [inplanes, *[planes] * span]
-            strides = [stride, *[1] * (span - 1)]
-            convolutions = [
-                nn.Conv2d(channels[i], planes, 3, strides[i], padding=1, groups=groups, bias=False) for i in range(span)
-            ]
+            *_, norm_layer = rest  # behind groups, width and dilation, of which small networks have the usual ones
+            channels, strides = [inplanes, *[planes] * span], [stride, *[1] * (span - 1)]
+            convolutions = [nn.Conv2d(channels[i], planes, 3, strides[i], padding=1, bias=False) for i in range(span)]
             super().__init__(
-                [(convolution, norm(planes)) for convolution in convolutions],
+                [(convolution, norm_layer(planes)) for convolution in convolutions],
                 downsample if downsample is not None else "identity" if shortcut else "none",
-                backend=backend,
-                recompute=recompute,
+                **how,
             )
 
     return SpanBlock

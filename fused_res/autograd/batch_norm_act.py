@@ -12,7 +12,7 @@ from torch.autograd import Function
 from fused_res import distributed
 from fused_res.backends import registry
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as reference
-from fused_res.backends.reference.batch_norm_act import unpack_mask
+from fused_res.backends.reference.batch_norm_act import channels_view, reduced, unpack_mask
 from fused_res.ops import MEAN, VAR, stats_dtype
 
 
@@ -174,11 +174,10 @@ def _differentiable_backward(
     asked = [source for source in sources if source is not None]
     made = iter(torch.autograd.grad(y, asked, dy, create_graph=True) if asked else ())
     grad_input, grad_weight = (None if source is None else next(made) for source in sources)
-    reduced = [0, *range(2, input.dim())]
     wide = dy.to(stats.dtype)
-    grad_bias = wide.sum(reduced)
+    grad_bias = wide.sum(reduced(wide))
     if residual_scale is None:
         return grad_input, dy, grad_weight, grad_bias, None, None
-    scale = residual_scale.to(wide.dtype).view(-1, *(1,) * (input.dim() - 2))
-    grad_scale = None if residual is None else (wide * residual).sum(reduced)
+    scale = channels_view(residual_scale.to(wide.dtype), wide)
+    grad_scale = None if residual is None else (wide * residual).sum(reduced(wide))
     return grad_input, (wide * scale).to(dy.dtype), grad_weight, grad_bias, grad_scale, grad_bias

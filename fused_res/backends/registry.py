@@ -128,17 +128,21 @@ class Backend(SimpleNamespace):
 
 
 def names() -> tuple[str, ...]:
-    """Every value that ``backend=`` takes."""
+    """Every value that ``backend=`` takes, ``"auto"`` first."""
     return ("auto", *_COLUMNS)
 
 
 def unavailable(name: str) -> str | None:
-    """Why the backend cannot run here, or None if it can."""
+    """Why the backend cannot run here, or None if it can.
+
+    Raises:
+        ValueError: there is no backend of this name (``"auto"`` is none).
+    """
     return _COLUMNS[_checked(name)].unavailable()
 
 
 def table() -> dict[str, dict[str, str]]:
-    """Rows are stems, columns are backends; a cell says ``"yes"`` or why not."""
+    """Who has kernels for what, here: rows are operators, columns backends, a cell says ``"yes"`` or why not."""
     return {stem: {name: unavailable(name) or _absent(name, stem) or "yes" for name in _COLUMNS} for stem in STEMS}
 
 
@@ -150,16 +154,27 @@ def _absent(name: str, stem: str) -> str | None:
 
 
 def resolve(name: str, device: torch.device) -> Backend:
-    """The backend to run on ``device``.
+    """The backend that runs on ``device`` when this name is asked for; its ``name`` says which it is.
 
-    Raises :class:`BackendUnavailableError` when it was asked for by name (argument, :func:`use` or
-    ``FUSED_RES_BACKEND``) and cannot run there; ``"auto"`` takes the best that can.
+    Args:
+        name: one of :func:`names`; ``"auto"`` takes the best that can.
+        device: the input's.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: it was asked for by name (argument, :func:`use` or ``FUSED_RES_BACKEND``) and cannot
+            run there.
     """
     if name == "auto":
         name = _default
+    elif type(name) is not str:
+        _checked(name)
     if torch.compiler.is_compiling():
         return getattr(_traced, _traced_name(name, device.type))
-    found = _resolved.get((name, device.type))
+    try:
+        found = _resolved.get((name, device.type))
+    except AttributeError:
+        raise TypeError(f"device must be a torch.device, got {device!r}") from None
     return found if found is not None else _resolve(name, device)
 
 
@@ -233,13 +248,22 @@ def _restore(previous: tuple[str, str, bool]) -> Iterator[None]:
 def use(
     name: str, convolution: str | None = None, winograd: bool | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Sets what ``backend="auto"`` means from here on; as a context manager, until its end.
+    """Sets what ``backend="auto"`` means in this process from here on; as a context manager, until its end.
 
     A GPU's backend that is named so, or as an argument, computes convolutions wherever it can; otherwise the planner
-    decides by shape and dtype. ``convolution`` overrides both: ``"aten"`` leaves every convolution to ATen (cuDNN,
-    oneDNN), ``"fused"`` takes the backend's kernels wherever there are any, ``"planned"`` leaves it to the planner,
-    ``"auto"`` takes the override back, None changes nothing. ``winograd=False`` keeps the CPU's convolutions from
-    Winograd's algorithm, which is faster and less exact: its RMS error is up to 3e-6 of the output's.
+    decides by shape and dtype.
+
+    Args:
+        name: one of :func:`names`.
+        convolution: overrides who computes convolutions: ``"aten"`` leaves every one to ATen (cuDNN, oneDNN),
+            ``"fused"`` takes the backend's kernels wherever there are any, ``"planned"`` leaves it to the planner,
+            ``"auto"`` takes the override back; None changes nothing.
+        winograd: False keeps the CPU's convolutions from Winograd's algorithm, which is faster and less exact: its RMS
+            error is up to 3e-6 of the output's. True allows it; None changes nothing.
+
+    Raises:
+        ValueError: an argument is not a known value; nothing has been changed then.
+        BackendUnavailableError: the backend cannot run here; likewise.
     """
     global _default, _convolution, _winograd
     if name != "auto":
@@ -255,7 +279,7 @@ def use(
 
 
 def _checked(name: str) -> str:
-    if name not in _COLUMNS:
+    if name not in tuple(_COLUMNS):  # which a list may be asked about, too
         raise ValueError(f"backend must be one of {names()}, got {name!r}")
     return name
 

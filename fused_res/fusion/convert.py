@@ -12,7 +12,7 @@ from fused_res.backends import registry
 from fused_res.fusion.adapter import Adapter, Fused, Settings, base_of, fused_class
 from fused_res.fusion.adapters import adapter_for
 from fused_res.nn.chain import Refusal
-from fused_res.nn.configured import Configured, check_settings
+from fused_res.nn.configured import Configured, check_model, check_settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,11 +37,11 @@ def fuse(model: Model, backend: str = "auto", recompute: str = "none", tune: boo
         `model`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: `backend` or `recompute` is not a known name.
         BackendUnavailableError: a backend asked for by name cannot run here. Nothing has been changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     check_settings(backend, recompute)
     if backend != "auto":
         for device in {parameter.device for parameter in model.parameters()}:
@@ -59,7 +59,18 @@ def fuse(model: Model, backend: str = "auto", recompute: str = "none", tune: boo
 
 
 def unfuse(model: Model) -> Model:
-    """Undoes :func:`fuse`, in place: modules have their classes back, ours run their stock layers."""
+    """Undoes :func:`fuse`, in place: modules have their classes back, ours run their stock layers.
+
+    Args:
+        model: any module, fused or not.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    check_model(model)
     for module in model.modules():
         if isinstance(module, Configured):
             module.fused = False
@@ -78,6 +89,7 @@ Candidate = tuple[str, nn.Module, type[Adapter] | None, Refusal | None]
 
 def candidates(model: nn.Module) -> Iterator[Candidate]:
     """Every module that no chain of another one runs: its name, adapter, and what keeps it from fusing."""
+    check_model(model)
     seen: set[nn.Module] = set()
 
     def visit(name: str, module: nn.Module) -> Iterator[Candidate]:

@@ -17,7 +17,7 @@ from fused_res.fusion.sequential import Sequential, runs
 from fused_res.models.network import ResidualNetwork
 from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
 from fused_res.nn.chain import Refusal, Shortcut, Unit, untouched
-from fused_res.nn.configured import check_settings
+from fused_res.nn.configured import check_model, check_settings
 from fused_res.nn.frozen import Frozen, FrozenBlock, FrozenConv, FrozenStage, Programs
 from fused_res.spec import UnitSpec
 
@@ -44,11 +44,11 @@ def freeze(model: Model, backend: str = "auto") -> Model:
         The copy, of `model`'s class; of a block alone, a :class:`fused_res.nn.frozen.FrozenBlock`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: `backend` is not a known name.
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     check_settings(backend, "none")
     if backend != "auto":
         for device in {parameter.device for parameter in model.parameters()}:

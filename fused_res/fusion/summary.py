@@ -43,10 +43,12 @@ class Summary:
 
     @property
     def fused(self) -> tuple[Row, ...]:
+        """The rows of what runs fused."""
         return tuple(row for row in self.rows if row.fused)
 
     @property
     def left(self) -> tuple[Row, ...]:
+        """All other rows."""
         return tuple(row for row in self.rows if not row.fused)
 
     def __str__(self) -> str:
@@ -68,7 +70,17 @@ class Summary:
 def summarize(model: nn.Module) -> Summary:
     """What of `model` runs fused at present, what does not, and why; ``print`` it for a table.
 
-    Rows are the modules that :func:`fused_res.fuse` knows, those of :mod:`fused_res.nn`, and all other norms.
+    Rows are the modules that :func:`fused_res.fuse` knows, those of :mod:`fused_res.nn`, and all other norms. For
+    convolutions they say who computes them, where that does not depend on the batch, or who did last.
+
+    Args:
+        model: any module, fused, frozen or stock.
+
+    Returns:
+        A :class:`fused_res.fusion.Summary`.
+
+    Raises:
+        TypeError: `model` is no module.
     """
     return Summary(tuple(_rows(model)))
 

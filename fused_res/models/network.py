@@ -1,19 +1,17 @@
-"""What the ImageNet and the CIFAR residual networks have in common: stages of blocks, initialisation,
-forward."""
+"""What the ImageNet and the CIFAR residual networks have in common: stages of blocks, initialisation, forward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fused_res.nn import BasicBlock, Bottleneck, chain
-from fused_res.nn.configured import Configured
+from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
 
 Block = type[BasicBlock] | type[Bottleneck]
-NormLayer = Callable[[int], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,22 @@ class ResidualNetwork(Configured):
     Children are made in torchvision's order, which both the state_dict's order and the random numbers of the
     initialisation depend on.
 
-    Args: block: :class:`fused_res.nn.BasicBlock` or :class:`fused_res.nn.Bottleneck`. stages: what
-    ``layer1``, ``layer2``, ... consist of. stem: the first convolution. pool: follows the stem's ReLU.
-    num_classes: outputs of the classifier. zero_init_residual: start with every block's last norm at zero, so
-    that blocks start as their shortcut. groups, width_per_group: of the bottlenecks' 3x3 convolution.
-    norm_layer: makes a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None. plain: leave
-    out all shortcuts, and so all projections. backend, recompute: see
-    :func:`fused_res.functional.residual_block`.
+    Args:
+        block: :class:`fused_res.nn.BasicBlock` or :class:`fused_res.nn.Bottleneck`.
+        stages: what ``layer1``, ``layer2``, ... consist of.
+        stem: the first convolution.
+        pool: follows the stem's ReLU.
+        num_classes: outputs of the classifier.
+        zero_init_residual: start with every block's last norm at zero, so that blocks start as their shortcut (Goyal
+            et al. 2017, https://arxiv.org/abs/1706.02677).
+        groups, width_per_group: of the bottlenecks' 3x3 convolution.
+        norm_layer: makes a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
+        plain: leave out all shortcuts, and so all projections.
+        backend, recompute: see :func:`fused_res.functional.residual_block`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
 
     def __init__(
@@ -59,12 +66,16 @@ class ResidualNetwork(Configured):
     ) -> None:
         super().__init__()
         self.configure(backend, recompute)
+        if not (isinstance(block, type) and issubclass(block, nn.Module) and hasattr(block, "expansion")):
+            raise TypeError(f"block must be fused_res.nn.BasicBlock or Bottleneck, the class, got {block!r}")
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be a whole number, 0 or more, got {num_classes!r}")
         if plain and zero_init_residual:
             raise ValueError("zero_init_residual needs shortcuts: a plain network would output zeros")
         self.plain = plain
         self.groups = groups
         self.base_width = width_per_group
-        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self._norm_layer = norm_layer_or_default(norm_layer)
 
         self.inplanes = stem.out_channels
         self.dilation = 1

@@ -12,14 +12,31 @@ from typing import Any
 
 from torch import nn
 
-from fused_res.models.network import Block, NormLayer, ResidualNetwork, Stage
+from fused_res.models.network import Block, ResidualNetwork, Stage
 from fused_res.nn import BasicBlock, Bottleneck
+from fused_res.nn.configured import NormLayer
 
 
 class ResNet(ResidualNetwork):
-    """torchvision's arguments in torchvision's order, then ``plain``, ``backend`` and ``recompute``.
+    """A ResNet for images ``(N, 3, H, W)``, best 224x224; returns logits ``(N, num_classes)``.
 
-    See :class:`fused_res.models.network.ResidualNetwork` for what they mean.
+    torchvision's arguments in torchvision's order, then ``plain``, ``backend`` and ``recompute``; torchvision's
+    state_dict keys, and with the same seed its initial weights.
+
+    Args:
+        block: :class:`fused_res.nn.BasicBlock` or :class:`fused_res.nn.Bottleneck`.
+        layers: blocks of each of the four stages.
+        num_classes: outputs of the classifier.
+        zero_init_residual: start with every block's last norm at zero, so that blocks start as their shortcut.
+        groups, width_per_group: of the bottlenecks' 3x3 convolution.
+        replace_stride_with_dilation: three bools, for ``layer2`` to ``layer4``: keep the size and dilate instead.
+        norm_layer: makes a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
+        plain: leave out all shortcuts, and so all projections: the twin that He et al. compare with.
+        backend, recompute: see :func:`fused_res.functional.residual_block`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
 
     def __init__(
@@ -37,17 +54,17 @@ class ResNet(ResidualNetwork):
         backend: str = "auto",
         recompute: str = "none",
     ) -> None:
-        dilate = (False, *(replace_stride_with_dilation or (False, False, False)))
-        if len(dilate) != 4:
+        dilate = replace_stride_with_dilation or (False, False, False)
+        if not isinstance(dilate, (tuple, list)) or len(dilate) != 3:
             raise ValueError(
                 "replace_stride_with_dilation must be None or hold one bool for each of layer2, layer3 and "
                 f"layer4, got {replace_stride_with_dilation}"
             )
-        if len(layers) != 4:
-            raise ValueError(f"layers must hold the number of blocks of each of 4 stages, got {layers}")
+        if not isinstance(layers, (tuple, list)) or [isinstance(n, int) and n > 0 for n in layers] != [True] * 4:
+            raise ValueError(f"layers must hold the number of blocks of each of 4 stages, got {layers!r}")
         super().__init__(
             block,
-            [Stage(64 << i, layers[i], 1 if i == 0 else 2, dilate[i]) for i in range(4)],
+            [Stage(64 << i, layers[i], 1 if i == 0 else 2, i > 0 and dilate[i - 1]) for i in range(4)],
             nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
             nn.MaxPool2d(3, stride=2, padding=1),
             num_classes,
@@ -81,7 +98,21 @@ def _build(block: Block, layers: Sequence[int], weights: Any, progress: bool, kw
 
 
 def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-18. ``weights``: None, or one of torchvision's; ``kwargs``: of :class:`ResNet`."""
+    """ResNet-18 (He et al. 2015, https://arxiv.org/abs/1512.03385).
+
+    Args:
+        weights: None, or a member of one of torchvision's weights enums, such as
+            ``torchvision.models.ResNet18_Weights.DEFAULT``, which is downloaded unless torch.hub has it.
+        progress: show the download's.
+        kwargs: all but the first two arguments of :class:`ResNet`.
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
+    """
     return _build(BasicBlock, (2, 2, 2, 2), weights, progress, kwargs)
 
 
@@ -106,10 +137,12 @@ def resnet152(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> R
 
 
 def resnext50_32x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-50 with 32 groups of 4 channels; arguments of :func:`resnet18`."""
+    """ResNeXt-50 with 32 groups of 4 channels (Xie et al. 2016, https://arxiv.org/abs/1611.05431); arguments of
+    :func:`resnet18`."""
     return _build(Bottleneck, (3, 4, 6, 3), weights, progress, {"groups": 32, "width_per_group": 4, **kwargs})
 
 
 def wide_resnet50_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """Wide ResNet-50-2, whose 3x3 convolutions have twice the channels; arguments of :func:`resnet18`."""
+    """Wide ResNet-50-2, whose 3x3 convolutions have twice the channels (Zagoruyko & Komodakis 2016,
+    https://arxiv.org/abs/1605.07146); arguments of :func:`resnet18`."""
     return _build(Bottleneck, (3, 4, 6, 3), weights, progress, {"width_per_group": 128, **kwargs})

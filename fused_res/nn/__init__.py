@@ -1,4 +1,5 @@
-"""Modules with a fused forward and backward; each runs its stock layers where those would differ."""
+"""Modules with a fused forward and backward, for images ``(N, C, H, W)``; each runs its stock layers where those would
+differ, so that results, gradients, running statistics and state_dict are the stock layers' at any time."""
 
 from fused_res.nn.batch_norm_act import BatchNormAct2d
 from fused_res.nn.block import BasicBlock, Bottleneck, ResidualBlock

@@ -7,17 +7,27 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_res.checks import check_activation
 from fused_res.nn import chain
 from fused_res.nn.configured import Configured
-from fused_res.spec import ACTIVATIONS, Activation
+from fused_res.spec import Activation
 
 
 class BatchNormAct2d(Configured, nn.BatchNorm2d):
-    """``activation(batch_norm(x) [+ residual])``; the arguments and state of :class:`torch.nn.BatchNorm2d`.
+    """``activation(batch_norm(input) [+ residual])``; the arguments and state of :class:`torch.nn.BatchNorm2d`.
+
+    Called with ``input`` ``(N, C, H, W)`` and, if there is one, ``residual`` of its shape and dtype; the output has
+    them, too. Batch norm is that of Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
 
     Args:
+        num_features: channels, C.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`.
         activation: ``"relu"`` or ``"identity"``.
-        backend: see :func:`fused_res.functional.batch_norm_act`.
+        backend: see :mod:`fused_res.backends`.
+
+    Raises:
+        ValueError: ``activation`` or ``backend`` is not a known name.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
 
     activation: Activation
@@ -30,8 +40,7 @@ class BatchNormAct2d(Configured, nn.BatchNorm2d):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        check_activation(activation)
         super().__init__(num_features, *args, **kwargs)
         self.activation = activation
         self.configure(backend)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from fused_res.nn import chain
-from fused_res.nn.configured import Configured
-
-NormLayer = Callable[[int], nn.Module]
+from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
 
 
 class ResidualBlock(Configured):
     """``relu(units(x) + shortcut(x))`` with any number of units, each convolution, batch norm and ReLU.
 
-    The last unit's ReLU follows the addition. Children are called ``conv1, bn1, conv2, bn2, ...`` and
-    ``downsample``.
+    The residual block of He et al. 2015, https://arxiv.org/abs/1512.03385. The last unit's ReLU follows the addition.
+    Children are called ``conv1, bn1, conv2, bn2, ...``, ``relu`` and ``downsample``. Called with ``x``
+    ``(N, C, H, W)``; returns what the last unit makes of it, ``(N, K, H', W')``.
 
     Args:
-        units: a (convolution, norm) pair for each unit.
+        units: a (convolution, norm) pair of modules for each unit.
         shortcut: ``"identity"``, ``"none"``, or a module that projects the input to the output's shape.
         backend, recompute: see :func:`fused_res.functional.residual_block`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
 
     def __init__(
@@ -34,17 +37,21 @@ class ResidualBlock(Configured):
     ) -> None:
         super().__init__()
         self.configure(backend, recompute)
-        if not units or any(len(unit) != 2 for unit in units):
-            raise ValueError("units must be a sequence of at least one (convolution, norm) pair")
+        try:
+            pairs = [tuple(unit) for unit in units]
+        except TypeError:
+            pairs = []
+        if not pairs or any(len(p) != 2 or not all(isinstance(m, nn.Module) for m in p) for p in pairs):
+            raise ValueError(f"units must be a sequence of at least one (convolution, norm) pair, got {units!r}")
         if not isinstance(shortcut, nn.Module) and shortcut not in ("none", "identity"):
             raise ValueError(f"shortcut must be 'none', 'identity' or a module, got {shortcut!r}")
-        for index, (conv, norm) in enumerate(units, start=1):
+        for index, (conv, norm) in enumerate(pairs, start=1):
             self.add_module(f"conv{index}", conv)
             self.add_module(f"bn{index}", norm)
         self.relu = nn.ReLU()
         self.downsample = shortcut if isinstance(shortcut, nn.Module) else None
         self.has_shortcut = shortcut != "none"
-        self._names = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(units) + 1))
+        self._names = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(pairs) + 1))
 
     def _parts(self) -> tuple[list[chain.Unit], chain.Shortcut]:
         children = self._modules
@@ -83,7 +90,24 @@ def _conv1x1(inplanes: int, planes: int) -> nn.Conv2d:
 
 
 class BasicBlock(ResidualBlock):
-    """Two 3x3 convolutions; arguments and state_dict keys of torchvision's."""
+    """Two 3x3 convolutions, the first with the stride; arguments and state_dict keys of torchvision's.
+
+    Of He et al. 2015, https://arxiv.org/abs/1512.03385, figure 5 left. ``(N, inplanes, H, W)`` to ``(N, planes, H /
+    stride, W / stride)``, sizes rounded up.
+
+    Args:
+        inplanes, planes: channels of the input, and of both convolutions.
+        stride: of the first convolution.
+        downsample: projects the input to the output's shape; None: the input itself is added.
+        groups, base_width, dilation: 1, 64 and 1; they are for :class:`Bottleneck`.
+        norm_layer: makes a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
+        shortcut: False leaves the addition out, with ``downsample`` None.
+        backend, recompute: see :func:`fused_res.functional.residual_block`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
+    """
 
     expansion = 1
 
@@ -106,7 +130,7 @@ class BasicBlock(ResidualBlock):
             raise ValueError(f"BasicBlock takes groups=1 and base_width=64 only, got {groups} and {base_width}")
         if dilation != 1:
             raise NotImplementedError(f"BasicBlock takes dilation=1 only, got {dilation}")
-        norm = norm_layer or nn.BatchNorm2d
+        norm = norm_layer_or_default(norm_layer)
         super().__init__(
             [(_conv3x3(inplanes, planes, stride), norm(planes)), (_conv3x3(planes, planes), norm(planes))],
             _shortcut(shortcut, downsample),
@@ -117,7 +141,23 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """Convolutions of 1x1, 3x3 (with the stride) and 1x1; arguments and state_dict keys of torchvision's."""
+    """Convolutions of 1x1, 3x3 (with the stride) and 1x1; arguments and state_dict keys of torchvision's.
+
+    Of He et al. 2015, https://arxiv.org/abs/1512.03385, figure 5 right, and with ``groups`` of Xie et al. 2016,
+    https://arxiv.org/abs/1611.05431. ``(N, inplanes, H, W)`` to ``(N, 4 * planes, H / stride, W / stride)``, sizes
+    rounded up.
+
+    Args:
+        inplanes: channels of the input.
+        planes: a quarter of the output's channels.
+        stride, dilation, groups: of the 3x3 convolution.
+        base_width: that has ``planes * base_width / 64`` channels times ``groups``.
+        downsample, norm_layer, shortcut, backend, recompute: as in :class:`BasicBlock`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
+    """
 
     expansion = 4
 
@@ -136,7 +176,7 @@ class Bottleneck(ResidualBlock):
         backend: str = "auto",
         recompute: str = "none",
     ) -> None:
-        norm = norm_layer or nn.BatchNorm2d
+        norm = norm_layer_or_default(norm_layer)
         width = int(planes * base_width / 64) * groups
         outplanes = planes * self.expansion
         super().__init__(
@@ -153,6 +193,10 @@ class Bottleneck(ResidualBlock):
 
 
 def _shortcut(wanted: bool, downsample: nn.Module | None) -> str | nn.Module:
+    if not isinstance(wanted, bool):
+        raise TypeError(f"shortcut must be True or False, got {wanted!r}")
+    if not isinstance(downsample, nn.Module | None):
+        raise TypeError(f"downsample must be a torch.nn.Module or None, got {downsample!r}")
     if not wanted and downsample is not None:
         raise ValueError("downsample must be None where shortcut is False")
     if downsample is not None:

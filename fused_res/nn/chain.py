@@ -179,6 +179,8 @@ def read_norm(state: dict[str, Any]) -> NormState | str:
     if momentum is None:
         # A cumulative average weighs the new batch by one over the number of batches, this one included.
         momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+    elif not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
+        return "has a momentum that is no number from 0 to 1"
     return weight, bias, mean, var, True, momentum, counter
 
 
@@ -224,7 +226,8 @@ def read(units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | N
         refusal = _add_projection(chain, shortcut)
         if refusal is not None:
             return refusal
-    if any(group is not chain.groups[0] for group in chain.groups):
+    groups = chain.groups
+    if groups and groups.count(groups[0]) != len(groups):
         return Refusal("some norms take their statistics from other processes than others do")
     refusal = None if pool is None else inspect_pool(pool)
     if refusal is not None:

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from fused_res.backends import registry
+from fused_res.checks import check_recompute
 from fused_res.nn.chain import Refusal
-from fused_res.plan import RECOMPUTE
+
+#: Makes a norm from its number of channels.
+NormLayer = Callable[[int], nn.Module]
+
+
+def norm_layer_or_default(norm_layer: NormLayer | None) -> NormLayer:
+    """:class:`torch.nn.BatchNorm2d` for None. Raises TypeError for what makes no norms, such as a norm."""
+    if norm_layer is None:
+        return nn.BatchNorm2d
+    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
+        raise TypeError(
+            "norm_layer must make a norm from its number of channels, as the class torch.nn.BatchNorm2d does, got"
+            f" {norm_layer!r}"
+        )
+    return norm_layer
+
+
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_settings(backend: str, recompute: str) -> None:
     """Raises ValueError for an unknown name, BackendUnavailableError for a backend that cannot run here."""
     if backend not in registry.names():
         raise ValueError(f"backend must be one of {registry.names()}, got {backend!r}")
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
+    check_recompute(recompute)
     registry.require(backend)
 
 
 class Configured(nn.Module):
-    """A module that :func:`fused_res.fuse` and :func:`fused_res.unfuse` switch instead of replacing.
+    """The base of this package's modules: :func:`fused_res.fuse` and :func:`fused_res.unfuse` switch them.
 
     A subclass's ``forward`` takes the fused path where ``fused`` is set and its modules and input allow it.
+    ``backend``, ``recompute`` and ``tune`` are those of :func:`fused_res.functional.residual_block`.
     """
 
     backend: str = "auto"
@@ -30,6 +52,12 @@ class Configured(nn.Module):
     fused: bool = True
 
     def configure(self, backend: str = "auto", recompute: str = "none", fused: bool = True, tune: bool = False) -> None:
+        """Sets all four.
+
+        Raises:
+            ValueError: ``backend`` or ``recompute`` is not a known name.
+            BackendUnavailableError: the backend was asked for by name and cannot run here.
+        """
         check_settings(backend, recompute)
         self.backend, self.recompute, self.fused, self.tune = backend, recompute, fused, tune
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
+from fused_res.checks import check_activation
 from fused_res.nn import chain
-from fused_res.nn.configured import Configured
-from fused_res.spec import ACTIVATIONS, Activation
+from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
+from fused_res.spec import Activation
 
 
 class ConvBNAct2d(Configured):
-    """``activation(norm(conv(x)))`` with the children ``conv`` and ``bn``.
+    """``activation(norm(conv(x)))`` with the children ``conv``, ``bn`` and ``act``.
+
+    Called with ``x`` ``(N, in_channels, H, W)``; returns ``(N, out_channels, H', W')``.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: the convolution's, as
@@ -20,6 +21,10 @@ class ConvBNAct2d(Configured):
         activation: ``"relu"`` or ``"identity"``.
         norm_layer: makes the norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
         backend, recompute: see :func:`fused_res.functional.residual_block`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
 
     def __init__(
@@ -34,19 +39,18 @@ class ConvBNAct2d(Configured):
         bias: bool = False,
         *,
         activation: Activation = "relu",
-        norm_layer: Callable[[int], nn.Module] | None = None,
+        norm_layer: NormLayer | None = None,
         backend: str = "auto",
         recompute: str = "none",
     ) -> None:
         super().__init__()
         self.configure(backend, recompute)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        check_activation(activation)
         if padding is None:
-            kernel, spread = _pair(kernel_size), _pair(dilation)
+            kernel, spread = _pair(kernel_size, "kernel_size"), _pair(dilation, "dilation")
             padding = (spread[0] * (kernel[0] - 1) // 2, spread[1] * (kernel[1] - 1) // 2)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.bn = (norm_layer or nn.BatchNorm2d)(out_channels)
+        self.bn = norm_layer_or_default(norm_layer)(out_channels)
         self.act = nn.ReLU() if activation == "relu" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,5 +75,8 @@ class ConvBNAct2d(Configured):
         return self.settings_repr().removeprefix(", ")
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(one, int) for one in pair):
+        raise TypeError(f"{name} must be a whole number, or two of them, got {value!r}")
+    return pair

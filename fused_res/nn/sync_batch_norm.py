@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fused_res import distributed
 from fused_res.nn import chain
 from fused_res.nn.batch_norm_act import BatchNormAct2d
+from fused_res.nn.configured import check_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,10 +30,14 @@ class SyncBatchNorm(_BatchNorm):
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`;
             inputs are ``(N, C, ...)`` with 2 to 5 dimensions.
         process_group: the processes to synchronise with; None stands for all. Alone, this is a batch norm.
+
+    Raises:
+        TypeError: ``process_group`` is no group.
     """
 
     def __init__(self, *args: Any, process_group: ProcessGroup | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        distributed.check_group(process_group)
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,7 +54,12 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class SyncBatchNormAct2d(BatchNormAct2d, SyncBatchNorm):
-    """:class:`BatchNormAct2d` with the statistics of several processes; see :class:`SyncBatchNorm`."""
+    """:class:`BatchNormAct2d` with the statistics of several processes.
+
+    Args:
+        num_features, activation, backend and the others: those of :class:`BatchNormAct2d`.
+        process_group: as in :class:`SyncBatchNorm`.
+    """
 
 
 _SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
@@ -78,9 +89,11 @@ def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = No
         `model`.
 
     Raises:
-        TypeError: it holds a batch norm of a class of its own, which may do more than normalise. Nothing has been
-            changed then.
+        TypeError: `model` is no module, or holds a batch norm of a class of its own, which may do more than normalise;
+            or `process_group` is no group. Nothing has been changed then.
     """
+    check_model(model)
+    distributed.check_group(process_group)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, norm in norms.items():
         if type(norm) not in _SYNCHRONISED:

@@ -1,4 +1,4 @@
-"""``act(conv(x, w) + bias [+ residual])``: by our kernels, oneDNN's or ATen's, as :mod:`.convolution` chooses."""
+"""``act(conv(x, w) + bias [+ residual])``: by our kernels, oneDNN's or ATen's, as :mod:`.choice` has it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_res import _extension, ops
 from fused_res import convolution as aten
 from fused_res.backends import registry
 from fused_res.backends.cpu import convolution, onednn, program
-from fused_res.backends.cpu.convolution import Kernel
+from fused_res.backends.cpu.choice import Kernel
 from fused_res.backends.cpu.program import Program
 from fused_res.ops import laid_out, makes_channels_last
 from fused_res.spec import BlockSpec, UnitSpec

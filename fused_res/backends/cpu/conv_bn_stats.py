@@ -1,7 +1,7 @@
 """Convolutions in training: with statistics of their output, and their two gradients.
 
-``csrc/cpu/convolution.cpp`` and ``weight_gradient.cpp``, where :func:`fused_res.choice.training_kernels` says that
-these are faster, else ATen's. A weight changes with every step, and so is packed for every call.
+``csrc/cpu/convolution.cpp`` and ``weight_gradient.cpp``, where :func:`.choice.training_kernels` says that these are
+faster, else ATen's. A weight changes with every step, and so is packed for every call.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fused_res import _extension, convolution, ops
 from fused_res.backends import registry
 from fused_res.backends.cpu.batch_norm_act import batch_norm_act_apply
 from fused_res.backends.cpu.batch_norm_sync import batch_norm_partials
+from fused_res.backends.cpu.choice import Geometry, TrainingKernels, training_kernels
 from fused_res.backends.cpu.convolution import pack
-from fused_res.choice import TrainingKernels, training_kernels
 from fused_res.ops import is_channels_last
 from fused_res.spec import UnitSpec
 
@@ -39,8 +39,8 @@ def _kernels(input: Tensor, weight: Tensor, spec: UnitSpec) -> TrainingKernels:
         return TrainingKernels()
     if weight.dtype != torch.float32 or _extension.cpu_isa() == "baseline":
         return TrainingKernels()
-    winograd = registry.winograd()
-    return training_kernels(tuple(input.shape), tuple(weight.shape), spec.stride, spec.padding, spec.dilation, winograd)
+    shapes = tuple(input.shape), tuple(weight.shape)
+    return training_kernels(Geometry(*shapes, spec.stride, spec.padding, spec.dilation, 1), registry.winograd())
 
 
 def conv_forward(

@@ -13,8 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fused_res.backends.cpu.convolution import Geometry, Kernel, choose
-from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
+from fused_res.backends.cpu.choice import Geometry, Kernel, inference_kernel
+from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, convolved_sizes
 
 _run = torch.ops.fused_res_cpu.conv_program.default
 
@@ -67,16 +67,18 @@ def plan(
     for layer in layers:
         channels, *size = shapes[layer.reads]
         if isinstance(layer.spec, PoolSpec):
-            shapes.append((channels, *_sizes(size, layer.spec.kernel_size, layer.spec, (1, 1))))
+            pool = layer.spec
+            shapes.append((channels, *convolved_sizes(size, pool.kernel_size, pool.stride, pool.padding, (1, 1))))
             continue
         spec, weight = layer.spec, weights[layer.weight]
         if weight[1] * spec.groups != channels:
             return None
         geometry = Geometry((images, channels, *size), weight, spec.stride, spec.padding, spec.dilation, spec.groups)
-        kernels[layer.weight] = kernel = choose(geometry, True, True, winograd, isa)
+        kernels[layer.weight] = kernel = inference_kernel(geometry, True, True, winograd, isa)
         if not kernel.ours:
             return None
-        shapes.append((weight[0], *_sizes(size, weight[2:], spec, spec.dilation)))
+        sizes = convolved_sizes(size, weight[2:], spec.stride, spec.padding, spec.dilation)
+        shapes.append((weight[0], *sizes))
     if any(size < 1 for shape in shapes for size in shape):
         return None
     places, arena = _places(layers, [prod(shape) for shape in shapes])
@@ -168,12 +170,3 @@ def _step(
     outputs, _, *taps = weights[layer.weight]
     how = [kernels[layer.weight].tile, int(spec.relu), *image, outputs, *taps]
     return [_CONVOLUTION, *where, *how, *spec.stride, *spec.padding, *spec.dilation]
-
-
-def _sizes(
-    size: Sequence[int], kernel: Sequence[int], spec: UnitSpec | PoolSpec, dilation: Sequence[int]
-) -> tuple[int, ...]:
-    return tuple(
-        (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
-        for size, taps, step, pad, spread in zip(size, kernel, spec.stride, spec.padding, dilation, strict=True)
-    )

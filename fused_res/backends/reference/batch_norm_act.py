@@ -168,11 +168,7 @@ def batch_norm_act_backward(
     relu: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy = grad_output.to(stats.dtype)
-    if relu_mask is not None:
-        dy = dy * unpack_mask(relu_mask, input)
-    elif relu:
-        dy = torch.where(normalise(input, stats) <= 0, 0, dy)
+    dy = masked(grad_output, input, stats, relu_mask, relu)
     want_input, want_residual, *want_weight_bias = output_mask
     grad_residual = finish(dy, relu=False, like=input) if want_residual else input.new_empty(0)
     grad_input, *rest = _norm_backward(dy, input, weight, stats, training, [want_input, *want_weight_bias])
@@ -192,9 +188,7 @@ def batch_norm_act_backward_pair(
     residual_training: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dy = grad_output.to(stats.dtype)
-    if relu_mask is not None:
-        dy = dy * unpack_mask(relu_mask, input)
+    dy = masked(grad_output, input, stats, relu_mask, False)
     want_input, want_residual, *rest = output_mask
     grad_input, *grads = _norm_backward(dy, input, weight, stats, training, [want_input, *rest[:2]])
     grad_residual, *residual_grads = _norm_backward(
@@ -207,16 +201,16 @@ def _norm_backward(
     dy: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, training: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias, each where wanted, of the masked ``dy``."""
-    xhat = (input.to(dy.dtype) - channels_view(stats[MEAN], dy)) * channels_view(stats[INVSTD], dy)
+    normalised = xhat(input, stats)
     dbias = dy.sum(reduced(dy))
-    dweight = (dy * xhat).sum(reduced(dy))
+    dweight = (dy * normalised).sum(reduced(dy))
     empty = input.new_empty(0)
     grad_input, grad_weight, grad_bias = empty, empty, empty
     if wanted[0]:
         dx = dy
         if training and dy.numel():
             count = dy.numel() // dy.shape[1]
-            dx = dy - channels_view(dbias / count, dy) - xhat * channels_view(dweight / count, dy)
+            dx = dy - channels_view(dbias / count, dy) - normalised * channels_view(dweight / count, dy)
         grad_input = finish(dx * channels_view(stats[SCALE], dy), relu=False, like=input)
     if wanted[1]:
         grad_weight = dweight if weight is None else dweight.to(weight.dtype)
@@ -265,6 +259,23 @@ def _rows(x: Tensor) -> Tensor:
 def normalise(input: Tensor, stats: Tensor) -> Tensor:
     centred = input.to(stats.dtype) - channels_view(stats[MEAN], input)
     return torch.addcmul(channels_view(stats[SHIFT], input), centred, channels_view(stats[SCALE], input))
+
+
+def xhat(input: Tensor, stats: Tensor) -> Tensor:
+    return (input.to(stats.dtype) - channels_view(stats[MEAN], input)) * channels_view(stats[INVSTD], input)
+
+
+def masked(grad: Tensor, output: Tensor, stats: Tensor, relu_mask: Tensor | None, relu: bool) -> Tensor:
+    """The gradient in front of the ReLU, in the statistics' dtype."""
+    dy = grad.to(stats.dtype)
+    if relu_mask is not None:
+        return dy * unpack_mask(relu_mask, output)
+    return torch.where(normalise(output, stats) <= 0, 0, dy) if relu else dy
+
+
+def activated(input: Tensor, stats: Tensor | None, relu: bool) -> Tensor:
+    """``input``, or with ``stats`` the activation of it, rounded to its dtype."""
+    return input if stats is None else finish(normalise(input, stats), relu, like=input)
 
 
 def finish(y: Tensor, relu: bool, like: Tensor) -> Tensor:

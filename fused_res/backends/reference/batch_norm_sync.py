@@ -8,13 +8,13 @@ from torch import Tensor
 from fused_res.backends.reference.batch_norm_act import (
     channels_view,
     finish,
+    masked,
     moments,
-    normalise,
     reduced,
     stats_of,
-    unpack_mask,
+    xhat,
 )
-from fused_res.ops import INVSTD, MEAN, SCALE
+from fused_res.ops import SCALE
 
 
 def batch_norm_partials(input: Tensor) -> Tensor:
@@ -82,15 +82,3 @@ def before_norm(
     if sums is not None:
         dz = dz - channels_view(sums[0] / count, dz) - xhat(output, stats) * channels_view(sums[1] / count, dz)
     return dz * channels_view(stats[SCALE], dz)
-
-
-def masked(grad: Tensor, output: Tensor, stats: Tensor, relu_mask: Tensor | None, relu: bool) -> Tensor:
-    """The gradient in front of the ReLU."""
-    dy = grad.to(stats.dtype)
-    if relu_mask is not None:
-        return dy * unpack_mask(relu_mask, output)
-    return torch.where(normalise(output, stats) <= 0, 0, dy) if relu else dy
-
-
-def xhat(input: Tensor, stats: Tensor) -> Tensor:
-    return (input.to(stats.dtype) - channels_view(stats[MEAN], input)) * channels_view(stats[INVSTD], input)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_res.backends.reference.batch_norm_act import batch_norm_act_apply
+from fused_res.backends.reference.batch_norm_act import activated
 from fused_res.backends.reference.batch_norm_sync import batch_norm_partials
 
 
@@ -24,8 +24,3 @@ def conv_bn_stats(
     x = activated(input, input_stats, input_relu)
     output = torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
     return output, batch_norm_partials(output) if partials else output.new_empty(0, dtype=torch.float64)
-
-
-def activated(input: Tensor, stats: Tensor | None, relu: bool) -> Tensor:
-    """What a convolution reads: its input, or with ``stats`` the activation of it."""
-    return input if stats is None else batch_norm_act_apply(input, stats, None, None, relu, False)[0]

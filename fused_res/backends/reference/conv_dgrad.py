@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_res.backends.reference.batch_norm_act import unpack_mask
-from fused_res.backends.reference.batch_norm_sync import batch_norm_sums, before_norm, masked
+from fused_res.backends.reference.batch_norm_act import masked, unpack_mask
+from fused_res.backends.reference.batch_norm_sync import batch_norm_sums, before_norm
 from fused_res.ops import laid_out
 
 

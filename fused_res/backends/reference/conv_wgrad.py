@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_res.backends.reference.batch_norm_act import activated
 from fused_res.backends.reference.batch_norm_sync import before_norm
-from fused_res.backends.reference.conv_bn_stats import activated
 
 
 def conv_wgrad(

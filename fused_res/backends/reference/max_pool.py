@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_res.backends.reference.batch_norm_act import batch_norm_act_apply
+from fused_res.backends.reference.batch_norm_act import activated
 
 
 def max_pool_forward(
@@ -17,7 +17,7 @@ def max_pool_forward(
     stride: list[int],
     padding: list[int],
 ) -> tuple[Tensor, Tensor]:
-    x = input if stats is None else batch_norm_act_apply(input, stats, None, None, relu, False)[0]
+    x = activated(input, stats, relu)
     if input.numel() == 0:
         output = F.max_pool2d(x, kernel_size, stride, padding)
         return output, torch.empty_like(output, dtype=torch.uint8)

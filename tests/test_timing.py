@@ -1,0 +1,140 @@
+"""How the benchmarks measure: rounds, clocks, ceilings, allocators, and the tables made of it."""
+
+import os
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm")
+
+from benchmarks import allocator, ceilings, environment, report, timing
+from fused_res import _extension
+
+
+def test_ceilings_are_the_best_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, peaks = iter([3e9, 2e9, 2e9]), iter([5e11, 6e11])
+    monkeypatch.setattr(ceilings, "copy_bandwidth", lambda *_, **__: next(copies))
+    monkeypatch.setattr(ceilings, "fma_peak", lambda: next(peaks))
+    best = ceilings.best(ceilings.measure("cpu", True), ceilings.measure("cpu", True))
+    assert best == {"copy_bytes_per_s": 3e9, "fma_flops_per_s": 6e11}
+    assert ceilings.measure("cuda", True) == {"copy_bytes_per_s": 2e9}
+    run = {"allocator": "warm", "environment": environment.describe() | {"backend": "cpu"}, "ceilings": best}
+    line = report.environment({"runs": [run]})
+    assert " · copies 3.0 GB/s (read plus write) · multiplies and adds 600 GFLOP/s · torch" in line
+
+
+@pytest.mark.skipif(not _extension.loaded, reason=_extension.reason)
+def test_fma_peak_is_plausible() -> None:
+    """No product of matrices passes it; both may have a neighbour, so they are measured in turn."""
+    peak = _extension.fma_peak
+    with pytest.raises(ValueError, match="threads: expected 1 to"):
+        peak(0)
+    with pytest.raises(ValueError, match="threads: expected 1 to"):
+        peak(torch.get_num_threads() + 1)
+    size, peaks, products = 1024, [], []
+    matrix = torch.randn(size, size)
+    for _ in range(3):
+        peaks.append(peak(torch.get_num_threads()))
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            products.append(2 * size**3 / (time.perf_counter() - start))
+    assert max(peaks) > 1e9
+    assert max(products) < 1.1 * max(peaks)
+    assert ceilings.fma_peak() > 1e9
+
+
+class FakeClock(timing.Clock):
+    time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+
+class PreparingClock(FakeClock):
+    prepared = 0
+
+    def prepare(self) -> None:
+        self.prepared += 1
+        self.time += 100.0
+
+    def seconds(self, before: float, after: float) -> float:
+        return 2 * (after - before)
+
+
+def test_what_prepares_a_call_is_not_timed() -> None:
+    clock = PreparingClock()
+
+    def step(_: None) -> None:
+        clock.time += 0.002
+
+    samples = timing.measure_interleaved({"a": {"forward": step}}, repeat=3, min_time=0, label="test", clock=clock)
+    assert samples["a"].phases["forward"] == pytest.approx([0.004] * 3)
+    assert clock.prepared == clock.warm_up_calls + 3 * 3  # three calls make a sample of ten milliseconds
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.2])
+def test_other_threads_fall_asleep_before_each_sample(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a short call's own are woken."""
+    clock, order = FakeClock(), []
+    monkeypatch.setattr(timing.time, "sleep", order.append)
+
+    def step(_: None) -> None:
+        order.append("call")
+        clock.time += seconds
+
+    samples = timing.measure_interleaved(
+        {"a": {"forward": step}}, repeat=2, min_time=0, label="test", clock=clock, sample_seconds=0, idle=0.06
+    )
+    before = [0.06, "call"] if seconds < timing.LONG_CALL else [0.06]
+    assert order == ["call"] * clock.warm_up_calls + 2 * [*before, "call"]
+    assert samples["a"].phases["forward"] == pytest.approx([seconds] * 2)
+
+
+def test_timing_is_interleaved_and_adds_up() -> None:
+    clock = FakeClock()
+    order = []
+
+    def phase(name: str, seconds: float):
+        def run(state):
+            order.append((name, state))
+            clock.time += seconds
+            return name
+
+        return run
+
+    workloads = {
+        "a": {"forward": phase("a1", 1.0), "backward": phase("a2", 2.0)},
+        "b": {"forward": phase("b1", 4.0)},
+    }
+    samples = timing.measure_interleaved(workloads, repeat=3, min_time=0.0, label="test", clock=clock)
+    assert samples["a"].phases == {"forward": [1.0] * 3, "backward": [2.0] * 3}
+    assert samples["b"].summary()["median_s"] == 4.0
+    one_round = [("a1", None), ("a2", "a1"), ("b1", None)]
+    assert order[-9:] == 3 * one_round
+    # 5 seconds for each of two, at 7 seconds a round
+    samples = timing.measure_interleaved(workloads, repeat=1, min_time=5.0, label="test", clock=clock)
+    assert samples["a"].summary()["rounds"] == 2
+
+
+def test_quantiles_and_tables() -> None:
+    values = [5.0, 1.0, 3.0, 2.0, 4.0]
+    assert [timing.quantile(values, f) for f in (0, 0.1, 0.5, 1)] == pytest.approx([1, 1.4, 3, 5])
+    assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4)
+    assert report.table(["case", "ms"], [["a", 1], ["bcdef", 12.5]]).splitlines() == [
+        "case     ms",
+        "-----  ----",
+        "a         1",
+        "bcdef  12.5",
+    ]
+
+
+def test_allocator_settings_replace_what_was_set() -> None:
+    environment = {"PATH": "p", "MALLOC_TOP_PAD_": "1"}
+    assert allocator.environment_for("as-shipped", environment) == {"PATH": "p"}
+    assert allocator.environment_for("warm", environment) == {"PATH": "p", **allocator.SETTINGS["warm"]}
+    assert allocator.settings_for("both") == ["as-shipped", "warm"]
+    assert allocator.settings_for("warm") == ["warm"]
+    assert allocator.settings_for("both", "cuda") == ["as-shipped"]
+    assert not set(allocator.VARIABLES) & os.environ.keys(), "the tests themselves run as shipped"
