@@ -148,9 +148,9 @@ def environment(document: dict[str, Any]) -> str:
     """One line on what was measured on what, and what that can do at best."""
     run = document["runs"][0]
     env = run["environment"]
-    commit = (env["commit"] or "no commit")[:12]
+    commit = f"commit {env['commit'][:12]}" if env["commit"] else "no commit"
     where = machine(env) if "backend" in env else f"calculated · {versions(env)}"
-    return " · ".join([where, *ceilings(run), f"commit {commit}", env["date"]])
+    return " · ".join([where, *ceilings(run), commit, env["date"]])
 
 
 def machine(env: dict[str, Any]) -> str:

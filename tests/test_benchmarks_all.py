@@ -8,7 +8,7 @@ import torch
 from benchmarking import RUN
 
 from benchmarks import __main__ as command_line
-from benchmarks import conv, everything, on_gpu, report, runner, traffic
+from benchmarks import conv, everything, headline, on_gpu, report, runner, traffic
 
 
 def test_all_runs_the_selection_and_ends_with_the_summary(
@@ -27,7 +27,7 @@ def test_all_leaves_out_what_would_begin_too_late(
     clock = iter([0.0, 0.0, 1e6, 1e6])
     monkeypatch.setattr(everything, "SELECTION", everything.SELECTION[:2])
     monkeypatch.setattr(everything.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(everything.runner, "run", lambda *_: {"runs": []})
+    monkeypatch.setattr(everything.runner, "run", lambda *_: {"command": "python -m benchmarks op", "runs": []})
     monkeypatch.setattr(everything.report, "environment", lambda _: "machine")
     command_line.main(["all", "--out", str(tmp_path)])
     assert "left out, as this machine is slow today:\npython -m benchmarks infer --model" in capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_a_gpu_names_its_runs() -> None:
     env = {"gpu": gpu, "backend": "triton", "torch": "2", "fused_res": "0", "commit": None, "date": "today"}
     assert report.allocator_title({"allocator": "as-shipped", "environment": env}) == "H200"
     line = report.environment({"runs": [{"environment": env}]})
-    assert line == "H200, CUDA 13.0, cuDNN 91000 · backend triton · torch 2 · fused_res 0 (no commit) · today"
+    assert line == "H200, CUDA 13.0, cuDNN 91000 · backend triton · torch 2 · fused_res 0 · no commit · today"
     assert traffic.eager(1000, True, "train", device="cuda") == traffic.Traffic(8000, 8000)
 
 
@@ -58,7 +58,11 @@ def test_a_gpu_part_that_fails_or_hangs_is_named_and_the_others_run(
 ) -> None:
     monkeypatch.setattr(everything, "GPU_SELECTION", {"bench": everything.GPU_SELECTION["bench"][:3], "compile": ()})
     documents = iter(
-        [runner.PartFailedError(3, "ended with exit code 3"), {"runs": []}, runner.PartFailedError(1, "not done")]
+        [
+            runner.PartFailedError(3, "ended with exit code 3"),
+            {"command": "python -m benchmarks op", "runs": []},
+            runner.PartFailedError(1, "not done"),
+        ]
     )
 
     def one(*_: object) -> dict[str, list[object]]:
@@ -90,3 +94,25 @@ def test_without_a_gpu_nothing_runs_on_one() -> None:
     parsed = command_line.build_parser().parse_args(["conv", "--quick", "--device", "cuda"])
     with pytest.raises(SystemExit, match="--device cuda: there is no NVIDIA GPU here"):
         runner.measure_here(conv, parsed)
+
+
+def test_the_selection_ends_in_sentences() -> None:
+    def document(subcommand: str, case: dict, **medians: float) -> dict:
+        providers = {name.replace("_", "-"): {"median_s": seconds} for name, seconds in medians.items()}
+        run = {"cases": [case | {"providers": providers}]}
+        return {"command": f"python -m benchmarks {subcommand} --more", "runs": [run]}
+
+    network = {"model": "resnet18", "batch": 4, "size": 32, "mode": "train"}
+    documents = [
+        document("infer", network, ours=0.010, openvino=0.015, onnxruntime=0.012),
+        document("model", network | {"batch": 1}, ours=0.1, eager=0.09, eager_channels_last=0.2),
+        document("op", {}, ours=0.5, ours_compile=0.1, eager=2.0),
+        document("conv", {}, aten=1.0),  # no sentence
+        {"command": "python -m benchmarks memory", "runs": []},
+    ]
+    assert headline.in_short(documents).splitlines()[1:] == [
+        "- resnet18 infers 4 images of 32x32 in 10 ms, 1.20 times as fast as ONNX Runtime, the fastest of 2 others",
+        "- resnet18 trains on 1 image of 32x32 in 100.0 ms, 0.90 times as fast as PyTorch, the fastest of 2 others",
+        "- batch norm, addition and ReLU alone are 4.00 times as fast as those of PyTorch"
+        " (geometric mean over 1 shapes)",
+    ]
