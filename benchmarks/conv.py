@@ -252,7 +252,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "name": case.name,
                 "count": case.count,
                 "flops": case.layer.flops,
-                "dtype": str(common.dtype_of(options)).removeprefix("torch."),
+                "dtype": common.dtype_name(options),
                 "share_of_allowed_error": checks,
                 "providers": {name: {**values.summary(), "error": errors[name]} for name, values in samples.items()},
             }

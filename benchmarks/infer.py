@@ -72,7 +72,7 @@ def select_cases(options: argparse.Namespace) -> list[InferCase]:
     names = options.model or (["resnet18"] if options.quick else ["resnet18", "resnet34", "resnet50"])
     batches = options.batch or ([1, 2] if options.quick else BATCHES[options.device])
     size = options.size or (64 if options.quick else 224)
-    dtype = str(common.dtype_of(options)).removeprefix("torch.")
+    dtype = common.dtype_name(options)
     return [InferCase(name, batch, size, dtype, options.device) for name in names for batch in batches]
 
 

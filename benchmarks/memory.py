@@ -155,7 +155,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "name": f"{options.model} {batch}x{options.size}x{options.size}",
         "model": options.model,
         "batch": batch,
-        "dtype": str(common.dtype_of(options)).removeprefix("torch."),
+        "dtype": common.dtype_name(options),
         "size": options.size,
         "share_of_allowed_error": checks,
         "providers": {way: {**samples[way].summary(), **footprints[way]} for way in ways},

@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             {
                 "name": case.name,
                 **case.describe(),
-                "dtype": str(common.dtype_of(options)).removeprefix("torch."),
+                "dtype": common.dtype_name(options),
                 "share_of_allowed_error": checks,
                 "providers": {name: values.summary() for name, values in samples.items()},
             }

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fused_res import models
 from fused_res.choice import Choice
+from fused_res.layout import convolved, pooled_shape
 from fused_res.models import ResNet
 from fused_res.nn import chain
 from fused_res.nn.block import ResidualBlock
-from fused_res.ops import convolved, pooled_shape
 from fused_res.plan import Plan, decide
 from fused_res.spec import UnitSpec
 

@@ -211,7 +211,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         measured.append(
             {
                 **case.describe(),
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": common.dtype_name(options),
                 "fewest_bytes": traffic.fewest(n, case.residual).of(options.mode),
                 "moved_bytes": {p.name: fused if p.fused else eager for p in providers if p.fused or not p.compiled},
                 "share_of_allowed_error": checks,

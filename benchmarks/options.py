@@ -17,7 +17,7 @@ DEFAULT_OUT = Path(__file__).parent / "results" / "latest"
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 #: Where nothing is said: what a device is bought for.
-DEFAULT_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 DEFAULT_BATCHES = {"cpu": 16, "cuda": 128}
 
 
@@ -90,8 +90,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive_int, help="images (default: 16, on a GPU 128)")
 
 
+def dtype_name(options: argparse.Namespace) -> str:
+    return options.dtype or DEFAULT_DTYPES[options.device]
+
+
 def dtype_of(options: argparse.Namespace) -> torch.dtype:
-    return DTYPES[options.dtype] if options.dtype else DEFAULT_DTYPES[options.device]
+    return DTYPES[dtype_name(options)]
 
 
 def batch_of(options: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fused_res import convolution, distributed
 from fused_res.backends.registry import Backend
-from fused_res.ops import SCALE, laid_out
+from fused_res.layout import laid_out
+from fused_res.ops import SCALE
 from fused_res.plan import Plan, Unit
 
 Tensors = Sequence[Tensor | None]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_res.ops import is_channels_last
+from fused_res.layout import is_channels_last
 from fused_res.spec import UnitSpec, convolved_sizes
 
 #: More taps than this and ATen's one call is faster than the products.

@@ -32,13 +32,12 @@ activation, with its sums. ``conv_dgrad`` knows no stride: its ``grad_input`` ha
 
 ``relu_mask`` is uint8, one bit an element, least significant first, in rows padded to whole bytes: a row is a pixel
 ``(N*S, ceil(C/8))`` in channels_last memory and a plane ``(N*C, ceil(S/8))`` in contiguous memory, see
-:func:`is_channels_last`. A tensor that was not asked for comes back with the shape ``(0,)``.
+:func:`fused_res.layout.is_channels_last`. A tensor that was not asked for comes back with the shape ``(0,)``.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_res.spec import convolved_sizes
+from fused_res.layout import convolved, is_channels_last, laid_out, makes_channels_last, packed_shape, pooled_shape
 
 SCHEMAS = {
     "batch_norm_stats": "(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var,"
@@ -110,47 +109,6 @@ MEAN, INVSTD, SCALE, SHIFT, VAR = range(5)
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and accumulation: float64 for float64, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def is_channels_last(input: Tensor) -> bool:
-    """Whether kernels see ``input`` as rows of channels (else as planes, one for each channel).
-
-    A tensor with one pixel an image is both; rows of channels vectorise better, unless there is one channel only.
-    """
-    if input.dim() == 2:
-        return True
-    if input.shape[1] == 1:
-        return False
-    if all(size == 1 for size in input.shape[2:]):
-        return True
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return (
-        input.dim() in formats and not input.is_contiguous() and input.is_contiguous(memory_format=formats[input.dim()])
-    )
-
-
-def laid_out(input: Tensor, channels_last: bool) -> Tensor:
-    """``input`` in channels_last memory, or contiguous; itself if it is already."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    format = formats.get(input.dim(), torch.contiguous_format) if channels_last else torch.contiguous_format
-    return input.contiguous(memory_format=format)
-
-
-def dense(input: Tensor) -> Tensor:
-    """``input`` in the layout that kernels see it in; itself unless it has holes or an order of its own."""
-    return laid_out(input, is_channels_last(input))
-
-
-def packed_shape(input: Tensor) -> tuple[int, int]:
-    """The shape of a ``relu_mask`` for a tensor like ``input``."""
-    n, c, s = input.shape[0], input.shape[1], math.prod(input.shape[2:])
-    return (n * s, (c + 7) // 8) if is_channels_last(input) else (n * c, (s + 7) // 8)
-
-
-def pooled_shape(input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
-    """The shape behind a max pooling of ``input`` ``(N, C, H, W)`` with floor mode."""
-    sizes = convolved_sizes(input.shape[2:], kernel_size, stride, padding, (1,) * len(kernel_size))
-    return [*input.shape[:2], *sizes]
 
 
 def _new_stats(input: Tensor) -> Tensor:
@@ -232,23 +190,6 @@ def _fake_sums(grad_output: Tensor, input: Tensor, stats: Tensor, *rest: object)
 
 def _fake_like_second(first: Tensor, second: Tensor, *_: object) -> Tensor:
     return torch.empty_like(second)
-
-
-def convolved(
-    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...]:
-    """The shape of a convolution's output."""
-    sizes = convolved_sizes(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return input.shape[0], weight.shape[0], *sizes
-
-
-def makes_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution's output is rows of channels: as in ATen, if that of either operand is beyond doubt."""
-    return weight.is_mkldnn or _is_rows(input) or _is_rows(weight)
-
-
-def _is_rows(tensor: Tensor) -> bool:
-    return tensor.dim() > 3 and tensor.stride(1) == 1 and not tensor.is_contiguous()
 
 
 def _fake_conv_bias_act(

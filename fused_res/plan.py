@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fused_res.checks import TensorMeta, check_block, check_tensors
 from fused_res.choice import Choice, choose
-from fused_res.ops import is_channels_last
+from fused_res.layout import is_channels_last
 from fused_res.spec import BlockSpec, UnitSpec
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, TypeVar
 
 Activation = Literal["relu", "identity"]
@@ -209,22 +210,28 @@ class BlockSpec:
     @staticmethod
     def decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
         """The spec that :meth:`encode` was called on."""
-        rest = list(ints)
+        return _decode(tuple(ints), tuple(eps))
 
-        def take(count: int) -> tuple[int, ...]:
-            head, rest[:count] = tuple(rest[:count]), []
-            return head
 
-        length, shortcut_code = take(2)
-        units = []
-        for value in eps:
-            (rank,) = take(1)
-            stride, padding, dilation = take(rank), take(rank), take(rank)
-            groups, relu = take(2)
-            units.append(UnitSpec(stride, padding, dilation, groups, value, "relu" if relu else "identity"))
-        shortcut = units[length] if shortcut_code == 2 else ("none", "identity")[shortcut_code]
-        pool = PoolSpec(take(2), take(2), take(2)) if rest else None  # type: ignore[arg-type]
-        return BlockSpec(tuple(units[:length]), shortcut, pool)  # type: ignore[arg-type]
+@lru_cache(maxsize=1024)
+def _decode(ints: tuple[int, ...], eps: tuple[float, ...]) -> BlockSpec:
+    # A compiled block does this on every call.
+    rest = list(ints)
+
+    def take(count: int) -> tuple[int, ...]:
+        head, rest[:count] = tuple(rest[:count]), []
+        return head
+
+    length, shortcut_code = take(2)
+    units = []
+    for value in eps:
+        (rank,) = take(1)
+        stride, padding, dilation = take(rank), take(rank), take(rank)
+        groups, relu = take(2)
+        units.append(UnitSpec(stride, padding, dilation, groups, value, "relu" if relu else "identity"))
+    shortcut = units[length] if shortcut_code == 2 else ("none", "identity")[shortcut_code]
+    pool = PoolSpec(take(2), take(2), take(2)) if rest else None  # type: ignore[arg-type]
+    return BlockSpec(tuple(units[:length]), shortcut, pool)  # type: ignore[arg-type]
 
 
 def _check_numbers(name: str, values: object, least: int) -> None:

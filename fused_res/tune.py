@@ -20,7 +20,7 @@ from torch import Tensor
 from fused_res import convolution
 from fused_res.backends.registry import Backend
 from fused_res.choice import Choice, choose_inference, possible
-from fused_res.ops import convolved, is_channels_last
+from fused_res.layout import convolved, is_channels_last
 from fused_res.spec import BlockSpec, UnitSpec
 
 _WARM_UP = 2

@@ -11,7 +11,7 @@ from backends import BACKENDS, FAST
 from torch.nn import functional as F
 
 import fused_res
-from fused_res import ops
+from fused_res import layout, ops
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as definition
 from fused_res.backends.reference.batch_norm_act import pack_mask, unpack_mask
 from fused_res.functional import batch_norm_act
@@ -696,5 +696,5 @@ def test_masks_pack_to_the_shape_that_fakes_promise():
     for case, format in CASES:
         mask = (torch.randn(SHAPES[case]) > 0).contiguous(memory_format=format)
         packed = pack_mask(mask)
-        assert tuple(packed.shape) == ops.packed_shape(mask)
+        assert tuple(packed.shape) == layout.packed_shape(mask)
         assert torch.equal(unpack_mask(packed, mask), mask)

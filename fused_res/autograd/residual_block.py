@@ -17,7 +17,8 @@ from fused_res import block, flops
 from fused_res.backends import registry
 from fused_res.backends.reference.residual_block import residual_block as reference
 from fused_res.block import Kept, Tensors
-from fused_res.ops import MEAN, VAR, is_channels_last
+from fused_res.layout import is_channels_last
+from fused_res.ops import MEAN, VAR
 from fused_res.plan import Plan, decide, plan, static_choices
 from fused_res.spec import BlockSpec
 

@@ -15,7 +15,7 @@ from fused_res.backends import registry
 from fused_res.backends.cpu import convolution, onednn, program
 from fused_res.backends.cpu.choice import Kernel
 from fused_res.backends.cpu.program import Program
-from fused_res.ops import laid_out, makes_channels_last
+from fused_res.layout import laid_out, makes_channels_last
 from fused_res.spec import BlockSpec, UnitSpec
 
 

@@ -18,7 +18,7 @@ from fused_res.backends.cpu.batch_norm_act import batch_norm_act_apply
 from fused_res.backends.cpu.batch_norm_sync import batch_norm_partials
 from fused_res.backends.cpu.choice import Geometry, TrainingKernels, training_kernels
 from fused_res.backends.cpu.convolution import pack
-from fused_res.ops import is_channels_last
+from fused_res.layout import is_channels_last
 from fused_res.spec import UnitSpec
 
 _namespace = torch.ops.fused_res_cpu

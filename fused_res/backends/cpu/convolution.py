@@ -12,7 +12,7 @@ from fused_res import _extension
 from fused_res.backends import registry
 from fused_res.backends.cpu import onednn
 from fused_res.backends.cpu.choice import Geometry, Kernel, inference_kernel
-from fused_res.ops import makes_channels_last
+from fused_res.layout import makes_channels_last
 
 _pack = torch.ops.fused_res_cpu.pack_conv_weight.default
 convolve = torch.ops.fused_res_cpu.convolve.default

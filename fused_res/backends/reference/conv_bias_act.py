@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_res.ops import laid_out, makes_channels_last, stats_dtype
+from fused_res.layout import laid_out, makes_channels_last
+from fused_res.ops import stats_dtype
 
 
 def conv_bias_act(
