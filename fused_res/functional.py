@@ -153,11 +153,9 @@ def residual_block(
     batch_statistics = spec.per_unit(training, "training")
     group = distributed.name_of(process_group) if True in batch_statistics else ""
     kernels = registry.resolve(backend, input.device)
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        if input.dtype != torch.float64:  # as autocast does
-            input = input.to(dtype)
-            tensors = [t.to(dtype) if t is not None and i % 6 < 2 else t for i, t in enumerate(tensors)]
+    if (dtype := autocast_dtype(input)) is not None and input.dtype != torch.float64:  # as autocast does
+        input = input.to(dtype)
+        tensors = [t.to(dtype) if t is not None and i % 6 < 2 else t for i, t in enumerate(tensors)]
 
     preference = registry.convolution(backend)
     stats: Sequence[Tensor]
@@ -257,9 +255,7 @@ def packed_conv_bias_act(
     _check_input(input)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    autocast = torch.is_autocast_enabled(input.device.type)
-    if autocast:
-        dtype = torch.get_autocast_dtype(input.device.type)
+    if (dtype := autocast_dtype(input)) is not None:
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
         residual = None if residual is None else _autocast(residual, dtype)
@@ -282,8 +278,14 @@ def packed_conv_bias_act(
         return convolution.bias_act(input, weight, *arguments)
     operand = weight if pack is None else pack(kernels, input, weight, strides, paddings, dilations, groups)
     # The reference's float32 is not to be cast again.
-    with torch.autocast(input.device.type, enabled=False) if autocast else contextlib.nullcontext():
+    with torch.autocast(input.device.type, enabled=False) if dtype is not None else contextlib.nullcontext():
         return kernels.conv_bias_act(input, operand, *arguments)
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast would cast to; None where it is off, or where there is none (meta tensors)."""
+    device = "cpu" if input.is_cpu else input.device.type
+    return torch.get_autocast_dtype(device) if not input.is_meta and torch.is_autocast_enabled(device) else None
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -111,6 +111,7 @@ def counted() -> Iterator[list[str]]:
         residual_block = staticmethod(spy("residual_block"))
         batch_norm_act = staticmethod(spy("batch_norm_act"))
         recomputing = staticmethod(functional.recomputing)
+        autocast_dtype = staticmethod(functional.autocast_dtype)
 
     original = chain.functional
     chain.functional = Spied  # type: ignore[assignment]

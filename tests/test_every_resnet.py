@@ -171,8 +171,9 @@ def test_segmentation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
     rows = check(model, images((32, 32)))
     # The backbone is a dictionary of the network's children: where its stem ends cannot be seen.
-    why = {row.name: row.why for row in rows if not row.fused}
-    assert why == {"backbone.bn1": "what surrounds it in IntermediateLayerGetter is not known"}
+    left = {row.name: row.why for row in rows if not row.fused}
+    assert left.pop("backbone.bn1") == "what surrounds it in IntermediateLayerGetter is not known"
+    assert set(left.values()) <= {"what surrounds it in ASPPPooling is not known"}
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -222,8 +223,9 @@ def report(modules: list[str]) -> None:
             model = build(name)
             size = sum(p.numel() for p in model.parameters()) / 1e6
             calls = bool(summarize(fuse(model)).fused)
-            # As deep as 420 layers: training amplifies rounding from one to the next.
-            rows = check(unfuse(model), images((64, 64)), calls, 1e-5)
+            # As deep as 420 layers: training amplifies rounding from one to the next. Four images, because some norms
+            # follow an average over the whole image: of two values, all that a norm leaves is which one is larger.
+            rows = check(unfuse(model), images((64, 64), 4), calls, 1e-5)
             reasons = Counter(_reason(row) for row in rows)
             why += reasons
             print(f"{module}\t{name}\t{size:.1f}M\t{time.perf_counter() - start:.0f} s\t{dict(reasons)}", flush=True)

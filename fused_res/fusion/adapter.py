@@ -11,9 +11,10 @@ from fused_res.fusion import runs
 from fused_res.fusion.runs import Settings
 from fused_res.nn import chain
 from fused_res.nn.chain import Refusal, Shortcut, Unit, untouched
+from fused_res.nn.configured import Unscriptable
 
 
-class Fused:
+class Fused(Unscriptable):
     """Stands in front of a model's own class: same object, same children, a forward that can run fused.
 
     That forward looks at the children as they are on this call, and leaves to ``super()`` whatever is not
