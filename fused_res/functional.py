@@ -181,14 +181,12 @@ def residual_block(
         check_momentum(one)
     group = distributed.name_of(process_group) if True in batch_statistics else ""
     kernels = registry.resolve(backend, input.device)
-    autocast = torch.is_autocast_enabled(input.device.type)
-    if autocast or torch.compiler.is_compiling():  # else the plan finds out, at no cost
+    dtype = autocast_dtype(input)
+    if dtype is not None or torch.compiler.is_compiling():  # else the plan finds out, at no cost
         check_tensors(spec, tensors)
-    if autocast:
-        dtype = torch.get_autocast_dtype(input.device.type)
-        if input.dtype != torch.float64:  # as autocast does
-            input = input.to(dtype)
-            tensors = [t.to(dtype) if t is not None and i % 6 < 2 else t for i, t in enumerate(tensors)]
+    if dtype is not None and input.dtype != torch.float64:  # as autocast does
+        input = input.to(dtype)
+        tensors = [t.to(dtype) if t is not None and i % 6 < 2 else t for i, t in enumerate(tensors)]
 
     preference = registry.convolution(backend)
     stats: Sequence[Tensor]
@@ -286,10 +284,8 @@ def packed_conv_bias_act(
     """:func:`conv_bias_act` for a caller who keeps ``weight``, and so can keep it in the backend's own form, too."""
     check_input(input)
     check_activation(activation)
-    autocast = torch.is_autocast_enabled(input.device.type)
-    if autocast:
+    if (dtype := autocast_dtype(input)) is not None:
         check_operands(weight, bias, residual)
-        dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
         residual = None if residual is None else _autocast(residual, dtype)
@@ -312,8 +308,14 @@ def packed_conv_bias_act(
         return convolution.bias_act(input, weight, *arguments)
     operand = weight if pack is None else pack(kernels, input, weight, strides, paddings, dilations, groups)
     # The reference's float32 is not to be cast again.
-    with torch.autocast(input.device.type, enabled=False) if autocast else contextlib.nullcontext():
+    with torch.autocast(input.device.type, enabled=False) if dtype is not None else contextlib.nullcontext():
         return kernels.conv_bias_act(input, operand, *arguments)
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast would cast to; None where it is off, or where there is none (meta tensors)."""
+    device = "cpu" if input.is_cpu else input.device.type
+    return torch.get_autocast_dtype(device) if not input.is_meta and torch.is_autocast_enabled(device) else None
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from against_stock import assert_near, small_resnet
+from against_stock import assert_near, lively, small_resnet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -29,19 +29,6 @@ stub_torchvision_operators()
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 resnet = torchvision.models.resnet
-
-
-def lively(model: nn.Module) -> Any:
-    """Norms that do something: fresh ones change nothing in evaluation."""
-    torch.manual_seed(3)
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            if norm.affine:
-                nn.init.uniform_(norm.weight, 0.5, 1)
-                nn.init.normal_(norm.bias)
-    return model
 
 
 def images(size: int = 48, batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -128,8 +115,15 @@ class TestModels:
 
     def test_timm_deep_stem_and_average_pooling_in_the_shortcut(self) -> None:
         model = lively(timm.create_model("resnet18d", num_classes=5))
-        frozen = check(model, 3 + 5 * 2 + 3)
-        assert [row.name for row in summarize(frozen).left] == ["layer2.0", "layer3.0", "layer4.0"]
+        frozen = check(model, convolutions(model))
+        assert summarize(frozen).left == () and convolutions(frozen) == 0
+        rows = {row.name: row.why for row in summarize(frozen).fused}
+        for stage in (2, 3, 4):
+            assert rows[f"layer{stage}.0"] == "frozen in pieces: downsample is not a convolution and a norm"
+            assert "frozen, backend" in rows[f"layer{stage}.0.downsample.1"]
+        for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), freeze(frozen), fuse(frozen)):
+            assert torch.equal(other(images(32)), frozen(images(32)))
+            assert {row.name: row.why for row in summarize(other).fused}.keys() == rows.keys()
 
     @pytest.mark.parametrize(
         ("kind", "options"),
@@ -146,10 +140,22 @@ class TestModels:
         frozen = check(lively(model), convolutions(model))
         assert summarize(frozen).left == ()
 
-    def test_attention_is_left_alone(self) -> None:
+    def test_attention(self) -> None:
         model = lively(timm.create_model("seresnet18", num_classes=5))
-        frozen = check(model, 4)  # the stem and three projections
-        assert len(summarize(frozen).left) == 8 and "se is SEModule" in str(summarize(frozen))
+        frozen = check(model, 1 + 8 * 2 + 3)
+        assert len([row for row in summarize(frozen).fused if row.why == "frozen in pieces: se is SEModule"]) == 8
+
+    def test_a_hook_in_front_of_pieces(self) -> None:
+        model = lively(timm.create_model("seresnet18", num_classes=5))
+        seen: list[str] = []
+        model.layer1[0].register_forward_hook(lambda *_: seen.append("block"))
+        model.layer2[0].bn1.register_forward_hook(lambda *_: seen.append("bn1"))
+        frozen = check(model, 1 + 7 * 2 - 1 + 3)
+        seen.clear()
+        frozen(images())
+        assert seen == ["block", "bn1"]
+        (row,) = summarize(frozen).left
+        assert row.name == "layer1.0" and "has a hook" in row.why
 
     @pytest.mark.parametrize("drop", [{"drop_path_rate": 0.5}, {"drop_block_rate": 0.2}])
     def test_what_drops_in_training_only(self, drop: dict[str, Any]) -> None:

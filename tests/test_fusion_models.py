@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from against_stock import assert_agree, assert_near, counted, small_resnet
+from against_stock import assert_agree, assert_near, counted, lively, small_resnet
 from torch import Tensor, nn
 
 from fused_res.fusion import fuse, summarize
@@ -21,17 +21,10 @@ def images(size: int = 64) -> Tensor:
     return torch.randn(2, 3, size, size, dtype=torch.float64)
 
 
-def lively(model: nn.Module) -> nn.Module:
-    """No zeros in the blocks' last norms, as timm initialises them: they would hide what is in the blocks."""
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.0)
-    return model.double()
-
-
-def check(stock: nn.Module, blocks: int, x: Tensor | None = None) -> nn.Module:
+def check(stock: nn.Module, blocks: int, x: Tensor | None = None, recompute: str = "none") -> nn.Module:
     """Trains one step and evaluates; `blocks` is how many fused calls a forward makes."""
-    fused = fuse(copy.deepcopy(stock))
+    stock = stock.double()
+    fused = fuse(copy.deepcopy(stock), recompute=recompute)
     x = images() if x is None else x
     with counted() as calls:
         assert_agree(fused, stock, x, steps=1)
@@ -93,7 +86,7 @@ class TestTimm:
         torch.manual_seed(0)
         block = getattr(self.resnet, kind)
         options = {"channels": (8, 8, 16, 16), "stem_width": 8, "num_classes": 3} | options
-        return lively(self.resnet.ResNet(block, (1, 1, 1, 2), **options))
+        return lively(self.resnet.ResNet(block, (1, 1, 1, 2), **options)).double()
 
     def test_resnet18(self) -> None:
         torch.manual_seed(0)
@@ -109,43 +102,76 @@ class TestTimm:
             ({"stem_type": "deep"}, 6),
             ({"stem_type": "deep_tiered", "replace_stem_pool": True}, 7),
             ({"down_kernel_size": 3, "block_reduce_first": 2}, 6),
-            ({"act_layer": nn.SiLU}, 4),  # convolution and norm of the downsample layers
         ],
         ids=str,
     )
     def test_variants(self, kind: str, options: dict[str, Any], blocks: int) -> None:
         fused = check(self.make(kind, **options), blocks)
-        if "act_layer" not in options:
-            assert summarize(fused).left == ()
+        assert summarize(fused).left == ()
 
     def test_cardinality(self) -> None:
         check(self.make(cardinality=4, base_width=32), 6)
 
-    def test_average_pooling_in_the_shortcut(self) -> None:
-        fused = check(self.make(avg_down=True), 6)
-        assert [row.name for row in summarize(fused).left] == ["layer2.0", "layer3.0", "layer4.0"]
-        assert "downsample is not a convolution and a norm" in str(summarize(fused))
+    @pytest.mark.parametrize("recompute", ["none", "norm", "conv"])
+    def test_average_pooling_in_the_shortcut(self, recompute: str) -> None:
+        # Where it pools: a chain of two units, the projection, and the last norm with the addition.
+        fused = check(self.make(avg_down=True), 1 + 1 + 3 * 3 + 1, recompute=recompute)
+        assert self.in_pieces(fused, "downsample is not a convolution and a norm") == [
+            "layer2.0",
+            "layer3.0",
+            "layer4.0",
+        ]
 
     @pytest.mark.parametrize("attention", ["se", "eca", "ese"])
     def test_attention(self, attention: str) -> None:
-        fused = check(self.make(block_args={"attn_layer": attention}), 5)  # the stem and four downsample layers
-        assert len(summarize(fused).left) == 5
-        assert "se is " in str(summarize(fused))
+        fused = check(self.make(block_args={"attn_layer": attention}), 1 + 5 + 4)  # the stem, blocks, projections
+        assert len(self.in_pieces(fused, "se is ")) == 5
 
     def test_anti_aliasing(self) -> None:
         from timm.layers import BlurPool2d
 
-        fused = check(self.make(aa_layer=BlurPool2d), 6)
-        assert "aa is BlurPool2d" in str(summarize(fused))
+        fused = check(self.make(aa_layer=BlurPool2d), 1 + 1 + 3 * 3 + 1)
+        assert self.in_pieces(fused, "aa is BlurPool2d") == ["layer2.0", "layer3.0", "layer4.0"]
 
-    @pytest.mark.parametrize("options", [{"drop_path_rate": 0.5}, {"drop_block_rate": 0.2}], ids=str)
-    def test_dropping(self, options: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(("kind", "units"), [("BasicBlock", 2), ("Bottleneck", 3)])
+    def test_another_activation(self, kind: str, units: int) -> None:
+        fused = check(self.make(kind, act_layer=nn.SiLU), 5 * units + 4)
+        assert len(self.in_pieces(fused, "act1 is SiLU, not exactly ReLU")) == 5
+        assert [row.name for row in summarize(fused).left] == [""]
+
+    @pytest.mark.parametrize(
+        ("options", "calls"),
+        [({"drop_path_rate": 0.5}, 1 + 1 + 4 + 3), ({"drop_block_rate": 0.2}, 3 + 3 * 2 + 2)],
+        ids=str,
+    )
+    def test_dropping(self, options: dict[str, Any], calls: int) -> None:
         stock = self.make(**options)
         stock.register_forward_pre_hook(lambda *_: torch.manual_seed(3) and None)
-        fused = check(stock, 2 if "drop_path_rate" in options else 3)
-        with counted() as calls:
+        fused = check(stock, calls)
+        with counted() as seen:
             fused(images())
-        assert len(calls) == 6  # nothing drops in evaluation
+        assert len(seen) == 6  # nothing drops in evaluation
+
+    def test_a_hook_in_a_block(self) -> None:
+        stock = self.make()
+        seen: list[int] = []
+        stock.layer2[0].bn1.register_forward_hook(lambda *_: seen.append(1))
+        # The second unit, the projection, and the third norm with the addition.
+        fused = check(stock, 5 + 3)
+        assert len(seen) == 4 and self.in_pieces(fused, "bn1 has a hook") == ["layer2.0"]
+
+    def test_compiled_in_pieces(self) -> None:
+        stock = self.make("BasicBlock", avg_down=True, block_args={"attn_layer": "se"})
+        fused = fuse(copy.deepcopy(stock))
+        torch._dynamo.reset()
+        fused.compile(fullgraph=True, backend="aot_eager")
+        with counted() as calls:
+            assert_agree(fused, stock, images().requires_grad_(), steps=1)
+        assert len(calls) == 1 + 5 + 4
+
+    @staticmethod
+    def in_pieces(model: nn.Module, why: str) -> list[str]:
+        return [row.name for row in summarize(model).fused if f"in pieces: {why}" in row.why]
 
     def test_gradient_checkpointing(self) -> None:
         stock = self.make()
@@ -157,7 +183,7 @@ class TestTimm:
 
     def test_features_only(self) -> None:
         torch.manual_seed(0)
-        stock = lively(self.timm.create_model("resnet18", features_only=True)).eval()
+        stock = lively(self.timm.create_model("resnet18", features_only=True)).double().eval()
         fused = fuse(copy.deepcopy(stock))
         with counted() as calls:
             for ours, theirs in zip(fused(images()), stock(images()), strict=True):

@@ -7,19 +7,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from fused_res.fusion import runs
+from fused_res.fusion.runs import Settings
 from fused_res.nn import chain
-from fused_res.nn.chain import Refusal, Shortcut, Unit
+from fused_res.nn.chain import Refusal, Shortcut, Unit, untouched
+from fused_res.nn.configured import Unscriptable
 
 
-class Settings(NamedTuple):
-    """How a fused module runs; see :func:`fused_res.functional.residual_block`."""
-
-    backend: str = "auto"
-    recompute: str = "none"
-    tune: bool = False
-
-
-class Fused:
+class Fused(Unscriptable):
     """Stands in front of a model's own class: same object, same children, a forward that can run fused.
 
     That forward looks at the children as they are on this call, and leaves to ``super()`` whatever is not
@@ -79,22 +74,54 @@ class Parts(NamedTuple):
     shortcut: Shortcut = "none"
 
 
+class Pieces(NamedTuple):
+    """``activation(branch(x) + shortcut(x))``, where something in it has no place in a chain."""
+
+    names: tuple[str, ...]
+    branch: tuple[nn.Module, ...]  # the children of these names, one after the other
+    shortcut: Shortcut
+    activation: nn.Module
+
+    def join(self) -> nn.Module | None:
+        """The norm that ends the branch, if it can take in the addition and the activation."""
+        norm, activation = self.branch[-1], self.activation
+        if type(norm) not in chain.norms or type(activation) is not nn.ReLU:
+            return None
+        return norm if untouched(norm.__dict__) and untouched(activation.__dict__) else None
+
+    def run(self, x: Tensor, settings: Settings) -> Tensor:
+        norm = self.join()
+        y = runs.run(x, self.branch if norm is None else self.branch[:-1], settings)
+        added = x if isinstance(self.shortcut, str) else self.shortcut(x)
+        if norm is not None:
+            output = chain.run_norm(y, norm, added, "relu", settings.backend)
+            if output is not None:
+                return output
+            y = norm(y)
+        y += added  # in place as in the block's own forward: so it keeps its dtype
+        return self.activation(y)
+
+
 class FusedBlock(Fused):
     _fused_res_adapter: ClassVar[type[BlockAdapter]]
 
     def forward(self, x: Tensor) -> Tensor:
         settings = self._fused_res
         if settings is not None:
-            parts = self._fused_res_adapter.parts(self)
+            adapter = self._fused_res_adapter
+            parts = adapter.parts(self)
             if type(parts) is Parts:
                 output = chain.run(x, parts.units, parts.shortcut, None, *settings)
                 if output is not None:
                     return output
+            pieces = adapter.pieces(self)
+            if pieces is not None and chain.situation() is None and chain.inspect_input(x) is None:
+                return pieces.run(x, settings)
         return super().forward(x)  # type: ignore[misc]
 
 
 class BlockAdapter(Adapter):
-    """A residual block that is one chain with a shortcut, from its input to its output."""
+    """A residual block that is one chain with a shortcut, from its input to its output, or at least in pieces."""
 
     front = FusedBlock
 
@@ -104,9 +131,33 @@ class BlockAdapter(Adapter):
         raise NotImplementedError
 
     @classmethod
-    def refusal(cls, module: Any) -> Refusal | None:
+    def pieces(cls, module: Any) -> Pieces | None:
+        """What the block runs through if it is not one chain; None if it then runs its own forward."""
+        return None
+
+    @classmethod
+    def hindrance(cls, module: Any) -> Refusal | None:
+        """Why the block is not one chain, as far as that is known without an input."""
         parts = cls.parts(module)
         return parts if isinstance(parts, Refusal) else chain.refusal_of(*parts)
+
+    @classmethod
+    def refusal(cls, module: Any) -> Refusal | None:
+        hindrance = cls.hindrance(module)
+        if hindrance is not None:
+            pieces = cls.pieces(module)
+            if pieces is not None and runs.refusal_of(pieces.branch) is None:
+                return None
+        return hindrance
+
+    @classmethod
+    def covered(cls, module: Any) -> tuple[str, ...]:
+        pieces = cls.pieces(module)
+        if pieces is None or cls.hindrance(module) is None:
+            return super().covered(module)
+        inside = {id(child) for run in runs.worthwhile(pieces.branch) for child in run.modules}
+        inside |= {id(pieces.join()), id(pieces.activation)}
+        return tuple(name for name, child in module._modules.items() if id(child) in inside)
 
 
 class StemAdapter(Adapter):

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from fused_res.backends import registry
-from fused_res.fusion.adapter import Adapter, Fused, Settings, base_of, fused_class
+from fused_res.fusion.adapter import Adapter, Fused, base_of, fused_class
 from fused_res.fusion.adapters import adapter_for
+from fused_res.fusion.runs import Settings
 from fused_res.nn.chain import Refusal
 from fused_res.nn.configured import Configured, check_model, check_settings
 

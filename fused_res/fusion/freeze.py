@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fused_res.backends import registry
 from fused_res.fusion.adapter import BlockAdapter, Parts, StemAdapter
 from fused_res.fusion.convert import CLOSED, candidates, unfuse
-from fused_res.fusion.sequential import Sequential, runs
+from fused_res.fusion.runs import split
+from fused_res.fusion.sequential import Sequential
 from fused_res.models.network import ResidualNetwork
 from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
 from fused_res.nn.chain import Refusal, Shortcut, Unit, untouched
@@ -80,7 +81,7 @@ def _freeze_parts(model: nn.Module, backend: str) -> dict[nn.Module, nn.Module]:
         if refusal is not None:
             continue
         if adapter is Sequential:
-            refusal = _freeze_sequential(module, backend)
+            refusal = _freeze_runs(module, tuple(module._modules), backend)
         elif isinstance(module, ResidualNetwork) or (adapter is not None and issubclass(adapter, StemAdapter)):
             refusal = _freeze_stem(module, adapter, backend)
         elif isinstance(module, ConvBNAct2d | ResidualBlock) or (
@@ -89,6 +90,9 @@ def _freeze_parts(model: nn.Module, backend: str) -> dict[nn.Module, nn.Module]:
             made = _frozen_block(module, adapter, backend)
             if isinstance(made, Refusal):
                 refusal = made
+                pieces = None if adapter is None else cast(type[BlockAdapter], adapter).pieces(module)
+                if pieces is not None and untouched(module.__dict__):
+                    _freeze_runs(module, pieces.names, backend)
             else:
                 replaced[module] = made
         if refusal is not None:
@@ -96,10 +100,11 @@ def _freeze_parts(model: nn.Module, backend: str) -> dict[nn.Module, nn.Module]:
     return replaced
 
 
-def _freeze_sequential(module: nn.Module, backend: str) -> Refusal | None:
-    names = list(module._modules)
+def _freeze_runs(module: nn.Module, children: tuple[str, ...], backend: str) -> Refusal | None:
+    """In place, of children that run one after the other; `module` goes on calling them."""
+    names = list(children)
     refusal = None
-    for run in runs(tuple(cast("list[nn.Module]", module._modules.values()))):
+    for run in split(tuple([cast(nn.Module, module._modules[name]) for name in names])):
         places, names = names[: len(run.modules)], names[len(run.modules) :]
         if len(run.modules) == 2 and not run.units:
             refusal = Refusal("has no convolution before it", run.modules[0])
@@ -151,6 +156,8 @@ def _frozen_block(module: Any, adapter: Any, backend: str) -> FrozenBlock | Froz
         return made if isinstance(made, Refusal) else made[0]
     if adapter is not None:
         parts = adapter.parts(module)
+        if isinstance(parts, Refusal):
+            return parts
     elif _has_own(module, ResidualBlock, "forward", "_parts"):
         parts = Parts(*module._parts())
     else:

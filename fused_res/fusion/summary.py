@@ -13,9 +13,11 @@ from torch import nn
 from fused_res import tune
 from fused_res.backends import registry
 from fused_res.choice import Choice, choose_inference, describe
-from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, Settings, StemAdapter, base_of
+from fused_res.fusion import runs
+from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, StemAdapter, base_of
 from fused_res.fusion.convert import CLOSED, candidates
-from fused_res.fusion.sequential import Sequential, runs
+from fused_res.fusion.runs import Settings
+from fused_res.fusion.sequential import Sequential
 from fused_res.models.network import ResidualNetwork
 from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
 from fused_res.nn.chain import Refusal
@@ -98,6 +100,10 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         if isinstance(module, Frozen):
             frozen.add(name)
             yield _frozen_row(name, module)
+        elif _frozen_in_pieces(module, adapter):
+            frozen.add(name)
+            why = _reason(module, module.__dict__["_fused_res_left"])
+            yield Row(name, parents[name], True, f"frozen in pieces: {why}")
         elif refusal is not None and isinstance(refusal.module, Frozen):
             if isinstance(module, Configured):  # what it covers is not visited; of others the stem is a row below
                 yield _frozen_row(f"{name}.conv1" if name else "conv1", refusal.module)
@@ -121,6 +127,13 @@ def _rows(model: nn.Module) -> Iterator[Row]:
                 False,
                 f"what surrounds it in {parents.get(parent, 'the model')} is not known",
             )
+
+
+def _frozen_in_pieces(module: nn.Module, adapter: Any) -> bool:
+    """Whether this is a block that :func:`fused_res.freeze` left, with frozen layers in it."""
+    if adapter is None or not issubclass(adapter, BlockAdapter) or "_fused_res_left" not in module.__dict__:
+        return False
+    return any(isinstance(child, Frozen) for child in module.children())
 
 
 def _frozen_row(name: str, module: Frozen) -> Row:
@@ -155,6 +168,9 @@ def _settings(module: Fused | Configured) -> str:
     preference = registry.convolution(settings.backend)
     pairs = [pair for units, shortcut in _chains_of(module) for pair in _choices(units, shortcut, backend, preference)]
     parts.append(describe(pairs))
+    adapter: Any = module._fused_res_adapter if isinstance(module, Fused) else None
+    if adapter is not None and issubclass(adapter, BlockAdapter) and (hindrance := adapter.hindrance(module)):
+        parts.append(f"in pieces: {_reason(module, hindrance)}")
     return ", ".join(filter(None, parts))
 
 
@@ -172,12 +188,14 @@ def _chains_of(module: Any) -> list[Parts]:
     fused: Any = module
     adapter = fused._fused_res_adapter
     if issubclass(adapter, BlockAdapter):
-        parts = adapter.parts(fused)
-        return [parts] if isinstance(parts, Parts) else []
+        parts, pieces = adapter.parts(fused), adapter.pieces(fused)
+        if isinstance(parts, Parts) and chain.refusal_of(*parts) is None:
+            return [parts]
+        return [] if pieces is None else [Parts(run.units) for run in runs.split(pieces.branch) if run.units]
     if issubclass(adapter, StemAdapter):
         stem = adapter.units(fused)
         return [] if isinstance(stem, Refusal) else [Parts(stem)]
-    return [Parts(run.units) for run in runs(tuple(fused._modules.values())) if run.units]
+    return [Parts(run.units) for run in runs.split(tuple(fused._modules.values())) if run.units]
 
 
 def _choices(units: Any, shortcut: Any, backend: str, preference: str) -> Iterator[tuple[tuple[int, ...], Choice]]:

@@ -1,63 +1,71 @@
-"""timm's ResNet family: blocks and stems. What stands idle in a block (no attention) is passed over."""
+"""timm's ResNet family: blocks and stems.
+
+What stands idle in a block (no attention, nothing dropped) is passed over. Around what does something, the block runs
+in pieces.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, StemAdapter, shortcut_of
+from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, Pieces, StemAdapter, shortcut_of
 from fused_res.nn.chain import Refusal, Unit, untouched
 
 
-def _active(module: Any, names: tuple[str, ...]) -> Refusal | None:
-    """A refusal for the first of these children that does anything to its input."""
-    for name in names:
-        child = getattr(module, name)
-        kind = type(child)
-        if child is None:
-            continue
-        if not untouched(child.__dict__):
-            return Refusal("has a hook, or a forward of its own", child, passing=True)
-        if kind is nn.Identity:
-            continue
-        if kind.__module__ != "timm.layers.drop" or kind.__name__ not in ("DropPath", "DropBlock2d"):
-            return Refusal(f"is {kind.__name__}", child)
-        if child.training and child.drop_prob:
-            return Refusal("drops at random while training", child, passing=True)
+def _activity(child: Any) -> Refusal | None:
+    """A refusal if this child of a block does anything to its input."""
+    if child is None:
+        return None
+    kind = type(child)
+    if not untouched(child.__dict__):
+        return Refusal("has a hook, or a forward of its own", child, passing=True)
+    if kind is nn.Identity:
+        return None
+    if kind.__module__ != "timm.layers.drop" or kind.__name__ not in ("DropPath", "DropBlock2d"):
+        return Refusal(f"is {kind.__name__}", child)
+    if child.training and child.drop_prob:
+        return Refusal("drops at random while training", child, passing=True)
     return None
 
 
-class BasicBlock(BlockAdapter):
+class _Block(BlockAdapter):
+    """What the two blocks share: the names of their children, in the order of their forward."""
+
     home = "timm.models.resnet"
+    units: ClassVar[tuple[tuple[str, str, str], ...]]
+    order: ClassVar[tuple[str, ...]]  # all that is before the addition
+    between: ClassVar[tuple[str, ...]] = ("drop_block", "aa", "se", "drop_path")  # idle in most blocks
+
+    @classmethod
+    def parts(cls, module: Any) -> Parts | Refusal:
+        for name in cls.between:
+            refusal = _activity(getattr(module, name))
+            if refusal is not None:
+                return refusal
+        get = module._modules.get
+        return Parts(tuple([(get(conv), get(norm), get(act)) for conv, norm, act in cls.units]), shortcut_of(module))
+
+    @classmethod
+    def pieces(cls, module: Any) -> Pieces:
+        names = tuple([n for n in cls.order if n not in cls.between or _activity(getattr(module, n))])
+        branch = tuple([getattr(module, name) for name in names])
+        return Pieces(names, branch, shortcut_of(module), getattr(module, cls.units[-1][2]))
+
+
+class BasicBlock(_Block):
     name = "BasicBlock"
     reads = (("forward", "conv1 bn1 drop_block act1 aa conv2 bn2 se drop_path downsample act2"),)
-
-    @classmethod
-    def parts(cls, module: Any) -> Parts | Refusal:
-        refusal = _active(module, ("drop_block", "aa", "se", "drop_path"))
-        if refusal is not None:
-            return refusal
-        get = module._modules.get
-        return Parts(
-            ((get("conv1"), get("bn1"), get("act1")), (get("conv2"), get("bn2"), get("act2"))),
-            shortcut_of(module),
-        )
+    units = (("conv1", "bn1", "act1"), ("conv2", "bn2", "act2"))
+    order = ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path")
 
 
-class Bottleneck(BlockAdapter):
-    home = "timm.models.resnet"
+class Bottleneck(_Block):
     name = "Bottleneck"
     reads = (("forward", "conv1 bn1 act1 conv2 bn2 drop_block act2 aa conv3 bn3 se drop_path downsample act3"),)
-
-    @classmethod
-    def parts(cls, module: Any) -> Parts | Refusal:
-        refusal = _active(module, ("drop_block", "aa", "se", "drop_path"))
-        if refusal is not None:
-            return refusal
-        get = module._modules.get
-        first, second = (get("conv1"), get("bn1"), get("act1")), (get("conv2"), get("bn2"), get("act2"))
-        return Parts((first, second, (get("conv3"), get("bn3"), get("act3"))), shortcut_of(module))
+    units = (("conv1", "bn1", "act1"), ("conv2", "bn2", "act2"), ("conv3", "bn3", "act3"))
+    order = (*("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3"), "se", "drop_path")
 
 
 class FusedResNet(Fused):

@@ -245,7 +245,7 @@ def situation() -> Refusal | None:
     if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
         return Refusal("a hook on all modules is registered")
     if torch.compiler.is_compiling():
-        return None
+        return Refusal("torch.export is at work") if torch.compiler.is_exporting() else None
     if torch._C._get_tracing_state() is not None:
         return Refusal("torch.jit.trace is at work")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -265,10 +265,9 @@ def inspect_input(input: Tensor) -> Refusal | None:
 
 def working_dtype(input: Tensor, identity: bool) -> tuple[torch.dtype, bool] | Refusal:
     """The one dtype that stock would compute a chain in, and whether autocast casts to it."""
-    device = "cpu" if input.is_cpu else input.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = functional.autocast_dtype(input)
+    if dtype is None:
         return input.dtype, False
-    dtype = torch.get_autocast_dtype(device)
     if input.dtype is torch.float64:
         return Refusal("autocast leaves float64 as it is")
     if identity and input.dtype is not dtype:

@@ -39,7 +39,17 @@ def check_settings(backend: str, recompute: str) -> None:
     registry.require(backend)
 
 
-class Configured(nn.Module):
+class Unscriptable:
+    """A module whose forward ``torch.jit.script``, which compiles sources, cannot read; it is told so."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace or torch.export.export, or"
+            " script a model of torchvision's or timm's before fused_res.fuse, or behind fused_res.unfuse"
+        )
+
+
+class Configured(Unscriptable, nn.Module):
     """The base of this package's modules: :func:`fused_res.fuse` and :func:`fused_res.unfuse` switch them.
 
     A subclass's ``forward`` takes the fused path where ``fused`` is set and its modules and input allow it.

@@ -15,6 +15,7 @@ from fused_res import functional
 from fused_res.backends import registry
 from fused_res.backends.registry import Backend
 from fused_res.nn import chain
+from fused_res.nn.configured import Unscriptable
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 
@@ -34,7 +35,7 @@ _SHAPES = 4
 _packing = threading.Lock()
 
 
-class Frozen(nn.Module):
+class Frozen(Unscriptable, nn.Module):
     """What has no training mode. ``origin``: the class, or classes, that it was made from."""
 
     def __init__(self, backend: str, origin: str) -> None:
@@ -84,7 +85,8 @@ class FrozenConv(Frozen):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         spec = self.spec
         compiling = torch.compiler.is_compiling()
-        if torch.compiler.is_exporting() or (not compiling and torch._C._get_tracing_state() is not None):
+        leaves = torch.compiler.is_exporting() or isinstance(input, torch.fx.Proxy)
+        if leaves or (not compiling and torch._C._get_tracing_state() is not None):
             return self._pooled(self._plain(input, residual))
         if self.pool is not None:
             output = self._programs.run((self,), input)
@@ -113,7 +115,7 @@ class FrozenConv(Frozen):
                 f"input must have the {weight.shape[1] * groups} channels that this layer was frozen for, got"
                 f" {tuple(input.shape)}"
             )
-        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        if input.dtype != weight.dtype and functional.autocast_dtype(input) is None:
             raise TypeError(f"input must be {weight.dtype}, which this layer was frozen for, got {input.dtype}")
 
     def _pooled(self, output: Tensor) -> Tensor:
