@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from backends import FAST as BACKENDS
+from stock import CONVOLUTIONS
+from stock import conv_bias_act as stock
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -54,22 +56,9 @@ def make(case: str, dtype: torch.dtype, mean: float = 1.0) -> tuple[dict[str, Te
         "weight": weight / weight[0].numel() ** 0.5,
         "bias": randn(outputs) * max(mean, 1),
     }
-    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
+    convolution = CONVOLUTIONS[len(shape)]
     tensors["residual"] = randn(*convolution(tensors["input"], tensors["weight"], **options).shape) + mean
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}, options
-
-
-def stock(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "relu",
-    **options: Any,
-) -> Tensor:
-    y = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[input.dim()](input, weight, bias, **options)
-    y = y if residual is None else y + residual
-    return F.relu(y) if activation == "relu" else y
 
 
 def check(tensors: dict[str, Tensor], options: dict[str, Any], backend: str) -> Tensor:

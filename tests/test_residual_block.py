@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from backends import FAST
+from stock import residual_block as stock
 from torch.nn import functional as F
 
 import fused_res
@@ -74,27 +75,6 @@ def learnable(tensors, frozen=()):
         if t is not None and index % 6 < 4 and index not in frozen:
             t.requires_grad_()
     return copies
-
-
-def stock(x, spec, tensors, training=True, momentum=0.1):
-    """The same block from torch.nn.functional."""
-    flags = spec.per_unit(training, "training")
-
-    def unit(index, x):
-        u, (weight, bias, *norm, mean, var) = spec.convolutions[index], tensors[6 * index : 6 * index + 6]
-        convolve = F.conv1d if x.dim() == 3 else F.conv2d
-        z = convolve(x, weight, bias, u.stride, u.padding, u.dilation, u.groups)
-        return F.batch_norm(z, mean, var, *norm, flags[index], momentum, u.eps)
-
-    y = x
-    for index, u in enumerate(spec.units):
-        y = unit(index, y)
-        if index == len(spec.units) - 1 and spec.shortcut != "none":
-            y = y + (x if spec.projection is None else unit(index + 1, x))
-        y = F.relu(y) if u.relu else y
-    if spec.pool is not None:
-        y = F.max_pool2d(y, spec.pool.kernel_size, spec.pool.stride, spec.pool.padding)
-    return y
 
 
 def run(function, x, tensors, grad=None, frozen_input=False):
