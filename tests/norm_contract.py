@@ -89,15 +89,17 @@ def check(
     x = tensors["input"]
     assert x is not None
     wanted = set(tensors if wanted is None else wanted)
-    functions: tuple[Callable[..., Tensor], ...] = (
-        lambda **kw: batch_norm_act(**kw, backend=backend),
-        stock.batch_norm_act,
-    )
+    # Stock 2.13 reads strided running statistics as if they were dense, in the backward of an evaluation.
+    dense = {k: t if t is None or t.dim() > 1 else t.contiguous() for k, t in (tensors | running).items()}
+    functions: list[tuple[Callable[..., Tensor], Tensors, Tensors]] = [
+        (lambda **kw: batch_norm_act(**kw, backend=backend), tensors, running),
+        (stock.batch_norm_act, {k: dense[k] for k in tensors}, {k: dense[k] for k in running}),
+    ]
     given = {k: t.detach().clone() for k, t in (tensors | {"grad": grad}).items() if t is not None}
     results = []
-    for function in functions:
-        mine = copies(tensors, wanted)
-        state = {k: None if t is None else clone(t) for k, t in running.items()}
+    for function, its_tensors, its_running in functions:
+        mine = copies(its_tensors, wanted)
+        state = {k: None if t is None else clone(t) for k, t in its_running.items()}
         y = function(**mine, **state, training=training, activation=activation, momentum=momentum, eps=eps)
         y_gradients = gradients(y, mine, grad)
         for name, value in given.items():
@@ -111,6 +113,10 @@ def check(
     (ours, our_grads, our_state, (_, y, grads)), (theirs, their_grads, their_state, (_, y_stock, grads_stock)) = results
     assert ours.stride() == torch.empty_like(x).stride()
     assert our_grads.keys() == their_grads.keys()
+    if x.numel() == 0:  # stock's gradients of parameters are NaN or arbitrary then
+        assert all(not t.isnan().any() and not t.any() for t in our_grads.values())
+        assert all(t is None or torch.equal(t, our_state[k]) for k, t in running.items())
+        return
     assert_as_exact_as("output", ours, theirs, y, y_stock)
     for name in our_grads:
         floor = 0.0

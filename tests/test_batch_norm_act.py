@@ -582,6 +582,10 @@ V = torch.ones(3)
         ({"activation": "gelu"}, ValueError, "activation must be one of"),
         ({"backend": "tpu"}, ValueError, "backend must be one of"),
         ({"momentum": "much"}, TypeError, "momentum must be a number"),
+        ({"eps": None}, TypeError, "eps must be a number"),
+        ({"eps": 0.0}, ValueError, "eps must be greater than 0 when training, got 0.0"),
+        ({"eps": float("nan")}, ValueError, "eps must be greater than 0"),
+        ({"eps": -1e-5, "training": False}, ValueError, "eps must be at least 0"),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)

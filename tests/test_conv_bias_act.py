@@ -12,7 +12,6 @@ from stock import CONVOLUTIONS
 from stock import conv_bias_act as stock
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 
 import fused_res
 from fused_res import ops

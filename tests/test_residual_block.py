@@ -378,6 +378,11 @@ def test_bad_tensors_are_named_before_anything_is_written(index, value, error, w
         ({"training": (True, False)}, ValueError, r"training must be one value or 3 \(one per unit\), got 2"),
         ({"recompute": "all"}, ValueError, "recompute must be one of"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
+        (
+            {"spec": BlockSpec((UnitSpec(), SAME, UnitSpec(eps=0.0)), "identity")},
+            ValueError,
+            "2.eps must be greater than",
+        ),
         ({"spec": BlockSpec((UnitSpec(), SAME, UnitSpec((2, 2))), "identity")}, ValueError, "cannot be added"),
         ({"spec": BlockSpec((UnitSpec((9, 9), (0, 0), (9, 9)), SAME, SAME))}, ValueError, "cannot|too small|reads"),
     ],
