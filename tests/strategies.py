@@ -100,7 +100,8 @@ class Convolution:
 
 @st.composite
 def convolutions(draw: Any, input: tuple[int, ...] | None = None) -> Convolution:
-    """Of an input, or of any; whose output is not empty but for the batch."""
+    """Of an input, or of any; whose output is not empty but for the batch. Every window meets the input: where one lies
+    in the padding alone, oneDNN (of PyTorch 2.13, on channels_last images) reads and writes what is not its own."""
     if input is None:
         shape = draw(shapes(3, 5))
         input = (shape[0], shape[1], *(max(size, 1) for size in shape[2:]))
@@ -115,10 +116,10 @@ def convolutions(draw: Any, input: tuple[int, ...] | None = None) -> Convolution
                 values.append(values[0])
             continue
         kernel.append(draw(st.sampled_from((1, 3, 3, 2, 5) if rank < 3 else (1, 2, 3))))
-        dilation.append(draw(st.sampled_from((1, 1, 1, 2))))
+        dilation.append(min(draw(st.sampled_from((1, 1, 1, 2))), input[2 + dim]))
         reach = dilation[-1] * (kernel[-1] - 1) + 1
         least = max(0, -(-(reach - input[2 + dim]) // 2))
-        padding.append(draw(st.integers(least, max(least, reach // 2 + 1))))
+        padding.append(draw(st.integers(least, min(reach - 1, max(least, reach // 2 + 1)))))
         stride.append(draw(st.sampled_from((1, 1, 2, 3))))
     weight = (outputs, input[1] // groups, *kernel)
     return Convolution(input, weight, tuple(stride), tuple(padding), tuple(dilation), groups)

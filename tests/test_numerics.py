@@ -94,6 +94,7 @@ CASES: dict[str, tuple[Callable[[], Tensor], tuple[torch.dtype, ...], tuple[floa
     "near float16's limit": (lambda: randn(*SHAPE).clamp(-4, 4) * 1.6e4, (torch.float16,), (1e-5,)),
 }
 #: The simulated and the interpreted kernels take seconds: few of the cases, in few dtypes.
+TRITON = ("mean 1e4", "an outlier first", "constant")
 SLOW = {
     "cuda": (torch.float32, torch.bfloat16),
     "triton": (torch.float32,),
@@ -105,7 +106,7 @@ def cases() -> list[object]:
         pytest.param(case, dtype, eps, backend, id=f"{case}-{dtype}-{eps}-{backend}")
         for case, (_, dtypes, all_eps) in CASES.items()
         for dtype, eps, backend in itertools.product(dtypes, all_eps, BACKENDS)
-        if dtype in SLOW.get(backend, dtypes) and not (backend == "triton" and eps != 1e-5)
+        if dtype in SLOW.get(backend, dtypes) and not (backend == "triton" and (eps != 1e-5 or case not in TRITON))
     ]
 
 
@@ -131,7 +132,7 @@ def test_training(case: str, dtype: torch.dtype, eps: float, backend: str) -> No
         contract.check(tensors, running, grad, True, "identity", backend, eps=eps, momentum=1.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST)
 def test_small_weights_and_gradients(backend: str) -> None:
     for weight, grad in ((1e-40, 1.0), (1e-30, 1e-10), (1.0, 1e-40), (1.0, 1e34), (1e30, 1.0)):
         tensors, running = operands(randn(*SHAPE) + 3, torch.float32, weight)
