@@ -60,7 +60,8 @@ def rounding_of_sums(
     if training:
         var, mean = torch.var_mean(wide, dims, correction=0)
     assert mean is not None and var is not None
-    terms = (x.numel() / x.shape[1]) ** 0.5 * float(grad.double().square().mean().sqrt())
+    size = max(float(grad.double().square().mean().sqrt()), torch.finfo(ops.stats_dtype(x.dtype)).smallest_normal)
+    terms = (x.numel() / x.shape[1]) ** 0.5 * size
     rounded = (mean.double() / (var.double() + eps).sqrt() * grad_bias).abs().max().item()
     return torch.finfo(ops.stats_dtype(x.dtype)).eps * (terms + rounded)
 

@@ -306,6 +306,17 @@ def test_gradcheck(training, residual, backend):
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_of_inputs_in_any_order_of_memory(backend):
+    """With as many channels as pixels, so that bits in the wrong order would fit, too."""
+    tensors, running, grad = make((3, 16, 4, 4), torch.float32)
+    for order in ((0, 2, 3, 1), (3, 0, 1, 2), (1, 0, 3, 2)):
+        back = [order.index(dim) for dim in range(4)]
+        for gap in (1, 2):
+            x = tensors["input"].permute(order).repeat_interleave(gap, 3)[..., ::gap].permute(back)
+            contract.check(tensors | {"input": x}, running, grad, True, "relu", backend)
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 class TestCpuKernels:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

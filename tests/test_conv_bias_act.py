@@ -129,6 +129,17 @@ class TestLayout:
             check({"input": view, "weight": tensors["weight"], "bias": tensors["bias"]}, options, backend)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("case", ["3x3", "groups", "volume"])
+    def test_strided_bias(self, case: str, dtype: torch.dtype, backend: str) -> None:
+        tensors, options = make(case, dtype)
+        spread = torch.full((2 * len(tensors["bias"]),), float("nan"), dtype=dtype)[::2]
+        tensors["bias"] = spread.copy_(tensors["bias"])
+        for rows in (False, True):
+            if rows:
+                tensors["input"] = tensors["input"].contiguous(memory_format=CHANNELS_LAST[tensors["input"].dim()])
+            check(tensors, options, backend)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
     def test_empty_batch(self, dtype: torch.dtype, format: torch.memory_format, backend: str) -> None:
         tensors, options = make("3x3", dtype)

@@ -122,6 +122,22 @@ def test_maps_smaller_than_the_kernel(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_a_projection_of_a_sequence(backend):
+    """Also of a single place, which a stride leaves as long as it was."""
+    for stride, size in itertools.product((1, 2), (1, 5)):
+        unit = UnitSpec((stride,), (1,), (1,))
+        spec = BlockSpec((unit,), UnitSpec((stride,), (0,), (1,), activation="identity"))
+        generator = torch.Generator().manual_seed(0)
+        tensors = []
+        for kernel in (3, 1):
+            weight = torch.randn(6, 4, kernel, generator=generator, dtype=torch.float64)
+            tensors += [weight, None, *torch.rand(4, 6, generator=generator, dtype=torch.float64).add(0.5)]
+        x = torch.randn(3, 4, size, generator=generator, dtype=torch.float64)
+        ours = run(lambda x, t, s=spec: residual_block(x, s, t, training=True, backend=backend), x, learnable(tensors))
+        assert_same(ours, run(lambda x, t, s=spec: stock(x, s, t), x, learnable(tensors)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_layouts_that_disagree(backend):
     """Weights in channels_last turn convolution outputs to channels_last, 1x1 weights do not tell; and the gradient
     comes as it likes. The mask's bits must lie in one order all the same."""
