@@ -79,6 +79,7 @@ def check(model: Model, x: Tensor, calls: bool = True, tolerance: float = 1e-10)
         assert_near(value, expected[name], name, tolerance)
     assert list(model.state_dict()) == state
     assert all(ours is theirs for ours, theirs in zip(model.parameters(), parameters, strict=True))
+    assert all(isinstance(module, kind) for module, kind in zip(model.modules(), kinds, strict=True))
     rows = summarize(model).rows
     assert any(row.fused for row in rows) == calls and all(row.why for row in rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -159,6 +160,22 @@ class TestTimm:
         # The second unit, the projection, and the third norm with the addition.
         fused = check(stock, 5 + 3)
         assert len(seen) == 4 and self.in_pieces(fused, "bn1 has a hook") == ["layer2.0"]
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_a_copy_with_frozen_layers(self, copied: Any) -> None:
+        stock = self.make(avg_down=True, block_args={"attn_layer": "se"})
+        for module in (
+            stock.conv1,
+            stock.layer1,
+            stock.layer2[0].bn3,
+            stock.layer3[0].downsample,
+            stock.layer4[0].conv3,
+        ):
+            module.requires_grad_(False).eval()
+        fused = copied(fuse(copy.deepcopy(stock)))
+        with counted() as calls:
+            assert_agree(fused, stock, images())
+        assert len(calls) == 2 * (1 + 5 + 4) and len(self.in_pieces(fused, "se is SEModule")) == 5
 
     def test_compiled_in_pieces(self) -> None:
         stock = self.make("BasicBlock", avg_down=True, block_args={"attn_layer": "se"})

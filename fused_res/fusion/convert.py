@@ -27,7 +27,8 @@ def fuse(model: Model, backend: str = "auto", recompute: str = "none", tune: boo
     torchvision's and timm's ResNet families, convolution, batch norm and ReLU in a row in ``nn.Sequential``,
     and the modules of :mod:`fused_res.nn`. Nothing else about the model changes: parameters (an optimizer
     goes on with them), buffers, state_dict keys, hooks, ``isinstance``. Whatever is not exactly as expected,
-    then or on a later call, runs as it was. Fusing again changes the settings.
+    then or on a later call, runs as it was; one of timm's blocks then in pieces, fused around what is not.
+    Fusing again changes the settings.
 
     Args:
         model: any module.

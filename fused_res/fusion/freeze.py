@@ -33,9 +33,9 @@ def freeze(model: Model, backend: str = "auto") -> Model:
     call. Weights are packed for their kernel at the first call, once for all batches and sizes of images. The copy
     is in eval mode for good, no parameter of it requires a gradient, and it is an ordinary module besides: it can
     be copied, pickled, moved, compiled, and exported (as plain ATen, for ONNX). What is not understood exactly, or
-    has a hook, is left as it is; ``print(summarize(frozen))`` says why. A block becomes one module. Elsewhere the
-    convolution's place holds all three layers, and those of the norm and the activation an ``nn.Identity``: code
-    that looks at what is between them would see something else.
+    has a hook, is left as it is; ``print(summarize(frozen))`` says why. A block becomes one module. Elsewhere (and
+    in a block with, say, attention in it) the convolution's place holds all three layers, and those of the norm and
+    the activation an ``nn.Identity``: code that looks at what is between them would see something else.
 
     Args:
         model: any module, which stays as it is.
