@@ -72,8 +72,8 @@ class Program {
     set_geometry(args, step.taps, step.stride, step.padding, step.dilation);
     check(args, packed_[step.weight].numel());
     args.packed = floats(packed_[step.weight], "packed");
-    TORCH_CHECK_VALUE(bias_[step.weight].numel() == step.outputs, "bias: expected ", step.outputs,
-                      " elements");
+    TORCH_CHECK_VALUE(bias_[step.weight].numel() == step.outputs && bias_[step.weight].is_contiguous(),
+                      "bias: expected ", step.outputs, " elements");
     args.bias = floats(bias_[step.weight], "bias");
     return args;
   }

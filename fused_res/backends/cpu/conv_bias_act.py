@@ -135,6 +135,8 @@ def prepare_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input
     tensors = [input, *[layer.weight for layer in layers], *[layer.bias for layer in layers]]
     if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return None
+    if not all(layer.bias.is_contiguous() for layer in layers):  # a copy would not follow changes in place
+        return None
     shapes = tuple([tuple(layer.weight.shape) for layer in layers])
     plan = program.plan(blocks, shapes, tuple(input.shape), *convolution_settings())
     if plan is None:
