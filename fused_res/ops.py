@@ -139,6 +139,11 @@ def dense(input: Tensor) -> Tensor:
     return laid_out(input, is_channels_last(input))
 
 
+def restored(output: Tensor, input: Tensor, read: Tensor) -> Tensor:
+    """``output`` with the strides that PyTorch gives an output for ``input``, where kernels ``read`` a copy of it."""
+    return output if read is input else torch.empty_like(input).copy_(output)
+
+
 def packed_shape(input: Tensor) -> tuple[int, int]:
     """The shape of a ``relu_mask`` for a tensor like ``input``."""
     n, c, s = input.shape[0], input.shape[1], math.prod(input.shape[2:])

@@ -139,7 +139,7 @@ def batch_norm_act_apply(
     y = normalise(input, stats)
     if residual is not None:
         y = y + (residual if residual_stats is None else normalise(residual, residual_stats))
-    mask = pack_mask(~(y <= 0)) if save_mask else input.new_empty(0, dtype=torch.uint8)
+    mask = pack_mask(~(y <= 0), input) if save_mask else input.new_empty(0, dtype=torch.uint8)
     return finish(y, relu, like=input), mask
 
 
@@ -240,24 +240,25 @@ def update_running_stats(
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """Packs a boolean tensor to bits; the layout is in :mod:`fused_res.ops`."""
-    rows = _rows(mask)
+def pack_mask(mask: Tensor, like: Tensor | None = None) -> Tensor:
+    """Packs a boolean tensor to bits, in the order for ``like`` or itself; the layout is in :mod:`fused_res.ops`."""
+    rows = _rows(mask, is_channels_last(mask if like is None else like))
     bytes = F.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
     return (bytes * bytes.new_tensor(_BITS)).sum(2, dtype=torch.uint8)
 
 
 def unpack_mask(relu_mask: Tensor, like: Tensor) -> Tensor:
     """The boolean tensor, of the shape and memory format of ``like``, that :func:`pack_mask` packed."""
-    rows = _rows(like)
-    bits = (relu_mask.unsqueeze(2) & relu_mask.new_tensor(_BITS)).ne(0).flatten(1)[:, : rows.shape[1]]
-    if is_channels_last(like):
+    channels_last = is_channels_last(like)
+    columns = like.shape[1] if channels_last else math.prod(like.shape[2:])
+    bits = (relu_mask.unsqueeze(2) & relu_mask.new_tensor(_BITS)).ne(0).flatten(1)[:, :columns]
+    if channels_last:
         return bits.reshape(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
     return bits.reshape(like.shape)
 
 
-def _rows(x: Tensor) -> Tensor:
-    if is_channels_last(x):
+def _rows(x: Tensor, channels_last: bool) -> Tensor:
+    if channels_last:
         return x.movedim(1, -1).reshape(-1, x.shape[1])
     return x.reshape(x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
 

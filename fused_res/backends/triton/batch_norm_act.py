@@ -17,7 +17,7 @@ from fused_res.backends.triton.batch_norm_sync import batch_norm_sums, launch_dx
 from fused_res.backends.triton.kernels import batch_norm_act as kernels
 from fused_res.backends.triton.launch import launch
 from fused_res.backends.triton.tiles import accumulator, tiling
-from fused_res.ops import dense, is_channels_last, laid_out, packed_shape, stats_dtype
+from fused_res.ops import dense, is_channels_last, laid_out, packed_shape, restored, stats_dtype
 
 
 @operator
@@ -57,7 +57,7 @@ def batch_norm_act_forward(
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    input = dense(input)
+    given, input = input, dense(input)
     running = None
     if training or not input.numel():
         stats = batch_norm_stats(input, weight, bias, running_mean, running_var, training, eps)
@@ -65,7 +65,7 @@ def batch_norm_act_forward(
         stats = input.new_empty((5, input.shape[1]), dtype=stats_dtype(input.dtype))
         running = (running_mean, running_var, weight, bias, eps)
     output, mask = _apply(input, torch.empty_like(input), stats, residual, residual_stats, relu, save_mask, running)
-    return output, stats, mask
+    return restored(output, given, input), stats, mask
 
 
 @operator
@@ -77,8 +77,9 @@ def batch_norm_act_apply(
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    input = dense(input)
-    return _apply(input, torch.empty_like(input), stats, residual, residual_stats, relu, save_mask, None)
+    x = dense(input)
+    output, mask = _apply(x, torch.empty_like(x), stats, residual, residual_stats, relu, save_mask, None)
+    return restored(output, input, x), mask
 
 
 @operator
@@ -175,7 +176,7 @@ def _backward(
     relu: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    input = dense(input)
+    given, input = input, dense(input)
     grad_output = laid_out(grad_output, is_channels_last(input))
     residual_last = is_channels_last(residual if residual is not None else input)
     if residual is not None:
@@ -200,7 +201,7 @@ def _backward(
         return sums[row].to(sums.dtype if like is None else like.dtype, copy=True)
 
     return (
-        input.new_empty(0) if dx is None else dx,
+        input.new_empty(0) if dx is None else restored(dx, given, input),
         input.new_empty(0) if dresidual is None else laid_out(dresidual, residual_last),
         parameter(1, output_mask[2], weight),
         parameter(0, output_mask[3], weight),
