@@ -313,7 +313,7 @@ class _Backward:
     def _strided(self) -> bool:
         """Whether the projection brings only those pixels that it has read."""
         projection = self.plan.projection
-        if projection is None or self.shortcut is None or projection.spec.stride == (1, 1):
+        if projection is None or self.shortcut is None or max(projection.spec.stride) == 1:
             return False
         return self.shortcut.shape[2:] == self.grad_output.shape[2:]
 
@@ -328,8 +328,8 @@ class _Backward:
             assert self.shortcut is not None
             into = grad
             if self._strided:
-                rows, cols = projection.spec.stride
-                into = grad[:, :, ::rows, ::cols]
+                every = slice(None)
+                into = grad[(every, every, *[slice(None, None, step) for step in projection.spec.stride])]
             into.add_(self.shortcut)
         return grad
 
