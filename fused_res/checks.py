@@ -85,6 +85,7 @@ def _check_unit(
             raise ValueError(f"{owner}.{name} must have the shape ({channels},), got {tuple(meta.shape)}")
     if not training and (norm[2] is None or norm[3] is None):
         raise ValueError(f"{owner}.running_mean and running_var are needed where training is False")
+    check_eps(spec.eps, training, f"{owner}.")
     taps = zip(shape[2:], weight.shape[2:], spec.stride, spec.padding, spec.dilation, strict=True)
     output = [
         (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, dilation in taps
@@ -92,6 +93,13 @@ def _check_unit(
     if any(size < 1 for size in output):
         raise ValueError(f"{owner}: input of {shape[2:]} is too small for a kernel of {tuple(weight.shape[2:])}")
     return (shape[0], channels, *output)
+
+
+def check_eps(eps: float, training: bool, owner: str = "") -> None:
+    """PyTorch's own check: a channel whose values are all the same has the variance 0."""
+    if not (eps > 0 if training else eps >= 0):  # NaN is refused, too
+        wanted = "greater than 0 when training" if training else "at least 0"
+        raise ValueError(f"{owner}eps must be {wanted}, got {eps}")
 
 
 def check_batch(shape: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from fused_res.autograd.residual_block import ResidualBlock, traceable
 from fused_res.backends import registry
 from fused_res.backends.reference import batch_norm_act as reference_norm
 from fused_res.backends.reference import residual_block as reference_block
-from fused_res.checks import check_batch
+from fused_res.checks import check_batch, check_eps
 from fused_res.ops import stats_dtype
 from fused_res.plan import plan
 from fused_res.spec import ACTIVATIONS, BlockSpec
@@ -57,7 +57,7 @@ def batch_norm_act(
         residual: of ``input``'s shape, dtype and device, in any memory format.
         training: normalise with the statistics of the batch.
         momentum: weight of the new batch in the running statistics.
-        eps: added to the variance.
+        eps: added to the variance; greater than 0 when ``training``.
         activation: ``"relu"`` or ``"identity"``.
         residual_scale, residual_shift: ``(C,)``, float32 or of ``input``'s dtype; both or neither, and with a residual.
         process_group: the batch is that of all its processes, each of which calls this with its part, of any number
@@ -73,7 +73,7 @@ def batch_norm_act(
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
     group = distributed.name_of(process_group) if training else ""
-    _check_norm(input, running_mean, running_var, weight, bias, training, not group, momentum, activation)
+    _check_norm(input, running_mean, running_var, weight, bias, training, not group, momentum, eps, activation)
     _check_residual(input, residual, residual_scale, residual_shift)
     kernels = registry.resolve(backend, input.device)
     relu = activation == "relu"
@@ -329,13 +329,16 @@ def _check_norm(
     training: bool,
     alone: bool,
     momentum: float,
+    eps: float,
     activation: str,
 ) -> None:
     _check_input(input)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if not isinstance(momentum, (int, float)):
-        raise TypeError(f"momentum must be a number, got {momentum!r}")
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    check_eps(eps, training)
     shape = input.shape
     if not 2 <= len(shape) <= 5:
         raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got {len(shape)}")
