@@ -46,7 +46,8 @@ def assert_as_exact_as(
         return
     error = (ours.double() - exact).abs()
     stock_error = (stock.double() - (exact if exact_for_stock is None else exact_for_stock)).abs()
-    allowed = 2 * stock_error.max() + 4 * torch.finfo(ours.dtype).eps * exact.abs().max() + floor
+    ulp = torch.finfo(ours.dtype).eps * exact.abs().max().clamp(min=torch.finfo(ours.dtype).smallest_normal)
+    allowed = 2 * stock_error.max() + 4 * ulp + floor
     worst = error.max()
     if not worst <= allowed:  # NaN fails, too
         where = tuple(int(i) for i in torch.unravel_index(error.nan_to_num(float("inf")).argmax(), error.shape))

@@ -30,6 +30,14 @@ def _hasten_interpreter() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
+# The same few examples in every run of the suite; --hypothesis-profile=search looks for others.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("suite", derandomize=True, deadline=None, database=None, max_examples=50)
+    settings.register_profile("search", deadline=None, max_examples=3000)
+    settings.load_profile("suite")
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
     with contextlib.suppress(ImportError):  # no Triton: its tests say so

@@ -2,16 +2,15 @@
 // exactly their size: what AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer watch
 // (test_cpu_sanitizers.py). Outputs are compared with a plain loop. With an argument, scratch memory is too
 // short and shared by all threads in the kernels that it names: sanitizers have to say so.
+#include "cpu_sanitize.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <string_view>
-#include <thread>
-#include <vector>
 
 #include "cpu/convolution.h"
 #include "cpu/isa/direct.h"
@@ -22,54 +21,7 @@
 namespace fused_res::cpu {
 namespace {
 
-bool broken = false;
-
 constexpr ConvolutionKernels kKernels = {direct, winograd, direct_gradient, winograd_gradient};
-
-// Memory of exactly this size, so that a sanitizer sees the first element behind it.
-template <class T>
-struct Array {
-  int64_t size;
-  std::unique_ptr<T[]> data;
-
-  explicit Array(int64_t n) : size(n), data(new T[n]) {}
-  T* get() const { return data.get(); }
-  T& operator[](int64_t i) const { return data[i]; }
-};
-
-// The same numbers everywhere: multiples of 1/64 around `mean`.
-Array<float> random_floats(int64_t n, float mean) {
-  static uint32_t state = 1;
-  Array<float> values(n);
-  for (int64_t i = 0; i < n; ++i) {
-    state = state * 1664525 + 1013904223;
-    values[i] = mean + static_cast<float>(static_cast<int>(state >> 24) - 128) / 64;
-  }
-  return values;
-}
-
-// parallel(n, body) for the tasks. Nothing but the beginning and the end of the loop orders what threads do.
-struct Threads {
-  int64_t count;
-  static thread_local int64_t number;
-
-  int64_t threads() const { return count; }
-  int64_t thread() const { return broken ? 0 : number; }
-
-  template <class Body>
-  void operator()(int64_t n, const Body& body) const {
-    std::vector<std::thread> threads;
-    for (int64_t i = 0; i < count; ++i) {
-      threads.emplace_back([&, i] {
-        number = i;
-        const Range part = part_of(n, i, count);
-        if (part.begin < part.end) body(part.begin, part.end);
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-  }
-};
-thread_local int64_t Threads::number = 0;
 
 struct Case {
   int64_t images, channels, height, width, outputs, taps_h, taps_w, stride, pad, dilation, tile;

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import norm_contract as contract
 import pytest
 import torch
 from backends import BACKENDS, FAST
+from norm_contract import gate, gradients, rounding_of_sums
+from stock import batch_norm_act as stock
 from torch.nn import functional as F
 
 import fused_res
@@ -83,94 +86,11 @@ def make(shape, dtype, format=torch.contiguous_format, residual=True, affine=Tru
     return tensors, running, randn(*shape).to(dtype)
 
 
-def stock(
-    input, running_mean, running_var, weight, bias, residual, training, activation,
-    residual_scale=None, residual_shift=None,
-):  # fmt: skip
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training)
-    if residual_scale is not None:
-        scale, shift = (t.to(input.dtype).view(-1, *(1,) * (input.dim() - 2)) for t in (residual_scale, residual_shift))
-        residual = residual * scale + shift
-    y = y if residual is None else y + residual
-    return F.relu(y) if activation == "relu" else y
-
-
-def gradients(output, tensors, grad):
-    wanted = {name: t for name, t in tensors.items() if t is not None}
-    return dict(zip(wanted, torch.autograd.grad(output, wanted.values(), grad), strict=True))
-
-
-def exact(tensors, running, grad, training, mask):
-    """Output and gradients in float64, for a given ReLU mask (None: no ReLU)."""
-    wide = {k: None if t is None else t.detach().double().requires_grad_() for k, t in tensors.items()}
-    y, *_ = definition(
-        wide["input"],
-        running["running_mean"].double(),
-        running["running_var"].double(),
-        wide["weight"],
-        wide["bias"],
-        wide["residual"],
-        training,
-        relu=False,
-        residual_scale=wide.get("residual_scale"),
-        residual_shift=wide.get("residual_shift"),
-    )
-    pre = y.detach()
-    y = y if mask is None else y * mask
-    return pre, y.detach(), gradients(y, wide, grad.double())
-
-
-def gate(pre, y):
-    """What passes the ReLU: within rounding of zero each side may decide as it likes, and is judged by its own mask."""
-    near = pre.abs() <= 64 * torch.finfo(y.dtype).eps * (1 + pre.abs().max())
-    return torch.where(near, y.detach() > 0, pre > 0).double()
-
-
 def check(case, dtype, format, training, residual, activation, backend, grad_format=None, scaled=False):
     tensors, running, grad = make(SHAPES[case], dtype, format, residual, scaled=scaled)
     if grad_format is not None:
         grad = grad.contiguous(memory_format=grad_format)
-    results = []
-    for function in (lambda **kw: batch_norm_act(**kw, backend=backend), stock):
-        mine = {k: None if t is None else t.clone().requires_grad_() for k, t in tensors.items()}
-        state = {k: t.clone() for k, t in running.items()}
-        y = function(**mine, **state, training=training, activation=activation)
-        mask = None
-        if activation == "relu":
-            pre, *_ = exact(tensors, running, grad, training, None)
-            mask = gate(pre, y)
-        results.append((y.detach(), gradients(y, mine, grad), state, exact(tensors, running, grad, training, mask)))
-    (ours, our_grads, our_state, (_, y, grads)), (theirs, their_grads, their_state, (_, y_stock, grads_stock)) = results
-    assert ours.stride() == torch.empty_like(tensors["input"]).stride()
-    assert_as_exact_as("output", ours, theirs, y, y_stock)
-    for name in grads:
-        floor = 0.0
-        if name in ("weight", "bias", "residual_shift"):
-            floor = rounding_of_sums(tensors["input"], running, training, grads["bias"])
-        if name == "residual_scale":  # a sum of products as large as the residual
-            values = tensors["input"].numel() / tensors["input"].shape[1]
-            floor = (
-                torch.finfo(ops.stats_dtype(dtype)).eps * values**0.5 * tensors["residual"].double().abs().max().item()
-            )
-        assert_as_exact_as(f"grad {name}", our_grads[name], their_grads[name], grads[name], grads_stock[name], floor)
-    for name, value in running.items():
-        if training:
-            x = tensors["input"].double()
-            dims = [0, *range(2, x.dim())]
-            batch = x.mean(dims) if name == "running_mean" else x.var(dims)
-            value = 0.9 * value.double() + 0.1 * batch
-        assert_as_exact_as(name, our_state[name], their_state[name], value.double())
-
-
-def rounding_of_sums(x, running, training, grad_bias):
-    """What a channel's sums may be off by, whoever adds them: M terms around 1, each rounded; and in `grad weight`,
-    the saved mean, which is rounded to the statistics' dtype, times the sum of the gradients. In one channel or a few,
-    stock may by luck be far better than that."""
-    eps = torch.finfo(ops.stats_dtype(x.dtype)).eps
-    dims = [0, *range(2, x.dim())]
-    mean = x.double().mean(dims) if training else running["running_mean"].double()
-    std = x.double().std(dims) if training else running["running_var"].double().sqrt()
-    return eps * ((x.numel() / x.shape[1]) ** 0.5 + (mean / std * grad_bias).abs().max().item())
+    contract.check(tensors, running, grad, training, activation, backend)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -264,7 +184,7 @@ def test_precision_of_a_pair(case, format, dtype, training, backend):
             if "weight" in name or "bias" in name:
                 state = dict(zip(("running_mean", "running_var"), running[side], strict=True))
                 x = tensors[("input", "residual")[side]]
-                floor = rounding_of_sums(x, state, training[side], grads_exact["bias"])
+                floor = rounding_of_sums(x, state, training[side], grad, grads_exact["bias"])
             assert_as_exact_as(
                 f"grad {name}", found, grads_stock[name], grads_exact[name], grads_exact_stock[name], floor
             )
@@ -384,6 +304,17 @@ def test_gradcheck(training, residual, backend):
         inputs = [tensors[name].requires_grad_() for name in names]
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_of_inputs_in_any_order_of_memory(backend):
+    """With as many channels as pixels, so that bits in the wrong order would fit, too."""
+    tensors, running, grad = make((3, 16, 4, 4), torch.float32)
+    for order in ((0, 2, 3, 1), (3, 0, 1, 2), (1, 0, 3, 2)):
+        back = [order.index(dim) for dim in range(4)]
+        for gap in (1, 2):
+            x = tensors["input"].permute(order).repeat_interleave(gap, 3)[..., ::gap].permute(back)
+            contract.check(tensors | {"input": x}, running, grad, True, "relu", backend)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
@@ -662,6 +593,10 @@ V = torch.ones(3)
         ({"activation": "gelu"}, ValueError, "activation must be one of"),
         ({"backend": "tpu"}, ValueError, "backend must be one of"),
         ({"momentum": "much"}, TypeError, "momentum must be a number"),
+        ({"eps": None}, TypeError, "eps must be a number"),
+        ({"eps": 0.0}, ValueError, "eps must be greater than 0 when training, got 0.0"),
+        ({"eps": float("nan")}, ValueError, "eps must be greater than 0"),
+        ({"eps": -1e-5, "training": False}, ValueError, "eps must be at least 0"),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from backends import FAST as BACKENDS
+from stock import CONVOLUTIONS
+from stock import conv_bias_act as stock
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 
 import fused_res
 from fused_res import ops
@@ -54,22 +55,9 @@ def make(case: str, dtype: torch.dtype, mean: float = 1.0) -> tuple[dict[str, Te
         "weight": weight / weight[0].numel() ** 0.5,
         "bias": randn(outputs) * max(mean, 1),
     }
-    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
+    convolution = CONVOLUTIONS[len(shape)]
     tensors["residual"] = randn(*convolution(tensors["input"], tensors["weight"], **options).shape) + mean
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}, options
-
-
-def stock(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "relu",
-    **options: Any,
-) -> Tensor:
-    y = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[input.dim()](input, weight, bias, **options)
-    y = y if residual is None else y + residual
-    return F.relu(y) if activation == "relu" else y
 
 
 def check(tensors: dict[str, Tensor], options: dict[str, Any], backend: str) -> Tensor:
@@ -139,6 +127,17 @@ class TestLayout:
             tensors["input"][:1].expand(4, -1, -1, -1),
         ):
             check({"input": view, "weight": tensors["weight"], "bias": tensors["bias"]}, options, backend)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("case", ["3x3", "groups", "volume"])
+    def test_strided_bias(self, case: str, dtype: torch.dtype, backend: str) -> None:
+        tensors, options = make(case, dtype)
+        spread = torch.full((2 * len(tensors["bias"]),), float("nan"), dtype=dtype)[::2]
+        tensors["bias"] = spread.copy_(tensors["bias"])
+        for rows in (False, True):
+            if rows:
+                tensors["input"] = tensors["input"].contiguous(memory_format=CHANNELS_LAST[tensors["input"].dim()])
+            check(tensors, options, backend)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -282,6 +282,17 @@ def test_calls_are_prepared_for_shapes_and_looked_at_again() -> None:
     assert torch.equal(other(small), expected[0])
 
 
+@torch.inference_mode()
+def test_biases_that_are_not_dense() -> None:
+    frozen = fused_res.freeze(network())
+    x = torch.randn(1, 3, 64, 64)
+    expected = frozen(x)
+    for module in frozen.modules():
+        if "bias" in module._buffers and module.bias is not None:
+            module.bias = torch.stack((module.bias, torch.full_like(module.bias, torch.nan)), 1)[:, 0]
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_flops_are_counted() -> None:
     """By those who look at what reaches the dispatcher: they know ATen's convolution, and not ours."""
     x = torch.randn(4, 32, 28, 28).to(memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from backends import FAST
+from stock import residual_block as stock
 from torch.nn import functional as F
 
 import fused_res
@@ -76,27 +77,6 @@ def learnable(tensors, frozen=()):
     return copies
 
 
-def stock(x, spec, tensors, training=True, momentum=0.1):
-    """The same block from torch.nn.functional."""
-    flags = spec.per_unit(training, "training")
-
-    def unit(index, x):
-        u, (weight, bias, *norm, mean, var) = spec.convolutions[index], tensors[6 * index : 6 * index + 6]
-        convolve = F.conv1d if x.dim() == 3 else F.conv2d
-        z = convolve(x, weight, bias, u.stride, u.padding, u.dilation, u.groups)
-        return F.batch_norm(z, mean, var, *norm, flags[index], momentum, u.eps)
-
-    y = x
-    for index, u in enumerate(spec.units):
-        y = unit(index, y)
-        if index == len(spec.units) - 1 and spec.shortcut != "none":
-            y = y + (x if spec.projection is None else unit(index + 1, x))
-        y = F.relu(y) if u.relu else y
-    if spec.pool is not None:
-        y = F.max_pool2d(y, spec.pool.kernel_size, spec.pool.stride, spec.pool.padding)
-    return y
-
-
 def run(function, x, tensors, grad=None, frozen_input=False):
     """Output, gradients of all that wants one, and every tensor afterwards."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_(not frozen_input)
@@ -138,6 +118,22 @@ def test_maps_smaller_than_the_kernel(name):
         spec, x, tensors = make(name, batch=5, size=size)
         x = x.contiguous(memory_format=torch.channels_last) if last else x
         ours = run(lambda x, t, s=spec: residual_block(x, s, t, training=True), x, learnable(tensors))
+        assert_same(ours, run(lambda x, t, s=spec: stock(x, s, t), x, learnable(tensors)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_a_projection_of_a_sequence(backend):
+    """Also of a single place, which a stride leaves as long as it was."""
+    for stride, size in itertools.product((1, 2), (1, 5)):
+        unit = UnitSpec((stride,), (1,), (1,))
+        spec = BlockSpec((unit,), UnitSpec((stride,), (0,), (1,), activation="identity"))
+        generator = torch.Generator().manual_seed(0)
+        tensors = []
+        for kernel in (3, 1):
+            weight = torch.randn(6, 4, kernel, generator=generator, dtype=torch.float64)
+            tensors += [weight, None, *torch.rand(4, 6, generator=generator, dtype=torch.float64).add(0.5)]
+        x = torch.randn(3, 4, size, generator=generator, dtype=torch.float64)
+        ours = run(lambda x, t, s=spec: residual_block(x, s, t, training=True, backend=backend), x, learnable(tensors))
         assert_same(ours, run(lambda x, t, s=spec: stock(x, s, t), x, learnable(tensors)))
 
 
@@ -398,6 +394,11 @@ def test_bad_tensors_are_named_before_anything_is_written(index, value, error, w
         ({"training": (True, False)}, ValueError, r"training must be one value or 3 \(one per unit\), got 2"),
         ({"recompute": "all"}, ValueError, "recompute must be one of"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
+        (
+            {"spec": BlockSpec((UnitSpec(), SAME, UnitSpec(eps=0.0)), "identity")},
+            ValueError,
+            "2.eps must be greater than",
+        ),
         ({"spec": BlockSpec((UnitSpec(), SAME, UnitSpec((2, 2))), "identity")}, ValueError, "cannot be added"),
         ({"spec": BlockSpec((UnitSpec((9, 9), (0, 0), (9, 9)), SAME, SAME))}, ValueError, "cannot|too small|reads"),
     ],

@@ -1,0 +1,71 @@
+"""Memory stays where it is over a thousand steps of training and a thousand calls of changing shapes."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_res
+from fused_res import _extension, models
+
+MB = 1 << 20
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def kept() -> int:
+    """Bytes in the cache of freed outputs."""
+    if not _extension.loaded:
+        return 0
+    from fused_res.backends.cpu import output_cache_bytes
+
+    return output_cache_bytes()
+
+
+def test_a_thousand_steps_of_training() -> None:
+    torch.manual_seed(0)
+    model = fused_res.fuse(models.cifar_resnet(8, width=4).train().to(memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    sizes = []
+    for step in range(1000):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if step % 250 == 249:
+            sizes.append((resident(), kept(), len(gc.get_objects())))
+    for (bytes, cached, objects), (later, later_cached, later_objects) in itertools.pairwise(sizes):
+        assert later - bytes < MB and cached == later_cached and later_objects - objects < 100, sizes
+
+
+def test_a_thousand_calls_of_changing_shapes() -> None:
+    """Prepared calls, plans and packed weights are kept for shapes: not for ever more of them."""
+    torch.manual_seed(0)
+    frozen = fused_res.freeze(models.cifar_resnet(8, width=4))
+    sizes = []
+    with torch.inference_mode():
+        for call in range(1000):
+            frozen(torch.randn(1 + call % 3, 3, 8 + call % 37, 8 + call % 41))
+            if call % 250 == 249:
+                sizes.append((resident(), kept(), len(gc.get_objects())))
+    for (bytes, cached, _), (later, later_cached, _) in itertools.pairwise(sizes[1:]):
+        assert later - bytes < 8 * MB and later_cached <= max(cached, 256 * MB), sizes
