@@ -38,8 +38,8 @@ def check_recompute(recompute: str) -> None:
 def check_momentum(momentum: float) -> None:
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum must be a number, got {momentum!r}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be from 0 to 1, the weight of the new batch, got {momentum}")
+    if not math.isfinite(momentum):  # PyTorch takes any number, also below 0 and above 1
+        raise ValueError(f"momentum must be finite, got {momentum}")
 
 
 def check_batch(shape: Sequence[int]) -> None:
@@ -56,10 +56,10 @@ def _check_is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def _check_training_eps(eps: float) -> None:
+def _check_training_eps(eps: float, owner: str = "") -> None:
     """As PyTorch has it: in evaluation zero will do."""
     if eps == 0:
-        raise ValueError(f"eps must be above 0 when training, got {eps}")
+        raise ValueError(f"{owner}eps must be above 0 when training, got {eps}")
 
 
 # A batch norm
@@ -351,7 +351,7 @@ def _check_unit(
         raise ValueError(f"{owner}: input of {shape[2:]} is too small for a kernel of {tuple(weight.shape[2:])}")
     made = (shape[0], channels, *sizes)
     if training:
-        _check_training_eps(spec.eps)
+        _check_training_eps(spec.eps, f"{owner}.")
         if alone:
             check_batch(made)
     return made

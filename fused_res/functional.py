@@ -70,7 +70,7 @@ def batch_norm_act(
         weight, bias: ``(C,)``, float32 or of ``input``'s dtype; None stands for ones and zeros.
         residual: of ``input``'s shape, dtype and device, in any memory format.
         training: normalise with the statistics of the batch.
-        momentum: weight of the new batch in the running statistics, from 0 to 1.
+        momentum: weight of the new batch in the running statistics.
         eps: added to the variance; above 0 when ``training``.
         activation: ``"relu"`` or ``"identity"``.
         residual_scale, residual_shift: ``(C,)``, float32 or of ``input``'s dtype; both or neither, and with a residual.
@@ -151,7 +151,7 @@ def residual_block(
             weight, bias, running mean and running variance, ``(K,)``, float32 or of ``input``'s dtype. All but the
             first may be None; running statistics only where ``training``, which updates them in place.
         training: whether norms use the statistics of the batch; one value, or one for each unit (projection last).
-        momentum: weight of the new batch in the running statistics, from 0 to 1; one value, or one for each unit.
+        momentum: weight of the new batch in the running statistics; one value, or one for each unit.
         recompute: ``"none"`` keeps what makes backward fastest; ``"norm"`` keeps only the convolutions' raw outputs and
             normalises again in backward; ``"conv"`` also runs a bottleneck's last 1x1 convolution and a projection's
             convolution again.

@@ -71,4 +71,5 @@ def makes_channels_last(input: Tensor, weight: Tensor) -> bool:
 
 
 def _is_rows(tensor: Tensor) -> bool:
-    return tensor.dim() > 3 and tensor.stride(1) == 1 and not tensor.is_contiguous()
+    # A single channel says nothing; and oneDNN's bfloat16 is wrong for volumes of one that are called channels_last.
+    return tensor.dim() > 3 and tensor.shape[1] > 1 and tensor.stride(1) == 1 and not tensor.is_contiguous()

@@ -119,6 +119,15 @@ class TestLayout:
         output = check(tensors, options, backend)
         assert is_rows(output) == (input or weight) and output.is_contiguous() != (input or weight)
 
+    def test_one_channel_with_gaps(self, backend: str) -> None:
+        """Is not channels_last, though its stride is 1: in bfloat16 stock itself is wrong for volumes laid out so."""
+        gapped = torch.empty(2, 3, 1, 1, 2, dtype=torch.bfloat16)[..., :1].permute(0, 4, 2, 1, 3)
+        x = gapped.copy_(torch.randn(2, 1, 1, 3, 1))
+        weight = torch.randn(7, 1, 2, 1, 2).bfloat16()
+        y = conv_bias_act(x, weight, padding=(1, 0, 1), backend=backend)
+        exact = torch.conv3d(x.double(), weight.double(), padding=(1, 0, 1)).relu()
+        torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2)
+
     def test_strided_views(self, backend: str) -> None:
         tensors, options = make("3x3", torch.float32)
         for view in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 
 import pytest
@@ -91,6 +92,7 @@ def test_recompute_changes_nothing_but_memory(name: str, recompute: str) -> None
     [
         {"momentum": None},
         {"momentum": 0.7, "eps": 0.1},
+        {"momentum": -1.2},
         {"track_running_stats": False},
         {"affine": False},
         {"bias": False},
@@ -374,7 +376,7 @@ def test_wrong_arguments() -> None:
                 make(norm)
 
 
-@pytest.mark.parametrize("settings", [{"momentum": -0.5}, {"momentum": 1.5}])
+@pytest.mark.parametrize("settings", [{"momentum": math.nan}, {"momentum": math.inf}])
 def test_a_momentum_that_only_stock_accepts_is_left_to_stock(settings: dict) -> None:
     x = images(4).float()
     outcomes = []
@@ -384,7 +386,7 @@ def test_a_momentum_that_only_stock_accepts_is_left_to_stock(settings: dict) -> 
         layer.fused = fused
         outcomes.append((layer(x), layer.bn.running_mean, layer.bn.running_var))
         assert layer.refusal() is not None
-    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*outcomes, strict=True))
 
 
 @pytest.mark.parametrize(("eps", "training"), [(0.0, True), (-1e-5, True), (-1e-5, False)])

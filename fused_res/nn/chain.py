@@ -9,6 +9,7 @@ overhead of a fused module, which is why it reads module dictionaries instead of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -179,8 +180,8 @@ def read_norm(state: dict[str, Any]) -> NormState | str:
     if momentum is None:
         # A cumulative average weighs the new batch by one over the number of batches, this one included.
         momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
-    elif not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
-        return "has a momentum that is no number from 0 to 1"
+    elif not (isinstance(momentum, (int, float)) and math.isfinite(momentum)):
+        return "has a momentum that is no finite number"
     return weight, bias, mean, var, True, momentum, counter
 
 
