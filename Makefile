@@ -24,7 +24,9 @@ CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 TEST_FILES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 ARGS :=
 # Some tests use one core, some all: two at a time, whose threads let go of a core while they wait.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# Files go to them in the order of tests/conftest.py, the longest first.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+  --no-loadscope-reorder
 GPU_PYTHON := python3
 
 .PHONY: test bench study docs gpu lint format build clean FORCE

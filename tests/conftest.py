@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -37,6 +38,21 @@ with contextlib.suppress(ImportError):
     settings.register_profile("suite", derandomize=True, deadline=None, database=None, max_examples=50)
     settings.register_profile("search", deadline=None, max_examples=3000)
     settings.load_profile("suite")
+
+#: Files that would keep one process waiting for another if they came last; see PYTEST in the Makefile.
+LONGEST = (
+    "test_cpu_sanitizers",
+    "test_train",
+    "test_cuda_build",
+    "test_depth_study",
+    "test_cuda_sim",
+    "test_triton_bf16",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined

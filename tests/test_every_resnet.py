@@ -152,11 +152,17 @@ def torchvision_resnets() -> list[str]:
     return [n for n in names if torchvision.models.get_model_builder(n).__module__ == "torchvision.models.resnet"]
 
 
-@pytest.mark.parametrize("name", torchvision_resnets())
-@pytest.mark.parametrize("library", [torchvision.models, models], ids=["torchvision", "ours"])
-def test_torchvision(name: str, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(library, name):
-        pytest.skip("not one of ours")
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        (library, name)
+        for library in (torchvision.models, models)
+        for name in torchvision_resnets()
+        if hasattr(library, name)
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_torchvision(library: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch, 4, 2)
     model = getattr(library, name)()
     model.fc = nn.Linear(model.inplanes, 3)
