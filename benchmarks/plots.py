@@ -127,7 +127,7 @@ def speedups(document: dict[str, Any], path: Path, title: str) -> None:
         }
         grouped_bars(axis, [case["name"] for case in cases], series, "{:.2f}")
         axis.axvline(1, color="#333333", linewidth=0.8)
-        axis.set_xlabel(f"speed relative to {base} (longer is better)")
+        axis.set_xlabel(f"speed relative to {report.title_of(base)} (longer is better)")
     legend_below(figure, pairs[0][0])
     save(figure, document, path, title)
 
