@@ -66,7 +66,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info fused_res/_C.* fused_res/_cuda.*
 
 # FUSED_RES_CPP=1: here a compiler that does not work is an error, not a reason to go on without it.
-$(BUILT): $(DEPENDENCIES) $(CPP_FILES) CMakeLists.txt $(wildcard cmake/*.cmake) setup.py pyproject.toml
+$(BUILT): $(DEPENDENCIES) $(CPP_FILES) CMakeLists.txt $(wildcard cmake/*.*) setup.py pyproject.toml
 	FUSED_RES_CPP=1 $(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
 	@touch $@
 

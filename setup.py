@@ -15,13 +15,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent
+
+# Here too, for `python setup.py`: exits where setuptools is missing or too old.
+INSTALL = runpy.run_path(str(ROOT / "cmake" / "build_backend.py"))["INSTALL"]
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
-
-ROOT = Path(__file__).resolve().parent
 
 variables = runpy.run_path(str(ROOT / "fused_res" / "env.py"))
 CPP, CUDA = variables["CPP"].read(), variables["CUDA"].read()
@@ -35,7 +38,7 @@ def torch_version() -> str:
     except importlib.metadata.PackageNotFoundError:
         raise SystemExit(
             "fused_res is compiled against the torch that it will run with, and this Python has none. Type:\n"
-            "    pip install torch\n    pip install --no-build-isolation ."
+            f"    {INSTALL} torch\n    pip install --no-build-isolation ."
         ) from None
 
 
@@ -135,7 +138,7 @@ setup(
             sources=[],  # CMakeLists.txt has them; `depends` puts them into a source distribution
             depends=[
                 str(path.relative_to(ROOT))
-                for pattern in ("CMakeLists.txt", "cmake/*.cmake", "csrc/**/*.*")
+                for pattern in ("CMakeLists.txt", "cmake/*.*", "csrc/**/*.*")
                 for path in sorted(ROOT.glob(pattern))
             ],
             optional="1" not in (CPP, CUDA),

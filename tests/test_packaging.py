@@ -1,8 +1,10 @@
 """The build, the wheel, the environment variables, and what remains when the extension is missing."""
 
+import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,12 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import fused_res
 from fused_res import _extension, env
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_res"
+BUILD_REQUIRES = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+INSTALL = f"pip install {shlex.join(BUILD_REQUIRES)}"
 
 needs_extension = pytest.mark.skipif(not _extension.loaded, reason=_extension.reason)
 
@@ -346,14 +351,84 @@ def test_nothing_is_compiled_for_this_machine_only(wheel: Wheel) -> None:
             assert not re.search(r" -m(arch|avx|fma|f16c)", entry["command"]), entry["file"]
 
 
-def test_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
-    sdist = ["setup.py", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
-    run(sys.executable, *sdist, cwd=ROOT, FUSED_RES_CPP="0")
-    (path,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(path) as archive:
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    command = ["setup.py", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder]
+    run(sys.executable, *command, cwd=ROOT, FUSED_RES_CPP="0")
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+def test_source_distribution_has_what_the_build_reads(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {*ROOT.glob("CMakeLists.txt"), *ROOT.glob("cmake/*"), *ROOT.glob("csrc/**/*.*"), *PACKAGE.rglob("*.py")}
-    assert {str(path.relative_to(ROOT)) for path in needed} <= names
+    files = ("CMakeLists.txt", "pyproject.toml", "cmake/*.*", "csrc/**/*.*", "fused_res/**/*.py")
+    assert {str(path.relative_to(ROOT)) for pattern in files for path in ROOT.glob(pattern)} <= names
+
+
+# --- setuptools ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sources(sdist: Path, tmp_path: Path) -> Path:
+    """A copy, since an editable installation writes build records into the source folder."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / sdist.name.removesuffix(".tar.gz")
+
+
+def pip_install(environment: Path) -> list[str | Path]:
+    python = environment / "bin" / "python"
+    offline = ["--no-deps", "--no-index", "--ignore-installed", "--no-build-isolation"]
+    return [sys.executable, "-m", "pip", "--python", python, "install", *offline]
+
+
+@pytest.mark.parametrize("setuptools", ["stock", "none"])
+def test_setuptools_that_cannot_build(setuptools: str, sources: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", symlinks=True, with_pip=setuptools == "stock")
+    found = list(tmp_path.glob("venv/lib/python*/site-packages/setuptools-*.dist-info"))
+    if setuptools == "stock" and not found:
+        pytest.skip("virtual environments have setuptools only before Python 3.12")
+    printed = run(*pip_install(tmp_path / "venv"), "--editable", sources, cwd=tmp_path, fails=True)
+    assert "Traceback" not in printed and "ModuleNotFoundError" not in printed
+    assert re.search("setuptools: expected [0-9.]+ or newer, " + ("got 65" if found else "not installed"), printed)
+    assert f"    {INSTALL}\n" in printed
+
+
+@pytest.mark.parametrize("form", ["editable", "sdist"])
+def test_install_with_this_setuptools(form: str, sdist: Path, sources: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = tmp_path.glob("venv/lib/python*/site-packages")
+    (site / "setuptools.pth").write_text(str(Path(importlib.metadata.distribution("setuptools").locate_file(""))))
+    what = ["--editable", sources] if form == "editable" else [sdist]
+    run(*pip_install(tmp_path / "venv"), *what, cwd=tmp_path, FUSED_RES_CPP="0")
+    code = "import importlib.util; print(importlib.util.find_spec('fused_res').origin)"
+    origin = run(tmp_path / "venv" / "bin" / "python", "-c", code, cwd=tmp_path)
+    assert Path(origin.strip()) == (sources if form == "editable" else site) / "fused_res" / "__init__.py"
+
+
+def test_setup_checks_setuptools() -> None:
+    """`make gpu` runs `python setup.py`, without the build backend."""
+    code = "import runpy, sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; runpy.run_path('setup.py')"
+    printed = run(sys.executable, "-S", "-c", code, cwd=ROOT, fails=True)
+    assert "setuptools: expected" in printed and "Traceback" not in printed
+
+
+def test_one_requirement_on_setuptools() -> None:
+    """README and the pin of requirements/dev.txt agree with pyproject.toml."""
+    (required,) = (one for one in BUILD_REQUIRES if one.startswith("setuptools"))
+    assert f"pip install torch cmake ninja '{required}'\n" in (ROOT / "README.md").read_text()
+    pin = re.search(r"^setuptools==(.*)$", (ROOT / "requirements" / "dev.txt").read_text(), re.MULTILINE)
+    assert pin is not None and pin[1] in Requirement(required).specifier
+
+
+def test_requirements_of_torch() -> None:
+    for text in importlib.metadata.requires("torch") or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            version = importlib.metadata.version(requirement.name)
+            assert requirement.specifier.contains(version, prereleases=True), f"torch requires {text}, got {version}"
 
 
 def test_switches_that_contradict_each_other() -> None:
