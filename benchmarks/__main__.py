@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from benchmarks import block, conv, everything, infer, memory, model, op, options, roofline, runner
+from benchmarks import block, compare, conv, everything, infer, memory, model, op, options, roofline, runner
 
 SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "op": op,
@@ -31,12 +31,15 @@ def build_parser() -> argparse.ArgumentParser:
         if name not in CALCULATED:
             options.add_common(subparser)
         module.add_arguments(subparser)
+    compare.add_arguments(subparsers.add_parser("compare", help=compare.HELP, description=compare.__doc__))
     return parser
 
 
 def main(arguments: list[str]) -> None:
     parser = build_parser()
     parsed = parser.parse_args(arguments)
+    if parsed.subcommand == "compare":
+        raise SystemExit(compare.run(parsed))
     if parsed.subcommand == "all":
         everything.run(parsed, parser, SUBCOMMANDS)
         return

@@ -166,7 +166,10 @@ def pages() -> dict[Path, str]:
     if not any(map(is_gpu, devices.values())):
         sections.append(f"### GPU\n\n{NO_GPU}")
     readme = ROOT / "README.md"
-    head = "# All results\n\nWritten by `python -m benchmarks.readme` from the JSON files beside it."
+    head = (
+        "# All results\n\nWritten by `python -m benchmarks.readme` from the JSON files beside it.\n"
+        "`python -m benchmarks compare A B` compares two results folders and exits with 1 at a regression of ours."
+    )
     return {
         readme: between_marks(readme.read_text(), "\n\n".join(sections)),
         RESULTS / "README.md": "\n\n".join([head, *(everything(*item) for item in devices.items())]) + "\n",
