@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import sysconfig
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,21 @@ if loaded:
         _module.set_cpu_isa(env.CPU_ISA.read())
     except ValueError as error:  # asked for by name: not a reason to take another one
         raise ValueError(f"{env.CPU_ISA.name}: {error}") from None
+
+#: Facts of the C++ kernels, documented in csrc/library.cpp. Undefined if the extension is not loaded.
+winograd_supports: Callable[[Sequence[int], Sequence[int], Sequence[int]], bool]
+winograd_gemm_rows: Callable[[int, int, int, int], int]
+WINOGRAD_POINTS: int
+PROGRAM_PLACES: tuple[int, int, int]
+PROGRAM_KINDS: tuple[int, int]
+PROGRAM_FIELDS: tuple[str, ...]
+if loaded:
+    winograd_supports = _module.winograd_supports
+    winograd_gemm_rows = _module.winograd_gemm_rows
+    WINOGRAD_POINTS = _module.WINOGRAD_POINTS
+    PROGRAM_PLACES = _module.PROGRAM_PLACES
+    PROGRAM_KINDS = _module.PROGRAM_KINDS
+    PROGRAM_FIELDS = _module.PROGRAM_FIELDS
 
 
 def set_output_cache(megabytes: int) -> None:

@@ -12,6 +12,7 @@
 #include <limits>
 #include <string_view>
 
+#include "common/output_size.h"
 #include "cpu/convolution.h"
 #include "cpu/isa/direct.h"
 #include "cpu/isa/weight_gradient.h"
@@ -51,7 +52,7 @@ struct Operands {
       weight.output_stride = taps, weight.channel_stride = c.outputs * taps;
     }
     const auto size = [&](int64_t in, int64_t taps) {
-      return (in + 2 * c.pad - c.dilation * (taps - 1) - 1) / c.stride + 1;
+      return output_size(in, taps, c.stride, c.pad, c.dilation);
     };
     args.images = c.images, args.channels = c.channels, args.height = c.height, args.width = c.width;
     args.outputs = c.outputs, args.taps_h = c.taps_h, args.taps_w = c.taps_w;

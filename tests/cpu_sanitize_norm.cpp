@@ -424,6 +424,7 @@ void check_all() {
 }  // namespace fused_res::cpu
 
 int main(int argc, char** argv) {
+  using fused_res::Layout;
   using namespace fused_res::cpu;
   const std::string_view name = argc > 1 ? argv[1] : "";
   broken = argc > 1;

@@ -1,5 +1,7 @@
 // Several layers as one call: a program of convolutions and poolings whose values in between lie in an arena.
-// What the numbers of a program mean is said here, who writes them is fused_res/backends/cpu/program.py.
+// The format of a program is in conv_program.h.
+#include "cpu/conv_program.h"
+
 #include <torch/library.h>
 
 #include <span>
@@ -8,17 +10,6 @@
 
 namespace fused_res::cpu {
 namespace {
-
-// One step: kind, from, to, residual, weight, then what ConvolutionArgs and PoolArgs hold. Places are offsets
-// into the arena, in floats an image.
-enum Place : int64_t { kInput = -1, kOutput = -2, kNowhere = -3 };
-enum Kind : int64_t { kConvolution, kMaxPool };
-struct Step {
-  int64_t kind, from, to, residual, weight, tile, relu;
-  int64_t channels, height, width, outputs;
-  int64_t taps[2], stride[2], padding[2], dilation[2];
-};
-constexpr int64_t kStepNumbers = sizeof(Step) / sizeof(int64_t);
 
 class Program {
  public:
@@ -83,8 +74,8 @@ class Program {
     args.kernel_h = step.taps[0], args.kernel_w = step.taps[1];
     args.stride_h = step.stride[0], args.stride_w = step.stride[1];
     args.pad_h = step.padding[0], args.pad_w = step.padding[1];
-    args.out_height = (args.height + 2 * args.pad_h - args.kernel_h) / args.stride_h + 1;
-    args.out_width = (args.width + 2 * args.pad_w - args.kernel_w) / args.stride_w + 1;
+    args.out_height = output_size(args.height, args.kernel_h, args.stride_h, args.pad_h, 1);
+    args.out_width = output_size(args.width, args.kernel_w, args.stride_w, args.pad_w, 1);
     return args;
   }
 
@@ -139,10 +130,10 @@ class Program {
 };
 
 Tensor conv_program(const Tensor& input, at::TensorList packed, at::TensorList bias, at::IntArrayRef steps,
-                    int64_t arena, int64_t chunk, at::IntArrayRef output_size) {
-  TORCH_CHECK_VALUE(input.dim() == 4 && output_size.size() == 4 && chunk > 0 && arena >= 0,
+                    int64_t arena, int64_t chunk, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(input.dim() == 4 && sizes.size() == 4 && chunk > 0 && arena >= 0,
                     "input: expected (N, C, H, W), got ", input.sizes());
-  return Program(steps, packed, bias, arena, chunk).run(input, output_size);
+  return Program(steps, packed, bias, arena, chunk).run(input, sizes);
 }
 
 }  // namespace

@@ -21,8 +21,16 @@ inline int64_t panels_of(int64_t outputs) { return divide_up(outputs, kPanelOutp
 inline int64_t depth_of(const ConvolutionArgs& args) { return args.taps_h * args.taps_w * args.channels; }
 // Floats of a packed weight.
 inline int64_t packed_size(int64_t outputs, int64_t channels, int64_t taps, bool winograd) {
-  return panels_of(outputs) * kPanelOutputs * channels * (winograd ? 36 : taps);
+  return panels_of(outputs) * kPanelOutputs * channels * (winograd ? kTransformPoints : taps);
 }
+
+// True if the Winograd kernels support this geometry.
+inline bool is_winograd(const ConvolutionArgs& args) {
+  return args.taps_h == kTaps && args.taps_w == kTaps && args.stride_h == args.stride_w &&
+         args.stride_h >= 1 && args.stride_h <= 2 && args.dilation_h == 1 && args.dilation_w == 1;
+}
+// True if the Winograd kernels support tiles of this many outputs a side.
+constexpr bool is_winograd_tile(int64_t tile) { return tile >= 2 && tile <= 4; }
 
 // Where the partial statistics of a convolution's outputs go: doubles (mean, M2)[outputs] for each chunk, and
 // null if nobody asks.

@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "common/output_size.h"
 #include "cpu/convolution.h"
 #include "cpu/isa.h"
 #include "cpu/tensor.h"
@@ -76,12 +77,8 @@ inline void set_geometry(ConvolutionArgs& args, at::IntArrayRef taps, at::IntArr
   args.stride_h = stride[0], args.stride_w = stride[1];
   args.pad_h = padding[0], args.pad_w = padding[1];
   args.dilation_h = dilation[0], args.dilation_w = dilation[1];
-  const auto size = [](int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-    const int64_t room = in + 2 * pad - dilation * (taps - 1) - 1;
-    return room < 0 ? 0 : room / stride + 1;
-  };
-  args.out_height = size(args.height, args.taps_h, args.stride_h, args.pad_h, args.dilation_h);
-  args.out_width = size(args.width, args.taps_w, args.stride_w, args.pad_w, args.dilation_w);
+  args.out_height = output_size(args.height, args.taps_h, args.stride_h, args.pad_h, args.dilation_h);
+  args.out_width = output_size(args.width, args.taps_w, args.stride_w, args.pad_w, args.dilation_w);
   const bool pointwise =
       args.taps_h * args.taps_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
   // Rows a multiple of 4 KB apart would fall into one set of the L1.
@@ -97,18 +94,12 @@ inline bool may_stream(const ConvolutionArgs& args, int64_t images) {
          reinterpret_cast<uintptr_t>(args.y) % (kLine * sizeof(float)) == 0;
 }
 
-// Whether there are Winograd kernels for this geometry.
-inline bool is_winograd(const ConvolutionArgs& args) {
-  return args.taps_h == 3 && args.taps_w == 3 && args.stride_h == args.stride_w && args.stride_h <= 2 &&
-         args.dilation_h * args.dilation_w == 1;
-}
-
 inline void check(const ConvolutionArgs& args, int64_t packed) {
   TORCH_CHECK_VALUE(args.outputs > 0, "outputs: expected at least one, got ", args.outputs);
   TORCH_CHECK_VALUE(
       args.out_height > 0 && args.out_width > 0 && args.channels > 0 && args.height > 0 && args.width > 0,
       "input: expected channels, and images at least as large as the kernel");
-  TORCH_CHECK_VALUE(args.tile == 0 || (args.tile >= 2 && args.tile <= 4 && is_winograd(args)),
+  TORCH_CHECK_VALUE(args.tile == 0 || (is_winograd_tile(args.tile) && is_winograd(args)),
                     "tile: Winograd is for 3x3 kernels with stride 1 or 2, in tiles of 2 to 4");
   TORCH_CHECK_VALUE(
       packed == packed_size(args.outputs, args.channels, args.taps_h * args.taps_w, args.tile != 0),

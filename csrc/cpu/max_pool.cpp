@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "common/output_size.h"
 #include "cpu/batch_norm.h"
 
 namespace fused_res::cpu {
@@ -26,12 +27,11 @@ PoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef str
   TORCH_CHECK_VALUE(
       padding[0] >= 0 && padding[1] >= 0 && 2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1],
       "padding: expected at most half of kernel_size, ", kernel, ", got ", padding);
-  const int64_t room_h = args.height + 2 * args.pad_h - args.kernel_h,
-                room_w = args.width + 2 * args.pad_w - args.kernel_w;
-  TORCH_CHECK_VALUE(room_h >= 0 && room_w >= 0, "input: expected images at least as large as the window, ",
-                    kernel, " with padding ", padding, ", got ", x.tensor.sizes());
-  args.out_height = room_h / args.stride_h + 1;
-  args.out_width = room_w / args.stride_w + 1;
+  args.out_height = output_size(args.height, args.kernel_h, args.stride_h, args.pad_h, 1);
+  args.out_width = output_size(args.width, args.kernel_w, args.stride_w, args.pad_w, 1);
+  TORCH_CHECK_VALUE(args.out_height > 0 && args.out_width > 0,
+                    "input: expected images at least as large as the window, ", kernel, " with padding ",
+                    padding, ", got ", x.tensor.sizes());
   return args;
 }
 

@@ -19,7 +19,7 @@ class WeightGradientTasks {
         winograd_(shape_.tile != 0),
         tiles_(winograd_ ? Tiles(shape_) : Tiles(1, 1, shape_.out_height, shape_.out_width)),
         total_(shape_.images * tiles_.in_image()),
-        points_(winograd_ ? 36 : 1),
+        points_(winograd_ ? kTransformPoints : 1),
         channels_(winograd_ ? shape_.channels : depth_of(shape_)) {
     own_ = sums() <= kOwnSums;
     const int64_t most = winograd_ ? (own_ ? kOwnTiles : kSharedTiles) / shape_.stride_h : kPixels;

@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "common/output_size.h"
 #include "cuda/gradient_operands.h"
 
 namespace fused_res::cuda {
@@ -21,8 +22,8 @@ Tensor conv_wgrad(const Tensor& grad_output, const Tensor& output, const Tensor&
                     "stride: expected two positive numbers, got ", stride);
   const int64_t channels = weight.size(1), outputs = weight.size(0);
   for (int d = 2; d < 4; ++d) {
-    TORCH_CHECK_VALUE((input.size(d) - 1) / stride[d - 2] + 1 == output.size(d), "input: ", input.sizes(),
-                      " with stride ", stride, " does not make ", output.sizes());
+    TORCH_CHECK_VALUE(output_size(input.size(d), 1, stride[d - 2], 0, 1) == output.size(d),
+                      "input: ", input.sizes(), " with stride ", stride, " does not make ", output.sizes());
   }
   TORCH_CHECK_VALUE(input.size(0) == output.size(0) && input.size(1) == channels, "input: expected ",
                     output.size(0), " images of ", channels, " channels, got ", input.sizes());

@@ -3,20 +3,21 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
+#include "common/output_size.h"
 #include "cuda/activation.h"
 #include "cuda/convolution_host.h"
 
 namespace fused_res::cuda {
 namespace {
 
-int64_t output_size(int64_t size, int64_t window, int64_t stride, int64_t padding, int64_t dilation) {
+int64_t checked_output_size(int64_t size, int64_t window, int64_t stride, int64_t padding, int64_t dilation) {
   TORCH_CHECK_VALUE(stride > 0 && dilation > 0 && padding >= 0,
                     "conv: stride and dilation must be positive, padding not negative; got ", stride, ", ",
                     dilation, ", ", padding);
-  const int64_t reached = dilation * (window - 1) + 1;
-  TORCH_CHECK_VALUE(size + 2 * padding >= reached, "conv: the window, with dilation ", reached,
+  const int64_t output = output_size(size, window, stride, padding, dilation);
+  TORCH_CHECK_VALUE(output > 0, "conv: the window, with dilation ", dilation * (window - 1) + 1,
                     ", is larger than the padded input, ", size + 2 * padding);
-  return (size + 2 * padding - reached) / stride + 1;
+  return output;
 }
 
 void check(const Convolution& c) {
@@ -49,9 +50,9 @@ ConvolutionArgs geometry(const Convolution& c) {
   args.window_height = narrow(w.size(2), "window's height");
   args.window_width = narrow(w.size(3), "window's width");
   args.out_height =
-      narrow(output_size(x.size(2), w.size(2), c.stride[0], c.padding[0], c.dilation[0]), "height");
+      narrow(checked_output_size(x.size(2), w.size(2), c.stride[0], c.padding[0], c.dilation[0]), "height");
   args.out_width =
-      narrow(output_size(x.size(3), w.size(3), c.stride[1], c.padding[1], c.dilation[1]), "width");
+      narrow(checked_output_size(x.size(3), w.size(3), c.stride[1], c.padding[1], c.dilation[1]), "width");
   args.stride_height = narrow(c.stride[0], "stride");
   args.stride_width = narrow(c.stride[1], "stride");
   args.pad_height = narrow(c.padding[0], "padding");

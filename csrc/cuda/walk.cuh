@@ -1,12 +1,11 @@
 // One thread's way through a unit of work (see cut.h), and what the threads of a block add up.
 #pragma once
 
+#include "common/layout.h"
 #include "cuda/cut.h"
 #include "cuda/elementwise.cuh"
 
 namespace fused_res::cuda {
-
-enum class Layout { kNhwc, kNchw };
 
 constexpr int kWarps = kThreads / kWarp;
 

@@ -6,12 +6,11 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/layout.h"
 
 namespace fused_res::cpu {
 
 constexpr int kDtypes = 4;
-
-enum class Layout { kNhwc, kNchw };  // rows of channels; planes, one for each channel
 constexpr int kLayouts = 2;
 
 // The part of a tensor that one call handles. NHWC: the channels [c0, c1) of the rows [n0, n1), a row being

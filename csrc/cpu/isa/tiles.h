@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kTaps = 3;
 constexpr int kPoints = 6;
+constexpr int kTransformPoints = kPoints * kPoints;  // in two dimensions: one matrix for each
 
 // Where the factors of F(m) belong, in one dimension: winograd_points.h. The factor `l` is that of a point,
 // or with stride 2 and behind the points', of an input under the tap in the middle. Such factors share a
@@ -123,6 +124,12 @@ class Matrices {
   Kinds first_, counts_;
   int64_t begin_[kPoints + 1][kPoints][4];
 };
+
+// Number of rows of all the matrices together, for all tiles of one image.
+inline int64_t rows_of_image(const Tiles& tiles) {
+  const int64_t count = tiles.in_image();
+  return count == 0 ? 0 : Matrices(tiles, {0, count}).total_rows();
+}
 
 // Rows of channels one line apart from a power of two, so that they do not fall into the same set of a cache.
 inline int64_t row_stride(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }

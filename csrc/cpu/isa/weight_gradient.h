@@ -163,7 +163,7 @@ void winograd_gradient_multiply(const WeightGradientArgs& args, Range block, Ran
   const int64_t stride = row_stride(shape.channels);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const float* columns = dz + panel * matrices.total_rows() * kPanelOutputs;
-    float* to = sums + panel * kPoints * kPoints * shape.channels * kPanelOutputs;
+    float* to = sums + panel * kTransformPoints * shape.channels * kPanelOutputs;
     for (int i = 0; i < kPoints; ++i) {
       for (int j = 0; j < kPoints; ++j, to += shape.channels * kPanelOutputs) {
         const int64_t begin = matrices.begin(i, j);
@@ -185,7 +185,7 @@ void winograd_gradient_finish_by(const WeightGradientArgs& args, Range panels, R
     for (int64_t c = channels.begin; c < channels.end; c += kTogether) {
       const int64_t n = smaller(kTogether, channels.end - c);
       for (int64_t at = 0; at < n * kPanelOutputs; at += V::lanes) {
-        const float* from = sums + panel * kPoints * kPoints * point + c * kPanelOutputs + at;
+        const float* from = sums + panel * kTransformPoints * point + c * kPanelOutputs + at;
         V t[kPoints][kTaps];
 #pragma GCC unroll 9
         for (int i = 0; i < kPoints; ++i) {

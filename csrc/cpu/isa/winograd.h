@@ -212,13 +212,13 @@ void winograd_output(const ConvolutionArgs& args, Range block, Range panels, con
   const int64_t stride = row_stride(args.channels);
   const Places<const float> places(tiles, matrices, products, kPanelOutputs);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const float* u = args.packed + panel * kPoints * kPoints * args.channels * kPanelOutputs;
+    const float* u = args.packed + panel * kTransformPoints * args.channels * kPanelOutputs;
     for (int i = 0; i < kPoints; ++i) {
       for (int j = 0; j < kPoints; ++j) {
         const int64_t first = matrices.begin(i, j);
         // Spread over the products: the memory that the tiles' outputs will touch.
         const int64_t turn = block.begin + i * kPoints + j;
-        for (int64_t t = turn; t < block.end; t += kPoints * kPoints)
+        for (int64_t t = turn; t < block.end; t += kTransformPoints)
           prefetch_tile(args, tiles, t, panel * kPanelOutputs);
         for (int half = 0; half < kPanelOutputs; half += kColumns) {
           for_each_row_block(matrices.rows(i, j), [&](int64_t row, int64_t rows) {
@@ -257,10 +257,10 @@ constexpr int64_t kUncached = 4 << 20;
 void winograd_pack(const Weight& weight, Range panels, float* packed) {
   constexpr int kTogether = 16;  // channels: a line of memory, whichever way the weight lies in it
   const int64_t size = weight.channels * kPanelOutputs;
-  const bool past = kPoints * kPoints * size * (weight.outputs / kPanelOutputs) > kUncached;
+  const bool past = kTransformPoints * size * (weight.outputs / kPanelOutputs) > kUncached;
   float g[kTogether][kTaps * kTaps][kPanelOutputs] = {};
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    float* u = packed + panel * kPoints * kPoints * size;
+    float* u = packed + panel * kTransformPoints * size;
     const float* first = weight.data + panel * kPanelOutputs * weight.output_stride;
     const int64_t outputs = smaller(kPanelOutputs, weight.outputs - panel * kPanelOutputs);
     if (outputs < kPanelOutputs) memset(g, 0, sizeof(g));
@@ -302,7 +302,7 @@ void winograd_pack(const Weight& weight, Range panels, float* packed) {
             for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
           }
         }
-        for (int p = 0; p < kPoints * kPoints; ++p) {
+        for (int p = 0; p < kTransformPoints; ++p) {
           float* line = u + p * size + (begin + c) * kPanelOutputs;
           for (int o = 0; o < kPanelOutputs; o += Vec<float>::lanes) {
             put(Whole{}, line + o, load(to[0][0] + p * kPanelOutputs + o), past);
