@@ -27,8 +27,10 @@ import torch
 
 from benchmarks.cases import Mode
 from benchmarks.network import Block, Convolution, Network
-from fused_res.choice import Choice
-from fused_res.plan import Unit, static_choices
+from fused_res.dispatch import Algorithm, Algorithms, Selected
+from fused_res.plan import Plan, Unit
+from fused_res.program import NONE, Step
+from fused_res.spec import by_unit
 
 #: What is not fused at any level. Under autocast masters are float32: weights are cast, their gradients cast back.
 _COMMON = {
@@ -120,7 +122,8 @@ _NORM_INFERENCE = {"apply": "z > a", "end": "z r > y", "pair": "z zs > y", "pool
 _FUSED_INFERENCE = {"fused conv": "x w r > y", "pool": "a > p i64"}
 _FEWEST_INFERENCE = {"fused conv": "x w r > y", "pool": "a > p"}
 
-_ALL_FUSED = Choice("fused", "fused", "every one")
+_EVERY_ONE = Selected(Algorithm("fewest", lambda problem: None, {}, fused=True, compact=True), "no kernel does this")
+_ALL_FUSED = Algorithms(_EVERY_ONE, _EVERY_ONE, _EVERY_ONE)
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,10 @@ class Level:
     training: dict[str, str]
     inference: dict[str, str]
 
-    def choices(self, block: Block, dtype: torch.dtype, mode: Mode) -> tuple[Choice, ...]:
-        read = block.read
-        if self.convolutions == "planned" and mode == "train":
-            weights = [convolution.weight for convolution in block.convolutions]
-            return static_choices(read.spec, weights, dtype, True, "triton", "planned")
-        choice = Choice() if self.convolutions == "aten" else _ALL_FUSED
-        return (choice,) * len(block.convolutions)
+    def plan(self, block: Block, dtype: torch.dtype, mode: Mode, grad_input: bool) -> Plan:
+        every = self.convolutions == "fused" or (self.convolutions == "planned" and mode == "eval")
+        preference = "aten" if self.convolutions == "aten" else "planned"
+        return block.plan(dtype, mode == "train", grad_input, "triton", preference, _ALL_FUSED if every else None)
 
 
 LEVELS = {
@@ -165,7 +165,7 @@ def kernels(network: Network, level: Level, mode: Mode, dtype: torch.dtype) -> l
     made: list[Kernel] = []
     for index, block in enumerate(network.blocks):
         final = index == len(network.blocks) - 1
-        made += _Walk(block, rules, level.choices(block, dtype, mode), mode, dtype, grad_input=index > 0, final=final)
+        made += _Walk(block, rules, level.plan(block, dtype, mode, index > 0), dtype, final)
     return made + list(_head(network, rules, mode, dtype)) + list(_parameters(network, rules, mode, dtype))
 
 
@@ -176,97 +176,75 @@ def _emit(
         yield Kernel(stage, layer, step, rule, sum(sizes[name] for name in rule.replace(">", " ").split()), flops)
 
 
-class _Walk:
-    """One block's kernels: its executors' steps (:mod:`fused_res.block`), as the plan has them."""
+#: The steps that each operator of a plan's programs computes. Other operators move vectors only (`merge_stats`), or
+#: nothing in channels_last (`to_memory_format`). At the last norm of a residual block `{end}` and `{apply}` are its
+#: kind, `end` or `pair`; at other norms `{end}` is empty and `{apply}` is `apply`.
+_STEPS = {
+    "convolution": "conv",
+    "conv_bn_stats": "fused conv",
+    "batch_norm_stats": "stats",
+    "batch_norm_act_forward": "stats; {apply}",
+    "batch_norm_act_apply": "{apply}",
+    "batch_norm_act_inference_": "{apply}",
+    "max_pool_forward": "pool",
+    "max_pool_backward": "pool backward",
+    "batch_norm_sums": "{end}sums",
+    "batch_norm_act_dx": "dx",
+    "batch_norm_act_backward": "{end}sums; {end}dx",
+    "batch_norm_act_backward_pair": "{end}sums; {end}dx",
+    "convolution_backward": "dgrad; wgrad",
+    "conv_dgrad": "fused dgrad",
+    "conv_wgrad": "fused wgrad; fused {part}backward",
+    "add_masked_": "add identity",
+    "add_": "add projection",
+    "add_strided_": "add fused projection",
+}
+_ADDED = 11  # position of `added` and `added_mask` among the arguments of conv_dgrad
 
-    def __init__(
-        self,
-        block: Block,
-        rules: dict[str, str],
-        choices: tuple[Choice, ...],
-        mode: Mode,
-        dtype: torch.dtype,
-        grad_input: bool,
-        final: bool,
-    ) -> None:
-        self.block, self.rules, self.final = block, rules, final
-        self.training, self.itemsize = mode == "train", dtype.itemsize
-        self.plan = block.plan(choices, self.training, grad_input, "triton")
+
+class _Walk:
+    """One block's kernels: the steps of its plan's programs."""
+
+    def __init__(self, block: Block, rules: dict[str, str], plan: Plan, dtype: torch.dtype, final: bool) -> None:
+        self.block, self.rules, self.plan, self.final = block, rules, plan, final
+        self.itemsize = dtype.itemsize
         shortcut = block.read.spec.shortcut
         self.kind = {"none": "", "identity": "end"}[shortcut] if isinstance(shortcut, str) else "pair"
+        weights = [unit.weight for unit in by_unit(block.read.spec.tensor_names())]
+        #: By the names of a unit's convolution output and weight.
+        self.units = {name: unit for unit in plan.all_units for name in (unit.makes, weights[unit.index])}
+        #: The units whose input gradient adds the shortcut's.
+        self.carrying = [
+            self._unit(step)
+            for step in plan.backward.steps
+            if step.operator == "conv_dgrad" and any(slot != NONE for slot in step.arguments[_ADDED:])
+        ]
 
     def __iter__(self) -> Iterator[Kernel]:
-        yield from self._forward()
-        if self.training:
-            yield from self._backward()
+        for step in self.plan.steps:
+            unit = self._unit(step)
+            convolution = self.block.convolutions[unit.index]
+            for name in self._names(step, unit):
+                flops = convolution.flops if name.endswith(("conv", "dgrad", "wgrad")) else 0
+                if name.startswith("fused") and name.endswith("backward"):
+                    flops = convolution.flops * (1 + unit.grad_reads)
+                sizes = self._sizes(unit, convolution)
+                yield from _emit(self.block.stage, convolution.name, name, self.rules, sizes, flops)
 
-    def _forward(self) -> Iterator[Kernel]:
-        *inner, last = self.plan.units
-        for unit, following in zip(inner, self.plan.units[1:], strict=True):
-            yield from self._convolve(unit)
-            if following.kernels.forward != "fused":
-                yield from self._step("apply", unit)
-        yield from self._convolve(last)
-        if self.plan.projection is not None:
-            yield from self._convolve(self.plan.projection)
-        yield from self._step("pool" if self.plan.spec.pool else self.kind or "apply", last)
+    def _unit(self, step: Step) -> Unit:
+        """The unit whose convolution's output or weight comes first among a step's results and operands."""
+        names = [self.plan.slots[slot] for slot in (*step.results, *step.operands) if slot != NONE]
+        shortcut = self.plan.projection or self.plan.units[-1]  # an addition has neither
+        return next((self.units[name] for name in names if name in self.units), shortcut)
 
-    def _convolve(self, unit: Unit) -> Iterator[Kernel]:
-        fused = unit.kernels.forward == "fused"
-        yield from self._step("fused conv" if fused else "conv", unit, self._convolution(unit).flops)
-        if self.training and not fused:
-            yield from self._step("stats", unit)
-
-    def _backward(self) -> Iterator[Kernel]:
-        *_, last = self.plan.units
-        projection = self.plan.projection
-        fused = [unit for unit in (last, projection) if unit is not None and unit.kernels.backward == "fused"]
-        summed, formed = bool(self.kind), bool(self.kind) and not fused
-        if self.plan.spec.pool is not None and not fused:
-            yield from self._step("pool backward", last)
-        if summed:
-            yield from self._step(f"{self.kind} sums", last)
-        if formed:
-            yield from self._step(f"{self.kind} dx", last)
-        for unit in reversed(self.plan.units):
-            yield from self._unit_backward(unit, summed, formed)
-            # A fused gradient of the input brings the sums of the norm before it.
-            summed, formed = unit.kernels.backward == "fused", False
-        if projection is not None:
-            yield from self._unit_backward(projection, True, not fused)
-        if self.plan.grad_input and self.kind and not self._carries(self.plan.units[0]):
-            source = {"end": "identity"}.get(self.kind, "fused projection" if projection in fused else "projection")
-            yield from self._step(f"add {source}", projection or last)
-
-    def _carries(self, unit: Unit) -> bool:
-        """Whether the convolution's input gradient takes in the shortcut's: :func:`fused_res.block.backward`."""
-        if unit.reads != "x" or unit.makes == "zs" or not self.kind or unit.kernels.backward != "fused":
-            return False
-        projection = self.plan.projection
-        strided = projection is not None and projection.spec.stride != (1, 1)
-        return not (strided and projection is not None and projection.kernels.backward == "fused")
-
-    def _unit_backward(self, unit: Unit, summed: bool, formed: bool) -> Iterator[Kernel]:
-        flops = self._convolution(unit).flops
-        fused = "fused " if unit.kernels.backward == "fused" else ""
-        together = {"zs": "projection backward"}.get(unit.makes, "pool backward" if self.plan.spec.pool else "backward")
-        if fused and fused + together in self.rules:
-            yield from self._step(fused + together, unit, flops * (1 + unit.grad_reads))
-            return
-        if not summed:
-            yield from self._step("sums", unit)
-        if not fused and not formed:
-            yield from self._step("dx", unit)
-        if unit.grad_reads:
-            yield from self._step(f"{fused}dgrad", unit, flops)
-        yield from self._step(f"{fused}wgrad", unit, flops)
-
-    def _convolution(self, unit: Unit) -> Convolution:
-        return self.block.convolutions[unit.index]
-
-    def _step(self, step: str, unit: Unit, flops: float = 0) -> Iterator[Kernel]:
-        convolution = self._convolution(unit)
-        return _emit(self.block.stage, convolution.name, step, self.rules, self._sizes(unit, convolution), flops)
+    def _names(self, step: Step, unit: Unit) -> list[str]:
+        kind = self.kind if unit is self.plan.units[-1] else ""
+        part = "projection " if unit is self.plan.projection else "pool " if self.plan.config.spec.pool else ""
+        end = f"{kind} " if kind else ""
+        names = _STEPS.get(step.operator, "").format(apply=kind or "apply", end=end, part=part).split("; ")
+        if step.operator == "convolution_backward":
+            names = [name for name, slot in zip(names, step.results, strict=False) if slot != NONE]
+        return names
 
     def _sizes(self, unit: Unit, convolution: Convolution) -> dict[str, float]:
         size = self.itemsize
@@ -274,24 +252,23 @@ class _Walk:
         touched, y = size * convolution.touched, math.prod(self.block.y)
         ends = bool(self.kind) and (convolution.residual or unit.makes == "zs")
         sizes: dict[str, float] = dict.fromkeys(("z", "a", "y", "zs", "da", "dy", "dz", "dzs", "g"), z)
-        return sizes | {
-            "x": touched,
-            "dxt": touched,
-            "dx": x,
-            "di": size * math.prod(self.block.x),
-            "w": size * w,
-            "dw": size * w,
-            "r": z if convolution.residual else 0,
-            "dr": 0 if self.final else size * y,
-            "carried": x if self._carries(unit) else 0,
-            "cmask": x / size / 8 if self._carries(unit) and self.kind == "end" else 0,
-            "mask": z / size / 8 if ends else 0,
-            "prev": touched if unit.reads != "x" else 0,
-            "p": size * y,
-            "dp": size * y,
-            "i8": y,
-            "i64": 8 * y,
-        }
+        sizes |= dict.fromkeys(("x", "dxt"), touched) | dict.fromkeys(("w", "dw"), size * w)
+        return (
+            sizes
+            | dict.fromkeys(("p", "dp"), size * y)
+            | {
+                "dx": x,
+                "di": size * math.prod(self.block.x),
+                "r": z if convolution.residual else 0,
+                "dr": 0 if self.final else size * y,
+                "carried": x if unit in self.carrying else 0,
+                "cmask": x / size / 8 if unit in self.carrying and self.kind == "end" else 0,
+                "mask": z / size / 8 if ends else 0,
+                "prev": touched if unit.reads != "x" else 0,
+                "i8": y,
+                "i64": 8 * y,
+            }
+        )
 
 
 def _head(network: Network, rules: dict[str, str], mode: Mode, dtype: torch.dtype) -> Iterator[Kernel]:

@@ -1,7 +1,7 @@
 """A network as the planner sees it: its blocks and their convolutions with every shape. Nothing is computed."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fused_res import models
-from fused_res.choice import Choice
+from fused_res.dispatch import Algorithms
 from fused_res.layout import convolved, pooled_shape
 from fused_res.models import ResNet
 from fused_res.nn import chain
 from fused_res.nn.block import ResidualBlock
-from fused_res.plan import Plan, decide
-from fused_res.spec import UnitSpec
+from fused_res.plan import BlockConfig, Plan
+from fused_res.planner import plan
+from fused_res.spec import UnitSpec, by_unit
 
 Shape = tuple[int, ...]
 
@@ -62,7 +63,7 @@ class Block:
     def convolutions(self) -> tuple[Convolution, ...]:
         """Of the chain, then the projection's."""
         spec = self.read.spec
-        weights = [tuple(weight.shape) for weight in self.read.tensors[::6] if weight is not None]
+        weights = [tuple(unit.weight.shape) for unit in by_unit(self.read.tensors)]
         made, x = [], self.x
         for index, unit in enumerate(spec.convolutions):
             projection = unit is spec.projection
@@ -81,18 +82,24 @@ class Block:
             return last.z
         return tuple(pooled_shape(_empty(last.z), pool.kernel_size, pool.stride, pool.padding))
 
-    def plan(self, choices: Sequence[Choice], training: bool, grad_input: bool, backend: str) -> Plan:
+    def plan(
+        self,
+        dtype: torch.dtype,
+        training: bool,
+        grad_input: bool,
+        backend: str,
+        preference: str,
+        algorithms: Algorithms | None = None,
+    ) -> Plan:
+        """The plan for channels_last memory; `algorithms`: those of every convolution, instead of the backend's."""
         requires_grad = [grad_input, *(t is not None and t.requires_grad for t in self.read.tensors)]
         count = len(self.convolutions)
-        return decide(
-            self.read.spec,
-            tuple(training and wanted for wanted in requires_grad),
-            True,
-            (training,) * count,
-            "none",
-            backend,
-            tuple(choices),
-        )
+        tensors = [None if t is None else t.to(dtype) for t in self.read.tensors]
+        x = _empty(self.x).to(dtype).contiguous(memory_format=torch.channels_last)
+        wanted = tuple(training and one for one in requires_grad)
+        given = None if algorithms is None else (algorithms,) * count
+        config = BlockConfig(self.read.spec, (training,) * count, backend, preference=preference)
+        return plan(config, x, tensors, wanted, given)
 
 
 @dataclass(frozen=True)

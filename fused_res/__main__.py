@@ -14,7 +14,7 @@ import torch
 
 import fused_res
 from fused_res import _extension, env
-from fused_res.backends import registry
+from fused_res.backends import cpu, registry, triton
 
 
 def _version(distribution: str) -> str:
@@ -42,6 +42,7 @@ def _versions() -> str:
             ("torch", torch.__version__),
             ("triton", _version("triton")),
             ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
+            ("caches", ", ".join(f"{size >> 10} KiB" for size in cpu.caches()) + " (L1 data, L2, L3; 0: unknown)"),
         ]
     )
 
@@ -120,7 +121,7 @@ class CannotCompileError(RuntimeError):
 
 def kernels(capabilities: Iterable[int], ptx: Path | None) -> Iterator[str]:
     """A table for each compute capability; the code itself goes to the folder ``ptx``, in the table's order."""
-    if registry.interpreting():
+    if triton.interpreting():
         raise CannotCompileError("TRITON_INTERPRET is set, with which Triton does not compile: unset it")
     try:
         from fused_res.backends.triton import aot, shipped

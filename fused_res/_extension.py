@@ -10,7 +10,6 @@ import importlib
 import json
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +49,7 @@ def inspect(package: Path = _PACKAGE, library: str = _MODULE) -> tuple[dict[str,
     if not path.exists():
         return build_info, f"{package} has no {path.name}"
     if _public(build_info["torch"]) != _public(torch.__version__):
-        return (
-            build_info,
-            f"it was built for torch {build_info['torch']}, and this is torch {torch.__version__}",
-        )
+        return (build_info, f"it was built for torch {build_info['torch']}, and this is torch {torch.__version__}")
     if (cuda := build_info.get("cuda", torch.version.cuda)) != torch.version.cuda:
         return build_info, f"it was built for CUDA {cuda}, and this torch has CUDA {torch.version.cuda}"
     return build_info, ""
@@ -90,20 +86,14 @@ if loaded:
     except ValueError as error:  # asked for by name: not a reason to take another one
         raise ValueError(f"{env.CPU_ISA.name}: {error}") from None
 
-#: Facts of the C++ kernels, documented in csrc/library.cpp. Undefined if the extension is not loaded.
-winograd_supports: Callable[[Sequence[int], Sequence[int], Sequence[int]], bool]
-winograd_gemm_rows: Callable[[int, int, int, int], int]
-WINOGRAD_POINTS: int
-PROGRAM_PLACES: tuple[int, int, int]
-PROGRAM_KINDS: tuple[int, int]
-PROGRAM_FIELDS: tuple[str, ...]
-if loaded:
-    winograd_supports = _module.winograd_supports
-    winograd_gemm_rows = _module.winograd_gemm_rows
-    WINOGRAD_POINTS = _module.WINOGRAD_POINTS
-    PROGRAM_PLACES = _module.PROGRAM_PLACES
-    PROGRAM_KINDS = _module.PROGRAM_KINDS
-    PROGRAM_FIELDS = _module.PROGRAM_FIELDS
+#: The C++ module, None if it is not loaded; csrc/library.cpp documents the facts of the kernels that it exposes.
+cpp = _module
+
+
+def _required() -> Any:
+    if not loaded:
+        raise RuntimeError(reason)
+    return _module
 
 
 def set_output_cache(megabytes: int) -> None:
@@ -113,11 +103,10 @@ def set_output_cache(megabytes: int) -> None:
         ValueError: ``megabytes`` is no whole number, or below 0.
         RuntimeError: the C++ extension is not loaded.
     """
-    if not loaded:
-        raise RuntimeError(reason)
+    module = _required()
     if not isinstance(megabytes, int) or not 0 <= megabytes <= 1 << 30:
         raise ValueError(f"megabytes must be a whole number, 0 or more, got {megabytes!r}")
-    _module.set_output_cache(megabytes << 20)
+    module.set_output_cache(megabytes << 20)
 
 
 if loaded:
@@ -126,23 +115,17 @@ if loaded:
 
 def output_cache_bytes() -> int:
     """Bytes of freed outputs kept at this moment. Raises RuntimeError where the C++ extension is not loaded."""
-    if not loaded:
-        raise RuntimeError(reason)
-    return int(_module.output_cache_bytes())
+    return int(_required().output_cache_bytes())
 
 
 def cpu_isa() -> str:
     """The instruction set that the C++ kernels use."""
-    if not loaded:
-        raise RuntimeError(reason)
-    return str(_module.cpu_isa())
+    return str(_required().cpu_isa())
 
 
 def fma_peak(threads: int) -> float:
     """FLOP/s of float32 multiply-adds in registers, measured in so many threads."""
-    if not loaded:
-        raise RuntimeError(reason)
-    return float(_module.fma_peak(threads))
+    return float(_required().fma_peak(threads))
 
 
 @functools.cache

@@ -9,9 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from fused_res.spec import ACTIVATIONS, RECOMPUTE, BlockSpec, UnitSpec, convolved_sizes
+from fused_res._torch_compat import FakeTensor
+from fused_res.spec import (
+    ACTIVATIONS,
+    RECOMPUTE,
+    BlockSpec,
+    UnitSpec,
+    UnitTensors,
+    by_unit,
+    conv_output_sizes,
+    same_padding,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -218,7 +227,7 @@ def _check_convolution(
         )
     if filters[0] % groups:
         raise ValueError(f"weight makes {filters[0]} channels, which groups={groups} does not divide")
-    sizes = convolved_sizes(shape[2:], filters[2:], strides, paddings, dilations)
+    sizes = conv_output_sizes(shape[2:], filters[2:], strides, paddings, dilations)
     if any(size < 1 for size in sizes):
         raise ValueError(f"input of size {tuple(shape[2:])} is too small for a kernel of {tuple(filters[2:])}")
     output = (shape[0], filters[0], *sizes)
@@ -249,10 +258,10 @@ def _named_padding(
         return (0,) * len(stride)
     if name != "same":
         raise ValueError(f"padding must be 'same', 'valid' or whole numbers, got {name!r}")
-    around = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if any(a % 2 for a in around) or any(s != 1 for s in stride):
+    padding = same_padding(kernel, stride, dilation)
+    if padding is None:
         raise ValueError("padding='same' must be as much on both sides, with stride 1: give numbers")
-    return tuple(a // 2 for a in around)
+    return padding
 
 
 # A residual block
@@ -262,6 +271,7 @@ class TensorMeta(NamedTuple):
     """What planning needs to know of a tensor."""
 
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
     device: torch.device
@@ -274,6 +284,12 @@ def check_tensors(spec: BlockSpec, tensors: Sequence[Tensor | None]) -> None:
         if tensor is not None:
             owner = names[index] if index < len(names) else "one too many"
             _check_is_tensor(f"tensors[{index}] ({owner})", tensor)
+    _check_count(names, tensors)
+
+
+def _check_count(names: Sequence[str], tensors: Sequence[object]) -> None:
+    if len(tensors) != len(names):
+        raise ValueError(f"tensors must hold {len(names)} entries ({names[0]!r} ... {names[-1]!r}), got {len(tensors)}")
 
 
 def check_block(
@@ -284,22 +300,17 @@ def check_block(
     alone: bool = True,
 ) -> None:
     """Raises for the first tensor that does not fit; ``alone`` as in :func:`check_norm`."""
-    names = spec.tensor_names()
-    if len(tensors) != len(names):
-        raise ValueError(f"tensors must hold {len(names)} entries ({names[0]!r} ... {names[-1]!r}), got {len(tensors)}")
+    _check_count(spec.tensor_names(), tensors)
     spatial = len(spec.units[0].stride)
     if len(input.shape) != spatial + 2:
         raise ValueError(f"input must have {spatial + 2} dimensions (N, C, ...), got {len(input.shape)}")
+    units = by_unit(tensors)
     shape = tuple(input.shape)
     for index, unit in enumerate(spec.units):
-        shape = _check_unit(unit, str(index), shape, input, tensors[6 * index :], training[index], alone)
-    if spec.projection is None:
-        shortcut = tuple(input.shape)
-    else:
-        last = len(spec.units)
-        shortcut = _check_unit(
-            spec.projection, "shortcut", tuple(input.shape), input, tensors[6 * last :], training[last], alone
-        )
+        shape = _check_unit(unit, str(index), shape, input, units[index], training[index], alone)
+    shortcut = tuple(input.shape)
+    if spec.projection is not None:
+        shortcut = _check_unit(spec.projection, "shortcut", shortcut, input, units[-1], training[-1], alone)
     if spec.shortcut != "none" and shortcut != shape:
         raise ValueError(f"shortcut has the shape {shortcut}, the chain's output {shape}: they cannot be added")
     if spec.pool is not None and spatial != 2:
@@ -311,12 +322,12 @@ def _check_unit(
     owner: str,
     shape: tuple[int, ...],
     input: TensorMeta,
-    tensors: Sequence[TensorMeta | None],
+    tensors: UnitTensors,
     training: bool,
     alone: bool,
 ) -> tuple[int, ...]:
     """Of ``input``, the block's, the dtype and the device; returns the shape of what the unit makes of ``shape``."""
-    weight, bias, *norm = tensors[:6]
+    weight, bias, *norm = tensors
     if weight is None or len(weight.shape) != len(shape):
         got = None if weight is None else tuple(weight.shape)
         raise ValueError(f"{owner}.weight must have {len(shape)} dimensions, got {got}")
@@ -331,7 +342,7 @@ def _check_unit(
     channels = weight.shape[0]
     if channels % spec.groups:
         raise ValueError(f"{owner}.weight makes {channels} channels, which groups={spec.groups} does not divide")
-    names = ("bias", "norm_weight", "norm_bias", "running_mean", "running_var")
+    _, *names = UnitTensors._fields
     for name, meta in zip(names, (bias, *norm), strict=True):
         if meta is not None and tuple(meta.shape) != (channels,):
             raise ValueError(f"{owner}.{name} must have the shape ({channels},), got {tuple(meta.shape)}")
@@ -339,14 +350,14 @@ def _check_unit(
         if meta is not None and not _goes_with(meta.dtype, input.dtype):
             dtypes = f"{input.dtype}{_or_float32(input.dtype)}"
             raise TypeError(f"{owner}.{name} must be of the input's dtype {dtypes}, got {meta.dtype}")
-    for name, meta in zip(("weight", *names), tensors[:6], strict=True):
+    for name, meta in zip(UnitTensors._fields, tensors, strict=True):
         if meta is not None and meta.device != input.device:
             raise ValueError(f"{owner}.{name} must be on {input.device} as the input is, got {meta.device}")
     if (norm[2] is None) != (norm[3] is None):
         raise ValueError(f"{owner}.running_mean and running_var must both be given, or neither")
     if norm[2] is None and not training:
         raise ValueError(f"{owner}.running_mean and running_var are needed where training is False")
-    sizes = convolved_sizes(shape[2:], weight.shape[2:], spec.stride, spec.padding, spec.dilation)
+    sizes = conv_output_sizes(shape[2:], weight.shape[2:], spec.stride, spec.padding, spec.dilation)
     if any(size < 1 for size in sizes):
         raise ValueError(f"{owner}: input of {shape[2:]} is too small for a kernel of {tuple(weight.shape[2:])}")
     made = (shape[0], channels, *sizes)

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fused_res import ops
+from fused_res._torch_compat import all_gather_single, resolve_process_group
 from fused_res.backends.reference.batch_norm_sync import merge_partials
+
+
+def _size(group: str) -> int:
+    return resolve_process_group(group).size()
+
 
 ops.define(
     "fused_res_distributed",
@@ -23,8 +29,8 @@ ops.define(
         "total_sums": "(Tensor sums, int count, str group) -> Tensor",
     },
     {
-        "gather_partials": lambda partials, group: partials.new_empty((_resolve(group).size(), *partials.shape[1:])),
-        "total_sums": lambda sums, count, group: torch.empty_like(sums),
+        "gather_partials": lambda a: a.partials.new_empty((_size(a.group), *a.partials.shape[1:])),
+        "total_sums": lambda a: torch.empty_like(a.sums),
     },
 )
 
@@ -51,17 +57,11 @@ def check_group(group: ProcessGroup | None) -> None:
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
 
 
-def _resolve(name: str) -> ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
-
-
 def _gather_partials(partials: Tensor, group: str) -> Tensor:
-    processes = _resolve(group)
+    processes = resolve_process_group(group)
     own = partials if partials.shape[0] == 1 else merge_partials(partials)
     everyones = own.new_empty((processes.size(), *own.shape[1:]))
-    # The second is the name that the first had before torch 2.13.
-    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(everyones, own.contiguous(), group=processes)
+    all_gather_single(everyones, own.contiguous(), processes)
     if everyones.is_cpu and everyones.shape[2] and not everyones[:, 0, 0].any():
         raise ValueError("input is empty in every process of the group: there is nothing to take statistics of")
     return everyones
@@ -69,7 +69,7 @@ def _gather_partials(partials: Tensor, group: str) -> Tensor:
 
 def _total_sums(sums: Tensor, count: int, group: str) -> Tensor:
     told = torch.cat((sums.flatten(), sums.new_full((1,), count)))
-    dist.all_reduce(told, group=_resolve(group))
+    dist.all_reduce(told, group=resolve_process_group(group))
     return told[:-1].view_as(sums) * (count / told[-1])
 
 

@@ -41,7 +41,7 @@ CONVOLUTION = Variable(
     "FUSED_RES_CONVOLUTION",
     default="auto",
     allowed=("auto", "planned", "aten", "fused"),
-    doc="who computes convolutions: the planner's choice, ATen, our kernels; auto is ours where a GPU backend is named",
+    doc="algorithms of convolutions: planned, ATen's alone, fused if supported; auto is fused for a named GPU backend",
 )
 WINOGRAD = Variable(
     "FUSED_RES_WINOGRAD",

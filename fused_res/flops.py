@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from fused_res._torch_compat import FakeTensorMode, tree_map_only
 
 
 def register(operator: Any, implementation: Callable[..., Any]) -> None:

@@ -7,15 +7,15 @@ All run under autograd (but :func:`conv_bias_act`, which is for inference), auto
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused_res import block, convolution, distributed
-from fused_res import tune as tuning
+from fused_res import _torch_compat, convolution, distributed
 from fused_res.autograd.batch_norm_act import BatchNormAct, affine_stats
 from fused_res.autograd.batch_norm_act import forward as batch_norm_act_forward
 from fused_res.autograd.residual_block import ResidualBlock, traceable
@@ -33,11 +33,16 @@ from fused_res.checks import (
     check_residual,
     check_tensors,
 )
+from fused_res.layout import is_channels_last
 from fused_res.ops import stats_dtype
-from fused_res.plan import plan
-from fused_res.spec import BlockSpec
+from fused_res.plan import BlockConfig, Plan
+from fused_res.planner import plan
+from fused_res.spec import BlockSpec, by_unit
 
 __all__ = ["batch_norm_act", "conv_bias_act", "residual_block"]
+
+#: The plan that a block ran last, by its first weight: for people to read.
+last_plan: MutableMapping[Any, Plan] = WeakTensorKeyDictionary()
 
 
 def batch_norm_act(
@@ -96,19 +101,8 @@ def batch_norm_act(
     tensors = (input, residual, weight, bias, residual_scale, residual_shift)
     if _needs_reference(tensors):
         _check_alone(group)
-        output, mean, var = reference_norm.batch_norm_act(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            residual,
-            training,
-            eps,
-            relu,
-            residual_scale,
-            residual_shift,
-        )
+        norm = input, running_mean, running_var, weight, bias, residual, training, eps, relu
+        output, mean, var = reference_norm.batch_norm_act(*norm, residual_scale, residual_shift)
         stats = torch.stack((mean, mean, mean, mean, var))
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         output, stats = BatchNormAct.apply(
@@ -157,8 +151,8 @@ def residual_block(
             convolution again.
         process_group: as in :func:`batch_norm_act`, for all units that are training.
         backend: see :mod:`fused_res.backends`.
-        tune: measure, on first use of a shape, whether its convolutions are faster fused with their norms, where there
-            are kernels for it; ``torch.backends.cudnn.benchmark`` asks for it, too.
+        tune: measure, on first use of a shape, which algorithms of the backend's list are fastest for its convolutions,
+            and select those; ``torch.backends.cudnn.benchmark`` requests it as well.
 
     Returns:
         The block's output ``(N, K, ...)``, of ``input``'s dtype, under autocast of its dtype.
@@ -181,42 +175,46 @@ def residual_block(
         check_momentum(one)
     group = distributed.name_of(process_group) if True in batch_statistics else ""
     kernels = registry.resolve(backend, input.device)
-    dtype = autocast_dtype(input)
+    weight, dtype = tensors[0] if tensors else None, autocast_dtype(input)
     if dtype is not None or torch.compiler.is_compiling():  # else the plan finds out, at no cost
         check_tensors(spec, tensors)
     if dtype is not None and input.dtype != torch.float64:  # as autocast does
         input = input.to(dtype)
-        tensors = [t.to(dtype) if t is not None and i % 6 < 2 else t for i, t in enumerate(tensors)]
+        convolutions = [(t if t is None else t.to(dtype) for t in unit[:2]) for unit in by_unit(tensors)]
+        tensors = [t for own, unit in zip(convolutions, by_unit(tensors), strict=True) for t in (*own, *unit.norm)]
 
     preference = registry.convolution(backend)
-    stats: Sequence[Tensor]
+    config = BlockConfig(spec, batch_statistics, kernels.name, recompute, preference, group)
+    stats: Sequence[Any]
     if _needs_reference((input, *tensors)):
         _check_alone(group)
-        plan(spec, input, tensors, batch_statistics, recompute, kernels.name)
+        plan(config, input, tensors)
         output, means, variances = reference_block.residual_block(input, spec, tensors, batch_statistics)
         stats = [torch.stack((mean, mean, mean, mean, var)) for mean, var in zip(means, variances, strict=True)]
     elif torch.compiler.is_compiling():
-        output, stats = traceable(input, spec, tensors, batch_statistics, recompute, kernels.name, preference, group)
+        output, stats = traceable(config, input, tensors)
     else:
-        arguments = spec, input, tensors, batch_statistics, recompute, kernels.name, None
-        made = plan(*arguments, None, preference, group)
-        if tuning.wanted(input, tune, preference):
-            measured = tuning.choices(spec, input, tensors, batch_statistics, kernels)
-            made = plan(*arguments, measured, preference, group)
+        made = plan(config, input, tensors)
+        if _tunes(input, tune, preference):
+            from fused_res import tune as tuning
+
+            made = plan(config, input, tensors, None, tuning.algorithms(made, kernels, input.device))
         if made.grad:
             output, *stats = ResidualBlock.apply(made, input, *tensors)
         else:
-            output, kept = block.forward(made, kernels, input, tensors)
-            stats = kept.stats
+            slots: list[Any] = made.run_forward(kernels, input, tensors)
+            output, *stats = (slots[slot] for slot in (*made.forward.results, *made.stats))
+        last_plan[weight] = made
 
     if True in batch_statistics and (output.numel() or group) and not recomputing():
-        updated = [index for index, flag in enumerate(batch_statistics) if flag and tensors[6 * index + 4] is not None]
+        owned = zip(by_unit(tensors), batch_statistics, stats, momenta, strict=True)
+        updated = [unit for unit in owned if unit[1] and unit[0].running_mean is not None]
         if updated:
             kernels.update_running_stats(
-                [tensors[6 * index + 4] for index in updated],
-                [tensors[6 * index + 5] for index in updated],
-                [stats[index] for index in updated],
-                [momenta[index] for index in updated],
+                [unit.running_mean for unit, *_ in updated],
+                [unit.running_var for unit, *_ in updated],
+                [new for _, _, new, _ in updated],
+                [momentum for *_, momentum in updated],
             )
     return output
 
@@ -264,10 +262,6 @@ def conv_bias_act(
     )
 
 
-#: Makes of the input, the weight, stride, padding, dilation and groups what stands for the weight in the backend.
-Pack = Callable[[registry.Backend, Tensor, Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int], Tensor]
-
-
 def packed_conv_bias_act(
     input: Tensor,
     weight: Tensor,
@@ -279,17 +273,15 @@ def packed_conv_bias_act(
     groups: int,
     activation: str,
     backend: str,
-    pack: Pack | None,
+    keep: registry.Keep | None,
 ) -> Tensor:
-    """:func:`conv_bias_act` for a caller who keeps ``weight``, and so can keep it in the backend's own form, too."""
+    """:func:`conv_bias_act` for a caller who can ``keep`` the weight packed: see :func:`registry.infer`."""
     check_input(input)
     check_activation(activation)
     if (dtype := autocast_dtype(input)) is not None:
         check_operands(weight, bias, residual)
-        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
-        residual = None if residual is None else _autocast(residual, dtype)
-    strides, paddings, dilations = check_convolution(input, weight, bias, residual, stride, padding, dilation, groups)
+        input, weight, bias, residual = (_autocast(t, dtype) for t in (input, weight, bias, residual))
+    geometry = (*check_convolution(input, weight, bias, residual, stride, padding, dilation, groups), groups)
     if torch.is_grad_enabled():
         for name, tensor in (("input", input), ("weight", weight), ("bias", bias), ("residual", residual)):
             if tensor is not None and tensor.requires_grad:
@@ -298,18 +290,28 @@ def packed_conv_bias_act(
                     " torch.inference_mode() or torch.no_grad(), or train with the convolution and the batch norm apart"
                 )
     kernels = registry.resolve(backend, input.device)
-    if "conv_bias_act" not in kernels.stems or _needs_reference((input, weight, bias, residual)):
-        kernels = registry.resolve("reference", input.device)
-    arguments = bias, residual, strides, paddings, dilations, groups, activation == "relu"
-    if (
-        kernels.name in ("triton", "cuda")
-        and not tuning.inference_choice(input, weight, kernels, arguments, registry.convolution(backend)).fused
-    ):
-        return convolution.bias_act(input, weight, *arguments)
-    operand = weight if pack is None else pack(kernels, input, weight, strides, paddings, dilations, groups)
+    preference, relu = registry.convolution(backend), activation == "relu"
     # The reference's float32 is not to be cast again.
     with torch.autocast(input.device.type, enabled=False) if dtype is not None else contextlib.nullcontext():
-        return kernels.conv_bias_act(input, operand, *arguments)
+        if _needs_reference((input, weight, bias, residual)):
+            reference = registry.resolve("reference", input.device)
+            return reference.conv_bias_act(input, weight, bias, residual, *geometry, relu)
+        if torch.compiler.is_compiling():
+            aten = registry.selects_aten(
+                kernels, tuple(weight.shape), geometry, input.dtype, is_channels_last(input), preference
+            )
+            if aten:
+                return convolution.bias_act(input, weight, bias, residual, geometry, relu)
+            return kernels.conv_bias_act(input, weight, bias, residual, *geometry, relu)
+        measured: Any = None
+        if _tunes(input, False, preference):
+            from fused_res.tune import inference as measured
+        return registry.infer(kernels, input, weight, bias, residual, geometry, relu, preference, keep, measured)
+
+
+def _tunes(input: Tensor, tune: bool, preference: str) -> bool:
+    """Whether a convolution of this input runs the measured algorithms."""
+    return (tune or (torch.backends.cudnn.benchmark and input.is_cuda)) and preference == "planned"
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
@@ -318,8 +320,8 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if not input.is_meta and torch.is_autocast_enabled(device) else None
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def recomputing() -> bool:
@@ -327,14 +329,14 @@ def recomputing() -> bool:
 
     Running statistics and batch counters took this batch in already, when it went forward.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and _torch_compat.is_in_backward()
 
 
 def _needs_reference(tensors: Sequence[Tensor | None]) -> bool:
     """Whether something looks into the computation that an opaque kernel would not let through."""
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    return _torch_compat.is_transformed()
 
 
 def _check_alone(group: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_res.spec import convolved_sizes
+from fused_res.spec import conv_output_sizes
 
 
 def is_channels_last(input: Tensor) -> bool:
@@ -53,7 +53,7 @@ def packed_shape(input: Tensor) -> tuple[int, int]:
 
 def pooled_shape(input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
     """The shape behind a max pooling of ``input`` ``(N, C, H, W)`` with floor mode."""
-    sizes = convolved_sizes(input.shape[2:], kernel_size, stride, padding, (1,) * len(kernel_size))
+    sizes = conv_output_sizes(input.shape[2:], kernel_size, stride, padding, (1,) * len(kernel_size))
     return [*input.shape[:2], *sizes]
 
 
@@ -61,7 +61,7 @@ def convolved(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
     """The shape of a convolution's output."""
-    sizes = convolved_sizes(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    sizes = conv_output_sizes(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     return input.shape[0], weight.shape[0], *sizes
 
 

@@ -38,7 +38,10 @@ activation, with its sums. ``conv_dgrad`` knows no stride: its ``grad_input`` ha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
+from itertools import zip_longest
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -90,6 +93,26 @@ SCHEMAS = {
     " int[2] padding) -> Tensor",
 }
 
+#: Which operators make up a stem: the unit in which backends have kernels.
+STEMS: dict[str, tuple[str, ...]] = {
+    "batch_norm_act": (
+        "batch_norm_stats",
+        "batch_norm_act_forward",
+        "batch_norm_act_apply",
+        "batch_norm_act_inference_",
+        "batch_norm_act_backward",
+        "batch_norm_act_backward_pair",
+        "add_masked_",
+        "update_running_stats",
+    ),
+    "batch_norm_sync": ("batch_norm_partials", "merge_stats", "batch_norm_sums", "batch_norm_act_dx"),
+    "max_pool": ("max_pool_forward", "max_pool_backward"),
+    "conv_bias_act": ("conv_bias_act",),
+    "conv_bn_stats": ("conv_bn_stats",),
+    "conv_dgrad": ("conv_dgrad",),
+    "conv_wgrad": ("conv_wgrad",),
+}
+
 #: What only the CPU's backend has, behind its ``conv_*`` stems: packed weights, and convolutions with them.
 CPU_SCHEMAS = {
     "pack_conv_weight": "(Tensor weight, int winograd, bool transposed) -> Tensor",
@@ -115,170 +138,78 @@ def _new_stats(input: Tensor) -> Tensor:
     return input.new_empty((5, input.shape[1]), dtype=stats_dtype(input.dtype))
 
 
-def _fake_stats(input: Tensor, *_: object) -> Tensor:
-    return _new_stats(input)
+def _empty_or(template: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(template) if wanted else template.new_empty(0)
 
 
-def _fake_forward(input: Tensor, residual: Tensor | None, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    mask = packed_shape(input) if rest[-1] else (0,)
-    return torch.empty_like(input), _new_stats(input), input.new_empty(mask, dtype=torch.uint8)
+def _mask(a: Any) -> Tensor:
+    return a.input.new_empty(packed_shape(a.input) if a.save_mask else (0,), dtype=torch.uint8)
 
 
-def _fake_apply(input: Tensor, stats: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    mask = packed_shape(input) if rest[-1] else (0,)
-    return torch.empty_like(input), input.new_empty(mask, dtype=torch.uint8)
+def _backward(a: Any) -> tuple[Tensor, ...]:
+    channels = _like_weight(a.weight, a.stats)
+    return tuple(map(_empty_or, (a.input, a.input, channels, channels), a.output_mask))
 
 
-def _fake_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    relu_mask: Tensor | None,
-    training: bool,
-    relu: bool,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    channels = _like_weight(weight, stats)
-    return _where_wanted((input, input, channels, channels), output_mask)
-
-
-def _fake_backward_pair(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    residual: Tensor,
-    residual_weight: Tensor | None,
-    residual_stats: Tensor,
-    relu_mask: Tensor | None,
-    training: bool,
-    residual_training: bool,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    channels, residual_channels = _like_weight(weight, stats), _like_weight(residual_weight, stats)
-    templates = (input, residual, channels, channels, residual_channels, residual_channels)
-    return _where_wanted(templates, output_mask)
+def _backward_pair(a: Any) -> tuple[Tensor, ...]:
+    channels, others = _like_weight(a.weight, a.stats), _like_weight(a.residual_weight, a.stats)
+    return tuple(map(_empty_or, (a.input, a.residual, channels, channels, others, others), a.output_mask))
 
 
 def _like_weight(weight: Tensor | None, stats: Tensor) -> Tensor:
     return stats.new_empty(stats.shape[1]) if weight is None else torch.empty_like(weight)
 
 
-def _where_wanted(templates: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(template) if wanted else template.new_empty(0)
-        for template, wanted in zip(templates, output_mask, strict=True)
-    )
+def _merge_stats(a: Any) -> Tensor:
+    return a.partials.new_empty((5, a.partials.shape[2]), dtype=torch.float64 if a.double else torch.float32)
 
 
-def _fake_in_place(*_: object) -> None:
-    return None
+def _conv(a: Any, channels_last: bool) -> Tensor:
+    output = a.input.new_empty(convolved(a.input, a.weight, a.stride, a.padding, a.dilation))
+    return laid_out(output, channels_last)
 
 
-def _fake_partials(input: Tensor) -> Tensor:
-    return input.new_empty((1, 3, input.shape[1]), dtype=torch.float64)
+def _partials(output: Tensor, wanted: bool = True) -> Tensor:
+    return output.new_empty((1, 3, output.shape[1]) if wanted else 0, dtype=torch.float64)
 
 
-def _fake_merge_stats(partials: Tensor, *rest: object) -> Tensor:
-    return partials.new_empty((5, partials.shape[2]), dtype=torch.float64 if rest[-1] else torch.float32)
+def _conv_bn_stats(a: Any) -> tuple[Tensor, Tensor]:
+    output = _conv(a, is_channels_last(a.input))
+    return output, _partials(output, a.partials)
 
 
-def _fake_sums(grad_output: Tensor, input: Tensor, stats: Tensor, *rest: object) -> Tensor:
-    return stats.new_empty((2 if rest[-1] is None else 3, stats.shape[1]))
+def _conv_dgrad(a: Any) -> tuple[Tensor, Tensor]:
+    shape = (a.output.shape[0], a.weight.shape[1], *a.output.shape[2:])
+    sums = a.stats.new_empty((2, a.weight.shape[1]) if a.input_stats is not None else 0)
+    return laid_out(a.output.new_empty(shape), True), sums
 
 
-def _fake_like_second(first: Tensor, second: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(second)
-
-
-def _fake_conv_bias_act(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    *_: object,
-) -> Tensor:
-    output = input.new_empty(convolved(input, weight, stride, padding, dilation))
-    return laid_out(output, makes_channels_last(input, weight))
-
-
-def _fake_conv_bn_stats(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_stats: Tensor | None,
-    input_relu: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    partials: bool,
-) -> tuple[Tensor, Tensor]:
-    output = laid_out(input.new_empty(convolved(input, weight, stride, padding, dilation)), is_channels_last(input))
-    return output, _fake_partials(output) if partials else output.new_empty(0, dtype=torch.float64)
-
-
-def _fake_dgrad(
-    grad_output: Tensor,
-    output: Tensor,
-    stats: Tensor,
-    relu_mask: Tensor | None,
-    relu: bool,
-    sums: Tensor | None,
-    count: int,
-    weight: Tensor,
-    *input: object,
-) -> tuple[Tensor, Tensor]:
-    shape = (output.shape[0], weight.shape[1], *output.shape[2:])
-    grad_input = laid_out(output.new_empty(shape), True)
-    return grad_input, stats.new_empty((2, weight.shape[1]) if input[1] is not None else 0)
-
-
-def _fake_wgrad(*arguments: Any) -> Tensor:
-    return torch.empty_like(arguments[7])
-
-
-def _fake_pool(
-    input: Tensor,
-    stats: Tensor | None,
-    relu: bool,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    shape = pooled_shape(input, kernel_size, stride, padding)
-    format = torch.channels_last if is_channels_last(input) else torch.contiguous_format
-    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=format)
+def _max_pool(a: Any) -> tuple[Tensor, Tensor]:
+    output = a.input.new_empty(pooled_shape(a.input, a.kernel_size, a.stride, a.padding))
+    output = laid_out(output, is_channels_last(a.input))
     return output, torch.empty_like(output, dtype=torch.uint8)
 
 
-def _fake_pool_backward(grad_output: Tensor, indices: Tensor, input: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(input)
-
-
-FAKES: dict[str, Callable] = {
-    "batch_norm_stats": _fake_stats,
-    "batch_norm_act_forward": _fake_forward,
-    "batch_norm_act_apply": _fake_apply,
-    "batch_norm_act_inference_": _fake_in_place,
-    "batch_norm_act_backward": _fake_backward,
-    "batch_norm_act_backward_pair": _fake_backward_pair,
-    "add_masked_": _fake_in_place,
-    "update_running_stats": _fake_in_place,
-    "batch_norm_partials": _fake_partials,
-    "merge_stats": _fake_merge_stats,
-    "batch_norm_sums": _fake_sums,
-    "batch_norm_act_dx": _fake_like_second,
-    "conv_bias_act": _fake_conv_bias_act,
-    "conv_bn_stats": _fake_conv_bn_stats,
-    "conv_dgrad": _fake_dgrad,
-    "conv_wgrad": _fake_wgrad,
-    "max_pool_forward": _fake_pool,
-    "max_pool_backward": _fake_pool_backward,
+#: What an operator returns under a fake tensor, from its arguments by name.
+FAKES: dict[str, Callable[[Any], Any]] = {
+    "batch_norm_stats": lambda a: _new_stats(a.input),
+    "batch_norm_act_forward": lambda a: (torch.empty_like(a.input), _new_stats(a.input), _mask(a)),
+    "batch_norm_act_apply": lambda a: (torch.empty_like(a.input), _mask(a)),
+    "batch_norm_act_inference_": lambda a: None,
+    "batch_norm_act_backward": _backward,
+    "batch_norm_act_backward_pair": _backward_pair,
+    "add_masked_": lambda a: None,
+    "update_running_stats": lambda a: None,
+    "batch_norm_partials": lambda a: _partials(a.input),
+    "merge_stats": _merge_stats,
+    "batch_norm_sums": lambda a: a.stats.new_empty((2 if a.residual_stats is None else 3, a.stats.shape[1])),
+    "batch_norm_act_dx": lambda a: torch.empty_like(a.input),
+    "conv_bias_act": lambda a: _conv(a, makes_channels_last(a.input, a.weight)),
+    "conv_bn_stats": _conv_bn_stats,
+    "conv_dgrad": _conv_dgrad,
+    "conv_wgrad": lambda a: torch.empty_like(a.weight),
+    "max_pool_forward": _max_pool,
+    "max_pool_backward": lambda a: torch.empty_like(a.input),
 }
 
 # A Library undefines its operators when it is collected.
@@ -288,16 +219,32 @@ _libraries: dict[str, torch.library.Library] = {}
 def define(
     namespace: str,
     schemas: Mapping[str, str] = SCHEMAS,
-    fakes: Mapping[str, Callable] = FAKES,
+    fakes: Mapping[str, Callable[[Any], Any]] = FAKES,
     internal: Mapping[str, str] | None = None,
 ) -> None:
     """Defines operators, each with its fake, in ``namespace``; ``internal`` ones are called by no one who traces."""
     library = _libraries[namespace] = torch.library.Library(namespace, "DEF")
-    for name, schema in (internal or {}).items():
+    for name, schema in {**(internal or {}), **schemas}.items():
         library.define(name + schema)
-    for name, schema in schemas.items():
-        library.define(name + schema)
-        torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
+    for name in schemas:
+        torch.library.register_fake(f"{namespace}::{name}", _by_name(schemas[name], fakes[name]), lib=library)
+
+
+def _by_name(schema: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Binds an operator's arguments to the names in its schema; optional ones are None by default."""
+    names = re.findall(r" (\w+)(?:=\w+)?(?:,|$)", schema.partition(") ->")[0])
+    return lambda *args, **kwargs: fake(SimpleNamespace(**dict(zip_longest(names, args)) | kwargs))
+
+
+def overloads(namespace: str, names: Iterable[str]) -> list[Callable[..., Any]]:
+    """Overloads, not packets: resolving a packet costs a microsecond a call."""
+    return [getattr(getattr(torch.ops, namespace), name).default for name in names]
+
+
+def bind(namespace: str, stems: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """Every operator of these stems by its name, for a backend whose kernels are registered from C++."""
+    names = [name for stem in stems for name in STEMS[stem]]
+    return dict(zip(names, overloads(namespace, names), strict=True))
 
 
 def operator(namespace: str, name: str, implementation: Callable[..., Any], *keys: str) -> Callable[..., Any]:

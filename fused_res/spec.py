@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Activation = Literal["relu", "identity"]
 ACTIVATIONS = ("relu", "identity")
@@ -19,25 +19,56 @@ ACTIVATIONS = ("relu", "identity")
 #: How much a block recomputes in backward instead of keeping it.
 RECOMPUTE = ("none", "norm", "conv")
 
-#: What one unit owns, in order: the convolution's tensors, then the batch norm's. Any but the first may be None.
-UNIT_TENSORS = ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var")
-
-
 T = TypeVar("T")
 
 
-def convolved_sizes(
-    sizes: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+class UnitTensors(NamedTuple):
+    """One value for each tensor of a unit: the convolution's, then the batch norm's. Any but the first may be None."""
+
+    weight: Any
+    bias: Any
+    norm_weight: Any
+    norm_bias: Any
+    running_mean: Any
+    running_var: Any
+
+    @property
+    def parameters(self) -> tuple[Any, Any, Any, Any]:
+        """The four that may require a gradient."""
+        return self[:4]
+
+    @property
+    def norm(self) -> tuple[Any, Any, Any, Any]:
+        """The batch norm's four."""
+        return self[2:]
+
+
+def by_unit(values: Sequence[Any]) -> list[UnitTensors]:
+    """Groups a flat sequence, one value for each tensor of a block, by unit."""
+    count = len(UnitTensors._fields)
+    return [UnitTensors(*values[start : start + count]) for start in range(0, len(values), count)]
+
+
+#: Stride, padding and dilation for each spatial dimension, and the number of groups.
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+def conv_output_sizes(
+    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
     """Height, width, ... of a convolution's output, from those of its input."""
     return tuple(
         (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
         for size, taps, step, pad, spread in zip(sizes, kernel, stride, padding, dilation, strict=True)
     )
+
+
+def same_padding(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...] | None:
+    """The padding of ``padding="same"``; None where the two sides would differ, or a stride is not 1."""
+    around = [spread * (taps - 1) for taps, spread in zip(kernel, dilation, strict=True)]
+    if any(a % 2 for a in around) or any(step != 1 for step in stride):
+        return None
+    return tuple(a // 2 for a in around)
 
 
 @dataclass(frozen=True)
@@ -80,9 +111,9 @@ class UnitSpec:
             raise ValueError(f"eps must be a number, 0 or more, got {self.eps!r}")
 
     @property
-    def no_output_padding(self) -> tuple[int, ...]:
-        """What ATen's convolution wants for an argument that only transposed ones have."""
-        return (0,) * len(self.stride)
+    def geometry(self) -> Geometry:
+        """The convolution's settings, in the order of the operators' arguments."""
+        return self.stride, self.padding, self.dilation, self.groups
 
     @property
     def relu(self) -> bool:
@@ -170,12 +201,12 @@ class BlockSpec:
         return self.units if self.projection is None else (*self.units, self.projection)
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the flat tensors, six for each unit in the order of :data:`UNIT_TENSORS`, such as ``"0.weight"``.
+        """Names of the flat tensors, those of :class:`UnitTensors` for each unit, such as ``"0.weight"``.
 
         The units come first, by number, then the projection, which is called ``"shortcut"``.
         """
         owners = [str(i) for i in range(len(self.units))] + ["shortcut"] * (self.projection is not None)
-        return tuple(f"{owner}.{name}" for owner in owners for name in UNIT_TENSORS)
+        return tuple(f"{owner}.{name}" for owner in owners for name in UnitTensors._fields)
 
     def per_unit(self, value: T | Sequence[T], name: str) -> tuple[T, ...]:
         """``value`` for each of :attr:`convolutions`: spread, or, if it is a list or tuple, checked to be as long.
@@ -195,14 +226,7 @@ class BlockSpec:
         """Whole numbers and eps, of which :meth:`decode` makes an equal spec."""
         ints: list[int] = [len(self.units), {"none": 0, "identity": 1}.get(self.shortcut, 2)]  # type: ignore[arg-type]
         for unit in self.convolutions:
-            ints += [
-                len(unit.stride),
-                *unit.stride,
-                *unit.padding,
-                *unit.dilation,
-                unit.groups,
-                int(unit.relu),
-            ]
+            ints += [len(unit.stride), *unit.stride, *unit.padding, *unit.dilation, unit.groups, int(unit.relu)]
         if self.pool is not None:
             ints += [*self.pool.kernel_size, *self.pool.stride, *self.pool.padding]
         return ints, [unit.eps for unit in self.convolutions]

@@ -29,12 +29,7 @@ def stub_torchvision_operators() -> None:
 
 
 def assert_as_exact_as(
-    name: str,
-    ours: Tensor,
-    stock: Tensor,
-    exact: Tensor,
-    exact_for_stock: Tensor | None = None,
-    floor: float = 0.0,
+    name: str, ours: Tensor, stock: Tensor, exact: Tensor, exact_for_stock: Tensor | None = None, floor: float = 0.0
 ) -> None:
     """The precision contract: our error against float64 is at most twice that of stock PyTorch in the same dtype on
     the same input, plus four units in the last place of the largest value, plus a ``floor`` that the caller explains.

@@ -1,126 +1,76 @@
-"""Measures, on first use, whether a convolution is faster fused or as ATen's with passes of its own around it.
+"""Measures, on first use, which algorithms of a backend are fastest for a convolution, and puts those first.
 
-Asked for by ``fuse(..., tune=True)`` or ``torch.backends.cudnn.benchmark``. What was measured replaces the static
-choice that :func:`fused_res.plan.plan` would take, and nothing else. Nothing is measured while a CUDA graph is
-captured, while something compiles, or under deterministic algorithms, because two runs may decide differently.
+``fuse(..., tune=True)`` or ``torch.backends.cudnn.benchmark`` request it. Measuring reorders the backend's list and
+does nothing else. Nothing is measured while a CUDA graph is captured, while something compiles, or under deterministic
+algorithms, because two runs may decide differently.
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
+import importlib.util
+import math
 import threading
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_res import convolution
-from fused_res.backends.registry import Backend
-from fused_res.choice import Choice, choose_inference, possible
-from fused_res.layout import convolved, is_channels_last
-from fused_res.spec import BlockSpec, UnitSpec
+from fused_res.backends import registry
+from fused_res.backends.protocol import Kernels
+from fused_res.dispatch import TRAINING, Algorithm, Algorithms, Operation, Problem, Selected, candidates
+from fused_res.plan import Plan, Unit
 
-_WARM_UP = 2
-_REPETITIONS = 5
+#: Seconds that one algorithm is measured for on a CPU; on a GPU `do_bench_cudagraph` decides.
+_SECONDS = 0.02
 
 
 class _Case(NamedTuple):
-    """All that the speed of a unit's kernels depends on."""
+    """Everything that the speed of a unit's algorithms depends on."""
 
-    spec: UnitSpec
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-    through: bool  # a norm, between the input and the convolution
+    backend: str
+    device: str
+    problem: Problem
+    reads_norm: bool  # a norm lies between the block's values and the convolution
     training: bool
-    projection: bool
-    dtype: torch.dtype
-    device: str
-    backend: str
 
 
-class _InferenceCase(NamedTuple):
-    spec: tuple[object, ...]
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-    residual: bool
-    dtype: torch.dtype
-    device: str
-    backend: str
-
-
-_measured: dict[_Case | _InferenceCase, Choice] = {}
+_measured: dict[_Case, Algorithms] = {}
+_inference: dict[tuple[str, str, Problem], Selected] = {}
 _lock = threading.Lock()
 
 
-def wanted(input: Tensor, tune: bool, preference: str) -> bool:
-    """Whether to take measured choices for a block with this input."""
-    return (tune or (torch.backends.cudnn.benchmark and input.is_cuda)) and preference == "planned"
+def algorithms(plan: Plan, kernels: Kernels, device: torch.device) -> tuple[Algorithms | None, ...]:
+    """The measured algorithms of every convolution, the projection's last; None where the rules have to do."""
+    return tuple(_of_unit(unit, kernels, device) for unit in plan.all_units)
 
 
-def choices(
-    spec: BlockSpec, input: Tensor, tensors: Sequence[Tensor | None], training: Sequence[bool], backend: Backend
-) -> tuple[Choice | None, ...]:
-    """The measured choice for every convolution, the projection's last; None where the static one has to do."""
-    # The CPU's rule is measured, and knows the shapes.
-    if not is_channels_last(input) or backend.name == "cpu":
-        return (None,) * len(spec.convolutions)
-    found = []
-    shape: tuple[int, ...] = tuple(input.shape)
-    device = torch.cuda.get_device_name(input.device) if input.is_cuda else input.device.type
-    for index, unit in enumerate(spec.convolutions):
-        weight = tensors[6 * index]
-        assert weight is not None
-        projection = unit is spec.projection
-        read = tuple(input.shape) if projection else shape
-        case = _Case(
-            unit, read, tuple(weight.shape), index > 0 and not projection, training[index], projection, input.dtype,
-            device, backend.name,
-        )  # fmt: skip
-        found.append(_choice(case, input.device, backend))
-        if not projection:
-            shape = convolved(input.new_empty(read, device="meta"), weight, unit.stride, unit.padding, unit.dilation)
-    return tuple(found)
+def inference(kernels: Kernels, problem: Problem, input: Tensor, weight: Tensor, *arguments: Any) -> Selected | None:
+    """The measured algorithm of ``conv_bias_act`` with these arguments, or None."""
+    key = kernels.name, _name(input.device), problem
+    if key not in _inference and _may_measure(input.device):
+        names = {one.name: one for one in candidates(kernels.algorithms, problem) if one.packs == "never"}
+        runs = {name: registry.implementation(kernels.name, "inference", one) for name, one in names.items()}
+        calls = {name: partial(run, input, weight, *arguments) for name, run in runs.items()}
+        seconds = {name: _seconds(call, input.device) for name, call in calls.items()}
+        best = min(seconds, key=seconds.__getitem__)
+        _inference[key] = Selected(names[best], _spelled(seconds))
+    return _inference.get(key)
 
 
-def measured(backend: str) -> dict[tuple[UnitSpec, tuple[int, ...]], Choice]:
-    """What was measured last for each unit and weight's shape, for people to read."""
-    return {
-        (case.spec, case.weight): choice
-        for case, choice in _measured.items()
-        if isinstance(case, _Case) and case.backend == backend
-    }
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def inference_choice(
-    input: Tensor, weight: Tensor, backend: Backend, arguments: tuple[Any, ...], preference: str
-) -> Choice:
-    """Who computes ``conv_bias_act`` on a GPU: measured if that was asked for, else static."""
-    bias, residual, stride, padding, dilation, groups, relu = arguments
-    static = choose_inference.__wrapped__ if torch.compiler.is_compiling() else choose_inference
-    shape = tuple(weight.shape)
-    made = static(shape, padding, groups, input.dtype, is_channels_last(input), preference)
-    if torch.compiler.is_compiling() or not wanted(input, False, preference) or not is_channels_last(input):
-        return made
-    spec = bias is None, stride, padding, dilation, groups, relu
-    device = torch.cuda.get_device_name(input.device)
-    case = _InferenceCase(spec, tuple(input.shape), shape, residual is not None, input.dtype, device, backend.name)
-    if case not in _measured and _may_measure(input.device):
-        ours = _seconds(lambda: backend.conv_bias_act(input, weight, *arguments), input.device)
-        aten = _seconds(lambda: convolution.bias_act(input, weight, *arguments), input.device)
-        reason = f"measured: fused {1e6 * ours:.0f} us, aten {1e6 * aten:.0f} us"
-        _measured[case] = Choice(*("fused" if ours < aten else "aten",) * 2, reason)
-    return _measured.get(case, made)
-
-
-def _choice(case: _Case, device: torch.device, backend: Backend) -> Choice | None:
+def _of_unit(unit: Unit, kernels: Kernels, device: torch.device) -> Algorithms | None:
+    case = _Case(kernels.name, _name(device), unit.problem, unit.reads != "x", unit.training)
     if case not in _measured and _may_measure(device):
-        could = possible(case.spec, case.weight, case.dtype, True, case.projection, case.backend)
         with _lock:
             if case not in _measured:
-                _measured[case] = could if could.forward == "aten" else _measure(case, could, device, backend)
+                _measured[case] = _measure(case, kernels, device)
     return _measured.get(case)
 
 
@@ -131,89 +81,100 @@ def _may_measure(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def _measure(case: _Case, could: Choice, device: torch.device, backend: Backend) -> Choice:
-    """The fastest of the up to four combinations; the static choice says what is possible."""
-    forward, backward = _candidates(case, device, backend)
-    seconds = {("forward", name): _seconds(function, device) for name, function in forward.items()}
-    for name, function in backward.items():
-        if name != "fused" or could.backward == "fused":
-            seconds["backward", name] = _seconds(function, device)
+def _measure(case: _Case, kernels: Kernels, device: torch.device) -> Algorithms:
+    """The fastest combination of a forward and two gradients, the gradients both fused or both not."""
+    calls = _Calls(case, kernels, device)
+    found: dict[Operation, dict[Algorithm, float]] = {
+        operation: {
+            one: _seconds(calls.of(operation, one), device)
+            for one in candidates(kernels.algorithms, case.problem._replace(operation=operation))
+        }
+        for operation in TRAINING
+    }
+    apply = _seconds(calls.activation, device) if case.reads_norm else 0.0
 
-    def total(choice: tuple[str, str]) -> float:
-        # An activation that forward has not made is made for ATen's backward.
-        extra = seconds["backward", "apply"] if choice == ("fused", "aten") else 0.0
-        return seconds["forward", choice[0]] + seconds["backward", choice[1]] + extra
+    def fastest(operation: Operation, fused: bool) -> tuple[float, Algorithm | None]:
+        times = ((seconds, one) for one, seconds in found[operation].items() if one.fused == fused)
+        return min(times, key=itemgetter(0), default=(math.inf, None))
 
-    combinations = [(f, b) for f in ("aten", "fused") for b in ("aten", "fused") if ("backward", b) in seconds]
-    best = min(combinations, key=total)
-    spelled = ", ".join(f"{'/'.join(c)} {1e6 * total(c):.0f} us" for c in sorted(combinations, key=total))
-    return Choice(*best, f"measured: {spelled}")
+    options = []
+    for forward, backward in product((True, False), repeat=2):
+        picked = [*map(fastest, TRAINING, (forward, backward, backward))]
+        # An activation that forward has not written is computed for backward.
+        total = sum(seconds for seconds, _ in picked) + (apply if forward and not backward else 0)
+        options.append((total, [one for _, one in picked if one is not None]))
+    _, best = min(options, key=itemgetter(0))
+    told = (_spelled({one.name: seconds for one, seconds in found[operation].items()}) for operation in TRAINING)
+    return Algorithms(*map(Selected, best, told))
 
 
-def _candidates(
-    case: _Case, device: torch.device, backend: Backend
-) -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[], object]]]:
-    """What each kind runs from one raw output to the next, and back."""
-    spec = case.spec
+def _spelled(seconds: dict[str, float]) -> str:
+    ordered = sorted(seconds, key=seconds.__getitem__)
+    return "measured: " + ", ".join(f"{name} {1e6 * seconds[name]:.0f} us" for name in ordered)
 
-    def images(shape: Sequence[int]) -> Tensor:
-        x = torch.randn(tuple(shape), dtype=torch.float32, device=device).to(case.dtype)
-        return x.contiguous(memory_format=torch.channels_last)
 
-    x, weight = images(case.input), images(case.weight)
-    z = images(convolved(x, weight, spec.stride, spec.padding, spec.dilation))
-    dy = torch.randn_like(z)
-    x_stats = backend.batch_norm_stats(x, None, None, None, None, True, spec.eps)
-    stats = backend.batch_norm_stats(z, None, None, None, None, True, spec.eps)
-    sums, count = torch.zeros_like(stats[:2]), z.numel() // z.shape[1]
-    through = x_stats if case.through else None
-    common = dy, z, stats, None, spec.relu, sums, count
+class _Calls:
+    """What each algorithm runs from one raw output to the next, and back, on tensors of the problem's shapes."""
 
-    def apply() -> Tensor:
-        return backend.batch_norm_act_apply(x, x_stats, None, None, True, False)[0] if case.through else x
+    def __init__(self, case: _Case, kernels: Kernels, device: torch.device) -> None:
+        self.case, self.kernels = case, kernels
+        problem = self.problem = case.problem
 
-    def aten_forward() -> None:
-        made = convolution.forward(apply(), weight, None, spec)
-        if case.training:
-            backend.batch_norm_partials(made)
+        def images(shape: Sequence[int]) -> Tensor:
+            x = torch.randn(tuple(shape), device=device).to(problem.dtype)
+            return x.contiguous(memory_format=torch.channels_last) if problem.channels_last else x
 
-    def fused_forward() -> None:
-        backend.conv_bn_stats(
-            x, weight, None, through, True, spec.stride, spec.padding, spec.dilation, spec.groups, case.training
-        )
+        self.x, self.weight = images(problem.input), images(problem.weight)
+        self.z = images((problem.input[0], problem.weight[0], *problem.output))
+        self.dy = torch.randn_like(self.z)
+        none = (None,) * 4
+        self.x_stats = kernels.batch_norm_stats(self.x, *none, True, 1e-5) if case.reads_norm else None
+        self.stats = kernels.batch_norm_stats(self.z, *none, True, 1e-5)
+        self.norm = (self.dy, self.z, self.stats, None, True, torch.zeros_like(self.stats[:2]))
+        self.count = self.z.numel() // max(self.z.shape[1], 1)
 
-    def aten_backward() -> None:
-        dz = backend.batch_norm_act_dx(*common)
-        dx, *_ = convolution.backward(dz, x, weight, None, spec, [True, True, False])
-        if case.through:
-            assert dx is not None
-            backend.batch_norm_sums(dx, x, x_stats, None, True, None, None)
+    def activation(self) -> Tensor:
+        if self.x_stats is None:
+            return self.x
+        y: Tensor = self.kernels.batch_norm_act_apply(self.x, self.x_stats, None, None, True, False)[0]
+        return y
 
-    def fused_backward() -> None:
-        backend.conv_wgrad(*common, weight, x, through, True, spec.stride)
-        backend.conv_dgrad(*common, weight, x if case.through else None, through, True)
+    def of(self, operation: Operation, algorithm: Algorithm) -> Callable[[], object]:
+        run = registry.implementation(self.kernels.name, operation, algorithm)
+        kernels, problem = self.kernels, self.problem
+        x, weight, x_stats, training = self.x, self.weight, self.x_stats, self.case.training
 
-    return (
-        {"aten": aten_forward, "fused": fused_forward},
-        {"aten": aten_backward, "fused": fused_backward, "apply": apply},
-    )
+        def forward() -> None:
+            if algorithm.fused:
+                run(x, weight, None, x_stats, True, *problem.geometry, training)
+                return
+            z, _ = run(self.activation(), weight, None, problem.geometry, training)
+            if training and not algorithm.statistics:
+                kernels.batch_norm_partials(z)
+
+        def fused_gradient() -> None:
+            if operation == "weight_gradient":
+                run(*self.norm, self.count, weight, x, x_stats, True, problem.stride)
+            else:
+                run(*self.norm, self.count, weight, x if x_stats is not None else None, x_stats, True)
+
+        def gradient() -> None:
+            of_input = operation == "input_gradient"
+            dz = kernels.batch_norm_act_dx(*self.norm, self.count) if of_input else self.dy
+            dx, *_ = run(dz, x, weight, None, problem.geometry, (of_input, not of_input, False))
+            if x_stats is not None and of_input and dx.shape == x.shape:
+                kernels.batch_norm_sums(dx, x, x_stats, None, True, None, None)
+
+        return forward if operation == "forward" else fused_gradient if algorithm.fused else gradient
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The median of a few calls, of the device's own time."""
-    for _ in range(_WARM_UP):
-        function()
-    if device.type != "cuda":
-        times = []
-        for _ in range(_REPETITIONS):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(_REPETITIONS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        function()
-        event.record()
-    events[-1].synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
+    """The median of several calls: of the device's own time on a GPU, of all threads on a CPU."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from triton.testing import do_bench_cudagraph
+
+        return float(do_bench_cudagraph(function, return_mode="median")) / 1e3
+    from torch.utils import benchmark  # with setuptools, a tenth of a second
+
+    timer = benchmark.Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=_SECONDS).median)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_res
 from fused_res import ops
+from fused_res.backends import registry
+from fused_res.dispatch import PackedWeight, Problem, Selected
 from fused_res.functional import conv_bias_act
-from fused_res.nn.frozen import Kept
 from fused_res.testing import assert_as_exact_as
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -164,16 +164,6 @@ class TestLayout:
                 assert all(torch.equal(tensors[name], before[name]) for name in tensors)
 
 
-class Keeps:
-    """A layer that keeps nothing."""
-
-    kernel: Any = None
-
-    def keep(self, key: Any, make: Callable[[], Tensor]) -> Kept:
-        packed = make()
-        return Kept(key, packed, 0, packed)
-
-
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
 class TestPackedWeights:
     """What a frozen layer hands to the cpu backend instead of its weight."""
@@ -181,22 +171,18 @@ class TestPackedWeights:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("case", [case for case in CASES if case != "sequence"])
     def test_same_result(self, case: str, dtype: torch.dtype) -> None:
-        from fused_res.backends.cpu.conv_bias_act import pack_weight
-
         tensors, options = make(case, dtype)
         input, weight = tensors["input"], tensors["weight"]
         rank = input.dim() - 2
-        exact = stock(**{name: tensor.double() for name, tensor in tensors.items()}, **options)
 
-        def pack(_kernels: Any, *arguments: Any) -> Any:
-            packed = pack_weight(Keeps(), *arguments)
-            if packed is arguments[1]:
+        def keep(selected: Selected, problem: Problem, input: Tensor) -> PackedWeight:
+            if selected.algorithm.pack is None:
                 pytest.skip(f"oneDNN does not compute in {dtype} here")
-            return packed
+            return PackedWeight(selected.algorithm.pack(problem, input, weight), weight.shape)
 
         how = [options.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
         for residual in (None, tensors["residual"]):
-            arguments = (tensors["bias"], residual, *how, options.get("groups", 1), "relu", "cpu", pack)
+            arguments = (tensors["bias"], residual, *how, options.get("groups", 1), "relu", "cpu", keep)
             output = fused_res.functional.packed_conv_bias_act(input, weight, *arguments)
             parts = tensors | {"residual": residual}
             exact = stock(**{name: t if t is None else t.double() for name, t in parts.items()}, **options)
@@ -205,14 +191,13 @@ class TestPackedWeights:
 
     def test_onednn_switched_off(self) -> None:
         tensors, options = make("3x3", torch.float32)
-        from fused_res.backends.cpu.conv_bias_act import pack_weight
-
         with torch.backends.mkldnn.flags(enabled=False):
             for layout in CHANNELS_LAST[4], torch.contiguous_format:
                 given = tensors | {"input": tensors["input"].contiguous(memory_format=layout)}
-                how = (given["input"], given["weight"], (1, 1), (1, 1), (1, 1), 1)
+                how = given["input"], given["weight"], ((1, 1), (1, 1), (1, 1), 1), "planned", True
                 ours = layout is CHANNELS_LAST[4]  # the kernels of this library do not need oneDNN
-                assert (pack_weight(Keeps(), *how) is not given["weight"]) == ours
+                _, selected = registry.select("cpu", "inference", *how)
+                assert (selected.name != "aten") == ours and selected.name != "onednn"
                 with fused_res.backends.use("auto", winograd=False):
                     check(given, options, "cpu")
 
@@ -223,6 +208,7 @@ class TestOperator:
     @pytest.mark.parametrize("rows", [False, True])
     @pytest.mark.parametrize("case", ["3x3", "groups", "one image", "sequence", "volume"])
     def test_opcheck(self, case: str, rows: bool, dtype: torch.dtype) -> None:
+        fused_res.backends.resolve("cpu", torch.device("cpu"))  # defines the operator
         tensors, options = make(case, dtype)
         input, rank = tensors["input"], tensors["input"].dim() - 2
         if rows and rank > 1:

@@ -19,7 +19,8 @@ import fused_res
 from fused_res import BlockSpec, UnitSpec, _extension, models
 from fused_res.backends import registry
 from fused_res.functional import residual_block
-from fused_res.plan import plan
+from fused_res.plan import BlockConfig
+from fused_res.planner import plan
 from fused_res.testing import assert_as_exact_as
 
 pytestmark = pytest.mark.skipif(
@@ -162,8 +163,7 @@ def test_statistics_from_the_epilogue() -> None:
     x, weight = images(4, 32, 20, 20), images(48, 32, 3, 3, mean=0.0)
     scale, shift = torch.randn(48), torch.randn(48)
     for mean in (0.0, 300.0):  # the deviation is about 17
-        z, partials = kernels.conv_forward(x, weight, torch.full((48,), mean), SAME, True)
-        assert partials is not None
+        z, partials = kernels.conv_bn_stats(x, weight, torch.full((48,), mean), None, False, *SAME.geometry, True)
         found = kernels.merge_stats(partials, scale, shift, 1e-5, False)
         passed = kernels.batch_norm_stats(z, scale, shift, None, None, True, 1e-5)
         exact = kernels.batch_norm_stats(z.double(), scale.double(), shift.double(), None, None, True, 1e-5)
@@ -212,10 +212,10 @@ def gradients(function: Any, x: Tensor, tensors: list[Tensor | None]) -> list[Te
 
 @contextlib.contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    from fused_res.backends.cpu import conv_bn_stats as module
+    from fused_res.backends.cpu import convolution as module
 
     calls: list[str] = []
-    for name in ("_convolve", "_weight_gradient"):
+    for name in ("convolve", "conv_weight_gradient"):
         original = getattr(module, name)
 
         def call(*arguments: Any, name: str = name, original: Any = original) -> Any:
@@ -238,7 +238,7 @@ def test_block_precision(winograd: bool, stride: int, monkeypatch: pytest.Monkey
     with fused_res.backends.use("auto", winograd=winograd), counted(monkeypatch) as calls:
         ours = gradients(lambda x, t: residual_block(x, spec, t, training=True), x, tensors)
     if winograd:
-        assert calls.count("_convolve") >= 4 and calls.count("_weight_gradient") >= 2
+        assert calls.count("convolve") >= 4 and calls.count("conv_weight_gradient") >= 2
     for index, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
         if winograd:
             assert off(a, c) <= 1e-5 + 2 * off(b, c), index
@@ -246,21 +246,23 @@ def test_block_precision(winograd: bool, stride: int, monkeypatch: pytest.Monkey
             assert_as_exact_as(f"{index}", a, b, c)
 
 
-@pytest.mark.parametrize("compact", [True, False])
-def test_input_gradient_of_a_projection(compact: bool) -> None:
-    """Of a 1x1 with a stride: of the pixels it has read alone, or of all."""
-    from fused_res.backends.cpu.conv_bn_stats import conv_backward
-
-    spec = UnitSpec((2, 3))
+def test_input_gradient_of_a_strided_1x1() -> None:
+    """As a block's projection and as the first convolution of a chain: the pixels that were not read get zeros."""
+    first, projection = UnitSpec((2, 3), activation="identity"), UnitSpec((2, 3), activation="identity")
     for size in ((17, 16), (15, 31), (16, 18)):
-        x, weight = images(4, 24, *size), images(40, 24, 1, 1, mean=0.0)
-        dz = images(4, 40, (size[0] + 1) // 2, (size[1] + 2) // 3, mean=0.0)
-        exact = torch.nn.grad.conv2d_input(x.shape, weight.double(), dz.double(), (2, 3))
-        dx, dweight, _ = conv_backward(dz, x, weight, None, spec, [True, True, False], compact)
-        exact_weight = torch.nn.grad.conv2d_weight(x.double(), weight.shape, dz.double(), (2, 3))
-        assert dx is not None and dweight is not None
-        assert off(dx, exact[:, :, ::2, ::3] if compact else exact) <= 1e-6
-        assert off(dweight, exact_weight) <= 1e-6
+        torch.manual_seed(0)
+        x = images(4, 24, *size)
+        norm = [torch.ones(40), torch.zeros(40), torch.zeros(40), torch.ones(40)]
+        tensors = [images(40, 24, 1, 1, mean=0.0), None, *norm]
+        for spec in (BlockSpec((first,)), BlockSpec((first,), projection)):
+            flat: list[Any] = tensors * len(spec.convolutions)
+            wide = [t if t is None else t.double() for t in flat]
+            with fused_res.backends.use("cpu"):
+                ours = gradients(lambda x, t, spec=spec: residual_block(x, spec, t, training=False), x, flat)
+            with fused_res.backends.use("reference"):
+                exact = gradients(lambda x, t, spec=spec: residual_block(x, spec, t, training=False), x.double(), wide)
+            for a, b in zip(ours, exact, strict=True):
+                assert off(a, b) <= 2e-6
 
 
 def test_everything_to_aten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +306,7 @@ def test_recomputed_and_partly_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
         y = residual_block(x, spec, frozen, training=True)
         made = len(calls)
         (found_weight,) = torch.autograd.grad(y, weight, torch.ones_like(y).cumsum(3).cos())
-    assert calls[made:] == ["_convolve", "_weight_gradient"] and found_weight.shape == weight.shape
+    assert calls[made:] == ["convolve", "conv_weight_gradient"] and found_weight.shape == weight.shape
 
 
 def test_compiled() -> None:
@@ -332,18 +334,9 @@ def test_running_statistics_and_eval() -> None:
 
 def test_the_plan_says_so() -> None:
     spec, x, tensors = block()
-    made = plan(spec, x, tensors, (True,) * 3, "none", "cpu")
-    assert [unit.kernels.kernels for unit in made.units] == ["own", "own"]
-    assert "own convolution: Winograd" in str(made)
-    assert kernels((16, 64, 56, 56), True) == ("winograd", "winograd", "winograd")
-    assert kernels((1, 64, 2, 2), True) == ("aten", "aten", "aten")
-    assert "winograd" not in kernels((16, 64, 56, 56), False)
-
-
-def kernels(input: tuple[int, ...], winograd: bool) -> tuple[str, ...]:
-    from fused_res.backends.cpu.choice import Geometry, training_kernels
-
-    return training_kernels(Geometry(input, (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1), winograd)
+    made = plan(BlockConfig(spec, (True,) * 3, "cpu"), x, tensors)
+    assert [unit.algorithms.forward.name for unit in made.all_units] == ["winograd_f4x4", "winograd_f4x4", "direct"]
+    assert "convolution(x, 0.weight) -> z0, partials0: winograd_f4x4" in str(made)
 
 
 # --- a network ---

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_res import UnitSpec, convolution
+from fused_res.dispatch import Problem, select
 from fused_res.testing import assert_as_exact_as
 
 GEOMETRIES = [  # images, channels, height, width, outputs, kernel, stride, padding, dilation
@@ -18,7 +19,7 @@ GEOMETRIES = [  # images, channels, height, width, outputs, kernel, stride, padd
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_few_pixels(geometry, bias, dtype, monkeypatch):
+def test_few_pixels(geometry, bias, dtype):
     shape, outputs, kernel, stride, padding, dilation = geometry
     spec = UnitSpec(stride, padding, dilation)
     torch.manual_seed(0)
@@ -26,25 +27,28 @@ def test_few_pixels(geometry, bias, dtype, monkeypatch):
     weight = torch.randn(outputs, shape[1], *kernel, dtype=torch.float64).to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     b = torch.randn(outputs, dtype=dtype) if bias else None
-    assert convolution._few(x, weight, spec) is not None
 
-    def compute(x, weight, b, grad=None):
-        z = convolution.forward(x, weight, b, spec)
+    def compute(algorithm, x, weight, b, grad=None):
+        forward, backward = algorithm.serves["forward"], algorithm.serves["weight_gradient"]
+        z, _ = forward(x, weight, b, spec.geometry, False)
         grad = torch.linspace(-1, 1, z.numel()).to(x.dtype).view_as(z) if grad is None else grad
         grad = grad.contiguous(memory_format=torch.channels_last)
-        return z, *convolution.backward(grad, x, weight, b, spec, [True, True, bias]), grad
+        return z, *backward(grad, x, weight, b, spec.geometry, [True, True, bias]), grad
 
-    ours = compute(x, weight, b)
+    gemm = convolution.IM2COL_GEMM
+    ours = compute(gemm, x, weight, b)
     *_, grad = ours
     for wanted in ((True, False, False), (False, True, False), (False, False, True)):
         for flag, some, every in zip(
-            wanted, convolution.backward(grad, x, weight, b, spec, list(wanted)), ours[1:4], strict=True
+            wanted,
+            gemm.serves["weight_gradient"](grad, x, weight, b, spec.geometry, list(wanted)),
+            ours[1:4],
+            strict=True,
         ):
             assert (some is not None) == flag and (some is None or every is None or torch.equal(some, every))
-    monkeypatch.setattr(convolution, "_few", lambda *_: None)
-    stock = compute(x, weight, b, grad)
+    stock = compute(convolution.ATEN, x, weight, b, grad)
     wide = [None if t is None else t.double() for t in (x, weight, b)]
-    exact = compute(*wide, grad.double())
+    exact = compute(convolution.ATEN, *wide, grad.double())
     for name, mine, its, true in zip(("z", "dx", "dweight", "dbias"), ours, stock, exact, strict=False):
         assert (mine is None) == (its is None)
         if mine is None:
@@ -57,11 +61,15 @@ def test_few_pixels(geometry, bias, dtype, monkeypatch):
 
 
 def test_many_pixels_or_a_small_weight_are_left_to_aten():
-    def few(images, channels, size, taps=3):
-        x = torch.randn(images, channels, size, size).contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(channels, channels, taps, taps).contiguous(memory_format=torch.channels_last)
-        return convolution._few(x, weight, UnitSpec(padding=(taps // 2,) * 2))
+    def name(images, channels, size, taps=3):
+        spec = UnitSpec(padding=(taps // 2,) * 2)
+        problem = Problem(
+            "forward", (images, channels, size, size), (channels, channels, taps, taps), *spec.geometry, torch.float32,
+            "cpu", True, weight_channels_last=True,
+        )  # fmt: skip
+        return select(convolution.ALGORITHMS, problem, "planned").name
 
-    assert few(8, 64, 2) == (2, 2)
-    assert few(9, 64, 2) is None and few(0, 64, 2) is None and few(8, 64, 1) is None and few(4, 16, 2) is None
-    assert few(31, 256, 2, 1) == (2, 2) and few(32, 256, 2, 1) is None
+    assert name(8, 64, 2) == "im2col_gemm"
+    assert name(9, 64, 2) == name(0, 64, 2) == name(4, 16, 2) == "aten"
+    assert name(8, 64, 1) == "tap_gemm"
+    assert name(31, 256, 2, 1) == "im2col_gemm" and name(32, 256, 2, 1) == "aten"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-import fused_res.backends.cpu  # noqa: F401  (defines the operators)
+import fused_res.backends.cpu.operators  # noqa: F401  (defines them)
 from fused_res import _extension
 
 if not _extension.loaded:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fused_res import layout, ops
-from fused_res.backends import registry
+from fused_res.backends import cuda, registry
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"  # kept, so that the next session compiles nothing twice
@@ -302,7 +302,7 @@ def launched() -> Iterator[tuple[str, int, int, bool]]:
         yield name, one.threads, one.shared, one.cooperative
 
 
-@pytest.mark.skipif(not registry.simulating(), reason="the CUDA kernels are not simulated here")
+@pytest.mark.skipif(not cuda.simulating(), reason="the CUDA kernels are not simulated here")
 def test_table_of_registers_and_shared_memory(built, kernels, monkeypatch):
     """It is left in build/cuda. A cooperative launch asks what a block may have; all others have to fit everywhere."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import fused_res
-from fused_res.backends import registry
+from fused_res.backends import cuda, registry
 from fused_res.backends.reference import batch_norm_act as norm
 from fused_res.backends.reference import batch_norm_sync as halves
 
-if not registry.simulating():
+if not cuda.simulating():
     pytest.skip("the CUDA kernels are not simulated here", allow_module_level=True)
 
 from cuda_sim.simulated import run_time

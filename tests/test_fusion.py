@@ -431,10 +431,18 @@ class TestOurOwnModules:
         block = fnn.BasicBlock(4, 4)
         fuse(block, backend="reference", recompute="norm", tune=True)
         assert (block.backend, block.recompute, block.tune, block.fused) == ("reference", "norm", True, True)
-        why = "backend=reference, recompute=norm, tune=True, 3x3 ATen (plain PyTorch has nothing to gain)"
-        assert summarize(block).fused[0].why == why
+        settings = "backend=reference, recompute=norm, tune=True, "
+        assert summarize(block).fused[0].why == settings + "algorithms are selected for the first input"
+        fuse(block, backend="reference", recompute="norm")
+        x = torch.ones(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+        settings = settings.replace("tune=True, ", "")
+        block(x)
+        told = summarize(block).fused[0].why
+        assert told == settings + "3x3 aten (plain PyTorch has nothing to gain from fusion)"
         with fused_res.backends.use("reference", convolution="fused"):
-            assert "3x3 fused forward, ATen backward" in summarize(block).fused[0].why
+            block(x)
+        told = summarize(block).fused[0].why
+        assert "3x3 forward reference (plain PyTorch), input gradient aten" in told
         unfuse(block)
         with counted() as calls:
             block(torch.ones(2, 4, 5, 5))
@@ -478,7 +486,7 @@ class TestWrongArguments:
         assert type(model) is resnet.ResNet
 
     def test_a_backend_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fused_res.backends.registry, "simulating", lambda: False)
+        monkeypatch.setattr(fused_res.backends.cuda, "simulating", lambda: False)
         model = network()
         with pytest.raises(fused_res.BackendUnavailableError, match="cuda"):
             fuse(model, backend="cuda")

@@ -13,6 +13,7 @@ from test_conv_bias_act import make as convolution_case
 from test_residual_block import BLOCKS, learnable, make, run, stock
 
 import fused_res
+from fused_res.backends import cuda
 from fused_res.functional import batch_norm_act, residual_block
 
 on_all = pytest.mark.parametrize("backend", gpu.BACKENDS)
@@ -96,10 +97,12 @@ def test_frozen(compiled, backend):
     for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
         torch.nn.init.normal_(norm.running_mean), torch.nn.init.uniform_(norm.running_var, 0.5, 2)
     frozen = fused_res.freeze(model, backend=backend)
-    assert all(f"backend={backend}" in row.why and "fused" in row.why for row in fused_res.summarize(frozen).fused)
     x = torch.randn(1, 3, 9, 9, device=DEVICE).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         exact = fused_res.unfuse(model.double())(x.double())
+        frozen(x)
+        told = [row.why for row in fused_res.summarize(frozen).fused]
+        assert all(f"backend={backend}" in why and "implicit_gemm" in why for why in told)
         if compiled:
             torch._dynamo.reset()
             frozen = torch.compile(frozen, fullgraph=True, backend="aot_eager")
@@ -147,7 +150,7 @@ def test_norm_traces_through_its_operators(backend):
 @on_all
 def test_operators(backend):
     """opcheck: schemas, fakes, shapes and strides."""
-    namespace = torch.ops.fused_res_triton if backend == "triton" else fused_res.backends.cuda.operators
+    namespace = torch.ops.fused_res_triton if backend == "triton" else getattr(torch.ops, cuda.namespace())
     x = torch.randn(2, 8, 4, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
     z = torch.randn(2, 16, 4, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 8, 1, 1, device=DEVICE)
@@ -245,5 +248,5 @@ class TestWithoutAGpu:
         assert done.returncode == 0, done.stderr
 
     def test_no_kernel_is_defined_before_it_is_used(self):
-        code = "import sys, fused_res; assert 'fused_res.backends.triton' not in sys.modules"
+        code = "import sys, fused_res; assert 'fused_res.backends.triton.registration' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fused_res import models
 from fused_res.autograd import residual_block
 from fused_res.nn import BasicBlock, Bottleneck, ResidualBlock
+from fused_res.plan import BlockConfig
 from fused_res.spec import BlockSpec, UnitSpec
 from fused_res.testing import stub_torchvision_operators
 
@@ -252,8 +253,8 @@ def test_flop_counter_counts_the_compiled_operators(recompute: str, input_grad: 
     x = torch.randn(2, 8, 6, 6, requires_grad=input_grad)
 
     def step() -> None:
-        arguments = x, spec, tensors, (True,) * 4, recompute, "reference", "planned", ""
-        residual_block.traceable(*arguments)[0].sum().backward()
+        config = BlockConfig(spec, (True,) * 4, "reference", recompute)
+        residual_block.traceable(config, x, tensors)[0].sum().backward()
 
     pixels = 2 * 6 * 6
     first, inner, last, projection = (2 * pixels * n for n in (8 * 4, 4 * 4 * 9, 4 * 16, 8 * 16))

@@ -1,6 +1,6 @@
 // Convolutions of float32 images in channels_last memory: packed weights, and one layer with its epilogue.
 // The kernels are in isa/direct.h and isa/winograd.h, the tasks in convolution.h. Who calls them, and for
-// which shapes: fused_res/backends/cpu/choice.py.
+// which shapes: fused_res/backends/cpu/convolution.py.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

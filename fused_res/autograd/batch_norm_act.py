@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from fused_res import distributed
 from fused_res.backends import registry
+from fused_res.backends.protocol import Kernels
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as reference
 from fused_res.backends.reference.batch_norm_act import channels_view, reduced, unpack_mask
 from fused_res.ops import MEAN, VAR, stats_dtype
@@ -26,7 +27,7 @@ def affine_stats(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype)
 
 
 def forward(
-    kernels: registry.Backend,
+    kernels: Kernels,
     group: str,
     input: Tensor,
     residual: Tensor | None,
@@ -112,17 +113,7 @@ class BatchNormAct(Function):
             # Where the residual is not read, any tensor of its shape will do.
             residual = input if residual is None else residual
             grads = kernels.batch_norm_act_backward_pair(
-                grad_output,
-                input,
-                weight,
-                stats,
-                residual,
-                residual_scale,
-                residual_stats,
-                mask,
-                training,
-                False,
-                rest,
+                grad_output, input, weight, stats, residual, residual_scale, residual_stats, mask, training, False, rest
             )
         if ctx.group:
             through = _group_backward(kernels, ctx.group, grad_output, input, stats, mask, relu and mask is None)
@@ -131,13 +122,7 @@ class BatchNormAct(Function):
 
 
 def _group_backward(
-    kernels: registry.Backend,
-    group: str,
-    grad_output: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    mask: Tensor | None,
-    relu: bool,
+    kernels: Kernels, group: str, grad_output: Tensor, input: Tensor, stats: Tensor, mask: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; the last two are those of this process's part, as of any other layer."""
     sums = kernels.batch_norm_sums(grad_output, input, stats, mask, relu, None, None)
@@ -151,7 +136,7 @@ def _differentiable_backward(
     saved: tuple[Any, ...],
     options: tuple[bool, float, bool, str],
     wanted: tuple[bool, ...],
-    kernels: registry.Backend,
+    kernels: Kernels,
 ) -> tuple[Tensor | None, ...]:
     """The gradients as a graph that can be differentiated again (eager only).
 

@@ -1,135 +1,38 @@
-"""One visible table: rows are operators' stems, columns backends, a cell kernels or the reason why not."""
+"""The backends as one table, the one that a call uses, and the algorithm that it selects for a convolution."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
-import importlib.util
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from fused_res import _extension, env
+from fused_res import _torch_compat, dispatch, env
+from fused_res.backends.protocol import Backend, Kernels
+from fused_res.dispatch import Algorithm, Machine, Operation, PackedWeight, Problem, Selected
+from fused_res.layout import is_channels_last, makes_channels_last
+from fused_res.ops import STEMS
+from fused_res.spec import Geometry
 
-#: Which operators of :mod:`fused_res.ops` make up a stem.
-STEMS: dict[str, tuple[str, ...]] = {
-    "batch_norm_act": (
-        "batch_norm_stats",
-        "batch_norm_act_forward",
-        "batch_norm_act_apply",
-        "batch_norm_act_inference_",
-        "batch_norm_act_backward",
-        "batch_norm_act_backward_pair",
-        "add_masked_",
-        "update_running_stats",
-    ),
-    "batch_norm_sync": ("batch_norm_partials", "merge_stats", "batch_norm_sums", "batch_norm_act_dx"),
-    "max_pool": ("max_pool_forward", "max_pool_backward"),
-    "conv_bias_act": ("conv_bias_act",),
-    "conv_bn_stats": ("conv_bn_stats",),
-    "conv_dgrad": ("conv_dgrad",),
-    "conv_wgrad": ("conv_wgrad",),
-}
-#: What a backend may offer besides: an operand in the form that its kernels like best; several layers as one call, and
-#: what that depends on; ATen's convolution and its backward, but faster, and with statistics.
-_EXTRAS = ("pack_weight", "prepare_blocks", "convolution_settings", "conv_forward", "conv_backward")
+#: From an algorithm, a problem and an input to the weight, packed if the algorithm packs.
+Keep = Callable[[Selected, Problem, Tensor], PackedWeight | Tensor]
 
 
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 
 
-def _reference() -> None:
-    return None
-
-
-def _cpu() -> str | None:
-    return None if _extension.loaded else _extension.reason
-
-
-OLDEST_TRITON = (3, 6)
-
-
-def interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors (on CUDA tensors too, by a copy)."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-@cache
-def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, OLDEST_TRITON))}'"
-    return None
-
-
-def _triton() -> str | None:
-    reason = _triton_missing()
-    if reason is None and not interpreting() and not torch.cuda.is_available():
-        return "there is no NVIDIA GPU here that this torch can use (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
-    return reason
-
-
-#: What the CUDA C++ kernels are compiled for.
-OLDEST_GPU = (8, 0)
-
-
-def simulating() -> bool:
-    """Whether the CUDA C++ kernels are simulated on CPU tensors: ``tests/cuda_sim``."""
-    return bool(env.SIMULATOR.read())
-
-
-def _cuda() -> str | None:
-    if simulating():
-        library = env.SIMULATOR.read()
-        return None if os.path.exists(library) else f"{env.SIMULATOR.name} names {library}, and there is no such file"
-    _, reason = _extension.cuda_library()
-    return reason or _gpu_missing()
-
-
-def _gpu_missing() -> str | None:
-    if not torch.cuda.is_available():
-        return "there is no NVIDIA GPU here that this torch can use"
-    found = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    if found < OLDEST_GPU:
-        needed, has = (".".join(map(str, version)) for version in (OLDEST_GPU, found))
-        return f"its kernels need a GPU of compute capability {needed} or newer, and this one has {has}"
-    return None
-
-
-@dataclass(frozen=True)
-class _Column:
-    devices: Callable[[], tuple[str, ...]] | None  # None: every device
-    unavailable: Callable[[], str | None]
-
-
-_COLUMNS = {
-    "reference": _Column(None, _reference),
-    "cpu": _Column(lambda: ("cpu",), _cpu),
-    "triton": _Column(lambda: ("cuda", "cpu") if interpreting() else ("cuda",), _triton),
-    "cuda": _Column(lambda: ("cpu",) if simulating() else ("cuda",), _cuda),
-}
-#: What "auto" means on a device, best first.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-
-
-class Backend(SimpleNamespace):
-    """A column of the table: ``name``, its ``stems``, and their operators of :mod:`fused_res.ops` as attributes."""
-
-    name: str
-    stems: frozenset[str]
+_, *_NAMES = env.BACKEND.allowed
+_BACKENDS = {name: cast(Backend, importlib.import_module(f"fused_res.backends.{name}")) for name in _NAMES}
 
 
 def names() -> tuple[str, ...]:
     """Every value that ``backend=`` takes, ``"auto"`` first."""
-    return ("auto", *_COLUMNS)
+    return env.BACKEND.allowed
 
 
 def unavailable(name: str) -> str | None:
@@ -138,22 +41,28 @@ def unavailable(name: str) -> str | None:
     Raises:
         ValueError: there is no backend of this name (``"auto"`` is none).
     """
-    return _COLUMNS[_checked(name)].unavailable()
+    return _BACKENDS[_checked(name)].unavailable()
 
 
 def table() -> dict[str, dict[str, str]]:
-    """Who has kernels for what, here: rows are operators, columns backends, a cell says ``"yes"`` or why not."""
-    return {stem: {name: unavailable(name) or _absent(name, stem) or "yes" for name in _COLUMNS} for stem in STEMS}
+    """What each backend has kernels for, here: rows are stems, columns backends, cells ``"yes"`` or why not."""
+
+    def cell(name: str, stem: str) -> str:
+        absent = (
+            f"backend {name!r} has no kernels for it in this version: ATen's convolution and the norm's own passes run"
+        )
+        return unavailable(name) or ("yes" if stem in stems(name) else absent)
+
+    return {stem: {name: cell(name, stem) for name in _BACKENDS} for stem in STEMS}
 
 
-def _absent(name: str, stem: str) -> str | None:
-    """Why a backend that runs here does not compute this stem: it has no file of that name."""
-    if importlib.util.find_spec(f"fused_res.backends.{name}.{stem}") is not None:
-        return None
-    return f"backend {name!r} has no kernels for it in this version: ATen's convolution and the norm's own passes run"
+@cache
+def stems(name: str) -> frozenset[str]:
+    """The stems that a backend has kernels for, whether or not they can run here."""
+    return frozenset(_BACKENDS[name].STEMS)
 
 
-def resolve(name: str, device: torch.device) -> Backend:
+def resolve(name: str, device: torch.device) -> Kernels:
     """The backend that runs on ``device`` when this name is asked for; its ``name`` says which it is.
 
     Args:
@@ -185,49 +94,141 @@ class _Traced:
 _traced = _Traced()
 
 
+@_torch_compat.constant_while_compiling  # Dynamo cannot trace the import of kernels
 def _traced_name(name: str, device: str) -> str:
     attribute = f"{name}_{device}"
     setattr(_traced, attribute, _resolve(name, torch.device(device)))
     return attribute
 
 
-# Dynamo cannot trace the import of kernels. (torch.compiler.assume_constant_result does this, and imports Dynamo.)
-_traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _resolve(name: str, device: torch.device) -> Backend:
-    chosen = name
+def _resolve(name: str, device: torch.device) -> Kernels:
     if name == "auto":
-        preference = _PREFERENCE.get(device.type, ("reference",))
-        chosen = next(candidate for candidate in preference if unavailable(candidate) is None)
+        ranks = {one: backend.AUTO.get(device.type, -1) for one, backend in _BACKENDS.items()}
+        ranked = sorted((one for one in ranks if ranks[one] >= 0), key=ranks.__getitem__, reverse=True)
+        chosen = next((one for one in ranked if unavailable(one) is None), "reference")
     else:
-        reason = unavailable(name)
-        devices = _COLUMNS[name].devices
-        if reason is None and devices is not None and device.type not in devices():
-            reason = f"it runs on {' and '.join(devices())} tensors, and the input is on {device}"
+        chosen = name
+        reason, devices = unavailable(name), _BACKENDS[name].devices()
+        if reason is None and devices is not None and device.type not in devices:
+            reason = f"it runs on {' and '.join(devices)} tensors, and the input is on {device}"
         if reason is not None:
             raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
-    backend = _resolved[name, device.type] = _load(chosen)
-    return backend
+    kernels = _resolved[name, device.type] = _load(chosen)
+    return kernels
 
 
 @cache
-def stems(name: str) -> frozenset[str]:
-    """The stems that a backend has kernels for, whether or not they can run here."""
-    return frozenset(stem for stem in STEMS if _absent(name, stem) is None)
+def _load(name: str) -> Kernels:
+    kernels = _BACKENDS[name].load()
+    kernels.name, kernels.stems = name, stems(name)
+    return kernels
+
+
+def check_devices(backend: str, devices: set[torch.device]) -> None:
+    """Raises BackendUnavailableError where a backend asked for by name does not run on one of the devices."""
+    for device in devices if backend != "auto" else ():
+        if device.type != "meta":
+            resolve(backend, device)
+
+
+# The algorithm of a convolution
 
 
 def convolution(backend: str) -> str:
-    """Who computes convolutions when ``backend`` is asked for: ``"planned"``, ``"aten"`` or ``"fused"``."""
+    """How algorithms are selected when ``backend`` is asked for: ``"planned"``, ``"aten"`` or ``"fused"``."""
     if _convolution != "auto":
         return _convolution
     named = _default if backend == "auto" else backend
-    return "fused" if named in ("triton", "cuda") else "planned"
+    return "planned" if named == "auto" else _BACKENDS[named].WHEN_NAMED
 
 
 def winograd() -> bool:
     """Whether convolutions may use Winograd's algorithm."""
     return _winograd
+
+
+def algorithms(name: str) -> tuple[Algorithm, ...]:
+    """A backend's algorithms of convolutions, in the order in which they are tried."""
+    return _load(name).algorithms
+
+
+def settings(name: str) -> tuple[bool, Machine]:
+    """What the selection depends on, besides the tensors: whether Winograd is allowed, and the machine."""
+    return _winograd, _BACKENDS[name].machine()
+
+
+def select(
+    name: str, operation: Operation, input: Tensor, weight: Tensor, geometry: Geometry, preference: str, packed: bool
+) -> tuple[Problem, Selected]:
+    """One convolution of these tensors as a problem, and the algorithm that the backend has for it."""
+    allowed, machine = settings(name)
+    channels_last = makes_channels_last(input, weight) if operation == "inference" else is_channels_last(input)
+    problem = Problem(
+        operation, tuple(input.shape), tuple(weight.shape), *geometry, input.dtype, input.device.type, channels_last,
+        packed=packed, traced=_torch_compat.is_observed(), winograd=allowed, machine=machine,
+    )  # fmt: skip
+    return problem, dispatch.select(algorithms(name), problem, preference)
+
+
+def selects_aten(
+    kernels: Kernels,
+    weight: tuple[int, ...],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    channels_last: bool,
+    preference: str,
+) -> bool:
+    """Whether compiled code calls ATen's convolution with its epilogue, decided without the input's size."""
+    if preference == "aten" or kernels.selects_when_run:
+        return preference == "aten"
+    problem = Problem("inference", (), weight, *geometry, dtype, "", channels_last)
+    return dispatch.select_uncached(kernels.algorithms, problem, preference).name == "aten"
+
+
+def implementation(name: str, operation: Operation, algorithm: Algorithm) -> Callable[..., Any]:
+    """The callable that serves an operation: the algorithm's own, or the backend's operator of this name."""
+    found = algorithm.serves[operation]
+    if not isinstance(found, str):
+        return found
+    operator = getattr(_load(name), found)
+    if operation != "inference":
+        return operator
+    return lambda input, weight, bias, residual, geometry, relu: operator(
+        input, weight, bias, residual, *geometry, relu
+    )
+
+
+def infer(
+    kernels: Kernels,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+    preference: str,
+    keep: Keep | None = None,
+    tune: Callable[..., Selected | None] | None = None,
+) -> Tensor:
+    """``act(conv(input, weight) + bias [+ residual])`` by the selected algorithm.
+
+    Args:
+        keep: returns the weight as the algorithm reads it, for a caller who keeps it packed.
+        tune: returns a measured selection, or None.
+    """
+    problem, selected = select(kernels.name, "inference", input, weight, geometry, preference, keep is not None)
+    if tune is not None:
+        selected = tune(kernels, problem, input, weight, bias, residual, geometry, relu) or selected
+    algorithm = selected.algorithm
+    operand: Tensor | PackedWeight = weight
+    if keep is not None:
+        operand = keep(selected, problem, input)
+    elif algorithm.packs == "always" and algorithm.pack is not None:
+        operand = PackedWeight(algorithm.pack(problem, input, weight), problem.weight)
+    output: Tensor = implementation(kernels.name, "inference", algorithm)(
+        input, operand, bias, residual, geometry, relu
+    )
+    return output
 
 
 def require(name: str) -> None:
@@ -255,9 +256,9 @@ def use(
 
     Args:
         name: one of :func:`names`.
-        convolution: overrides who computes convolutions: ``"aten"`` leaves every one to ATen (cuDNN, oneDNN),
-            ``"fused"`` takes the backend's kernels wherever there are any, ``"planned"`` leaves it to the planner,
-            ``"auto"`` takes the override back; None changes nothing.
+        convolution: overrides how algorithms are selected: ``"aten"`` leaves every convolution to ATen (cuDNN, oneDNN)
+            and nothing else, ``"fused"`` selects fused algorithms where supported, ``"planned"`` the first that no rule
+            excludes (:mod:`fused_res.dispatch`), ``"auto"`` takes the override back; None changes nothing.
         winograd: False keeps the CPU's convolutions from Winograd's algorithm, which is faster and less exact: its RMS
             error is up to 3e-6 of the output's. True allows it; None changes nothing.
 
@@ -279,24 +280,12 @@ def use(
 
 
 def _checked(name: str) -> str:
-    if name not in tuple(_COLUMNS):  # which a list may be asked about, too
+    if name not in _NAMES:  # also where it is no string
         raise ValueError(f"backend must be one of {names()}, got {name!r}")
     return name
-
-
-def _load(name: str) -> Backend:
-    if name not in _loaded:
-        kernels: dict[str, Callable] = {}
-        for stem in stems(name):
-            module = importlib.import_module(f"fused_res.backends.{name}.{stem}")
-            kernels |= {operator: getattr(module, operator) for operator in STEMS[stem]}
-            kernels |= {extra: getattr(module, extra) for extra in _EXTRAS if hasattr(module, extra)}
-        _loaded[name] = Backend(name=name, stems=stems(name), **kernels)
-    return _loaded[name]
 
 
 _default: str = env.BACKEND.read()
 _convolution: str = env.CONVOLUTION.read()
 _winograd: bool = env.WINOGRAD.read() != "0"
-_loaded: dict[str, Backend] = {}
-_resolved: dict[tuple[str, str], Backend] = {}
+_resolved: dict[tuple[str, str], Kernels] = {}

@@ -45,10 +45,7 @@ def fuse(model: Model, backend: str = "auto", recompute: str = "none", tune: boo
     """
     check_model(model)
     check_settings(backend, recompute)
-    if backend != "auto":
-        for device in {parameter.device for parameter in model.parameters()}:
-            if device.type != "meta":
-                registry.resolve(backend, device)
+    registry.check_devices(backend, {parameter.device for parameter in model.parameters()})
     for _, module, adapter, refusal in candidates(model):
         if isinstance(module, Configured):
             module.configure(backend, recompute, tune=tune)

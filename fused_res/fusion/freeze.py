@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fused_res.backends import registry
 from fused_res.fusion.adapter import BlockAdapter, Parts, StemAdapter
@@ -20,7 +21,7 @@ from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
 from fused_res.nn.chain import Refusal, Shortcut, Unit, untouched
 from fused_res.nn.configured import check_model, check_settings
 from fused_res.nn.frozen import Frozen, FrozenBlock, FrozenConv, FrozenStage, Programs
-from fused_res.spec import UnitSpec
+from fused_res.spec import UnitSpec, UnitTensors, by_unit
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,10 +52,7 @@ def freeze(model: Model, backend: str = "auto") -> Model:
     """
     check_model(model)
     check_settings(backend, "none")
-    if backend != "auto":
-        for device in {parameter.device for parameter in model.parameters()}:
-            if device.type != "meta":
-                registry.resolve(backend, device)
+    registry.check_devices(backend, {parameter.device for parameter in model.parameters()})
     with torch.inference_mode(False), torch.no_grad():
         frozen = unfuse(copy.deepcopy(model)).eval().requires_grad_(False)
         replaced = _freeze_parts(frozen, backend)
@@ -176,11 +174,7 @@ def _has_own(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
 
 
 def _fold(
-    units: Sequence[Unit],
-    shortcut: Shortcut,
-    backend: str,
-    origin: str | None = None,
-    pool: nn.Module | None = None,
+    units: Sequence[Unit], shortcut: Shortcut, backend: str, origin: str | None = None, pool: nn.Module | None = None
 ) -> list[FrozenConv] | Refusal:
     """One frozen convolution for each unit, the projection's last; the pooling goes with the chain's last one."""
     read = chain.read(units, shortcut, pool)
@@ -193,9 +187,9 @@ def _fold(
     refusal = chain.inspect_tensors(read.tensors, read.tensors[0].dtype, casts=False)
     if refusal is not None:
         return refusal
-    frozen = []
+    frozen, units_tensors = [], by_unit(read.tensors)
     for index, spec in enumerate(read.spec.convolutions):
-        weight, bias = _folded(read.tensors[6 * index : 6 * index + 6], spec)
+        weight, bias = _folded(units_tensors[index], spec)
         layers = "Conv2d + BatchNorm2d" + " + ReLU" * spec.relu
         behind = read.spec.pool if index == len(units) - 1 else None
         frozen.append(
@@ -204,18 +198,13 @@ def _fold(
     return frozen
 
 
-def _folded(tensors: Sequence[Tensor | None], spec: UnitSpec) -> tuple[Tensor, Tensor]:
+def _folded(tensors: UnitTensors, spec: UnitSpec) -> tuple[Tensor, Tensor]:
+    """The convolution's weight and bias with the norm folded in, computed in float64."""
     weight, *rest = tensors
-    assert weight is not None
     bias, norm_weight, norm_bias, mean, var = (None if tensor is None else tensor.double() for tensor in rest)
     assert mean is not None and var is not None
-    scale = torch.rsqrt(var + spec.eps)
-    if norm_weight is not None:
-        scale = scale * norm_weight
-    shift = -mean if bias is None else bias - mean
-    shift = shift * scale if norm_bias is None else torch.addcmul(norm_bias, shift, scale)
-    folded = weight.double() * scale[:, None, None, None]
-    return folded.to(weight.dtype, memory_format=torch.channels_last), shift.to(weight.dtype)
+    folded, shift = fuse_conv_bn_weights(weight.double(), bias, mean, var, spec.eps, norm_weight, norm_bias)
+    return folded.detach().to(weight.dtype, memory_format=torch.channels_last), shift.detach().to(weight.dtype)
 
 
 class _FrozenModel:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain as concatenate
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fused_res import tune
+from fused_res import functional
+from fused_res._torch_compat import NormBase
 from fused_res.backends import registry
-from fused_res.choice import Choice, choose_inference, describe
 from fused_res.fusion import runs
 from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, StemAdapter, base_of
 from fused_res.fusion.convert import CLOSED, candidates
@@ -23,9 +23,10 @@ from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
 from fused_res.nn.chain import Refusal
 from fused_res.nn.configured import Configured
 from fused_res.nn.frozen import Frozen, FrozenConv
-from fused_res.plan import static_choices
+from fused_res.plan import Plan
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm)
+_NOT_RUN = "algorithms are selected for the first input"
 
 
 class Row(NamedTuple):
@@ -39,9 +40,19 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """All rows, in the model's order; prints as a table that puts equal rows together."""
+    """All rows, in the model's order; prints as a table that puts equal rows together.
+
+    Attributes:
+        plans: what each block ran last, by the name of its first convolution.
+    """
 
     rows: tuple[Row, ...]
+    plans: Mapping[str, Plan] = field(default_factory=dict, compare=False)
+
+    @property
+    def steps(self) -> str:
+        """Every step of these plans: forward, what is saved, backward."""
+        return "\n\n".join(f"{name}\n{plan}" for name, plan in self.plans.items())
 
     @property
     def fused(self) -> tuple[Row, ...]:
@@ -73,18 +84,21 @@ def summarize(model: nn.Module) -> Summary:
     """What of `model` runs fused at present, what does not, and why; ``print`` it for a table.
 
     Rows are the modules that :func:`fused_res.fuse` knows, those of :mod:`fused_res.nn`, and all other norms. For
-    convolutions they say who computes them, where that does not depend on the batch, or who did last.
+    convolutions they name the algorithms that ran last; those are selected for each size of input.
 
     Args:
         model: any module, fused, frozen or stock.
 
     Returns:
-        A :class:`fused_res.fusion.Summary`.
+        A :class:`fused_res.fusion.Summary`; its ``steps`` print every step that the blocks ran last.
 
     Raises:
         TypeError: `model` is no module.
     """
-    return Summary(tuple(_rows(model)))
+    rows = tuple(_rows(model))
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    ran = {name: functional.last_plan.get(one) for name, one in weights.items() if isinstance(one, Tensor)}
+    return Summary(rows, {name: plan for name, plan in ran.items() if plan is not None})
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
@@ -122,10 +136,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             yield Row(name, parents[name], False, _reason(module, refusal) or "not fused as yet")
         elif isinstance(module, NORMS) and parent not in left:
             yield Row(
-                name,
-                parents[name],
-                False,
-                f"what surrounds it in {parents.get(parent, 'the model')} is not known",
+                name, parents[name], False, f"what surrounds it in {parents.get(parent, 'the model')} is not known"
             )
 
 
@@ -137,20 +148,10 @@ def _frozen_in_pieces(module: nn.Module, adapter: Any) -> bool:
 
 
 def _frozen_row(name: str, module: Frozen) -> Row:
-    backend = _backend(module, module.backend)
-    how = f"frozen, backend={backend}"
-    if backend in ("triton", "cuda"):
-        how += ", " + describe([_frozen_choice(child) for child in module.modules() if isinstance(child, FrozenConv)])
-    elif backend == "cpu":
-        layers = [(name, child) for name, child in module.named_modules() if isinstance(child, FrozenConv)]
-        chosen = [f"{name} {child.kernel} ({child.kernel.reason})".strip() for name, child in layers if child.kernel]
-        how += ", " + ("; ".join(chosen) or "kernels are chosen for the first input")
-    return Row(name, module.origin, True, how)
-
-
-def _frozen_choice(module: FrozenConv) -> tuple[tuple[int, ...], Choice]:
-    shape, spec, preference = tuple(module.weight.shape), module.spec, registry.convolution(module.backend)
-    return shape, choose_inference(shape, spec.padding, spec.groups, module.weight.dtype, True, preference)
+    layers = [(name, child) for name, child in module.named_modules() if isinstance(child, FrozenConv)]
+    ran = [f"{name} {child.kernel}".strip() for name, child in layers if child.kernel is not None]
+    how = "; ".join(ran) or _NOT_RUN
+    return Row(name, module.origin, True, f"frozen, backend={_backend(module, module.backend)}, {how}")
 
 
 def _switched_on(module: Fused | Configured) -> bool:
@@ -165,9 +166,7 @@ def _settings(module: Fused | Configured) -> str:
         settings = module._fused_res or Settings()
     backend = _backend(module, settings.backend)
     parts = [f"backend={backend}", f"recompute={settings.recompute}", "tune=True" * settings.tune]
-    preference = registry.convolution(settings.backend)
-    pairs = [pair for units, shortcut in _chains_of(module) for pair in _choices(units, shortcut, backend, preference)]
-    parts.append(describe(pairs))
+    parts.append("; ".join(_ran(_chains_of(module))))
     adapter: Any = module._fused_res_adapter if isinstance(module, Fused) else None
     if adapter is not None and issubclass(adapter, BlockAdapter) and (hindrance := adapter.hindrance(module)):
         parts.append(f"in pieces: {_reason(module, hindrance)}")
@@ -198,17 +197,18 @@ def _chains_of(module: Any) -> list[Parts]:
     return [Parts(run.units) for run in runs.split(tuple(fused._modules.values())) if run.units]
 
 
-def _choices(units: Any, shortcut: Any, backend: str, preference: str) -> Iterator[tuple[tuple[int, ...], Choice]]:
-    """The static choice for each convolution, in channels_last memory and the parameters' dtype."""
-    read = chain.read(units, shortcut)
-    if isinstance(read, Refusal):
-        return
-    weights = [weight.shape for weight in read.tensors[::6] if weight is not None]
-    dtype = read.tensors[0].dtype if read.tensors[0] is not None else torch.float32
-    static = static_choices(read.spec, weights, dtype, True, backend, preference)
-    measured = tune.measured(backend)
-    for unit, weight, choice in zip(read.spec.convolutions, weights, static, strict=True):
-        yield tuple(weight), measured.get((unit, tuple(weight)), choice)
+def _ran(chains: list[Parts]) -> list[str]:
+    """The algorithms that ran last, each with the kernel sizes that it was selected for."""
+    sizes: dict[str, list[str]] = {}
+    for chained in chains:
+        weight = chained.units[0][0].weight if chained.units else None
+        plan = functional.last_plan.get(weight) if isinstance(weight, Tensor) else None
+        for unit in plan.all_units if plan is not None else ():
+            found = sizes.setdefault(str(unit.algorithms), [])
+            size = "x".join(map(str, unit.problem.weight[2:]))
+            found += [] if size in found else [size]
+    made = [f"{', '.join(found)} {algorithms}" for algorithms, found in sizes.items()]
+    return made or ([_NOT_RUN] if chains else [])
 
 
 def _backend(module: nn.Module, backend: str) -> str:

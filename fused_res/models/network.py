@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,21 +106,9 @@ class ResidualNetwork(Configured):
                 downsample = nn.Sequential(
                     nn.Conv2d(self.inplanes, outplanes, 1, stride, bias=False), self._norm_layer(outplanes)
                 )
-            blocks.append(
-                block(
-                    self.inplanes,
-                    stage.planes,
-                    stride,
-                    downsample,
-                    self.groups,
-                    self.base_width,
-                    dilation,
-                    self._norm_layer,
-                    shortcut=not self.plain,
-                    backend=self.backend,
-                    recompute=self.recompute,
-                )
-            )
+            shape = self.inplanes, stage.planes, stride, downsample, self.groups, self.base_width, dilation
+            how: dict[str, Any] = {"shortcut": not self.plain, "backend": self.backend, "recompute": self.recompute}
+            blocks.append(block(*shape, self._norm_layer, **how))
             self.inplanes = outplanes
         return nn.Sequential(*blocks)
 

@@ -33,12 +33,7 @@ class BatchNormAct2d(Configured, nn.BatchNorm2d):
     activation: Activation
 
     def __init__(
-        self,
-        num_features: int,
-        *args: Any,
-        activation: Activation = "relu",
-        backend: str = "auto",
-        **kwargs: Any,
+        self, num_features: int, *args: Any, activation: Activation = "relu", backend: str = "auto", **kwargs: Any
     ) -> None:
         check_activation(activation)
         super().__init__(num_features, *args, **kwargs)

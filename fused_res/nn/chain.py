@@ -15,19 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 from torch.nn import BatchNorm2d, Conv2d, Parameter
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 
-from fused_res import distributed, functional
+from fused_res import _torch_compat, distributed, functional
 from fused_res.nn.geometry import UnitKey, block_spec
-from fused_res.spec import BlockSpec
+from fused_res.spec import BlockSpec, UnitTensors, by_unit
 
 #: (convolution, norm) or (convolution, norm, activation); without the third the unit has no activation.
 Unit = tuple[Any, ...]
@@ -37,6 +30,7 @@ Shortcut = Literal["none", "identity"] | nn.Module
 _HALF = (torch.bfloat16, torch.float16)
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_AUTOCAST_FROM, torch.float64)
+_FIRST_OF_NORM = UnitTensors._fields.index("norm_weight")
 
 
 #: The norms that a chain may hold; fused_res.nn.SyncBatchNorm adds itself.
@@ -147,7 +141,7 @@ class Chain:
             backend=backend,
         )
         if count:
-            torch._foreach_add_(self.counters, 1)
+            _torch_compat.add_in_place(self.counters, 1)
         return output
 
 
@@ -243,13 +237,13 @@ def read(units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | N
 
 def situation() -> Refusal | None:
     """What, apart from modules and input, asks for the stock forward."""
-    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+    if _torch_compat.has_global_module_hooks():
         return Refusal("a hook on all modules is registered")
     if torch.compiler.is_compiling():
         return Refusal("torch.export is at work") if torch.compiler.is_exporting() else None
-    if torch._C._get_tracing_state() is not None:
+    if _torch_compat.is_jit_tracing():
         return Refusal("torch.jit.trace is at work")
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _torch_compat.is_transformed():
         return Refusal("a torch.func transform or forward-mode differentiation is at work")
     return None
 
@@ -277,20 +271,22 @@ def working_dtype(input: Tensor, identity: bool) -> tuple[torch.dtype, bool] | R
 
 
 def inspect_tensors(tensors: Sequence[Tensor | None], dtype: torch.dtype, casts: bool) -> Refusal | None:
-    """A refusal unless these, six for a unit, are plain tensors that `dtype` goes with."""
-    for index, tensor in enumerate(tensors):
-        if tensor is None:
-            continue
-        kind = type(tensor)
-        if kind is not Parameter and kind is not Tensor:
-            return Refusal(f"a parameter or buffer is a {kind.__name__}")
-        own = tensor.dtype
-        if own is dtype:
-            continue
-        # Autocast casts what a convolution takes; the batch norm of a 16-bit input takes float32 parameters.
-        if casts and own in _AUTOCAST_FROM if index % 6 < 2 else own is torch.float32 and dtype in _HALF:
-            continue
-        return Refusal(f"a parameter or buffer is {own} where {dtype} is computed")
+    """A refusal unless these, those of a unit after another, are plain tensors that `dtype` goes with."""
+    for unit in by_unit(tensors):
+        for index, tensor in enumerate(unit):
+            if tensor is None:
+                continue
+            kind = type(tensor)
+            if kind is not Parameter and kind is not Tensor:
+                return Refusal(f"a parameter or buffer is a {kind.__name__}")
+            own = tensor.dtype
+            if own is dtype:
+                continue
+            # Autocast casts a convolution's operands; the batch norm of a 16-bit input takes float32 parameters.
+            of_norm = index >= _FIRST_OF_NORM
+            if (own is torch.float32 and dtype in _HALF) if of_norm else (casts and own in _AUTOCAST_FROM):
+                continue
+            return Refusal(f"a parameter or buffer is {own} where {dtype} is computed")
     return None
 
 

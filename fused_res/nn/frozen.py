@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_res import functional
+from fused_res import _torch_compat, functional
 from fused_res.backends import registry
-from fused_res.backends.registry import Backend
+from fused_res.dispatch import PackedWeight, Problem, Selected
 from fused_res.nn import chain
 from fused_res.nn.configured import Unscriptable
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
@@ -79,32 +79,23 @@ class FrozenConv(Frozen):
         self.pool = pool
         self._packed: dict[Hashable, Kept] = {}
         self._programs = Programs()
-        #: The kernel that ran last, where the backend chooses between several: for people to read.
-        self.kernel: Any = None
+        #: The algorithm that ran last, for people to read.
+        self.kernel: Selected | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         spec = self.spec
         compiling = torch.compiler.is_compiling()
-        leaves = torch.compiler.is_exporting() or isinstance(input, torch.fx.Proxy)
-        if leaves or (not compiling and torch._C._get_tracing_state() is not None):
+        leaves = torch.compiler.is_exporting() or _torch_compat.is_fx_proxy(input)
+        if leaves or (not compiling and _torch_compat.is_jit_tracing()):
             return self._pooled(self._plain(input, residual))
         if self.pool is not None:
             output = self._programs.run((self,), input)
             if output is not None:
                 return output
         self._check(input)
+        keep = None if compiling or type(input) is not Tensor else self._operand
         output = functional.packed_conv_bias_act(
-            input,
-            self.weight,
-            self.bias,
-            residual,
-            spec.stride,
-            spec.padding,
-            spec.dilation,
-            spec.groups,
-            spec.activation,
-            self.backend,
-            None if compiling or type(input) is not Tensor else self._pack,
+            input, self.weight, self.bias, residual, *spec.geometry, spec.activation, self.backend, keep
         )
         return self._pooled(output)
 
@@ -136,16 +127,20 @@ class FrozenConv(Frozen):
             y = y + residual.to(y.dtype)
         return F.relu(y) if spec.relu else y
 
-    def _pack(self, kernels: Backend, input: Tensor, weight: Tensor, *how: Any) -> Any:
-        pack: Callable[..., Any] | None = getattr(kernels, "pack_weight", None)
-        return weight if pack is None else pack(self, input, weight, *how)
+    def _operand(self, selected: Selected, problem: Problem, input: Tensor) -> PackedWeight | Tensor:
+        self.kernel = selected
+        if selected.algorithm.pack is None:
+            return self.weight
+        return PackedWeight(self.keep(selected, problem, input).tensor, problem.weight)
 
-    def keep(self, key: Hashable, make: Callable[[], Tensor]) -> Kept:
-        """What `make` made for this key last, if the weight is still the same."""
+    def keep(self, selected: Selected, problem: Problem, input: Tensor) -> Kept:
+        """The packed weight that an algorithm reads for a problem, made once as long as the weight is the same."""
+        key = selected.algorithm.pack_key(problem)
         found = self._packed.get(key)
         if found is not None and self.has(found):
             return found
-        kept = Kept(key, self.weight, _version(self.weight), make())
+        assert selected.algorithm.pack is not None
+        kept = Kept(key, self.weight, _version(self.weight), selected.algorithm.pack(problem, input, self.weight))
         _remember(self._packed, key, kept)
         return kept
 
@@ -251,11 +246,11 @@ class Programs:
         """None: the modules have to run one by one."""
         if torch.compiler.is_compiling() or chain.situation() or chain.inspect_input(x):
             return None
-        if x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+        if x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu") or _torch_compat.is_observed():
             return None
         backend = modules[0].backend
         kernels = registry.resolve(backend, x.device)
-        prepare: Callable[..., Any] | None = getattr(kernels, "prepare_blocks", None)
+        prepare = kernels.prepare_blocks
         if prepare is None:
             return None
         layers = [layer for module in modules for layer in module.layers()]
@@ -269,10 +264,11 @@ class Programs:
             tensor.requires_grad for tensor in (x, *[t for layer in layers for t in (layer.weight, layer.bias)])
         ):
             return None
-        key = (x.shape, *kernels.convolution_settings())
+        preference = registry.convolution(backend)
+        key = (x.shape, preference, *registry.settings(kernels.name))
         prepared = self._prepared.get(key)
         if prepared is None or not prepared.current(layers):
-            prepared = prepare(tuple([module.block() for module in modules]), layers, x)
+            prepared = prepare(tuple([module.block() for module in modules]), layers, x, preference)
             if prepared is None:
                 return None
             _remember(self._prepared, key, prepared)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
+from fused_res._torch_compat import constant_while_compiling
+from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, same_padding
 
 #: stride, padding, dilation, groups, padding_mode, weight's shape, eps, whether ReLU follows; as the modules
 #: hold them.
@@ -40,16 +41,12 @@ _traced = _Traced()
 _names: dict[BlockSpec | str, str] = {}
 
 
+@constant_while_compiling  # the arguments are guarded where they were read
 def _traced_name(keys: tuple[UnitKey, ...], shortcut: str, pool: tuple[Any, ...] | None) -> str:
     spec = _build(keys, shortcut, pool)
     name = _names.setdefault(spec, f"spec{len(_names)}")
     setattr(_traced, name, spec)
     return name
-
-
-# What torch.compiler.assume_constant_result does; that imports Dynamo, which takes seconds. The arguments are
-# constants of the trace, guarded where they were read.
-_traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _build(keys: Sequence[UnitKey], shortcut: str, pool: tuple[Any, ...] | None) -> BlockSpec | str:
@@ -88,10 +85,10 @@ def _unit_spec(key: UnitKey) -> UnitSpec:
     if padding == "valid":
         padding = 0
     elif isinstance(padding, str):  # "same"
-        around = [d * (k - 1) for d, k in zip(_pair(dilation), shape[2:], strict=True)]
-        if padding != "same" or any(a % 2 for a in around) or _pair(stride) != (1, 1):
+        same = same_padding(shape[2:], _pair(stride), _pair(dilation)) if padding == "same" else None
+        if same is None:
             raise ValueError(f"a convolution's padding={padding!r} is not the same on both sides")
-        padding = (around[0] // 2, around[1] // 2)
+        padding = same
     return UnitSpec(_pair(stride), _pair(padding), _pair(dilation), groups, eps, "relu" if relu else "identity")
 
 

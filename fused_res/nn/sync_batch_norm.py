@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fused_res import distributed
+from fused_res._torch_compat import BatchNorm
 from fused_res.nn import chain
 from fused_res.nn.batch_norm_act import BatchNormAct2d
 from fused_res.nn.configured import check_model
@@ -16,7 +16,7 @@ from fused_res.nn.configured import check_model
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """:class:`torch.nn.SyncBatchNorm` for any device and any backend of ``torch.distributed``: gloo on the CPU, too.
 
     In training, mean and variance are those of the batches of all processes together; each process may have any number
@@ -94,7 +94,7 @@ def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = No
     """
     check_model(model)
     distributed.check_group(process_group)
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
     for name, norm in norms.items():
         if type(norm) not in _SYNCHRONISED:
             raise TypeError(

@@ -4,9 +4,56 @@ Outputs of a megabyte and more come from a cache of freed ones, because the page
 take longer than the kernel; ``FUSED_RES_CPU_CACHE`` and :func:`set_output_cache` bound it.
 """
 
-from fused_res import ops
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from fused_res import _extension
 from fused_res._extension import output_cache_bytes, set_output_cache
+from fused_res.backends.protocol import Kernels
+from fused_res.dispatch import Machine
 
 __all__ = ["output_cache_bytes", "set_output_cache"]
 
-ops.define("fused_res_cpu", internal=ops.CPU_SCHEMAS)
+STEMS = ("batch_norm_act", "batch_norm_sync", "max_pool", "conv_bias_act", "conv_bn_stats")
+AUTO = {"cpu": 1}
+WHEN_NAMED = "planned"
+
+
+def devices() -> tuple[str, ...]:
+    return ("cpu",)
+
+
+def unavailable() -> str | None:
+    return None if _extension.loaded else _extension.reason
+
+
+def machine() -> Machine:
+    from fused_res.backends.cpu import onednn
+
+    return Machine(_extension.cpu_isa(), onednn.dtypes(), caches())
+
+
+@cache
+def caches() -> tuple[int, ...]:
+    """Bytes of the first core's L1 data cache, its L2 and its L3; 0 for what Linux does not report."""
+    sizes = {1: 0, 2: 0, 3: 0}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        level, kind, size = (index.joinpath(name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction" and int(level) in sizes and size.endswith("K"):
+            sizes[int(level)] = int(size[:-1]) << 10
+    return tuple(sizes.values())
+
+
+def load() -> Kernels:
+    from fused_res.backends.cpu import conv_bias_act, conv_bn_stats, convolution, operators
+
+    return Kernels(
+        algorithms=convolution.ALGORITHMS,
+        prepare_blocks=conv_bias_act.prepare_blocks,
+        selects_when_run=True,
+        **operators.OPERATORS,
+        conv_bias_act=conv_bias_act.conv_bias_act,
+        conv_bn_stats=conv_bn_stats.conv_bn_stats,
+    )

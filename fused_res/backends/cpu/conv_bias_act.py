@@ -1,68 +1,24 @@
-"""``act(conv(x, w) + bias [+ residual])``: by our kernels, oneDNN's or ATen's, as :mod:`.choice` has it."""
+"""``act(conv(x, w) + bias [+ residual])`` as an operator, and frozen blocks as one call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fused_res import _extension, ops
-from fused_res import convolution as aten
+from fused_res import ops
 from fused_res.backends import registry
-from fused_res.backends.cpu import convolution, onednn, program
-from fused_res.backends.cpu.choice import Kernel
-from fused_res.backends.cpu.program import Program
-from fused_res.layout import laid_out, makes_channels_last
+from fused_res.backends.cpu import inference_graph
+from fused_res.backends.cpu.inference_graph import InferenceGraph
+from fused_res.dispatch import Problem, Selected
 from fused_res.spec import BlockSpec, UnitSpec
-
-
-class Packed(NamedTuple):
-    """A weight in the form of its kernel: stands for the weight in :func:`conv_bias_act`."""
-
-    kernel: Kernel
-    tensor: Tensor
-    shape: torch.Size  # of the weight
-
-
-class Layer(Protocol):
-    """A convolution that keeps its weight, and what is made of it: ``keep(key, make)``, while it ``has`` that."""
-
-    weight: Tensor
-    bias: Tensor
-    spec: UnitSpec
-    kernel: Kernel | None  # the last that ran, for people to read
-    keep: Callable[[Hashable, Callable[[], Tensor]], Any]
-    has: Callable[[Any], bool]
-
-
-def pack_weight(
-    layer: Layer,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor | Packed:
-    """The layer's ``weight`` for inputs like this one, packed where that pays."""
-    layer.kernel = kernel = convolution.kernel_for(input, weight, stride, padding, dilation, groups, True)
-    if kernel.ours:
-        # One form for every shape of input; the tiles' size is the kernel's own affair.
-        kept = layer.keep(kernel.name, lambda: convolution.pack(weight, kernel.name, stride))
-    elif kernel.name == "onednn":
-        key = kernel.name, input.shape, input.dtype, torch.get_num_threads()
-        kept = layer.keep(key, lambda: onednn.pack(input, weight, stride, padding, dilation, groups))
-    else:
-        return weight
-    return Packed(kernel, kept.tensor, weight.shape)
 
 
 def _conv_bias_act(
     input: Tensor,
-    weight: Tensor | Packed,
+    weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     stride: Sequence[int],
@@ -71,42 +27,29 @@ def _conv_bias_act(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    if isinstance(weight, Packed):
-        kernel, operand, shape = weight
-        channels_last = True
-    else:
-        kernel, operand, shape = (
-            convolution.kernel_for(input, weight, stride, padding, dilation, groups, False),
-            weight,
-            weight.shape,
-        )
-        channels_last = makes_channels_last(input, weight)
-        if kernel.ours:
-            operand = convolution.pack(weight, kernel.name, stride)
-    if kernel.ours:
-        return convolution.run(input, operand, kernel, shape, bias, residual, stride, padding, dilation, relu)
-    input = laid_out(input, channels_last)
-    if residual is not None:
-        residual = laid_out(residual, channels_last)
-    if kernel.name == "onednn":
-        y = onednn.conv_bias_act(input, operand, bias, residual, stride, padding, dilation, groups, relu)
-    else:
-        y = aten.bias_act(input, operand, bias, residual, stride, padding, dilation, groups, relu)
-    return laid_out(y, channels_last)
+    geometry = tuple(stride), tuple(padding), tuple(dilation), groups
+    kernels = registry.resolve("cpu", input.device)
+    return registry.infer(kernels, input, weight, bias, residual, geometry, relu, registry.convolution("cpu"))
 
 
 conv_bias_act = ops.operator("fused_res_cpu", "conv_bias_act", _conv_bias_act, "CPU")
 
 
-def convolution_settings() -> tuple[Hashable, ...]:
-    """What the choice of kernels depends on, beside shapes."""
-    return registry.winograd(), _extension.cpu_isa()
+class Layer(Protocol):
+    """A convolution that keeps its weight packed: ``keep`` returns the packed weight, ``has`` says if it is current."""
+
+    weight: Tensor
+    bias: Tensor
+    spec: UnitSpec
+    kernel: Selected | None  # the algorithm that ran last, for people to read
+    keep: Callable[[Selected, Problem, Tensor], Any]
+    has: Callable[[Any], bool]
 
 
 class Prepared(NamedTuple):
-    """Blocks in a row, by our kernels alone: a program and its operands."""
+    """Blocks in a row, by our kernels alone: an inference graph and its operands."""
 
-    program: Program
+    graph: InferenceGraph
     layers: Sequence[Layer]
     specs: list[UnitSpec]
     kept: list[Any]
@@ -124,13 +67,15 @@ class Prepared(NamedTuple):
 
     def run(self, input: Tensor) -> Tensor:
         first = self.layers[0]
-        if first.kernel is not self.program.kernels[0]:
-            for layer, kernel in zip(self.layers, self.program.kernels, strict=True):
+        if first.kernel is not self.graph.kernels[0]:
+            for layer, kernel in zip(self.layers, self.graph.kernels, strict=True):
                 layer.kernel = kernel
-        return self.program.run(input, self.packed, self.biases)
+        return self.graph.run(input, self.packed, self.biases)
 
 
-def prepare_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input: Tensor) -> Prepared | None:
+def prepare_blocks(
+    blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input: Tensor, preference: str
+) -> Prepared | None:
     """None where another library is to compute a part, or a shape does not fit."""
     tensors = [input, *[layer.weight for layer in layers], *[layer.bias for layer in layers]]
     if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
@@ -138,12 +83,12 @@ def prepare_blocks(blocks: tuple[BlockSpec, ...], layers: Sequence[Layer], input
     if not all(layer.bias.is_contiguous() for layer in layers):  # a copy would not follow changes in place
         return None
     shapes = tuple([tuple(layer.weight.shape) for layer in layers])
-    plan = program.plan(blocks, shapes, tuple(input.shape), *convolution_settings())
-    if plan is None:
+    graph = inference_graph.plan(blocks, shapes, tuple(input.shape), *registry.settings("cpu"), preference)
+    if graph is None:
         return None
-    specs = [layer.spec for layer in layers]
     kept = [
-        layer.keep(kernel.name, partial(convolution.pack, layer.weight, kernel.name, spec.stride))
-        for layer, kernel, spec in zip(layers, plan.kernels, specs, strict=True)
+        layer.keep(kernel, problem, input)
+        for layer, kernel, problem in zip(layers, graph.kernels, graph.problems, strict=True)
     ]
-    return Prepared(plan, layers, specs, kept, [one.tensor for one in kept], [layer.bias for layer in layers])
+    specs = [layer.spec for layer in layers]
+    return Prepared(graph, layers, specs, kept, [one.tensor for one in kept], [layer.bias for layer in layers])

@@ -130,12 +130,7 @@ def batch_norm_act_forward(
 
 
 def batch_norm_act_apply(
-    input: Tensor,
-    stats: Tensor,
-    residual: Tensor | None,
-    residual_stats: Tensor | None,
-    relu: bool,
-    save_mask: bool,
+    input: Tensor, stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None, relu: bool, save_mask: bool
 ) -> tuple[Tensor, Tensor]:
     y = normalise(input, stats)
     if residual is not None:

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_res.backends.reference.batch_norm_act import (
-    channels_view,
-    finish,
-    masked,
-    moments,
-    reduced,
-    stats_of,
-    xhat,
-)
+from fused_res.backends.reference.batch_norm_act import channels_view, finish, masked, moments, reduced, stats_of, xhat
 from fused_res.ops import SCALE
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_res import _torch_compat
 from fused_res.layout import laid_out, makes_channels_last
 from fused_res.ops import stats_dtype
 
@@ -33,6 +34,6 @@ def conv_bias_act(
     if relu:
         y = torch.relu(y)
     y = y.to(input.dtype)
-    if torch._C._are_functorch_transforms_active():  # inside vmap there are no memory formats
+    if _torch_compat.is_functorch():  # inside vmap there are no memory formats
         return y
     return laid_out(y, makes_channels_last(input, weight))

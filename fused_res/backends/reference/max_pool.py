@@ -10,12 +10,7 @@ from fused_res.backends.reference.batch_norm_act import activated
 
 
 def max_pool_forward(
-    input: Tensor,
-    stats: Tensor | None,
-    relu: bool,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
+    input: Tensor, stats: Tensor | None, relu: bool, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> tuple[Tensor, Tensor]:
     x = activated(input, stats, relu)
     if input.numel() == 0:
@@ -29,12 +24,7 @@ def max_pool_forward(
 
 
 def max_pool_backward(
-    grad_output: Tensor,
-    indices: Tensor,
-    input: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
+    grad_output: Tensor, indices: Tensor, input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
     top, left = _corners(grad_output, stride, padding)
     window = indices.long()

@@ -9,32 +9,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_res.backends.reference.batch_norm_act import batch_norm_act
-from fused_res.spec import BlockSpec
+from fused_res.spec import BlockSpec, by_unit
 
 
 def residual_block(
     input: Tensor, spec: BlockSpec, tensors: Sequence[Tensor | None], training: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Returns the output and, for each unit (the projection last), the mean and the biased variance in use."""
+    units = by_unit(tensors)
     used: dict[int, tuple[Tensor, Tensor]] = {}
 
     def unit(index: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         this = spec.convolutions[index]
-        weight, bias, norm_weight, norm_bias, running_mean, running_var = tensors[6 * index : 6 * index + 6]
-        assert weight is not None
+        weight, bias, norm_weight, norm_bias, running_mean, running_var = units[index]
+        no_output_padding = [0] * len(this.stride)
         z = torch.ops.aten.convolution.default(
-            x, weight, bias, this.stride, this.padding, this.dilation, False, this.no_output_padding, this.groups
+            x, weight, bias, this.stride, this.padding, this.dilation, False, no_output_padding, this.groups
         )
         y, *moments = batch_norm_act(
-            z,
-            running_mean,
-            running_var,
-            norm_weight,
-            norm_bias,
-            residual,
-            training[index],
-            this.eps,
-            this.relu,
+            z, running_mean, running_var, norm_weight, norm_bias, residual, training[index], this.eps, this.relu
         )
         used[index] = moments[0], moments[1]
         return y

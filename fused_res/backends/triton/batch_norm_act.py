@@ -10,12 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_res import ops
+from fused_res import _torch_compat, ops
 from fused_res.backends.reference import batch_norm_act as reference
-from fused_res.backends.triton import operator
 from fused_res.backends.triton.batch_norm_sync import batch_norm_sums, launch_dx, merge_stats, tile_partials
 from fused_res.backends.triton.kernels import batch_norm_act as kernels
 from fused_res.backends.triton.launch import launch
+from fused_res.backends.triton.registration import operator
 from fused_res.backends.triton.tiles import accumulator, tiling
 from fused_res.layout import dense, is_channels_last, laid_out, packed_shape, restored
 from fused_res.ops import stats_dtype
@@ -71,12 +71,7 @@ def batch_norm_act_forward(
 
 @operator
 def batch_norm_act_apply(
-    input: Tensor,
-    stats: Tensor,
-    residual: Tensor | None,
-    residual_stats: Tensor | None,
-    relu: bool,
-    save_mask: bool,
+    input: Tensor, stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None, relu: bool, save_mask: bool
 ) -> tuple[Tensor, Tensor]:
     x = dense(input)
     output, mask = _apply(x, torch.empty_like(x), stats, residual, residual_stats, relu, save_mask, None)
@@ -236,5 +231,4 @@ def update_running_stats(
     if any(old.dtype != new.dtype for old, new in zip(running, batch, strict=True)):
         reference.update_running_stats(running_mean, running_var, stats, momentum)
         return
-    torch._foreach_mul_(running, [1 - weight for weight in momentum] * 2)
-    torch._foreach_add_(running, torch._foreach_mul(batch, [*momentum] * 2))
+    _torch_compat.average_in_place(running, batch, [*momentum] * 2)

@@ -7,9 +7,9 @@ import triton
 from torch import Tensor
 
 from fused_res.backends.reference import batch_norm_sync as reference
-from fused_res.backends.triton import operator
 from fused_res.backends.triton.kernels import batch_norm_act as kernels
 from fused_res.backends.triton.launch import launch
+from fused_res.backends.triton.registration import operator
 from fused_res.backends.triton.tiles import accumulator, tiling
 from fused_res.layout import dense, is_channels_last, laid_out
 from fused_res.ops import stats_dtype

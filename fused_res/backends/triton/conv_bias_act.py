@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fused_res.backends.reference import conv_bias_act as reference
-from fused_res.backends.triton import operator
 from fused_res.backends.triton.convolution import convolution, takes
+from fused_res.backends.triton.registration import operator
 from fused_res.layout import laid_out, makes_channels_last
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fused_res.backends.reference import conv_bn_stats as reference
-from fused_res.backends.triton import operator
 from fused_res.backends.triton.batch_norm_sync import merge_parts
 from fused_res.backends.triton.convolution import convolution, takes
+from fused_res.backends.triton.registration import operator
 
 
 @operator

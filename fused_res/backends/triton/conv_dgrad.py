@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fused_res.backends.reference import conv_dgrad as reference
-from fused_res.backends.triton import operator
 from fused_res.backends.triton.batch_norm_sync import merge_sums
 from fused_res.backends.triton.convolution import takes
 from fused_res.backends.triton.kernels import pointwise_backward as kernels
 from fused_res.backends.triton.launch import launch
 from fused_res.backends.triton.products import precision, product
+from fused_res.backends.triton.registration import operator
 from fused_res.layout import laid_out
 
 
@@ -32,21 +32,8 @@ def conv_dgrad(
     added_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not takes(output, weight):
-        return reference.conv_dgrad(
-            grad_output,
-            output,
-            stats,
-            relu_mask,
-            relu,
-            sums,
-            count,
-            weight,
-            input,
-            input_stats,
-            input_relu,
-            added,
-            added_mask,
-        )
+        norm = grad_output, output, stats, relu_mask, relu, sums, count
+        return reference.conv_dgrad(*norm, weight, input, input_stats, input_relu, added, added_mask)
     output, grad_output = laid_out(output, True), laid_out(grad_output, True)
     out_channels, channels = weight.shape[:2]
     N, _, P, Q = output.shape

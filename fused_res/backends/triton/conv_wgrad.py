@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fused_res.backends.reference import conv_wgrad as reference
-from fused_res.backends.triton import operator
 from fused_res.backends.triton.batch_norm_sync import merge_sums
 from fused_res.backends.triton.convolution import takes
 from fused_res.backends.triton.kernels import pointwise_backward as kernels
 from fused_res.backends.triton.launch import launch
 from fused_res.backends.triton.products import precision, product
+from fused_res.backends.triton.registration import operator
 from fused_res.layout import laid_out
 
 

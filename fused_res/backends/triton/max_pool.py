@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_res.backends.triton import operator
 from fused_res.backends.triton.kernels import max_pool as kernels
 from fused_res.backends.triton.launch import launch
+from fused_res.backends.triton.registration import operator
 from fused_res.backends.triton.tiles import accumulator
 from fused_res.layout import dense, is_channels_last, laid_out, pooled_shape
 
@@ -17,12 +17,7 @@ _BLOCK = 512
 
 @operator
 def max_pool_forward(
-    input: Tensor,
-    stats: Tensor | None,
-    relu: bool,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
+    input: Tensor, stats: Tensor | None, relu: bool, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> tuple[Tensor, Tensor]:
     input = dense(input)
     channels_last = is_channels_last(input)
@@ -40,12 +35,7 @@ def max_pool_forward(
 
 @operator
 def max_pool_backward(
-    grad_output: Tensor,
-    indices: Tensor,
-    input: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
+    grad_output: Tensor, indices: Tensor, input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
     input = dense(input)
     channels_last = is_channels_last(input)

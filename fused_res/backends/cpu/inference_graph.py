@@ -1,6 +1,6 @@
 """Blocks in a row as one call: convolutions and poolings whose values in between stay in an arena.
 
-A program takes as many images at a time through all of its layers as an arena of bounded size has room for.
+A graph takes as many images at a time through all of its layers as an arena of bounded size has room for.
 """
 
 from __future__ import annotations
@@ -9,34 +9,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_res.backends.cpu.choice import Geometry, Kernel, inference_kernel
-from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, convolved_sizes
-
-_run = torch.ops.fused_res_cpu.conv_program.default
+from fused_res import _extension
+from fused_res.backends.cpu.convolution import ALGORITHMS, TILES
+from fused_res.backends.cpu.operators import conv_program
+from fused_res.dispatch import Machine, Problem, Selected, select
+from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, conv_output_sizes
 
 #: Floats of an arena, 64 MB: more images at a time gain nothing.
 _ARENA = 16 << 20
-#: Where values are, beside offsets into the arena, and what steps do: csrc/cpu/conv_program.cpp.
-_INPUT, _OUTPUT, _NOWHERE = -1, -2, -3
-_CONVOLUTION, _MAX_POOL = 0, 1
+#: Places other than offsets into the arena, kinds of steps, and the fields of a step: csrc/cpu/conv_program.h.
+_INPUT, _OUTPUT, _NOWHERE = _extension.cpp.PROGRAM_PLACES
+_CONVOLUTION, _MAX_POOL = _extension.cpp.PROGRAM_KINDS
+_FIELDS = _extension.cpp.PROGRAM_FIELDS
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Program:
-    kernels: tuple[Kernel, ...]  # of the convolutions, each block's projection last
+class InferenceGraph:
+    kernels: tuple[Selected, ...]  # of the convolutions, each block's projection last
+    problems: tuple[Problem, ...]  # likewise
     steps: tuple[int, ...]
     arena: int  # floats an image
     chunk: int  # images at a time
     output: Shape
 
     def run(self, input: Tensor, packed: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-        output: Tensor = _run(input, packed, biases, self.steps, self.arena, self.chunk, self.output)
+        output: Tensor = conv_program(input, packed, biases, self.steps, self.arena, self.chunk, self.output)
         return output
 
 
@@ -52,9 +56,14 @@ class _Layer:
 
 @lru_cache(maxsize=1024)
 def plan(
-    blocks: tuple[BlockSpec, ...], weights: tuple[Shape, ...], input: Shape, winograd: bool, isa: str
-) -> Program | None:
-    """The program for an input ``(N, C, H, W)``; None if it does not fit, or another library is to compute a part.
+    blocks: tuple[BlockSpec, ...],
+    weights: tuple[Shape, ...],
+    input: Shape,
+    winograd: bool,
+    machine: Machine,
+    preference: str = "planned",
+) -> InferenceGraph | None:
+    """The graph for an input ``(N, C, H, W)``; None if it does not fit, or another library is to compute a part.
 
     ``weights`` are the shapes of all weights, block after block, a projection's behind those of its block.
     """
@@ -63,22 +72,25 @@ def plan(
     if images == 0:
         return None
     shapes: list[Shape] = [tuple(image)]
-    kernels: dict[int, Kernel] = {}
+    kernels: dict[int, Selected] = {}
+    problems: dict[int, Problem] = {}
     for layer in layers:
         channels, *size = shapes[layer.reads]
         if isinstance(layer.spec, PoolSpec):
             pool = layer.spec
-            shapes.append((channels, *convolved_sizes(size, pool.kernel_size, pool.stride, pool.padding, (1, 1))))
+            shapes.append((channels, *conv_output_sizes(size, pool.kernel_size, pool.stride, pool.padding, (1, 1))))
             continue
         spec, weight = layer.spec, weights[layer.weight]
         if weight[1] * spec.groups != channels:
             return None
-        geometry = Geometry((images, channels, *size), weight, spec.stride, spec.padding, spec.dilation, spec.groups)
-        kernels[layer.weight] = kernel = inference_kernel(geometry, True, True, winograd, isa)
-        if not kernel.ours:
+        problem = Problem(
+            "inference", (images, channels, *size), weight, *spec.geometry, torch.float32, "cpu", True, packed=True,
+            winograd=winograd, machine=machine,
+        )  # fmt: skip
+        problems[layer.weight], kernels[layer.weight] = problem, select(ALGORITHMS, problem, preference)
+        if kernels[layer.weight].name not in TILES:
             return None
-        sizes = convolved_sizes(size, weight[2:], spec.stride, spec.padding, spec.dilation)
-        shapes.append((weight[0], *sizes))
+        shapes.append((weight[0], *problem.output))
     if any(size < 1 for shape in shapes for size in shape):
         return None
     places, arena = _places(layers, [prod(shape) for shape in shapes])
@@ -87,8 +99,9 @@ def plan(
         for index, layer in enumerate(layers)
         for number in _step(layer, index, places, shapes[layer.reads], weights, kernels)
     ]
-    return Program(
+    return InferenceGraph(
         tuple(kernels[number] for number in sorted(kernels)),
+        tuple(problems[number] for number in sorted(problems)),
         tuple(steps),
         arena,
         max(1, min(images, _ARENA // max(arena, 1))),
@@ -159,14 +172,18 @@ def _step(
     places: Sequence[int],
     image: Shape,
     weights: Sequence[Shape],
-    kernels: dict[int, Kernel],
+    kernels: dict[int, Selected],
 ) -> list[int]:
-    """The numbers of struct Step."""
+    """One step, its numbers in the order of the C++ structure's fields."""
     spec = layer.spec
-    residual = _NOWHERE if layer.residual is None else places[layer.residual]
-    where = [places[layer.reads], places[index + 1], residual, layer.weight]
-    if isinstance(spec, PoolSpec):
-        return [_MAX_POOL, *where, 0, 0, *image, image[0], *spec.kernel_size, *spec.stride, *spec.padding, 1, 1]
-    outputs, _, *taps = weights[layer.weight]
-    how = [kernels[layer.weight].tile, int(spec.relu), *image, outputs, *taps]
-    return [_CONVOLUTION, *where, *how, *spec.stride, *spec.padding, *spec.dilation]
+    pool = isinstance(spec, PoolSpec)
+    outputs, _, *taps = (image[0], 0, *spec.kernel_size) if isinstance(spec, PoolSpec) else weights[layer.weight]
+    step: dict[str, Any] = dict(zip(("channels", "height", "width"), image, strict=True))
+    step |= {"from": places[layer.reads], "to": places[index + 1], "weight": layer.weight, "outputs": outputs}
+    step |= {"residual": _NOWHERE if layer.residual is None else places[layer.residual], "taps": taps}
+    step |= {"stride": spec.stride, "padding": spec.padding, "kind": _MAX_POOL if pool else _CONVOLUTION}
+    if not isinstance(spec, PoolSpec):
+        step |= {"tile": TILES[kernels[layer.weight].name], "relu": int(spec.relu)}
+    step["dilation"] = (1, 1) if isinstance(spec, PoolSpec) else spec.dilation
+    values = [step.get(field, 0) for field in _FIELDS]
+    return [number for value in values for number in (value if isinstance(value, Sequence) else [value])]
