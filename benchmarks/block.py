@@ -32,10 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_providers(parser)
     common.add_device(parser)
     parser.add_argument(
-        "--size",
-        type=common.positive_int,
-        default=224,
-        help="side of the model's images (default: %(default)s)",
+        "--size", type=common.positive_int, default=224, help="side of the model's images (default: %(default)s)"
     )
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="default: %(default)s")
     common.add_cases(parser)

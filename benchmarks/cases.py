@@ -1,6 +1,6 @@
 """What is measured: activation shapes, blocks and models, each with the name that tables and charts show."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,9 +18,6 @@ class OpCase:
     residual: bool
     activation: Literal["relu", "identity"]
     count: int
-
-    def describe(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def resnet50_op_cases(batch: int, size: int) -> list[OpCase]:
@@ -121,15 +118,8 @@ class ModelCase:
     def name(self) -> str:
         return f"{self.model} {self.mode} {self.batch}x{self.size}x{self.size}"
 
-    def describe(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 # Small tensors: what is measured is the cost of calling, not of computing. With one image of 32x32,
 # ResNet-18's last stage has one value a channel, which PyTorch refuses to normalise in training; two images
 # are the fewest it trains on.
 SMALL_MODEL_CASES = (ModelCase("resnet18", "eval", 1, 32), ModelCase("resnet18", "train", 2, 32))
-
-
-def model_cases(models: list[str], modes: list[Mode], batch: int, size: int) -> list[ModelCase]:
-    return [ModelCase(model, mode, batch, size) for model in models for mode in modes]

@@ -7,7 +7,8 @@ it), while a single batch norm is right to 1e-7. So the yardstick is stock PyTor
 tensors: a provider may have `factor` times that, plus `floor` for rounding where stock happens to be exact.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 
 def check_results(
-    provider: str,
-    results: Results,
-    reference: Results,
-    stock: Sequence[Results],
-    *,
-    factor: float,
-    floor: float,
+    provider: str, results: Results, reference: Results, stock: Sequence[Results], *, factor: float, floor: float
 ) -> float:
     """Raises ResultsDifferError unless every tensor is close enough; returns the largest error in units of
     what is allowed."""
@@ -57,3 +52,13 @@ def check_results(
             )
         worst = max(worst, error / allowed)
     return worst
+
+
+def accepts(name: str, call: Callable[[], Any]) -> bool:
+    """Whether `name` runs on these operands: cuDNN's dtypes depend on its version, oneDNN's on the processor."""
+    try:
+        call()
+    except RuntimeError as error:
+        print(f"{name} is left out, it refuses: {error}")
+        return False
+    return True

@@ -30,17 +30,16 @@ from benchmarks import peers, report
 
 HELP = "two results folders side by side: what is faster or slower beyond the noise"
 
-QUANTITIES = {"median_s": "", "saved_bytes": ", saved for backward", "peak_tensor_bytes": ", peak of tensors"}
+TIME = "median_s"
+QUANTITIES = {TIME: "", "saved_bytes": ", saved for backward", "peak_tensor_bytes": ", peak of tensors"}
 BYTES_NOISE = 0.001
 #: Entries of a run's environment that make its numbers comparable; every entry about a GPU is another.
 ENVIRONMENT = ("cpu", "cores", "threads", "isa", "backend", "python", "torch", "torchvision", *peers.NAMES)
 
-Runs = dict[tuple[str, str], dict[str, Any]]  # by document and allocator setting
-
 
 class Key(NamedTuple):
     document: str
-    setting: str
+    setting: str  # of the allocator
     case: str
     provider: str
     quantity: str
@@ -63,6 +62,7 @@ class Change(NamedTuple):
         return "within noise" if abs(change) <= self.noise else "slower" if change > 0 else "faster"
 
 
+Runs = dict[tuple[str, str], dict[str, Any]]  # by document and allocator setting
 Measurements = dict[Key, tuple[float, float]]  # a value and its relative standard error
 
 
@@ -71,37 +71,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs=2, type=Path, metavar=("A", "B"), help="results folders")
 
 
-def load(folder: Path) -> Runs:
+def load(folder: Path) -> tuple[Runs, Measurements]:
     if not folder.is_dir():
-        raise ValueError("expected a results folder, got no folder")
-    runs = {}
+        raise ValueError(f"{folder}: expected a results folder, got no folder")
+    runs, measured = {}, {}
     for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text())
-        if not isinstance(document, dict) or "runs" not in document:
-            raise ValueError(f"{path.name}: expected a benchmark's results, got other JSON")
-        runs |= {(path.stem, str(run["allocator"])): run for run in document["runs"]}
-    return runs
+        try:
+            for run in json.loads(path.read_text())["runs"]:
+                key = path.stem, str(run["allocator"])
+                runs[key] = run
+                measured |= measurements(key, run)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected a benchmark's results, got {error!r}") from None
+    return runs, measured
+
+
+def measurements(key: tuple[str, str], run: dict[str, Any]) -> Measurements:
+    return {
+        Key(*key, case["name"], name, quantity): (value, relative_error(provider) if quantity == TIME else 0.0)
+        for case in run["cases"]
+        for name, provider in case.get("providers", {}).items()  # a calculated document has none
+        for quantity in QUANTITIES
+        if (value := provider.get(quantity))
+    }
 
 
 def relative_error(provider: dict[str, Any]) -> float:
     if (rounds := provider["rounds"]) < 2:
         return math.inf
     width = -2 * NormalDist().inv_cdf((0.625 + 0.1 * (rounds - 1)) / (rounds + 0.25))
-    return math.sqrt(math.pi / 2 / rounds) * (provider["p90_s"] - provider["p10_s"]) / width / provider["median_s"]
-
-
-def measurements(runs: Runs) -> Measurements:
-    return {
-        Key(*of_run, case["name"], name, quantity): (
-            provider[quantity],
-            relative_error(provider) if quantity == "median_s" else 0.0,
-        )
-        for of_run, run in runs.items()
-        for case in run["cases"]
-        for name, provider in case.get("providers", {}).items()  # a calculated document has none
-        for quantity in QUANTITIES
-        if provider.get(quantity)
-    }
+    return math.sqrt(math.pi / 2 / rounds) * (provider["p90_s"] - provider["p10_s"]) / width / provider[TIME]
 
 
 def scatter(cases: Iterable[list[float]]) -> float:
@@ -114,26 +113,23 @@ def compare(before: Measurements, after: Measurements) -> dict[Key, Change]:
     """Every measurement that both have; formulas: see the module's docstring."""
     ratio = {key: math.log(after[key][0] / before[key][0]) for key in before if key in after}
     error = {key: math.hypot(before[key][1], after[key][1]) for key in ratio}
-    controls: dict[tuple[str, ...], list[Key]] = defaultdict(list)
+    controls: dict[tuple[str, ...], dict[Key, float]] = defaultdict(dict)  # r of each case's peers
     for key in ratio:
-        if not key.ours and key.quantity == "median_s":
-            controls[key[:3]].append(key)
-    drifts = {case: [ratio[key] for key in keys] for case, keys in controls.items()}
-    everywhere = scatter(drifts.values())
-    sigmas = {
-        run: scatter(drifts[case] for case in drifts if case[:2] == run) or everywhere
-        for run in {key[:2] for key in ratio}
-    }
+        if key.quantity == TIME and not key.ours:
+            controls[key[:3]][key] = ratio[key]
+
+    def sigma(run: tuple[str, ...]) -> float:
+        return scatter(list(ratios.values()) for case, ratios in controls.items() if case[: len(run)] == run)
+
+    sigmas = {run: sigma(run) or sigma(()) for run in {key[:2] for key in ratio}}
     found = {}
-    for key in ratio:
-        corrected, noise = None, BYTES_NOISE
-        if key.quantity == "median_s":
-            errors = [error[key]]
-            if key.ours and (control := controls.get(key[:3])):
-                corrected = ratio[key] - fmean(drifts[key[:3]])
-                errors += [sigmas[key[:2]], *(error[peer] / len(control) for peer in control)]
-            noise = 3 * math.hypot(*errors)
-        found[key] = Change(before[key][0], after[key][0], ratio[key], corrected, noise)
+    for key, r in ratio.items():
+        corrected, errors = None, [error[key]]
+        if key.ours and key.quantity == TIME and (control := controls.get(key[:3])):
+            corrected = r - fmean(control.values())
+            errors += [sigmas[key[:2]], *(error[peer] / len(control) for peer in control)]
+        noise = 3 * math.hypot(*errors) if key.quantity == TIME else BYTES_NOISE
+        found[key] = Change(before[key][0], after[key][0], r, corrected, noise)
     return found
 
 
@@ -143,20 +139,19 @@ def table(found: dict[Key, Change]) -> str:
     def ratios(*logarithms: float | None) -> list[str]:
         return ["-" if one is None else f"{math.exp(one):.3f}" for one in logarithms]
 
-    rows, means = [], defaultdict(list)
+    rows, groups = [], defaultdict(list)
     for key, change in found.items():
-        text, unit = (report.milliseconds, "ms") if key.quantity == "median_s" else (report.megabytes, "MB")
+        text, unit = (report.milliseconds, "ms") if key.quantity == TIME else (report.megabytes, "MB")
         amounts = [f"{text(amount)} {unit}" for amount in (change.a, change.b)]
         noise = f"±{math.expm1(min(change.noise, 9)):.1%}"
         name = key.case + QUANTITIES[key.quantity]
         rows.append([name, key.provider, *amounts, *ratios(change.ratio, change.corrected), noise, change.verdict])
-        means[key.provider, QUANTITIES[key.quantity]].append(change)
-    for (provider, quantity), changes in means.items():
-        if len(changes) == 1:
-            continue
-        corrected = [change.corrected for change in changes if change.corrected is not None]
-        both = ratios(fmean(change.ratio for change in changes), fmean(corrected) if corrected else None)
-        rows.append([f"geometric mean of {len(changes)}{quantity}", provider, "", "", *both, "", ""])
+        groups[key.provider, QUANTITIES[key.quantity]].append(change)
+    for (provider, quantity), changes in groups.items():
+        if len(changes) > 1:
+            corrected = [change.corrected for change in changes if change.corrected is not None]
+            both = ratios(fmean(change.ratio for change in changes), fmean(corrected) if corrected else None)
+            rows.append([f"geometric mean of {len(changes)}{quantity}", provider, "", "", *both, "", ""])
     return report.table(["case", "provider", "A", "B", "B/A", "without drift", "noise", "verdict"], rows)
 
 
@@ -168,54 +163,45 @@ def conditions(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def warnings(before: Runs, after: Runs) -> Iterator[str]:
-    differences: dict[str, list[str]] = defaultdict(list)
-    for of_run in (of_run for of_run in before if of_run in after):
-        a, b = conditions(before[of_run]), conditions(after[of_run])
-        for name in dict.fromkeys([*a, *b]):
+    documents: dict[str, list[str]] = defaultdict(list)
+    for key in (key for key in before if key in after):
+        a, b = conditions(before[key]), conditions(after[key])
+        for name in a | b:
             installed_once = name in peers.NAMES and None in (a[name], b[name])  # not measured in one of the two
             if a.get(name) != b.get(name) and not installed_once:
-                differences[f"{name}: A has {a.get(name)}, B has {b.get(name)}"].append(of_run[0])
-    for text, documents in differences.items():
-        yield f"warning: {text} ({', '.join(dict.fromkeys(documents))})"
+                documents[f"{name}: A has {a.get(name)}, B has {b.get(name)}"].append(key[0])
+    for text, names in documents.items():
+        yield f"warning: {text} ({', '.join(dict.fromkeys(names))})"
 
 
-def only_in(side: str, keys: Iterable[Key]) -> Iterator[str]:
+def only_in(side: str, one: Measurements, other: Measurements) -> Iterator[str]:
     cases: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for key in keys:
+    for key in (key for key in one if key not in other):
         cases[key.document, key.setting, key.provider + QUANTITIES[key.quantity]].append(key.case)
-    for (document, setting, provider), names in cases.items():
-        text = "; ".join(names) if len(names) <= 3 else f"{len(names)} cases"
-        yield f"only in {side}: {document}, {setting}, {provider}: {text}"
+    for group, names in cases.items():
+        yield f"only in {side}: {', '.join(group)}: {'; '.join(names) if len(names) <= 3 else f'{len(names)} cases'}"
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the comparison and return the exit code."""
-    runs, measured = [], []
-    for folder in options.folders:
-        try:
-            runs.append(load(folder))
-            measured.append(measurements(runs[-1]))
-        except KeyError as error:
-            print(f"{folder}: expected a benchmark's results, got a document without {error}", file=sys.stderr)
-            return 2
-        except (OSError, ValueError) as error:
-            print(f"{folder}: {error}", file=sys.stderr)
-            return 2
-    before, after = measured
+    try:
+        (runs_a, before), (runs_b, after) = map(load, options.folders)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     found = compare(before, after)
     if not found:
         print(f"{options.folders[0]} and {options.folders[1]}: no measurement in common", file=sys.stderr)
         return 2
-    for side, folder, of_folder in zip("AB", options.folders, runs, strict=True):
-        print(f"{side}: {folder} · {report.environment({'runs': list(of_folder.values())})}")
-    for warning in warnings(*runs):
+    for side, folder, runs in zip("AB", options.folders, (runs_a, runs_b), strict=True):
+        print(f"{side}: {folder} · {report.environment({'runs': list(runs.values())})}")
+    for warning in warnings(runs_a, runs_b):
         print(warning)
     for document, setting in dict.fromkeys(key[:2] for key in found):
         of_run = {key: change for key, change in found.items() if key[:2] == (document, setting)}
         print(f"\n== {document}, {report.ALLOCATOR_TITLES.get(setting, setting)} ==\n\n{table(of_run)}")
-    lone = [*only_in("A", (key for key in before if key not in after))]
-    lone += only_in("B", (key for key in after if key not in before))
     slower = [key for key, change in found.items() if key.ours and change.verdict == "slower"]
     regressions = [f"regression: {', '.join(key[:4])}{QUANTITIES[key.quantity]}" for key in slower]
+    lone = [*only_in("A", before, after), *only_in("B", after, before)]
     print("", *lone, *(regressions or ["no regression of ours beyond the noise"]), sep="\n")
     return int(bool(slower))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import options as common
 from benchmarks import plots, progress, report
-from benchmarks.check import check_results, relative_error
+from benchmarks.check import accepts, check_results, relative_error
 from benchmarks.network import Convolution, network
 from benchmarks.roofline import MODELS
 from benchmarks.timing import Workload, clock_of, measure_interleaved
@@ -63,9 +63,8 @@ def select_cases(options: argparse.Namespace) -> list[ConvCase]:
         same: dict[tuple[Any, ...], list[Convolution]] = {}
         for block in network(model, batch, size).blocks:
             for layer in block.convolutions:
-                same.setdefault((layer.x, layer.weight, layer.spec.stride, layer.residual, layer.relu), []).append(
-                    layer
-                )
+                shape = layer.x, layer.weight, layer.spec.stride, layer.residual, layer.relu
+                same.setdefault(shape, []).append(layer)
         cases += [ConvCase(f"{model} {describe(layers[0])}", len(layers), layers[0]) for layers in same.values()]
     chosen = common.chosen_cases(options, cases)
     return chosen[:4] if options.quick and not options.cases else chosen
@@ -131,10 +130,10 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
         "ours": lambda: conv_bias_act(t.x, t.weight, t.bias, t.residual, *how, spec.activation, backend=backend),
         "ours-packed": lambda: packed(t.x, t.residual),
     }
-    if not t.x.is_cuda and _runs(ONEDNN, onednn := onednn_fused(t, layer)):
+    if not t.x.is_cuda and accepts(ONEDNN, onednn := onednn_fused(t, layer)):
         calls[ONEDNN] = onednn
     if t.x.is_cuda:
-        if _runs("cudnn-fused", cudnn := lambda: cudnn_fused(t, layer)):
+        if accepts("cudnn-fused", cudnn := lambda: cudnn_fused(t, layer)):
             calls["cudnn-fused"] = cudnn
         for name in ("triton", "cuda"):
             if backends.unavailable(name) is None:
@@ -181,16 +180,6 @@ def onednn_fused(t: Operands, layer: Convolution) -> Callable[[], Tensor]:
     return lambda: mkldnn._convolution_pointwise.binary(
         t.x, t.residual, packed(), t.bias, *how, "add", None, end, [], None
     )
-
-
-def _runs(name: str, call: Callable[[], Any]) -> bool:
-    """Which dtypes cuDNN takes depends on versions, which oneDNN takes on the processor."""
-    try:
-        call()
-    except RuntimeError as error:
-        print(f"{name} is left out, it refuses: {error}")
-        return False
-    return True
 
 
 def check(
@@ -266,22 +255,12 @@ def tables(run: dict[str, Any]) -> str:
     rows, rates, errors = [], [], []
     others = [name for name in names if name.startswith("ours") and "+" not in name] if ONEDNN in names else []
     for case in cases:
-        aten_seconds = case["providers"][ATEN]["median_s"]
-        rows.append(
-            [
-                case["name"],
-                case["count"],
-                report.milliseconds(aten_seconds),
-                *(report.ratio(case["providers"][name]["median_s"] / aten_seconds) for name in names[1:]),
-            ]
-        )
-        rates.append(
-            [
-                case["name"],
-                *(rate(run, case["flops"], case["providers"][name]["median_s"]) for name in names),
-                *(report.ratio(*report.ratios([case], name, ONEDNN)) for name in others),
-            ]
-        )
+        time = report.milliseconds(case["providers"][ATEN]["median_s"])
+        relative = (report.ratio(*report.ratios([case], name, ATEN)) for name in names[1:])
+        rows.append([case["name"], case["count"], time, *relative])
+        speeds = (rate(run, case["flops"], case["providers"][name]["median_s"]) for name in names)
+        relative = (report.ratio(*report.ratios([case], name, ONEDNN)) for name in others)
+        rates.append([case["name"], *speeds, *relative])
         errors.append([case["name"], *(f"{case['providers'][name]['error']:.1e}" for name in names)])
     header = ["case", "in the net", f"{ATEN} ms", *(f"{name} / {ATEN}" for name in names[1:])]
     parts = [

@@ -10,117 +10,62 @@ long. What they leave out, the single subcommands measure.
 import argparse
 import shlex
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks import allocator, headline, report, runner
 
 HELP = "a selection of all of the above within ten minutes, its summary last"
 
-FAST = ("--repeat", "5", "--min-time", "0.3")
+FAST = "--repeat 5 --min-time 0.3"
 STOCK = "ours,eager,eager-channels-last"
 COMPILED = "ours,ours+compile,compile-channels-last"
 
 
-@dataclass(frozen=True)
-class Part:
-    """One subcommand with its options; `title` names its result files."""
-
-    title: str
-    subcommand: str
-    arguments: tuple[str, ...]
+class Part(NamedTuple):
+    title: str  # names the result files
+    command: str  # a subcommand with its options
     one_allocator: bool = False  # the first, to save time
 
 
 SELECTION = (
-    Part("op", "op", ("--providers", STOCK, *FAST)),
-    Part(
-        "infer",
-        "infer",
-        ("--model", "resnet18", "resnet50", "--batch", "1", "16", "--repeat", "5", "--min-time", "0.5"),
-        one_allocator=True,
-    ),
-    Part(
-        "conv",
-        "conv",
-        ("--model", "resnet50", "--batch", "4", "--repeat", "5", "--min-time", "0.1"),
-        one_allocator=True,
-    ),
-    Part(
-        "model",
-        "model",
-        ("--providers", STOCK, "--model", "resnet50", "--mode", "train", "--repeat", "5"),
-        one_allocator=True,
-    ),
-    Part("op-compile", "op", ("--providers", COMPILED, "--cases", "layer2 ", *FAST), one_allocator=True),
-    Part("block", "block", ("--providers", STOCK, "--cases", "resnet50 layer2", *FAST), one_allocator=True),
-    Part(
-        "model-small",
-        "model",
-        ("--providers", STOCK, "--small", "--repeat", "20", "--min-time", "2"),
-        one_allocator=True,
-    ),
-    Part("memory", "memory", ("--batch", "4", "--repeat", "3", "--min-time", "0"), one_allocator=True),
+    Part("op", f"op --providers {STOCK} {FAST}"),
+    Part("infer", "infer --model resnet18 resnet50 --batch 1 16 --repeat 5 --min-time 0.5", one_allocator=True),
+    Part("conv", "conv --model resnet50 --batch 4 --repeat 5 --min-time 0.1", one_allocator=True),
+    Part("model", f"model --providers {STOCK} --model resnet50 --mode train --repeat 5", one_allocator=True),
+    Part("op-compile", f"op --providers {COMPILED} --cases 'layer2 ' {FAST}", one_allocator=True),
+    Part("block", f"block --providers {STOCK} --cases 'resnet50 layer2' {FAST}", one_allocator=True),
+    Part("model-small", f"model --providers {STOCK} --small --repeat 20 --min-time 2", one_allocator=True),
+    Part("memory", "memory --batch 4 --repeat 3 --min-time 0", one_allocator=True),
 )
-GPU_OURS = "ours,ours-triton,ours-cuda"
+GPU = "ours,ours-triton,ours-cuda,eager,eager-channels-last"
+GPU_GRAPHS = f"{GPU},ours+graph,eager-channels-last+graph"
 GPU_SELECTION = {
     "bench": (
-        Part("op", "op", ("--providers", f"{GPU_OURS},eager,eager-channels-last,cudnn", *FAST)),
-        Part(
-            "model",
-            "model",
-            (
-                *("--providers", f"{GPU_OURS},eager,eager-channels-last,ours+graph,eager-channels-last+graph"),
-                *("--model", "resnet50", "--mode", "train", "--batch", "256"),
-            ),
-        ),
-        Part("conv", "conv", ("--model", "resnet50", "--batch", "32", *FAST)),
-        Part("block", "block", ("--providers", f"{GPU_OURS},eager,eager-channels-last", *FAST)),
-        Part(
-            "infer",
-            "infer",
-            (
-                *("--providers", f"{GPU_OURS},eager,eager-channels-last,ours+graph,eager-channels-last+graph"),
-                *("--model", "resnet50", "--batch", "1", "32", "256", "--min-time", "1"),
-            ),
-        ),
-        Part("memory", "memory", ("--repeat", "3", "--min-time", "0")),
+        Part("op", f"op --providers {GPU},cudnn {FAST}"),
+        Part("model", f"model --providers {GPU_GRAPHS} --model resnet50 --mode train --batch 256"),
+        Part("conv", f"conv --model resnet50 --batch 32 {FAST}"),
+        Part("block", f"block --providers {GPU} {FAST}"),
+        Part("infer", f"infer --providers {GPU_GRAPHS} --model resnet50 --batch 1 32 256 --min-time 1"),
+        Part("memory", "memory --repeat 3 --min-time 0"),
         Part(
             "model-small",
-            "model",
-            (
-                *("--providers", "ours,ours+graph,eager-channels-last,eager-channels-last+graph"),
-                *("--small", "--repeat", "20"),
-            ),
+            "model --providers ours,ours+graph,eager-channels-last,eager-channels-last+graph --small --repeat 20",
         ),
-        Part("conv-large", "conv", ("--model", "resnet50", "--batch", "256", *FAST)),
+        Part("conv-large", f"conv --model resnet50 --batch 256 {FAST}"),
     ),
     "compile": (
         Part(
             "model-compile",
-            "model",
-            (
-                *("--providers", "ours,ours+compile,eager-channels-last,compile-channels-last"),
-                *("--model", "resnet50", "--mode", "train", "--batch", "256"),
-            ),
+            "model --providers ours,ours+compile,eager-channels-last,compile-channels-last"
+            " --model resnet50 --mode train --batch 256",
         ),
         Part(
             "infer-compile",
-            "infer",
-            (
-                *("--providers", "ours,ours+graph,compile-freezing,compile-max-autotune"),
-                *("--model", "resnet50", "--batch", "1", "256", "--min-time", "1"),
-            ),
+            "infer --providers ours,ours+graph,compile-freezing,compile-max-autotune"
+            " --model resnet50 --batch 1 256 --min-time 1",
         ),
-        Part(
-            "op-compile",
-            "op",
-            ("--providers", f"{COMPILED},compile-max-autotune", "--cases", "layer2 ", *FAST),
-        ),
-        Part(
-            "block-compile",
-            "block",
-            ("--providers", f"{COMPILED},compile-max-autotune", "--cases", "resnet50 layer2", *FAST),
-        ),
+        Part("op-compile", f"op --providers {COMPILED},compile-max-autotune --cases 'layer2 ' {FAST}"),
+        Part("block-compile", f"block --providers {COMPILED},compile-max-autotune --cases 'resnet50 layer2' {FAST}"),
     ),
 }
 # The longest parts come early, those behind them take less than two minutes; on a slow or busy machine what is not
@@ -146,15 +91,15 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks
     documents, summaries, left_out, failed = [], [], [], []
     on_gpu = options.device == "cuda"
     for part in GPU_SELECTION[options.stage] if on_gpu else SELECTION:
-        settings = allocator.settings_for(options.allocator)
-        setting = settings[0] if part.one_allocator else options.allocator
-        # Without the compiled providers a quick run is not slow, and its shapes are its own.
-        own = () if options.quick else part.arguments
         if time.monotonic() - started > LATEST_START:
-            left_out.append(shlex.join(["python", "-m", "benchmarks", part.subcommand, *part.arguments]))
+            left_out.append(f"python -m benchmarks {part.command}")
             continue
-        arguments = [part.subcommand, *own, *shared, "--allocator", setting]
-        benchmark = benchmarks[part.subcommand]
+        setting = allocator.settings_for(options.allocator)[0] if part.one_allocator else options.allocator
+        subcommand, *own = shlex.split(part.command)
+        if options.quick:
+            own = []  # --quick has its own shapes and leaves out the compiled providers
+        arguments = [subcommand, *own, *shared, "--allocator", setting]
+        benchmark = benchmarks[subcommand]
         limit = GPU_LIMIT - (time.monotonic() - started) if on_gpu else None
         try:
             document = runner.run(part.title, benchmark, parser.parse_args(arguments), arguments, limit)

@@ -97,21 +97,21 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, (type, types.ModuleType, str, bytes, int, float)) or id(value) in seen:
         return
     seen.add(id(value))
+    parts: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item, seen)
+        parts = value.values()
     elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from _tensors_in(item, seen)
+        parts = value
     elif isinstance(value, types.FunctionType):
-        for cell in value.__closure__ or ():
-            yield from _tensors_in(cell.cell_contents, seen)
+        parts = (cell.cell_contents for cell in value.__closure__ or ())
     elif isinstance(value, types.MethodType):
-        yield from _tensors_in(value.__self__, seen)
+        parts = (value.__self__,)
     else:
-        yield from _tensors_in(getattr(value, "__dict__", {}), seen)
+        parts = getattr(value, "__dict__", {}).values()
+    for part in parts:
+        yield from _tensors_in(part, seen)
 
 
 @dataclass(frozen=True)

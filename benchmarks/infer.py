@@ -110,14 +110,10 @@ def check_and_build(
         workloads[provider.name] = build(provider, stock, x, options.backend)
         results[provider.name] = {"output": workloads[provider.name]["forward"](None)[:CHECKED].cpu()}
     yardstick = [results[EAGER.name], results[EAGER_CHANNELS_LAST.name]]
+    allowed = {"factor": ERROR_FACTOR, "floor": ERROR_FLOOR * torch.finfo(dtype).eps}
     checks = {
         provider.name: check_results(
-            f"{provider.name}, {case.name}",
-            results[provider.name],
-            reference,
-            yardstick,
-            factor=ERROR_FACTOR,
-            floor=ERROR_FLOOR * torch.finfo(dtype).eps,
+            f"{provider.name}, {case.name}", results[provider.name], reference, yardstick, **allowed
         )
         for provider in providers
         if provider not in (EAGER, EAGER_CHANNELS_LAST)
@@ -150,19 +146,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"cases": measured}
 
 
+def latency(case: dict[str, Any], name: str) -> list[str]:
+    """Median and 99th percentile in ms, and images a second."""
+    provider = case["providers"][name]
+    times = [report.milliseconds(provider[quantile]) for quantile in ("median_s", "p99_s")]
+    return [*times, f"{case['batch'] / provider['median_s']:.1f}"]
+
+
 def tables(run: dict[str, Any]) -> str:
     parts = []
     for case in run["cases"]:
         first = next(iter(case["providers"]))
         rows = [
-            [
-                name,
-                report.milliseconds(provider["median_s"]),
-                report.milliseconds(provider["p99_s"]),
-                f"{case['batch'] / provider['median_s']:.1f}",
-                report.ratio(provider["median_s"] / case["providers"][first]["median_s"]),
-                provider["rounds"],
-            ]
+            [name, *latency(case, name), report.ratio(*report.ratios([case], name, first)), provider["rounds"]]
             for name, provider in case["providers"].items()
         ]
         parts.append(report.table([case["name"], "p50 ms", "p99 ms", "images/s", f"time / {first}", "rounds"], rows))
@@ -181,19 +177,15 @@ def summary(run: dict[str, Any]) -> str:
     cases = run["cases"]
     first, *others = cases[0]["providers"]
     peers_there = first not in PEERS and any(name in PEERS for name in others)
-    rows = []
-    for case in cases:
-        provider = case["providers"][first]
-        rows.append(
-            [
-                case["name"],
-                report.milliseconds(provider["median_s"]),
-                report.milliseconds(provider["p99_s"]),
-                f"{case['batch'] / provider['median_s']:.1f}",
-                *(report.ratio(case["providers"][name]["median_s"] / provider["median_s"]) for name in others),
-                *([fastest_peer(case, first)] if peers_there else []),
-            ]
-        )
+    rows = [
+        [
+            case["name"],
+            *latency(case, first),
+            *(report.ratio(*report.ratios([case], name, first)) for name in others),
+            *([fastest_peer(case, first)] if peers_there else []),
+        ]
+        for case in cases
+    ]
     header = ["", f"{first} p50 ms", "p99 ms", "images/s", *(f"{name} / {first}" for name in others)]
     header += [f"fastest peer / {first}"] if peers_there else []
     return f"infer: time relative to {first}, {report.allocator_title(run)}\n" + report.table(header, rows)

@@ -9,18 +9,8 @@ import torch
 #: instead of brgconv_avx512_f32), OV_CPU_MAX_ISA OpenVINO's own kernels, ATEN_CPU_CAPABILITY ATen's and Inductor's.
 #: Not held: the last layer's product, which is MKL's in PyTorch and MLAS's in OpenVINO.
 SETTINGS = {
-    "avx2": {
-        "FUSED_RES_CPU_ISA": "avx2",
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "OV_CPU_MAX_ISA": "AVX2",
-    },
-    "avx512": {
-        "FUSED_RES_CPU_ISA": "avx512",
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
-        "OV_CPU_MAX_ISA": "AVX512_CORE_BF16",
-    },
+    isa: {"FUSED_RES_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": isa, "ONEDNN_MAX_CPU_ISA": onednn, "OV_CPU_MAX_ISA": onednn}
+    for isa, onednn in (("avx2", "AVX2"), ("avx512", "AVX512_CORE_BF16"))
 }
 VARIABLES = tuple(SETTINGS["avx2"])
 

@@ -100,12 +100,7 @@ def footprint_of(way: str, step: ModelStep, options: argparse.Namespace) -> dict
 
     whole()  # the optimizer's state is there from the second step on
     peak = tensor_memory(whole).peak
-    found = {
-        "saved_bytes": saved.total,
-        "hidden_bytes": saved.hidden,
-        "held_bytes": held,
-        "peak_tensor_bytes": peak,
-    }
+    found = {"saved_bytes": saved.total, "hidden_bytes": saved.hidden, "held_bytes": held, "peak_tensor_bytes": peak}
     if options.device == "cpu":
         resident = footprint.peak_resident(build_resident_step, way, options, torch.get_num_threads())
         found |= {"resident_before_bytes": resident.before, "resident_peak_bytes": resident.peak}
@@ -128,12 +123,7 @@ def check_and_build(ways: list[str], options: argparse.Namespace) -> tuple[dict[
             results[way] = result
             continue
         checks[way] = check_results(
-            way,
-            result,
-            results[EAGER],
-            [results[EAGER_CHANNELS_LAST]],
-            factor=ERROR_FACTOR,
-            floor=ERROR_FLOOR,
+            way, result, results[EAGER], [results[EAGER_CHANNELS_LAST]], factor=ERROR_FACTOR, floor=ERROR_FLOOR
         )
     return {way: steps[way] for way in ways}, checks
 

@@ -2,6 +2,7 @@
 photographs."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks import data, plots, progress, report
 from benchmarks import options as common
-from benchmarks.cases import SMALL_MODEL_CASES, ModelCase, model_cases
+from benchmarks.cases import SMALL_MODEL_CASES, ModelCase
 from benchmarks.check import check_results
 from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, GRAPHS, Provider, build_module
 from benchmarks.steps import ModelStep, calibrate
@@ -56,7 +57,7 @@ def select_cases(options: argparse.Namespace) -> list[ModelCase]:
         given = {"model": ["resnet18"], "batch": 2, "size": 64} | given
     chosen = DEFAULTS | given
     batch = chosen["batch"] or common.batch_of(options)
-    large = model_cases(chosen["model"], chosen["mode"], batch, chosen["size"])
+    large = [ModelCase(name, mode, batch, chosen["size"]) for name in chosen["model"] for mode in chosen["mode"]]
     return large if given else [*large, *SMALL_MODEL_CASES]
 
 
@@ -106,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         measured.append(
             {
                 "name": case.name,
-                **case.describe(),
+                **asdict(case),
                 "dtype": common.dtype_name(options),
                 "share_of_allowed_error": checks,
                 "providers": {name: values.summary() for name, values in samples.items()},
@@ -126,14 +127,9 @@ def summary(run: dict[str, Any]) -> str:
     rows = []
     for case in cases:
         first = case["providers"][names[0]]
-        rows.append(
-            [
-                case["name"],
-                f"{report.milliseconds(first['median_s'])} ±{report.spread(first)}",
-                f"{case['batch'] / first['median_s']:.1f}",
-                *(report.ratio(case["providers"][name]["median_s"] / first["median_s"]) for name in names[1:]),
-            ]
-        )
+        time = f"{report.milliseconds(first['median_s'])} ±{report.spread(first)}"
+        others = (report.ratio(*report.ratios([case], name, names[0])) for name in names[1:])
+        rows.append([case["name"], time, f"{case['batch'] / first['median_s']:.1f}", *others])
     header = ["", f"{names[0]} ms", "images/s", *(f"{name} / {names[0]}" for name in names[1:])]
     return f"model: time relative to {names[0]}, {report.allocator_title(run)}\n" + report.table(header, rows)
 

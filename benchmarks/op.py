@@ -8,6 +8,7 @@ from the caches between calls, on a GPU they are.
 
 import argparse
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from benchmarks import options as common
 from benchmarks import plots, progress, report, traffic
 from benchmarks.cases import Mode, OpCase, quick_op_cases, resnet50_op_cases
-from benchmarks.check import Results, check_results
+from benchmarks.check import Results, accepts, check_results
 from benchmarks.providers import (
     EAGER,
     EAGER_CHANNELS_LAST,
@@ -148,10 +149,7 @@ def check_and_build(
     inputs.silence_undecided(mode)
     stock = stock_batch_norm_act(case.activation, mode == "train")
     reference = results(
-        stock,
-        inputs.arguments(torch.contiguous_format, torch.float64, mode),
-        inputs.grad_output.double(),
-        mode,
+        stock, inputs.arguments(torch.contiguous_format, torch.float64, mode), inputs.grad_output.double(), mode
     )
 
     def operands(provider: Provider) -> tuple[tuple[Any, ...], Tensor]:
@@ -177,22 +175,15 @@ def check_and_build(
 
 
 def applicable(providers: list[Provider], options: argparse.Namespace) -> list[Provider]:
-    """Without cuDNN's norm where cuDNN refuses it: which dtypes it takes depends on versions."""
-    chosen = [provider for provider in providers if not provider.cudnn]
-    if chosen == providers:
+    """The providers without cuDNN's norm where cuDNN refuses it."""
+    if not any(provider.cudnn for provider in providers):
         return providers
     if options.device != "cuda":
         raise SystemExit("cudnn: needs --device cuda")
-    case = OpCase("", (2, 8, 4, 4), False, "relu", 1)
-    arguments = Inputs(case, 0, options.device, common.dtype_of(options)).arguments(
-        torch.channels_last, None, options.mode
-    )
-    try:
-        build_batch_norm_act(NORMS["cudnn"], "relu", options.mode == "train", options.backend)(*arguments)
-    except RuntimeError as error:
-        print(f"cudnn is left out, it refuses: {error}")
-        return chosen
-    return providers
+    inputs = Inputs(OpCase("", (2, 8, 4, 4), False, "relu", 1), 0, options.device, common.dtype_of(options))
+    arguments = inputs.arguments(torch.channels_last, None, options.mode)
+    run = build_batch_norm_act(NORMS["cudnn"], "relu", options.mode == "train", options.backend)
+    return [provider for provider in providers if not provider.cudnn or accepts("cudnn", lambda: run(*arguments))]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +201,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         eager = traffic.eager(n, case.residual, options.mode, relu, options.device).of(options.mode)
         measured.append(
             {
-                **case.describe(),
+                **asdict(case),
                 "dtype": common.dtype_name(options),
                 "fewest_bytes": traffic.fewest(n, case.residual).of(options.mode),
                 "moved_bytes": {p.name: fused if p.fused else eager for p in providers if p.fused or not p.compiled},
@@ -225,33 +216,18 @@ def tables(run: dict[str, Any]) -> str:
     copy = run["ceilings"]["copy_bytes_per_s"]
     cases = run["cases"]
     names = list(cases[0]["providers"])
-    parts = [report.wide_times(cases)]
     rows = []
     for case in cases:
         first = case["providers"][names[0]]
-        rate = case["fewest_bytes"] / first["median_s"]
-        moved = case["moved_bytes"].get(names[0])
-        rows.append(
-            [
-                case["name"],
-                case["count"],
-                *(report.milliseconds(value) for value in first["phases_s"].values()),
-                f"{rate / 1e9:.1f}",
-                f"{rate / copy:.0%}",
-                *(
-                    [f"{moved / first['median_s'] / 1e9:.1f}", f"{moved / first['median_s'] / copy:.0%}"]
-                    if moved
-                    else "--"
-                ),
-            ]
-        )
+        sizes = case["fewest_bytes"], case["moved_bytes"].get(names[0])
+        rates = [size / first["median_s"] if size else None for size in sizes]
+        shown = [[f"{rate / 1e9:.1f}", f"{rate / copy:.0%}"] if rate else ["-", "-"] for rate in rates]
+        phases = [report.milliseconds(value) for value in first["phases_s"].values()]
+        rows.append([case["name"], case["count"], *phases, *shown[0], *shown[1]])
     phases = [f"{phase} ms" for phase in cases[0]["providers"][names[0]]["phases_s"]]
     header = ["case", "in the net", *phases, "GB/s fewest", "of copy", "GB/s moved", "of copy"]
-    parts.append(
-        f"{names[0]}, where copying runs at {copy / 1e9:.1f} GB/s (read plus write)\n" + report.table(header, rows)
-    )
-    parts.append(summary(run))
-    return "\n\n".join(parts)
+    title = f"{names[0]}, where copying runs at {copy / 1e9:.1f} GB/s (read plus write)"
+    return "\n\n".join([report.wide_times(cases), f"{title}\n{report.table(header, rows)}", summary(run)])
 
 
 def summary(run: dict[str, Any]) -> str:
@@ -262,25 +238,13 @@ def summary(run: dict[str, Any]) -> str:
     rows = []
     for name in names:
         medians = [case["providers"][name]["median_s"] for case in cases]
-        share = [case["fewest_bytes"] / seconds / copy for case, seconds in zip(cases, medians, strict=True)]
-        moved = [
-            case["moved_bytes"][name] / t / copy
-            for case, t in zip(cases, medians, strict=True)
-            if case["moved_bytes"].get(name)
-        ]
         network = sum(case["count"] * seconds for case, seconds in zip(cases, medians, strict=True))
-        rows.append(
-            [
-                name,
-                report.milliseconds(network),
-                *(
-                    report.ratio(report.geometric_mean(report.ratios(some, name, names[0])))
-                    for some in (activated, cases)
-                ),
-                f"{report.geometric_mean(share):.0%}",
-                f"{report.geometric_mean(moved):.0%}" if moved else "-",
-            ]
-        )
+        means = [report.geometric_mean(report.ratios(some, name, names[0])) for some in (activated, cases)]
+        shares = []
+        for sizes in ([case["fewest_bytes"] for case in cases], [case["moved_bytes"].get(name) for case in cases]):
+            rates = [size / seconds / copy for size, seconds in zip(sizes, medians, strict=True) if size]
+            shares.append(f"{report.geometric_mean(rates):.0%}" if rates else "-")
+        rows.append([name, report.milliseconds(network), *map(report.ratio, means), *shares])
     ours = f"time / {names[0]}"
     header = ["provider", "whole net ms", f"{ours}, with ReLU", "all", "copy bandwidth, fewest bytes", "moved"]
     title = (

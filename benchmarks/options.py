@@ -22,13 +22,9 @@ DEFAULT_BATCHES = {"cpu": 16, "cuda": 128}
 
 
 def positive_int(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
+    return int(text)
 
 
 def seconds(text: str) -> float:

@@ -13,38 +13,23 @@ from benchmarks import report
 
 OURS = ("#0b6e4f", "#53a987")
 STOCK = ("#8d99ae", "#4a5572", "#d9a05b", "#b5651d")
-
-
-def color_of(name: str) -> str:
-    """One colour a provider in every chart: ours green, eager grey, compiled stock brown."""
-    fixed = {
-        "ours": OURS[0],
-        "ours+compile": OURS[1],
-        "eager": STOCK[0],
-        "eager-channels-last": STOCK[1],
-        "compile": STOCK[2],
-        "compile-channels-last": STOCK[3],
-        "compile-freezing": "#e3c567",
-        "compile-max-autotune": "#7a4a12",
-        "openvino": "#7d5ba6",
-        "onnxruntime": "#c27ba0",
-        "onednn-fused": "#7d5ba6",
-        "cudnn": "#76b7d8",
-        "ours-triton": "#8fc7ae",
-        "ours-cuda": "#2f7f93",
-        "ours+graph": OURS[1],
-        "cudnn-fused": "#76b7d8",
-        "eager-channels-last+graph": STOCK[2],
-        "ours-packed": OURS[1],
-        "ours-direct": OURS[1],
-        "ours-norms": "#8fc7ae",
-        "ours-folded": "#8fc7ae",
-        "ours+stats": "#8fc7ae",
-        "aten": STOCK[0],
-        "aten-unfused": STOCK[1],
-        "aten+stats": STOCK[2],
-    }
-    return fixed[name]
+#: One colour a provider in every chart: ours green, eager grey, compiled stock brown.
+COLORS = {
+    OURS[0]: ("ours",),
+    OURS[1]: ("ours+compile", "ours+graph", "ours-packed", "ours-direct"),
+    "#8fc7ae": ("ours-triton", "ours-norms", "ours-folded", "ours+stats"),
+    "#2f7f93": ("ours-cuda",),
+    STOCK[0]: ("eager", "aten"),
+    STOCK[1]: ("eager-channels-last", "aten-unfused"),
+    STOCK[2]: ("compile", "eager-channels-last+graph", "aten+stats"),
+    STOCK[3]: ("compile-channels-last",),
+    "#e3c567": ("compile-freezing",),
+    "#7a4a12": ("compile-max-autotune",),
+    "#7d5ba6": ("openvino", "onednn-fused"),
+    "#c27ba0": ("onnxruntime",),
+    "#76b7d8": ("cudnn", "cudnn-fused"),
+}
+COLOR_OF = {name: color for color, names in COLORS.items() for name in names}
 
 
 def save(figure: Any, document: dict[str, Any], path: Path, title: str) -> None:
@@ -61,7 +46,7 @@ def grouped_bars(axis: Any, labels: Sequence[str], series: dict[str, Sequence[fl
     height = 0.8 / len(series)
     for index, (name, values) in enumerate(series.items()):
         places = [row + (index - (len(series) - 1) / 2) * height for row in range(len(labels))]
-        bars = axis.barh(places, values, height * 0.92, label=name, color=color_of(name))
+        bars = axis.barh(places, values, height * 0.92, label=name, color=COLOR_OF[name])
         axis.bar_label(bars, [text.format(value) for value in values], fontsize=6, padding=2, color="#333333")
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_ylim(len(labels) - 0.45, -0.55)
@@ -73,12 +58,7 @@ def panels(document: dict[str, Any], height: float) -> Any:
     """One panel for each allocator setting, side by side."""
     runs = document["runs"]
     figure, axes = plt.subplots(
-        1,
-        len(runs),
-        figsize=(1.5 + 5.5 * len(runs), height),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
+        1, len(runs), figsize=(1.5 + 5.5 * len(runs), height), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, run in zip(axes[0], runs, strict=True):
         axis.set_title(report.allocator_title(run), fontsize=10)
@@ -121,10 +101,7 @@ def speedups(document: dict[str, Any], path: Path, title: str) -> None:
     figure, pairs = panels(document, 1.6 + len(cases) * (0.15 + 0.13 * len(providers)))
     base = "eager-channels-last" if "eager-channels-last" in providers else providers[-1]
     for axis, run in pairs:
-        series = {
-            name: [case["providers"][base]["median_s"] / case["providers"][name]["median_s"] for case in run["cases"]]
-            for name in providers
-        }
+        series = {name: report.ratios(run["cases"], base, name) for name in providers}
         grouped_bars(axis, [case["name"] for case in cases], series, "{:.2f}")
         axis.axvline(1, color="#333333", linewidth=0.8)
         axis.set_xlabel(f"speed relative to {report.title_of(base)} (longer is better)")
@@ -140,10 +117,7 @@ def overview(documents: dict[str, dict[str, Any]], path: Path) -> None:
     for axis, (title, names) in zip(axes, sides.items(), strict=True):
         cases = [case for name in names if name in documents for case in documents[name]["runs"][0]["cases"]]
         shown = [case for case in cases if case["model"] in ("resnet18", "resnet50") and case["batch"] != 4]
-        series = {
-            name: [case["providers"][base]["median_s"] / case["providers"][name]["median_s"] for case in shown]
-            for name in report.common_providers(shown)
-        }
+        series = {name: report.ratios(shown, base, name) for name in report.common_providers(shown)}
         labels = [f"{case['model'].replace('resnet', 'ResNet-')}\nbatch {case['batch']}" for case in shown]
         grouped_bars(axis, labels, series, "{:.2f}")
         axis.set_title(title, fontsize=10)

@@ -54,55 +54,50 @@ class Provider:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-PROVIDERS = {
-    provider.name: provider
-    for provider in (
-        Provider("ours", fused=True, channels_last=True),
-        Provider("ours+compile", fused=True, compiled=True, channels_last=True),
-        Provider("ours-triton", fused=True, channels_last=True, backend="triton", on_request=True),
-        Provider("ours-cuda", fused=True, channels_last=True, backend="cuda", on_request=True),
-        Provider("eager", channels_last=False),
-        Provider("eager-channels-last", channels_last=True),
-        # What each of our parts is worth, by leaving it out.
-        Provider("ours-direct", fused=True, channels_last=True, winograd=False, on_request=True),
-        Provider("ours-norms", fused=True, channels_last=True, convolution="aten", on_request=True),
-        Provider("compile", compiled=True),
-        Provider("compile-channels-last", compiled=True, channels_last=True),
-        Provider("compile-max-autotune", compiled=True, channels_last=True, mode="max-autotune", on_request=True),
-    )
-}
+def by_name(*providers: Provider) -> dict[str, Provider]:
+    return {provider.name: provider for provider in providers}
+
+
+PROVIDERS = by_name(
+    Provider("ours", fused=True, channels_last=True),
+    Provider("ours+compile", fused=True, compiled=True, channels_last=True),
+    Provider("ours-triton", fused=True, channels_last=True, backend="triton", on_request=True),
+    Provider("ours-cuda", fused=True, channels_last=True, backend="cuda", on_request=True),
+    Provider("eager", channels_last=False),
+    Provider("eager-channels-last", channels_last=True),
+    # What each of our parts is worth, by leaving it out.
+    Provider("ours-direct", fused=True, channels_last=True, winograd=False, on_request=True),
+    Provider("ours-norms", fused=True, channels_last=True, convolution="aten", on_request=True),
+    Provider("compile", compiled=True),
+    Provider("compile-channels-last", compiled=True, channels_last=True),
+    Provider("compile-max-autotune", compiled=True, channels_last=True, mode="max-autotune", on_request=True),
+)
 #: For a single norm.
 NORMS = PROVIDERS | {"cudnn": Provider("cudnn", channels_last=True, cudnn=True, on_request=True)}
 #: For whole networks on a GPU.
-GRAPHS = PROVIDERS | {
-    provider.name: provider
-    for provider in (
-        Provider("ours+graph", fused=True, channels_last=True, graph=True, on_request=True),
-        Provider("eager-channels-last+graph", channels_last=True, graph=True, on_request=True),
-    )
-}
+GRAPHS = PROVIDERS | by_name(
+    Provider("ours+graph", fused=True, channels_last=True, graph=True, on_request=True),
+    Provider("eager-channels-last+graph", channels_last=True, graph=True, on_request=True),
+)
 EAGER = PROVIDERS["eager"]
 EAGER_CHANNELS_LAST = PROVIDERS["eager-channels-last"]
 #: For networks that are not trained any more.
-INFERENCE = {
-    provider.name: provider
-    for provider in (
-        Provider("ours", fused=True, frozen=True, channels_last=True),
-        Provider("ours-triton", fused=True, frozen=True, channels_last=True, backend="triton", on_request=True),
-        Provider("ours-cuda", fused=True, frozen=True, channels_last=True, backend="cuda", on_request=True),
-        Provider("ours+graph", fused=True, frozen=True, channels_last=True, graph=True, on_request=True),
-        Provider("ours-direct", fused=True, frozen=True, channels_last=True, winograd=False, on_request=True),
-        Provider("ours-folded", fused=True, frozen=True, channels_last=True, backend="reference", on_request=True),
-        EAGER,
-        EAGER_CHANNELS_LAST,
-        Provider("eager-channels-last+graph", channels_last=True, graph=True, on_request=True),
-        Provider("compile-freezing", frozen=True, compiled=True, channels_last=True),
-        Provider(
-            "compile-max-autotune", frozen=True, compiled=True, channels_last=True, mode="max-autotune", on_request=True
-        ),
-        *(Provider(name, runtime=name) for name in peers.NAMES),
-    )
-}
+INFERENCE = by_name(
+    Provider("ours", fused=True, frozen=True, channels_last=True),
+    Provider("ours-triton", fused=True, frozen=True, channels_last=True, backend="triton", on_request=True),
+    Provider("ours-cuda", fused=True, frozen=True, channels_last=True, backend="cuda", on_request=True),
+    Provider("ours+graph", fused=True, frozen=True, channels_last=True, graph=True, on_request=True),
+    Provider("ours-direct", fused=True, frozen=True, channels_last=True, winograd=False, on_request=True),
+    Provider("ours-folded", fused=True, frozen=True, channels_last=True, backend="reference", on_request=True),
+    EAGER,
+    EAGER_CHANNELS_LAST,
+    Provider("eager-channels-last+graph", channels_last=True, graph=True, on_request=True),
+    Provider("compile-freezing", frozen=True, compiled=True, channels_last=True),
+    Provider(
+        "compile-max-autotune", frozen=True, compiled=True, channels_last=True, mode="max-autotune", on_request=True
+    ),
+    *(Provider(name, runtime=name) for name in peers.NAMES),
+)
 #: Who infers networks that are not trained any more, as we do.
 PEERS = ("compile-freezing", *peers.NAMES)
 
@@ -114,12 +109,7 @@ def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool
     """
 
     def run(
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
+        input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
     ) -> Tensor:
         if cudnn:
             output = torch.cudnn_batch_norm(input, weight, bias, running_mean, running_var, training, 0.1, 1e-5)[0]
@@ -135,25 +125,8 @@ def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool
 def build_batch_norm_act(
     provider: Provider, activation: Literal["relu", "identity"], training: bool, backend: str
 ) -> BatchNormAct:
-    def ours(
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-    ) -> Tensor:
-        return batch_norm_act(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            residual,
-            training,
-            activation=activation,
-            backend=provider.backend or backend,
-        )
+    def ours(*tensors: Tensor | None) -> Tensor:
+        return batch_norm_act(*tensors, training, activation=activation, backend=provider.backend or backend)
 
     run = ours if provider.fused else stock_batch_norm_act(activation, training, provider.cudnn)
     return torch.compile(run, dynamic=False, mode=provider.mode) if provider.compiled else run

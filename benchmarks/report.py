@@ -15,10 +15,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join([first, *rest]).rstrip()
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        return "  ".join([row[0].ljust(widths[0]), *rest]).rstrip()
 
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
 
@@ -127,14 +125,7 @@ def long_times(cases: Sequence[dict[str, Any]]) -> str:
             ]
             for name, provider in case["providers"].items()
         ]
-        header = [
-            case["name"],
-            "median ms",
-            "p10-p90",
-            f"time / {names[0]}",
-            *(f"{p} ms" for p in phases),
-            "rounds",
-        ]
+        header = [case["name"], "median ms", "p10-p90", f"time / {names[0]}", *(f"{p} ms" for p in phases), "rounds"]
         parts.append(table(header, rows))
     return "\n\n".join(parts)
 

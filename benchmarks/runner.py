@@ -9,12 +9,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol
 
 import torch
 
 from benchmarks import allocator, ceilings, environment, isa, report
 from fused_res import backends
+
+#: Types of the options that a results file holds.
+DATA = (NoneType, bool, int, float, str, list, tuple)
 
 
 class Benchmark(Protocol):
@@ -80,16 +84,7 @@ def measure_in_child(
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "run.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks",
-            *arguments,
-            "--allocator",
-            setting,
-            "--into",
-            str(into),
-        ]
+        command = [sys.executable, "-m", "benchmarks", *arguments, "--allocator", setting, "--into", str(into)]
         try:
             variables = isa.environment_for(instruction_set, allocator.environment_for(setting, os.environ))
             child = subprocess.run(command, env=variables, timeout=limit)
@@ -102,11 +97,7 @@ def measure_in_child(
 
 
 def run(
-    name: str,
-    benchmark: Benchmark,
-    options: argparse.Namespace,
-    arguments: list[str],
-    limit: float | None = None,
+    name: str, benchmark: Benchmark, options: argparse.Namespace, arguments: list[str], limit: float | None = None
 ) -> dict[str, Any]:
     """Measures under each allocator setting, each in `limit` seconds, then writes `<name>.json`, prints the tables
     and draws the charts."""
@@ -124,7 +115,7 @@ def run(
             ["python", "-m", "benchmarks"]
             + [os.path.relpath(word) if word == str(options.out) else word for word in arguments]
         ),
-        "options": {key: value for key, value in vars(options).items() if is_data(value)},
+        "options": {name: value for name, value in vars(options).items() if isinstance(value, DATA)},
         "runs": runs,
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -139,7 +130,3 @@ def run(
     benchmark.plot(document, written[-1])
     print(f"\n{text}\n\nwrote {', '.join(map(str, written))}", flush=True)
     return document
-
-
-def is_data(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple))

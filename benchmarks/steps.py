@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,26 +102,21 @@ class BlockStep:
         return {"forward": self.forward, "backward": self.backward}
 
 
+@dataclass(eq=False)
 class ModelStep:
     """A training step (cross entropy, backward, SGD with momentum, zero_grad) or an inference of a whole
     model; in less than float32 under autocast. (No loss scaling for float16: it changes no time.)"""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        target: Tensor,
-        mode: Mode,
-        dtype: torch.dtype = torch.float32,
-        graph: bool = False,
-    ) -> None:
-        self.module = module.train(mode == "train")
-        self.x = x
-        self.target = target
-        self.mode = mode
-        self.dtype = dtype
-        self.graph = graph
-        self.parameters, self.buffers = named(module)
+    module: nn.Module
+    x: Tensor
+    target: Tensor
+    mode: Mode
+    dtype: torch.dtype = torch.float32
+    graph: bool = False
+
+    def __post_init__(self) -> None:
+        self.module.train(self.mode == "train")
+        self.parameters, self.buffers = named(self.module)
         self.optimizer = torch.optim.SGD(self.parameters.values(), LEARNING_RATE, MOMENTUM)
 
     def infer(self, _: Any = None) -> Tensor:

@@ -75,7 +75,7 @@ def test_verdicts(
     a, b = write(tmp_path / "a"), write(tmp_path / "b", changes)
     assert exit_code(a, b) == code
     printed = capsys.readouterr().out
-    found = compare.compare(*(compare.measurements(compare.load(folder)) for folder in (a, b)))
+    found = compare.compare(*(compare.load(folder)[1] for folder in (a, b)))
     assert {
         one.verdict for key, one in found.items() if key.provider == "ours" and key.quantity == "median_s"
     } == verdicts
