@@ -2,6 +2,7 @@
 # job; a second run repeats nothing that did not change.
 #
 #   make test                     the tests; make test ARGS="-k wheel" for some of them
+#   make test-full                also the tests marked `full`: every architecture, instruction set and shape
 #   make bench                    the selection of benchmarks that ends within ten minutes
 #   make gpu                      on an NVIDIA GPU, with the machine's own Python (it has torch, Triton, pytest; nothing
 #                                 is downloaded): builds in place, tests, benchmarks; make gpu STAGE=test|bench|compile
@@ -29,10 +30,13 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --
   --no-loadscope-reorder
 GPU_PYTHON := python3
 
-.PHONY: test bench study docs gpu lint format build clean FORCE
+.PHONY: test test-full bench study docs gpu lint format build clean FORCE
 
 test: $(BUILT)
 	$(PYTEST) $(ARGS)
+
+test-full: $(BUILT)
+	$(PYTEST) -m "" $(ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks all

@@ -54,6 +54,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    with contextlib.suppress(ImportError):  # no Triton: its tests are skipped
+        from ptx.session import select
+
+        select(session.items)
+
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
     with contextlib.suppress(ImportError):  # no Triton: its tests say so

@@ -275,7 +275,7 @@ def test_guarded_tensors(launch, before):
     assert not torch.empty(4096).isnan().all()
 
 
-# Which layer finds which deliberate bug (cuda_sim/bugs): its result, under all schedules, or a sanitizer.
+# Which layer finds which deliberate bug (cuda_sim/bugs/kernels): its result, under all schedules, or a sanitizer.
 BUGS = {
     "missing_syncthreads": {"result", "thread"},
     "missing_second_syncthreads": {"result", "thread"},
@@ -308,7 +308,7 @@ def test_deliberate_bugs_are_found(bug, sanitizer):
     for name, report in REPORTS.items():
         expected = name == sanitizer and name in BUGS[bug]
         assert (report in broken.stderr) == expected, broken.stderr
-        assert not expected or f"bugs/{bug}.cu" in broken.stderr  # the kernel's line
+        assert not expected or f"bugs/kernels/{bug}.cu" in broken.stderr  # the kernel's line
     assert (broken.returncode == 0) == (not BUGS[bug] & {"result", sanitizer}), broken.stdout + broken.stderr
 
 

@@ -42,7 +42,9 @@ def _configure() -> str | None:
     same_python = Path(known.get("Python_EXECUTABLE", "")).parent == Path(sys.executable).parent
     if same_python and known.get("FUSED_RES_SIMULATOR") == "ON" and (_BUILD / "build.ninja").exists():
         return None
-    settings = ("-DFUSED_RES_SIMULATOR=ON", f"-DPython_EXECUTABLE={sys.executable}")
+    # One translation unit for all host sources: torch's headers are most of what each one compiles.
+    unity = ("-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0")
+    settings = ("-DFUSED_RES_SIMULATOR=ON", f"-DPython_EXECUTABLE={sys.executable}", *unity)
     try:
         done = _cmake("-G", "Ninja", "-S", str(_ROOT), "-B", str(_BUILD), *settings)
     except FileNotFoundError:

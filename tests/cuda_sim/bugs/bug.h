@@ -1,5 +1,5 @@
-// A kernel with a deliberate bug, and the same kernel without: every file here is compiled twice, with BROKEN
-// 0 and 1, into the namespaces `correct` and `broken` (VERSION). main.cpp runs what they registered.
+// A kernel with a deliberate bug, and the same kernel without: every file in kernels/ is compiled twice, with
+// BROKEN 0 and 1, into the namespaces `correct` and `broken` (VERSION). main.cpp runs what they registered.
 #pragma once
 
 #include <functional>

@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <memory>
 
-#include "bug.h"
+#include "../bug.h"
 
 namespace fused_res::cuda::out_of_bounds_global::VERSION {
 

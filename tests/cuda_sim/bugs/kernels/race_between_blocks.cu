@@ -1,4 +1,4 @@
-#include "bug.h"
+#include "../bug.h"
 
 namespace fused_res::cuda::race_between_blocks::VERSION {
 

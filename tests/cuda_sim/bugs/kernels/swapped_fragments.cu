@@ -1,7 +1,7 @@
 #include <utility>
 #include <vector>
 
-#include "bug.h"
+#include "../bug.h"
 
 namespace fused_res::cuda::swapped_fragments::VERSION {
 

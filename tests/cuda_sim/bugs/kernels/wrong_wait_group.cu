@@ -1,6 +1,6 @@
 #include <vector>
 
-#include "bug.h"
+#include "../bug.h"
 
 namespace fused_res::cuda::wrong_wait_group::VERSION {
 
