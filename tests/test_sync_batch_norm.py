@@ -435,13 +435,13 @@ def test_fully_shard(two):
     assert_same_net(two.run(sharded_part, (3, 5)), (3, 5))
 
 
-def compiled_part(sizes):
+def compiled_part(sizes, compiler):
     torch._dynamo.reset()
     model = fused_res.convert_sync_batchnorm(net())
     model[2].momentum = 0.1  # a cumulative average reads its counter, where stock PyTorch breaks the graph, too
     model.add_module("last", fused_res.fuse(nn.Sequential(nn.Unflatten(1, (10, 1, 1)), fnn.SyncBatchNorm(10).double())))
     eager = copy.deepcopy(model)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     found = []
     for net_ in (eager, compiled):
         for x, _, _ in own_steps(sizes, torch.channels_last):
@@ -453,8 +453,10 @@ def compiled_part(sizes):
     return [dist.get_rank()]
 
 
-def test_compiled(two):
-    two.run(compiled_part, (3, 5))
+# Inductor compiles the same graph as in one process: see test_nn.py and test_residual_block.py.
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_compiled(two, compiler):
+    two.run(compiled_part, (3, 5), compiler)
 
 
 def subgroup_part():

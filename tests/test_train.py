@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_ranks
 from torch import Tensor
 
 from examples import checkpoint, data, networks, train
@@ -181,14 +182,14 @@ def finish(process: subprocess.Popen) -> str:
 
 def test_sigterm_ends_the_script_with_status_0(tmp_path: Path) -> None:
     out, expected = tmp_path / "out", tmp_path / "expected"
-    with started([sys.executable], out, "--epochs", "40") as process:
+    with started([sys.executable], out, "--epochs", "16") as process:
         wait_for(lambda: checkpoint.newest_first(out), process)
         process.send_signal(signal.SIGTERM)
         assert "stopped by a signal after step" in finish(process)
-    assert checkpoint.newest_first(out)[0].name < file_name(240)
+    assert checkpoint.newest_first(out)[0].name < file_name(96)
     for folder in (out, expected):
-        run(folder, "--epochs", "40")
-    assert_same_run(out, expected, 240)
+        run(folder, "--epochs", "16")
+    assert_same_run(out, expected, 96)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -474,11 +475,15 @@ def torchrun(*options: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
 
 
+def run_many(processes: int, out: Path, *arguments: str, small: Sequence[str] = SMALL) -> None:
+    """A run by `processes` processes, as torchrun would start them."""
+    run_ranks(processes, train.main, [*small, *QUIET, "--out", str(out), *arguments])
+
+
 def test_two_processes_come_to_the_same_as_one(tmp_path: Path, normless: Path) -> None:
     """The last batch is a single image, so one of them has none, and most parts of it are empty."""
     out = tmp_path / "out"
-    with started(torchrun(), out, *NORMLESS, "--accumulate", "2", small=without_width(SMALL)) as process:
-        finish(process)
+    run_many(2, out, *NORMLESS, "--accumulate", "2", small=without_width(SMALL))
     assert_close_run(out, normless, 3)
 
 
@@ -487,8 +492,7 @@ def test_synchronised_norms_make_many_processes_one(tmp_path: Path, processes: i
     """The last batch is a single image again: the other processes bring nothing to its statistics."""
     arguments = ["--batch-size", "718", "--lr", "0.02", "--sync-bn"]
     many, one = tmp_path / "many", tmp_path / "one"
-    with started(torchrun("--nproc-per-node", str(processes)), many, "--epochs", "1", *arguments, kind) as process:
-        finish(process)
+    run_many(processes, many, "--epochs", "1", *arguments, kind)
     run(one, *arguments, "--epochs", "1")
     assert_close_run(many, one, 3)
 
@@ -505,21 +509,18 @@ def test_a_run_whose_process_is_killed_comes_back(tmp_path: Path) -> None:
         wait_for(lambda: checkpoint.newest_first(disturbed), process)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
         assert f"going on from {disturbed}" in finish(process)
-    with started(torchrun(), expected, *arguments) as process:
-        finish(process)
+    run_many(2, expected, *arguments)
     assert_same_run(disturbed, expected, 72)
 
 
 def test_sharded_training_resumes_with_any_number_of_processes(tmp_path: Path) -> None:
     whole, resumed, alone = tmp_path / "whole", tmp_path / "resumed", tmp_path / "alone"
     arguments = ["--epochs", "2", "--ema", "0.9"]
-    with started(torchrun(), whole, *arguments, "--checkpoint-every", "4", "--keep", "9", "--fsdp") as process:
-        finish(process)
+    run_many(2, whole, *arguments, "--checkpoint-every", "4", "--keep", "9", "--fsdp")
     for out in (resumed, alone):
         out.mkdir()
         shutil.copy(whole / file_name(8), out)
-    with started(torchrun(), resumed, *arguments, "--fsdp") as process:
-        finish(process)
+    run_many(2, resumed, *arguments, "--fsdp")
     assert_same_run(resumed, whole, 12)
     run(alone, *arguments)
     # By itself, batch norm sees the whole batch.
