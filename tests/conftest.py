@@ -41,11 +41,13 @@ with contextlib.suppress(ImportError):
 
 #: Files that would keep one process waiting for another if they came last; see PYTEST in the Makefile.
 LONGEST = (
+    "test_batch_norm_act",
     "test_cpu_sanitizers",
-    "test_train",
     "test_cuda_build",
-    "test_depth_study",
     "test_cuda_sim",
+    "test_shipped_kernels",
+    "test_sync_batch_norm",
+    "test_train",
     "test_triton_bf16",
 )
 
