@@ -83,9 +83,9 @@ def _backward(
         # A convolution of the flipped and transposed weight: with stride 1, or of the pixels that a 1x1 read.
         taps = weight.shape[2:]
         around = tuple(spread * (tap - 1) - pad for tap, pad, spread in zip(taps, padding, dilation, strict=True))
-        packed = pack(weight, tile, stride, transposed=True)
-        transposed = (input.shape[1], weight.shape[0], *taps)
-        dx, _ = _run(tile, grad, packed, None, transposed, ((1, 1), around, dilation, groups))
+        transposed, geometry = (input.shape[1], weight.shape[0], *taps), ((1, 1), around, dilation, groups)
+        # Packed in the call: the weight's other form is freed before its gradient is allocated.
+        dx, _ = _run(tile, grad, pack(weight, tile, stride, transposed=True), None, transposed, geometry)
     if mask[1]:
         dweight = conv_weight_gradient(grad, input, weight, stride, padding, dilation, tile > 0)
     if mask[2]:
