@@ -15,7 +15,7 @@ _HALF = (torch.bfloat16, torch.float16)
 _LEAST_CHANNELS = 16
 _PUBLISHED = "published figures of cuDNN; not measured with these kernels"
 _COUNTED = "counted: a 16x8x16 instruction, 8 elements a load"
-_TRANSPOSED = "counted: a transposition moves what the fusion saves"
+_TRANSPOSED = "not measured: the kernel would transpose its operands first"
 
 
 def _supports(problem: Problem) -> str | None:

@@ -278,8 +278,8 @@ ONEDNN = Algorithm(
     rules=(
         Rule(
             lambda problem: not problem.packed and problem.input[0] == 1,
-            "one image: ATen's call without a reordered weight is as fast",
-            "2 Zen 4 cores; the reorder of an unpacked weight takes as long as the convolution",
+            "one image, and a weight that is not kept packed",
+            "taken over from the rule before it, which recorded no figures",
         ),
     ),
     pack=onednn.pack,
