@@ -27,9 +27,9 @@ import torch
 
 from benchmarks.cases import Mode
 from benchmarks.network import Block, Convolution, Network
+from fused_res.block.plan import Plan, Unit
+from fused_res.block.program import NONE, Step
 from fused_res.dispatch import Algorithm, Algorithms, Selected
-from fused_res.plan import Plan, Unit
-from fused_res.program import NONE, Step
 from fused_res.spec import by_unit
 
 #: What is not fused at any level. Under autocast masters are float32: weights are cast, their gradients cast back.

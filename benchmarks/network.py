@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fused_res import models
+from fused_res.block.plan import BlockConfig, Plan
+from fused_res.block.planner import plan
 from fused_res.dispatch import Algorithms
-from fused_res.layout import convolved, pooled_shape
 from fused_res.models import ResNet
 from fused_res.nn import chain
 from fused_res.nn.block import ResidualBlock
-from fused_res.plan import BlockConfig, Plan
-from fused_res.planner import plan
+from fused_res.ops.memory_format import convolved, pooled_shape
 from fused_res.spec import UnitSpec, by_unit
 
 Shape = tuple[int, ...]

@@ -19,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.utils._pytree import tree_map_only
 
-from fused_res.spec import Geometry
-
 __all__ = ["BatchNorm", "FakeTensor", "FakeTensorMode", "NormBase", "tree_map_only"]
+
+#: Stride, padding, dilation and groups.
+_Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -118,7 +119,7 @@ def mkldnn_computes_fp16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def mkldnn_reorder_weight(weight: Tensor, geometry: Geometry, input_size: Sequence[int]) -> Tensor:
+def mkldnn_reorder_weight(weight: Tensor, geometry: _Geometry, input_size: Sequence[int]) -> Tensor:
     """``weight`` in oneDNN's blocked format for an input of this size."""
     stride, padding, dilation, groups = geometry
     reorder = torch.ops.mkldnn._reorder_convolution_weight.default
@@ -126,7 +127,7 @@ def mkldnn_reorder_weight(weight: Tensor, geometry: Geometry, input_size: Sequen
 
 
 def mkldnn_convolution(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: str
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, activation: str
 ) -> Tensor:
     """A convolution with ``activation``, ``"relu"`` or ``"none"``, in its epilogue."""
     stride, padding, dilation, groups = geometry

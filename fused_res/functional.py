@@ -15,28 +15,28 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused_res import _torch_compat, convolution, distributed
+from fused_res import _torch_compat, distributed
 from fused_res.autograd.batch_norm_act import BatchNormAct, affine_stats
 from fused_res.autograd.batch_norm_act import forward as batch_norm_act_forward
 from fused_res.autograd.residual_block import ResidualBlock, traceable
 from fused_res.backends import registry
 from fused_res.backends.reference import batch_norm_act as reference_norm
 from fused_res.backends.reference import residual_block as reference_block
-from fused_res.checks import (
+from fused_res.block.checks import check_recompute, check_tensors
+from fused_res.block.plan import BlockConfig, Plan
+from fused_res.block.planner import plan
+from fused_res.dispatch import convolution
+from fused_res.ops import stats_dtype
+from fused_res.ops.checks import (
     check_activation,
     check_convolution,
     check_input,
     check_momentum,
     check_norm,
     check_operands,
-    check_recompute,
     check_residual,
-    check_tensors,
 )
-from fused_res.layout import is_channels_last
-from fused_res.ops import stats_dtype
-from fused_res.plan import BlockConfig, Plan
-from fused_res.planner import plan
+from fused_res.ops.memory_format import is_channels_last
 from fused_res.spec import BlockSpec, by_unit
 
 __all__ = ["batch_norm_act", "conv_bias_act", "residual_block"]
@@ -196,9 +196,13 @@ def residual_block(
     else:
         made = plan(config, input, tensors)
         if _tunes(input, tune, preference):
-            from fused_res import tune as tuning
+            from fused_res.dispatch import tuning
 
-            made = plan(config, input, tensors, None, tuning.algorithms(made, kernels, input.device))
+            measured = (
+                tuning.training(kernels, unit.problem, unit.reads != "x", unit.training, input.device)
+                for unit in made.all_units
+            )
+            made = plan(config, input, tensors, None, tuple(measured))
         if made.grad:
             output, *stats = ResidualBlock.apply(made, input, *tensors)
         else:
@@ -305,7 +309,7 @@ def packed_conv_bias_act(
             return kernels.conv_bias_act(input, weight, bias, residual, *geometry, relu)
         measured: Any = None
         if _tunes(input, False, preference):
-            from fused_res.tune import inference as measured
+            from fused_res.dispatch.tuning import inference as measured
         return registry.infer(kernels, input, weight, bias, residual, geometry, relu, preference, keep, measured)
 
 

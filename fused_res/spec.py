@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
-Activation = Literal["relu", "identity"]
-ACTIVATIONS = ("relu", "identity")
+from fused_res.ops.checks import ACTIVATIONS, Activation
+from fused_res.ops.geometry import Geometry
 
-#: How much a block recomputes in backward instead of keeping it.
+#: How much a block recomputes in backward instead of saving it.
 RECOMPUTE = ("none", "norm", "conv")
 
 T = TypeVar("T")
@@ -47,28 +47,6 @@ def by_unit(values: Sequence[Any]) -> list[UnitTensors]:
     """Groups a flat sequence, one value for each tensor of a block, by unit."""
     count = len(UnitTensors._fields)
     return [UnitTensors(*values[start : start + count]) for start in range(0, len(values), count)]
-
-
-#: Stride, padding and dilation for each spatial dimension, and the number of groups.
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
-
-
-def conv_output_sizes(
-    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...]:
-    """Height, width, ... of a convolution's output, from those of its input."""
-    return tuple(
-        (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
-        for size, taps, step, pad, spread in zip(sizes, kernel, stride, padding, dilation, strict=True)
-    )
-
-
-def same_padding(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...] | None:
-    """The padding of ``padding="same"``; None where the two sides would differ, or a stride is not 1."""
-    around = [spread * (taps - 1) for taps, spread in zip(kernel, dilation, strict=True)]
-    if any(a % 2 for a in around) or any(step != 1 for step in stride):
-        return None
-    return tuple(a // 2 for a in around)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from stock import batch_norm_act as stock
 from torch.nn import functional as F
 
 import fused_res
-from fused_res import layout
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as definition
 from fused_res.backends.reference.batch_norm_act import pack_mask, unpack_mask
 from fused_res.functional import batch_norm_act
+from fused_res.ops import memory_format
 from fused_res.testing import assert_as_exact_as
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -633,5 +633,5 @@ def test_masks_pack_to_the_shape_that_fakes_promise():
     for case, format in CASES:
         mask = (torch.randn(SHAPES[case]) > 0).contiguous(memory_format=format)
         packed = pack_mask(mask)
-        assert tuple(packed.shape) == layout.packed_shape(mask)
+        assert tuple(packed.shape) == memory_format.packed_shape(mask)
         assert torch.equal(unpack_mask(packed, mask), mask)

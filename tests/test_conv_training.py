@@ -18,9 +18,9 @@ from torch.nn import functional as F
 import fused_res
 from fused_res import BlockSpec, UnitSpec, _extension, models
 from fused_res.backends import registry
+from fused_res.block.plan import BlockConfig
+from fused_res.block.planner import plan
 from fused_res.functional import residual_block
-from fused_res.plan import BlockConfig
-from fused_res.planner import plan
 from fused_res.testing import assert_as_exact_as
 
 pytestmark = pytest.mark.skipif(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fused_res import UnitSpec, convolution
-from fused_res.dispatch import Problem, select
+from fused_res import UnitSpec
+from fused_res.dispatch import Problem, convolution, select
 from fused_res.testing import assert_as_exact_as
 
 GEOMETRIES = [  # images, channels, height, width, outputs, kernel, stride, padding, dilation

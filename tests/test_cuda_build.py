@@ -17,8 +17,9 @@ import ptxas
 import pytest
 import torch
 
-from fused_res import layout, ops
+from fused_res import ops
 from fused_res.backends import cuda, registry
+from fused_res.ops import memory_format
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"  # its folders are kept, so that the next session compiles nothing twice
@@ -286,7 +287,7 @@ def launched() -> Iterator[tuple[str, int, int, bool]]:
             vector, stats, y_stats = (
                 torch.empty(size, dtype=wide) for size in ((outputs,), (5, channels), (5, outputs))
             )
-            mask = torch.empty(layout.packed_shape(y), dtype=torch.uint8)
+            mask = torch.empty(memory_format.packed_shape(y), dtype=torch.uint8)
             ours.batch_norm_act_forward(y, y, None, vector, vector, None, None, True, 1e-5, True, True)
             ours.batch_norm_act_forward(y, None, None, vector, vector, vector, vector, False, 1e-5, True, True)
             ours.batch_norm_act_backward(y, y, vector, y_stats, mask, True, True, [True] * 4)

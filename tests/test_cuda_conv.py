@@ -12,10 +12,11 @@ from gpu import DEVICE
 from torch.nn import functional as F
 
 import fused_res
-from fused_res import layout, ops
+from fused_res import ops
 from fused_res.backends.reference import batch_norm_act as norm
 from fused_res.backends.reference import conv_dgrad as reference_dgrad
 from fused_res.backends.reference import conv_wgrad as reference_wgrad
+from fused_res.ops import memory_format
 
 if "cuda" not in gpu.BACKENDS:
     pytest.skip(str(fused_res.backends.unavailable("cuda")), allow_module_level=True)
@@ -251,10 +252,10 @@ def test_outputs_are_laid_out_as_their_fakes():
     for rows, w in ((x, weight_contiguous), (x_contiguous, weight), (x_contiguous, weight_contiguous)):
         exact = F.conv2d(x.double(), weight.double(), bias.double(), *SAME)
         y = kernels.conv_bias_act(rows, w, bias, None, *SAME, False)
-        assert y.is_contiguous(memory_format=torch.channels_last) == layout.makes_channels_last(rows, w)
+        assert y.is_contiguous(memory_format=torch.channels_last) == memory_format.makes_channels_last(rows, w)
         assert_close(y, exact, TOLERANCE["float32"])
         z, partials = kernels.conv_bn_stats(rows, w, bias, None, False, *SAME, True)
-        assert z.is_contiguous(memory_format=torch.channels_last) == layout.is_channels_last(rows)
+        assert z.is_contiguous(memory_format=torch.channels_last) == memory_format.is_channels_last(rows)
         assert torch.equal(y, z)
         assert partials.shape == (1, 3, 16)
         assert kernels.conv_bn_stats(rows, w, bias, None, False, *SAME, False)[1].shape == (0,)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import fused_res
-from fused_res import BlockSpec, UnitSpec, dispatch, functional, models, tune
+from fused_res import BlockSpec, UnitSpec, dispatch, functional, models
 from fused_res.backends import registry
 from fused_res.backends.implicit_gemm import ALGORITHMS as GPU
 from fused_res.backends.reference.convolution import ALGORITHMS as REFERENCE
-from fused_res.dispatch import Machine, Problem, select_training
+from fused_res.block.plan import BlockConfig
+from fused_res.block.planner import plan
+from fused_res.dispatch import Machine, Problem, select_training, tuning
 from fused_res.functional import residual_block
-from fused_res.plan import BlockConfig
-from fused_res.planner import plan
 from tests.backends import BACKENDS
 
 POINTWISE = UnitSpec()
@@ -245,8 +245,8 @@ def test_aten_means_aten_and_nothing_else():
 class TestTuning:
     @pytest.fixture(autouse=True)
     def forget(self, monkeypatch):
-        monkeypatch.setattr(tune, "_measured", {})
-        monkeypatch.setattr(tune, "_SECONDS", 0.0)
+        monkeypatch.setattr(tuning, "_measured", {})
+        monkeypatch.setattr(tuning, "_SECONDS", 0.0)
 
     def run(self, backend="reference", **options):
         x = torch.randn(2, 8, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
@@ -254,12 +254,12 @@ class TestTuning:
 
     def test_measures_each_convolution_once(self, monkeypatch):
         self.run(tune=True)
-        made = dict(tune._measured)
+        made = dict(tuning._measured)
         assert len(made) == 3
         assert all(one.reason.startswith("measured: ") for algorithms in made.values() for one in algorithms)
-        monkeypatch.setattr(tune, "_measure", None)
+        monkeypatch.setattr(tuning, "_measure", None)
         self.run(tune=True)
-        assert tune._measured == made
+        assert tuning._measured == made
 
     def test_the_faster_one_is_taken(self, monkeypatch):
         slow = {"aten": 2.0, "reference": 1.0, "apply": 0.1}
@@ -269,22 +269,22 @@ class TestTuning:
                 return slow["apply"]
             return slow.get(function.algorithm, 9.0)
 
-        original = tune._Calls.of
+        original = tuning._Calls.of
 
         def of(self, operation, algorithm):
             function = original(self, operation, algorithm)
             function.algorithm = algorithm.name
             return function
 
-        monkeypatch.setattr(tune._Calls, "of", of)
-        monkeypatch.setattr(tune, "_seconds", pretend)
+        monkeypatch.setattr(tuning._Calls, "of", of)
+        monkeypatch.setattr(tuning, "_seconds", pretend)
         self.run(tune=True)
-        chosen = [tuple(one.name for one in algorithms) for algorithms in tune._measured.values()]
+        chosen = [tuple(one.name for one in algorithms) for algorithms in tuning._measured.values()]
         assert chosen[0] == chosen[2] == ("reference",) * 3 and chosen[1] == ("reference", "aten", "aten")
-        tune._measured.clear()
+        tuning._measured.clear()
         slow["reference"] = 3.0
         self.run(tune=True)
-        assert all(one.name == "aten" for algorithms in tune._measured.values() for one in algorithms)
+        assert all(one.name == "aten" for algorithms in tuning._measured.values() for one in algorithms)
 
     @needs_cpu
     def test_a_cpu_measures_as_well_and_stays_right(self):
@@ -294,7 +294,7 @@ class TestTuning:
         tensors = [torch.randn(64, 64, 3, 3) / 24, None, *norm]
         spec = BlockSpec((SPATIAL,), "identity")
         found = residual_block(x, spec, [t if t is None else t.clone() for t in tensors], training=True, tune=True)
-        (made,) = tune._measured.values()
+        (made,) = tuning._measured.values()
         assert {"winograd_f4x4", "direct", "aten"} <= set(re.findall(r"([a-z_0-9]+) [0-9]+ us", made.forward.reason))
         wide = [t if t is None else t.double() for t in tensors]
         exact = residual_block(x.double(), spec, wide, training=True, backend="reference")
@@ -309,13 +309,13 @@ class TestTuning:
             self.run(tune=True)
         finally:
             torch.use_deterministic_algorithms(False)
-        assert not tune._measured
+        assert not tuning._measured
 
     def test_bad_tensors_are_refused_before(self):
         x = torch.randn(2, 6, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
         with pytest.raises(ValueError, match=r"0\.weight"):
             residual_block(x, BLOCK, block_tensors(), training=True, backend="reference", tune=True)
-        assert not tune._measured
+        assert not tuning._measured
 
 
 # --- the core -----------------------------------------------------------------------------------------------

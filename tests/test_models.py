@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_res import models
 from fused_res.autograd import residual_block
+from fused_res.block.plan import BlockConfig
 from fused_res.nn import BasicBlock, Bottleneck, ResidualBlock
-from fused_res.plan import BlockConfig
 from fused_res.spec import BlockSpec, UnitSpec
 from fused_res.testing import stub_torchvision_operators
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fused_res import BlockSpec, PoolSpec, UnitSpec
+from fused_res.block.plan import BlockConfig
+from fused_res.block.planner import plan
+from fused_res.block.program import NONE, Program, Slot, Step, run
 from fused_res.dispatch import Selected
-from fused_res.plan import BlockConfig
-from fused_res.planner import plan
-from fused_res.program import NONE, Program, Slot, Step, run
 from tests.backends import FAST
 
 ONE, THREE = UnitSpec(), UnitSpec(padding=(1, 1))
@@ -110,7 +110,7 @@ def test_the_interpreter_passes_slots_and_constants_in_order():
         return a * factor, b
 
     step = Step("both", (Slot(0), 10, NONE, Slot(1)), (Slot(2), NONE), frees=(Slot(0),))
-    from fused_res import program
+    from fused_res.block import program
 
     program.OPERATORS["both"] = both
     try:

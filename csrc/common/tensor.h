@@ -54,7 +54,7 @@ inline at::MemoryFormat channels_last_of(int64_t dim) {
   return dim == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
 }
 
-// Whether kernels see rows of channels. The same rule as fused_res.layout.is_channels_last.
+// Whether kernels see rows of channels. The same rule as fused_res.ops.memory_format.is_channels_last.
 inline bool is_channels_last(const Tensor& input) {
   if (input.dim() == 2) return true;
   if (input.size(1) == 1) return false;

@@ -11,9 +11,9 @@ from torch.autograd import Function
 
 from fused_res import distributed
 from fused_res.backends import registry
-from fused_res.backends.protocol import Kernels
 from fused_res.backends.reference.batch_norm_act import batch_norm_act as reference
 from fused_res.backends.reference.batch_norm_act import channels_view, reduced, unpack_mask
+from fused_res.dispatch.backend import Kernels
 from fused_res.ops import MEAN, VAR, stats_dtype
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fused_res import _torch_compat, flops
+from fused_res import _torch_compat
 from fused_res.backends import registry
 from fused_res.backends.reference.residual_block import residual_block as reference
-from fused_res.layout import is_channels_last
-from fused_res.ops import MEAN, VAR
-from fused_res.plan import BlockConfig, Plan
-from fused_res.planner import plan, plan_backward, plan_for
-from fused_res.program import NONE, Slot
+from fused_res.block.plan import BlockConfig, Plan
+from fused_res.block.planner import plan, plan_backward, plan_for
+from fused_res.block.program import NONE, Slot
+from fused_res.ops import MEAN, VAR, flops
+from fused_res.ops.memory_format import is_channels_last
 from fused_res.spec import BlockSpec, by_unit
 
 Tensors = Sequence[Tensor | None]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_res import convolution
-from fused_res.dispatch import Algorithm, Problem, Rule
+from fused_res.dispatch import Algorithm, Problem, Rule, convolution
 
 _HALF = (torch.bfloat16, torch.float16)
 #: Fewer channels leave most of a matrix instruction idle.

@@ -6,17 +6,17 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fused_res import _torch_compat, dispatch, env
-from fused_res.backends.protocol import Backend, Kernels
 from fused_res.dispatch import Algorithm, Machine, Operation, PackedWeight, Problem, Selected
-from fused_res.layout import is_channels_last, makes_channels_last
+from fused_res.dispatch.backend import Backend, Kernels
 from fused_res.ops import STEMS
-from fused_res.spec import Geometry
+from fused_res.ops.geometry import Geometry
+from fused_res.ops.memory_format import is_channels_last, makes_channels_last
 
 #: From an algorithm, a problem and an input to the weight, packed if the algorithm packs.
 Keep = Callable[[Selected, Problem, Tensor], PackedWeight | Tensor]
@@ -185,19 +185,6 @@ def selects_aten(
     return dispatch.select_uncached(kernels.algorithms, problem, preference).name == "aten"
 
 
-def implementation(name: str, operation: Operation, algorithm: Algorithm) -> Callable[..., Any]:
-    """The callable that serves an operation: the algorithm's own, or the backend's operator of this name."""
-    found = algorithm.serves[operation]
-    if not isinstance(found, str):
-        return found
-    operator = getattr(_load(name), found)
-    if operation != "inference":
-        return operator
-    return lambda input, weight, bias, residual, geometry, relu: operator(
-        input, weight, bias, residual, *geometry, relu
-    )
-
-
 def infer(
     kernels: Kernels,
     input: Tensor,
@@ -225,9 +212,7 @@ def infer(
         operand = keep(selected, problem, input)
     elif algorithm.packs == "always" and algorithm.pack is not None:
         operand = PackedWeight(algorithm.pack(problem, input, weight), problem.weight)
-    output: Tensor = implementation(kernels.name, "inference", algorithm)(
-        input, operand, bias, residual, geometry, relu
-    )
+    output: Tensor = kernels.implementation("inference", algorithm)(input, operand, bias, residual, geometry, relu)
     return output
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused_res import functional
 from fused_res._torch_compat import NormBase
 from fused_res.backends import registry
+from fused_res.block.plan import Plan
 from fused_res.fusion import runs
 from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, StemAdapter, base_of
 from fused_res.fusion.convert import CLOSED, candidates
@@ -23,7 +24,6 @@ from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
 from fused_res.nn.chain import Refusal
 from fused_res.nn.configured import Configured
 from fused_res.nn.frozen import Frozen, FrozenConv
-from fused_res.plan import Plan
 
 NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm)
 _NOT_RUN = "algorithms are selected for the first input"

@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_res.checks import check_activation
 from fused_res.nn import chain
 from fused_res.nn.configured import Configured
-from fused_res.spec import Activation
+from fused_res.ops.checks import Activation, check_activation
 
 
 class BatchNormAct2d(Configured, nn.BatchNorm2d):

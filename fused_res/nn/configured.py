@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fused_res.backends import registry
-from fused_res.checks import check_recompute
+from fused_res.block.checks import check_recompute
 from fused_res.nn.chain import Refusal
 
 #: Makes a norm from its number of channels.

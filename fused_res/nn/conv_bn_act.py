@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fused_res.checks import check_activation
 from fused_res.nn import chain
 from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
-from fused_res.spec import Activation
+from fused_res.ops.checks import Activation, check_activation
 
 
 class ConvBNAct2d(Configured):

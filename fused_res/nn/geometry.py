@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fused_res._torch_compat import constant_while_compiling
-from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, same_padding
+from fused_res.ops.geometry import same_padding
+from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 #: stride, padding, dilation, groups, padding_mode, weight's shape, eps, whether ReLU follows; as the modules
 #: hold them.

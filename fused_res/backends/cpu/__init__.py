@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fused_res import _extension
 from fused_res._extension import output_cache_bytes, set_output_cache
-from fused_res.backends.protocol import Kernels
 from fused_res.dispatch import Machine
+from fused_res.dispatch.backend import Kernels
 
 __all__ = ["output_cache_bytes", "set_output_cache"]
 

@@ -29,7 +29,8 @@ def _conv_bn_stats(
         x, _ = OPERATORS["batch_norm_act_apply"](input, input_stats, None, None, input_relu, False)
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     _, selected = registry.select("cpu", "forward", x, weight, geometry, "planned", False)
-    forward = registry.implementation("cpu", "forward", selected.algorithm)
+    forward = selected.algorithm.serves["forward"]
+    assert callable(forward)
     output, made = forward(x, weight, bias, geometry, partials)
     if not partials:
         return output, output.new_empty(0, dtype=torch.float64)

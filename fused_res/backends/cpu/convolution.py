@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_res import _extension, convolution
+from fused_res import _extension
 from fused_res.backends.cpu import onednn
 from fused_res.backends.cpu.operators import conv_weight_gradient, convolve, pack_conv_weight
-from fused_res.convolution import Gradients, Mask
-from fused_res.dispatch import TRAINING, Algorithm, Operation, PackedWeight, Problem, Rule
-from fused_res.spec import Geometry
+from fused_res.dispatch import TRAINING, Algorithm, Operation, PackedWeight, Problem, Rule, convolution
+from fused_res.dispatch.convolution import Gradients, Mask
+from fused_res.ops.geometry import Geometry
 
 #: Outputs a side of an algorithm's tiles; 0: no transform.
 TILES = {"winograd_f4x4": 4, "winograd_f2x2": 2, "direct": 0}

@@ -18,7 +18,8 @@ from fused_res import _extension
 from fused_res.backends.cpu.convolution import ALGORITHMS, TILES
 from fused_res.backends.cpu.operators import conv_program
 from fused_res.dispatch import Machine, Problem, Selected, select
-from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, conv_output_sizes
+from fused_res.ops.geometry import conv_output_sizes
+from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 #: Floats of an arena, 64 MB: more images at a time gain nothing.
 _ARENA = 16 << 20

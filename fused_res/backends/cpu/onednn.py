@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fused_res import _torch_compat
-from fused_res.convolution import finish_in_place
 from fused_res.dispatch import PackedWeight, Problem
-from fused_res.layout import laid_out, makes_channels_last
-from fused_res.spec import Geometry
+from fused_res.dispatch.convolution import finish_in_place
+from fused_res.ops.geometry import Geometry
+from fused_res.ops.memory_format import laid_out, makes_channels_last
 
 
 @cache

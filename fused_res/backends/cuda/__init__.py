@@ -10,8 +10,8 @@ import os
 import torch
 
 from fused_res import _extension, env, ops
-from fused_res.backends.protocol import Kernels
 from fused_res.dispatch import Machine
+from fused_res.dispatch.backend import Kernels
 
 STEMS = tuple(ops.STEMS)
 machine = Machine

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fused_res import ops
-from fused_res.backends.protocol import Kernels, import_operators
 from fused_res.dispatch import Machine
+from fused_res.dispatch.backend import Kernels, import_operators
 
 STEMS = tuple(ops.STEMS)
 machine = Machine

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_res.layout import is_channels_last
 from fused_res.ops import INVSTD, MEAN, SCALE, SHIFT, VAR, stats_dtype
+from fused_res.ops.memory_format import is_channels_last
 
 
 def batch_norm_act(

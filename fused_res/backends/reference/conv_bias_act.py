@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_res import _torch_compat
-from fused_res.layout import laid_out, makes_channels_last
 from fused_res.ops import stats_dtype
+from fused_res.ops.memory_format import laid_out, makes_channels_last
 
 
 def conv_bias_act(

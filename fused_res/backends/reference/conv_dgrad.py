@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_res.backends.reference.batch_norm_act import masked, unpack_mask
 from fused_res.backends.reference.batch_norm_sync import batch_norm_sums, before_norm
-from fused_res.layout import laid_out
+from fused_res.ops.memory_format import laid_out
 
 
 def conv_dgrad(

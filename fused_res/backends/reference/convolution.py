@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from fused_res import convolution
 from fused_res.backends.implicit_gemm import IMPLICIT_GEMM, fused_training_supports
-from fused_res.dispatch import TRAINING, Rule
+from fused_res.dispatch import TRAINING, Rule, convolution
 
 PLAIN = replace(
     IMPLICIT_GEMM,

@@ -17,8 +17,8 @@ from fused_res.backends.triton.kernels import batch_norm_act as kernels
 from fused_res.backends.triton.launch import launch
 from fused_res.backends.triton.registration import operator
 from fused_res.backends.triton.tiles import accumulator, tiling
-from fused_res.layout import dense, is_channels_last, laid_out, packed_shape, restored
 from fused_res.ops import stats_dtype
+from fused_res.ops.memory_format import dense, is_channels_last, laid_out, packed_shape, restored
 
 
 @operator

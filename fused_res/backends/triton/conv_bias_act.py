@@ -7,7 +7,7 @@ from torch import Tensor
 from fused_res.backends.reference import conv_bias_act as reference
 from fused_res.backends.triton.convolution import convolution, takes
 from fused_res.backends.triton.registration import operator
-from fused_res.layout import laid_out, makes_channels_last
+from fused_res.ops.memory_format import laid_out, makes_channels_last
 
 
 @operator

@@ -12,7 +12,7 @@ from fused_res.backends.triton.kernels import pointwise_backward as kernels
 from fused_res.backends.triton.launch import launch
 from fused_res.backends.triton.products import precision, product
 from fused_res.backends.triton.registration import operator
-from fused_res.layout import laid_out
+from fused_res.ops.memory_format import laid_out
 
 
 @operator

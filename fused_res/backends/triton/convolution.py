@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_res.backends.triton.kernels import convolution as kernels
 from fused_res.backends.triton.launch import launch
 from fused_res.backends.triton.products import precision, product
-from fused_res.layout import convolved, laid_out
+from fused_res.ops.memory_format import convolved, laid_out
 
 #: float64 has no matrix instructions in Triton that would beat ATen's.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ from fused_res.backends.triton.kernels import max_pool as kernels
 from fused_res.backends.triton.launch import launch
 from fused_res.backends.triton.registration import operator
 from fused_res.backends.triton.tiles import accumulator
-from fused_res.layout import dense, is_channels_last, laid_out, pooled_shape
+from fused_res.ops.memory_format import dense, is_channels_last, laid_out, pooled_shape
 
 _BLOCK = 512
 

@@ -28,8 +28,8 @@ from fused_res.backends.triton.conv_bn_stats import conv_bn_stats
 from fused_res.backends.triton.conv_dgrad import conv_dgrad
 from fused_res.backends.triton.conv_wgrad import conv_wgrad
 from fused_res.backends.triton.max_pool import max_pool_backward, max_pool_forward
-from fused_res.layout import convolved, packed_shape
 from fused_res.ops import stats_dtype
+from fused_res.ops.memory_format import convolved, packed_shape
 
 _HALF, _SINGLE = torch.float16, torch.float32
 _EPS = 1e-5

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.layout import is_channels_last
+from fused_res.ops.memory_format import is_channels_last
 
 #: Programs that a reduction is cut into: several for each multiprocessor of a large GPU.
 _PROGRAMS = 1024

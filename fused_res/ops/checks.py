@@ -5,28 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fused_res._torch_compat import FakeTensor
-from fused_res.spec import (
-    ACTIVATIONS,
-    RECOMPUTE,
-    BlockSpec,
-    UnitSpec,
-    UnitTensors,
-    by_unit,
-    conv_output_sizes,
-    same_padding,
-)
+from fused_res.ops.geometry import conv_output_sizes, same_padding
+
+Activation = Literal["relu", "identity"]
+ACTIVATIONS = ("relu", "identity")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_input(input: Tensor) -> None:
-    _check_is_tensor("input", input)
+    check_is_tensor("input", input)
     if input.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"input must be one of {names}, got {input.dtype}")
@@ -37,11 +31,6 @@ def check_input(input: Tensor) -> None:
 def check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-
-
-def check_recompute(recompute: str) -> None:
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
 
 
 def check_momentum(momentum: float) -> None:
@@ -60,12 +49,12 @@ def check_batch(shape: Sequence[int]) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
 
 
-def _check_is_tensor(name: str, value: object) -> None:
+def check_is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def _check_training_eps(eps: float, owner: str = "") -> None:
+def check_training_eps(eps: float, owner: str = "") -> None:
     """As PyTorch has it: in evaluation zero will do."""
     if eps == 0:
         raise ValueError(f"{owner}eps must be above 0 when training, got {eps}")
@@ -110,7 +99,7 @@ def check_norm(
     ):
         _check_per_channel(input, name, tensor)
     if training:
-        _check_training_eps(eps)
+        check_training_eps(eps)
         if alone:
             check_batch(shape)
 
@@ -123,7 +112,7 @@ def check_residual(input: Tensor, residual: Tensor | None, scale: Tensor | None,
         if scale is not None:
             raise ValueError("residual_scale and residual_shift are given without a residual")
         return
-    _check_is_tensor("residual", residual)
+    check_is_tensor("residual", residual)
     if residual.shape != input.shape:
         raise ValueError(f"residual must have input's shape {tuple(input.shape)}, got {tuple(residual.shape)}")
     if residual.dtype != input.dtype:
@@ -137,21 +126,21 @@ def check_residual(input: Tensor, residual: Tensor | None, scale: Tensor | None,
 def _check_per_channel(input: Tensor, name: str, tensor: Tensor | None) -> None:
     if tensor is None:
         return
-    _check_is_tensor(name, tensor)
+    check_is_tensor(name, tensor)
     if tensor.shape != input.shape[1:2]:
         raise ValueError(f"{name} must have the shape ({input.shape[1]},), got {tuple(tensor.shape)}")
     if tensor.device != input.device:
         raise ValueError(f"{name} must be on {input.device} as input is, got {tensor.device}")
-    if not _goes_with(tensor.dtype, input.dtype):
-        raise TypeError(f"{name} must be of input's dtype {input.dtype}{_or_float32(input.dtype)}, got {tensor.dtype}")
+    if not is_parameter_dtype(tensor.dtype, input.dtype):
+        raise TypeError(f"{name} must be of input's dtype {input.dtype}{or_float32(input.dtype)}, got {tensor.dtype}")
 
 
-def _goes_with(dtype: torch.dtype, input: torch.dtype) -> bool:
+def is_parameter_dtype(dtype: torch.dtype, input: torch.dtype) -> bool:
     """Whether a norm of this input takes parameters and statistics of this dtype, as PyTorch's do."""
     return dtype == input or (dtype == torch.float32 and input != torch.float64)
 
 
-def _or_float32(input: torch.dtype) -> str:
+def or_float32(input: torch.dtype) -> str:
     return "" if input in (torch.float32, torch.float64) else " or float32"
 
 
@@ -193,7 +182,7 @@ def check_operands(weight: Tensor, bias: Tensor | None, residual: Tensor | None)
     """Whether these are tensors at all."""
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None or name == "weight":
-            _check_is_tensor(name, tensor)
+            check_is_tensor(name, tensor)
 
 
 @lru_cache(maxsize=4096)
@@ -262,107 +251,3 @@ def _named_padding(
     if padding is None:
         raise ValueError("padding='same' must be as much on both sides, with stride 1: give numbers")
     return padding
-
-
-# A residual block
-
-
-class TensorMeta(NamedTuple):
-    """What planning needs to know of a tensor."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-    device: torch.device
-
-
-def check_tensors(spec: BlockSpec, tensors: Sequence[Tensor | None]) -> None:
-    """Whether a block's tensors are tensors at all, or None."""
-    names = spec.tensor_names()
-    for index, tensor in enumerate(tensors):
-        if tensor is not None:
-            owner = names[index] if index < len(names) else "one too many"
-            _check_is_tensor(f"tensors[{index}] ({owner})", tensor)
-    _check_count(names, tensors)
-
-
-def _check_count(names: Sequence[str], tensors: Sequence[object]) -> None:
-    if len(tensors) != len(names):
-        raise ValueError(f"tensors must hold {len(names)} entries ({names[0]!r} ... {names[-1]!r}), got {len(tensors)}")
-
-
-def check_block(
-    spec: BlockSpec,
-    input: TensorMeta,
-    tensors: Sequence[TensorMeta | None],
-    training: Sequence[bool],
-    alone: bool = True,
-) -> None:
-    """Raises for the first tensor that does not fit; ``alone`` as in :func:`check_norm`."""
-    _check_count(spec.tensor_names(), tensors)
-    spatial = len(spec.units[0].stride)
-    if len(input.shape) != spatial + 2:
-        raise ValueError(f"input must have {spatial + 2} dimensions (N, C, ...), got {len(input.shape)}")
-    units = by_unit(tensors)
-    shape = tuple(input.shape)
-    for index, unit in enumerate(spec.units):
-        shape = _check_unit(unit, str(index), shape, input, units[index], training[index], alone)
-    shortcut = tuple(input.shape)
-    if spec.projection is not None:
-        shortcut = _check_unit(spec.projection, "shortcut", shortcut, input, units[-1], training[-1], alone)
-    if spec.shortcut != "none" and shortcut != shape:
-        raise ValueError(f"shortcut has the shape {shortcut}, the chain's output {shape}: they cannot be added")
-    if spec.pool is not None and spatial != 2:
-        raise ValueError(f"pool is for images: input must have 4 dimensions, got {spatial + 2}")
-
-
-def _check_unit(
-    spec: UnitSpec,
-    owner: str,
-    shape: tuple[int, ...],
-    input: TensorMeta,
-    tensors: UnitTensors,
-    training: bool,
-    alone: bool,
-) -> tuple[int, ...]:
-    """Of ``input``, the block's, the dtype and the device; returns the shape of what the unit makes of ``shape``."""
-    weight, bias, *norm = tensors
-    if weight is None or len(weight.shape) != len(shape):
-        got = None if weight is None else tuple(weight.shape)
-        raise ValueError(f"{owner}.weight must have {len(shape)} dimensions, got {got}")
-    for name, meta in (("weight", weight), ("bias", bias)):
-        if meta is not None and meta.dtype != input.dtype:
-            raise TypeError(f"{owner}.{name} must have the input's dtype {input.dtype}, got {meta.dtype}")
-    if weight.shape[1] * spec.groups != shape[1]:
-        raise ValueError(
-            f"{owner}.weight {tuple(weight.shape)} with groups={spec.groups} reads"
-            f" {weight.shape[1] * spec.groups} channels, and is given {shape[1]}"
-        )
-    channels = weight.shape[0]
-    if channels % spec.groups:
-        raise ValueError(f"{owner}.weight makes {channels} channels, which groups={spec.groups} does not divide")
-    _, *names = UnitTensors._fields
-    for name, meta in zip(names, (bias, *norm), strict=True):
-        if meta is not None and tuple(meta.shape) != (channels,):
-            raise ValueError(f"{owner}.{name} must have the shape ({channels},), got {tuple(meta.shape)}")
-    for name, meta in zip(names[1:], norm, strict=True):
-        if meta is not None and not _goes_with(meta.dtype, input.dtype):
-            dtypes = f"{input.dtype}{_or_float32(input.dtype)}"
-            raise TypeError(f"{owner}.{name} must be of the input's dtype {dtypes}, got {meta.dtype}")
-    for name, meta in zip(UnitTensors._fields, tensors, strict=True):
-        if meta is not None and meta.device != input.device:
-            raise ValueError(f"{owner}.{name} must be on {input.device} as the input is, got {meta.device}")
-    if (norm[2] is None) != (norm[3] is None):
-        raise ValueError(f"{owner}.running_mean and running_var must both be given, or neither")
-    if norm[2] is None and not training:
-        raise ValueError(f"{owner}.running_mean and running_var are needed where training is False")
-    sizes = conv_output_sizes(shape[2:], weight.shape[2:], spec.stride, spec.padding, spec.dilation)
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"{owner}: input of {shape[2:]} is too small for a kernel of {tuple(weight.shape[2:])}")
-    made = (shape[0], channels, *sizes)
-    if training:
-        _check_training_eps(spec.eps, f"{owner}.")
-        if alone:
-            check_batch(made)
-    return made

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_res.dispatch import Algorithm, Problem, Rule
-from fused_res.layout import laid_out, makes_channels_last
-from fused_res.spec import Geometry, conv_output_sizes
+from fused_res.ops.geometry import Geometry, conv_output_sizes
+from fused_res.ops.memory_format import laid_out, makes_channels_last
 
 Mask = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]

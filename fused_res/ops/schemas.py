@@ -1,4 +1,4 @@
-"""The operators' schemas, in one table, and what each returns under a fake tensor.
+"""The operators' schemas in one table, and the conventions that every kernel of every backend follows.
 
 Every backend registers kernels for the same schemas in a dispatcher namespace of its own (``fused_res_cpu::``, ...),
 so two backends that run on the same device never fight over a dispatch key. C++ only *implements*; all definitions
@@ -32,23 +32,12 @@ activation, with its sums. ``conv_dgrad`` knows no stride: its ``grad_input`` ha
 
 ``relu_mask`` is uint8, one bit an element, least significant first, in rows padded to whole bytes: a row is a pixel
 ``(N*S, ceil(C/8))`` in channels_last memory and a plane ``(N*C, ceil(S/8))`` in contiguous memory, see
-:func:`fused_res.layout.is_channels_last`. A tensor that was not asked for comes back with the shape ``(0,)``.
+:func:`fused_res.ops.memory_format.is_channels_last`. A result that is not requested has the shape ``(0,)``.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Callable, Iterable, Mapping
-from itertools import zip_longest
-from types import SimpleNamespace
-from typing import Any
-
 import torch
-from torch import Tensor
-from torch.nn import Parameter
-
-from fused_res.layout import convolved, is_channels_last, laid_out, makes_channels_last, packed_shape, pooled_shape
 
 SCHEMAS = {
     "batch_norm_stats": "(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var,"
@@ -132,139 +121,3 @@ MEAN, INVSTD, SCALE, SHIFT, VAR = range(5)
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and accumulation: float64 for float64, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _new_stats(input: Tensor) -> Tensor:
-    return input.new_empty((5, input.shape[1]), dtype=stats_dtype(input.dtype))
-
-
-def _empty_or(template: Tensor, wanted: bool) -> Tensor:
-    return torch.empty_like(template) if wanted else template.new_empty(0)
-
-
-def _mask(a: Any) -> Tensor:
-    return a.input.new_empty(packed_shape(a.input) if a.save_mask else (0,), dtype=torch.uint8)
-
-
-def _backward(a: Any) -> tuple[Tensor, ...]:
-    channels = _like_weight(a.weight, a.stats)
-    return tuple(map(_empty_or, (a.input, a.input, channels, channels), a.output_mask))
-
-
-def _backward_pair(a: Any) -> tuple[Tensor, ...]:
-    channels, others = _like_weight(a.weight, a.stats), _like_weight(a.residual_weight, a.stats)
-    return tuple(map(_empty_or, (a.input, a.residual, channels, channels, others, others), a.output_mask))
-
-
-def _like_weight(weight: Tensor | None, stats: Tensor) -> Tensor:
-    return stats.new_empty(stats.shape[1]) if weight is None else torch.empty_like(weight)
-
-
-def _merge_stats(a: Any) -> Tensor:
-    return a.partials.new_empty((5, a.partials.shape[2]), dtype=torch.float64 if a.double else torch.float32)
-
-
-def _conv(a: Any, channels_last: bool) -> Tensor:
-    output = a.input.new_empty(convolved(a.input, a.weight, a.stride, a.padding, a.dilation))
-    return laid_out(output, channels_last)
-
-
-def _partials(output: Tensor, wanted: bool = True) -> Tensor:
-    return output.new_empty((1, 3, output.shape[1]) if wanted else 0, dtype=torch.float64)
-
-
-def _conv_bn_stats(a: Any) -> tuple[Tensor, Tensor]:
-    output = _conv(a, is_channels_last(a.input))
-    return output, _partials(output, a.partials)
-
-
-def _conv_dgrad(a: Any) -> tuple[Tensor, Tensor]:
-    shape = (a.output.shape[0], a.weight.shape[1], *a.output.shape[2:])
-    sums = a.stats.new_empty((2, a.weight.shape[1]) if a.input_stats is not None else 0)
-    return laid_out(a.output.new_empty(shape), True), sums
-
-
-def _max_pool(a: Any) -> tuple[Tensor, Tensor]:
-    output = a.input.new_empty(pooled_shape(a.input, a.kernel_size, a.stride, a.padding))
-    output = laid_out(output, is_channels_last(a.input))
-    return output, torch.empty_like(output, dtype=torch.uint8)
-
-
-#: What an operator returns under a fake tensor, from its arguments by name.
-FAKES: dict[str, Callable[[Any], Any]] = {
-    "batch_norm_stats": lambda a: _new_stats(a.input),
-    "batch_norm_act_forward": lambda a: (torch.empty_like(a.input), _new_stats(a.input), _mask(a)),
-    "batch_norm_act_apply": lambda a: (torch.empty_like(a.input), _mask(a)),
-    "batch_norm_act_inference_": lambda a: None,
-    "batch_norm_act_backward": _backward,
-    "batch_norm_act_backward_pair": _backward_pair,
-    "add_masked_": lambda a: None,
-    "update_running_stats": lambda a: None,
-    "batch_norm_partials": lambda a: _partials(a.input),
-    "merge_stats": _merge_stats,
-    "batch_norm_sums": lambda a: a.stats.new_empty((2 if a.residual_stats is None else 3, a.stats.shape[1])),
-    "batch_norm_act_dx": lambda a: torch.empty_like(a.input),
-    "conv_bias_act": lambda a: _conv(a, makes_channels_last(a.input, a.weight)),
-    "conv_bn_stats": _conv_bn_stats,
-    "conv_dgrad": _conv_dgrad,
-    "conv_wgrad": lambda a: torch.empty_like(a.weight),
-    "max_pool_forward": _max_pool,
-    "max_pool_backward": lambda a: torch.empty_like(a.input),
-}
-
-# A Library undefines its operators when it is collected.
-_libraries: dict[str, torch.library.Library] = {}
-
-
-def define(
-    namespace: str,
-    schemas: Mapping[str, str] = SCHEMAS,
-    fakes: Mapping[str, Callable[[Any], Any]] = FAKES,
-    internal: Mapping[str, str] | None = None,
-) -> None:
-    """Defines operators, each with its fake, in ``namespace``; ``internal`` ones are called by no one who traces."""
-    library = _libraries[namespace] = torch.library.Library(namespace, "DEF")
-    for name, schema in {**(internal or {}), **schemas}.items():
-        library.define(name + schema)
-    for name in schemas:
-        torch.library.register_fake(f"{namespace}::{name}", _by_name(schemas[name], fakes[name]), lib=library)
-
-
-def _by_name(schema: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Binds an operator's arguments to the names in its schema; optional ones are None by default."""
-    names = re.findall(r" (\w+)(?:=\w+)?(?:,|$)", schema.partition(") ->")[0])
-    return lambda *args, **kwargs: fake(SimpleNamespace(**dict(zip_longest(names, args)) | kwargs))
-
-
-def overloads(namespace: str, names: Iterable[str]) -> list[Callable[..., Any]]:
-    """Overloads, not packets: resolving a packet costs a microsecond a call."""
-    return [getattr(getattr(torch.ops, namespace), name).default for name in names]
-
-
-def bind(namespace: str, stems: Iterable[str]) -> dict[str, Callable[..., Any]]:
-    """Every operator of these stems by its name, for a backend whose kernels are registered from C++."""
-    names = [name for stem in stems for name in STEMS[stem]]
-    return dict(zip(names, overloads(namespace, names), strict=True))
-
-
-def operator(namespace: str, name: str, implementation: Callable[..., Any], *keys: str) -> Callable[..., Any]:
-    """Registers a Python ``implementation`` for dispatch keys (``"CPU"``, ``"CUDA"``); returns what is to be called.
-
-    For plain tensors that is ``implementation``: the way through the dispatcher and back into Python takes longer than
-    a small kernel. While something traces (compilation, fake tensors, subclasses) it is the operator.
-    """
-    for key in keys:
-        _libraries[namespace].impl(name, implementation, key)
-    overload = getattr(getattr(torch.ops, namespace), name).default
-
-    @functools.wraps(implementation)
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return overload(*arguments)
-        first = arguments[0]
-        while isinstance(first, (list, tuple)):
-            first = first[0]
-        plain = type(first) is Tensor or type(first) is Parameter
-        return implementation(*arguments) if plain else overload(*arguments)
-
-    return call

@@ -4,20 +4,19 @@ Every backend declares an ordered tuple of :class:`Algorithm`; ATen's convolutio
 everything. :func:`select` walks the list, as oneDNN walks its list of convolution implementations
 (https://uxlfoundation.github.io/oneDNN/dev_guide_convolution.html). What an algorithm cannot compute is a reason that
 ``supports`` returns; where it is slower than one further down is a :class:`Rule`, data with the measurement that
-justifies it. Measuring (:mod:`fused_res.tune`) only reorders the list.
+justifies it. Measuring (:mod:`fused_res.dispatch.tuning`) only reorders the list.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_res.spec import Geometry, conv_output_sizes
+from fused_res.ops.geometry import Geometry, conv_output_sizes
 
 Operation = Literal["inference", "forward", "input_gradient", "weight_gradient"]
 TRAINING: tuple[Operation, ...] = ("forward", "input_gradient", "weight_gradient")
@@ -124,8 +123,8 @@ class Algorithm:
         supports: the reason why a problem cannot be computed, or None.
         serves: for each operation the callable, or the name of the backend's operator of :mod:`fused_res.ops`.
             *inference* takes ``(input, weight, bias, residual, geometry, relu)``, with a :class:`PackedWeight` where it
-            ``packs``; *forward* and the gradients are as in :mod:`fused_res.convolution`, and one callable serves both
-            gradients; those of ``fused`` ones are ``conv_bn_stats``, ``conv_dgrad`` and ``conv_wgrad``.
+            ``packs``; *forward* and the gradients are as in :mod:`fused_res.dispatch.convolution`, and one callable
+            serves both gradients; those of ``fused`` ones are ``conv_bn_stats``, ``conv_dgrad`` and ``conv_wgrad``.
         rules: where it is slower than an algorithm further down.
         describe: the advantage, in words.
         fused: normalises its input as it loads it, and its gradients form the norm's gradient as they load.
@@ -151,90 +150,3 @@ class Algorithm:
 
     def __repr__(self) -> str:
         return f"Algorithm({self.name!r})"
-
-
-class Selected(NamedTuple):
-    """An algorithm and why it was selected."""
-
-    algorithm: Algorithm
-    reason: str
-
-    @property
-    def name(self) -> str:
-        return self.algorithm.name
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.reason})" if self.reason else self.name
-
-
-def candidates(algorithms: tuple[Algorithm, ...], problem: Problem) -> list[Algorithm]:
-    """Every algorithm of the list that can compute the problem, in order."""
-    return [one for one in algorithms if problem.operation in one.serves and one.supports(problem) is None]
-
-
-def select_uncached(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Selected:
-    """The first algorithm that supports the problem and that no rule excludes.
-
-    Args:
-        preference: ``"planned"``; ``"aten"`` for ATen's convolution and nothing else; ``"fused"`` to disregard the
-            rules of fused algorithms.
-    """
-    if preference == "aten":
-        return Selected(algorithms[-1], "FUSED_RES_CONVOLUTION or backends.use()")
-    excluded = ""
-    for algorithm in algorithms:
-        if problem.operation not in algorithm.serves:
-            continue
-        reason = algorithm.supports(problem) or _slower(algorithm, problem, preference)
-        if reason is None:
-            return Selected(algorithm, algorithm.describe(problem) or excluded)
-        if not algorithm.niche:
-            excluded = reason
-    raise AssertionError("the last algorithm of a list supports everything")
-
-
-def _slower(algorithm: Algorithm, problem: Problem, preference: str) -> str | None:
-    """Why another algorithm is faster, or None."""
-    if algorithm.fused and preference == "fused":
-        return None
-    for rule in algorithm.rules:
-        if (not rule.operations or problem.operation in rule.operations) and rule.beaten(problem):
-            return rule.reason
-    return None
-
-
-_cached = lru_cache(maxsize=8192)(select_uncached)
-
-
-def select(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Selected:
-    """The first algorithm that supports the problem and that no rule excludes; cached but for symbolic sizes.
-
-    Args:
-        algorithms: a backend's list.
-        preference: ``"planned"``; ``"aten"`` for ATen's convolution and nothing else; ``"fused"`` to disregard the
-            rules of fused algorithms.
-    """
-    return (select_uncached if problem.symbolic else _cached)(algorithms, problem, preference)
-
-
-class Algorithms(NamedTuple):
-    """The algorithms of one convolution in training."""
-
-    forward: Selected
-    input_gradient: Selected
-    weight_gradient: Selected
-
-    @property
-    def fused_backward(self) -> bool:
-        return self.weight_gradient.algorithm.fused
-
-    def __str__(self) -> str:
-        if len(set(names := [one.name for one in self])) == 1:
-            return str(self.forward)
-        gradients = f"input gradient {names[1]}, weight gradient {names[2]}"
-        return f"forward {self.forward}, {gradients}"
-
-
-def select_training(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Algorithms:
-    """The algorithms for a convolution and its two gradients; both gradients are fused, or neither."""
-    return Algorithms(*(select(algorithms, problem._replace(operation=one), preference) for one in TRAINING))

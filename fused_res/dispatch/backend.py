@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from fused_res.dispatch import Algorithm, Machine
+from fused_res.dispatch.algorithm import Algorithm, Machine, Operation
 from fused_res.ops import STEMS
 
 
@@ -26,6 +26,18 @@ class Kernels(SimpleNamespace):
     algorithms: tuple[Algorithm, ...]
     prepare_blocks: Callable[..., Any] | None = None
     selects_when_run: bool = False
+
+    def implementation(self, operation: Operation, algorithm: Algorithm) -> Callable[..., Any]:
+        """The callable that serves an operation: the algorithm's own, or the backend's operator of this name."""
+        found = algorithm.serves[operation]
+        if not isinstance(found, str):
+            return found
+        operator: Callable[..., Any] = getattr(self, found)
+        if operation != "inference":
+            return operator
+        return lambda input, weight, bias, residual, geometry, relu: operator(
+            input, weight, bias, residual, *geometry, relu
+        )
 
 
 class Backend(Protocol):

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from fused_res import distributed
-from fused_res.backends import registry
-from fused_res.backends.protocol import Kernels
 from fused_res.dispatch import Selected
-from fused_res.layout import laid_out
+from fused_res.dispatch.backend import Kernels
 from fused_res.ops import SCALE
+from fused_res.ops.memory_format import laid_out
 
 
 class Slot(int):
@@ -109,7 +108,7 @@ def link(program: Program, kernels: Kernels) -> list[Linked]:
         if step.operator in CONVOLUTIONS:
             assert step.algorithm is not None
             operation: Any = CONVOLUTIONS[step.operator]
-            function = registry.implementation(kernels.name, operation, step.algorithm.algorithm)
+            function = kernels.implementation(operation, step.algorithm.algorithm)
         else:
             function = OPERATORS.get(step.operator) or getattr(kernels, step.operator)
         places = [(at, one) for at, one in enumerate(step.arguments) if type(one) is Slot and one != NONE]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_res.spec import conv_output_sizes
+from fused_res.ops.geometry import conv_output_sizes
 
 
 def is_channels_last(input: Tensor) -> bool:

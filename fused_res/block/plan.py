@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fused_res.backends.protocol import Kernels
+from fused_res.block.program import NONE, Linked, Program, Slot, Step, link, run
 from fused_res.dispatch import Algorithms, Machine, Problem
-from fused_res.program import NONE, Linked, Program, Slot, Step, link, run
+from fused_res.dispatch.backend import Kernels
 from fused_res.spec import BlockSpec, UnitSpec, UnitTensors
 
 

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.backends import registry
-from fused_res.backends.protocol import Kernels
-from fused_res.dispatch import TRAINING, Algorithm, Algorithms, Operation, Problem, Selected, candidates
-from fused_res.plan import Plan, Unit
+from fused_res.dispatch.algorithm import TRAINING, Algorithm, Operation, Problem
+from fused_res.dispatch.backend import Kernels
+from fused_res.dispatch.selection import Algorithms, Selected, candidates
 
 #: Seconds that one algorithm is measured for on a CPU; on a GPU `do_bench_cudagraph` decides.
 _SECONDS = 0.02
@@ -43,9 +42,24 @@ _inference: dict[tuple[str, str, Problem], Selected] = {}
 _lock = threading.Lock()
 
 
-def algorithms(plan: Plan, kernels: Kernels, device: torch.device) -> tuple[Algorithms | None, ...]:
-    """The measured algorithms of every convolution, the projection's last; None where the rules have to do."""
-    return tuple(_of_unit(unit, kernels, device) for unit in plan.all_units)
+def training(
+    kernels: Kernels, problem: Problem, reads_norm: bool, training: bool, device: torch.device
+) -> Algorithms | None:
+    """Return the measured algorithms of a convolution and its gradients; None where nothing may be measured.
+
+    Args:
+        kernels: the backend.
+        problem: the forward convolution.
+        reads_norm: a norm precedes the convolution inside its block.
+        training: the norm that follows uses the statistics of the batch.
+        device: where to measure.
+    """
+    case = _Case(kernels.name, _name(device), problem, reads_norm, training)
+    if case not in _measured and _may_measure(device):
+        with _lock:
+            if case not in _measured:
+                _measured[case] = _measure(case, kernels, device)
+    return _measured.get(case)
 
 
 def inference(kernels: Kernels, problem: Problem, input: Tensor, weight: Tensor, *arguments: Any) -> Selected | None:
@@ -53,7 +67,7 @@ def inference(kernels: Kernels, problem: Problem, input: Tensor, weight: Tensor,
     key = kernels.name, _name(input.device), problem
     if key not in _inference and _may_measure(input.device):
         names = {one.name: one for one in candidates(kernels.algorithms, problem) if one.packs == "never"}
-        runs = {name: registry.implementation(kernels.name, "inference", one) for name, one in names.items()}
+        runs = {name: kernels.implementation("inference", one) for name, one in names.items()}
         calls = {name: partial(run, input, weight, *arguments) for name, run in runs.items()}
         seconds = {name: _seconds(call, input.device) for name, call in calls.items()}
         best = min(seconds, key=seconds.__getitem__)
@@ -63,15 +77,6 @@ def inference(kernels: Kernels, problem: Problem, input: Tensor, weight: Tensor,
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _of_unit(unit: Unit, kernels: Kernels, device: torch.device) -> Algorithms | None:
-    case = _Case(kernels.name, _name(device), unit.problem, unit.reads != "x", unit.training)
-    if case not in _measured and _may_measure(device):
-        with _lock:
-            if case not in _measured:
-                _measured[case] = _measure(case, kernels, device)
-    return _measured.get(case)
 
 
 def _may_measure(device: torch.device) -> bool:
@@ -140,7 +145,7 @@ class _Calls:
         return y
 
     def of(self, operation: Operation, algorithm: Algorithm) -> Callable[[], object]:
-        run = registry.implementation(self.kernels.name, operation, algorithm)
+        run = self.kernels.implementation(operation, algorithm)
         kernels, problem = self.kernels, self.problem
         x, weight, x_stats, training = self.x, self.weight, self.x_stats, self.case.training
 
