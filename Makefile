@@ -22,7 +22,7 @@ DEPENDENCIES := $(VENV)/.stamp-dependencies
 BUILT := $(VENV)/.stamp-build
 
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-TEST_FILES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+TEST_FILES := $(shell find tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 ARGS :=
 # Some tests use one core, some all: two at a time, whose threads let go of a core while they wait.
 # Files go to them in the order of tests/conftest.py, the longest first.

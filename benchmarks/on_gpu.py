@@ -69,9 +69,9 @@ def test(stage: Stage) -> None:
         return
     stage.run("info", [python, "-m", "fused_res", "info"])
     pytest = [python, "-m", "pytest", "--durations=5"]
-    alone = "tests/test_gpu_device.py"  # takes tens of GB at a time
-    others = ["tests/test_cuda_conv.py", "tests/test_cuda_norm.py"]  # also the simulator's
-    others += [name for path in ROOT.glob("tests/test_gpu_*.py") if (name := str(path.relative_to(ROOT))) != alone]
+    alone = "tests/gpu/test_gpu_device.py"  # takes tens of GB at a time
+    others = ["tests/backends/cuda/test_cuda_conv.py", "tests/backends/cuda/test_cuda_norm.py"]  # also the simulator's
+    others += [name for path in ROOT.glob("tests/gpu/test_gpu_*.py") if (name := str(path.relative_to(ROOT))) != alone]
     stage.run("tests-device", [*pytest, alone, f"--junitxml={stage.out / 'tests-device.xml'}"], reserve=SANITIZER)
     # Triton compiles for most of the time.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
@@ -80,7 +80,7 @@ def test(stage: Stage) -> None:
     if sanitizer is None:
         print("\n== sanitizer: skipped, there is no compute-sanitizer on PATH")
         return
-    some = [python, "-m", "pytest", "-x", "-q", "tests/test_gpu_kernels.py", "-k", f"cuda and {SANITIZED}"]
+    some = [python, "-m", "pytest", "-x", "-q", "tests/gpu/test_gpu_kernels.py", "-k", f"cuda and {SANITIZED}"]
     for index, tool in enumerate(TOOLS):
         rest = (len(TOOLS) - 1 - index) * SANITIZER / len(TOOLS)
         # PyTorch's allocator hands out pieces of large blocks: without it every tensor has bounds of its own.

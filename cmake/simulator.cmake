@@ -1,4 +1,4 @@
-# The CUDA kernels as C++ for the CPU, for tests: see tests/cuda_sim. The sources are those of CMakeLists.txt.
+# The CUDA kernels as C++ for the CPU, for tests: see tools/cuda_sim. The sources are those of CMakeLists.txt.
 
 # Of CUDA only headers are needed, which Triton's package carries too.
 execute_process(
@@ -18,7 +18,7 @@ include(CheckCXXSourceRuns)
 check_cxx_source_runs("int main() { return !__builtin_cpu_supports(\"fma\"); }" FUSED_RES_FMA)
 # Kernels keep values of several types in the same shared memory, one after the other.
 set(SIMULATOR_FLAGS ${FLAGS} -Wno-unknown-pragmas -fno-strict-aliasing -O2 $<$<BOOL:${FUSED_RES_FMA}>:-mfma>)
-set(SIMULATOR ${CMAKE_SOURCE_DIR}/tests/cuda_sim)
+set(SIMULATOR ${CMAKE_SOURCE_DIR}/tools/cuda_sim)
 file(GLOB SIMULATOR_RUN_TIME CONFIGURE_DEPENDS ${SIMULATOR}/run_time/*.cpp)
 file(GLOB SIMULATOR_CASES CONFIGURE_DEPENDS ${SIMULATOR}/sanitize/*.cpp)
 file(GLOB SIMULATOR_BUGS CONFIGURE_DEPENDS ${SIMULATOR}/bugs/*.cu)

@@ -78,7 +78,7 @@ SIMULATOR = Variable(
     "FUSED_RES_SIMULATOR",
     default="",
     allowed=(),
-    doc="for tests: a library of the CUDA kernels compiled for the CPU, which then are backend cuda (tests/cuda_sim)",
+    doc="for tests: a library of the CUDA kernels compiled for the CPU, which then are backend cuda (tools/cuda_sim)",
     path=True,
 )
 VARIABLES = (BACKEND, CONVOLUTION, WINOGRAD, CPU_ISA, CPU_CACHE, CPP, CUDA, SIMULATOR)

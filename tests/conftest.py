@@ -42,10 +42,10 @@ with contextlib.suppress(ImportError):
 #: Files that would keep one process waiting for another if they came last; see PYTEST in the Makefile.
 LONGEST = (
     "test_batch_norm_act",
-    "test_cpu_sanitizers",
     "test_cuda_build",
-    "test_cuda_sim",
-    "test_shipped_kernels",
+    "test_cuda_simulator",
+    "test_kernel_codegen",
+    "test_sanitizers",
     "test_sync_batch_norm",
     "test_train",
     "test_triton_bf16",
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     with contextlib.suppress(ImportError):  # no Triton: its tests are skipped
-        from ptx.session import select
+        from tools.ptx.compiled_session import select
 
         select(session.items)
 
@@ -67,7 +67,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
     with contextlib.suppress(ImportError):  # no Triton: its tests say so
         _hasten_interpreter()
-    from cuda_sim.simulated import build
+    from tools.cuda_sim.simulator import build
 
-    if isinstance(library := build(), Path):  # else tests/test_cuda_sim.py says why
+    if isinstance(library := build(), Path):  # else tests/tools/test_cuda_simulator.py says why
         os.environ.setdefault("FUSED_RES_SIMULATOR", str(library))

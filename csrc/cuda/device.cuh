@@ -1,4 +1,4 @@
-// What device code is written in: CUDA under nvcc, and under g++ its simulation (tests/cuda_sim), which runs
+// What device code is written in: CUDA under nvcc, and under g++ its simulation (tools/cuda_sim), which runs
 // the same source on the CPU. Rules that keep both true: a kernel takes one struct by value and is no static
 // function; shared memory is dynamic and comes from shared_memory(); no inline PTX outside ptx.cuh; no
 // launch outside launch.h.

@@ -22,7 +22,7 @@ OLDEST_GPU = (8, 0)
 
 
 def simulating() -> bool:
-    """Whether the kernels are simulated on CPU tensors: ``tests/cuda_sim``."""
+    """Whether the kernels are simulated on CPU tensors: ``tools/cuda_sim``."""
     return bool(env.SIMULATOR.read())
 
 

@@ -1,0 +1,65 @@
+// What the programs for sanitizers share (test_sanitizers.py): arrays of exactly their size, numbers, and
+// plain threads in the place of OpenMP's.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "cpu/convolution.h"
+
+namespace fused_res::cpu {
+namespace {
+
+// Scratch memory is too short, and shared by all threads: sanitizers have to say so.
+bool broken = false;
+
+// Memory of exactly this size, so that a sanitizer sees the first element behind it.
+template <class T>
+struct Array {
+  int64_t size;
+  std::unique_ptr<T[]> data;
+
+  explicit Array(int64_t n) : size(n), data(new T[n]) {}
+  T* get() const { return data.get(); }
+  T& operator[](int64_t i) const { return data[i]; }
+};
+
+uint32_t seed = 1;
+
+// The same numbers everywhere: multiples of 1/64 around `mean`.
+Array<float> random_floats(int64_t n, float mean) {
+  Array<float> values(n);
+  for (int64_t i = 0; i < n; ++i) {
+    seed = seed * 1664525 + 1013904223;
+    values[i] = mean + static_cast<float>(static_cast<int>(seed >> 24) - 128) / 64;
+  }
+  return values;
+}
+
+// parallel(n, body) for the tasks. Nothing but the beginning and the end of the loop orders what threads do.
+struct Threads {
+  int64_t count;
+  static thread_local int64_t number;
+
+  int64_t threads() const { return count; }
+  int64_t thread() const { return broken ? 0 : number; }
+
+  template <class Body>
+  void operator()(int64_t n, const Body& body) const {
+    std::vector<std::thread> threads;
+    for (int64_t i = 0; i < count; ++i) {
+      threads.emplace_back([&, i] {
+        number = i;
+        const Range part = part_of(n, i, count);
+        if (part.begin < part.end) body(part.begin, part.end);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+thread_local int64_t Threads::number = 0;
+
+}  // namespace
+}  // namespace fused_res::cpu

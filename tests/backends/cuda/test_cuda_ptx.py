@@ -1,0 +1,420 @@
+"""What nvcc makes of the CUDA kernels, run by the PTX interpreter under their real host code.
+
+Each operator has to agree with float64, and in every bit with its simulation (tools/cuda_sim), which the other tests
+hold to float64 at many more shapes. Deliberate errors in the PTX have to be found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fused_res
+from fused_res.backends import cuda, registry
+from fused_res.backends.reference import batch_norm_act as norm
+from fused_res.backends.reference import batch_norm_sync as halves
+
+if not cuda.simulating():
+    pytest.skip("the CUDA kernels are not simulated here", allow_module_level=True)
+
+from tools.cuda_sim.simulator import run_time
+from tools.ptx import nvcc_runner as nvcc_kernels
+from tools.ptx.memory import Fault
+from tools.ptx.nvcc_runner import interpreted_nvcc
+
+if nvcc_kernels.NVCC is None:
+    pytest.skip("there is no nvcc here", allow_module_level=True)
+
+CPU = torch.device("cpu")
+LAST, PLANES = torch.channels_last, torch.contiguous_format
+#: Relative to the largest value. Where a kernel rounds what it multiplies, sums of it are off by more than float32's.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TF32 = 4e-3
+
+Make = Callable[[], Sequence[Any]]
+
+
+def tensors(*values: Any) -> list[torch.Tensor]:
+    flat = (one for value in values for one in (value if isinstance(value, (list, tuple)) else (value,)))
+    return [one for one in flat if isinstance(one, torch.Tensor)]
+
+
+def wide(values: Sequence[Any]) -> list[Any]:
+    def one(value: Any) -> Any:
+        if isinstance(value, list):
+            return [one(item) for item in value]
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return [one(value) for value in values]
+
+
+def results(backend: str, name: str, arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """What an operator returns, and what it makes of its arguments."""
+    returned = getattr(registry.resolve(backend, CPU), name)(*arguments)
+    return tensors(returned) + tensors(*arguments)
+
+
+def interpreted(
+    name: str, make: Make, schedule: int = 0, edit: Callable[[str], str] = str
+) -> tuple[list[torch.Tensor], list[nvcc_kernels.Launch]]:
+    with interpreted_nvcc(schedule, edit=edit) as launches:
+        found = results("cuda", name, make())
+    return found, launches
+
+
+def assert_exact(name: str, make: Make, ours: list[torch.Tensor], tolerance: float) -> None:
+    for index, (one, exact) in enumerate(zip(ours, results("reference", name, wide(make())), strict=True)):
+        assert one.shape == exact.shape, f"{name}, {index}"
+        if not one.is_floating_point():
+            assert torch.equal(one, exact), f"{name}, {index}"
+        elif one.numel():
+            error = (one.double() - exact).abs().max()
+            assert error <= tolerance * exact.abs().max(), f"{name}, {index}: {error:.3g} of {exact.abs().max():.3g}"
+
+
+def check(name: str, make: Make, tolerance: float, schedule: int = 0) -> list[nvcc_kernels.Launch]:
+    """``make`` makes the arguments, the same every time: tensors have to lie where kernels may touch them."""
+    ours, launches = interpreted(name, make, schedule)
+    assert launches
+    with run_time().guarded():
+        simulated = results("cuda", name, make())
+    for index, (one, other) in enumerate(zip(ours, simulated, strict=True)):
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=0, equal_nan=True, msg=f"{name}, {index}, against simulated"
+        )
+    assert_exact(name, make, ours, tolerance)
+    return launches
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(shape)), dtype=torch.float64)
+
+
+# --- norms --------------------------------------------------------------------------------------------------
+
+NORMS = [  # aligned and not, several parts and blocks of channels
+    ((2, 72, 9, 11), LAST, torch.bfloat16),
+    ((3, 35, 5, 3), LAST, torch.float32),
+    ((3, 3, 17, 19), PLANES, torch.bfloat16),
+    ((2, 3, 16, 8), PLANES, torch.float16),
+]
+norms = pytest.mark.parametrize(("shape", "format", "dtype"), NORMS, ids=str)
+
+
+def norm_case(shape: tuple[int, ...], format: torch.memory_format, dtype: torch.dtype) -> SimpleNamespace:
+    """Inputs with another mean and deviation in every channel."""
+    view, channels = (1, -1, 1, 1), shape[1]
+    x = randn(*shape) * (randn(channels).abs() + 0.5).view(view) + 10 * randn(channels, seed=1).view(view)
+    laid_out = (
+        one.to(dtype).contiguous(memory_format=format) for one in (x, randn(*shape, seed=2), randn(*shape, seed=5))
+    )
+    x, residual, dy = laid_out
+    weight, bias = 1 + randn(channels, seed=3).float(), randn(channels, seed=4).float()
+    stats = norm.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
+    residual_stats = norm.batch_norm_stats(residual, bias, weight, None, None, True, 1e-5)
+    mask = norm.pack_mask(residual > 0)
+    sums = halves.batch_norm_sums(dy, x, stats, mask, False, None, None)
+    return SimpleNamespace(**{name: value for name, value in locals().items() if isinstance(value, torch.Tensor)})
+
+
+NORM_OPERATORS: dict[str, tuple[str, Callable[[SimpleNamespace], Sequence[Any]]]] = {
+    "stats": ("batch_norm_stats", lambda c: (c.x, c.weight, c.bias, None, None, True, 1e-5)),
+    "apply": ("batch_norm_act_apply", lambda c: (c.x, c.stats, c.residual, c.residual_stats, True, True)),
+    "plain apply": ("batch_norm_act_apply", lambda c: (c.x, c.stats, None, None, False, False)),
+    "inference": (
+        "batch_norm_act_inference_",
+        lambda c: (c.x, c.residual, None, c.weight, c.bias, c.bias * 9, c.weight**2 + 0.5, 1e-5, True),
+    ),
+    "pair": (
+        "batch_norm_act_backward_pair",
+        lambda c: (
+            *(c.dy, c.x, c.weight, c.stats, c.residual, c.bias, c.residual_stats, c.mask, True, False, [True] * 6),
+        ),
+    ),
+    "add_masked": ("add_masked_", lambda c: (c.x, c.dy, c.mask)),
+    "update": (
+        "update_running_stats",
+        lambda c: ([c.weight, c.bias], [c.weight + 1, c.bias + 1], [c.stats, c.residual_stats], [0.1, 0.3]),
+    ),
+    "partials": ("batch_norm_partials", lambda c: (c.x,)),
+    "merge": ("merge_stats", lambda c: (torch.cat([halves.batch_norm_partials(c.x)] * 3), c.weight, None, 1e-5, False)),
+    "sums": ("batch_norm_sums", lambda c: (c.dy, c.x, c.stats, None, True, None, None)),
+    "dx": ("batch_norm_act_dx", lambda c: (c.dy, c.x, c.stats, c.mask, False, c.sums, c.x[:, 0].numel())),
+}
+
+
+@norms
+@pytest.mark.parametrize("operator", NORM_OPERATORS)
+def test_norm(operator, shape, format, dtype):
+    name, arguments = NORM_OPERATORS[operator]
+    schedule = list(NORM_OPERATORS).index(operator) % 3
+    check(name, lambda: arguments(norm_case(shape, format, dtype)), TOLERANCE[dtype], schedule)
+
+
+def forward(c: SimpleNamespace) -> Sequence[Any]:
+    return c.x, c.residual, None, c.weight, c.bias, None, None, True, 1e-5, True, True
+
+
+def backward(c: SimpleNamespace) -> Sequence[Any]:
+    return c.dy, c.x, c.weight, c.stats, c.mask, True, False, [True] * 4
+
+
+BOTH_PASSES = {"batch_norm_act_forward": forward, "batch_norm_act_backward": backward}
+
+
+@contextlib.contextmanager
+def single_pass(mode: int) -> Iterator[None]:
+    switch = run_time().library.fused_res_cuda_single_pass
+    switch(mode)
+    try:
+        yield
+    finally:
+        switch(-1)
+
+
+@norms
+@pytest.mark.parametrize("mode", [0, 1])
+@pytest.mark.parametrize("name", BOTH_PASSES)
+def test_forward_and_backward(name, mode, shape, format, dtype):
+    """In several kernels, and in one whose thread blocks wait for each other."""
+    with single_pass(mode):
+        launches = check(name, lambda: BOTH_PASSES[name](norm_case(shape, format, dtype)), TOLERANCE[dtype], 1 + mode)
+    assert [launch.cooperative for launch in launches] == [bool(mode)] * (1 if mode else len(launches))
+
+
+@pytest.mark.parametrize("format", [LAST, PLANES], ids=str)
+def test_max_pool(format):
+    window = [3, 3], [2, 2], [1, 1]
+
+    def image(seed, *shape):
+        return randn(*shape, seed=seed).bfloat16().contiguous(memory_format=format)
+
+    def made():
+        stats = norm.batch_norm_stats(image(1, 2, 20, 9, 11) + 1, None, None, None, None, True, 1e-5)
+        return image(0, 2, 20, 9, 11), stats, True, *window
+
+    check("max_pool_forward", made, TOLERANCE[torch.bfloat16], 1)
+    indices = registry.resolve("reference", CPU).max_pool_forward(*made())[1]
+    check(
+        "max_pool_backward",
+        lambda: (image(2, *indices.shape), indices.clone(memory_format=torch.preserve_format), made()[0], *window),
+        TOLERANCE[torch.bfloat16],
+        2,
+    )
+
+
+# --- convolutions -------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = [  # images, channels, height, width, outputs, kernel, stride, padding, dilation, groups
+    ((2, 64, 5, 6), 40, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    ((2, 35, 4, 5), 20, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    ((1, 16, 6, 6), 24, (3, 2), (1, 2), (2, 0), (2, 1), 2),
+    ((1, 640, 2, 3), 24, (1, 1), (1, 1), (0, 0), (1, 1), 1),  # a split sum
+]
+convolutions = pytest.mark.parametrize(
+    ("shape", "outputs", "kernel", "stride", "padding", "dilation", "groups"), CONVOLUTIONS, ids=str
+)
+on_dtypes = pytest.mark.parametrize(
+    ("dtype", "tf32"),
+    [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False)],
+    ids=["bfloat16", "float16", "tf32", "float32"],
+)
+
+
+@pytest.fixture(autouse=True)
+def _tf32(request, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", "tf32" in request.node.name)
+
+
+def filters(outputs: int, channels: int, *kernel: int, seed: int = 1) -> torch.Tensor:
+    return randn(outputs, channels, *kernel, seed=seed) / (channels * kernel[0] * kernel[1]) ** 0.5
+
+
+@on_dtypes
+@convolutions
+def test_convolution(shape, outputs, kernel, stride, padding, dilation, groups, dtype, tf32):
+    geometry = list(stride), list(padding), list(dilation), groups
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(shape[2:], padding, dilation, kernel, stride, strict=True)
+    ]
+
+    def image(*shape, seed=0):
+        return (randn(*shape, seed=seed) + 1).to(dtype).contiguous(memory_format=LAST)
+
+    def operands():
+        return image(*shape), filters(outputs, shape[1] // groups, *kernel).to(dtype), randn(outputs).to(dtype)
+
+    def with_residual():
+        return *operands(), image(shape[0], outputs, *size, seed=3), *geometry, True
+
+    def with_stats():
+        stats = norm.batch_norm_stats(image(*shape), None, randn(shape[1]).float(), None, None, True, 1e-5)
+        return *operands(), stats, True, *geometry, True
+
+    tolerance = TF32 if tf32 else TOLERANCE[dtype]
+    check("conv_bias_act", with_residual, tolerance, 1)
+    check("conv_bn_stats", with_stats, tolerance, 2)
+
+
+def assert_some_tiles(name: str, make: Make, elements: int, tolerance: float) -> None:
+    """With the first two thread blocks and the last one alone: what the others would write stays NaN."""
+    with interpreted_nvcc(1, ctas=lambda grid: [0, 1, grid[0] - 1]) as launches:
+        ours = results("cuda", name, make())[0]
+    assert len(launches) == 1
+    written = ~ours.isnan()
+    assert written.sum() == 3 * elements
+    exact = results("reference", name, wide(make()))[0]
+    assert ((ours - exact)[written].abs() <= tolerance * exact.abs().max()).all()
+
+
+LARGE = [("bfloat16", 128, 256), ("tf32", 128, 256), ("float16", 256, 64), ("float32", 256, 64)]
+
+
+@pytest.mark.parametrize(("kind", "width", "outputs"), LARGE)
+def test_large_tiles(kind, width, outputs):
+    """As many pixels as it takes until tiles of 128 pixels, by 128 outputs or by 64, are enough of them."""
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    tolerance = TF32 if kind == "tf32" else TOLERANCE[dtype]
+
+    def image(channels, seed=0):
+        return randn(1, channels, 128, width, seed=seed).to(dtype).contiguous(memory_format=LAST)
+
+    def forward():
+        return image(16), filters(outputs, 16, 1, 1).to(dtype), None, None, [1, 1], [0, 0], [1, 1], 1, False
+
+    def backward():
+        weight, stats = filters(16, outputs, 1, 1).to(dtype), randn(5, 16).float()
+        return image(16), image(16, 1), stats, None, True, None, 128 * width, weight, None, None, False
+
+    elements = 128 * min(outputs, 128)
+    assert_some_tiles("conv_bias_act", forward, elements, tolerance)
+    if dtype != torch.float32:
+        assert_some_tiles("conv_dgrad", backward, elements, tolerance)
+
+
+POINTWISE = [(64, 24, 4, 1, True), (35, 20, 3, 1, False), (16, 40, 7, 2, True)]
+
+
+@on_dtypes
+@pytest.mark.parametrize(("channels", "outputs", "size", "stride", "through"), POINTWISE)
+def test_pointwise_backward(channels, outputs, size, stride, through, dtype, tf32):
+    pixels = (size - 1) // stride + 1
+    reached = 2, outputs, pixels, pixels
+
+    def image(*shape, seed=0, mean=0.0):
+        return (randn(*shape, seed=seed) + mean).to(dtype).contiguous(memory_format=LAST)
+
+    def common():
+        z, dy = image(*reached, seed=1, mean=3.0), image(*reached, seed=2)
+        stats = norm.batch_norm_stats(z, *randn(2, outputs).float(), None, None, True, 1e-5)
+        mask = norm.pack_mask(image(*reached, seed=4) > 0) if through else None
+        behind = dy, z, stats, mask, not through
+        sums = halves.batch_norm_sums(*behind, None, None) if through else None
+        return *behind, sums, z.numel() // outputs, filters(outputs, channels, 1, 1).to(dtype)
+
+    def read():
+        x = image(2, channels, size, size, mean=1.0)
+        return x, norm.batch_norm_stats(x, *randn(2, channels).float(), None, None, True, 1e-5)
+
+    tolerance = TF32 if tf32 else TOLERANCE[dtype]
+    through_norm = lambda: (*read(), True) if through else (read()[0], None, False)  # noqa: E731
+    check("conv_wgrad", lambda: (*common(), *through_norm(), [stride, stride]), tolerance, 1)
+    if stride == 1 and through:
+        check("conv_dgrad", lambda: (*common(), *read(), True), tolerance, 2)
+    elif stride == 1:
+        added = functools.partial(image, 2, channels, size, size, seed=6)
+        check("conv_dgrad", lambda: (*common(), None, None, False, added(), norm.pack_mask(added() > 0)), tolerance, 2)
+
+
+# --- deliberate errors --------------------------------------------------------------------------------------
+
+
+def replaced(pattern: str, by: str) -> Callable[[str], str]:
+    """An edit of a kernel's PTX that has to change something, in one of the kernels at least."""
+
+    def edit(ptx: str) -> str:
+        changed, count = re.subn(pattern, by, ptx)
+        edit.count += count
+        return changed
+
+    edit.count = 0
+    return edit
+
+
+def convolution(dtype: torch.dtype = torch.bfloat16) -> Sequence[Any]:
+    x = randn(1, 64, 4, 4).to(dtype).contiguous(memory_format=LAST)
+    return x, filters(32, 64, 3, 3).to(dtype), None, None, [1, 1], [1, 1], [1, 1], 1, False
+
+
+_MMA = r"(mma\.sync\S+\s+\{[^}]*\}, \{)(%r\d+), (%r\d+), (%r\d+), (%r\d+)(\}, \{)(%r\d+), (%r\d+)"
+_WAIT = r"cp\.async\.wait_group (\d)"
+WRONG = {  # what is changed, and the fault that it is; None: wrong values
+    "rows of the first operand": (_MMA, r"\1\3, \2, \4, \5\6\7, \8", None),
+    "columns of the first operand": (_MMA, r"\1\4, \5, \2, \3\6\7, \8", None),
+    "the second operand": (_MMA, r"\1\2, \3, \4, \5\6\8, \7", None),
+    "ldmatrix.trans": (r"m8n8\.x4\.shared", "m8n8.x4.trans.shared", None),
+    "no wait": (_WAIT, "cp.async.wait_group 3", None),
+    "no barrier": (r"bar\.sync\s+0;", "", "no barrier in between"),
+    "behind the end": (r"(st\.global\.\S+\s+\[%rd\d+)(?=\])", r"\1+1024", "outside of every allocation"),
+    "misaligned": (r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+)", r"\1+8", "misaligned"),
+}
+
+
+@pytest.mark.parametrize("error", WRONG)
+def test_errors_in_a_convolution(error):
+    pattern, by, fault = WRONG[error]
+    edit = replaced(pattern, by)
+    if fault is not None:
+        with pytest.raises(Fault, match=fault):
+            interpreted("conv_bias_act", convolution, 0, edit)
+    else:
+        ours, _ = interpreted("conv_bias_act", convolution, 0, edit)
+        with pytest.raises(AssertionError, match="conv_bias_act, 0"):
+            assert_exact("conv_bias_act", convolution, ours, TOLERANCE[torch.bfloat16])
+    assert edit.count
+
+
+def small() -> Sequence[Any]:
+    return forward(norm_case(*NORMS[0]))
+
+
+def test_blocks_that_wait_in_vain():
+    edit = replaced(r"red\.release\.gpu\.global\.add\.u32 \[(%rd\d+)\], 1", r"red.release.gpu.global.add.u32 [\1], 0")
+    with single_pass(1), pytest.raises(Fault, match="waits for what nobody writes"):
+        interpreted("batch_norm_act_forward", small, 0, edit)
+    assert edit.count
+
+
+@pytest.mark.parametrize("schedule", [1, 2])
+def test_blocks_that_do_not_wait(schedule):
+    """Whoever comes first takes partial sums that are not there yet."""
+    edit = replaced(r"(ld\.acquire[^;]*;[^@]*)@%p\d+ bra", r"\1// ")
+    with single_pass(1):
+        ours, _ = interpreted("batch_norm_act_forward", small, schedule, edit)
+    assert edit.count
+    with pytest.raises(AssertionError, match="batch_norm_act_forward, 0"):
+        assert_exact("batch_norm_act_forward", small, ours, TOLERANCE[torch.bfloat16])
+
+
+def test_a_tensor_that_no_kernel_may_touch():
+    outside = small()[0]
+    with pytest.raises(Fault, match="outside of every allocation"):
+        interpreted("batch_norm_act_forward", lambda: (outside, *small()[1:]))
+
+
+def test_more_threads_than_a_kernel_takes():
+    edit = replaced(r"\.maxntid \d+", ".maxntid 32")
+    with pytest.raises(ValueError, match="threads, and takes 32 at most"):
+        interpreted("batch_norm_act_forward", small, 0, edit)
+
+
+def test_the_backend_is_the_simulated_one():
+    assert fused_res.backends.resolve("cuda", CPU).name == "cuda"

@@ -1,0 +1,506 @@
+"""fuse, unfuse and summarize: what changes about a model (its speed) and what must not (anything else)."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint_sequential
+
+import fused_res
+from fused_res import nn as fnn
+from fused_res.fusion import fuse, summarize, unfuse
+from fused_res.testing import stub_torchvision_operators
+from tests.support.model_comparison import assert_agree, assert_near, counted
+from tests.support.model_comparison import small_resnet as network
+
+stub_torchvision_operators()
+resnet = pytest.importorskip("torchvision.models.resnet")
+
+
+def images(batch: int = 3, size: int = 48) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, 3, size, size, dtype=torch.float64)
+
+
+class TestTheModelStaysTheSame:
+    def test_parameters_keys_and_classes(self) -> None:
+        model = network()
+        parameters, keys = list(model.parameters()), list(model.state_dict())
+        modules = list(model.modules())
+        assert fuse(model) is model
+        assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+        assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+        assert list(model.state_dict()) == keys
+        assert isinstance(model, resnet.ResNet) and isinstance(model.layer1[0], resnet.BasicBlock)
+
+    def test_an_optimizer_made_before_goes_on(self) -> None:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        before = model.layer1[0].conv1.weight.detach().clone()
+        fuse(model)(images()).sum().backward()
+        optimizer.step()
+        assert not torch.equal(before, model.layer1[0].conv1.weight)
+
+    def test_unfuse_gives_every_class_back(self) -> None:
+        model = network()
+        kinds = [type(module) for module in model.modules()]
+        attributes = [set(vars(module)) for module in model.modules()]
+        unfuse(fuse(model))
+        assert kinds == [type(module) for module in model.modules()]
+        assert attributes == [set(vars(module)) for module in model.modules()]
+        with counted() as calls:
+            model(images())
+        assert not calls
+
+    def test_fusing_again_changes_the_settings(self) -> None:
+        model = fuse(fuse(network(), recompute="norm"), backend="reference", recompute="conv", tune=True)
+        block = model.layer1[0]
+        assert block._fused_res == ("reference", "conv", True)
+        assert type(block).__mro__.count(resnet.BasicBlock) == 1 and type(block).__bases__[-1] is resnet.BasicBlock
+        assert fuse(network()).layer1[0].__class__ is block.__class__
+
+    @pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_training(self, kind: str, layout: torch.memory_format) -> None:
+        stock = network(kind)
+        fused = fuse(copy.deepcopy(stock))
+        with counted() as calls:
+            assert_agree(fused, stock, images().contiguous(memory_format=layout).requires_grad_())
+        assert len(calls) == 2 * 5  # four blocks and the stem
+
+    @pytest.mark.parametrize("recompute", ["none", "norm", "conv"])
+    def test_frozen_layers_and_statistics(self, recompute: str) -> None:
+        stock = network("Bottleneck")
+        for module in (stock.conv1, stock.bn1, stock.layer1, stock.layer2[0].bn2):
+            module.requires_grad_(False).eval()
+        fused = fuse(copy.deepcopy(stock), recompute=recompute)
+        assert_agree(fused, stock, images())
+
+    def test_evaluation(self) -> None:
+        stock = network("Bottleneck").eval()
+        fused = fuse(copy.deepcopy(stock))
+        assert_agree(fused, stock, images())
+        with torch.no_grad(), counted() as calls:
+            assert_near(fused(images()), stock(images()), "output")
+        assert len(calls) == 5
+        with torch.inference_mode():
+            assert_near(fused(images()), stock(images()), "output")
+
+    def test_train_and_eval_and_hooks_of_the_block_itself(self) -> None:
+        model = fuse(network())
+        seen = []
+        model.layer1[0].register_forward_hook(lambda *_: seen.append("forward"))
+        model.layer1[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+        with counted() as calls:
+            model(images()).sum().backward()
+        assert seen == ["forward", "backward"] and len(calls) == 5
+        assert not model.eval().layer1[0].bn1.training and model.train().layer1[0].bn1.training
+
+
+class TestCopies:
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        return fuse(network(), recompute="norm").eval()
+
+    def check(self, model: nn.Module, other: nn.Module) -> None:
+        assert type(other.layer1[0]) is type(model.layer1[0])
+        assert other.layer1[0]._fused_res == model.layer1[0]._fused_res
+        assert other.conv1.weight is not model.conv1.weight
+        with counted() as calls:
+            assert torch.equal(other(images()), model(images()))
+        assert len(calls) == 2 * 5
+
+    def test_deepcopy(self, model: nn.Module) -> None:
+        self.check(model, copy.deepcopy(model))
+
+    @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+    def test_pickle(self, model: nn.Module, protocol: int) -> None:
+        self.check(model, pickle.loads(pickle.dumps(model, protocol)))
+
+    def test_save(self, model: nn.Module) -> None:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        self.check(model, torch.load(file, weights_only=False))
+
+    def test_another_process_reads_the_pickle(self, model: nn.Module, tmp_path) -> None:
+        (tmp_path / "model.pkl").write_bytes(pickle.dumps(model.layer1[0]))
+        code = (
+            "import pickle, sys; from fused_res.testing import stub_torchvision_operators as s; s();"
+            "block = pickle.load(open(sys.argv[1], 'rb'));"
+            "print(type(block).__name__, block._fused_res.recompute)"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / "model.pkl")]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "FusedBasicBlock norm\n"
+
+    def test_a_slice_of_a_sequential(self) -> None:
+        stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).double()
+        part = fuse(copy.deepcopy(stock))[:3]
+        assert_agree(part, stock[:3], images())
+        assert type(unfuse(part)) is nn.Sequential
+
+
+class TestOtherMachinery:
+    def test_compile(self) -> None:
+        stock = network()
+        fused = fuse(copy.deepcopy(stock))
+        torch._dynamo.reset()
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        with counted() as calls:
+            x = images()
+            outputs = compiled(x), stock(x)
+            assert_near(*outputs, "output")
+            for output in outputs:
+                output.square().sum().backward()
+        assert len(calls) == 5
+        for (name, ours), theirs in zip(fused.named_parameters(), stock.parameters(), strict=True):
+            assert_near(ours.grad, theirs.grad, name)
+        for (name, ours), theirs in zip(fused.state_dict().items(), stock.state_dict().values(), strict=True):
+            assert_near(ours, theirs, name)
+
+    def test_distributed_data_parallel(self) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            stock = network()
+            fused = DistributedDataParallel(fuse(copy.deepcopy(stock)))
+            with counted() as calls:
+                assert_agree(fused.module, stock, images(), steps=1)
+                optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
+                fused(images()).sum().backward()
+                stock(images()).sum().backward()
+            assert len(calls) == 2 * 5
+            for (name, ours), theirs in zip(fused.module.named_parameters(), stock.parameters(), strict=True):
+                assert_near(ours.grad, theirs.grad, name)
+            optimizer.step()
+            wrapped = fuse(DistributedDataParallel(network()))  # the other way round
+            with counted() as calls:
+                wrapped(images()).sum().backward()
+            assert len(calls) == 5
+        finally:
+            dist.destroy_process_group()
+
+    def test_functional_call(self) -> None:
+        stock = network().eval()
+        fused = fuse(copy.deepcopy(stock))
+        state = {name: tensor * 1.05 for name, tensor in stock.named_parameters()}
+        with counted() as calls:
+            actual = torch.func.functional_call(fused, state, (images(),))
+        assert len(calls) == 5
+        assert_near(actual, torch.func.functional_call(stock, state, (images(),)), "output")
+
+    def test_checkpointed_stages(self) -> None:
+        stock = network()
+        fused = fuse(copy.deepcopy(stock))
+        x = images(size=32)
+        expected = stock.layer2(stock.layer1(stock.maxpool(stock.relu(stock.bn1(stock.conv1(x))))))
+        expected.square().sum().backward()
+        stem = fused.maxpool(fused.relu(fused.bn1(fused.conv1(x))))
+        actual = checkpoint_sequential([fused.layer1, fused.layer2], 2, stem, use_reentrant=False)
+        actual.square().sum().backward()
+        for (name, ours), theirs in zip(fused.named_parameters(), stock.parameters(), strict=True):
+            assert_near(ours.grad, theirs.grad, name)
+        for name in ("layer1.0.bn1", "layer2.0.bn2"):
+            assert fused.get_submodule(name).num_batches_tracked == 1
+
+    def test_autocast(self) -> None:
+        stock = network().float()
+        fused = fuse(copy.deepcopy(stock))
+        with torch.autocast("cpu", torch.bfloat16), counted() as calls:
+            outputs = [model(images().float()) for model in (fused, stock)]
+            assert_near(*outputs, "output")
+            for output in outputs:
+                output.float().square().sum().backward()
+        assert len(calls) == 5
+        for (name, ours), theirs in zip(fused.named_parameters(), stock.parameters(), strict=True):
+            # Stock rounds to 16 bits once more between the operations of a block.
+            assert ours.grad.dtype == theirs.grad.dtype
+            assert torch.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), 0) > 0.97, name
+
+    def test_tracing_into_other_forms_uses_the_models_own_forward(self) -> None:
+        stock = network().eval()
+        fused = fuse(copy.deepcopy(stock))
+        for form in (
+            torch.jit.trace(fused, images()),
+            torch.export.export(fused, (images(),)).module(),
+        ):
+            assert_near(form(images()), stock(images()), "output")
+
+    def test_fully_sharded_class_in_front_of_ours(self) -> None:
+        """As `fully_shard` does: a class made from the module's own, put in front."""
+        stock = network()
+        fused = fuse(copy.deepcopy(stock))
+        block = fused.layer1[0]
+        block.__class__ = type("Sharded", (type(block),), {})
+        with counted() as calls:
+            assert_agree(fused, stock, images(), steps=1)
+        assert len(calls) == 5
+        unfuse(fused)
+        with counted() as calls:
+            assert_agree(fused, stock, images(), steps=1)
+        assert not calls
+
+
+class TestLaterChanges:
+    def test_a_hook_runs_its_block_as_it_was(self) -> None:
+        stock = network()
+        fused = fuse(copy.deepcopy(stock))
+        seen = []
+        handle = fused.layer2[0].bn1.register_forward_hook(lambda *_: seen.append(1))
+        with counted() as calls:
+            assert_agree(fused, stock, images(), steps=1)
+        assert seen == [1] and len(calls) == 4
+        assert "bn1 has a hook" in str(summarize(fused))
+        handle.remove()
+        assert "hook" not in str(summarize(fused))
+
+    def test_a_hook_that_was_there_before(self) -> None:
+        model = network()
+        handle = model.layer2[0].relu.register_forward_pre_hook(lambda *_: None)
+        fuse(model)
+        with counted() as calls:
+            model(images())
+        assert len(calls) == 4
+        handle.remove()
+        with counted() as calls:
+            model(images())
+        assert len(calls) == 5
+
+    @pytest.mark.parametrize(
+        ("change", "left"),
+        [
+            (lambda model: setattr(model, "maxpool", nn.Identity()), 0),
+            (lambda model: setattr(model, "maxpool", nn.AvgPool2d(2)), 0),
+            (lambda model: setattr(model.maxpool, "ceil_mode", True), 0),
+            (lambda model: setattr(model, "relu", nn.Identity()), 0),
+            (lambda model: setattr(model, "bn1", nn.InstanceNorm2d(8).double()), 1),
+            (lambda model: setattr(model.layer1[0], "relu", nn.GELU()), 1),
+            (lambda model: setattr(model.layer3[0], "downsample", nn.Conv2d(6, 4, 1, 2).double()), 1),
+            (lambda model: model.layer3[0].downsample.append(nn.Dropout(0.0)), 1),
+            (lambda model: model.layer3[0].downsample.insert(0, nn.Identity()), 0),
+            (lambda model: nn.utils.parametrizations.orthogonal(model.layer1[0].conv1), 1),
+            (lambda model: setattr(model.layer1[0].conv1, "bias", nn.Parameter(torch.ones(8).double())), 0),
+        ],
+    )
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_changed_children(self, change, left: int, when: str) -> None:
+        stock = network()
+        fused = copy.deepcopy(stock)
+        if when == "after":
+            fuse(fused)
+        for model in (stock, fused):
+            torch.manual_seed(2)
+            change(model)
+        fuse(fused)
+        with counted() as calls:
+            assert_agree(fused, stock, images(), steps=1)
+        assert calls.count("residual_block") >= 5 - left
+        with counted() as calls:
+            fused(images())
+        blocks = {name for name, *_ in summarize(fused).fused}
+        assert len(blocks & {"", "layer1.0", "layer2.0", "layer3.0", "layer4.0"}) == 5 - left
+
+    def test_cumulative_statistics(self) -> None:
+        stock = network()
+        for module in stock.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        assert_agree(fuse(copy.deepcopy(stock)), stock, images(), steps=3)
+
+
+class TestSequential:
+    def check(self, model: nn.Sequential, expected: list[str], x: Tensor | None = None) -> nn.Sequential:
+        stock = model.double()
+        fused = fuse(copy.deepcopy(stock))
+        with counted() as calls:
+            assert_agree(fused, stock, (images(size=16) if x is None else x).requires_grad_())
+        assert calls == 2 * expected
+        return fused
+
+    def test_conv_norm_relu_in_all_orders(self) -> None:
+        self.check(
+            nn.Sequential(
+                nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+                nn.Conv2d(4, 6, 3, 2), nn.BatchNorm2d(6),
+                nn.Conv2d(6, 6, 3, groups=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+                nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 1),
+                nn.ReLU(), nn.BatchNorm2d(4), nn.Tanh(),
+            ),
+            ["residual_block", "batch_norm_act"],
+        )  # fmt: skip
+
+    def test_one_unit_that_does_not_fit_among_others(self) -> None:
+        circular = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+            circular, nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.check(model, ["residual_block"] * 2)
+
+    def test_inplace_relu_never_reaches_the_callers_tensor(self) -> None:
+        model = fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True)).double())
+        x = images()
+        before = x.clone()
+        model(x)
+        assert torch.equal(x, before)
+
+    def test_a_subclass_without_a_forward_of_its_own(self) -> None:
+        from torchvision.ops import Conv2dNormActivation
+
+        fused = self.check(Conv2dNormActivation(3, 8), ["residual_block"])
+        assert isinstance(fused, Conv2dNormActivation)
+
+    def test_a_subclass_with_a_forward_of_its_own(self) -> None:
+        class Doubled(nn.Sequential):
+            def forward(self, input: Tensor) -> Tensor:
+                return 2 * super().forward(input)
+
+        model = fuse(nn.Sequential(Doubled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
+        assert type(model) is nn.Sequential and type(model[0]) is Doubled
+
+    def test_children_with_names_that_we_use(self) -> None:
+        names = ("home", "name", "reads", "parts", "units", "run", "refusal", "covered", "front")
+        children = OrderedDict((name, nn.Identity()) for name in names)
+        model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4), **children))
+        fuse(model)
+        assert all(getattr(model, name) is child for name, child in children.items())
+
+    def test_a_hook_inside_cuts_the_run(self) -> None:
+        model = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()))
+        model[1].register_forward_hook(lambda *_: None)
+        with counted() as calls:
+            model(images().float())
+        assert calls == ["batch_norm_act"]
+
+
+class TestLeftAlone:
+    def test_blocks_of_other_kinds(self) -> None:
+        class Own(resnet.BasicBlock):
+            def forward(self, x: Tensor) -> Tensor:
+                return x
+
+        class Renamed(resnet.BasicBlock):
+            pass
+
+        model = fuse(nn.ModuleList([Own(4, 4), Renamed(4, 4)]))
+        assert type(model[0]) is Own and type(model[1]) is not Renamed and isinstance(model[1], Renamed)
+
+    def test_quantizable_models(self) -> None:
+        quantizable = pytest.importorskip("torchvision.models.quantization.resnet")
+        model = fuse(quantizable.resnet18(quantize=False))
+        assert "Fused" not in repr(model.layer1) and type(model) is quantizable.QuantizableResNet
+
+    def test_captured_graphs(self) -> None:
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+        traced = torch.fx.symbolic_trace(network())
+        model = fuse(nn.ModuleList([scripted, traced]))
+        assert summarize(model).fused == ()
+        assert [row.why for row in summarize(model).left] == ["a graph that was captured already"] * 2
+
+    def test_lazy_modules(self) -> None:
+        stock = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
+        fuse(stock)(images().float())
+        assert type(stock) is nn.Sequential
+        with counted() as calls:
+            fuse(stock)(images().float())
+        assert calls
+
+    def test_a_version_that_this_was_not_written_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.bn1(self.conv1(x)))
+
+        monkeypatch.setattr(resnet.BasicBlock, "forward", forward)
+        stock = network()
+        with counted() as calls:
+            assert_near(fuse(copy.deepcopy(stock))(images()), stock(images()), "output")
+        assert len(calls) == 1  # the stem
+
+
+class TestOurOwnModules:
+    def test_settings_are_switched(self) -> None:
+        block = fnn.BasicBlock(4, 4)
+        fuse(block, backend="reference", recompute="norm", tune=True)
+        assert (block.backend, block.recompute, block.tune, block.fused) == ("reference", "norm", True, True)
+        settings = "backend=reference, recompute=norm, tune=True, "
+        assert summarize(block).fused[0].why == settings + "algorithms are selected for the first input"
+        fuse(block, backend="reference", recompute="norm")
+        x = torch.ones(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+        settings = settings.replace("tune=True, ", "")
+        block(x)
+        told = summarize(block).fused[0].why
+        assert told == settings + "3x3 aten (plain PyTorch has nothing to gain from fusion)"
+        with fused_res.backends.use("reference", convolution="fused"):
+            block(x)
+        told = summarize(block).fused[0].why
+        assert "3x3 forward reference (plain PyTorch), input gradient aten" in told
+        unfuse(block)
+        with counted() as calls:
+            block(torch.ones(2, 4, 5, 5))
+        assert not calls
+        assert summarize(block).left[0].why == "switched off"
+        assert fuse(block).fused
+
+
+class TestSummary:
+    def test_table(self) -> None:
+        model = fuse(nn.ModuleDict({"net": network(), "other": nn.ModuleList([nn.BatchNorm2d(3)])}))
+        model["net"].layer4[0].relu = nn.SiLU()
+        summary = summarize(model)
+        assert [row.name for row in summary.fused] == ["net", "net.layer1.0", "net.layer2.0", "net.layer3.0"]
+        assert {row.name: row.why for row in summary.left} == {
+            "net.layer4.0": "relu is SiLU, not exactly ReLU",
+            "other.0": "what surrounds it in ModuleList is not known",
+        }
+        text = str(summary)
+        assert "4 fused, 2 left" in text and "relu is SiLU, not exactly ReLU" in text and "BasicBlock" in text
+
+    def test_before_and_after(self) -> None:
+        model = network()
+        assert {row.why for row in summarize(model).left} == {"not fused as yet"}
+        assert summarize(fuse(model)).left == ()
+
+
+class TestWrongArguments:
+    def test_names(self) -> None:
+        model = network()
+        with pytest.raises(ValueError, match="backend must be one of"):
+            fuse(model, backend="cudnn")
+        with pytest.raises(ValueError, match="recompute must be one of"):
+            fuse(model, recompute="everything")
+        for function in (fuse, unfuse, summarize, fused_res.convert_sync_batchnorm):
+            for wrong in ([model], None, nn.ReLU):
+                with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+                    function(wrong)
+        with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup or None"):
+            fused_res.convert_sync_batchnorm(model, "world")
+        assert type(model) is resnet.ResNet
+
+    def test_a_backend_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fused_res.backends.cuda, "simulating", lambda: False)
+        model = network()
+        with pytest.raises(fused_res.BackendUnavailableError, match="cuda"):
+            fuse(model, backend="cuda")
+        assert type(model) is resnet.ResNet and type(model.layer1[0]) is resnet.BasicBlock
+
+    def test_an_error_inside_a_block_changes_nothing(self) -> None:
+        model = fuse(network())
+        before = copy.deepcopy(model.layer4[0].state_dict())
+        with pytest.raises(ValueError, match=r"more than 1 value per channel"):
+            model(images(1, 32))
+        after = model.layer4[0].state_dict()
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), after.values(), strict=True))
+
+
+def test_neither_library_is_imported() -> None:
+    code = "import sys, fused_res.fusion; print({'torchvision', 'timm'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

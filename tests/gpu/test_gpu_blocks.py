@@ -1,0 +1,252 @@
+"""Blocks and models on the backends for GPUs, with and without fused convolutions; and what happens without them."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused_res
+from fused_res.backends import cuda
+from fused_res.functional import batch_norm_act, residual_block
+from tests.block.test_residual_block import BLOCKS, learnable, make, run, stock
+from tests.ops.test_conv_bias_act import check as check_convolution
+from tests.ops.test_conv_bias_act import make as convolution_case
+from tests.support import gpu_backends as gpu
+from tests.support.gpu_backends import DEVICE
+
+on_all = pytest.mark.parametrize("backend", gpu.BACKENDS)
+IMAGES = [name for name, (spec, _) in BLOCKS.items() if len(spec.units[0].stride) == 2]
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def small(name, bias=False):
+    spec, x, tensors = make(name, torch.float32, bias, batch=2, size=5)
+    on = [None if t is None else t.to(DEVICE) for t in tensors]
+    return spec, x.to(DEVICE).contiguous(memory_format=torch.channels_last), on
+
+
+def assert_near(ours, exact):
+    """Float32 against float64, where a convolution's gradient sums hundreds of terms that cancel."""
+    for a, b in zip(ours, exact, strict=True):
+        scale = b.abs().max().item()
+        # A bias before a norm has a gradient of zero, but for rounding.
+        assert (a.double() - b).abs().max().item() <= 1e-4 * scale + 2e-5
+
+
+def exact(spec, x, tensors, training, **options):
+    wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    return run(lambda x, t: stock(x, spec, t, training), x.double(), wide, **options)
+
+
+@on_all
+@pytest.mark.parametrize("convolution", ["aten", "fused"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_blocks(name, training, convolution, backend):
+    recomputes = ("none", "conv") if convolution == "fused" else ("norm",)
+    for recompute in recomputes:
+        spec, x, tensors = small(name, bias=recompute == "conv")
+        with fused_res.backends.use(backend, convolution):
+            ours = run(
+                lambda x, t, s=spec, r=recompute: residual_block(x, s, t, training=training, recompute=r),
+                x,
+                learnable(tensors),
+            )
+        assert_near(ours, exact(spec, x, learnable(tensors), training))
+
+
+@on_all
+@pytest.mark.parametrize("name", ["bottleneck", "projection"])
+def test_partial_gradients(name, backend):
+    """Any of a fused block's tensors may be frozen, its input too."""
+    count = len(make(name)[2])
+    for frozen_input, frozen in itertools.product((True, False), ((0, 12), (2, 3, 8, 9, 14, 15), range(1, count))):
+        spec, x, tensors = small(name)
+        with fused_res.backends.use(backend, "fused"):
+            ours = run(
+                lambda x, t, s=spec: residual_block(x, s, t, training=True),
+                x,
+                learnable(tensors, frozen),
+                frozen_input=frozen_input,
+            )
+        assert_near(ours, exact(spec, x, learnable(tensors, frozen), True, frozen_input=frozen_input))
+
+
+@on_all
+@pytest.mark.parametrize("case", ["3x3", "1x1", "1x1, stride", "ragged", "one image", "sequence"])
+def test_conv_bias_act(case, backend):
+    """By name, whatever the layout; a sequence is left to ATen."""
+    for dtype, format in itertools.product((torch.float32, torch.float16), (torch.channels_last, None)):
+        tensors, options = convolution_case(case, dtype)
+        if format and tensors["input"].dim() == 4:
+            tensors["input"] = tensors["input"].contiguous(memory_format=format)
+        check_convolution({name: t.to(DEVICE) for name, t in tensors.items()}, options, backend)
+
+
+@on_all
+@pytest.mark.parametrize("compiled", [False, True])
+def test_frozen(compiled, backend):
+    torch.manual_seed(0)
+    model = fused_res.models.cifar_resnet(8, num_classes=3).eval().to(DEVICE, memory_format=torch.channels_last)
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(norm.running_mean), torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    frozen = fused_res.freeze(model, backend=backend)
+    x = torch.randn(1, 3, 9, 9, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact = fused_res.unfuse(model.double())(x.double())
+        frozen(x)
+        told = [row.why for row in fused_res.summarize(frozen).fused]
+        assert all(f"backend={backend}" in why and "implicit_gemm" in why for why in told)
+        if compiled:
+            torch._dynamo.reset()
+            frozen = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+        assert (frozen(x) - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@on_all
+def test_compiled_has_the_eager_result(backend):
+    spec, x, tensors = small("projection")
+
+    def block(x, tensors):
+        return residual_block(x, spec, tensors, training=True)
+
+    with fused_res.backends.use(backend, "fused"):
+        eager = run(block, x, learnable(tensors))
+        torch._dynamo.reset()
+        compiled = run(torch.compile(block, fullgraph=True, backend="aot_eager"), x, learnable(tensors))
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@on_all
+def test_norm_traces_through_its_operators(backend):
+    x = torch.randn(2, 6, 5, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(6, device=DEVICE, requires_grad=True), torch.randn(6, device=DEVICE)
+    seen = []
+
+    def compile_seen(graph, inputs):
+        from torch._dynamo.backends.common import aot_autograd
+
+        def compiler(graph, _):
+            seen.extend(str(node.target) for node in graph.graph.nodes)
+            return graph
+
+        return aot_autograd(fw_compiler=compiler)(graph, inputs)
+
+    def norm(x, weight):
+        return batch_norm_act(x, None, None, weight, bias, training=True, backend=backend)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend=compile_seen)(x, weight), norm(x, weight))
+    assert any(name.endswith(".batch_norm_act_forward.default") for name in seen)
+
+
+@on_all
+def test_operators(backend):
+    """opcheck: schemas, fakes, shapes and strides."""
+    namespace = torch.ops.fused_res_triton if backend == "triton" else getattr(torch.ops, cuda.namespace())
+    x = torch.randn(2, 8, 4, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    z = torch.randn(2, 16, 4, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 8, 1, 1, device=DEVICE)
+    kernels = fused_res.backends.resolve(backend, DEVICE)
+    stats = kernels.batch_norm_stats(z, None, None, None, None, True, 1e-5)
+    x_stats = kernels.batch_norm_stats(x, None, None, None, None, True, 1e-5)
+    partials = kernels.batch_norm_partials(z).repeat(3, 1, 1)
+    sums = kernels.batch_norm_sums(z, z, stats, None, True, None, None)
+    geometry = [1, 1], [0, 0], [1, 1], 1
+    common = z, z, stats, None, True, sums, 24, weight
+    for name, arguments in {
+        "batch_norm_partials": (z,),
+        "merge_stats": (partials, None, None, 1e-5, False),
+        "batch_norm_sums": (z, z, stats, None, True, None, None),
+        "batch_norm_act_dx": (z, z, stats, None, True, sums, 24),
+        "batch_norm_act_apply": (z, stats, z, stats, True, True),
+        "batch_norm_act_backward_pair": (z, z, None, stats, z, None, stats, None, True, True, [True] * 6),
+        "conv_bias_act": (x, weight, None, z, *geometry, True),
+        "conv_bn_stats": (x, weight, None, x_stats, True, *geometry, True),
+        "conv_dgrad": (*common, x, x_stats, True),
+        "conv_wgrad": (*common, x, x_stats, True, [1, 1]),
+        "max_pool_forward": (z, stats, True, [2, 2], [2, 2], [0, 0]),
+    }.items():
+        torch.library.opcheck(getattr(namespace, name).default, arguments)
+
+
+@on_all
+def test_a_whole_model(backend):
+    """A bottleneck network with a stem, trained for a step: the same as its stock twin."""
+    torch.manual_seed(0)
+    model = fused_res.models.resnet50(num_classes=3)
+    model.layer1, model.layer2 = model.layer1[:1], model.layer2[:1]
+    model.layer3, model.layer4, model.fc = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Linear(512, 3)
+    model = model.to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 18, 18, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    grads = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        twin = fused_res.fuse(model.to(dtype), backend=name)
+        with fused_res.backends.use("auto", "aten" if name == "reference" else "fused"):
+            twin(x.to(dtype)).square().sum().backward()
+        grads.append([p.grad.double() for p in twin.parameters()])
+        twin.zero_grad()
+    for ours, exact in zip(*grads, strict=True):
+        assert (ours - exact).norm() <= 1e-3 * exact.norm() + 1e-6
+
+
+class TestWithoutAGpu:
+    """Everything imports; the backend says why it is not there."""
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ("importlib.util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)",
+             "Triton is not installed: pip install triton"),
+            ("importlib.metadata.version = lambda n: '2.1.0'", "Triton 2.1.0 is too old"),
+            ("pass", "there is no NVIDIA GPU here"),
+        ],
+    )  # fmt: skip
+    def test_reasons(self, change, words):
+        code = f"""if True:
+            import importlib.metadata, importlib.util, os, sys
+            find = importlib.util.find_spec
+            import torch
+            torch.cuda.is_available = lambda: False
+            {change}
+            import fused_res
+            assert {words!r} in fused_res.backends.unavailable("triton")
+            model = fused_res.fuse(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)))
+            model(torch.randn(2, 3, 5, 5))
+            for use in (lambda: fused_res.fuse(model, backend="triton"), lambda: fused_res.backends.use("triton")):
+                try:
+                    use()
+                except fused_res.BackendUnavailableError as error:
+                    assert {words!r} in str(error), error
+                else:
+                    raise SystemExit("did not raise")"""
+        environment = {"PATH": "/usr/bin", "TRITON_INTERPRET": "0"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU, and a library may be")
+    def test_without_cuda(self):
+        """The backend says what it lacks, and how to get it."""
+        code = """if True:
+            import fused_res
+            reason = fused_res.backends.unavailable("cuda")
+            assert "CUDA kernels is not there" in reason and "FUSED_RES_CUDA=1 pip install" in reason, reason
+            try:
+                fused_res.backends.use("cuda")
+            except fused_res.BackendUnavailableError as error:
+                assert reason in str(error)
+            else:
+                raise SystemExit("did not raise")"""
+        done = subprocess.run([sys.executable, "-c", code], env={"PATH": "/usr/bin"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def test_no_kernel_is_defined_before_it_is_used(self):
+        code = "import sys, fused_res; assert 'fused_res.backends.triton.registration' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,229 @@
+"""Global and shared memory, with every access checked."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import numpy as np
+import torch
+
+from tools.ptx.numerics import Array
+
+
+class Fault(Exception):
+    """What a GPU would do wrong silently, or die of; ``lane`` is the thread, counted over the CTAs that run at once."""
+
+    def __init__(self, message: str, lane: int | None = None) -> None:
+        super().__init__(message)
+        self.lane = lane
+
+
+def _cells(data: Array, offset: int, width: int) -> Array:
+    """Raw memory as items of ``width`` bytes, the first one at ``offset``."""
+    count = (data.size - offset) // width
+    return data[offset : offset + count * width].view(f"V{width}")
+
+
+class Memory:
+    """Global memory: arrays at 64-bit addresses, each with nothing around it."""
+
+    def __init__(self) -> None:
+        self._bases: list[int] = []
+        self._arrays: list[tuple[Array, bool]] = []
+        self._next = 0x7F00_0000_0000
+
+    def place(self, values: Array | torch.Tensor, at: int | None = None, readonly: bool = False) -> int:
+        """Maps the values' own memory, without a copy, and returns their address.
+
+        With no address given, the address is as aligned as the memory really is, up to 256 bytes. Two views of one
+        array can lie at two addresses. Strided tensors are mapped from their first to their last element.
+        """
+        data = _bytes(values)
+        if at is None:
+            at = self._next + data.ctypes.data % 256
+            self._next = (at + data.size + 4096) // 256 * 256
+        position = bisect.bisect(self._bases, at)
+        after = self._bases[position] if position < len(self._bases) else 1 << 64
+        if at + data.size > after or (position and self._end(position - 1) > at):
+            raise ValueError(f"{at:#x} is taken")
+        self._bases.insert(position, at)
+        self._arrays.insert(position, (data, readonly))
+        return at
+
+    def _end(self, position: int) -> int:
+        return self._bases[position] + self._arrays[position][0].size
+
+    def _parts(self, addresses: Array, width: int, lanes: Array, write: bool) -> list[tuple[Any, Array, Array]]:
+        """An access, checked and split by allocation: which of the addresses, the allocation's cells, their indices."""
+        if (misaligned := addresses & np.uint64(width - 1)).any():
+            one = int(np.flatnonzero(misaligned)[0])
+            raise Fault(f"{width}-byte access at {int(addresses[one]):#x} is misaligned", lanes[one])
+        first = bisect.bisect(self._bases, int(addresses.min())) - 1
+        if first >= 0 and int(addresses.max()) + width <= self._end(first):
+            return [(slice(None), *self._index(first, addresses, width, lanes, write))]
+        ends = np.array([0, *map(self._end, range(len(self._bases)))], "u8")
+        owner = np.searchsorted(np.array(self._bases, "u8"), addresses, side="right")
+        outside = addresses + np.uint64(width) > ends[owner]
+        if outside.any():
+            one = int(np.flatnonzero(outside)[0])
+            raise Fault(f"{width}-byte access at {self._describe(int(addresses[one]))}", lanes[one])
+        chosen = [(int(one), np.flatnonzero(owner == one)) for one in np.unique(owner)]
+        return [(part, *self._index(one - 1, addresses[part], width, lanes[part], write)) for one, part in chosen]
+
+    def _index(self, position: int, addresses: Array, width: int, lanes: Array, write: bool) -> tuple[Array, Array]:
+        base, (data, readonly) = self._bases[position], self._arrays[position]
+        if write and readonly:
+            raise Fault(f"store to read-only memory at {int(addresses[0]):#x}", lanes[0])
+        start = -base % width
+        return _cells(data, start, width), ((addresses - np.uint64(base + start)) // np.uint64(width)).astype("i8")
+
+    def _describe(self, address: int) -> str:
+        if not self._bases:
+            return f"{address:#x}, and nothing is allocated"
+        ends = [self._end(position) for position in range(len(self._bases))]
+        distances = [max(base - address, address - end) for base, end in zip(self._bases, ends, strict=True)]
+        near = int(np.argmin(distances))
+        return (
+            f"{address:#x} is outside of every allocation;"
+            f" the nearest one begins {address - self._bases[near]:+} bytes away and has {self._arrays[near][0].size}"
+        )
+
+    def load(self, addresses: Array, width: int, lanes: Array) -> Array:
+        result = np.empty(len(addresses), f"V{width}")
+        for part, cells, index in self._parts(addresses, width, lanes, write=False):
+            result[part] = cells[index]
+        return result
+
+    def store(self, addresses: Array, values: Array, lanes: Array) -> None:
+        for part, cells, index in self._parts(addresses, values.itemsize, lanes, write=True):
+            cells[index] = values[part]
+            _agree(cells[index], values[part], lanes[part])
+
+
+def _agree(stored: Array, meant: Array, lanes: Array) -> None:
+    width = meant.itemsize
+    differ = (stored.view("u1") != np.ascontiguousarray(meant).view("u1")).reshape(-1, width).any(1)
+    if differ.any():
+        raise Fault("two threads store different values to one place", lanes[int(np.flatnonzero(differ)[0])])
+
+
+def _bytes(values: Array | torch.Tensor) -> Array:
+    if isinstance(values, torch.Tensor):
+        values = values.detach()
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
+        flat = values.as_strided((extent if values.numel() else 0,), (1,), values.storage_offset())
+        return flat.view(torch.uint8).numpy()
+    return values.reshape(-1).view("u1")
+
+
+class Shared:
+    """The shared memory of several CTAs: starts as NaN, and reports what two warps do to one byte without a barrier.
+
+    A write that changes nothing, as when several warps hold the same value, is no conflict.
+    """
+
+    _MANY = 62  # warps that have read: more than one
+
+    def __init__(self, ctas: int, size: int, cta_of: Array, warp_of: Array) -> None:
+        self._size, self._stride = size, -(-size // 16) * 16
+        self._data = np.full(ctas * self._stride, 0xFF, "u1")
+        self._cta, self._warp = cta_of, warp_of
+        self._tracked = bool(warp_of.size) and int(warp_of.max()) > 0
+        self._epochs = np.ones(ctas, "i4")
+        # Who touched a byte last: epoch * 64 + warp.
+        self._writers = np.zeros(self._data.size if self._tracked else 0, "i4")
+        self._readers = np.zeros_like(self._writers)
+
+    def barrier(self, ctas: Array) -> None:
+        self._epochs[ctas] += 1
+
+    def _index(self, addresses: Array, width: int, lanes: Array) -> Array:
+        addresses = addresses.astype("i8")
+        bad = (addresses < 0) | (addresses + width > self._size) | (addresses & (width - 1) != 0)
+        if bad.any():
+            one = int(np.flatnonzero(bad)[0])
+            where = f"is misaligned or outside of its {self._size} bytes"
+            raise Fault(f"{width}-byte access to shared memory at {addresses[one]} {where}", lanes[one])
+        return addresses + self._cta[lanes] * self._stride
+
+    def _tags(self, index: Array, width: int, lanes: Array) -> tuple[Array, Array]:
+        tags = self._epochs[self._cta[lanes]] * 64 + self._warp[lanes]
+        return index[:, None] + np.arange(width), np.broadcast_to(tags[:, None], (len(tags), width))
+
+    def _conflict(self, touched: Array, tags: Array, lanes: Array, what: str) -> None:
+        conflict = (touched >> 6 == tags >> 6) & (touched != tags)
+        if conflict.any():
+            row, column = map(int, np.argwhere(conflict)[0])
+            other = int(touched[row, column]) & 63
+            who = "several warps" if other == self._MANY else f"warp {other}"
+            raise Fault(f"{what} shared memory that {who} used, with no barrier in between", lanes[row])
+
+    def load(self, addresses: Array, width: int, lanes: Array) -> Array:
+        index = self._index(addresses, width, lanes)
+        if self._tracked:
+            cells, tags = self._tags(index, width, lanes)
+            self._conflict(self._writers[cells], tags, lanes, "reads")
+            before = self._readers[cells]
+            shared = (before >> 6 == tags >> 6) & (before != tags)
+            self._readers[cells] = np.where(shared, tags >> 6 << 6 | self._MANY, tags)
+            lost = self._readers[cells] != tags
+            self._readers[cells[lost]] = tags[lost] >> 6 << 6 | self._MANY
+        return self._data.view(f"V{width}")[index // width]
+
+    def store(self, addresses: Array, values: Array, lanes: Array, poison: bool = False) -> None:
+        """``poison`` stores NaN in place of the values: they are on their way."""
+        width = values.itemsize
+        index = self._index(addresses, width, lanes)
+        cells = self._data.view(f"V{width}")
+        if poison:
+            values = np.full(len(lanes) * width, 0xFF, "u1").view(f"V{width}")
+        if self._tracked:
+            old, new = (
+                np.ascontiguousarray(one).view("u1").reshape(-1, width) for one in (cells[index // width], values)
+            )
+            changed = (old != new) | poison
+            where, tags = self._tags(index, width, lanes)
+            rows = np.broadcast_to(np.arange(len(lanes))[:, None], changed.shape)[changed]
+            where, tags = where[changed][:, None], tags[changed][:, None]
+            self._conflict(self._writers[where], tags, lanes[rows], "writes")
+            self._conflict(self._readers[where], tags, lanes[rows], "overwrites")
+            self._writers[where] = tags
+        cells[index // width] = values
+        _agree(cells[index // width], values, lanes)
+
+
+class Copies:
+    """``cp.async``: NaN from the moment of issue, the data only after the matching wait."""
+
+    def __init__(self, lanes: int, shared: Shared) -> None:
+        self._shared = shared
+        self._committed = np.zeros(lanes, "i8")
+        self._pending: list[tuple[Array, Array, Array, Array]] = []  # lanes, their groups, addresses, values
+
+    def issue(self, addresses: Array, values: Array, lanes: Array) -> None:
+        self._shared.store(addresses, values, lanes, poison=True)
+        self._pending.append((lanes, self._committed[lanes], addresses, values))
+
+    def commit(self, active: Array) -> None:
+        self._committed[active] += 1
+
+    def wait(self, active: Array, groups: int) -> None:
+        """All but the last ``groups`` committed groups of these threads arrive; with -1, uncommitted copies, too."""
+        remaining = []
+        for lanes, group, addresses, values in self._pending:
+            arrived = active[lanes] & (group < self._committed[lanes] - groups)
+            if arrived.any():
+                self._shared.store(addresses[arrived], values[arrived], lanes[arrived])
+            if not arrived.all():
+                remaining.append((lanes[~arrived], group[~arrived], addresses[~arrived], values[~arrived]))
+        self._pending = remaining
+
+
+def argument_bytes(value: Any, type_: str, size: int) -> bytes:
+    """An argument of a kernel as it lies in parameter memory."""
+    if isinstance(value, bytes):
+        return value
+    if type_ in ("f32", "f64"):
+        return np.array(value, f"f{size}").tobytes()
+    return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
