@@ -9,7 +9,8 @@
 #                                 for one of these, each within nine minutes; OUT=folder for the results
 #   make study                    what skip connections are for: trains plain and residual networks, writes
 #                                 docs/depth-study; a quarter of an hour, and a kill loses nothing of it
-#   make docs                     docs/api.md from the docstrings, and the measured tables from benchmarks/results
+#   make docs                     the API pages from the docstrings (Markdown in docs/api, HTML in build/docs/html), and
+#                                 the pages of results from benchmarks/results
 #   make lint                     ruff, clang-format, mypy;  make format  to put right what they can
 #   make build                    only the set-up
 #   make clean                    remove .venv and everything built
@@ -24,7 +25,7 @@ BUILT := $(VENV)/.stamp-build
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_FILES := $(shell find tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 ARGS :=
-# Some tests use one core, some all: two at a time, whose threads let go of a core while they wait.
+# Some tests use one core, some all: two processes at a time, whose threads yield their core while they wait.
 # Files go to them in the order of tests/conftest.py, the longest first.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder
@@ -47,7 +48,8 @@ study: $(BUILT)
 	cp build/depth-study/report/* docs/depth-study/
 
 docs: $(BUILT)
-	$(BIN)/python -m sphinx -b markdown -E -q docs/api build/docs
+	$(BIN)/python -m sphinx -b markdown -E -q -W docs/sphinx docs/api -d build/docs/doctrees
+	$(BIN)/python -m sphinx -b html -E -q -W docs/sphinx build/docs/html -d build/docs/doctrees
 	$(BIN)/python -m benchmarks.readme
 
 gpu:

@@ -1,6 +1,6 @@
-"""Runs CMake (CMakeLists.txt lists sources and flags) and packages what it made.
+"""Builds the C++ extension and the CUDA library with CMake (CMakeLists.txt lists sources and flags) and packages them.
 
-The switches are FUSED_RES_CPP and FUSED_RES_CUDA: see fused_res/env.py.
+The environment variables FUSED_RES_CPP and FUSED_RES_CUDA select what is built: see fused_res/env.py.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 
-# Here too, for `python setup.py`: exits where setuptools is missing or too old.
+# For `python setup.py`, which does not use the build backend: exits if setuptools is missing or too old.
 INSTALL = runpy.run_path(str(ROOT / "cmake" / "build_backend.py"))["INSTALL"]
 
 from setuptools import Extension, setup
@@ -29,7 +29,7 @@ from setuptools.errors import CompileError
 variables = runpy.run_path(str(ROOT / "fused_res" / "env.py"))
 CPP, CUDA = variables["CPP"].read(), variables["CUDA"].read()
 if (CPP, CUDA) == ("0", "1"):
-    raise SystemExit("FUSED_RES_CPP=0 leaves out everything compiled, and FUSED_RES_CUDA=1 insists on a part of it")
+    raise SystemExit("FUSED_RES_CUDA: expected 0 or auto with FUSED_RES_CPP=0, which disables all compiled code, got 1")
 
 
 def torch_version() -> str:
@@ -37,21 +37,22 @@ def torch_version() -> str:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         raise SystemExit(
-            "fused_res is compiled against the torch that it will run with, and this Python has none. Type:\n"
+            "torch: not installed, but fused_res is compiled against the torch that it runs with. Run:\n"
             f"    {INSTALL} torch\n    pip install --no-build-isolation ."
         ) from None
 
 
 def tool(name: str) -> str:
-    """The program from this environment, which need not be activated, or else from PATH."""
+    """Return the path of a program in this environment, which need not be activated, or else on PATH."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     found = shutil.which(name, path=path)
     if found is None:
-        raise CompileError(f"{name} was not found: pip install cmake ninja")
+        raise CompileError(f"{name}: not found (pip install cmake ninja)")
     return found
 
 
 def configure(directory: Path) -> None:
+    """Run the configure step of CMake; raise CompileError with the first message of CMake if it fails."""
     cmake, ninja = tool("cmake"), tool("ninja")
     settings = [
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
@@ -67,10 +68,10 @@ def configure(directory: Path) -> None:
 
 
 class CMakeBuild(build_ext):
-    """Build in a directory that outlives the command, so that ninja finds what it compiled the last time.
+    """Build in a persistent directory, so that ninja recompiles only what changed.
 
-    Beside the module lies the library of CUDA kernels, _cuda. Each of the two has a build record, <name>.json: the
-    output of CMake, or why there is no such library.
+    The library of CUDA kernels, _cuda, is placed next to the module, _C. Each of the two has a build record,
+    <name>.json: the output of CMake, or the reason why the library was not built.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -78,18 +79,18 @@ class CMakeBuild(build_ext):
         cuda = cuda_library(module)
         module.parent.mkdir(parents=True, exist_ok=True)
         if CPP == "0":
-            skip(module, cuda, reason="FUSED_RES_CPP=0")
+            write_skip_records(module, cuda, reason="FUSED_RES_CPP=0")
             return
-        # One directory for each combination that cannot share objects.
+        # One directory per combination of settings that cannot share object files.
         key = f"{torch_version()}|{sys.prefix}|{os.environ.get('CXX')}|{ROOT}"
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         directory = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch{torch_version()}-{digest}"
         try:
             configure(directory)
-        except CompileError as error:  # the machine lacks something: an `optional` extension is left out
-            skip(module, cuda, reason=str(error))
+        except CompileError as error:  # a requirement is missing: setuptools skips an `optional` extension
+            write_skip_records(module, cuda, reason=str(error))
             raise
-        # From here on an error is one of our code, and nothing to go on without.
+        # From here on an error is a bug in the sources and ends the build.
         subprocess.run([tool("cmake"), "--build", directory], check=True)
         copy_with_record(directory / module.name, module)
         copy_with_record(directory / cuda.name, cuda)
@@ -105,12 +106,14 @@ def cuda_library(module: Path) -> Path:
     return module.with_name(module.name.replace("_C", "_cuda", 1))
 
 
-def skip(*libraries: Path, reason: str) -> None:
+def write_skip_records(*libraries: Path, reason: str) -> None:
+    """Write a build record with the reason why each library was not built."""
     for library in libraries:
         library.with_suffix(".json").write_text(json.dumps({"skipped": reason}))
 
 
 def copy_with_record(source: Path, target: Path) -> None:
+    """Copy a library with its build record, or only the record if the library was not built."""
     record = source.with_suffix(".json")
     shutil.copy2(record, target.with_suffix(".json"))
     if "skipped" not in json.loads(record.read_text()):
@@ -118,7 +121,7 @@ def copy_with_record(source: Path, target: Path) -> None:
 
 
 class Build(build):
-    """Start from an empty build/lib: a module that was deleted since would otherwise be in the wheel."""
+    """Start from an empty build/lib, so that the wheel does not contain modules that have been deleted since."""
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
@@ -135,7 +138,7 @@ setup(
     ext_modules=[
         Extension(
             "fused_res._C",
-            sources=[],  # CMakeLists.txt has them; `depends` puts them into a source distribution
+            sources=[],  # listed in CMakeLists.txt; `depends` adds them to a source distribution
             depends=[
                 str(path.relative_to(ROOT))
                 for pattern in ("CMakeLists.txt", "cmake/*.*", "csrc/**/*.*")

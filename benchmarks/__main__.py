@@ -1,9 +1,9 @@
-"""`python -m benchmarks <subcommand>`."""
+"""Command-line interface of the benchmarks: `python -m benchmarks <subcommand>`."""
 
 import argparse
 import sys
 
-from benchmarks import block, compare, conv, everything, infer, memory, model, op, options, roofline, runner
+from benchmarks import block, compare, conv, infer, memory, model, op, options, roofline, runner, suite
 
 SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "op": op,
@@ -14,18 +14,19 @@ SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "conv": conv,
     "roofline": roofline,
 }
-#: Nothing is measured, so nothing that says how is taken.
+#: Subcommands that calculate instead of measuring, and therefore take no measurement options.
 CALCULATED = ("roofline",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="fused_res beside stock PyTorch on this machine. Providers are checked for equal results "
-        "and timed interleaved. Tables go to the terminal, and with JSON and charts into the results folder.",
+        description="Benchmark fused_res against stock PyTorch on this machine. The results of every provider are "
+        "checked before it is timed, and the providers are timed interleaved. Tables are printed, and written to the "
+        "results folder together with JSON and charts.",
     )
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="subcommand")
-    for name, module in {**SUBCOMMANDS, "all": everything}.items():
+    for name, module in {**SUBCOMMANDS, "all": suite}.items():
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.__doc__)
         options.add_output(subparser)
         if name not in CALCULATED:
@@ -41,15 +42,15 @@ def main(arguments: list[str]) -> None:
     if parsed.subcommand == "compare":
         raise SystemExit(compare.run(parsed))
     if parsed.subcommand == "all":
-        everything.run(parsed, parser, SUBCOMMANDS)
+        suite.run(parsed, parser, SUBCOMMANDS)
         return
     benchmark = SUBCOMMANDS[parsed.subcommand]
     if getattr(parsed, "into", None) is not None:
-        runner.measure_here(benchmark, parsed)
+        runner.measure_to_file(benchmark, parsed)
     else:
         try:
             runner.run(parsed.subcommand, benchmark, parsed, arguments)
-        except runner.PartFailedError as error:
+        except runner.BenchmarkFailedError as error:
             raise SystemExit(error.code) from None
 
 

@@ -1,5 +1,4 @@
-"""`block`: one residual block of ResNet-18 or ResNet-50, forward and backward, taken out of the model with
-its weights."""
+"""`block`: forward and backward of single residual blocks of ResNet-18 and ResNet-50, with the weights of the model."""
 
 import argparse
 from pathlib import Path
@@ -13,15 +12,15 @@ from benchmarks import plots, progress, report
 from benchmarks.cases import BLOCK_CASES, QUICK_BLOCK_CASES, BlockCase, Mode, input_shapes
 from benchmarks.check import check_results
 from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, Provider, build_module
-from benchmarks.steps import BlockStep, calibrate
+from benchmarks.steps import BlockStep, calibrate_batch_norm
 from benchmarks.stock import stock_model
 from benchmarks.timing import Workload, clock_of, measure_interleaved
 
 HELP = "residual blocks: basic and bottleneck, identity and projection"
 
-# Gradients pass up to four ReLUs, whose switching at zero depends on rounding: a handful of elements in a
-# million, so that two correct results differ by more than their arithmetic does, and by a different amount
-# each time.
+# Gradients pass through up to four ReLUs, whose sign at inputs close to zero depends on rounding. A handful of elements
+# in a million switch, so two correct results differ by more than their arithmetic error, and by an amount that varies
+# from run to run.
 ERROR_FACTOR = 3.0
 ERROR_FLOOR = 1e-4
 ERROR_FLOOR_ULP = 4
@@ -32,14 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_providers(parser)
     common.add_device(parser)
     parser.add_argument(
-        "--size", type=common.positive_int, default=224, help="side of the model's images (default: %(default)s)"
+        "--size",
+        type=common.positive_int,
+        default=224,
+        help="height and width of the model's images in pixels (default: %(default)s)",
     )
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="default: %(default)s")
     common.add_cases(parser)
 
 
 def select_cases(options: argparse.Namespace) -> list[BlockCase]:
-    return common.chosen_cases(options, QUICK_BLOCK_CASES if options.quick else BLOCK_CASES)
+    return common.filter_cases(options, QUICK_BLOCK_CASES if options.quick else BLOCK_CASES)
 
 
 def check_and_build(
@@ -49,7 +51,7 @@ def check_and_build(
     dtype = common.dtype_of(options)
     generator = torch.Generator(options.device).manual_seed(options.seed)
     x = torch.randn(shape, generator=generator, device=options.device)
-    calibrate(stock.to(options.device), x)
+    calibrate_batch_norm(stock.to(options.device), x)
     with torch.no_grad():
         grad_output = torch.randn(stock(x).shape, generator=generator, device=options.device).to(dtype)
     x = x.to(dtype)
@@ -63,7 +65,7 @@ def check_and_build(
         return BlockStep(module.double() if exact else module, x_, grad_, mode)
 
     reference = step(EAGER, exact=True).results()
-    yardsticks = [step(provider).results() for provider in (EAGER, EAGER_CHANNELS_LAST)]
+    baselines = [step(provider).results() for provider in (EAGER, EAGER_CHANNELS_LAST)]
     workloads, checks = {}, {}
     for provider in progress.details(providers, f"{name}: check"):
         candidate = step(provider)
@@ -71,7 +73,7 @@ def check_and_build(
             f"{provider.name}, {name}",
             candidate.results(),
             reference,
-            yardsticks,
+            baselines,
             factor=ERROR_FACTOR,
             floor=max(ERROR_FLOOR, ERROR_FLOOR_ULP * torch.finfo(dtype).eps),
         )
@@ -80,7 +82,7 @@ def check_and_build(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    providers = common.chosen_providers(options)
+    providers = common.select_providers(options)
     batch, size = (2, 64) if options.quick else (common.batch_of(options), options.size)
     clock = clock_of(options.device)
     cases = select_cases(options)

@@ -1,4 +1,4 @@
-"""What is measured: activation shapes, blocks and models, each with the name that tables and charts show."""
+"""The measured cases: activation shapes, blocks and models, each with the name that tables and charts show."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +11,7 @@ Mode = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class OpCase:
-    """One distinct `batch_norm_act` of a network, and how often the network has it."""
+    """One distinct `batch_norm_act` of a network, and the number of its occurrences in the network."""
 
     name: str
     shape: tuple[int, int, int, int]
@@ -21,16 +21,19 @@ class OpCase:
 
 
 def resnet50_op_cases(batch: int, size: int) -> list[OpCase]:
-    """The 53 batch norms of ResNet-50 as 16 distinct cases: its stem, then for each stage the first block's
-    3x3 input (still at the stage's input resolution), the other inner norms, the norms that end a block
-    (these have the residual and its ReLU), and the projection's (no activation)."""
+    """Return the 53 batch norms of ResNet-50 as 16 distinct cases.
+
+    The stem's norm comes first, then for each stage: the norm before the first block's 3x3 convolution (still at the
+    stage's input resolution), the other inner norms, the norms at the end of a block (with the residual addition and
+    its ReLU), and the norm of the projection (without activation).
+    """
 
     def case(name: str, channels: int, side: int, count: int, residual: bool = False, relu: bool = True) -> OpCase:
         label = f"{name} {channels}x{side}x{side}{' +add' if residual else ''}{' +relu' if relu else ''}"
         return OpCase(label, (batch, channels, side, side), residual, "relu" if relu else "identity", count)
 
     def halved(side: int) -> int:
-        return (side + 1) // 2  # of every stride-2 convolution and pooling in a ResNet
+        return (side + 1) // 2  # for every stride-2 convolution and pooling in a ResNet
 
     side = halved(size)
     cases = [case("stem", 64, side, 1)]
@@ -60,7 +63,7 @@ def quick_op_cases() -> list[OpCase]:
 
 @dataclass(frozen=True)
 class BlockCase:
-    """A block inside a model; its input's shape follows from the model's."""
+    """A block of a model; its input shape follows from the input shape of the model."""
 
     model: str
     block: str
@@ -87,7 +90,7 @@ QUICK_BLOCK_CASES = (BLOCK_CASES[0], BLOCK_CASES[5])
 
 
 def input_shapes(model: nn.Module, names: list[str], batch: int, size: int) -> dict[str, torch.Size]:
-    """The shape of what each named submodule receives, found without computing anything."""
+    """Return the input shape of each named submodule, from a forward pass on the meta device."""
     shapes: dict[str, torch.Size] = {}
     handles = []
     for name in names:
@@ -119,7 +122,7 @@ class ModelCase:
         return f"{self.model} {self.mode} {self.batch}x{self.size}x{self.size}"
 
 
-# Small tensors: what is measured is the cost of calling, not of computing. With one image of 32x32,
-# ResNet-18's last stage has one value a channel, which PyTorch refuses to normalise in training; two images
-# are the fewest it trains on.
+# Small tensors: the time is dominated by dispatch and launch overhead, not by arithmetic. With one image of 32x32,
+# ResNet-18's last stage has one value per channel, which PyTorch's batch norm does not support in training. Two images
+# are the smallest batch that it trains on.
 SMALL_MODEL_CASES = (ModelCase("resnet18", "eval", 1, 32), ModelCase("resnet18", "train", 2, 32))

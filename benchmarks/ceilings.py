@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: the yardsticks for operators bound by memory or by arithmetic."""
+"""Measured ceilings of this machine: copy bandwidth for memory-bound operators, peak FMA throughput for the others."""
 
 import statistics
 
@@ -7,7 +7,7 @@ import torch
 from benchmarks.timing import clock_of
 from fused_res import _extension
 
-COPY_BYTES = 256 << 20  # far beyond any last-level cache
+COPY_BYTES = 256 << 20  # far larger than any last-level cache
 GPU_COPY_BYTES = 1 << 30
 QUICK_COPY_BYTES = 1 << 20
 
@@ -17,8 +17,7 @@ def copy_size(device: str, quick: bool) -> int:
 
 
 def copy_bandwidth(size: int = COPY_BYTES, repeat: int = 9, device: str = "cpu") -> float:
-    """Bytes a second of `destination.copy_(source)`, read plus written, into memory that is already mapped:
-    the median."""
+    """Return the median bandwidth of `destination.copy_(source)` into mapped memory, in bytes/s, read plus write."""
     clock = clock_of(device)
     source = torch.ones(size // 4, device=device)
     destination = torch.zeros(size // 4, device=device)
@@ -32,7 +31,7 @@ def copy_bandwidth(size: int = COPY_BYTES, repeat: int = 9, device: str = "cpu")
 
 
 def fma_peak() -> float | None:
-    """FLOP/s of float32 multiply-adds in registers, in all of PyTorch's threads; None without our extension."""
+    """Return the FLOP/s of float32 FMAs on registers in all of PyTorch's threads; None without the C++ extension."""
     return _extension.fma_peak(torch.get_num_threads()) if _extension.loaded else None
 
 
@@ -42,6 +41,6 @@ def measure(device: str, quick: bool) -> dict[str, float]:
     return ceilings if peak is None else {**ceilings, "fma_flops_per_s": peak}
 
 
-def best(*measured: dict[str, float]) -> dict[str, float]:
-    """A neighbour may have been busy at one moment."""
+def elementwise_max(*measured: dict[str, float]) -> dict[str, float]:
+    """Return the maximum of each ceiling: a noisy neighbour may have lowered one of the measurements."""
     return {name: max(one[name] for one in measured) for name in measured[0]}

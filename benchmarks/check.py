@@ -1,10 +1,10 @@
-"""Providers must agree before they are timed.
+"""Correctness checks: the results of every provider must match a reference within tolerance before it is timed.
 
-The error of a result is its distance from the reference in the Euclidean norm, relative to the reference. No
-fixed tolerance fits all results: a float32 gradient of ResNet-50's early layers is 2 to 5 % away from the
-float64 one in stock PyTorch (ReLUs whose input is within rounding of zero switch, and 50 batch norms amplify
-it), while a single batch norm is right to 1e-7. So the yardstick is stock PyTorch's own error on the same
-tensors: a provider may have `factor` times that, plus `floor` for rounding where stock happens to be exact.
+The error of a result is ||result - reference|| / ||reference|| in the Euclidean norm. No fixed tolerance fits all
+results: a float32 gradient of ResNet-50's early layers differs by 2 to 5 % from the float64 one in stock PyTorch (ReLUs
+whose input is within rounding of zero switch, and 50 batch norms amplify the difference), while a single batch norm is
+accurate to 1e-7. The tolerance is therefore `factor` times the error of stock PyTorch on the same tensors, plus `floor`
+for rounding where stock PyTorch happens to be exact.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ Results = Mapping[str, Tensor]
 
 
 class ResultsDifferError(RuntimeError):
-    """A provider computed something else than stock PyTorch."""
+    """The results of a provider differ from the reference by more than the tolerance."""
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -32,11 +32,22 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 def check_results(
     provider: str, results: Results, reference: Results, stock: Sequence[Results], *, factor: float, floor: float
 ) -> float:
-    """Raises ResultsDifferError unless every tensor is close enough; returns the largest error in units of
-    what is allowed."""
+    """Return the largest error of a provider's results, as a fraction of the tolerance.
+
+    Args:
+        provider: name for error messages.
+        results: tensors of the provider, by name.
+        reference: expected tensors, by name.
+        stock: results of stock PyTorch, in one or more memory formats; the largest error sets the tolerance.
+        factor: tolerance in units of the error of stock PyTorch.
+        floor: tolerance where stock PyTorch is exact.
+
+    Raises:
+        ResultsDifferError: a tensor is missing, has the wrong shape, or has an error above the tolerance.
+    """
     if results.keys() != reference.keys():
         raise ResultsDifferError(f"{provider} returned {sorted(results)}, expected {sorted(reference)}")
-    worst = 0.0
+    largest = 0.0
     for name, expected in reference.items():
         if results[name].shape != expected.shape:
             raise ResultsDifferError(
@@ -44,21 +55,24 @@ def check_results(
             )
         error = relative_error(results[name], expected)
         stock_error = max(relative_error(other[name], expected) for other in stock)
-        allowed = factor * stock_error + floor
-        if not error <= allowed:  # also where the error is NaN
+        tolerance = factor * stock_error + floor
+        if not error <= tolerance:  # also where the error is NaN
             raise ResultsDifferError(
-                f"{provider}: {name} is off by {error:.2e} (relative, Euclidean norm); stock PyTorch is off "
-                f"by {stock_error:.2e}, allowed are {allowed:.2e}. Nothing was timed."
+                f"{provider}: {name} has a relative error of {error:.2e} (Euclidean norm), stock PyTorch of "
+                f"{stock_error:.2e}; expected at most {tolerance:.2e}. Nothing was timed."
             )
-        worst = max(worst, error / allowed)
-    return worst
+        largest = max(largest, error / tolerance)
+    return largest
 
 
-def accepts(name: str, call: Callable[[], Any]) -> bool:
-    """Whether `name` runs on these operands: cuDNN's dtypes depend on its version, oneDNN's on the processor."""
+def is_supported(name: str, call: Callable[[], Any]) -> bool:
+    """Return whether `call` runs on these operands, and print a line if not.
+
+    The dtypes that cuDNN supports depend on its version, those of oneDNN on the processor.
+    """
     try:
         call()
     except RuntimeError as error:
-        print(f"{name} is left out, it refuses: {error}")
+        print(f"{name} is skipped, not supported for these operands: {error}")
         return False
     return True

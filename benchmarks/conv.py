@@ -1,11 +1,14 @@
-"""`conv`: every distinct convolution of a ResNet by itself, in inference: PyTorch's alone and with what follows it, and
-ours with bias, addition and ReLU in its epilogue; where the backend has it, also with the output's statistics.
+"""`conv`: every distinct convolution of a ResNet, measured alone, in inference.
 
-The yardstick is `aten`, the convolution alone as PyTorch runs it (cuDNN, oneDNN), which does less than the others.
-`ours-packed` is a frozen network's layer, which keeps its weight in the form that the backend likes best; on a CPU its
-peer is `onednn-fused`, oneDNN's own operator on a weight that is packed once. GFLOP/s are those of a direct
-convolution, two operations a multiply-add, whatever the algorithm, and on a CPU stand beside the measured peak of such
-instructions. Errors are relative to float64, in the Euclidean norm.
+The providers are PyTorch's bare convolution (`aten`), PyTorch's convolution with separate kernels for addition and ReLU
+(`aten-unfused`), and fused_res with bias, addition and ReLU fused into the epilogue. Where the backend supports it, the
+output's batch statistics are measured as well (`...+stats`): as a separate kernel, or accumulated in the epilogue.
+
+The baseline is `aten`, as PyTorch runs it (cuDNN, oneDNN); it does less work than the others. `ours-packed` is a layer
+of a frozen network, whose weight is packed once into the layout of the backend; on a CPU its peer is `onednn-fused`,
+oneDNN's own operator on a weight that is packed once. GFLOP/s count the operations of a direct convolution, two for
+each multiply-add, whatever the algorithm; on a CPU they are compared with the measured FMA peak. Errors are relative to
+float64, in the Euclidean norm.
 """
 
 import argparse
@@ -22,8 +25,8 @@ from torch import Tensor
 
 from benchmarks import options as common
 from benchmarks import plots, progress, report
-from benchmarks.check import accepts, check_results, relative_error
-from benchmarks.network import Convolution, network
+from benchmarks.check import check_results, is_supported, relative_error
+from benchmarks.network import Convolution, build_network
 from benchmarks.roofline import MODELS
 from benchmarks.timing import Workload, clock_of, measure_interleaved
 from fused_res import backends
@@ -34,7 +37,7 @@ HELP = "single convolutions with bias, addition and ReLU, and with statistics"
 
 ATEN = "aten"
 ONEDNN = "onednn-fused"
-# The library's precision contract; Winograd alone may be off by more than that.
+# The library's precision contract; only Winograd is allowed a larger error.
 ERROR_FACTOR = 2.0
 ERROR_FLOOR_ULP = 4
 WINOGRAD_FLOOR = 3e-6
@@ -43,7 +46,7 @@ WINOGRAD_FLOOR = 3e-6
 @dataclass(frozen=True)
 class ConvCase:
     name: str
-    count: int
+    count: int  # occurrences in the network
     layer: Convolution
 
 
@@ -52,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_device(parser)
     common.add_isa(parser)
     common.add_models(parser, MODELS, "resnet18 resnet50")
-    parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=common.positive_int, default=224, help="image height and width in pixels (default: %(default)s)"
+    )
     common.add_cases(parser)
 
 
@@ -61,19 +66,19 @@ def select_cases(options: argparse.Namespace) -> list[ConvCase]:
     cases = []
     for model in options.model or (["resnet50"] if options.quick else ["resnet18", "resnet50"]):
         same: dict[tuple[Any, ...], list[Convolution]] = {}
-        for block in network(model, batch, size).blocks:
+        for block in build_network(model, batch, size).blocks:
             for layer in block.convolutions:
                 shape = layer.x, layer.weight, layer.spec.stride, layer.residual, layer.relu
                 same.setdefault(shape, []).append(layer)
         cases += [ConvCase(f"{model} {describe(layers[0])}", len(layers), layers[0]) for layers in same.values()]
-    chosen = common.chosen_cases(options, cases)
+    chosen = common.filter_cases(options, cases)
     return chosen[:4] if options.quick and not options.cases else chosen
 
 
 def describe(layer: Convolution) -> str:
     kernel, stride = (sizes[0] for sizes in (layer.weight[2:], layer.spec.stride))
-    what = f"{layer.name} {kernel}x{kernel}{f'/{stride}' if stride > 1 else ''} {layer.weight[1]}>{layer.weight[0]}"
-    return f"{what} {layer.x[2]}x{layer.x[3]}{' +add' if layer.residual else ''}{' +relu' if layer.relu else ''}"
+    name = f"{layer.name} {kernel}x{kernel}{f'/{stride}' if stride > 1 else ''} {layer.weight[1]}>{layer.weight[0]}"
+    return f"{name} {layer.x[2]}x{layer.x[3]}{' +add' if layer.residual else ''}{' +relu' if layer.relu else ''}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Operands:
 
 
 def operands(layer: Convolution, options: argparse.Namespace) -> Operands:
-    """An activation as a ReLU leaves it (an image in front of the stem), and weights as initialised."""
+    """Return random operands: the output of a ReLU (for the stem, an image), and weights as at initialisation."""
     generator = torch.Generator(options.device).manual_seed(options.seed)
 
     def normal(*shape: int) -> Tensor:
@@ -110,83 +115,87 @@ def aten(t: Operands, layer: Convolution) -> Tensor:
 def aten_unfused(t: Operands, layer: Convolution) -> Tensor:
     spec = layer.spec
     output = torch.conv2d(t.x, t.weight, t.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
-    return finish(output, t, layer)
+    return apply_epilogue(output, t, layer)
 
 
-def finish(output: Tensor, t: Operands, layer: Convolution) -> Tensor:
+def apply_epilogue(output: Tensor, t: Operands, layer: Convolution) -> Tensor:
+    """Apply the residual addition and the ReLU of `layer` to `output` in place."""
     if t.residual is not None:
         output += t.residual
     return F.relu_(output) if layer.relu else output
 
 
 def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[], Any]]:
-    """Every provider, each a call without arguments."""
+    """Return a call without arguments for each provider."""
     spec = layer.spec
-    how = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    conv_args = (spec.stride, spec.padding, spec.dilation, spec.groups)
     packed = FrozenConv(t.weight, t.bias, spec, backend)
     calls: dict[str, Callable[[], Any]] = {
         ATEN: lambda: aten(t, layer),
         "aten-unfused": lambda: aten_unfused(t, layer),
-        "ours": lambda: conv_bias_act(t.x, t.weight, t.bias, t.residual, *how, spec.activation, backend=backend),
+        "ours": lambda: conv_bias_act(t.x, t.weight, t.bias, t.residual, *conv_args, spec.activation, backend=backend),
         "ours-packed": lambda: packed(t.x, t.residual),
     }
-    if not t.x.is_cuda and accepts(ONEDNN, onednn := onednn_fused(t, layer)):
+    if not t.x.is_cuda and is_supported(ONEDNN, onednn := onednn_fused(t, layer)):
         calls[ONEDNN] = onednn
     if t.x.is_cuda:
-        if accepts("cudnn-fused", cudnn := lambda: cudnn_fused(t, layer)):
+        if is_supported("cudnn-fused", cudnn := lambda: cudnn_fused(t, layer)):
             calls["cudnn-fused"] = cudnn
         for name in ("triton", "cuda"):
             if backends.unavailable(name) is None:
                 calls[f"ours-{name}"] = lambda name=name: conv_bias_act(
-                    t.x, t.weight, t.bias, t.residual, *how, spec.activation, backend=name
+                    t.x, t.weight, t.bias, t.residual, *conv_args, spec.activation, backend=name
                 )
     kernels = backends.resolve(backend, t.x.device)
-    if {"conv_bn_stats", "batch_norm_sync"} <= kernels.stems:  # on the CPU the statistics' own pass makes no partials
+    # The CPU has no separate statistics kernel with partial statistics as output.
+    if {"conv_bn_stats", "batch_norm_sync"} <= kernels.op_families:
 
         def with_statistics() -> tuple[Tensor, Tensor]:
             z = aten(t, layer)
             return z, kernels.batch_norm_partials(z)
 
         calls["aten+stats"] = with_statistics
-        calls["ours+stats"] = lambda: kernels.conv_bn_stats(t.x, t.weight, None, None, False, *how, True)
+        calls["ours+stats"] = lambda: kernels.conv_bn_stats(t.x, t.weight, None, None, False, *conv_args, True)
     return calls
 
 
 def cudnn_fused(t: Operands, layer: Convolution) -> Tensor:
-    """cuDNN's own epilogue, which PyTorch has operators for and does not use; without a ReLU there is none."""
+    """Run cuDNN's fused epilogue, which PyTorch exposes as operators but does not select; it requires a ReLU."""
     if not layer.relu:
         return aten_unfused(t, layer)
     spec = layer.spec
-    how = (t.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+    conv_args = (t.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
     if t.residual is None:
-        return torch.cudnn_convolution_relu(t.x, t.weight, *how)
-    return torch.cudnn_convolution_add_relu(t.x, t.weight, t.residual, 1.0, *how)
+        return torch.cudnn_convolution_relu(t.x, t.weight, *conv_args)
+    return torch.cudnn_convolution_add_relu(t.x, t.weight, t.residual, 1.0, *conv_args)
 
 
 def onednn_fused(t: Operands, layer: Convolution) -> Callable[[], Tensor]:
-    """oneDNN's epilogue, which torch.compile with freezing uses, too."""
+    """Return a call of oneDNN's fused epilogue, which torch.compile with freezing also uses."""
     spec, mkldnn = layer.spec, torch.ops.mkldnn
-    how = (spec.padding, spec.stride, spec.dilation, spec.groups)
-    end = "relu" if layer.relu else None
+    conv_args = (spec.padding, spec.stride, spec.dilation, spec.groups)
+    activation = "relu" if layer.relu else None
 
     @functools.cache
     def packed() -> Tensor:
-        return mkldnn._reorder_convolution_weight(t.weight, *how, list(t.x.shape))
+        return mkldnn._reorder_convolution_weight(t.weight, *conv_args, list(t.x.shape))
 
     if t.residual is None:
-        return lambda: mkldnn._convolution_pointwise(t.x, packed(), t.bias, *how, end or "none", [], None)
-    if spec.groups > 1:  # it adds only where there is one group
-        return lambda: finish(mkldnn._convolution_pointwise(t.x, packed(), t.bias, *how, "none", [], None), t, layer)
+        return lambda: mkldnn._convolution_pointwise(t.x, packed(), t.bias, *conv_args, activation or "none", [], None)
+    if spec.groups > 1:  # the binary post-op supports only one group
+        return lambda: apply_epilogue(
+            mkldnn._convolution_pointwise(t.x, packed(), t.bias, *conv_args, "none", [], None), t, layer
+        )
     return lambda: mkldnn._convolution_pointwise.binary(
-        t.x, t.residual, packed(), t.bias, *how, "add", None, end, [], None
+        t.x, t.residual, packed(), t.bias, *conv_args, "add", None, activation, [], None
     )
 
 
 def check(
     calls: dict[str, Callable[[], Any]], t: Operands, layer: Convolution, name: str, options: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Each provider's error, and of those that fuse the largest in units of what is allowed."""
-    exact = {"bare": aten(t.double(), layer), "whole": aten_unfused(t.double(), layer)}
+    """Return the error of each provider and, for the fused ones, the largest error as a fraction of its tolerance."""
+    exact = {"conv": aten(t.double(), layer), "conv + epilogue": aten_unfused(t.double(), layer)}
     dtype = t.x.dtype
     floor = max(ERROR_FLOOR_ULP * torch.finfo(dtype).eps, WINOGRAD_FLOOR if dtype == torch.float32 else 0.0)
     errors, checks = {}, {}
@@ -194,32 +203,38 @@ def check(
     for provider, call in progress.details(calls.items(), f"{name}: check"):
         result = call()
         statistics = isinstance(result, tuple)
-        kind = "bare" if statistics or provider == ATEN else "whole"
+        kind = "conv" if statistics or provider == ATEN else "conv + epilogue"
         values = {"output": result[0] if statistics else result}
-        expected, yardstick = {"output": exact[kind]}, {"output": stock.setdefault(kind, values["output"])}
+        expected, baseline = {"output": exact[kind]}, {"output": stock.setdefault(kind, values["output"])}
         if statistics:
-            # The deviation decides, so each kind of statistics is judged against the exact one of its own output.
-            for row, part in enumerate(moments(result[1])):
-                values[f"moment {row + 1}"] = part
-            for row, part in enumerate(exact_moments(result[0])):
-                expected[f"moment {row + 1}"] = yardstick[f"moment {row + 1}"] = part
+            # Statistics are compared with the float64 statistics of the provider's own output, so that the error of the
+            # output itself is not counted twice.
+            for index, part in enumerate(merge_moments(result[1])):
+                values[f"moment {index + 1}"] = part
+            for index, part in enumerate(reference_moments(result[0])):
+                expected[f"moment {index + 1}"] = baseline[f"moment {index + 1}"] = part
         errors[provider] = relative_error(values["output"], expected["output"])
         if provider.startswith("ours") or provider == ONEDNN:
             checks[provider] = check_results(
-                f"{provider}, {name}", values, expected, [yardstick], factor=ERROR_FACTOR, floor=floor
+                f"{provider}, {name}", values, expected, [baseline], factor=ERROR_FACTOR, floor=floor
             )
     return errors, checks
 
 
-def moments(partials: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of all the parts, merged in float64."""
-    count, mean, squares = partials.double().unbind(1)
+def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance over all parts, merged in float64 (Chan, Golub, LeVeque 1979).
+
+    Args:
+        partials: partial statistics (count, mean, M2) of each part, shape (parts, 3, channels).
+    """
+    count, mean, m2 = partials.double().unbind(1)
     total = count.sum(0)
-    whole = (count * mean).sum(0) / total
-    return whole, (squares + count * (mean - whole).square()).sum(0) / total
+    merged_mean = (count * mean).sum(0) / total
+    return merged_mean, (m2 + count * (mean - merged_mean).square()).sum(0) / total
 
 
-def exact_moments(z: Tensor) -> tuple[Tensor, Tensor]:
+def reference_moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of `z` by channel, computed in float64."""
     z = z.double()
     return z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
 
@@ -258,26 +273,26 @@ def tables(run: dict[str, Any]) -> str:
         time = report.milliseconds(case["providers"][ATEN]["median_s"])
         relative = (report.ratio(*report.ratios([case], name, ATEN)) for name in names[1:])
         rows.append([case["name"], case["count"], time, *relative])
-        speeds = (rate(run, case["flops"], case["providers"][name]["median_s"]) for name in names)
+        gflops = (gflops_text(run, case["flops"], case["providers"][name]["median_s"]) for name in names)
         relative = (report.ratio(*report.ratios([case], name, ONEDNN)) for name in others)
-        rates.append([case["name"], *speeds, *relative])
+        rates.append([case["name"], *gflops, *relative])
         errors.append([case["name"], *(f"{case['providers'][name]['error']:.1e}" for name in names)])
-    header = ["case", "in the net", f"{ATEN} ms", *(f"{name} / {ATEN}" for name in names[1:])]
-    parts = [
+    header = ["case", "count", f"{ATEN} ms", *(f"{name} / {ATEN}" for name in names[1:])]
+    texts = [
         report.table(header, rows),
-        rates_title(run) + "\n" + report.table(["case", *names, *(f"{name} / {ONEDNN}" for name in others)], rates),
-        "error against float64\n" + report.table(["case", *names], errors),
+        gflops_title(run) + "\n" + report.table(["case", *names, *(f"{name} / {ONEDNN}" for name in others)], rates),
+        "relative error vs float64\n" + report.table(["case", *names], errors),
     ]
-    return "\n\n".join([*parts, summary(run)])
+    return "\n\n".join([*texts, summary(run)])
 
 
-def rates_title(run: dict[str, Any]) -> str:
+def gflops_title(run: dict[str, Any]) -> str:
     peak = run["ceilings"].get("fma_flops_per_s")
-    return "GFLOP/s of a direct convolution" + (f" (share of the {peak / 1e9:.0f} measured)" if peak else "")
+    return "GFLOP/s of a direct convolution" + (f" (share of the measured FMA peak, {peak / 1e9:.0f})" if peak else "")
 
 
-def rate(run: dict[str, Any], flops: float, seconds: float) -> str:
-    """GFLOP/s, and the share of the peak of multiply-adds where that was measured, which is float32's."""
+def gflops_text(run: dict[str, Any], flops: float, seconds: float) -> str:
+    """Return GFLOP/s as text, with the share of the FMA peak (which is for float32) where that was measured."""
     peak = run["ceilings"].get("fma_flops_per_s")
     share = f" ({flops / seconds / peak:.0%})" if peak else ""
     return f"{flops / seconds / 1e9:.0f}{share}"
@@ -295,16 +310,16 @@ def summary(run: dict[str, Any]) -> str:
             [
                 name,
                 report.milliseconds(seconds),
-                rate(run, flops, seconds),
+                gflops_text(run, flops, seconds),
                 *(report.ratio(report.geometric_mean(report.ratios(cases, name, base))) for base in bases),
                 f"{max(case['providers'][name]['error'] for case in cases):.1e}",
             ]
         )
     title = (
-        f"conv: sums over the nets and geometric means over {len(cases)} shapes; {rates_title(run)}; "
+        f"conv: totals over the networks, geometric means over {len(cases)} shapes; {gflops_title(run)}; "
         f"{report.allocator_title(run)}"
     )
-    header = ["provider", "whole nets ms", "GFLOP/s", *(f"time / {base}" for base in bases), "largest error"]
+    header = ["provider", "networks ms", "GFLOP/s", *(f"time / {base}" for base in bases), "max error"]
     return title + "\n" + report.table(header, rows)
 
 

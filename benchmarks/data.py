@@ -1,21 +1,26 @@
-"""A batch of real photographs: crops of the two that scikit-learn ships, so that nothing is downloaded."""
+"""Batches of real photographs: crops of scikit-learn's two sample images, so that nothing is downloaded."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The usual ImageNet statistics, by channel.
+# The usual ImageNet statistics per channel.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
 def photographs(batch: int, size: int, seed: int = 0) -> Tensor:
-    """`batch` random square crops, some mirrored, scaled to `size` and normalised: float32, (batch, 3, size,
-    size)."""
+    """Return random square crops, half of them horizontally flipped, resized and normalised.
+
+    Returns:
+        Images of shape (batch, 3, size, size), float32.
+    """
     try:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
-        raise SystemExit("the benchmarks take their photographs from scikit-learn: pip install scikit-learn") from error
+        raise SystemExit(
+            "scikit-learn: not installed; the benchmarks use its photographs: pip install scikit-learn"
+        ) from error
     generator = torch.Generator().manual_seed(seed)
 
     def random_int(low: int, high: int) -> int:
@@ -37,4 +42,5 @@ def photographs(batch: int, size: int, seed: int = 0) -> Tensor:
 
 
 def labels(batch: int, classes: int, seed: int = 0) -> Tensor:
+    """Return random class indices below `classes`, shape (batch,), int64."""
     return torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(seed))

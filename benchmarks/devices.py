@@ -1,4 +1,4 @@
-"""What GPUs can do at best, by their makers: dense rates, without sparsity."""
+"""Peak rates of GPUs according to their data sheets: dense, without sparsity."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Device:
     name: str
-    bandwidth: float  # bytes a second of device memory
-    half: float  # FLOP/s of the tensor cores, bfloat16 or float16 with float32 sums
+    bandwidth: float  # of device memory, bytes/s
+    half: float  # FLOP/s of the tensor cores, bfloat16 or float16 with float32 accumulators
     tf32: float
-    fp32: float  # outside the tensor cores
+    fp32: float  # without the tensor cores
     l2: int  # bytes
     source: str
 
     def rate(self, dtype: str) -> float:
+        """Return the peak FLOP/s in `dtype`."""
         return {"bf16": self.half, "fp16": self.half, "tf32": self.tf32, "fp32": self.fp32}[dtype]
 
 

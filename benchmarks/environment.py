@@ -1,4 +1,4 @@
-"""What a result was measured on, kept beside it."""
+"""Description of the hardware and the software that a result was measured on, stored with the result."""
 
 import datetime
 import importlib.metadata
@@ -33,7 +33,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "fused_res": fused_res.__version__,
         "commit": commit(),
         "isa": _extension.cpu_isa() if _extension.loaded else None,
-        "extension": _extension.build_info if _extension.loaded else f"not loaded: {_extension.reason}",
+        "extension": _extension.build_info if _extension.loaded else f"not loaded: {_extension.unavailable_reason}",
         "allocator_variables": {name: os.environ[name] for name in allocator.VARIABLES if name in os.environ},
         "isa_variables": {name: os.environ[name] for name in isa.VARIABLES if name in os.environ},
     }
@@ -64,7 +64,7 @@ def cpu_model() -> str:
 
 
 def transparent_huge_pages() -> str | None:
-    """The kernel's setting: `always`, `madvise` or `never`."""
+    """Return the kernel's setting (`always`, `madvise` or `never`), or None if it has none."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists():
         return None
@@ -79,8 +79,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The source tree's commit, with `+changes` behind it where files differ from it; None outside a
-    repository."""
+    """Return the commit of the source tree, with the suffix `+changes` if files differ; None outside a repository."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,5 +1,7 @@
-"""`infer`: latency (median and 99th percentile) and images a second of trained networks: ours frozen, stock PyTorch,
-torch.compile with its own freezing, and on a CPU OpenVINO and ONNX Runtime, if they are installed.
+"""`infer`: end-to-end inference of ResNets, latency (median and 99th percentile) and throughput (images/s).
+
+The providers are frozen fused_res networks, stock PyTorch, torch.compile with its own freezing, and on a CPU OpenVINO
+and ONNX Runtime where they are installed.
 """
 
 import argparse
@@ -13,24 +15,32 @@ from torch import Tensor, nn
 from benchmarks import data, peers, plots, progress, report
 from benchmarks import options as common
 from benchmarks.check import Results, check_results
-from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, INFERENCE, PEERS, Provider, build_module
-from benchmarks.steps import calibrate, recorded
+from benchmarks.providers import (
+    EAGER,
+    EAGER_CHANNELS_LAST,
+    INFERENCE_PEERS,
+    INFERENCE_PROVIDERS,
+    Provider,
+    build_module,
+)
+from benchmarks.steps import calibrate_batch_norm, capture_cuda_graph
 from benchmarks.stock import MODELS, stock_model
-from benchmarks.timing import IDLE, Clock, Workload, measure_interleaved, quantile
+from benchmarks.timing import IDLE_SECONDS, Clock, Workload, measure_interleaved, quantile
 
 HELP = "latency and throughput of frozen networks"
 
-# The reference is stock PyTorch in float64 on the first images, the yardstick its error in the dtype that is measured;
-# the floor, in units of the dtype's resolution, is for small networks, where stock may happen to be exact.
+# The reference is stock PyTorch in float64 on the first CHECKED_IMAGES images, and the tolerance is a multiple of stock
+# PyTorch's error in the measured dtype. The floor, in units of the dtype's machine epsilon, is for small networks,
+# where stock PyTorch may happen to be exact.
 ERROR_FACTOR = 4.0
 ERROR_FLOOR = 8
-CHECKED = 4
+CHECKED_IMAGES = 4
 
 BATCHES = {"cpu": [1, 4, 16], "cuda": [1, 4, 16, 64, 256]}
 
 
-class CudaClock(Clock):
-    """Who waits for an answer waits for the launches, too: time on the CPU, behind the GPU's work."""
+class SynchronizedClock(Clock):
+    """CPU time after synchronisation with the GPU: the latency that a caller observes, launch overhead included."""
 
     warm_up_calls = 10
 
@@ -54,17 +64,17 @@ class InferCase:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
-    parser.set_defaults(repeat=20, min_time=3.0)  # one call a sample: a percentile needs many
-    common.add_providers(parser, INFERENCE)
+    parser.set_defaults(repeat=20, min_time=3.0)  # a percentile needs many samples, so each is one call
+    common.add_providers(parser, INFERENCE_PROVIDERS)
     common.add_isa(parser)
     common.add_models(parser, MODELS, "resnet18 resnet34 resnet50")
     parser.add_argument(
-        "--batch", nargs="+", type=common.positive_int, help="images (default: 1 4 16, on a GPU 64 and 256, too)"
+        "--batch", nargs="+", type=common.positive_int, help="batch sizes (default: 1 4 16, on a GPU also 64 and 256)"
     )
-    parser.add_argument("--size", type=common.positive_int, help="side of an image (default: 224)")
+    parser.add_argument("--size", type=common.positive_int, help="image height and width in pixels (default: 224)")
     parser.add_argument("--device", choices=BATCHES, default="cpu", help="default: %(default)s")
     parser.add_argument(
-        "--dtype", choices=common.DTYPES, help="of model and images (default: float32, on a GPU bfloat16)"
+        "--dtype", choices=common.DTYPES, help="dtype of model and images (default: float32, on a GPU bfloat16)"
     )
 
 
@@ -82,14 +92,14 @@ def infer(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def build(provider: Provider, stock: nn.Module, x: Tensor, backend: str) -> Workload:
-    own = x.to(memory_format=provider.memory_format, copy=True)
+    images = x.to(memory_format=provider.memory_format, copy=True)
     if provider.runtime:
-        run = peers.build(provider.runtime, stock, own)
+        run = peers.build(provider.runtime, stock, images)
         return {"forward": lambda _: run()}
     module = build_module(provider, stock, backend)
-    if provider.graph:
-        return {"forward": recorded(lambda: infer(module, own))}
-    return provider.workload({"forward": lambda _: infer(module, own)})
+    if provider.cuda_graph:
+        return {"forward": capture_cuda_graph(lambda: infer(module, images))}
+    return provider.workload({"forward": lambda _: infer(module, images)})
 
 
 def check_and_build(
@@ -97,9 +107,9 @@ def check_and_build(
 ) -> tuple[dict[str, Workload], dict[str, float]]:
     stock = stock_model(case.model)
     images = data.photographs(case.batch, case.size, options.seed)
-    calibrate(stock, images)
+    calibrate_batch_norm(stock, images)
     stock.eval()
-    reference = {"output": infer(stock.double(), images[:CHECKED].double())}
+    reference = {"output": infer(stock.double(), images[:CHECKED_IMAGES].double())}
     dtype = common.DTYPES[case.dtype]
     stock.to(case.device, dtype)
     x = images.to(case.device, dtype)
@@ -108,12 +118,12 @@ def check_and_build(
     results: dict[str, Results] = {}
     for provider in progress.details(dict.fromkeys([EAGER, EAGER_CHANNELS_LAST, *providers]), f"{case.name}: check"):
         workloads[provider.name] = build(provider, stock, x, options.backend)
-        results[provider.name] = {"output": workloads[provider.name]["forward"](None)[:CHECKED].cpu()}
-    yardstick = [results[EAGER.name], results[EAGER_CHANNELS_LAST.name]]
-    allowed = {"factor": ERROR_FACTOR, "floor": ERROR_FLOOR * torch.finfo(dtype).eps}
+        results[provider.name] = {"output": workloads[provider.name]["forward"](None)[:CHECKED_IMAGES].cpu()}
+    baselines = [results[EAGER.name], results[EAGER_CHANNELS_LAST.name]]
+    tolerance = {"factor": ERROR_FACTOR, "floor": ERROR_FLOOR * torch.finfo(dtype).eps}
     checks = {
         provider.name: check_results(
-            f"{provider.name}, {case.name}", results[provider.name], reference, yardstick, **allowed
+            f"{provider.name}, {case.name}", results[provider.name], reference, baselines, **tolerance
         )
         for provider in providers
         if provider not in (EAGER, EAGER_CHANNELS_LAST)
@@ -122,9 +132,9 @@ def check_and_build(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    providers = common.chosen_providers(options, INFERENCE)
-    common.check_graphs(providers, options)
-    clock, idle = (CudaClock(), 0.0) if options.device == "cuda" else (Clock(), IDLE)
+    providers = common.select_providers(options, INFERENCE_PROVIDERS)
+    common.check_cuda_graphs(providers, options)
+    clock, idle = (SynchronizedClock(), 0.0) if options.device == "cuda" else (Clock(), IDLE_SECONDS)
     measured = []
     for case in progress.cases(select_cases(options), "infer"):
         torch._dynamo.reset()  # each case compiles for its own shape
@@ -147,7 +157,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def latency(case: dict[str, Any], name: str) -> list[str]:
-    """Median and 99th percentile in ms, and images a second."""
+    """Return the median and the 99th percentile in ms, and images/s, as text."""
     provider = case["providers"][name]
     times = [report.milliseconds(provider[quantile]) for quantile in ("median_s", "p99_s")]
     return [*times, f"{case['batch'] / provider['median_s']:.1f}"]
@@ -166,30 +176,33 @@ def tables(run: dict[str, Any]) -> str:
 
 
 def fastest_peer(case: dict[str, Any], first: str) -> str:
+    """Return the time of the fastest peer relative to provider `first`, and its name."""
     providers = case["providers"]
-    seconds, name = min((providers[name]["median_s"], name) for name in PEERS if name in providers)
+    seconds, name = min((providers[name]["median_s"], name) for name in INFERENCE_PEERS if name in providers)
     return f"{report.ratio(seconds / providers[first]['median_s'])} {name}"
 
 
 def summary(run: dict[str, Any]) -> str:
-    """One row a case: latency, images a second, and every other provider's time relative to it; last the fastest of
-    those that are made for inference."""
+    """Return one row per case: latency, images/s, and the time of every other provider relative to the first provider.
+
+    The last column is the fastest peer, of the providers that optimise for inference.
+    """
     cases = run["cases"]
     first, *others = cases[0]["providers"]
-    peers_there = first not in PEERS and any(name in PEERS for name in others)
+    has_peers = first not in INFERENCE_PEERS and any(name in INFERENCE_PEERS for name in others)
     rows = [
         [
             case["name"],
             *latency(case, first),
             *(report.ratio(*report.ratios([case], name, first)) for name in others),
-            *([fastest_peer(case, first)] if peers_there else []),
+            *([fastest_peer(case, first)] if has_peers else []),
         ]
         for case in cases
     ]
     header = ["", f"{first} p50 ms", "p99 ms", "images/s", *(f"{name} / {first}" for name in others)]
-    header += [f"fastest peer / {first}"] if peers_there else []
+    header += [f"fastest peer / {first}"] if has_peers else []
     return f"infer: time relative to {first}, {report.allocator_title(run)}\n" + report.table(header, rows)
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    plots.speedups(document, path, "inference of whole networks")
+    plots.speedups(document, path, "end-to-end inference")

@@ -1,19 +1,21 @@
-"""Every kernel of a training step or an inference at five levels of fusion, with its bytes and its FLOPs.
+"""Memory traffic and FLOPs of every kernel of a training step or an inference, at five levels of fusion.
 
-The rules are the tables below: for each step the kernels that do it, separated by ``;``, each as what it reads and what
-it writes, ``reads > writes``. A step that a level's table leaves out is done by another step's kernel. Vectors of one
-value a channel, the loss and its softmax are left out (below 0.1 %); no kernel is given what another one left in cache.
+The traffic rules are the tables below. They list, for each step, the kernels that compute it, separated by ``;``, each
+as ``reads > writes``. A step that is missing from a level's table is computed by the kernel of another step.
+Per-channel vectors, the loss and its softmax are omitted (below 0.1 %). No cache reuse between kernels is assumed.
 
 ====================  ==============================================================================================
-x, dx                 what a convolution reads, as far as it touches it, and the whole gradient of that; dxt: touched
-w, dw                 the weight, and its gradient
-z, a, y               raw output, normalised and clamped, the block's output; r: what is added, zs: a projection's z
-da, dy, dz, dzs, g    gradients of these; g: masked by a ReLU
-di                    gradient of the block's input, as the chain or the shortcut brings it; dr: what the next
-                      block's shortcut brings to dy; carried: what the shortcut brings, where the first convolution's
-                      dx takes it in, and cmask, the mask that an identity's has
-mask, p, i8, i64      a bit an element, the max pool's output (gradient dp) and its indices of 1 or 8 bytes
-prev                  x once more in an epilogue, where the norm before it takes its sums from there
+x, dx                 the elements that a convolution reads from its input, and the gradient of the whole input; dxt:
+                      the gradient of the elements read
+w, dw                 the weight and its gradient
+z, a, y               a convolution's output, the same after norm and ReLU, and the block's output; r: the residual
+                      operand; zs: the projection's z
+da, dy, dz, dzs, g    their gradients; g: masked by a ReLU
+di                    gradient of the block's input, from the main branch or from the shortcut; dr: contribution of the
+                      next block's shortcut to dy; carried: gradient of the shortcut where the first convolution's dgrad
+                      adds it, and cmask: the ReLU mask of an identity shortcut's gradient
+mask, p, i8, i64      ReLU mask (one bit per element), max pool output (gradient: dp) and its indices of 1 or 8 bytes
+prev                  x read again in an epilogue that accumulates the reductions of the preceding norm's backward
 v, o                  features and logits of the classifier, with gradients
 ====================  ==============================================================================================
 """
@@ -28,11 +30,11 @@ import torch
 from benchmarks.cases import Mode
 from benchmarks.network import Block, Convolution, Network
 from fused_res.block.plan import Plan, Unit
-from fused_res.block.program import NONE, Step
-from fused_res.dispatch import Algorithm, Algorithms, Selected
-from fused_res.spec import by_unit
+from fused_res.block.program import NO_SLOT, Step
+from fused_res.dispatch import Algorithm, Selection, TrainingAlgorithms
+from fused_res.spec import group_by_unit
 
-#: What is not fused at any level. Under autocast masters are float32: weights are cast, their gradients cast back.
+#: Not fused at any level. Under autocast the master weights are float32: weights are cast, their gradients cast back.
 _COMMON = {
     "mean": "y > v",
     "classify": "v w > o",
@@ -63,7 +65,7 @@ _EAGER = {
     "add identity": "di g > di",
     "add projection": "di di > di",
 }
-#: As Inductor fuses: whatever works by element goes into its reader, a reduction is a pass of its own.
+#: As Inductor fuses: elementwise operations are fused into their consumer, a reduction is a separate kernel.
 _COMPILE = {
     "stats": "z >",
     "apply": "z > a",
@@ -78,7 +80,7 @@ _COMPILE = {
     "pair sums": "dy dr y z zs > g",
     "pair dx": "g z zs > dz dzs",
 }
-#: `batch_norm_act` as the block calls it: one pass behind the statistics, a bit for the ReLU behind an addition.
+#: `batch_norm_act` as the block calls it: one kernel after the statistics, one mask bit for a ReLU after an addition.
 _NORM = {
     "stats": "z >",
     "apply": "z > a",
@@ -95,15 +97,15 @@ _NORM = {
     "add identity": "di dy mask > di",
     "add projection": "di di > di",
 }
-#: Where the planner takes the backend's convolutions: statistics from the epilogue, norm and ReLU in the prologue, dz
-#: formed on load. Elsewhere as `_NORM`.
+#: Where the planner selects the backend's fused convolutions: statistics in the epilogue, norm and ReLU in the operand
+#: prologue, dz computed in the operand prologue. Other convolutions as in `_NORM`.
 _FUSED = _NORM | {
     "fused conv": "x w > z",
     "fused dgrad": "dy mask z w prev carried cmask > dxt",
     "fused wgrad": "dy mask z x > dw",
     "add fused projection": "dxt dxt > dxt",
 }
-#: No kernel does this: every convolution fused, its two gradients one kernel, every sum from an epilogue, no mask.
+#: Lower bound, not implemented: all convolutions fused, both gradients in one kernel, reductions in epilogues, no mask.
 _FEWEST = {
     "fused conv": "x w > z",
     "end": "z r > y",
@@ -118,35 +120,45 @@ _FEWEST = {
 _EAGER_INFERENCE = {name: _EAGER[name] for name in ("apply", "end", "pair", "pool")}
 _COMPILE_INFERENCE = {name: _COMPILE[name] for name in ("apply", "end", "pair")} | {"pool": "z > a; a > p"}
 _NORM_INFERENCE = {"apply": "z > a", "end": "z r > y", "pair": "z zs > y", "pool": "z > p i8"}
-#: A frozen network: `conv_bias_act` everywhere, and PyTorch's pooling.
+#: A frozen network: `conv_bias_act` for all convolutions, and PyTorch's pooling.
 _FUSED_INFERENCE = {"fused conv": "x w r > y", "pool": "a > p i64"}
 _FEWEST_INFERENCE = {"fused conv": "x w r > y", "pool": "a > p"}
 
-_EVERY_ONE = Selected(Algorithm("fewest", lambda problem: None, {}, fused=True, compact=True), "no kernel does this")
-_ALL_FUSED = Algorithms(_EVERY_ONE, _EVERY_ONE, _EVERY_ONE)
+_LOWER_BOUND = Selection(Algorithm("fewest", lambda problem: None, {}, fused=True, compact_dgrad=True), "lower bound")
+_LOWER_BOUND_ALGORITHMS = TrainingAlgorithms(_LOWER_BOUND, _LOWER_BOUND, _LOWER_BOUND)
 
 
 @dataclass(frozen=True)
 class Level:
-    """`convolutions`: whose they are in training; in inference they are fused where the table says how."""
+    """One level of fusion.
+
+    Args:
+        title: description in the printed tables.
+        conv_source: convolutions used in training: "aten", "planned" (those that the planner selects) or "fused" (the
+            lower bound). In inference "planned" fuses all of them.
+        training: traffic rules of a training step.
+        inference: traffic rules of an inference.
+    """
 
     title: str
-    convolutions: str  # "aten", "planned" or "fused"
+    conv_source: str
     training: dict[str, str]
     inference: dict[str, str]
 
     def plan(self, block: Block, dtype: torch.dtype, mode: Mode, grad_input: bool) -> Plan:
-        every = self.convolutions == "fused" or (self.convolutions == "planned" and mode == "eval")
-        preference = "aten" if self.convolutions == "aten" else "planned"
-        return block.plan(dtype, mode == "train", grad_input, "triton", preference, _ALL_FUSED if every else None)
+        fuse_all = self.conv_source == "fused" or (self.conv_source == "planned" and mode == "eval")
+        preference = "aten" if self.conv_source == "aten" else "planned"
+        return block.plan(
+            dtype, mode == "train", grad_input, "triton", preference, _LOWER_BOUND_ALGORITHMS if fuse_all else None
+        )
 
 
 LEVELS = {
-    "eager": Level("PyTorch's kernels, one an operator", "aten", _ATEN | _EAGER, _ATEN | _EAGER_INFERENCE),
-    "compile": Level("norms as Inductor fuses them", "aten", _ATEN | _COMPILE, _ATEN | _COMPILE_INFERENCE),
-    "norm": Level("batch_norm_act behind PyTorch's convolutions", "aten", _ATEN | _NORM, _ATEN | _NORM_INFERENCE),
-    "fused": Level("the convolutions that the planner fuses, too", "planned", _ATEN | _FUSED, _FUSED_INFERENCE),
-    "fewest": Level("every tensor of a convolution once each way", "fused", _FEWEST, _FEWEST_INFERENCE),
+    "eager": Level("one PyTorch kernel per operator", "aten", _ATEN | _EAGER, _ATEN | _EAGER_INFERENCE),
+    "compile": Level("norms fused as by Inductor", "aten", _ATEN | _COMPILE, _ATEN | _COMPILE_INFERENCE),
+    "norm": Level("batch_norm_act after PyTorch's convolutions", "aten", _ATEN | _NORM, _ATEN | _NORM_INFERENCE),
+    "fused": Level("also the convolutions that the planner fuses", "planned", _ATEN | _FUSED, _FUSED_INFERENCE),
+    "fewest": Level("lower bound: each tensor of a convolution once each way", "fused", _FEWEST, _FEWEST_INFERENCE),
 }
 
 
@@ -154,19 +166,19 @@ class Kernel(NamedTuple):
     stage: str
     layer: str
     step: str
-    moves: str
+    traffic_rule: str
     bytes: float
     flops: float
 
 
 def kernels(network: Network, level: Level, mode: Mode, dtype: torch.dtype) -> list[Kernel]:
-    """Every kernel of a step, in the order of the forward, each backward beside its own forward."""
+    """Return every kernel of a step, in the order of the forward; a block's backward follows its forward."""
     rules = _COMMON | (level.training if mode == "train" else level.inference)
-    made: list[Kernel] = []
+    result: list[Kernel] = []
     for index, block in enumerate(network.blocks):
         final = index == len(network.blocks) - 1
-        made += _Walk(block, rules, level.plan(block, dtype, mode, index > 0), dtype, final)
-    return made + list(_head(network, rules, mode, dtype)) + list(_parameters(network, rules, mode, dtype))
+        result += _BlockKernels(block, rules, level.plan(block, dtype, mode, index > 0), dtype, final)
+    return result + list(_head(network, rules, mode, dtype)) + list(_parameters(network, rules, mode, dtype))
 
 
 def _emit(
@@ -176,9 +188,10 @@ def _emit(
         yield Kernel(stage, layer, step, rule, sum(sizes[name] for name in rule.replace(">", " ").split()), flops)
 
 
-#: The steps that each operator of a plan's programs computes. Other operators move vectors only (`merge_stats`), or
-#: nothing in channels_last (`to_memory_format`). At the last norm of a residual block `{end}` and `{apply}` are its
-#: kind, `end` or `pair`; at other norms `{end}` is empty and `{apply}` is `apply`.
+#: The steps that each operator of a plan's programs computes. Other operators read and write only per-channel vectors
+#: (`merge_stats`), or are no-ops in channels_last (`to_memory_format`). At the last norm of a residual block, `{end}`
+#: and `{apply}` are its kind: `end` (identity shortcut) or `pair` (projection). At other norms `{end}` is empty and
+#: `{apply}` is `apply`.
 _STEPS = {
     "convolution": "conv",
     "conv_bn_stats": "fused conv",
@@ -199,25 +212,25 @@ _STEPS = {
     "add_": "add projection",
     "add_strided_": "add fused projection",
 }
-_ADDED = 11  # position of `added` and `added_mask` among the arguments of conv_dgrad
+_ADDEND_ARG_INDEX = 11  # `added` and `added_mask` are the last arguments of conv_dgrad
 
 
-class _Walk:
-    """One block's kernels: the steps of its plan's programs."""
+class _BlockKernels:
+    """Iterator over the kernels of one block: the steps of its plan's programs."""
 
     def __init__(self, block: Block, rules: dict[str, str], plan: Plan, dtype: torch.dtype, final: bool) -> None:
         self.block, self.rules, self.plan, self.final = block, rules, plan, final
         self.itemsize = dtype.itemsize
-        shortcut = block.read.spec.shortcut
+        shortcut = block.unit_chain.spec.shortcut
         self.kind = {"none": "", "identity": "end"}[shortcut] if isinstance(shortcut, str) else "pair"
-        weights = [unit.weight for unit in by_unit(block.read.spec.tensor_names())]
-        #: By the names of a unit's convolution output and weight.
-        self.units = {name: unit for unit in plan.all_units for name in (unit.makes, weights[unit.index])}
-        #: The units whose input gradient adds the shortcut's.
-        self.carrying = [
+        weights = [unit.weight for unit in group_by_unit(block.unit_chain.spec.tensor_names())]
+        #: Units by the names of their convolution's output and weight.
+        self.units = {name: unit for unit in plan.all_units for name in (unit.output_name, weights[unit.index])}
+        #: Units whose dgrad adds the shortcut's gradient in its epilogue.
+        self.shortcut_grad_units = [
             self._unit(step)
             for step in plan.backward.steps
-            if step.operator == "conv_dgrad" and any(slot != NONE for slot in step.arguments[_ADDED:])
+            if step.operator == "conv_dgrad" and any(slot != NO_SLOT for slot in step.arguments[_ADDEND_ARG_INDEX:])
         ]
 
     def __iter__(self) -> Iterator[Kernel]:
@@ -227,14 +240,15 @@ class _Walk:
             for name in self._names(step, unit):
                 flops = convolution.flops if name.endswith(("conv", "dgrad", "wgrad")) else 0
                 if name.startswith("fused") and name.endswith("backward"):
-                    flops = convolution.flops * (1 + unit.grad_reads)
+                    flops = convolution.flops * (1 + unit.needs_input_grad)
                 sizes = self._sizes(unit, convolution)
                 yield from _emit(self.block.stage, convolution.name, name, self.rules, sizes, flops)
 
     def _unit(self, step: Step) -> Unit:
-        """The unit whose convolution's output or weight comes first among a step's results and operands."""
-        names = [self.plan.slots[slot] for slot in (*step.results, *step.operands) if slot != NONE]
-        shortcut = self.plan.projection or self.plan.units[-1]  # an addition has neither
+        """Return the unit whose convolution output or weight comes first among the results and operands of `step`."""
+        names = [self.plan.slot_names[slot] for slot in (*step.results, *step.operands) if slot != NO_SLOT]
+        # An addition has neither of them among its names.
+        shortcut = self.plan.projection or self.plan.units[-1]
         return next((self.units[name] for name in names if name in self.units), shortcut)
 
     def _names(self, step: Step, unit: Unit) -> list[str]:
@@ -243,16 +257,16 @@ class _Walk:
         end = f"{kind} " if kind else ""
         names = _STEPS.get(step.operator, "").format(apply=kind or "apply", end=end, part=part).split("; ")
         if step.operator == "convolution_backward":
-            names = [name for name, slot in zip(names, step.results, strict=False) if slot != NONE]
+            names = [name for name, slot in zip(names, step.results, strict=False) if slot != NO_SLOT]
         return names
 
     def _sizes(self, unit: Unit, convolution: Convolution) -> dict[str, float]:
         size = self.itemsize
         x, z, w = size * math.prod(convolution.x), size * math.prod(convolution.z), math.prod(convolution.weight)
-        touched, y = size * convolution.touched, math.prod(self.block.y)
-        ends = bool(self.kind) and (convolution.residual or unit.makes == "zs")
+        x_read, y = size * convolution.elements_read, math.prod(self.block.y)
+        ends_block = bool(self.kind) and (convolution.residual or unit.output_name == "zs")
         sizes: dict[str, float] = dict.fromkeys(("z", "a", "y", "zs", "da", "dy", "dz", "dzs", "g"), z)
-        sizes |= dict.fromkeys(("x", "dxt"), touched) | dict.fromkeys(("w", "dw"), size * w)
+        sizes |= dict.fromkeys(("x", "dxt"), x_read) | dict.fromkeys(("w", "dw"), size * w)
         return (
             sizes
             | dict.fromkeys(("p", "dp"), size * y)
@@ -261,10 +275,10 @@ class _Walk:
                 "di": size * math.prod(self.block.x),
                 "r": z if convolution.residual else 0,
                 "dr": 0 if self.final else size * y,
-                "carried": x if unit in self.carrying else 0,
-                "cmask": x / size / 8 if unit in self.carrying and self.kind == "end" else 0,
-                "mask": z / size / 8 if ends else 0,
-                "prev": touched if unit.reads != "x" else 0,
+                "carried": x if unit in self.shortcut_grad_units else 0,
+                "cmask": x / size / 8 if unit in self.shortcut_grad_units and self.kind == "end" else 0,
+                "mask": z / size / 8 if ends_block else 0,
+                "prev": x_read if unit.input_name != "x" else 0,
                 "i8": y,
                 "i64": 8 * y,
             }
@@ -288,7 +302,10 @@ def _head(network: Network, rules: dict[str, str], mode: Mode, dtype: torch.dtyp
 
 
 def _parameters(network: Network, rules: dict[str, str], mode: Mode, dtype: torch.dtype) -> Iterator[Kernel]:
-    """Inference is in one dtype; training in less than float32 is autocast's, with float32 parameters and images."""
+    """Yield the kernels of the casts and the optimizer; inference has none, because it uses one dtype.
+
+    Training below float32 uses autocast, with float32 parameters and images.
+    """
     if mode == "eval":
         return
     size, count = dtype.itemsize, network.parameters

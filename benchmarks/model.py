@@ -1,5 +1,4 @@
-"""`model`: a training step (with zero_grad and the optimizer) or an inference of a whole network, on
-photographs."""
+"""`model`: end-to-end training steps (with zero_grad and optimizer) and inferences of full networks, on photographs."""
 
 import argparse
 from dataclasses import asdict
@@ -12,38 +11,38 @@ from benchmarks import data, plots, progress, report
 from benchmarks import options as common
 from benchmarks.cases import SMALL_MODEL_CASES, ModelCase
 from benchmarks.check import check_results
-from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, GRAPHS, Provider, build_module
-from benchmarks.steps import ModelStep, calibrate
+from benchmarks.providers import EAGER, EAGER_CHANNELS_LAST, NETWORK_PROVIDERS, Provider, build_module
+from benchmarks.steps import ModelStep, calibrate_batch_norm
 from benchmarks.stock import MODELS, stock_model
 from benchmarks.timing import Workload, clock_of, measure_interleaved
 
-HELP = "training step and inference of whole networks"
+HELP = "training step and inference of full networks"
 
-# Here the reference is stock PyTorch in float32 (a float64 step of ResNet-50 takes 16 s), and the yardstick
-# how far its two memory formats are apart: up to 5 % for early gradients, see check.py; in less than float32, how
-# far each of them is from float32. The floor is for small networks, where they agree.
+# The reference is stock PyTorch in float32 (a float64 step of ResNet-50 takes 16 s). The tolerance is a multiple of the
+# difference between its two memory formats: up to 5 % for early gradients, see check.py. Below float32 it is a multiple
+# of the error of either format against float32. The floor is for small networks, where the formats agree.
 ERROR_FACTOR = 3.0
 ERROR_FLOOR = 1e-3
 
 DEFAULTS: dict[str, Any] = {
     "model": ["resnet18", "resnet50"],
     "mode": ["train", "eval"],
-    "batch": None,  # by device
+    "batch": None,  # depends on the device
     "size": 224,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
-    common.add_providers(parser, GRAPHS)
+    common.add_providers(parser, NETWORK_PROVIDERS)
     common.add_device(parser)
     common.add_models(parser, MODELS, "resnet18 resnet50")
     parser.add_argument("--mode", nargs="+", choices=["train", "eval"], help="default: both")
-    parser.add_argument("--size", type=common.positive_int, help="side of an image (default: 224)")
+    parser.add_argument("--size", type=common.positive_int, help="image height and width in pixels (default: 224)")
     parser.add_argument(
         "--small",
         action="store_true",
-        help="only the small case, ResNet-18 on 32x32 images (without any of these options: all of them)",
+        help="only the small cases, ResNet-18 on 32x32 images (default, without any of these options: all cases)",
     )
 
 
@@ -51,7 +50,9 @@ def select_cases(options: argparse.Namespace) -> list[ModelCase]:
     given = {name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None}
     if options.small:
         if given:
-            raise SystemExit(f"--small fixes the model, its mode and its shape: leave out --{', --'.join(given)}")
+            raise SystemExit(
+                f"--small sets the model, its mode and its shape: expected none of them, got --{', --'.join(given)}"
+            )
         return list(SMALL_MODEL_CASES)
     if options.quick:
         given = {"model": ["resnet18"], "batch": 2, "size": 64} | given
@@ -68,14 +69,14 @@ def check_and_build(
     stock = stock_model(case.model).to(options.device)
     x = data.photographs(case.batch, case.size, options.seed).to(options.device)
     target = data.labels(case.batch, 1000, options.seed).to(options.device)
-    calibrate(stock, x)
+    calibrate_batch_norm(stock, x)
 
     def step(provider: Provider, dtype: torch.dtype = dtype) -> ModelStep:
         module = build_module(provider, stock, options.backend)
-        own = x.to(memory_format=provider.memory_format, copy=True)
-        return ModelStep(module, own, target, case.mode, dtype, provider.graph)
+        images = x.to(memory_format=provider.memory_format, copy=True)
+        return ModelStep(module, images, target, case.mode, dtype, provider.cuda_graph)
 
-    # Stock comes first: it is the reference even where it is not among the providers to be timed.
+    # Stock PyTorch comes first: it is the reference even where it is not one of the timed providers.
     steps = {provider: step(provider) for provider in dict.fromkeys([EAGER, EAGER_CHANNELS_LAST, *providers])}
     results = {}
     checks = {}
@@ -95,10 +96,10 @@ def check_and_build(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    providers = common.chosen_providers(options, GRAPHS)
+    providers = common.select_providers(options, NETWORK_PROVIDERS)
     clock = clock_of(options.device)
     cases = select_cases(options)
-    common.check_graphs(providers, options)
+    common.check_cuda_graphs(providers, options)
     measured = []
     for case in progress.cases(cases, "model"):
         torch._dynamo.reset()  # each case compiles for its own shape
@@ -121,7 +122,7 @@ def tables(run: dict[str, Any]) -> str:
 
 
 def summary(run: dict[str, Any]) -> str:
-    """One row a case: time, images a second, and every other provider's time relative to it."""
+    """Return one row per case: time, images/s, and the time of every other provider relative to the first provider."""
     cases = run["cases"]
     names = list(cases[0]["providers"])
     rows = []
@@ -135,4 +136,4 @@ def summary(run: dict[str, Any]) -> str:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    plots.speedups(document, path, "training step and inference of whole networks")
+    plots.speedups(document, path, "training step and inference of full networks")

@@ -1,4 +1,4 @@
-"""A network as the planner sees it: its blocks and their convolutions with every shape. Nothing is computed."""
+"""The shapes of a network as input of the planner: its blocks and their convolutions, on the meta device."""
 
 import math
 from collections.abc import Iterator
@@ -11,35 +11,35 @@ from torch import Tensor
 from fused_res import models
 from fused_res.block.plan import BlockConfig, Plan
 from fused_res.block.planner import plan
-from fused_res.dispatch import Algorithms
+from fused_res.dispatch import TrainingAlgorithms
 from fused_res.models import ResNet
 from fused_res.nn import chain
 from fused_res.nn.block import ResidualBlock
-from fused_res.ops.memory_format import convolved, pooled_shape
-from fused_res.spec import UnitSpec, by_unit
+from fused_res.ops.memory_format import conv_output_shape, pool_output_shape
+from fused_res.spec import UnitSpec, group_by_unit
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One unit of a block: what it reads, holds and makes."""
+    """One conv-BN-act unit of a block: the shapes of the convolution's input, weight and output."""
 
     name: str
     spec: UnitSpec
     x: Shape
     weight: Shape
     z: Shape
-    residual: bool  # its block's shortcut is added to what it makes
-    relu: bool  # in the end, behind that addition
+    residual: bool  # the block's shortcut is added after its norm
+    relu: bool  # a ReLU follows, after that addition
 
     @property
     def flops(self) -> int:
         return 2 * math.prod(self.z) * math.prod(self.weight[1:])
 
     @property
-    def touched(self) -> int:
-        """Elements of `x` that are read at all: a strided 1x1 kernel leaves most of them out."""
+    def elements_read(self) -> int:
+        """Number of elements of `x` that the convolution reads: a strided 1x1 kernel skips most of them."""
         read = (
             min(size, out * kernel, (out - 1) * stride + kernel)
             for size, out, kernel, stride in zip(self.x[2:], self.z[2:], self.weight[2:], self.spec.stride, strict=True)
@@ -49,10 +49,10 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Block:
-    """A residual block, or the stem."""
+    """A residual block, or the stem of the network."""
 
     name: str
-    read: chain.Chain
+    unit_chain: chain.Chain
     x: Shape
 
     @property
@@ -61,26 +61,28 @@ class Block:
 
     @cached_property
     def convolutions(self) -> tuple[Convolution, ...]:
-        """Of the chain, then the projection's."""
-        spec = self.read.spec
-        weights = [tuple(unit.weight.shape) for unit in by_unit(self.read.tensors)]
-        made, x = [], self.x
+        """The convolutions of the main branch, then the projection's."""
+        spec = self.unit_chain.spec
+        weights = [tuple(unit.weight.shape) for unit in group_by_unit(self.unit_chain.tensors)]
+        convolutions, x = [], self.x
         for index, unit in enumerate(spec.convolutions):
             projection = unit is spec.projection
             x = self.x if projection else x
             last = index == len(spec.units) - 1
-            z = convolved(_empty(x), _empty(weights[index]), unit.stride, unit.padding, unit.dilation)
+            z = conv_output_shape(_empty(x), _empty(weights[index]), unit.stride, unit.padding, unit.dilation)
             name = f"{self.name}.{'projection' if projection else f'conv{index + 1}'}"
-            made.append(Convolution(name, unit, x, weights[index], z, last and spec.shortcut != "none", unit.relu))
+            convolutions.append(
+                Convolution(name, unit, x, weights[index], z, last and spec.shortcut != "none", unit.relu)
+            )
             x = z
-        return tuple(made)
+        return tuple(convolutions)
 
     @property
     def y(self) -> Shape:
-        last, pool = self.convolutions[len(self.read.spec.units) - 1], self.read.spec.pool
+        last, pool = self.convolutions[len(self.unit_chain.spec.units) - 1], self.unit_chain.spec.pool
         if pool is None:
             return last.z
-        return tuple(pooled_shape(_empty(last.z), pool.kernel_size, pool.stride, pool.padding))
+        return tuple(pool_output_shape(_empty(last.z), pool.kernel_size, pool.stride, pool.padding))
 
     def plan(
         self,
@@ -89,17 +91,26 @@ class Block:
         grad_input: bool,
         backend: str,
         preference: str,
-        algorithms: Algorithms | None = None,
+        algorithms: TrainingAlgorithms | None = None,
     ) -> Plan:
-        """The plan for channels_last memory; `algorithms`: those of every convolution, instead of the backend's."""
-        requires_grad = [grad_input, *(t is not None and t.requires_grad for t in self.read.tensors)]
+        """Return the plan for channels_last memory.
+
+        Args:
+            dtype: dtype of activations and weights.
+            training: whether to plan a training step.
+            grad_input: whether the gradient of the block's input is needed.
+            backend: backend name.
+            preference: preference of `BlockConfig`.
+            algorithms: algorithms of every convolution, in place of the backend's; default: the backend's.
+        """
+        requires_grad = [grad_input, *(t is not None and t.requires_grad for t in self.unit_chain.tensors)]
         count = len(self.convolutions)
-        tensors = [None if t is None else t.to(dtype) for t in self.read.tensors]
+        tensors = [None if t is None else t.to(dtype) for t in self.unit_chain.tensors]
         x = _empty(self.x).to(dtype).contiguous(memory_format=torch.channels_last)
-        wanted = tuple(training and one for one in requires_grad)
-        given = None if algorithms is None else (algorithms,) * count
-        config = BlockConfig(self.read.spec, (training,) * count, backend, preference=preference)
-        return plan(config, x, tensors, wanted, given)
+        needs_grad = tuple(training and one for one in requires_grad)
+        per_unit = None if algorithms is None else (algorithms,) * count
+        config = BlockConfig(self.unit_chain.spec, (training,) * count, backend, preference=preference)
+        return plan(config, x, tensors, needs_grad, per_unit)
 
 
 @dataclass(frozen=True)
@@ -115,26 +126,27 @@ class Network:
         return self.blocks[-1].y[1]
 
 
-def network(name: str, batch: int, size: int) -> Network:
-    """A ResNet of :mod:`fused_res.models`."""
+def build_network(name: str, batch: int, size: int) -> Network:
+    """Return the shapes of the ResNet `name` of :mod:`fused_res.models`."""
     with torch.device("meta"):
         model: ResNet = getattr(models, name)()
     blocks: list[Block] = []
     x: Shape = (batch, 3, size, size)
-    for at, parts in _parts(model):
-        read = chain.read(*parts)
-        assert isinstance(read, chain.Chain), read
-        blocks.append(Block(at, read, x))
+    for block_name, parts in _named_blocks(model):
+        unit_chain = chain.match_chain(*parts)
+        assert isinstance(unit_chain, chain.Chain), unit_chain
+        blocks.append(Block(block_name, unit_chain, x))
         x = blocks[-1].y
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Network(batch, size, tuple(blocks), model.fc.out_features, parameters)
 
 
-def _parts(model: ResNet) -> Iterator[tuple[str, tuple]]:
+def _named_blocks(model: ResNet) -> Iterator[tuple[str, tuple]]:
+    """Yield name and modules of the stem and of every residual block, as arguments of `match_chain`."""
     yield "stem", (model._stem_units(), "none", model.maxpool)
     for name, module in model.named_modules():
         if isinstance(module, ResidualBlock):
-            yield name, module._parts()
+            yield name, module._units_and_shortcut()
 
 
 def _empty(shape: Shape) -> Tensor:

@@ -1,12 +1,13 @@
-"""What `make gpu` runs on a machine with an NVIDIA GPU, with the Python that has its PyTorch; nothing is downloaded.
+"""Tests and benchmarks on a machine with an NVIDIA GPU (`make gpu`), with the Python that has its PyTorch.
 
     python3 benchmarks/on_gpu.py [test] [bench] [compile] [--out DIR]
 
-Each stage ends within nine minutes, whatever fails or hangs, and writes what it has found at once:
+Nothing is downloaded. Each stage ends within nine minutes, even if a command fails or hangs, and writes its results as
+soon as it has them:
 
-test      compiles the C++ and CUDA extensions in place; the tests for GPUs, then some under compute-sanitizer
-bench     operators, blocks, networks, memory, convolutions and inference beside stock PyTorch and cuDNN
-compile   the same beside torch.compile, which takes long to compile
+test      compile the C++ and CUDA extensions in place, run the GPU tests, then some under compute-sanitizer
+bench     benchmark operators, blocks, networks, memory, convolutions and inference against stock PyTorch and cuDNN
+compile   benchmark against torch.compile, whose compilation takes long
 """
 
 import argparse
@@ -21,26 +22,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Seconds of a stage.
-LIMIT = 530.0
-#: Of which, for the tests to leave time for compute-sanitizer.
-SANITIZER = 150.0
-#: Small and quick: every kernel once.
-SANITIZED = "(convolution or pointwise or halves or apply or max_pool) and (bfloat16 or float32)"
+#: Time limit of a stage.
+STAGE_SECONDS = 530.0
+#: Part of that limit which the tests reserve for compute-sanitizer.
+SANITIZER_SECONDS = 150.0
+#: `pytest -k` expression: small, quick tests that run every kernel once.
+SANITIZER_TESTS = "(convolution or conv1x1 or statistics_and_backward or apply or max_pool) and (bfloat16 or float32)"
 TOOLS = ("memcheck", "racecheck")
 
 
 class Stage:
-    """Runs commands one after the other, each until the stage's time is up; keeps what they print."""
+    """Runs commands one after the other until the time limit of the stage, and records their output."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.end = time.monotonic() + LIMIT
+        self.deadline = time.monotonic() + STAGE_SECONDS
         self.failed: list[str] = []
 
     def run(self, title: str, command: list[str], reserve: float = 0.0, **environment: str) -> bool:
-        """Whether it succeeded; prints what it prints, which `<title>.log` keeps."""
-        limit = self.end - time.monotonic() - reserve
+        """Run `command`, copy its output to `<title>.log`, and return whether it succeeded."""
+        limit = self.deadline - time.monotonic() - reserve
         print(f"\n== {title}: {' '.join(command)}", flush=True)
         with (self.out / f"{title}.log").open("w") as log:
             process = subprocess.Popen(
@@ -69,29 +70,45 @@ def test(stage: Stage) -> None:
         return
     stage.run("info", [python, "-m", "fused_res", "info"])
     pytest = [python, "-m", "pytest", "--durations=5"]
-    alone = "tests/gpu/test_gpu_device.py"  # takes tens of GB at a time
-    others = ["tests/backends/cuda/test_cuda_conv.py", "tests/backends/cuda/test_cuda_norm.py"]  # also the simulator's
-    others += [name for path in ROOT.glob("tests/gpu/test_gpu_*.py") if (name := str(path.relative_to(ROOT))) != alone]
-    stage.run("tests-device", [*pytest, alone, f"--junitxml={stage.out / 'tests-device.xml'}"], reserve=SANITIZER)
-    # Triton compiles for most of the time.
+    device = "tests/gpu/test_gpu_device.py"  # allocates tens of GB at once
+    # These run on the simulator, too.
+    others = ["tests/backends/cuda/test_cuda_conv.py", "tests/backends/cuda/test_cuda_norm.py"]
+    others += [name for path in ROOT.glob("tests/gpu/test_gpu_*.py") if (name := str(path.relative_to(ROOT))) != device]
+    stage.run(
+        "tests-device", [*pytest, device, f"--junitxml={stage.out / 'tests-device.xml'}"], reserve=SANITIZER_SECONDS
+    )
+    # Most of the time is Triton compilation, which runs in parallel.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    stage.run("tests", [*pytest, *workers, *sorted(others), f"--junitxml={stage.out / 'tests.xml'}"], reserve=SANITIZER)
+    stage.run(
+        "tests",
+        [*pytest, *workers, *sorted(others), f"--junitxml={stage.out / 'tests.xml'}"],
+        reserve=SANITIZER_SECONDS,
+    )
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
-        print("\n== sanitizer: skipped, there is no compute-sanitizer on PATH")
+        print("\n== sanitizer: skipped, compute-sanitizer is not on PATH")
         return
-    some = [python, "-m", "pytest", "-x", "-q", "tests/gpu/test_gpu_kernels.py", "-k", f"cuda and {SANITIZED}"]
+    sanitizer_tests = [
+        python,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "tests/gpu/test_gpu_kernels.py",
+        "-k",
+        f"cuda and {SANITIZER_TESTS}",
+    ]
     for index, tool in enumerate(TOOLS):
-        rest = (len(TOOLS) - 1 - index) * SANITIZER / len(TOOLS)
-        # PyTorch's allocator hands out pieces of large blocks: without it every tensor has bounds of its own.
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *some]
-        stage.run(f"sanitizer-{tool}", command, reserve=rest, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        reserve = (len(TOOLS) - 1 - index) * SANITIZER_SECONDS / len(TOOLS)
+        # PyTorch's caching allocator splits large blocks; without it every tensor is an allocation with its own bounds.
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *sanitizer_tests]
+        stage.run(f"sanitizer-{tool}", command, reserve=reserve, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def benchmark(name: str) -> Callable[[Stage], None]:
     def run(stage: Stage) -> None:
-        selection = ["-m", "benchmarks", "all", "--device", "cuda", "--stage", name, "--out", str(stage.out)]
-        stage.run(name, [sys.executable, *selection])
+        arguments = ["-m", "benchmarks", "all", "--device", "cuda", "--stage", name, "--out", str(stage.out)]
+        stage.run(name, [sys.executable, *arguments])
 
     return run
 
@@ -104,12 +121,12 @@ STAGES: dict[str, Callable[[Stage], None]] = {
 
 
 def device_name() -> str:
-    """Of the GPU, as a folder."""
+    """Return the name of the GPU in the form of a folder name."""
     code = "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if asked.returncode:
-        raise SystemExit(f"{sys.executable} sees no NVIDIA GPU: {asked.stderr.strip().splitlines()[-1]}")
-    return asked.stdout.strip()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{sys.executable}: found no NVIDIA GPU: {result.stderr.strip().splitlines()[-1]}")
+    return result.stdout.strip()
 
 
 def main() -> None:

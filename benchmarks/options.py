@@ -1,4 +1,4 @@
-"""Command line options that the subcommands share, checked where they are parsed."""
+"""Command-line options shared by the subcommands, validated when they are parsed."""
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +16,14 @@ Providers = Mapping[str, providers.Provider]
 DEFAULT_OUT = Path(__file__).parent / "results" / "latest"
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-#: Where nothing is said: what a device is bought for.
+#: Default dtype of each device: bfloat16 on a GPU, for its tensor cores.
 DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 DEFAULT_BATCHES = {"cpu": 16, "cuda": 128}
 
 
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
 
 
@@ -38,6 +38,7 @@ def seconds(text: str) -> float:
 
 
 def provider_list(known: Iterable[str], text: str) -> tuple[str, ...]:
+    """Parse a comma-separated list of provider names."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -48,31 +49,33 @@ def provider_list(known: Iterable[str], text: str) -> tuple[str, ...]:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """For every subcommand."""
+    """Add the options of every subcommand."""
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="results folder (default: %(default)s)"
     )
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """For every subcommand that measures."""
-    parser.add_argument("--threads", type=positive_int, help="threads of PyTorch (default: PyTorch's own choice)")
+    """Add the options of every subcommand that measures."""
+    parser.add_argument("--threads", type=positive_int, help="number of PyTorch threads (default: chosen by PyTorch)")
     parser.add_argument(
         "--allocator",
         choices=[*allocator.SETTINGS, "both"],
         default="both",
-        help="memory as glibc ships it, kept warm, or one after the other; on a GPU without a meaning "
-        "(default: %(default)s)",
+        help="glibc's default allocator (as-shipped), one that retains freed memory (warm), or one after the other; "
+        "no effect on a GPU (default: %(default)s)",
     )
     parser.add_argument(
         "--backend",
         choices=backends.names(),
         default="auto",
-        help="fused_res backend of our providers (default: %(default)s)",
+        help="fused_res backend of the ours... providers (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: does it run, not how fast")
-    # Given to the child process that measures; see runner.py.
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes and two rounds: a smoke test, not a measurement"
+    )
+    # Passed to the child process that measures, see runner.py.
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
 
 
@@ -81,9 +84,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of activations; whole networks train under autocast (default: float32, on a GPU bfloat16)",
+        help="dtype of activations; full networks train under autocast (default: float32, on a GPU bfloat16)",
     )
-    parser.add_argument("--batch", type=positive_int, help="images (default: 16, on a GPU 128)")
+    parser.add_argument("--batch", type=positive_int, help="batch size (default: 16, on a GPU 128)")
 
 
 def dtype_name(options: argparse.Namespace) -> str:
@@ -118,12 +121,12 @@ class NamedCase(Protocol):
 
 def add_cases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cases", metavar="TEXT", help="only the cases whose name contains this, such as layer2 (default: all)"
+        "--cases", metavar="TEXT", help="only the cases whose name contains TEXT, such as layer2 (default: all)"
     )
 
 
-def chosen_cases(options: argparse.Namespace, cases: Sequence[Case]) -> list[Case]:
-    """Those that `--cases` asks for."""
+def filter_cases(options: argparse.Namespace, cases: Sequence[Case]) -> list[Case]:
+    """Return the cases that `--cases` selects."""
     chosen = [case for case in cases if not options.cases or options.cases in case.name]
     if not chosen:
         raise SystemExit(f"--cases {options.cases!r} matches none of: {', '.join(case.name for case in cases)}")
@@ -134,24 +137,26 @@ def add_isa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--isa",
         choices=isa.SETTINGS,
-        help="hold everybody to this instruction set, on a CPU; who cannot be held is left out (default: what the "
-        "machine has)",
+        help="restrict all providers to this instruction set, on a CPU; providers for which that is not possible are "
+        "skipped (default: no restriction)",
     )
 
 
 def add_timing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeat", type=positive_int, default=7, help="rounds at least (default: %(default)s)")
+    parser.add_argument(
+        "--repeat", type=positive_int, default=7, help="minimum number of rounds (default: %(default)s)"
+    )
     parser.add_argument(
         "--min-time",
         type=seconds,
         default=1.0,
         metavar="SECONDS",
-        help="measure each provider about this long in each case (default: %(default)s)",
+        help="measure each provider for about this long in each case (default: %(default)s)",
     )
 
 
 def timing(options: argparse.Namespace) -> dict[str, Any]:
-    """How long to measure, as `timing.measure_interleaved` takes it."""
+    """Return the arguments of `timing.measure_interleaved` that set how long to measure."""
     if options.quick:
         return {"repeat": 2, "min_time": 0.0}
     return {"repeat": options.repeat, "min_time": options.min_time}
@@ -162,20 +167,21 @@ def add_providers(parser: argparse.ArgumentParser, known: Providers = providers.
         "--providers",
         type=partial(provider_list, known),
         metavar="LIST",
-        help=f"comma-separated, from: {', '.join(known)} (default: all{_left_out(known)}; with --quick those not "
-        "compiled)",
+        help=f"comma-separated, from: {', '.join(known)} (default: all{_default_exclusions(known)}; "
+        "with --quick only those that are not compiled)",
     )
 
 
-def _left_out(known: Providers) -> str:
-    asked = [name for name, provider in known.items() if provider.on_request]
-    return f" but {', '.join(asked)}" if asked else ""
+def _default_exclusions(known: Providers) -> str:
+    """Return the part of a help text that names the providers not measured by default."""
+    opt_in = [name for name, provider in known.items() if provider.opt_in]
+    return f" but {', '.join(opt_in)}" if opt_in else ""
 
 
-def chosen_providers(options: argparse.Namespace, known: Providers = providers.PROVIDERS) -> list[providers.Provider]:
+def select_providers(options: argparse.Namespace, known: Providers = providers.PROVIDERS) -> list[providers.Provider]:
     names = options.providers
     if names is None:
-        names = [p.name for p in known.values() if not (p.on_request or (options.quick and p.compiled))]
+        names = [p.name for p in known.values() if not (p.opt_in or (options.quick and p.compiled))]
     chosen = []
     for name in names:
         provider, reason = known[name], None
@@ -188,13 +194,13 @@ def chosen_providers(options: argparse.Namespace, known: Providers = providers.P
         elif provider.runtime and options.providers:
             raise SystemExit(f"--providers {name}: {reason}")
         else:
-            print(f"{name} is left out: {reason}", flush=True)
+            print(f"{name} is skipped: {reason}", flush=True)
     if not chosen:
-        raise SystemExit("no provider is left")
+        raise SystemExit("--providers: none of them is available")
     return chosen
 
 
-def check_graphs(chosen: Iterable[providers.Provider], options: argparse.Namespace) -> None:
-    graphs = [provider.name for provider in chosen if provider.graph]
+def check_cuda_graphs(chosen: Iterable[providers.Provider], options: argparse.Namespace) -> None:
+    graphs = [provider.name for provider in chosen if provider.cuda_graph]
     if graphs and options.device != "cuda":
         raise SystemExit(f"{', '.join(graphs)}: needs --device cuda")

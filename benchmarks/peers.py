@@ -1,5 +1,7 @@
-"""Inference runtimes beside PyTorch, on the CPU in float32: each gets the stock model, as many threads as PyTorch has,
-and memory for its input and output in place."""
+"""Other inference runtimes (OpenVINO, ONNX Runtime) on the CPU in float32.
+
+Each runtime gets the stock model and as many threads as PyTorch, and reads its input and writes its output in place.
+"""
 
 import argparse
 import importlib.util
@@ -12,28 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Each with the packages that it takes.
+#: The packages that each runtime requires.
 PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx")}
 NAMES = tuple(PACKAGES)
 
 
 def unavailable(name: str, options: argparse.Namespace) -> str | None:
-    """Why it cannot be measured here, if so."""
+    """Return why the runtime cannot be measured here, or None if it can."""
     missing = [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
     if missing:
         return f"not installed (pip install {' '.join(missing)})"
     if options.device != "cpu" or options.dtype not in (None, "float32"):
-        return "it is measured on a CPU in float32"
+        return "only measured on a CPU in float32"
     if name == "onnxruntime" and options.isa == "avx2":
-        return "nothing holds its kernels to AVX2"  # MLAS asks the processor alone
+        return "its kernels cannot be restricted to AVX2"  # MLAS only uses the ISA that it detects
     return None
 
 
 @dataclass(frozen=True)
-class Network:
-    """Computes `output` from `x`, in place of both."""
+class PeerModel:
+    """A compiled model that reads `x` and writes `output` in place."""
 
-    x: Tensor  # the runtimes keep an address, not the tensor
+    x: Tensor  # referenced here because the runtimes store only its address
     output: Tensor
     infer: Callable[[], Any]
 
@@ -42,13 +44,14 @@ class Network:
         return self.output
 
 
-def build(name: str, stock: nn.Module, x: Tensor) -> Network:
+def build(name: str, stock: nn.Module, x: Tensor) -> PeerModel:
+    """Compile `stock` for the input `x` with the runtime `name`."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing
+        warnings.simplefilter("ignore")  # warnings of the tracer
         return {"openvino": openvino, "onnxruntime": onnxruntime}[name](stock, x)
 
 
-def openvino(stock: nn.Module, x: Tensor) -> Network:
+def openvino(stock: nn.Module, x: Tensor) -> PeerModel:
     import openvino
 
     model = openvino.convert_model(stock, example_input=x, input=list(x.shape))
@@ -62,13 +65,14 @@ def openvino(stock: nn.Module, x: Tensor) -> Network:
     request = compiled.create_infer_request()
     request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
     request.set_output_tensor(openvino.Tensor(output.numpy(), shared_memory=True))
-    return Network(x, output, request.infer)
+    return PeerModel(x, output, request.infer)
 
 
-def onnxruntime(stock: nn.Module, x: Tensor) -> Network:
+def onnxruntime(stock: nn.Module, x: Tensor) -> PeerModel:
     import onnxruntime
 
-    # By tracing: in half the time of the other exporter, which takes onnxscript, too; either network is as fast.
+    # The tracing exporter takes half the time of the dynamo exporter, which also requires onnxscript. The exported
+    # networks are equally fast.
     file = io.BytesIO()
     torch.onnx.export(stock, (x,), file, dynamo=False, input_names=["x"], output_names=["y"])
     settings = onnxruntime.SessionOptions()
@@ -78,4 +82,4 @@ def onnxruntime(stock: nn.Module, x: Tensor) -> Network:
     binding = session.io_binding()
     binding.bind_cpu_input("x", x.numpy())
     binding.bind_output("y", "cpu", 0, "float32", list(output.shape), output.data_ptr())
-    return Network(x, output, lambda: session.run_with_iobinding(binding))
+    return PeerModel(x, output, lambda: session.run_with_iobinding(binding))

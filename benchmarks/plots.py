@@ -1,4 +1,4 @@
-"""Charts, drawn from the same data that is written as JSON."""
+"""Charts, drawn from the data that is written as JSON."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +11,18 @@ import matplotlib.pyplot as plt
 
 from benchmarks import report
 
-OURS = ("#0b6e4f", "#53a987")
-STOCK = ("#8d99ae", "#4a5572", "#d9a05b", "#b5651d")
-#: One colour a provider in every chart: ours green, eager grey, compiled stock brown.
+OURS_COLORS = ("#0b6e4f", "#53a987")
+STOCK_COLORS = ("#8d99ae", "#4a5572", "#d9a05b", "#b5651d")
+#: One colour per provider in every chart: fused_res green, eager PyTorch grey, compiled PyTorch brown.
 COLORS = {
-    OURS[0]: ("ours",),
-    OURS[1]: ("ours+compile", "ours+graph", "ours-packed", "ours-direct"),
+    OURS_COLORS[0]: ("ours",),
+    OURS_COLORS[1]: ("ours+compile", "ours+graph", "ours-packed", "ours-direct"),
     "#8fc7ae": ("ours-triton", "ours-norms", "ours-folded", "ours+stats"),
     "#2f7f93": ("ours-cuda",),
-    STOCK[0]: ("eager", "aten"),
-    STOCK[1]: ("eager-channels-last", "aten-unfused"),
-    STOCK[2]: ("compile", "eager-channels-last+graph", "aten+stats"),
-    STOCK[3]: ("compile-channels-last",),
+    STOCK_COLORS[0]: ("eager", "aten"),
+    STOCK_COLORS[1]: ("eager-channels-last", "aten-unfused"),
+    STOCK_COLORS[2]: ("compile", "eager-channels-last+graph", "aten+stats"),
+    STOCK_COLORS[3]: ("compile-channels-last",),
     "#e3c567": ("compile-freezing",),
     "#7a4a12": ("compile-max-autotune",),
     "#7d5ba6": ("openvino", "onednn-fused"),
@@ -33,6 +33,7 @@ COLOR_OF = {name: color for color, names in COLORS.items() for name in names}
 
 
 def save(figure: Any, document: dict[str, Any], path: Path, title: str) -> None:
+    """Write the figure to the PNG file `path`, with a title, the machine and the versions."""
     env = document["runs"][0]["environment"]
     machine = gpu["name"] if (gpu := env.get("gpu")) else f"{env['cpu']}, {env['threads']} threads"
     versions = f"torch {env['torch']}, fused_res {env['fused_res']}, {env['date'][:10]}"
@@ -42,11 +43,11 @@ def save(figure: Any, document: dict[str, Any], path: Path, title: str) -> None:
 
 
 def grouped_bars(axis: Any, labels: Sequence[str], series: dict[str, Sequence[float]], text: str = "{:.0f}") -> None:
-    """Horizontal bars, the first label on top, one bar a provider."""
+    """Draw horizontal bars: the first label on top, one bar per provider."""
     height = 0.8 / len(series)
     for index, (name, values) in enumerate(series.items()):
-        places = [row + (index - (len(series) - 1) / 2) * height for row in range(len(labels))]
-        bars = axis.barh(places, values, height * 0.92, label=name, color=COLOR_OF[name])
+        positions = [row + (index - (len(series) - 1) / 2) * height for row in range(len(labels))]
+        bars = axis.barh(positions, values, height * 0.92, label=name, color=COLOR_OF[name])
         axis.bar_label(bars, [text.format(value) for value in values], fontsize=6, padding=2, color="#333333")
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_ylim(len(labels) - 0.45, -0.55)
@@ -55,7 +56,7 @@ def grouped_bars(axis: Any, labels: Sequence[str], series: dict[str, Sequence[fl
 
 
 def panels(document: dict[str, Any], height: float) -> Any:
-    """One panel for each allocator setting, side by side."""
+    """Return a figure with one panel per run (allocator setting) side by side, and pairs of axis and run."""
     runs = document["runs"]
     figure, axes = plt.subplots(
         1, len(runs), figsize=(1.5 + 5.5 * len(runs), height), sharey=True, squeeze=False, layout="constrained"
@@ -66,15 +67,20 @@ def panels(document: dict[str, Any], height: float) -> Any:
 
 
 def legend_below(figure: Any, *axes: Any) -> None:
-    """One for all axes, without repetitions."""
+    """Draw one legend for all axes, without repeated entries."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        entries.values(), map(report.title_of, entries), fontsize=8, loc="outside lower center", ncols=4, frameon=False
+        entries.values(),
+        map(report.provider_title, entries),
+        fontsize=8,
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
     )
 
 
 def bandwidth(document: dict[str, Any], path: Path) -> None:
-    """GB/s over the fewest bytes for each case, against the speed of copying."""
+    """Draw GB/s of compulsory traffic for each case, compared with the copy bandwidth."""
     cases = document["runs"][0]["cases"]
     providers = list(cases[0]["providers"])
     figure, pairs = panels(document, 1.6 + len(cases) * (0.12 + 0.11 * len(providers)))
@@ -85,8 +91,8 @@ def bandwidth(document: dict[str, Any], path: Path) -> None:
         }
         grouped_bars(axis, [case["name"] for case in cases], series, "{:.1f}")
         copy = run["ceilings"]["copy_bytes_per_s"] / 1e9
-        axis.axvline(copy, color="#b00020", linewidth=1, linestyle="--", label="copying on this machine")
-        axis.set_xlabel(f"GB/s over the fewest bytes (longer is better; copying: {copy:.1f})")
+        axis.axvline(copy, color="#b00020", linewidth=1, linestyle="--", label="measured copy bandwidth")
+        axis.set_xlabel(f"GB/s of compulsory traffic (higher is better; copy bandwidth: {copy:.1f})")
     legend_below(figure, pairs[0][0])
     mode = document["options"]["mode"]
     passes = "forward and backward" if mode == "train" else "inference"
@@ -94,8 +100,7 @@ def bandwidth(document: dict[str, Any], path: Path) -> None:
 
 
 def speedups(document: dict[str, Any], path: Path, title: str) -> None:
-    """Each provider's speed relative to eager channels_last (or the last provider, where that is not
-    measured)."""
+    """Draw the speed of each provider relative to eager channels_last, or to the last provider without that one."""
     cases = document["runs"][0]["cases"]
     providers = list(cases[0]["providers"])
     figure, pairs = panels(document, 1.6 + len(cases) * (0.15 + 0.13 * len(providers)))
@@ -104,13 +109,13 @@ def speedups(document: dict[str, Any], path: Path, title: str) -> None:
         series = {name: report.ratios(run["cases"], base, name) for name in providers}
         grouped_bars(axis, [case["name"] for case in cases], series, "{:.2f}")
         axis.axvline(1, color="#333333", linewidth=0.8)
-        axis.set_xlabel(f"speed relative to {report.title_of(base)} (longer is better)")
+        axis.set_xlabel(f"speed relative to {report.provider_title(base)} (higher is better)")
     legend_below(figure, pairs[0][0])
     save(figure, document, path, title)
 
 
 def overview(documents: dict[str, dict[str, Any]], path: Path) -> None:
-    """The README's figure: whole networks, inference left and training right, relative to stock PyTorch."""
+    """Draw the README's figure: full networks relative to stock PyTorch, inference left, training right."""
     base = "eager-channels-last"
     sides = {"inference": ("infer",), "training step": ("model-resnet18", "model")}
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2), layout="constrained")
@@ -121,14 +126,14 @@ def overview(documents: dict[str, dict[str, Any]], path: Path) -> None:
         labels = [f"{case['model'].replace('resnet', 'ResNet-')}\nbatch {case['batch']}" for case in shown]
         grouped_bars(axis, labels, series, "{:.2f}")
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel(f"speed relative to {report.title_of(base)} (longer is better)", fontsize=8)
+        axis.set_xlabel(f"speed relative to {report.provider_title(base)} (higher is better)", fontsize=8)
     legend_below(figure, *axes)
     case = documents["infer"]["runs"][0]["cases"][0]
     save(figure, documents["infer"], path, f"ResNets in {case['dtype']}, {case['size']}x{case['size']} pixels")
 
 
-def floors(document: dict[str, Any], path: Path) -> None:
-    """The least time of each level, stage by stage: one panel a case."""
+def roofline_times(document: dict[str, Any], path: Path) -> None:
+    """Draw the roofline time of each level of fusion, stacked by stage, in one panel per case."""
     (run,) = document["runs"]
     cases = run["cases"]
     figure, axes = plt.subplots(1, len(cases), figsize=(1.5 + 4.5 * len(cases), 3), squeeze=False, layout="constrained")
@@ -141,7 +146,7 @@ def floors(document: dict[str, Any], path: Path) -> None:
             left = [start + width for start, width in zip(left, widths, strict=True)]
         axis.invert_yaxis()
         axis.set_title(case["name"], fontsize=9)
-        axis.set_xlabel("least ms")
+        axis.set_xlabel("roofline ms")
         axis.spines[["top", "right"]].set_visible(False)
     legend_below(figure, axes[0][0])
     figure.suptitle(f"calculated for {run['device']['name']}", fontsize=9)
@@ -150,11 +155,11 @@ def floors(document: dict[str, Any], path: Path) -> None:
 
 
 def time_against_memory(document: dict[str, Any], path: Path) -> None:
-    """Each way of training as a point: what it saves for backward, and what a step costs."""
+    """Draw each training configuration as a point: bytes saved for backward, and time of a step."""
     figure, pairs = panels(document, 5)
     for axis, run in pairs:
         case = run["cases"][0]
-        for prefix, color, marker, below in (("ours", OURS[0], "o", True), ("", STOCK[1], "s", False)):
+        for prefix, color, marker, below in (("ours", OURS_COLORS[0], "o", True), ("", STOCK_COLORS[1], "s", False)):
             points = {
                 name: (provider["saved_bytes"] / case["batch"] / 1e6, provider["median_s"])
                 for name, provider in case["providers"].items()
@@ -162,12 +167,15 @@ def time_against_memory(document: dict[str, Any], path: Path) -> None:
             }
             axis.scatter(*zip(*points.values(), strict=True), s=60, color=color, marker=marker)
             for name, point in points.items():
-                offset = (0, -14 if below else 8)  # ours below, stock above: they come close to each other
+                offset = (
+                    0,
+                    -14 if below else 8,
+                )  # labels of fused_res below their points and of stock PyTorch above, as points are close
                 axis.annotate(name, point, offset, textcoords="offset points", ha="center", fontsize=7)
         axis.margins(0.22)
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
-        axis.set_xlabel("saved for backward, MB an image")
+        axis.set_xlabel("saved for backward, MB/image")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     pairs[0][0].set_ylabel("seconds for a training step")

@@ -1,4 +1,4 @@
-"""Progress bars: one that stays for a list of cases, and short-lived ones below it on a terminal."""
+"""Progress bars: a persistent one for a list of cases, and on a terminal transient ones below it."""
 
 from collections.abc import Iterable
 from typing import TypeVar

@@ -1,5 +1,4 @@
-"""Who is measured: our operators and stock PyTorch, each in the ways a user would run it, all from the same
-weights."""
+"""The measured providers: fused_res and stock PyTorch in the configurations that users run, with equal weights."""
 
 import copy
 from collections.abc import Callable
@@ -23,20 +22,20 @@ BatchNormAct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
 class Provider:
     name: str
     fused: bool = False
-    frozen: bool = False  # for inference only
+    frozen: bool = False  # inference only
     compiled: bool = False
     channels_last: bool = False
-    mode: str | None = None  # of torch.compile
-    cudnn: bool = False  # its batch norm, which PyTorch does not choose for every dtype
-    graph: bool = False  # a step recorded once and replayed: without the cost of calling
-    backend: str = ""  # of ours; else the one that --backend says
-    runtime: str = ""  # another one than PyTorch, see peers.py
+    compile_mode: str | None = None  # `mode` of torch.compile
+    cudnn: bool = False  # cuDNN's batch norm, which PyTorch does not select for every dtype
+    cuda_graph: bool = False  # the step is captured in a CUDA graph and replayed: no launch overhead
+    backend: str = ""  # fused_res backend; empty: that of the option --backend
+    runtime: str = ""  # runtime other than PyTorch, see peers.py
     winograd: bool = True
-    convolution: str = "auto"  # who computes them, see fused_res.backends.use
-    on_request: bool = False  # takes long, or is for one way of running only
+    convolution: str = "auto"  # source of the convolutions, see fused_res.backends.use
+    opt_in: bool = False  # measured only if named in --providers
 
     def workload(self, workload: Workload) -> Workload:
-        """The same under this provider's settings."""
+        """Return `workload` with every phase under this provider's settings of fused_res."""
         if self.winograd and self.convolution == "auto":
             return workload
 
@@ -61,51 +60,55 @@ def by_name(*providers: Provider) -> dict[str, Provider]:
 PROVIDERS = by_name(
     Provider("ours", fused=True, channels_last=True),
     Provider("ours+compile", fused=True, compiled=True, channels_last=True),
-    Provider("ours-triton", fused=True, channels_last=True, backend="triton", on_request=True),
-    Provider("ours-cuda", fused=True, channels_last=True, backend="cuda", on_request=True),
+    Provider("ours-triton", fused=True, channels_last=True, backend="triton", opt_in=True),
+    Provider("ours-cuda", fused=True, channels_last=True, backend="cuda", opt_in=True),
     Provider("eager", channels_last=False),
     Provider("eager-channels-last", channels_last=True),
-    # What each of our parts is worth, by leaving it out.
-    Provider("ours-direct", fused=True, channels_last=True, winograd=False, on_request=True),
-    Provider("ours-norms", fused=True, channels_last=True, convolution="aten", on_request=True),
+    # Ablations: fused_res without one of its components.
+    Provider("ours-direct", fused=True, channels_last=True, winograd=False, opt_in=True),
+    Provider("ours-norms", fused=True, channels_last=True, convolution="aten", opt_in=True),
     Provider("compile", compiled=True),
     Provider("compile-channels-last", compiled=True, channels_last=True),
-    Provider("compile-max-autotune", compiled=True, channels_last=True, mode="max-autotune", on_request=True),
+    Provider("compile-max-autotune", compiled=True, channels_last=True, compile_mode="max-autotune", opt_in=True),
 )
-#: For a single norm.
-NORMS = PROVIDERS | {"cudnn": Provider("cudnn", channels_last=True, cudnn=True, on_request=True)}
-#: For whole networks on a GPU.
-GRAPHS = PROVIDERS | by_name(
-    Provider("ours+graph", fused=True, channels_last=True, graph=True, on_request=True),
-    Provider("eager-channels-last+graph", channels_last=True, graph=True, on_request=True),
+#: Providers of single batch norms.
+NORM_PROVIDERS = PROVIDERS | {"cudnn": Provider("cudnn", channels_last=True, cudnn=True, opt_in=True)}
+#: Providers of full networks; the additional ones need a GPU.
+NETWORK_PROVIDERS = PROVIDERS | by_name(
+    Provider("ours+graph", fused=True, channels_last=True, cuda_graph=True, opt_in=True),
+    Provider("eager-channels-last+graph", channels_last=True, cuda_graph=True, opt_in=True),
 )
 EAGER = PROVIDERS["eager"]
 EAGER_CHANNELS_LAST = PROVIDERS["eager-channels-last"]
-#: For networks that are not trained any more.
-INFERENCE = by_name(
+#: Providers of inference.
+INFERENCE_PROVIDERS = by_name(
     Provider("ours", fused=True, frozen=True, channels_last=True),
-    Provider("ours-triton", fused=True, frozen=True, channels_last=True, backend="triton", on_request=True),
-    Provider("ours-cuda", fused=True, frozen=True, channels_last=True, backend="cuda", on_request=True),
-    Provider("ours+graph", fused=True, frozen=True, channels_last=True, graph=True, on_request=True),
-    Provider("ours-direct", fused=True, frozen=True, channels_last=True, winograd=False, on_request=True),
-    Provider("ours-folded", fused=True, frozen=True, channels_last=True, backend="reference", on_request=True),
+    Provider("ours-triton", fused=True, frozen=True, channels_last=True, backend="triton", opt_in=True),
+    Provider("ours-cuda", fused=True, frozen=True, channels_last=True, backend="cuda", opt_in=True),
+    Provider("ours+graph", fused=True, frozen=True, channels_last=True, cuda_graph=True, opt_in=True),
+    Provider("ours-direct", fused=True, frozen=True, channels_last=True, winograd=False, opt_in=True),
+    Provider("ours-folded", fused=True, frozen=True, channels_last=True, backend="reference", opt_in=True),
     EAGER,
     EAGER_CHANNELS_LAST,
-    Provider("eager-channels-last+graph", channels_last=True, graph=True, on_request=True),
+    Provider("eager-channels-last+graph", channels_last=True, cuda_graph=True, opt_in=True),
     Provider("compile-freezing", frozen=True, compiled=True, channels_last=True),
     Provider(
-        "compile-max-autotune", frozen=True, compiled=True, channels_last=True, mode="max-autotune", on_request=True
+        "compile-max-autotune", frozen=True, compiled=True, channels_last=True, compile_mode="max-autotune", opt_in=True
     ),
     *(Provider(name, runtime=name) for name in peers.NAMES),
 )
-#: Who infers networks that are not trained any more, as we do.
-PEERS = ("compile-freezing", *peers.NAMES)
+#: Peers: other providers that optimise a network for inference only.
+INFERENCE_PEERS = ("compile-freezing", *peers.NAMES)
 
 
 def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool, cudnn: bool = False) -> BatchNormAct:
-    """Stock PyTorch at its best: the addition and the ReLU in place, as in torchvision's blocks.
+    """Return stock PyTorch's fastest composition: addition and ReLU in place, as in torchvision's blocks.
 
-    ``cudnn``: cuDNN's norm whether or not PyTorch would choose it; fails where it does not apply.
+    Args:
+        activation: final activation.
+        training: whether to normalise with batch statistics.
+        cudnn: whether to call cuDNN's batch norm even where PyTorch would not select it; the call fails for operands
+            that cuDNN does not support.
     """
 
     def run(
@@ -129,21 +132,21 @@ def build_batch_norm_act(
         return batch_norm_act(*tensors, training, activation=activation, backend=provider.backend or backend)
 
     run = ours if provider.fused else stock_batch_norm_act(activation, training, provider.cudnn)
-    return torch.compile(run, dynamic=False, mode=provider.mode) if provider.compiled else run
+    return torch.compile(run, dynamic=False, mode=provider.compile_mode) if provider.compiled else run
 
 
 def build_module(provider: Provider, stock: nn.Module, backend: str = "auto", recompute: str = "none") -> nn.Module:
-    """A copy of the stock module, run the provider's way."""
+    """Return a copy of the stock module in the configuration of the provider."""
     module: Any = copy.deepcopy(stock).to(memory_format=provider.memory_format)
     if provider.fused:
         backend = provider.backend or backend
         module = freeze(module, backend) if provider.frozen else fuse(module, backend=backend, recompute=recompute)
         if not summarize(module).fused:
-            raise RuntimeError(f"nothing was fused, stock would be measured as ours:\n{summarize(module)}")
+            raise RuntimeError(f"nothing was fused, stock PyTorch would be measured as fused_res:\n{summarize(module)}")
     if provider.compiled:
-        if provider.frozen:  # takes either a mode or options
-            options = torch._inductor.list_mode_options(provider.mode) if provider.mode else {}
+        if provider.frozen:  # torch.compile accepts either a mode or options
+            options = torch._inductor.list_mode_options(provider.compile_mode) if provider.compile_mode else {}
             module = torch.compile(module, dynamic=False, options={**options, "freezing": True})
         else:
-            module = torch.compile(module, dynamic=False, mode=provider.mode)
+            module = torch.compile(module, dynamic=False, mode=provider.compile_mode)
     return module

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.readme`: from the results committed under benchmarks/results/ to what people read of them.
+"""`python -m benchmarks.readme`: generates the result pages from the JSON files committed under benchmarks/results/.
 
-README.md gets a figure and one short table for each question, benchmarks/results/README.md everything, in the words of
-the benchmarks' own summaries.
+README.md gets the figure and one table of ResNets against every peer. benchmarks/results/README.md gets one table for
+each entry of SECTIONS, then the summaries of all results.
 """
 
 import json
@@ -18,11 +18,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 Document = dict[str, Any]
-NO_GPU = "No GPU was there to measure on: not measured. `make gpu` does it."
+NO_GPU = "Not measured: no GPU was available. `make gpu` runs the benchmarks on one."
 
 
-def committed() -> dict[str, dict[str, Document]]:
-    """Of each device, by name, its documents."""
+def load_results() -> dict[str, dict[str, Document]]:
+    """Return the committed documents of each device, by name of device and document."""
     folders = sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != "latest")
     return {
         folder.name: {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
@@ -34,8 +34,8 @@ def is_gpu(documents: dict[str, Document]) -> bool:
     return any("gpu" in document["runs"][0]["environment"] for document in documents.values())
 
 
-def networks(documents: list[Document]) -> str:
-    """Images a second, a row a network, a column a provider; in brackets how many times as fast the first one is."""
+def network_table(documents: list[Document]) -> str:
+    """Return a table of images/s, one row per network, one column per provider; in brackets the first one's speedup."""
     names = list(dict.fromkeys(name for document in documents for name in document["runs"][0]["cases"][0]["providers"]))
     rows = []
     for document in documents:
@@ -50,11 +50,41 @@ def networks(documents: list[Document]) -> str:
                     *(f"{speeds[n]:.1f} ({report.ratio(first / speeds[n])})" if n in speeds else "" for n in names[1:]),
                 ]
             )
-    return report.markdown(["images/s", *map(report.title_of, names)], rows)
+    return report.markdown(["images/s", *map(report.provider_title, names)], rows)
 
 
-def norms(documents: list[Document]) -> str:
-    """Milliseconds for all of a network's norms, under each allocator setting."""
+#: Columns of the README's table: title, and the provider for inference and for training steps.
+README_COLUMNS = (
+    ("fused_res", ("ours",)),
+    ("PyTorch, channels_last", ("eager-channels-last",)),
+    ("torch.compile", ("compile-freezing", "compile-channels-last")),
+    ("OpenVINO", ("openvino",)),
+    ("ONNX Runtime", ("onnxruntime",)),
+)
+
+
+def readme_table(documents: list[Document]) -> str:
+    """Return a table of images/s like :func:`network_table`, with one column for both modes of a provider."""
+    rows = []
+    for case in (case for document in documents for case in document["runs"][0]["cases"]):
+        times = {
+            title: case["providers"][n]["median_s"]
+            for title, names in README_COLUMNS
+            for n in names
+            if n in case["providers"]
+        }
+        first = times["fused_res"]
+        row = [f"{case['model']}, {case['batch']} x {case['size']}²" + ", training" * (case.get("mode") == "train")]
+        row.append(f"**{case['batch'] / first:.1f}**")
+        for title, _ in README_COLUMNS[1:]:
+            time = times.get(title)
+            row.append("" if time is None else f"{case['batch'] / time:.1f} ({report.ratio(time / first)})")
+        rows.append(row)
+    return report.markdown(["images/s", *(title for title, _ in README_COLUMNS)], rows)
+
+
+def norm_table(documents: list[Document]) -> str:
+    """Return a table of the milliseconds for all batch norms of a network, one row per allocator setting."""
     (document,) = documents
     names = list(document["runs"][0]["cases"][0]["providers"])
     rows = []
@@ -69,81 +99,97 @@ def norms(documents: list[Document]) -> str:
                 *(f"{report.milliseconds(totals[n])} ({report.ratio(means[n])})" for n in means),
             ]
         )
-    return report.markdown(["ms", *map(report.title_of, names)], rows)
+    return report.markdown(["ms", *map(report.provider_title, names)], rows)
 
 
-def footprints(documents: list[Document]) -> str:
-    """What each way of training keeps, and what a step of it takes."""
+def memory_table(documents: list[Document]) -> str:
+    """Return a table of bytes saved for backward, peak memory and time, one row per training configuration."""
     (document,) = documents
     (case,) = document["runs"][0]["cases"]
     rows = [
         [
-            report.title_of(way),
+            report.provider_title(configuration),
             report.megabytes(provider["saved_bytes"] / case["batch"]),
             report.megabytes(provider["peak_tensor_bytes"]),
             report.milliseconds(provider["median_s"]),
         ]
-        for way, provider in case["providers"].items()
+        for configuration, provider in case["providers"].items()
     ]
-    return report.markdown([case["name"], "kept for backward, MB an image", "peak of tensors, MB", "step, ms"], rows)
+    return report.markdown([case["name"], "saved for backward, MB/image", "peak tensor memory, MB", "step, ms"], rows)
 
 
 @dataclass(frozen=True)
-class Question:
+class Section:
+    """One table of benchmarks/results/README.md."""
+
     title: str
-    names: tuple[str, ...]  # of the documents that answer it
+    names: tuple[str, ...]  # documents in its table
     table: Callable[[list[Document]], str]
     note: str = ""
 
 
-QUESTIONS = (
-    Question(
+SECTIONS = (
+    Section(
         "Inference",
         ("infer",),
-        networks,
-        "Medians, interleaved in one process; in brackets, how many times as fast `fused_res` is.",
+        network_table,
+        "Medians of interleaved runs in one process; in brackets, the speedup of `fused_res`.",
     ),
-    Question("Training steps", ("model-resnet18", "model"), networks, "Forward, backward and SGD."),
-    Question(
-        "What each part is worth",
+    Section("Training steps", ("model-resnet18", "model"), network_table, "Forward, backward and SGD."),
+    Section(
+        "Ablation",
         ("model-ablation", "infer-ablation"),
-        networks,
-        "Training steps, then inference, with a part left out; the rest is as above.",
+        network_table,
+        "Training steps, then inference, without one component; in brackets, the speedup of the complete `fused_res`.",
     ),
-    Question("Small images", ("model-small",), networks, "Evaluation of one image, and a training step of two."),
-    Question(
-        "Batch norm, addition and ReLU alone",
+    Section("Small images", ("model-small",), network_table, "Inference on one image, and a training step on two."),
+    Section(
+        "Batch norm + add + ReLU alone",
         ("op",),
-        norms,
-        "Forward and backward of all of ResNet-50's at batch 16; in brackets, the geometric mean over its shapes."
-        " *As shipped*: the allocator as PyTorch uses it, with page faults; *kept warm*: told to keep freed memory.",
+        norm_table,
+        "Forward and backward, total of all batch norms of ResNet-50 at batch 16; in brackets, the geometric mean of"
+        " the speedup over its shapes. *Default allocator*: large blocks return to the operating system when they are"
+        " freed, so new ones cause page faults; *warm allocator*: freed memory is retained.",
     ),
-    Question("Memory of training", ("memory",), footprints),
+    Section("Training memory", ("memory",), memory_table),
 )
 
 
-def commands(documents: list[Document]) -> Iterator[str]:
-    """Which command brought the numbers, when, from which commit."""
+def provenance_lines(documents: list[Document]) -> Iterator[str]:
+    """Yield one line per document: command, date and commit of the measurement."""
     for document in documents:
         env = document["runs"][0]["environment"]
         yield f"`{document['command']}` · {env['date'][:10]} · {(env['commit'] or 'no commit')[:12]}"
 
 
-def answers(device: str, documents: dict[str, Document]) -> str:
-    """The README's section about one device."""
+def readme_section(device: str, documents: dict[str, Document]) -> str:
+    """Return the README's paragraph and table about one device; empty without results of networks."""
+    shown = [documents[name] for name in ("infer", "model-resnet18", "model") if name in documents]
+    if not shown:
+        return ""
+    env = shown[0]["runs"][0]["environment"]
+    note = (
+        "Inference, and training steps (forward, backward, SGD): medians of interleaved runs; in brackets, the speedup"
+        " of `fused_res`. `torch.compile` is with freezing for inference, in channels_last for training."
+    )
+    return f"**{device}**: {report.machine(env)}, float32. {note}\n\n{readme_table(shown)}"
+
+
+def tables_section(device: str, documents: dict[str, Document]) -> str:
+    """Return the tables of benchmarks/results/README.md about one device."""
     env = next(iter(documents.values()))["runs"][0]["environment"]
-    parts = [f"### {device}", report.machine(env)]
-    for question in QUESTIONS:
-        asked = [documents[name] for name in question.names if name in documents]
-        if asked:
-            origin = "<br>\n".join(commands(asked))
-            parts += [f"**{question.title}.** {question.note}".rstrip(), question.table(asked), f"<sub>{origin}</sub>"]
+    parts = [f"## {device}", report.machine(env)]
+    for section in SECTIONS:
+        inputs = [documents[name] for name in section.names if name in documents]
+        if inputs:
+            origin = "<br>\n".join(provenance_lines(inputs))
+            parts += [f"**{section.title}.** {section.note}".rstrip(), section.table(inputs), f"<sub>{origin}</sub>"]
     return "\n\n".join(parts)
 
 
-def everything(device: str, documents: dict[str, Document]) -> str:
-    """One device's section of benchmarks/results/README.md."""
-    parts = [f"## {device}"]
+def summaries_section(device: str, documents: dict[str, Document]) -> str:
+    """Return the summaries of all documents of one device, for benchmarks/results/README.md."""
+    parts = [f"## {device}: every benchmark"]
     for name, document in documents.items():
         subcommand = SUBCOMMANDS[report.subcommand_of(document)]
         texts = [f"$ {document['command']}", *map(subcommand.summary, document["runs"])]
@@ -154,31 +200,34 @@ def everything(device: str, documents: dict[str, Document]) -> str:
     return "\n\n".join(parts)
 
 
-def between_marks(text: str, new: str) -> str:
+def replace_between_markers(text: str, new: str) -> str:
+    """Return `text` with `new` between BEGIN and END."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{new}\n\n{END}{rest.split(END)[1]}"
 
 
-def pages() -> dict[Path, str]:
-    """What each page has to be."""
-    devices = committed()
-    sections = [answers(*item) for item in devices.items()]
-    if not any(map(is_gpu, devices.values())):
-        sections.append(f"### GPU\n\n{NO_GPU}")
+def render_pages() -> dict[Path, str]:
+    """Return the text of every generated page."""
+    devices = load_results()
     readme = ROOT / "README.md"
     head = (
-        "# All results\n\nWritten by `python -m benchmarks.readme` from the JSON files beside it.\n"
-        "`python -m benchmarks compare A B` compares two results folders and exits with 1 at a regression of ours."
+        "# All results\n\nGenerated by `python -m benchmarks.readme` from the JSON files in this folder.\n"
+        "`python -m benchmarks compare A B` compares two results folders and exits with 1 at a regression of fused_res."
     )
+    parts = [head, *(tables_section(*item) for item in devices.items())]
+    if not any(map(is_gpu, devices.values())):
+        parts.append(f"## GPU\n\n{NO_GPU}")
+    parts += [summaries_section(*item) for item in devices.items()]
+    tables = "\n\n".join(filter(None, (readme_section(*item) for item in devices.items())))
     return {
-        readme: between_marks(readme.read_text(), "\n\n".join(sections)),
-        RESULTS / "README.md": "\n\n".join([head, *(everything(*item) for item in devices.items())]) + "\n",
+        readme: replace_between_markers(readme.read_text(), tables),
+        RESULTS / "README.md": "\n\n".join(parts) + "\n",
     }
 
 
 if __name__ == "__main__":
-    for page, text in pages().items():
+    for page, text in render_pages().items():
         page.write_text(text)
-    for device, documents in committed().items():
+    for device, documents in load_results().items():
         if {"infer", "model"} <= documents.keys():
             plots.overview(documents, RESULTS / device / "overview.png")

@@ -1,4 +1,4 @@
-"""Tables for people, from results that are data."""
+"""Text and Markdown tables of result data."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 from benchmarks import allocator
 
-ALLOCATOR_TITLES = {allocator.AS_SHIPPED: "memory as shipped", allocator.WARM: "memory kept warm", None: "calculated"}
+ALLOCATOR_TITLES = {allocator.DEFAULT: "default allocator", allocator.WARM: "warm allocator", None: "calculated"}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Text columns; the first is flush left, the others flush right."""
+    """Return a table of text columns; the first is flush left, the others flush right."""
     cells = [list(map(str, header)), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 
@@ -22,17 +22,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same for a page that is rendered."""
+    """Return the same table in Markdown."""
     lines = [header, ["---", *(["---:"] * (len(header) - 1))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-#: Providers, for those who do not know the benchmarks' options.
-TITLES = {
+#: Display names of the providers.
+PROVIDER_TITLES = {
     "ours": "fused_res",
     "ours-direct": "without Winograd",
-    "ours-norms": "fused norms, PyTorch's convolutions",
-    "ours-folded": "norms folded, PyTorch's convolutions",
+    "ours-norms": "fused norms, ATen convolutions",
+    "ours-folded": "folded norms, ATen convolutions",
     "eager": "PyTorch",
     "eager-channels-last": "PyTorch in channels_last",
     "compile": "torch.compile",
@@ -47,12 +47,12 @@ TITLES = {
 }
 
 
-def title_of(provider: str) -> str:
-    return TITLES.get(provider, provider)
+def provider_title(provider: str) -> str:
+    return PROVIDER_TITLES.get(provider, provider)
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits that mean something."""
+    """Return a time in ms as text, with three significant digits or more."""
     value = seconds * 1e3
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
 
@@ -66,7 +66,7 @@ def ratio(value: float) -> str:
 
 
 def spread(provider: dict[str, Any]) -> str:
-    """The distance from the 10th to the 90th percentile, relative to the median."""
+    """Return the distance from the 10th to the 90th percentile, relative to the median, as text."""
     return f"{(provider['p90_s'] - provider['p10_s']) / provider['median_s']:.0%}"
 
 
@@ -75,24 +75,23 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def ratios(cases: Sequence[dict[str, Any]], name: str, other: str) -> list[float]:
-    """Time of provider `name` divided by the time of `other`, case by case."""
+    """Return the time of provider `name` divided by the time of `other`, for each case."""
     return [case["providers"][name]["median_s"] / case["providers"][other]["median_s"] for case in cases]
 
 
 def common_providers(cases: Sequence[dict[str, Any]]) -> list[str]:
-    """Those that every case has: one may be refused some shapes."""
+    """Return the providers of all cases: some do not support every shape."""
     return [name for name in cases[0]["providers"] if all(name in case["providers"] for case in cases)]
 
 
 def allocator_title(run: dict[str, Any]) -> str:
-    """What sets one run of a document apart; on a GPU, which it was."""
+    """Return what identifies a run within its document: the allocator setting, or on a GPU the name of the GPU."""
     gpu = run["environment"].get("gpu")
     return gpu["name"] if gpu else ALLOCATOR_TITLES[run["allocator"]]
 
 
 def wide_times(cases: Sequence[dict[str, Any]]) -> str:
-    """One row a case, one column a provider: median in ms, spread, and the time relative to the first
-    provider's."""
+    """Return a table with a row per case and a column per provider: median, spread, time relative to the first one."""
     names = list(cases[0]["providers"])
     rows = []
     for case in cases:
@@ -108,7 +107,7 @@ def wide_times(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def long_times(cases: Sequence[dict[str, Any]]) -> str:
-    """One row a case and provider, with the step's phases."""
+    """Return a table per case with a row per provider, with the phases of the step."""
     parts = []
     for case in cases:
         names = list(case["providers"])
@@ -131,12 +130,12 @@ def long_times(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def subcommand_of(document: dict[str, Any]) -> str:
-    """Its results' name may be another: a selection has several documents of one subcommand."""
+    """Return the subcommand of a document; its name may differ, as a suite has several documents of one subcommand."""
     return document["command"].split()[3]  # python -m benchmarks SUBCOMMAND ...
 
 
 def environment(document: dict[str, Any]) -> str:
-    """One line on what was measured on what, and what that can do at best."""
+    """Return one line on the machine, its versions and its measured ceilings."""
     run = document["runs"][0]
     env = run["environment"]
     commit = f"commit {env['commit'][:12]}" if env["commit"] else "no commit"
@@ -145,7 +144,7 @@ def environment(document: dict[str, Any]) -> str:
 
 
 def machine(env: dict[str, Any]) -> str:
-    """Where it ran, and with what."""
+    """Return one line on the hardware, the backend and the versions."""
     if gpu := env.get("gpu"):
         where, kernels = f"{gpu['name']}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}", ""
     else:
@@ -159,10 +158,10 @@ def versions(env: dict[str, Any]) -> str:
 
 
 def ceilings(run: dict[str, Any]) -> list[str]:
-    """What was measured of them: older results have no peak, nor has a GPU."""
+    """Return the measured ceilings as text; older results and results of a GPU have no FMA peak."""
     measured = run.get("ceilings", {})
     texts = {
-        "copy_bytes_per_s": "copies {:.1f} GB/s (read plus write)",
-        "fma_flops_per_s": "multiplies and adds {:.0f} GFLOP/s",
+        "copy_bytes_per_s": "copy bandwidth {:.1f} GB/s (read + write)",
+        "fma_flops_per_s": "FMA peak {:.0f} GFLOP/s",
     }
     return [text.format(measured[name] / 1e9) for name, text in texts.items() if name in measured]

@@ -1,10 +1,11 @@
-"""`roofline`: the bytes, the FLOPs and the least time of a training step and of an inference at each level of fusion,
-on a GPU that need not be here.
+"""`roofline`: bytes, FLOPs and roofline time of a training step and of an inference at each level of fusion.
 
-Calculated, not measured: a kernel takes the longer of its bytes at the memory's full rate and its FLOPs at the full
-dense rate, and the step is their sum. What each level's kernels read and write: levels.py. Real kernels stay below both
-rates, and convolutions further below theirs than passes over memory; what one kernel leaves in the L2 cache for the
-next can make a step faster than this ("in L2": the share of the bytes that kernels move which could).
+The times are calculated, not measured, and the GPU need not be present. By the roofline model (Williams, Waterman,
+Patterson 2009) a kernel takes the longer of its bytes at peak memory bandwidth and its FLOPs at the peak dense rate; a
+step takes the sum over its kernels. levels.py lists what the kernels of each level read and write. Real kernels reach
+neither peak, and convolutions stay further below theirs than memory-bound kernels. Reuse in the L2 cache between
+kernels can make a step faster than calculated ("in L2": the share of the traffic of kernels whose bytes fit in the L2
+cache).
 """
 
 import argparse
@@ -19,9 +20,9 @@ from benchmarks import plots, report
 from benchmarks.cases import Mode
 from benchmarks.devices import DEVICES, Device
 from benchmarks.levels import LEVELS, Kernel, kernels
-from benchmarks.network import network
+from benchmarks.network import build_network
 
-HELP = "bytes, FLOPs and least time of a step at each level of fusion (calculated)"
+HELP = "bytes, FLOPs and roofline time of a step at each level of fusion (calculated)"
 
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 MODES: tuple[Mode, ...] = ("train", "eval")
@@ -32,22 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="h200", help="default: %(default)s")
     common.add_models(parser, MODELS, "resnet50")
     parser.set_defaults(model=["resnet50"])
-    parser.add_argument("--batch", type=common.positive_int, default=256, help="images (default: %(default)s)")
-    parser.add_argument("--size", type=common.positive_int, default=224, help="side of an image (default: %(default)s)")
+    parser.add_argument("--batch", type=common.positive_int, default=256, help="batch size (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=common.positive_int, default=224, help="image height and width in pixels (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bf16",
-        help="of activations; parameters are float32 in training, as under autocast (default: %(default)s)",
+        help="dtype of activations; parameters are float32 in training, as under autocast (default: %(default)s)",
     )
-    parser.add_argument("--layers", action="store_true", help="also a table with every stage")
+    parser.add_argument("--layers", action="store_true", help="also print a table of the stages")
 
 
-def totals(made: Iterable[Kernel], device: Device, dtype: str) -> dict[str, float]:
-    """Summed over kernels, in seconds each by itself and as the longer of the two."""
+def totals(step: Iterable[Kernel], device: Device, dtype: str) -> dict[str, float]:
+    """Return sums over kernels: bytes, FLOPs, memory time, math time, and the longer of the two for each kernel."""
     rate = device.rate(dtype)
     total = dict.fromkeys(("bytes", "flops", "memory_s", "math_s", "floor_s", "l2_bytes"), 0.0)
-    for kernel in made:
+    for kernel in step:
         memory, math = kernel.bytes / device.bandwidth, kernel.flops / rate
         total["bytes"] += kernel.bytes
         total["flops"] += kernel.flops
@@ -62,18 +65,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     device, dtype = DEVICES[options.device], DTYPES[options.dtype]
     cases = []
     for model in options.model:
-        net = network(model, options.batch, options.size)
+        net = build_network(model, options.batch, options.size)
         for mode in MODES:
             levels = {}
             for name, level in LEVELS.items():
-                made = kernels(net, level, mode, dtype)
+                step = kernels(net, level, mode, dtype)
                 stages = {
-                    stage: [k for k in made if k.stage == stage] for stage in dict.fromkeys(k.stage for k in made)
+                    stage: [k for k in step if k.stage == stage] for stage in dict.fromkeys(k.stage for k in step)
                 }
                 levels[name] = {
-                    **totals(made, device, options.dtype),
-                    "kernels": len(made),
-                    "stages": {stage: totals(some, device, options.dtype) for stage, some in stages.items()},
+                    **totals(step, device, options.dtype),
+                    "kernels": len(step),
+                    "stages": {
+                        stage: totals(stage_kernels, device, options.dtype) for stage, stage_kernels in stages.items()
+                    },
                 }
             cases.append(
                 {
@@ -121,13 +126,23 @@ def summary(run: dict[str, Any]) -> str:
             ]
             for name, level in case["levels"].items()
         ]
-        header = ["kernels", "GB", "in L2", "GFLOP", "memory ms", "math ms", "floor ms", "eager / it", "images/s"]
+        header = [
+            "kernels",
+            "GB",
+            "in L2",
+            "GFLOP",
+            "memory ms",
+            "math ms",
+            "roofline ms",
+            "speedup vs eager",
+            "images/s",
+        ]
         parts.append(report.table([case["name"], *header], rows))
     return "\n\n".join(parts)
 
 
 def stage_table(case: dict[str, Any]) -> str:
-    """GB and least ms of each stage."""
+    """Return the table of the traffic in GB and the roofline time in ms of each stage."""
     levels = case["levels"]
     rows = [
         [
@@ -141,4 +156,4 @@ def stage_table(case: dict[str, Any]) -> str:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    plots.floors(document, path)
+    plots.roofline_times(document, path)

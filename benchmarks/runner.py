@@ -1,5 +1,4 @@
-"""Runs one subcommand: a child process for each allocator setting measures, this process collects, prints and
-draws."""
+"""Runs one subcommand: one child process per allocator setting measures, the parent writes, prints and draws."""
 
 import argparse
 import json
@@ -17,37 +16,37 @@ import torch
 from benchmarks import allocator, ceilings, environment, isa, report
 from fused_res import backends
 
-#: Types of the options that a results file holds.
-DATA = (NoneType, bool, int, float, str, list, tuple)
+#: Types of the options that are written to a results file.
+JSON_TYPES = (NoneType, bool, int, float, str, list, tuple)
 
 
 class Benchmark(Protocol):
-    """What a subcommand's module defines."""
+    """Interface of a subcommand's module."""
 
     HELP: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
 
     def measure(self, options: argparse.Namespace) -> dict[str, Any]:
-        """In the child: `{"cases": [...]}`, plain data."""
+        """Measure, in the child process, and return `{"cases": [...]}` as plain data."""
 
     def tables(self, run: dict[str, Any]) -> str:
-        """Everything measured under one allocator setting, to read."""
+        """Return all tables of one run (allocator setting)."""
 
     def summary(self, run: dict[str, Any]) -> str:
-        """The few lines that `all` repeats at its end."""
+        """Return the few lines of one run that `all` repeats at its end."""
 
     def plot(self, document: dict[str, Any], path: Path) -> None:
-        """Draws the chart of all runs into the PNG `path`."""
+        """Draw the chart of all runs into the PNG file `path`."""
 
 
-def measure_here(benchmark: Benchmark, options: argparse.Namespace) -> None:
-    """The child's part: measure, and leave the data in the file `--into`."""
+def measure_to_file(benchmark: Benchmark, options: argparse.Namespace) -> None:
+    """Measure in the child process and write the data to the file `--into`."""
     device = options.device
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise SystemExit("--device cuda: there is no NVIDIA GPU here that this torch can use")
-        torch.backends.cudnn.benchmark = True  # for everybody: shapes do not change
+            raise SystemExit("--device cuda: no NVIDIA GPU is available to this torch")
+        torch.backends.cudnn.benchmark = True  # for all providers, as shapes do not change
     try:
         backend = backends.resolve(options.backend, torch.device(device)).name
     except backends.BackendUnavailableError as error:
@@ -61,18 +60,19 @@ def measure_here(benchmark: Benchmark, options: argparse.Namespace) -> None:
     run = {
         "allocator": options.allocator,
         "environment": {**environment.describe(device), "backend": backend},
-        "ceilings": ceilings.best(before, after),
+        "ceilings": ceilings.elementwise_max(before, after),
         **measured,
     }
     options.into.write_text(json.dumps(run))
 
 
-def calculate_here(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, Any]:
+def calculate(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the run of a subcommand that calculates instead of measuring."""
     return {"allocator": None, "environment": environment.describe(), **benchmark.measure(options)}
 
 
-class PartFailedError(Exception):
-    """The child did not bring results; it has said why, unless its time was up."""
+class BenchmarkFailedError(Exception):
+    """The child process failed, with a message of its own, or exceeded its time limit."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -89,9 +89,9 @@ def measure_in_child(
             variables = isa.environment_for(instruction_set, allocator.environment_for(setting, os.environ))
             child = subprocess.run(command, env=variables, timeout=limit)
         except subprocess.TimeoutExpired:
-            raise PartFailedError(1, f"not done after {limit:.0f} s") from None
+            raise BenchmarkFailedError(1, f"exceeded its time limit of {limit:.0f} s") from None
         if child.returncode:
-            raise PartFailedError(child.returncode, f"ended with exit code {child.returncode}")
+            raise BenchmarkFailedError(child.returncode, f"exit code {child.returncode}")
         result: dict[str, Any] = json.loads(into.read_text())
     return result
 
@@ -99,23 +99,33 @@ def measure_in_child(
 def run(
     name: str, benchmark: Benchmark, options: argparse.Namespace, arguments: list[str], limit: float | None = None
 ) -> dict[str, Any]:
-    """Measures under each allocator setting, each in `limit` seconds, then writes `<name>.json`, prints the tables
-    and draws the charts."""
+    """Measure under each allocator setting, then write `<name>.json`, print the tables and draw the charts.
+
+    Args:
+        name: name of the result files.
+        benchmark: module of the subcommand.
+        options: parsed options.
+        arguments: command line of the subcommand.
+        limit: seconds for each allocator setting; default: no limit.
+
+    Raises:
+        BenchmarkFailedError: a child process failed or exceeded `limit`.
+    """
     if "allocator" in options:
         settings = allocator.settings_for(options.allocator, options.device)
         instruction_set = getattr(options, "isa", None)
         isa.check(instruction_set, options.device)
         runs = [measure_in_child(arguments, setting, instruction_set, limit) for setting in settings]
     else:
-        runs = [calculate_here(benchmark, options)]
+        runs = [calculate(benchmark, options)]
     document = {
         "benchmark": name,
-        # Results are committed: no path of a machine's own in them.
+        # Results are committed, so they do not contain absolute paths of a machine.
         "command": shlex.join(
             ["python", "-m", "benchmarks"]
             + [os.path.relpath(word) if word == str(options.out) else word for word in arguments]
         ),
-        "options": {name: value for name, value in vars(options).items() if isinstance(value, DATA)},
+        "options": {name: value for name, value in vars(options).items() if isinstance(value, JSON_TYPES)},
         "runs": runs,
     }
     options.out.mkdir(parents=True, exist_ok=True)

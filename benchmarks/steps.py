@@ -1,4 +1,4 @@
-"""One step of a module, as a workload to time and as results to compare: for blocks and for whole models."""
+"""Steps of blocks and of full models: workloads to time, and results to compare."""
 
 import contextlib
 from collections.abc import Callable
@@ -17,40 +17,41 @@ LEARNING_RATE = 1e-3
 MOMENTUM = 0.9
 
 
-def named(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """Parameters and floating buffers; a compiled module's under their own names."""
+def named_tensors(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Return parameters and floating-point buffers by name; of a compiled module, under the original names."""
     module = getattr(module, "_orig_mod", module)
     buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     return dict(module.named_parameters()), buffers
 
 
-def calibrate(model: nn.Module, x: Tensor) -> None:
-    """Sets the running statistics to those of `x`: without that, a fresh network in eval mode normalises
-    nothing and its activations grow from block to block."""
+def calibrate_batch_norm(model: nn.Module, x: Tensor) -> None:
+    """Set the running statistics of all batch norms to the statistics of `x`.
+
+    Otherwise a newly initialised network does not normalise in eval mode, and its activations grow from block to block.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
-        # Statistics need more than one value a channel, which a single small image does not give in the last
-        # stage.
+        # Batch statistics require more than one value per channel, and a single small image has one in the last stage.
         model.train()(x if len(x) > 1 else torch.cat([x, x.flip(3)]))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Under which a float32 module computes in `dtype`, if that is less."""
+    """Return a context in which a float32 module computes in `dtype`: autocast for bfloat16 and float16, else none."""
     if dtype not in (torch.bfloat16, torch.float16):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
-def recorded(call: Callable[[], Tensor]) -> Callable[[Any], Tensor]:
-    """Replays what `call` launches on the GPU; the output is the same tensor each time."""
+def capture_cuda_graph(call: Callable[[], Tensor]) -> Callable[[Any], Tensor]:
+    """Capture `call` in a CUDA graph and return its replay, which writes to the same output tensor each time."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # algorithms are chosen and kernels compiled before the recording
+    with torch.cuda.stream(stream):  # algorithms are selected and kernels compiled before the capture
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -66,15 +67,14 @@ def recorded(call: Callable[[], Tensor]) -> Callable[[Any], Tensor]:
 
 
 class BlockStep:
-    """Forward and, in training, the gradients of the input and of every parameter for a given output
-    gradient."""
+    """Forward and, in training, the gradients of the input and of every parameter, for a given output gradient."""
 
     def __init__(self, module: nn.Module, x: Tensor, grad_output: Tensor, mode: Mode) -> None:
         self.module = module.train(mode == "train")
         self.x = x.requires_grad_(mode == "train")
         self.grad_output = grad_output
         self.mode = mode
-        self.parameters, self.buffers = named(module)
+        self.parameters, self.buffers = named_tensors(module)
 
     def forward(self, _: Any = None) -> Tensor:
         with autocast(self.x.device, self.x.dtype):
@@ -104,19 +104,21 @@ class BlockStep:
 
 @dataclass(eq=False)
 class ModelStep:
-    """A training step (cross entropy, backward, SGD with momentum, zero_grad) or an inference of a whole
-    model; in less than float32 under autocast. (No loss scaling for float16: it changes no time.)"""
+    """A training step (cross entropy, backward, SGD with momentum, zero_grad) or an inference of a full model.
+
+    bfloat16 and float16 run under autocast; float16 without loss scaling, which would not change the time.
+    """
 
     module: nn.Module
     x: Tensor
     target: Tensor
     mode: Mode
     dtype: torch.dtype = torch.float32
-    graph: bool = False
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         self.module.train(self.mode == "train")
-        self.parameters, self.buffers = named(self.module)
+        self.parameters, self.buffers = named_tensors(self.module)
         self.optimizer = torch.optim.SGD(self.parameters.values(), LEARNING_RATE, MOMENTUM)
 
     def infer(self, _: Any = None) -> Tensor:
@@ -143,7 +145,7 @@ class ModelStep:
         return {"loss": loss.detach(), **grads, **buffers}
 
     def step(self) -> Tensor:
-        """All of it; a recorded one writes the same gradients each time it is replayed."""
+        """Run a full training step; replays of a captured step write to the same gradient tensors."""
         self.optimizer.zero_grad()
         loss = self.forward()
         loss.backward()
@@ -151,9 +153,9 @@ class ModelStep:
         return loss.detach()
 
     def workload(self) -> Workload:
-        if self.graph:
-            return {"graph": recorded(self.infer if self.mode == "eval" else self.step)}
+        if self.cuda_graph:
+            return {"graph": capture_cuda_graph(self.infer if self.mode == "eval" else self.step)}
         if self.mode == "eval":
             return {"forward": self.infer}
-        # The loss is the only thing that leaves backward; freeing the graph is part of it.
+        # The backward phase drops the loss, so freeing the autograd graph is part of its time.
         return {"forward": self.forward, "backward": Tensor.backward, "optimizer": self.update}

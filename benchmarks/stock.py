@@ -1,5 +1,4 @@
-"""The stock models that everything is compared with: torchvision's, or without it the same networks of ours,
-switched to the layers they are made of."""
+"""The baseline models: torchvision's, or without torchvision those of fused_res, unfused into their stock layers."""
 
 from types import ModuleType
 
@@ -19,7 +18,7 @@ MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext
 
 
 def stock_model(name: str) -> nn.Module:
-    """A fresh model with random weights, from PyTorch's global generator."""
+    """Return a newly initialised model, with weights from PyTorch's global generator."""
     if torchvision_models is None:
         return unfuse(getattr(models, name)())
     return getattr(torchvision_models, name)()

@@ -1,8 +1,9 @@
-"""Interleaved timing: every provider runs once in each round (A B C A B C ...), so that drift in the
-machine's clock, in its neighbours or in its memory meets all of them alike. On a CPU, which data is in which
-cache is left as it falls: a provider finds what the previous one left, as it would find what another layer
-left in a real network. On a GPU a single operator would find all it needs in the L2 cache, so there that is
-overwritten before every call (`cold`). Whole networks in several runtimes on a CPU are another matter: `IDLE`.
+"""Interleaved timing: every provider runs once in each round (A B C A B C ...).
+
+Drift of the clock, noisy neighbours and the state of the memory therefore affect all providers alike. On a CPU caches
+are not flushed: a provider finds what the previous one left, as a layer of a network finds what the previous layer
+left. On a GPU a single operator would find all operands in the L2 cache, so it is flushed before every call (`cold`).
+Full networks in several runtimes on a CPU additionally need idle time between samples: see `IDLE_SECONDS`.
 """
 
 import gc
@@ -17,22 +18,22 @@ import torch
 
 from benchmarks import progress
 
-# One timed step, as named phases in order. A phase gets what the phase before it returned.
+# One timed step as named phases in order. Each phase is called with the previous phase's return value.
 Workload = Mapping[str, Callable[[Any], Any]]
 
-SAMPLE_SECONDS = 0.01  # far above the clock and the scheduler
+SAMPLE_SECONDS = 0.01  # far above the resolution of the clock and the jitter of the scheduler
 
-# Threads wait for their next work in a loop, and so take the cores from whose turn it is. On two cores, CPU time spent
-# behind one ResNet-18: 46 ms by ONNX Runtime, 10 by PyTorch's OpenMP, 1 by OpenVINO; PyTorch took 87 ms right after
-# ONNX Runtime, 36 after itself. So where runtimes are compared, all threads get time to fall asleep before each sample,
-# and the provider one call that is not timed, to wake its own (4 ms, nothing in a long call): that gives each about the
-# time that it takes when alone.
-IDLE = 0.06
-LONG_CALL = 0.1
+# Worker threads spin while they wait for work, and so occupy the cores of the provider that runs next. CPU time spent
+# spinning after one ResNet-18 inference on two cores: 46 ms by ONNX Runtime, 10 by PyTorch's OpenMP, 1 by OpenVINO.
+# PyTorch took 87 ms right after ONNX Runtime, 36 after itself. Where runtimes are compared, all threads therefore get
+# time to fall asleep before each sample, and the provider makes one untimed call to wake its own threads (4 ms,
+# negligible in a long call). Each provider then takes about the time that it takes alone.
+IDLE_SECONDS = 0.06
+LONG_CALL_SECONDS = 0.1
 
 
 class Clock:
-    """The CPU's. A device whose work is queued marks moments in that queue instead."""
+    """CPU clock. For a device with a work queue, a subclass records events in that queue."""
 
     warm_up_calls = 2
 
@@ -43,13 +44,13 @@ class Clock:
         return after - before
 
     def prepare(self) -> None:
-        """Called before every call of a step, outside of what is timed."""
+        """Prepare one call of a step; runs before every call and is not timed."""
 
 
 class EventClock(Clock):
-    """A GPU's: events in the current stream, waited for once a whole sample is queued."""
+    """GPU clock: events in the current stream, synchronised once a whole sample is queued."""
 
-    warm_up_calls = 10  # algorithms are chosen, kernels compiled, the clock rises
+    warm_up_calls = 10  # algorithms are selected, kernels compiled, the GPU's clock ramps up
 
     def __init__(self, cold: bool) -> None:
         size = 2 * torch.cuda.get_device_properties().L2_cache_size if cold else 0
@@ -70,12 +71,13 @@ class EventClock(Clock):
 
 
 def clock_of(device: str, cold: bool = False) -> Clock:
+    """Return the clock of a device; `cold` flushes the L2 cache of a GPU before every call."""
     return EventClock(cold) if device == "cuda" else Clock()
 
 
 @dataclass
 class Samples:
-    """Seconds for one step, one entry a round, for each phase."""
+    """Seconds per step of each phase, one entry per round."""
 
     phases: dict[str, list[float]]
 
@@ -96,7 +98,7 @@ class Samples:
 
 
 def quantile(values: list[float], fraction: float) -> float:
-    """Linear between the neighbours, as numpy's default."""
+    """Return a quantile, interpolated linearly between neighbours as numpy does by default."""
     ordered = sorted(values)
     position = fraction * (len(ordered) - 1)
     low = math.floor(position)
@@ -109,16 +111,16 @@ def _sample(workload: Workload, calls: int, clock: Clock) -> dict[str, float]:
     for _ in range(calls):
         clock.prepare()
         state = None
-        moments = [clock.now()]
+        timestamps = [clock.now()]
         for phase in workload.values():
             state = phase(state)
-            moments.append(clock.now())
-        # Freeing what the last phase returned belongs to it (without it, unmapping large tensors would be free).
+            timestamps.append(clock.now())
+        # The last phase includes freeing its return value; otherwise unmapping large tensors would not be timed.
         state = None
-        moments[-1] = clock.now()
-        marks.append(moments)
+        timestamps[-1] = clock.now()
+        marks.append(timestamps)
     return {
-        name: sum(clock.seconds(moments[at], moments[at + 1]) for moments in marks) / calls
+        name: sum(clock.seconds(timestamps[at], timestamps[at + 1]) for timestamps in marks) / calls
         for at, name in enumerate(workload)
     }
 
@@ -133,9 +135,20 @@ def measure_interleaved(
     sample_seconds: float = SAMPLE_SECONDS,
     idle: float = 0.0,
 ) -> dict[str, Samples]:
-    """Times all workloads in rounds: `repeat` rounds at least, and about `min_time` seconds for each workload
-    on average. A sample is the mean of as many calls as take `sample_seconds`; with `idle`, see `IDLE`, behind so many
-    seconds of sleep."""
+    """Time all workloads in interleaved rounds.
+
+    Args:
+        workloads: phases of each provider's step.
+        repeat: minimum number of rounds.
+        min_time: seconds to measure for each workload, on average; sets the number of rounds above `repeat`.
+        label: label of the progress bars.
+        clock: clock of the device; default: the CPU clock.
+        sample_seconds: minimum duration of a sample, which is the mean of as many calls as that takes.
+        idle: seconds of sleep before each sample, see `IDLE_SECONDS`; default: none.
+
+    Returns:
+        The samples of each provider.
+    """
     clock = clock or Clock()
     calls, steps = {}, {}
     for name, workload in progress.details(workloads.items(), f"{label}: warm-up"):
@@ -144,7 +157,7 @@ def measure_interleaved(
         calls[name] = max(1, math.ceil(sample_seconds / max(steps[name], 1e-7)))
     seconds = sum(calls[name] * step for name, step in steps.items())
     rounds = max(repeat, math.ceil(min_time * len(workloads) / seconds))
-    wake = min(steps.values()) < LONG_CALL  # for all alike
+    wake = min(steps.values()) < LONG_CALL_SECONDS  # the same for all providers
 
     samples = {name: Samples({phase: [] for phase in workload}) for name, workload in workloads.items()}
     gc.collect()

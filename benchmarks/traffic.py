@@ -1,6 +1,6 @@
-"""Bytes that `act(bn(x) [+ residual])` has to move, and bytes that two ways of computing it move.
+"""Memory traffic of `act(bn(x) [+ residual])`: the compulsory traffic, and the traffic of two algorithms.
 
-`n` is the number of bytes of one activation. Per-channel vectors are left out (they are at most 0.1 % here).
+`n` is the number of bytes of one activation. Per-channel vectors are omitted (they are at most 0.1 % here).
 """
 
 from dataclasses import dataclass
@@ -11,26 +11,28 @@ class Traffic:
     forward: float
     backward: float
 
-    def of(self, mode: str) -> float:
-        """Bytes of a training step (`"train"`: forward and backward) or of an inference (`"eval"`)."""
+    def total(self, mode: str) -> float:
+        """Return the bytes of a training step (`"train"`: forward and backward) or of an inference (`"eval"`)."""
         return self.forward + self.backward if mode == "train" else self.forward
 
 
-def fewest(n: int, residual: bool) -> Traffic:
-    """Every tensor once. Forward: read x [and residual], write y = (2 + r) n. Backward: read dy and x, write
-    dx [and dresidual] = (3 + r) n. Where backward's ReLU mask comes from is nobody's necessity (it follows
-    from x)."""
+def compulsory(n: int, residual: bool) -> Traffic:
+    """Return the compulsory traffic, every tensor once.
+
+    Forward: read x [and residual], write y = (2 + r) n. Backward: read dy and x, write dx [and dresidual] = (3 + r) n.
+    The ReLU mask of the backward is not compulsory, because it follows from x.
+    """
     r = int(residual)
     return Traffic((2 + r) * n, (3 + r) * n)
 
 
 def fused(n: int, residual: bool, mode: str, relu: bool = True, element_size: int = 4) -> Traffic:
-    """What the fused algorithm asks of the memory system if no cache helps.
+    """Return the traffic of the fused algorithm without cache reuse.
 
-    Forward in training: statistics read x; apply reads x [and residual], writes y and, with a residual, the
-    ReLU mask of one bit an element: (3 + r) n + m. In inference there are no statistics: (2 + r) n. Backward:
-    the reduction reads dy, x [and the mask]; apply reads them again and writes dx [and dresidual]: (5 + r) n
-    + 2 m. Slices that stay in cache between statistics and apply make the real traffic smaller than this.
+    Forward in training: the statistics kernel reads x; the apply kernel reads x [and residual], writes y and, with a
+    residual, the ReLU mask of one bit per element: (3 + r) n + m. Inference has no statistics: (2 + r) n. Backward: the
+    reduction reads dy, x [and the mask]; the apply kernel reads them again and writes dx [and dresidual]: (5 + r) n +
+    2 m. Slices that stay in cache between the two kernels make the actual traffic smaller.
     """
     r = int(residual)
     mask = n / (8 * element_size) if residual and relu else 0.0
@@ -40,13 +42,12 @@ def fused(n: int, residual: bool, mode: str, relu: bool = True, element_size: in
 
 
 def eager(n: int, residual: bool, mode: str, relu: bool = True, device: str = "cpu") -> Traffic:
-    """What PyTorch's separate kernels ask of the memory system if no cache helps.
+    """Return the traffic of PyTorch's separate kernels without cache reuse.
 
-    Forward in training: mean reads x, variance reads x (on a GPU one pass brings both), normalise reads x and
-    writes (4 n; inference 2 n);
-    the addition in place reads two and writes one (3 r n), the ReLU in place reads and writes (2 n).
-    Backward: the ReLU reads dy and y and writes (3 n), the batch norm reads dy and x twice and writes dx (5
-    n); the residual's gradient is the ReLU's output.
+    Forward in training: the mean reads x, the variance reads x (on a GPU one kernel computes both), the normalisation
+    reads x and writes (4 n; inference 2 n); the addition in place reads two tensors and writes one (3 r n), the ReLU in
+    place reads and writes (2 n). Backward: the ReLU reads dy and y and writes (3 n), the batch norm reads dy and x
+    twice and writes dx (5 n); the residual's gradient is the ReLU's output.
     """
     r, a = int(residual), int(relu)
     normalise = (4 if device == "cpu" else 3) if mode == "train" else 2

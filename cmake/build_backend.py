@@ -1,7 +1,7 @@
-"""PEP 517 build backend: `setuptools.build_meta`, after a check of setuptools' version.
+"""PEP 517 build backend: `setuptools.build_meta`, after a check of the version of setuptools.
 
-`pip install --no-build-isolation` does not read the requirements of pyproject.toml, a virtual environment of Python
-3.11 starts with setuptools 65.5, one of Python 3.12 with none, and torch upgrades neither.
+`pip install --no-build-isolation` ignores the build requirements of pyproject.toml. A new virtual environment of Python
+3.11 contains setuptools 65.5, one of Python 3.12 contains none, and installing torch upgrades neither.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ except ModuleNotFoundError:
 _pyproject = tomllib.loads(Path(__file__).resolve().parent.with_name("pyproject.toml").read_text())
 _requires = _pyproject["build-system"]["requires"]
 
-#: The command that installs what the build requires.
+#: The command that installs the build requirements.
 INSTALL = f"pip install {shlex.join(_requires)}"
 
 
@@ -27,10 +27,9 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _check_setuptools() -> None:
-    """Exit with the command to type where setuptools is missing or older than pyproject.toml requires.
+    """Exit with an install command if setuptools is missing or older than pyproject.toml requires.
 
-    A version above the upper bound builds as well: that bound keeps torch releases satisfied that require
-    setuptools<82.
+    A version above the upper bound works as well: that bound exists because some torch releases require setuptools<82.
     """
     (minimum,) = re.findall(r"setuptools>=([\d.]+)", " ".join(_requires))
     try:
@@ -39,7 +38,9 @@ def _check_setuptools() -> None:
         version = ""
     if _release(version) < _release(minimum):
         found = f"got {version}" if version else "not installed"
-        raise SystemExit(f"setuptools: expected {minimum} or newer, {found}. Type, then install again:\n    {INSTALL}")
+        raise SystemExit(
+            f"setuptools: expected {minimum} or newer, {found}. Run this, then install again:\n    {INSTALL}"
+        )
 
 
 _check_setuptools()

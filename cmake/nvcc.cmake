@@ -1,27 +1,27 @@
-# How the CUDA kernels are compiled and what has to be there for it: functions for CMakeLists.txt.
+# Functions for CMakeLists.txt that find nvcc and the CUDA libraries and compile the CUDA kernels.
 
-# Sets NVCC, NVCC_VERSION, CUDA_VERSION ("13.0"), CUDA_INCLUDES and CUDA_LIBRARY_DIRS, or WHY_NOT_COMPILED. Not
-# CMake's own CUDA language: that links a test program, and many an nvcc has no complete toolkit around it.
+# Sets NVCC, NVCC_VERSION, CUDA_VERSION ("13.0"), CUDA_INCLUDES and CUDA_LIBRARY_DIRS, or NVCC_SKIP_REASON. CMake's own
+# CUDA language is not used: it links a test program, and many installations of nvcc have no complete toolkit.
 function(find_nvcc)
   if(NOT "$ENV{CUDACXX}" STREQUAL "")
     set(NVCC $ENV{CUDACXX})
-    set(why "CUDACXX=${NVCC} is no nvcc that runs")
+    set(why "CUDACXX=${NVCC} is not a working nvcc")
   elseif(NOT "$ENV{CUDA_HOME}" STREQUAL "")
     set(NVCC $ENV{CUDA_HOME}/bin/nvcc)
-    set(why "CUDA_HOME=$ENV{CUDA_HOME} has no bin/nvcc that runs")
+    set(why "CUDA_HOME=$ENV{CUDA_HOME} has no working bin/nvcc")
   else()
     find_program(NVCC nvcc PATHS /usr/local/cuda/bin NO_CACHE)
-    set(why "nvcc was not found: install a CUDA toolkit, or say with CUDA_HOME where one is")
+    set(why "nvcc was not found: install a CUDA toolkit, or set CUDA_HOME to an installed one")
   endif()
   execute_process(COMMAND ${NVCC} --version OUTPUT_VARIABLE version ERROR_QUIET)
   if(NOT version MATCHES "release ([0-9]+\\.[0-9]+), V([0-9.]+)")
-    set(WHY_NOT_COMPILED "${why}" PARENT_SCOPE)
+    set(NVCC_SKIP_REASON "${why}" PARENT_SCOPE)
     return()
   endif()
   set(NVCC ${NVCC} PARENT_SCOPE)
   set(CUDA_VERSION ${CMAKE_MATCH_1} PARENT_SCOPE)
   set(NVCC_VERSION ${CMAKE_MATCH_2} PARENT_SCOPE)
-  # What is on the PATH may be a script or a link; nvcc itself knows where its toolkit is.
+  # nvcc on the PATH may be a script or a link. A dry run prints the directories of its toolkit.
   execute_process(COMMAND ${NVCC} --dryrun -x cu -c /dev/null -o unused OUTPUT_QUIET ERROR_VARIABLE settings)
   string(REGEX MATCHALL "\"-I[^\"]+" includes "${settings}")
   string(REGEX MATCHALL "\"-L[^\"]+" libraries "${settings}")
@@ -32,13 +32,14 @@ function(find_nvcc)
   set(CUDA_LIBRARY_DIRS ${libraries} PARENT_SCOPE)
 endfunction()
 
-# Sets ARCHITECTURES, "sm_80" for its machine code and "compute_80" for its PTX, or WHY_NOT_COMPILED. By default
-# one for each generation, whose code later members of that generation run, and PTX of the newest for what comes.
+# Sets ARCHITECTURES, a list of "sm_80" for machine code and "compute_80" for PTX, or NVCC_SKIP_REASON. The default is one
+# architecture per GPU generation, whose machine code later members of the generation run, and PTX of the newest for
+# future generations.
 function(choose_architectures)
   execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE known)
   string(REGEX MATCHALL "[0-9]+" known "${known}")
-  string(REGEX MATCHALL "[^ ;,]+" wanted "$ENV{TORCH_CUDA_ARCH_LIST}")
-  if(NOT wanted)
+  string(REGEX MATCHALL "[^ ;,]+" requested "$ENV{TORCH_CUDA_ARCH_LIST}")
+  if(NOT requested)
     foreach(number 80 90 100 120)
       if(number IN_LIST known)
         list(APPEND architectures sm_${number})
@@ -48,13 +49,13 @@ function(choose_architectures)
     set(ARCHITECTURES ${architectures} ${newest} PARENT_SCOPE)
     return()
   endif()
-  foreach(one IN LISTS wanted)
+  foreach(one IN LISTS requested)
     if(NOT one MATCHES "^([0-9]+)\\.([0-9])(\\+PTX)?$")
-      set(why "'${one}' is no compute capability; write numbers, such as 8.0 or 9.0+PTX")
+      set(why "'${one}' is not a compute capability; use numbers such as 8.0 or 9.0+PTX")
     elseif("${CMAKE_MATCH_1}${CMAKE_MATCH_2}" LESS 80)
       message(STATUS "TORCH_CUDA_ARCH_LIST: ${one} is left out, the CUDA kernels need 8.0 or newer")
     elseif(NOT "${CMAKE_MATCH_1}${CMAKE_MATCH_2}" IN_LIST known)
-      set(why "nvcc ${NVCC_VERSION} does not know ${one}")
+      set(why "nvcc ${NVCC_VERSION} does not support ${one}")
     else()
       list(APPEND architectures sm_${CMAKE_MATCH_1}${CMAKE_MATCH_2})
       if(CMAKE_MATCH_3)
@@ -66,15 +67,14 @@ function(choose_architectures)
     set(why "the CUDA kernels need 8.0 or newer")
   endif()
   if(why)
-    set(WHY_NOT_COMPILED "TORCH_CUDA_ARCH_LIST=$ENV{TORCH_CUDA_ARCH_LIST}: ${why}" PARENT_SCOPE)
+    set(NVCC_SKIP_REASON "TORCH_CUDA_ARCH_LIST=$ENV{TORCH_CUDA_ARCH_LIST}: ${why}" PARENT_SCOPE)
   endif()
   list(REMOVE_DUPLICATES architectures)
   set(ARCHITECTURES ${architectures} PARENT_SCOPE)
 endfunction()
 
-# Defines `cuda_objects`: all that the library is linked from. With what nvcc makes lies what ptxas says of it,
-# <object>.log. No -lineinfo, which would bring this machine's paths into the library: for a profiler's sake,
-# NVCC_APPEND_FLAGS=-lineinfo does.
+# Defines `cuda_objects`, the objects that the library is linked from. The output of ptxas is written to <object>.log. No
+# -lineinfo, which would write this machine's paths into the library; to profile, set NVCC_APPEND_FLAGS=-lineinfo.
 function(compile_cuda)
   foreach(architecture IN LISTS ARCHITECTURES)
     string(REPLACE sm_ compute_ virtual ${architecture})
@@ -94,7 +94,7 @@ function(compile_cuda)
     list(APPEND objects ${object})
   endforeach()
   add_library(cuda_host OBJECT EXCLUDE_FROM_ALL ${CUDA_HOST})
-  # The file that a torch without CUDA does not have says only that its library is shared.
+  # A torch without CUDA lacks this configuration file, which only states that its library is shared.
   target_compile_definitions(cuda_host PRIVATE C10_CUDA_NO_CMAKE_CONFIGURE_FILE)
   target_include_directories(cuda_host PRIVATE csrc)
   target_include_directories(cuda_host SYSTEM PRIVATE ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include
@@ -105,33 +105,33 @@ function(compile_cuda)
   set(CUDA_OBJECTS ${objects} PARENT_SCOPE)
 endfunction()
 
-# Sets C10_CUDA_LIBRARY and CUDART_LIBRARY, or WHY_NO_CUDA.
-function(prepare_to_link)
+# Sets C10_CUDA_LIBRARY and CUDART_LIBRARY, or CUDA_SKIP_REASON.
+function(find_link_libraries)
   string(REGEX MATCH "^[0-9]+" major ${TORCH_CUDA})
   if(NOT CUDA_VERSION MATCHES "^${major}\\.")
-    set(WHY_NO_CUDA "nvcc is CUDA ${CUDA_VERSION} and this torch was built with CUDA ${TORCH_CUDA}: the major version \
-has to be the same, choose another nvcc with CUDA_HOME" PARENT_SCOPE)
+    set(CUDA_SKIP_REASON "nvcc is CUDA ${CUDA_VERSION} and this torch was built with CUDA ${TORCH_CUDA}: the major versions \
+must be equal, choose another nvcc with CUDA_HOME" PARENT_SCOPE)
     return()
   endif()
   if(NOT CUDA_VERSION STREQUAL TORCH_CUDA)
-    message(WARNING "nvcc is CUDA ${CUDA_VERSION} and this torch was built with CUDA ${TORCH_CUDA}, which should do.")
+    message(WARNING "nvcc is CUDA ${CUDA_VERSION} and this torch was built with CUDA ${TORCH_CUDA}, which should be compatible.")
   endif()
   find_library(C10_CUDA_LIBRARY c10_cuda PATHS ${TORCH_DIR}/lib NO_DEFAULT_PATH REQUIRED)
-  # The shared one, which torch loads; its wheels bring it where a toolkit does not.
+  # The shared library, which torch loads. Its wheels contain it, in case the toolkit does not.
   find_library(CUDART_LIBRARY NAMES libcudart.so libcudart.so.${major} NAMES_PER_DIR NO_DEFAULT_PATH NO_CACHE
     PATHS ${CUDA_LIBRARY_DIRS} ${TORCH_DIR}/../nvidia/cu${major}/lib ${TORCH_DIR}/../nvidia/cuda_runtime/lib)
   set(CUDART_LIBRARY ${CUDART_LIBRARY} PARENT_SCOPE)
   if(NOT CUDART_LIBRARY)
-    set(WHY_NO_CUDA "libcudart.so was not found, neither with ${NVCC} nor with torch" PARENT_SCOPE)
+    set(CUDA_SKIP_REASON "libcudart.so was not found, neither with ${NVCC} nor with torch" PARENT_SCOPE)
     return()
   endif()
-  # A GCC that is too new for this nvcc, or a toolkit without headers, shall be known before anything is built.
+  # Compile a probe, to detect a GCC that is too new for this nvcc, or a toolkit without headers, before the build.
   execute_process(
     COMMAND ${NVCC} -ccbin=${CMAKE_CXX_COMPILER} ${NVCC_FLAGS} -I${CMAKE_SOURCE_DIR}/csrc -x cu
       -c ${CMAKE_SOURCE_DIR}/csrc/cuda/launch.h -o ${CMAKE_BINARY_DIR}/probe.o
-    RESULT_VARIABLE failed OUTPUT_VARIABLE said ERROR_VARIABLE said)
+    RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
   if(failed)
-    string(REGEX MATCH "[^\n]*(error|fatal)[^\n]*" said "${said}")
-    set(WHY_NO_CUDA "${NVCC} cannot compile with ${CMAKE_CXX_COMPILER}: ${said}" PARENT_SCOPE)
+    string(REGEX MATCH "[^\n]*(error|fatal)[^\n]*" output "${output}")
+    set(CUDA_SKIP_REASON "${NVCC} cannot compile with ${CMAKE_CXX_COMPILER}: ${output}" PARENT_SCOPE)
   endif()
 endfunction()

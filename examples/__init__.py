@@ -1,1 +1,1 @@
-"""Programs to start from: a training script, and a study of depth."""
+"""Example programs: an image classification training script, and a study of network depth."""

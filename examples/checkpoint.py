@@ -1,9 +1,9 @@
-"""Checkpoints that are either whole or not there.
+"""Atomic, checksummed checkpoint files.
 
-A checkpoint is one file that ``torch.load(path, weights_only=True)`` reads, and behind it, where that does not look,
-the SHA-256 of everything before. It is written beside its place and moved there when it is safely on the disk, so a
-crash, even of the machine, leaves the one before it. One that was truncated or changed later is recognised and passed
-over.
+A checkpoint is one file that ``torch.load(path, weights_only=True)`` reads, followed by the SHA-256 of its contents,
+which ``torch.load`` ignores. It is written to a temporary file in the same folder, synced to disk and renamed, so a
+crash, even of the machine, leaves the previous checkpoint intact. A file that was truncated or modified later fails its
+checksum and is skipped.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ _CHUNK = 1 << 20
 
 
 class CheckpointError(Exception):
-    """A checkpoint is missing, damaged, or not of this kind."""
+    """A checkpoint is missing, damaged, or was not written by this module."""
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends: whole, on the disk, or not at all."""
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary binary file that atomically replaces `path` when the block ends.
+
+    The contents are synced to disk before the rename. If the block raises, `path` is unchanged.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -41,7 +44,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The new name has to reach the disk, too.
+    # The rename itself is only durable once the folder is synced.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -49,8 +52,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-class _Hashing:
-    """What is written to a file, counted into a digest on its way."""
+class _HashingWriter:
+    """A file wrapper that updates a SHA-256 digest with everything written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -65,18 +68,23 @@ class _Hashing:
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes `state` (tensors, numbers, strings, and lists and dicts of such) to `path`, replacing what was there.
+    """Write `state` to `path`, replacing an existing file atomically.
 
-    Raises: OSError: it cannot be written; what was there before is untouched.
+    Args:
+        state: tensors, numbers, strings, and lists and dicts of these.
+        path: the checkpoint file.
+
+    Raises:
+        OSError: the file cannot be written; an existing file is unchanged.
     """
-    with replacing(path) as file:
-        hashing = _Hashing(file)
+    with atomic_write(path) as file:
+        hashing = _HashingWriter(file)
         torch.save(state, hashing)
         file.write(_MARK + hashing.digest.digest())
 
 
 def check(path: Path) -> None:
-    """Raises CheckpointError, with the reason, unless `path` is exactly what :func:`save` wrote."""
+    """Raise CheckpointError, with the reason, unless `path` is exactly what :func:`save` wrote."""
     try:
         with path.open("rb") as file:
             left = os.fstat(file.fileno()).st_size - _TAIL
@@ -88,44 +96,51 @@ def check(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if not tail.startswith(_MARK):
-        raise CheckpointError(f"{path} is truncated, or no checkpoint: it does not end in its checksum")
+        raise CheckpointError(f"{path} is truncated or not a checkpoint: it does not end with its checksum")
     if tail != _MARK + digest.digest():
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What :func:`save` wrote, checked, with all tensors on the CPU.
+    """Check and load what :func:`save` wrote, with all tensors on the CPU.
 
-    Raises: CheckpointError: see :func:`check`; or it holds more than tensors and plain containers.
+    Raises:
+        CheckpointError: the file fails :func:`check`, or holds more than tensors and plain containers.
     """
     check(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load promises nothing about what it raises
+    except Exception as error:  # torch.load does not document which exceptions it raises
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def file_name(step: int) -> str:
+    """Return the name of the checkpoint saved after `step` optimizer steps."""
     return f"step-{step:09}.pt"
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, by the step in their names, sound or not."""
+    """Return the checkpoints in `folder`, valid or not, sorted by the step in their names."""
     found = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def latest(folder: Path, note: Callable[[str], None] = print) -> Path | None:
-    """The newest sound checkpoint in `folder`, None if there is none at all; `note` hears of those passed over.
+def latest(folder: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """Return the newest valid checkpoint in `folder`, or None if the folder has no checkpoint.
 
-    Raises: CheckpointError: there are checkpoints, and every one is damaged: starting anew would hide that.
+    Args:
+        folder: the folder of checkpoints.
+        warn: called with a message for each damaged checkpoint that is skipped.
+
+    Raises:
+        CheckpointError: the folder has checkpoints and all of them are damaged. Starting a new run would hide that.
     """
     found = newest_first(folder)
     for path in found:
         try:
             check(path)
         except CheckpointError as error:
-            note(f"{error}; trying the one before it")
+            warn(f"{error}; trying the previous one")
         else:
             return path
     if found:
@@ -134,6 +149,6 @@ def latest(folder: Path, note: Callable[[str], None] = print) -> Path | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what an interrupted :func:`replacing` left behind."""
+    """Remove all but the newest `keep` checkpoints, and temporary files of an interrupted :func:`atomic_write`."""
     for path in [*newest_first(folder)[keep:], *folder.glob(".*.tmp")]:
         path.unlink(missing_ok=True)

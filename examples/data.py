@@ -1,8 +1,8 @@
-"""Labelled images from an embedded set, CIFAR's files or a folder, and batches of them that can be repeated exactly.
+"""Image classification data sets (digits, CIFAR, image folders) and deterministic, resumable data loading.
 
-What a batch holds is a pure function of (seed, epoch, step, rank, number of ranks): nothing is drawn from a generator
-that lives longer than an epoch. So a run that was interrupted in mid-epoch sees, resumed, what it would have seen, and
-the ranks of a distributed run share every epoch out without a word between them.
+A batch is a pure function of (seed, epoch, step, rank, world size): no random generator outlives an epoch. So a run
+that is interrupted in mid-epoch resumes with the batches it would have had, and the ranks of a distributed run
+partition every epoch without communication.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Of ImageNet's training images, by channel, in units of a pixel's 0..255.
+#: Per-channel mean and standard deviation of ImageNet's training images, in pixel units of 0..255.
 PHOTOGRAPH_MEAN = (123.675, 116.28, 103.53)
 PHOTOGRAPH_STD = (58.395, 57.12, 57.375)
 PHOTOGRAPH_SIZE = 224
@@ -27,16 +27,16 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".we
 
 
 class DataError(ValueError):
-    """The data that were asked for are not there, or not what they should be."""
+    """The requested data set is missing or invalid."""
 
 
 class Images(Protocol):
-    """A split: images of one size, and their classes, int64 of shape (N,)."""
+    """A split of a data set: images of one size, and their labels, int64 of shape (N,)."""
 
     labels: Tensor
 
     def read(self, indices: Tensor) -> Tensor:
-        """The images at `indices`: uint8, (len(indices), 3, size, size)."""
+        """Return the images at `indices`: uint8, (len(indices), 3, size, size)."""
         ...
 
 
@@ -51,7 +51,7 @@ class ImagesInMemory:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Decoded when they are read, by `workers` threads: Pillow works outside of the interpreter's lock."""
+    """Image files, decoded on demand by `workers` threads: Pillow releases the interpreter's lock."""
 
     paths: list[Path]
     labels: Tensor
@@ -71,19 +71,25 @@ class ImageFiles:
 class Batch(NamedTuple):
     images: Tensor  #: float32, (n, 3, size, size), normalised
     labels: Tensor  #: int64, (n,)
-    global_count: int  #: how many images this step has, over all ranks
+    global_batch_size: int  #: number of images of this step over all ranks
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Batches of a split, cut over ranks.
+    """Batches of a split, sharded over ranks.
 
-    A step's `batch_size` images (fewer in the last one) are shared out without padding or repetition, so that a rank
-    may get one image less than another, or none.
+    The `batch_size` images of a step (fewer in the last one) are partitioned over the ranks without padding or
+    repetition, so a rank may have one image less than another, or none.
 
-    Args: images: the split. mean, std: by channel, in the images' units. batch_size: over all ranks. shuffle: another
-    order each epoch. shift: moves each image by up to so many pixels, filling with zeros. mirror: mirrors every other
-    one. seed: of the order and both of these. rank, world: which of how many processes this is.
+    Args:
+        images: the split.
+        mean, std: per-channel statistics that normalise the images, in pixel units.
+        batch_size: number of images per step over all ranks.
+        shuffle: whether each epoch has its own random order.
+        shift: largest random shift in pixels, in each direction; the border is filled with zeros.
+        mirror: whether each image is flipped horizontally with probability 1/2.
+        seed: seed of the order, the shifts and the flips.
+        rank, world_size: rank of this process, and the number of processes.
     """
 
     images: Images
@@ -95,45 +101,48 @@ class Loader:
     mirror: bool = False
     seed: int = 0
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
     def steps(self) -> int:
-        """Of an epoch; the same on all ranks."""
+        """Number of steps per epoch, equal on all ranks."""
         return -(-len(self.images.labels) // self.batch_size)
 
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from step `start_step` on, all of them the same as in an epoch seen from the start.
+        """Iterate over the batches of an epoch from step `start_step` on.
 
-        Raises: DataError: a file of the split cannot be decoded.
+        Every batch equals the one at the same step of an epoch that is iterated from its start.
+
+        Raises:
+            DataError: a file of the split cannot be decoded.
         """
         count = len(self.images.labels)
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-        # Drawn for the whole epoch at once, so that they depend on nothing but the position in it.
+        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, epoch))
+        # Drawn for the whole epoch at once, so that they depend only on the position in the epoch.
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         shifts = torch.randint(0, 2 * self.shift + 1, (count, 2), generator=generator)
-        mirrored = torch.randint(0, 2, (count,), generator=generator).bool() & self.mirror
+        flipped = torch.randint(0, 2, (count,), generator=generator).bool() & self.mirror
 
         def assemble(step: int) -> Batch:
-            whole = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, count))
-            own = whole.tensor_split(self.world)[self.rank]
-            chosen = order[own]
+            global_indices = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, count))
+            rank_indices = global_indices.tensor_split(self.world_size)[self.rank]
+            chosen = order[rank_indices]
             images = self.images.read(chosen)
             if self.shift or self.mirror:
-                images = _moved(images, shifts[own], mirrored[own], self.shift)
+                images = _shift_and_flip(images, shifts[rank_indices], flipped[rank_indices], self.shift)
             mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-            return Batch((images.float() - mean) / std, self.images.labels[chosen], len(whole))
+            return Batch((images.float() - mean) / std, self.images.labels[chosen], len(global_indices))
 
         steps = range(start_step, self.steps)
-        return _one_ahead(assemble, steps) if isinstance(self.images, ImageFiles) else map(assemble, steps)
+        return _prefetch(assemble, steps) if isinstance(self.images, ImageFiles) else map(assemble, steps)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What :func:`load` found.
+    """A data set, as returned by :func:`load`.
 
-    ``mean`` and ``std`` are by channel, in units of the pixels (uint8). ``shift`` and ``mirror`` are the augmentation
-    that suits these images.
+    ``mean`` and ``std`` are per channel, in units of the uint8 pixels. ``shift`` (pixels) and ``mirror`` are the
+    augmentation that suits these images.
     """
 
     name: str
@@ -146,26 +155,28 @@ class Data:
     shift: int
     mirror: bool
 
-    def training(self, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, augment: bool = True) -> Loader:
-        """Shuffled batches of the training set; `batch_size` counts over all ranks."""
+    def train_loader(
+        self, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, augment: bool = True
+    ) -> Loader:
+        """Return a loader of shuffled training batches of `batch_size` images over all ranks."""
         shift, mirror = (self.shift, self.mirror) if augment else (0, False)
-        return Loader(self.train, self.mean, self.std, batch_size, True, shift, mirror, seed, rank, world)
+        return Loader(self.train, self.mean, self.std, batch_size, True, shift, mirror, seed, rank, world_size)
 
-    def testing(self, batch_size: int, rank: int = 0, world: int = 1, split: Images | None = None) -> Loader:
-        """The test set, or another `split`, once and in order: nothing is left out, repeated or changed."""
-        return Loader(split or self.test, self.mean, self.std, batch_size, rank=rank, world=world)
+    def test_loader(self, batch_size: int, rank: int = 0, world_size: int = 1, split: Images | None = None) -> Loader:
+        """Return a loader of the test set, or of another `split`, in order and without augmentation."""
+        return Loader(split or self.test, self.mean, self.std, batch_size, rank=rank, world_size=world_size)
 
 
 def load(source: str | Path, image_size: int | None = None, workers: int = 0) -> Data:
-    """Loads a data set.
+    """Load a data set.
 
     Args:
         source: ``"digits"``: scikit-learn's 1797 grey 8x8 images of handwritten digits, in a fixed stratified split of
             80 to 20 %. Or a folder: CIFAR-10's or CIFAR-100's Python files (``cifar-10-batches-py``,
-            ``cifar-100-python``, or where one of these lies), or images as ``train/<class>/*`` and
+            ``cifar-100-python``, or a folder that contains one of them), or images as ``train/<class>/*`` and
             ``val/<class>/*`` (or ``test``).
-        image_size: side of the square images; None: as they are, and 224 for a folder of images.
-        workers: threads that decode files.
+        image_size: side of the square images in pixels; None for the original size, or 224 for a folder of images.
+        workers: number of threads that decode files.
 
     Raises:
         DataError: `source` (``--data``) is none of these, or damaged.
@@ -174,18 +185,18 @@ def load(source: str | Path, image_size: int | None = None, workers: int = 0) ->
         return _load_digits(image_size)
     folder = Path(source)
     if not folder.is_dir():
-        raise DataError(f"--data {source}: there is no such folder (nor is it the embedded set, digits)")
-    found = [kind for kind in CIFAR_KINDS if kind.folder_in(folder)]
+        raise DataError(f"--data {source}: expected an existing folder, or digits, the embedded data set")
+    found = [variant for variant in CIFAR_VARIANTS if variant.find_folder(folder)]
     if len(found) > 1:
-        raise DataError(f"--data {source}: holds {' and '.join(kind.folder for kind in found)}; name one of them")
+        raise DataError(f"--data {source}: holds {' and '.join(one.folder for one in found)}; choose one of them")
     if found:
         return _load_cifar(found[0], folder, image_size)
     tests = [name for name in ("val", "test") if (folder / name).is_dir()]
     if (folder / "train").is_dir() and tests:
         return _load_folder(folder, tests[0], image_size or PHOTOGRAPH_SIZE, workers)
     raise DataError(
-        f"--data {source}: looked for CIFAR's files ({', '.join(kind.folder for kind in CIFAR_KINDS)}) and for images"
-        " in train/<class>/* with val/<class>/* or test/<class>/*, and found neither"
+        f"--data {source}: expected CIFAR's files ({', '.join(variant.folder for variant in CIFAR_VARIANTS)}) or images"
+        " in train/<class>/* with val/<class>/* or test/<class>/*, found neither"
     )
 
 
@@ -194,7 +205,7 @@ def _load_digits(image_size: int | None) -> Data:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise DataError("--data digits: comes with scikit-learn: pip install scikit-learn") from error
+        raise DataError("--data digits: needs scikit-learn: pip install scikit-learn") from error
     bunch = load_digits()
     images = torch.from_numpy(bunch.images.astype(np.uint8))[:, None].expand(-1, 3, -1, -1)
     labels = torch.from_numpy(bunch.target.astype(np.int64))
@@ -204,7 +215,7 @@ def _load_digits(image_size: int | None) -> Data:
 
 
 @dataclass(frozen=True)
-class CifarKind:
+class CifarVariant:
     name: str
     folder: str
     train: tuple[str, ...]
@@ -212,26 +223,26 @@ class CifarKind:
     labels: str
     classes: int
 
-    def folder_in(self, folder: Path) -> Path | None:
-        """`folder` itself or the one of this name inside it, if this data set's files are there."""
+    def find_folder(self, folder: Path) -> Path | None:
+        """Return `folder` or its subfolder of this variant's name if it has this variant's files, else None."""
         for candidate in (folder, folder / self.folder):
             if all((candidate / name).is_file() for name in (*self.train, self.test)):
                 return candidate
         return None
 
 
-CIFAR_KINDS = (
-    CifarKind(
+CIFAR_VARIANTS = (
+    CifarVariant(
         "CIFAR-10", "cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "labels", 10
     ),
-    CifarKind("CIFAR-100", "cifar-100-python", ("train",), "test", "fine_labels", 100),
+    CifarVariant("CIFAR-100", "cifar-100-python", ("train",), "test", "fine_labels", 100),
 )
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles what CIFAR's files hold, containers and numpy arrays: a pickle may not run anything else."""
+class _RestrictedUnpickler(pickle.Unpickler):
+    """An unpickler restricted to containers and numpy arrays, which is all that CIFAR's files hold."""
 
-    ADMITTED = frozenset(
+    ALLOWED_GLOBALS = frozenset(
         {
             ("_codecs", "encode"),
             ("numpy", "dtype"),
@@ -242,13 +253,13 @@ class _ArraysOnly(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"refers to {module}.{name}, which no data set needs")
+        if (module, name) not in self.ALLOWED_GLOBALS:
+            raise pickle.UnpicklingError(f"refers to {module}.{name}, which is not allowed in a data set")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def _load_cifar(kind: CifarKind, folder: Path, image_size: int | None) -> Data:
-    found = kind.folder_in(folder)
+def _load_cifar(kind: CifarVariant, folder: Path, image_size: int | None) -> Data:
+    found = kind.find_folder(folder)
     assert found is not None
 
     def split(names: tuple[str, ...]) -> ImagesInMemory:
@@ -258,13 +269,13 @@ def _load_cifar(kind: CifarKind, folder: Path, image_size: int | None) -> Data:
     return _in_memory(kind.name, split(kind.train), split((kind.test,)), kind.classes, image_size, mirror=True)
 
 
-def _read_cifar_file(path: Path, kind: CifarKind) -> tuple[Tensor, Tensor]:
+def _read_cifar_file(path: Path, kind: CifarVariant) -> tuple[Tensor, Tensor]:
     try:
         with path.open("rb") as file:
-            content = _ArraysOnly(file, encoding="latin1").load()
+            content = _RestrictedUnpickler(file, encoding="latin1").load()
         images = torch.from_numpy(np.ascontiguousarray(content["data"]).reshape(-1, 3, 32, 32))
         labels = torch.tensor(content[kind.labels], dtype=torch.int64)
-    except Exception as error:  # a pickle can fail in any way at all
+    except Exception as error:  # unpickling a damaged file can raise any exception
         raise DataError(f"--data: {path} is not one of {kind.name}'s files: {error}") from error
     if images.dtype != torch.uint8 or len(images) != len(labels):
         raise DataError(f"--data: {path} holds {len(images)} images of {images.dtype} and {len(labels)} labels")
@@ -278,9 +289,9 @@ def _in_memory(
 ) -> Data:
     size = image_size or train.images.shape[-1]
     if size != train.images.shape[-1]:
-        train, test = (ImagesInMemory(_resized(split.images, size), split.labels) for split in (train, test))
+        train, test = (ImagesInMemory(_resize(split.images, size), split.labels) for split in (train, test))
     std, mean = torch.std_mean(train.images.double(), dim=(0, 2, 3), correction=0)
-    # An eighth of the side: He et al.'s 4 pixels of CIFAR's 32.
+    # Shifts of an eighth of the side: He et al. 2015 use 4 of CIFAR's 32 pixels.
     return Data(name, train, test, classes, size, tuple(mean.tolist()), tuple(std.tolist()), size // 8, mirror)
 
 
@@ -291,7 +302,7 @@ def _load_folder(folder: Path, test: str, size: int, workers: int) -> Data:
         raise DataError(f"--data {folder}: images are decoded with Pillow: pip install pillow") from error
     classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     if unknown := sorted({path.name for path in (folder / test).iterdir() if path.is_dir()} - set(classes)):
-        raise DataError(f"--data {folder}: {test} has classes that train has not: {', '.join(unknown)}")
+        raise DataError(f"--data {folder}: {test} has classes that train does not have: {', '.join(unknown)}")
 
     def split(name: str) -> ImageFiles:
         found = [
@@ -301,7 +312,7 @@ def _load_folder(folder: Path, test: str, size: int, workers: int) -> Data:
             if path.suffix.lower() in IMAGE_SUFFIXES
         ]
         if not found:
-            raise DataError(f"--data {folder}: there is no image in {name}/<class>/ ({', '.join(IMAGE_SUFFIXES)})")
+            raise DataError(f"--data {folder}: no image found in {name}/<class>/ ({', '.join(IMAGE_SUFFIXES)})")
         return ImageFiles([path for path, _ in found], torch.tensor([label for _, label in found]), size, workers)
 
     return Data(
@@ -310,7 +321,7 @@ def _load_folder(folder: Path, test: str, size: int, workers: int) -> Data:
 
 
 def _decode(path: Path, size: int) -> Tensor:
-    """The middle square of the picture, resized: uint8, (3, size, size)."""
+    """Return the centre square of the picture, resized: uint8, (3, size, size)."""
     from PIL import Image, ImageOps
 
     try:
@@ -321,30 +332,30 @@ def _decode(path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
+def _resize(images: Tensor, size: int) -> Tensor:
     resized = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def _moved(images: Tensor, shifts: Tensor, mirrored: Tensor, most: int) -> Tensor:
-    """Windows of the size of `images`, cut out of them after padding by `most`, at `shifts` (0..2 `most`: (n, 2))."""
+def _shift_and_flip(images: Tensor, shifts: Tensor, flipped: Tensor, max_shift: int) -> Tensor:
+    """Zero-pad `images` by `max_shift`, crop them at `shifts` ((n, 2), 0..2 `max_shift`), and flip where `flipped`."""
     size = images.shape[-1]
-    padded = F.pad(images, (most,) * 4)
+    padded = F.pad(images, (max_shift,) * 4)
     across = torch.arange(size)
-    columns = torch.where(mirrored[:, None], across.flip(0), across) + shifts[:, 1:]
+    columns = torch.where(flipped[:, None], across.flip(0), across) + shifts[:, 1:]
     rows = across + shifts[:, :1]
     which = torch.arange(len(images))
     # Indices on both sides of a slice put the slice's dimension last: (n, rows, columns, 3).
     return padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _mix(seed: int, epoch: int) -> int:
-    """One seed of both, such that neighbouring runs and epochs have nothing in common."""
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """Return a seed derived from both, so that runs of adjacent seeds and adjacent epochs are independent."""
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _one_ahead(assemble: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
-    """Batches in order, the next one assembled while the caller works on the last."""
+def _prefetch(assemble: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
+    """Yield the batches in order and assemble the next one in a background thread."""
     with ThreadPoolExecutor(1) as background:
         pending = [background.submit(assemble, step) for step in steps[:1]]
         for step in steps:

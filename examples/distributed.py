@@ -1,4 +1,4 @@
-"""The processes of a training run: one by itself, or those that torchrun started, which have to act alike."""
+"""Single-process and torchrun-launched training: process group setup, collectives, DDP and FSDP2 wrapping."""
 
 from __future__ import annotations
 
@@ -20,65 +20,67 @@ T = TypeVar("T")
 
 
 def under_torchrun() -> bool:
+    """Return whether torchrun, or a launcher with the same environment variables, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
 
 
-class Processes:
-    """Which of how many processes this is, and what they agree on. By itself, every method gives back its argument."""
+class DistributedContext:
+    """The rank, world size and collectives of a run. In a single process every collective returns its argument."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
-        if self.world > 1:
+        """All-reduce (sum) `values` in place and return them."""
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set in any process. By way of the CPU, so that no device has to be waited for."""
-        if self.world == 1:
+        """Return whether `flag` is set in any process. Runs on the CPU to avoid a device synchronization."""
+        if self.world_size == 1:
             return flag
         flags = torch.tensor([int(flag)])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
 
-    def of_first(self, value: T) -> T:
-        """The first process's value."""
-        if self.world == 1:
+    def broadcast_object(self, value: T) -> T:
+        """Return rank 0's value in every process."""
+        if self.world_size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank."""
-        if self.world == 1:
+        """Return the value of every process, indexed by rank."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def share_buffers(self, *modules: nn.Module | None) -> None:
-        """Gives all processes the first one's running statistics, which each counts over its own images."""
-        if self.world > 1:
+    def broadcast_buffers(self, *modules: nn.Module | None) -> None:
+        """Broadcast rank 0's buffers: each rank accumulates batch norm's running statistics over its own images."""
+        if self.world_size > 1:
             for module in modules:
                 for buffer in module.buffers() if module is not None else ():
                     dist.broadcast(buffer, src=0)
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Processes]:
-    """Joins the others under torchrun, and leaves them in the end.
+def distributed_context(device: str) -> Iterator[DistributedContext]:
+    """Initialise the process group under torchrun, and destroy it when the block ends.
 
-    Args: device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, a GPU where there is one; under torchrun each
-    process of a machine has a GPU of its own.
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"`` for a GPU if there is one. Under torchrun, CUDA
+            processes without an index use the GPU of their local rank.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,41 +90,51 @@ def processes(device: str) -> Iterator[Processes]:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
     if not under_torchrun():
-        yield Processes(chosen)
+        yield DistributedContext(chosen)
         return
-    store, rank, world = next(rendezvous("env://"))
+    store, rank, world_size = next(rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # On a single machine torchrun keeps one store over its restarts, and with it the addresses of processes that
-        # are dead: whoever reads one before it is overwritten waits in vain.
+        # On a single machine torchrun reuses one store over its restarts, which then still has the addresses of dead
+        # processes: a rank that reads one before it is overwritten hangs. A prefix per restart separates them.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
-        yield Processes(chosen)
+        yield DistributedContext(chosen)
     finally:
-        # What still holds the group, as DDP does, would end it later, holding the interpreter's lock that the group's
-        # threads wait for.
+        # Objects that still refer to the group, such as DDP, would destroy it later while they hold the interpreter's
+        # lock, which the group's threads wait for: a deadlock.
         gc.collect()
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], processes: Processes) -> None:
-    """FSDP2, in place: parameters, gradients and optimizer state of each block, and of what is around them, are split
-    over the processes."""
-    mesh = init_device_mesh(processes.device.type, (processes.world,))
+def shard(model: nn.Module, blocks: list[nn.Module], processes: DistributedContext) -> None:
+    """Apply FSDP2 in place: shard parameters, gradients and optimizer state over the processes.
+
+    Args:
+        model: the model.
+        blocks: submodules that are sharded as units of their own; the other parameters form one more unit.
+        processes: the distributed context.
+    """
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh)
 
 
-def replicate(model: nn.Module, processes: Processes) -> nn.Module:
-    """DDP around `model`: its gradients are averaged over the processes."""
+def wrap_ddp(model: nn.Module, processes: DistributedContext) -> nn.Module:
+    """Wrap `model` in DDP, which averages its gradients over the processes."""
     ids = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 @contextmanager
-def gradients(model: nn.Module, complete: bool) -> Iterator[None]:
-    """Around a forward and backward: averages gradients over the processes only if they are `complete` with it."""
+def gradient_sync(model: nn.Module, complete: bool) -> Iterator[None]:
+    """Average gradients over the processes in this forward and backward pass only if `complete`.
+
+    Args:
+        model: a DDP or FSDP2 model, or any other module, for which this context does nothing.
+        complete: whether this is the last accumulation step of a batch.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(complete)
         yield

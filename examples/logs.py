@@ -1,4 +1,4 @@
-"""What a run tells: lines and a progress bar for people, a CSV file and TensorBoard's for programs."""
+"""Training logs: console lines and a progress bar, a CSV file and TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from examples.checkpoint import replacing
+from examples.checkpoint import atomic_write
 
 COLUMNS = (
     "epoch",
@@ -30,10 +30,17 @@ Row = Mapping[str, float]
 
 
 class Log:
-    """Of one run, from `step` of `steps` on. In all processes but the first it is silent.
+    """The log of one run.
 
-    The CSV file is written anew with each epoch, from the rows that the checkpoints carry along, so after a crash it
-    never has a row of an epoch that is yet to come.
+    The CSV file is rewritten after each epoch from the rows that checkpoints save, so after a crash it never has a row
+    of an epoch that the resumed run has not completed.
+
+    Args:
+        folder: output folder.
+        steps: total number of steps of the run.
+        step: number of steps already done when the run resumes.
+        tensorboard: whether to write TensorBoard event files.
+        silent: whether to write nothing, as in all ranks but rank 0.
     """
 
     def __init__(self, folder: Path, steps: int, step: int, tensorboard: bool, silent: bool) -> None:
@@ -45,24 +52,24 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                self.say("no TensorBoard files: pip install tensorboard for them")
+                self.write_line("no TensorBoard files are written: they need tensorboard (pip install tensorboard)")
             else:
-                # What an interrupted run has written behind its checkpoint is taken back.
+                # Purge what an interrupted run has written after its last checkpoint.
                 self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         if not self.silent:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """After `step` steps."""
+        """Update the progress bar to `step` finished steps and log `values`."""
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix({name.rpartition("/")[2]: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         self._scalars(step, values)
 
     def epoch(self, row: Row, epochs: int) -> None:
-        self.say(
+        self.write_line(
             f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}"
             f"  train loss {row['train_loss']:.4f}  error {row['train_error']:7.2%}"
             f"  test loss {row['test_loss']:.4f}  error {row['test_error']:7.2%}"
@@ -78,7 +85,7 @@ class Log:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        with replacing(self.folder / CSV) as file:
+        with atomic_write(self.folder / CSV) as file:
             file.write(text.getvalue().encode())
 
     def close(self) -> None:

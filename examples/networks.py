@@ -1,4 +1,4 @@
-"""Networks by name, from this library, torchvision and timm, and what training does to them from outside."""
+"""Build networks of fused_res, torchvision and timm by name, and configure them for training."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ import fused_res
 from fused_res import models
 from fused_res.testing import stub_torchvision_operators
 
-OURS = tuple(name for name in models.__all__ if name[0].islower() and name != "cifar_resnet")
-#: As torchvision's, timm's and our own residual blocks are called.
-BLOCKS = ("BasicBlock", "Bottleneck")
+MODEL_NAMES = tuple(name for name in models.__all__ if name[0].islower() and name != "cifar_resnet")
+#: Class names of the residual blocks of torchvision, timm and fused_res.
+BLOCK_CLASS_NAMES = ("BasicBlock", "Bottleneck")
 
 
 class NetworkError(ValueError):
-    """There is no network of this name, or it is not made this way."""
+    """The network's name is unknown, or an option does not apply to it."""
 
 
 def build(name: str, classes: int, width: int | None = None, plain: bool = False) -> nn.Module:
-    """A network with random weights, from PyTorch's global generator.
+    """Build a network with random weights from PyTorch's global generator.
 
-    Args: name: ``cifar_resnet<depth>``, one of ``OURS``, ``torchvision/<name>`` or ``timm/<name>``. classes: outputs.
-    width: channels of the first stage, of a ``cifar_resnet``. plain: without shortcuts; ours only.
+    Args:
+        name: ``cifar_resnet<depth>``, one of ``MODEL_NAMES``, ``torchvision/<name>`` or ``timm/<name>``.
+        classes: number of outputs.
+        width: number of channels of the first stage, of a ``cifar_resnet`` only; default 16.
+        plain: whether to leave out the shortcuts; fused_res networks only.
 
-    Raises: NetworkError: `name` (``--model``), or what goes with it, is not known.
+    Raises:
+        NetworkError: `name` (``--model``) is unknown, or an option does not apply to it.
     """
     library, _, rest = name.rpartition("/")
     cifar = re.fullmatch(r"cifar_resnet(\d+)", name)
     if width is not None and not cifar:
-        raise NetworkError(f"--width: only a cifar_resnet has one to choose, not {name}")
+        raise NetworkError(f"--width: expected a cifar_resnet, which has a configurable width, got {name}")
     if plain and library:
-        raise NetworkError(f"--plain: only our own networks have a plain twin, not {name}")
+        raise NetworkError(f"--plain: expected a network of fused_res, which has a plain counterpart, got {name}")
     try:
         if cifar:
             return models.cifar_resnet(int(cifar[1]), classes, plain, width or 16)
-        if name in OURS:
+        if name in MODEL_NAMES:
             return getattr(models, name)(num_classes=classes, plain=plain)
         if library == "torchvision":
             return _torchvision(rest, classes)
@@ -48,8 +52,8 @@ def build(name: str, classes: int, width: int | None = None, plain: bool = False
     except (ValueError, RuntimeError, ImportError) as error:
         raise NetworkError(f"--model {name}: {error}") from error
     raise NetworkError(
-        f"--model {name}: choose cifar_resnet<depth> (20, 32, 44, 56, 110), {', '.join(OURS)}, torchvision/<name> or"
-        " timm/<name>"
+        f"--model {name}: expected cifar_resnet<depth> (20, 32, 44, 56, 110), {', '.join(MODEL_NAMES)},"
+        " torchvision/<name> or timm/<name>"
     )
 
 
@@ -68,14 +72,18 @@ def _timm(name: str, classes: int) -> nn.Module:
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:
-    # Classes are swapped for subclasses, by fused_res.fuse among others, so the name may be that of a base.
-    return [m for m in model.modules() if any(kind.__name__ in BLOCKS for kind in type(m).__mro__)]
+    """Return the residual blocks of `model`, recognised by the names of their classes."""
+    # fused_res.fuse and others replace a module's class by a subclass, so the names of base classes count too.
+    return [m for m in model.modules() if any(kind.__name__ in BLOCK_CLASS_NAMES for kind in type(m).__mro__)]
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Keeps only the inputs of residual blocks for the backward, which runs each block's forward again; in place.
+    """Apply activation checkpointing to every residual block of `model` in place.
 
-    Raises: NetworkError: there is no residual block.
+    Only the inputs of the blocks are saved for backward, which recomputes each block's forward pass.
+
+    Raises:
+        NetworkError: the model has no residual block.
     """
     blocks = residual_blocks(model)
     if not blocks:
@@ -86,7 +94,11 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
 
 def set_fusion(model: nn.Module, fuse: bool, backend: str, recompute: str) -> None:
-    """Raises NetworkError: `backend` (``--backend``) cannot run here."""
+    """Fuse or unfuse `model` in place.
+
+    Raises:
+        NetworkError: `backend` (``--backend``) is not available here.
+    """
     try:
         if fuse:
             fused_res.fuse(model, backend, recompute)
@@ -97,7 +109,7 @@ def set_fusion(model: nn.Module, fuse: bool, backend: str, recompute: str) -> No
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights of convolutions and linear layers, which decay; norms' weights and all biases, which do not."""
+    """Return two parameter groups: weights of convolutions and linear layers with weight decay, the rest without."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},

@@ -1,27 +1,27 @@
-"""Trains a residual network on images, with the blocks of fused_res.
+"""Train a residual network for image classification with the fused blocks of fused_res.
 
-Plainly `python examples/train.py` trains ResNet-20 on scikit-learn's digits; nothing is downloaded. Some more:
+Without options, `python examples/train.py` trains ResNet-20 on scikit-learn's digits; nothing is downloaded. Examples:
 
-  a CIFAR-10 folder, with its usual recipe, in bfloat16:
+  CIFAR-10 from a folder, with its usual recipe, in bfloat16:
     python examples/train.py --data cifar-10-batches-py --model cifar_resnet56 --epochs 180 --batch-size 128 --amp bf16
 
   torchvision's ResNet-50 on a folder of images, on all GPUs of a machine:
     torchrun --nproc-per-node gpu examples/train.py --data imagenet --model torchvision/resnet50 --sync-bn \\
       --epochs 90 --batch-size 1024 --lr 0.4 --warmup-epochs 5 --label-smoothing 0.1 --ema 0.9999 --workers 8
 
-  a larger batch than fits, with little memory:
+  gradient accumulation and recomputation, for a batch that does not fit into memory:
     python examples/train.py --model resnet18 --image-size 64 --accumulate 4 --recompute conv
 
-  that stock PyTorch comes to the same:
+  the same training with stock PyTorch, for comparison:
     python examples/train.py --no-fuse --out runs/stock
 
---out (runs/<model>-<data>) gets checkpoints, log.csv with a row for each epoch, and TensorBoard's files. A run that was
-killed goes on from its newest sound checkpoint when the same command is given again, and ends, on a CPU bit for bit, as
-if nothing had happened; so does one under `torchrun --max-restarts`. SIGTERM or Ctrl-C finishes the step and saves.
-Checkpoints are read by torch.load(path, weights_only=True), and fit one process or many, DDP or FSDP.
+Checkpoints, log.csv with a row per epoch, and TensorBoard files are written to --out (runs/<model>-<data>). Run the
+same command again to resume a killed run from its newest valid checkpoint; on a CPU the result is bit-identical to that
+of an uninterrupted run. `torchrun --max-restarts` resumes the same way. SIGTERM and Ctrl-C finish the step and save.
+torch.load(path, weights_only=True) reads the checkpoints. They do not depend on the number of processes, DDP or FSDP.
 
-Exit status: 0 when the training has ended or was stopped by a signal, 1 if it failed (a loss that is not finite, a
-damaged checkpoint, data that are not there), 2 for a wrong command line.
+Exit status: 0 if training finished or was stopped by a signal, 1 if it failed (a loss that is not finite, a damaged
+checkpoint, missing data), 2 for an invalid command line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if not __package__:  # run by its path: the folder that `examples` is in takes the place of this one
+if not __package__:  # run by its path: put the folder that contains `examples` on sys.path instead of this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -48,25 +48,28 @@ def main(arguments: list[str] | None = None) -> int:
         loaded = data.load(chosen.data, chosen.image_size, chosen.workers)
     except data.DataError as error:
         return failure(error)
-    with distributed.processes(chosen.device) as processes:
+    with distributed.distributed_context(chosen.device) as processes:
         return train(chosen, loaded, processes)
 
 
-def train(chosen: argparse.Namespace, loaded: data.Data, processes: distributed.Processes) -> int:
-    """One run, of which nothing is left behind: DDP has to be gone before its processes part."""
-    say = print if processes.first else lambda text, **_: None
+def train(chosen: argparse.Namespace, loaded: data.Data, processes: distributed.DistributedContext) -> int:
+    """Run one training and return its exit status.
+
+    The trainer is local to this function: DDP has to be destroyed before the process group is.
+    """
+    report = print if processes.is_main else lambda text, **_: None
     try:
         run = trainer.Trainer(chosen, loaded, processes)
         last = run.run()
-    except trainer.Stopped:
-        say(f"stopped by a signal after step {run.step} of {run.steps}; the same command goes on", flush=True)
+    except trainer.TrainingInterrupted:
+        report(f"stopped by a signal after step {run.step} of {run.steps}; the same command resumes it", flush=True)
         return 0
     except FAILURES as error:
         return failure(error)
-    say(
-        f"{chosen.model} on {loaded.name}: {1 - last['test_error']:.2%} of {len(loaded.test.labels)} test images right"
-        f" after {last['epoch']:.0f} epochs in {last['seconds']:.0f} s, {last['images_per_second']:.0f} images/s in the"
-        f" last one; checkpoints and log in {chosen.out}"
+    report(
+        f"{chosen.model} on {loaded.name}: {1 - last['test_error']:.2%} of {len(loaded.test.labels)} test images"
+        f" classified correctly after {last['epoch']:.0f} epochs in {last['seconds']:.0f} s,"
+        f" {last['images_per_second']:.0f} images/s in the last epoch; checkpoints and log in {chosen.out}"
     )
     return 0
 

@@ -1,4 +1,8 @@
-"""A training run that can be interrupted anywhere and goes on as if it had not been."""
+"""Resumable training loop: SGD, warm-up and cosine decay, AMP, EMA, DDP and FSDP2.
+
+A run can be interrupted at any point and resumes from its newest checkpoint; on a CPU the result is bit-identical to
+that of an uninterrupted run.
+"""
 
 from __future__ import annotations
 
@@ -19,85 +23,96 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 import fused_res
 from examples import checkpoint, networks
 from examples.data import Batch, Data
-from examples.distributed import Processes, gradients, replicate, shard
+from examples.distributed import DistributedContext, gradient_sync, shard, wrap_ddp
 from examples.logs import COLUMNS, Log, Row
-from examples.options import AMP, curve
-from examples.schedule import rate_factor
+from examples.options import AMP, trajectory_options
+from examples.schedule import lr_factor
 
-#: Whole tensors, on the first process's CPU: one kind of checkpoint for every way of training.
-WHOLE = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+#: Unsharded tensors on rank 0's CPU: one checkpoint format for every training configuration.
+FULL_STATE_OPTIONS = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class TrainingError(Exception):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
-class Stopped(Exception):
-    """A signal asked for it, and everything is saved."""
+class TrainingInterrupted(Exception):
+    """A signal stopped the run after its state was saved."""
 
 
 class StopSignal:
-    """Inside of its block, SIGTERM and SIGINT only set ``came``.
+    """A context manager in which SIGTERM and SIGINT only set ``received``.
 
-    The second one ends a process that is by itself; many processes get several, from the terminal and from torchrun.
+    Args:
+        only_once: whether a second signal terminates the process. False for distributed runs, whose processes receive
+            each signal several times, from the terminal and from torchrun.
     """
 
     def __init__(self, only_once: bool) -> None:
-        self.came = False
+        self.received = False
         self.only_once = only_once
-        self.before: dict[int, Any] = {}
+        self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._handle)
+            self.previous_handlers[number] = signal.signal(number, self._handle)
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        self.came = True
+        self.received = True
         if self.only_once:
             signal.signal(number, signal.SIG_DFL)
 
 
 @dataclass
 class Totals:
-    """Sums over the running epoch, brought in step by step, so that it does not matter how many at a time."""
+    """Sums over the steps of the current epoch.
+
+    Steps are added one by one, so the sums do not depend on how many steps are flushed at a time.
+    """
 
     loss: float = 0.0
     errors: float = 0.0
-    count: int = 0  #: of images
+    count: int = 0  #: number of images
     seconds: float = 0.0
 
     def means(self) -> tuple[float, float]:
-        """The loss and the share of errors of an image."""
+        """Return the mean loss and the error rate."""
         return self.loss / max(self.count, 1), self.errors / max(self.count, 1)
 
 
 class Trainer:
-    """Everything that a run consists of. What :meth:`state` holds is saved; the rest follows from the options."""
+    """A training run. :meth:`state` is what checkpoints save; everything else is determined by the options.
 
-    def __init__(self, options: argparse.Namespace, data: Data, processes: Processes) -> None:
+    Args:
+        options: the parsed command line, see :mod:`examples.options`.
+        data: the data set.
+        processes: the distributed context.
+    """
+
+    def __init__(self, options: argparse.Namespace, data: Data, processes: DistributedContext) -> None:
         self.options = options
         self.data = data
         self.processes = processes
-        self.stop_signal = StopSignal(only_once=processes.world == 1)
+        self.stop_signal = StopSignal(only_once=processes.world_size == 1)
 
-        place = processes.rank, processes.world
-        self.train_loader = data.training(options.batch_size, options.seed, *place, augment=options.augment)
-        self.test_loader = data.testing(options.batch_size, *place)
+        shard_of = processes.rank, processes.world_size
+        self.train_loader = data.train_loader(options.batch_size, options.seed, *shard_of, augment=options.augment)
+        self.test_loader = data.test_loader(options.batch_size, *shard_of)
         self.steps = options.epochs * self.train_loader.steps
-        self.warmup = round(options.warmup_epochs * self.train_loader.steps)
-        self.settings = curve(options) | {"data": data.name}
+        self.warmup_steps = round(options.warmup_epochs * self.train_loader.steps)
+        self.settings = trajectory_options(options) | {"data": data.name}
         self._build()
 
-        self.epoch = 0  # how many are finished
-        self.step = 0  # likewise, over all epochs
+        self.epoch = 0  # number of finished epochs
+        self.step = 0  # number of finished steps over all epochs
         self.totals = Totals()
         self.history: list[Row] = []
         self.started = time.perf_counter()
-        self.unseen: list[tuple[Tensor, int]] = []  # sums of steps that are not in `totals` yet, and their images
+        self.pending_sums: list[tuple[Tensor, int]] = []  # sums and image counts of steps not yet in `totals`
 
     def _build(self) -> None:
         options, processes = self.options, self.processes
@@ -106,51 +121,54 @@ class Trainer:
         if options.sync_bn:
             model = fused_res.convert_sync_batchnorm(model)
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        # FSDP2 wants contiguous weights; the images' format is enough to choose the convolutions by.
+        # FSDP2 requires contiguous weights; the images' memory format is enough to select channels-last kernels.
         model.to(processes.device, memory_format=torch.contiguous_format if options.fsdp else self.memory_format)
         networks.set_fusion(model, options.fuse, options.backend, options.recompute)
         if options.checkpoint_blocks:
             networks.checkpoint_blocks(model)
 
         self.model = model
-        self.average = None
+        self.ema_model = None
         if options.ema is not None:
-            # One by one under FSDP, whose parameters are of another class than the buffers; else all at once.
-            how: Any = (
+            # FSDP's parameters (DTensor) and buffers (Tensor) cannot share a multi-tensor update, so FSDP averages them
+            # one by one.
+            average_function: Any = (
                 {"avg_fn": get_ema_avg_fn(options.ema)}
                 if options.fsdp
                 else {"multi_avg_fn": get_ema_multi_avg_fn(options.ema)}
             )
-            self.average = AveragedModel(model, use_buffers=True, **how)
+            self.ema_model = AveragedModel(model, use_buffers=True, **average_function)
         if options.fsdp:
-            for module in (model, self.average.module) if self.average else (model,):
+            for module in (model, self.ema_model.module) if self.ema_model else (model,):
                 shard(module, networks.residual_blocks(module), processes)
-        # With the parameters that there are now: sharding makes new ones.
+        # After sharding, which replaces the parameters.
         groups = networks.parameter_groups(model, options.weight_decay)
         self.optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp == "fp16")
         if options.compile:
             model.compile()
-        self.runner = replicate(model, processes) if processes.world > 1 and not options.fsdp else model
-        torch.manual_seed(options.seed + processes.rank)  # for dropout, where a network has it
+        self.parallel_model = wrap_ddp(model, processes) if processes.world_size > 1 and not options.fsdp else model
+        torch.manual_seed(options.seed + processes.rank)  # for networks with dropout
 
     def run(self) -> Row:
-        """Trains to the end, from a checkpoint if there is one; returns the last epoch's row.
+        """Train to the last epoch, resuming from a checkpoint if there is one, and return the last epoch's log row.
 
-        Raises: Stopped: after SIGTERM or SIGINT. TrainingError: the loss or a weight is not finite, or the checkpoint
-        is of another run. CheckpointError: the checkpoint is damaged, or all of them are.
+        Raises:
+            TrainingInterrupted: SIGTERM or SIGINT was received.
+            TrainingError: the loss or a weight is not finite, or the checkpoint is of another run.
+            CheckpointError: the checkpoint is damaged, or all of them are.
         """
         out, tensorboard = self.options.out, self.options.tensorboard
         out.mkdir(parents=True, exist_ok=True)
         with self.stop_signal:
             self._resume()
-            log = Log(out, self.steps, self.step, tensorboard, silent=not self.processes.first)
+            log = Log(out, self.steps, self.step, tensorboard, silent=not self.processes.is_main)
             try:
                 log.write_csv(self.history)
                 while self.epoch < self.options.epochs:
                     self._train_epoch(log)
-                    self._finish_epoch(log, *self._test())
-            except Stopped:
+                    self._finish_epoch(log, *self._evaluate())
+            except TrainingInterrupted:
                 self.save()
                 raise
             finally:
@@ -158,58 +176,58 @@ class Trainer:
         return self.history[-1]
 
     def _train_epoch(self, log: Log) -> None:
-        """What is left of the running epoch."""
+        """Run the remaining steps of the current epoch."""
         self.model.train()
         options, steps = self.options, self.train_loader.steps
         mark = time.perf_counter()
         for batch in self.train_loader.batches(self.epoch, self.step - self.epoch * steps):
-            self._stop_if_asked()
-            self.unseen.append((self._train_step(batch), batch.global_count))
+            self._raise_if_stopped()
+            self.pending_sums.append((self._train_step(batch), batch.global_batch_size))
             self.step += 1
             if self.step % options.log_every == 0 or self.step % steps == 0:
-                self._see_losses()
+                self._flush_pending_sums()
                 loss, error = self.totals.means()
-                log.progress(self.step, {"train/loss": loss, "train/error": error, "lr": self._rate(self.step - 1)})
+                log.progress(self.step, {"train/loss": loss, "train/error": error, "lr": self._lr(self.step - 1)})
             mark, before = time.perf_counter(), mark
             self.totals.seconds += mark - before
             if options.checkpoint_every and self.step % options.checkpoint_every == 0 and self.step % steps:
                 self.save()
 
     def _train_step(self, batch: Batch) -> Tensor:
-        """One step of the optimizer; returns the sums of this process's losses and errors, float64 of shape (2,)."""
-        options, world = self.options, self.processes.world
+        """Run one optimizer step; return this process's sums of losses and errors, float64 of shape (2,)."""
+        options, world_size = self.options, self.processes.world_size
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(self.step)
-        images, labels = self._moved(batch)
+            group["lr"] = self._lr(self.step)
+        images, labels = self._to_device(batch)
         sums = torch.zeros(2, dtype=torch.float64, device=images.device)
         parts = zip(images.tensor_split(options.accumulate), labels.tensor_split(options.accumulate), strict=True)
         for index, (images, labels) in enumerate(parts):
-            with gradients(self.runner, complete=index == options.accumulate - 1):
-                outputs = self._outputs(self.runner, images)
-                # A sum, for a process may have no image at all. Gradients are averaged over processes: times `world`,
-                # over the images of all of them, that is the gradient of the mean loss of an image.
+            with gradient_sync(self.parallel_model, complete=index == options.accumulate - 1):
+                outputs = self._compute_logits(self.parallel_model, images)
+                # A sum, because a process may have no image. Gradients are averaged over processes: scaled by the world
+                # size over the global batch size, they are the gradient of the mean loss per image.
                 loss = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=options.label_smoothing)
-                self.scaler.scale(loss * (world / batch.global_count)).backward()
-            sums += _sums(loss, outputs, labels)
+                self.scaler.scale(loss * (world_size / batch.global_batch_size)).backward()
+            sums += _loss_and_error_sums(loss, outputs, labels)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        if self.ema_model is not None:
+            self.ema_model.update_parameters(self.model)
         return sums
 
     @torch.no_grad()
-    def _test(self) -> tuple[float, float]:
-        """Loss and share of errors over the whole test set, of the averaged weights if there are such."""
-        self.processes.share_buffers(self.model, self.average)
-        model = self.model if self.average is None else self.average
+    def _evaluate(self) -> tuple[float, float]:
+        """Return mean loss and error rate on the test set, of the EMA weights if there are any."""
+        self.processes.broadcast_buffers(self.model, self.ema_model)
+        model = self.model if self.ema_model is None else self.ema_model
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         for batch in self.test_loader.batches():
-            self._stop_if_asked()
-            images, labels = self._moved(batch)
-            outputs = self._outputs(model, images)
-            sums += _sums(F.cross_entropy(outputs, labels, reduction="sum"), outputs, labels)
+            self._raise_if_stopped()
+            images, labels = self._to_device(batch)
+            outputs = self._compute_logits(model, images)
+            sums += _loss_and_error_sums(F.cross_entropy(outputs, labels, reduction="sum"), outputs, labels)
         loss, errors = self.processes.sum(sums).tolist()
         count = len(self.data.test.labels)
         return loss / count, errors / count
@@ -217,7 +235,7 @@ class Trainer:
     def _finish_epoch(self, log: Log, test_loss: float, test_error: float) -> None:
         self.epoch += 1
         speed = self.totals.count / self.totals.seconds
-        values = self._rate(self.step - 1), *self.totals.means(), test_loss, test_error, speed, self._seconds()
+        values = self._lr(self.step - 1), *self.totals.means(), test_loss, test_error, speed, self._seconds()
         row = dict(zip(COLUMNS, (self.epoch, self.step, *values), strict=True))
         self.history.append(row)
         self.totals = Totals()
@@ -225,71 +243,74 @@ class Trainer:
         log.write_csv(self.history)
         self.save()
 
-    def _rate(self, step: int) -> float:
-        return self.options.lr * rate_factor(step, self.steps, self.warmup)
+    def _lr(self, step: int) -> float:
+        return self.options.lr * lr_factor(step, self.steps, self.warmup_steps)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.started
 
-    def _moved(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.processes.device
         return batch.images.to(device, memory_format=self.memory_format), batch.labels.to(device)
 
-    def _outputs(self, model: torch.nn.Module, images: Tensor) -> Tensor:
+    def _compute_logits(self, model: torch.nn.Module, images: Tensor) -> Tensor:
         dtype = AMP[self.options.amp]
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             return model(images).float()
 
-    def _stop_if_asked(self) -> None:
-        if self.processes.any(self.stop_signal.came):
-            raise Stopped
+    def _raise_if_stopped(self) -> None:
+        if self.processes.any(self.stop_signal.received):
+            raise TrainingInterrupted
 
-    def _see_losses(self) -> None:
-        """Brings the steps done since the last time into `totals`: now and then, because a GPU is waited for."""
-        if not self.unseen:
+    def _flush_pending_sums(self) -> None:
+        """Add the pending steps to `totals`. Called every few steps only, because it synchronizes with the GPU."""
+        if not self.pending_sums:
             return
-        first = self.step - len(self.unseen)
-        sums = self.processes.sum(torch.stack([sums for sums, _ in self.unseen])).tolist()
-        for step, (loss, errors), (_, count) in zip(range(first, self.step), sums, self.unseen, strict=True):
+        first = self.step - len(self.pending_sums)
+        sums = self.processes.sum(torch.stack([sums for sums, _ in self.pending_sums])).tolist()
+        for step, (loss, errors), (_, count) in zip(range(first, self.step), sums, self.pending_sums, strict=True):
             if not math.isfinite(loss):
-                raise TrainingError(self._diverged(f"the loss is {loss}", step))
+                raise TrainingError(self._divergence_message(f"the loss is {loss}", step))
             self.totals.loss += loss
             self.totals.errors += errors
             self.totals.count += count
-        self.unseen.clear()
+        self.pending_sums.clear()
 
-    def _diverged(self, what: str, step: int) -> str:
+    def _divergence_message(self, what: str, step: int) -> str:
         epoch = step // self.train_loader.steps + 1
         return (
-            f"{what} in epoch {epoch}, step {step + 1}, at a learning rate of {self._rate(step):.4g}: nothing of it is"
-            " saved; try a lower --lr or a longer --warmup-epochs, with --resume never if earlier steps broke it"
+            f"{what} in epoch {epoch}, step {step + 1}, at a learning rate of {self._lr(step):.4g}: this state is not"
+            " saved; try a lower --lr or a longer --warmup-epochs, with --resume never if earlier steps diverged"
         )
 
-    # Saving, and going on
+    # Saving and resuming
 
     def save(self) -> None:
-        """Writes a checkpoint; all processes have to call it.
+        """Write a checkpoint. A collective operation: every process must call it.
 
-        Raises: TrainingError: a loss or a weight is not finite, and so nothing is written.
+        Raises:
+            TrainingError: a loss or a weight is not finite; nothing is written.
         """
-        if not self.optimizer.state:  # before the first step that the scaler let pass: there is nothing to lose
+        if not self.optimizer.state:  # no optimizer step was applied yet: there is nothing to save
             return
-        self._see_losses()
-        self.processes.share_buffers(self.model, self.average)
+        self._flush_pending_sums()
+        self.processes.broadcast_buffers(self.model, self.ema_model)
         state = self.state()
         broken = [name for name, value in state["model"].items() if not value.isfinite().all()]
         if self.processes.any(bool(broken)):
-            raise TrainingError(self._diverged(f"{broken[0] if broken else 'a weight'} is not finite", self.step - 1))
-        if self.processes.first:
+            raise TrainingError(
+                self._divergence_message(f"{broken[0] if broken else 'a weight'} is not finite", self.step - 1)
+            )
+        if self.processes.is_main:
             checkpoint.save(state, self.options.out / checkpoint.file_name(self.step))
             checkpoint.prune(self.options.out, self.options.keep)
 
     def state(self) -> dict[str, Any]:
-        """What a run goes on from, in tensors and plain containers; weights and such only in the first process."""
-        model, optimizer = distributed_state.get_state_dict(self.model, self.optimizer, options=WHOLE)
+        """Return the state that a run resumes from, in tensors and plain containers; complete on rank 0 only."""
+        model, optimizer = distributed_state.get_state_dict(self.model, self.optimizer, options=FULL_STATE_OPTIONS)
         average = None
-        if self.average is not None:
-            average = distributed_state.get_model_state_dict(self.average, options=WHOLE)
+        if self.ema_model is not None:
+            average = distributed_state.get_model_state_dict(self.ema_model, options=FULL_STATE_OPTIONS)
         return {
             "settings": self.settings,
             "model": model,
@@ -305,8 +326,8 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        # The first process decides, and if it cannot, all of them have to hear of it.
-        path = self.processes.of_first(self._checkpoint() if self.processes.first else None)
+        # Rank 0 chooses the checkpoint and broadcasts its path, or its error, which then is raised in every process.
+        path = self.processes.broadcast_object(self._checkpoint() if self.processes.is_main else None)
         if isinstance(path, checkpoint.CheckpointError):
             raise path
         if path is None:
@@ -318,10 +339,10 @@ class Trainer:
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
-            options=WHOLE,
+            options=FULL_STATE_OPTIONS,
         )
-        if self.average is not None:
-            distributed_state.set_model_state_dict(self.average, state["average"], options=WHOLE)
+        if self.ema_model is not None:
+            distributed_state.set_model_state_dict(self.ema_model, state["average"], options=FULL_STATE_OPTIONS)
         self.scaler.load_state_dict(state["scaler"])
         if self.processes.rank < len(state["random"]):
             _set_random_state(state["random"][self.processes.rank], self.processes.device)
@@ -329,9 +350,9 @@ class Trainer:
         self.totals = Totals(**state["totals"])
         self.history = state["history"]
         self.started = time.perf_counter() - state["seconds"]
-        if self.processes.first:
-            print(f"going on from {path}: {self.epoch} epochs, {self.step} steps done", flush=True)
-            # What lies ahead is another run's, or damaged: it must not be taken for the newest one.
+        if self.processes.is_main:
+            print(f"resuming from {path}: {self.epoch} epochs, {self.step} steps done", flush=True)
+            # Later checkpoints are of another run, or damaged: they must not be taken for the newest one.
             for ahead in checkpoint.newest_first(self.options.out):
                 if ahead.name > checkpoint.file_name(self.step):
                     ahead.unlink()
@@ -360,11 +381,11 @@ class Trainer:
         if differences:
             raise TrainingError(
                 f"{path} is of a run with other settings ({'; '.join(differences)}): choose another --out, or --resume"
-                " never to start anew"
+                " never to start from scratch"
             )
 
 
-def _sums(loss: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
+def _loss_and_error_sums(loss: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss.detach().double(), (outputs.argmax(1) != labels).sum().double()])
 
 

@@ -1,7 +1,7 @@
-"""Fused convolution, batch norm, addition and ReLU for PyTorch: residual blocks that train faster.
+"""Fused convolution, batch norm, addition and ReLU for PyTorch: residual networks that train and infer faster.
 
-:func:`fuse` and :func:`freeze` are for models that exist, :mod:`fused_res.nn` and :mod:`fused_res.models` for new ones,
-:mod:`fused_res.functional` is what all of these call, and :mod:`fused_res.backends` says who computes.
+:func:`fuse` and :func:`freeze` convert existing models. :mod:`fused_res.nn` and :mod:`fused_res.models` contain modules
+and networks for new ones. All of them call :mod:`fused_res.functional`; :mod:`fused_res.backends` selects the kernels.
 """
 
 from fused_res import backends, env, functional, fusion, models, nn

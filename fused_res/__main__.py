@@ -1,6 +1,7 @@
-"""`python -m fused_res info`: what is available here, how it was built, and if something is missing, why.
+"""Command line: `python -m fused_res info` and `python -m fused_res kernels`.
 
-`python -m fused_res kernels`: the Triton kernels that ship, compiled for any NVIDIA GPU, without one.
+`info` prints versions, the compiled libraries, the backends and the environment variables, with a reason for everything
+that is unavailable. `kernels` compiles the Triton kernels of the AOT manifest for NVIDIA GPUs, without needing one.
 """
 
 import argparse
@@ -24,8 +25,8 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _rows(rows: Iterable[Sequence[str]]) -> str:
-    """Left-aligned columns, the last one as long as it likes."""
+def _format_rows(rows: Iterable[Sequence[str]]) -> str:
+    """Format rows as left-aligned columns; the last column is not padded."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     lines = (
@@ -35,21 +36,21 @@ def _rows(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _versions() -> str:
-    return _rows(
+    return _format_rows(
         [
             ("fused_res", fused_res.__version__),
             ("python", platform.python_version()),
             ("torch", torch.__version__),
             ("triton", _version("triton")),
             ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
-            ("caches", ", ".join(f"{size >> 10} KiB" for size in cpu.caches()) + " (L1 data, L2, L3; 0: unknown)"),
+            ("caches", ", ".join(f"{size >> 10} KiB" for size in cpu.cache_sizes()) + " (L1 data, L2, L3; 0: unknown)"),
         ]
     )
 
 
 def _extension_rows() -> str:
     build = _extension.build_info
-    rows = [("status", "loaded" if _extension.loaded else _extension.reason)]
+    rows = [("status", "loaded" if _extension.loaded else _extension.unavailable_reason)]
     if "torch" in build:
         rows += [
             ("built for", f"torch {build['torch']}, {build['python']}"),
@@ -59,12 +60,12 @@ def _extension_rows() -> str:
         ]
     if _extension.loaded:
         rows.insert(1, ("instruction set", f"{_extension.cpu_isa()}, of {', '.join(build['isas'])}"))
-    return _rows(rows)
+    return _format_rows(rows)
 
 
 def _cuda_rows() -> str:
     library, reason = _extension.cuda_library()
-    build, _ = _extension.inspect(library=_extension.CUDA)
+    build, _ = _extension.read_build_record(library=_extension.CUDA_LIBRARY)
     rows = [("status", str(library or reason))]
     if "torch" in build:
         rows += [
@@ -73,23 +74,25 @@ def _cuda_rows() -> str:
             ("flags", build["flags"]),
             ("architectures", ", ".join(build["architectures"])),
         ]
-    return _rows(rows)
+    return _format_rows(rows)
 
 
 def _backends() -> str:
-    """The registry's table; a reason is long and the same for many cells, so it stands below, once."""
+    """Format the registry's table; each distinct reason is printed once, as a footnote."""
     table = registry.table()
     reasons = list(dict.fromkeys(cell for row in table.values() for cell in row.values() if cell != "yes"))
     rows = [("", *next(iter(table.values())))]
-    for stem, row in table.items():
-        rows.append((stem, *(cell if cell == "yes" else f"no ({reasons.index(cell) + 1})" for cell in row.values())))
-    above = {_extension.reason: "see C++ extension", _extension.cuda_library()[1]: "see CUDA kernels"}
-    below = (above.get(reason, reason) for reason in reasons)
-    return "\n".join([_rows(rows), *(f"  ({number}) {reason}" for number, reason in enumerate(below, 1))])
+    for op_family, row in table.items():
+        rows.append(
+            (op_family, *(cell if cell == "yes" else f"no ({reasons.index(cell) + 1})" for cell in row.values()))
+        )
+    sections = {_extension.unavailable_reason: "see C++ extension", _extension.cuda_library()[1]: "see CUDA kernels"}
+    footnotes = (sections.get(reason, reason) for reason in reasons)
+    return "\n".join([_format_rows(rows), *(f"  ({number}) {reason}" for number, reason in enumerate(footnotes, 1))])
 
 
 def _variables() -> str:
-    return _rows(
+    return _format_rows(
         (
             variable.name,
             (variable.read() or "none") + ("" if os.environ.get(variable.name) else " (default)"),
@@ -100,6 +103,7 @@ def _variables() -> str:
 
 
 def info() -> str:
+    """Return the text that the command `info` prints."""
     return "\n\n".join(
         f"{title}\n{body}"
         for title, body in [
@@ -116,44 +120,52 @@ CAPABILITIES = (80, 90, 100, 120)
 
 
 class CannotCompileError(RuntimeError):
-    """Kernels cannot be compiled here; the message says why."""
+    """Triton cannot compile kernels in this environment; the message contains the reason."""
 
 
 def kernels(capabilities: Iterable[int], ptx: Path | None) -> Iterator[str]:
-    """A table for each compute capability; the code itself goes to the folder ``ptx``, in the table's order."""
-    if triton.interpreting():
-        raise CannotCompileError("TRITON_INTERPRET is set, with which Triton does not compile: unset it")
+    """Compile the kernels of the AOT manifest.
+
+    Args:
+        capabilities: compute capabilities, such as 90.
+        ptx: folder for each kernel's PTX, in the table's order; None writes none.
+
+    Yields:
+        A table of the kernels' resources for each compute capability.
+    """
+    if triton.is_interpreted():
+        raise CannotCompileError("TRITON_INTERPRET is set, so Triton does not compile: unset it")
     try:
-        from fused_res.backends.triton import aot, shipped
+        from fused_res.backends.triton import aot, aot_manifest
     except ImportError as error:
-        raise CannotCompileError(f"Triton is missing: pip install triton ({error})") from error
+        raise CannotCompileError(f"Triton is not installed: pip install triton ({error})") from error
     for capability in capabilities:
-        made = shipped.compile_all(capability)
+        compiled = aot_manifest.compile_all(capability)
         if ptx is not None:
             ptx.mkdir(parents=True, exist_ok=True)
-            for index, one in enumerate(made, 1):
-                (ptx / f"sm_{capability}_{index:03}_{one.name}.ptx").write_text(f"// {one.variant}\n{one.ptx}")
-        registers, shared = max(one.registers for one in made), max(one.shared for one in made)
-        spilling = sum(one.stack > 0 for one in made)
+            for index, kernel in enumerate(compiled, 1):
+                (ptx / f"sm_{capability}_{index:03}_{kernel.name}.ptx").write_text(f"// {kernel.variant}\n{kernel.ptx}")
+        registers, shared = max(kernel.registers for kernel in compiled), max(kernel.shared for kernel in compiled)
+        spilling = sum(kernel.stack > 0 for kernel in compiled)
         yield (
-            f"sm_{capability}: {len(made)} kernels, at most {registers} registers and {shared / 1024:.1f} KiB of"
-            f" shared memory, {spilling or 'none'} with a stack\n{aot.table(made)}"
+            f"sm_{capability}: {len(compiled)} kernels, at most {registers} registers and {shared / 1024:.1f} KiB of"
+            f" shared memory, {spilling or 'none'} with a stack\n{aot.table(compiled)}"
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fused_res", description="What fused_res is, on this machine.")
+    parser = argparse.ArgumentParser(prog="python -m fused_res", description="The state of fused_res on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    about = "what is available here, how it was built, and if something is missing, why and what to type"
+    about = "what is available on this machine, how it was built, and for missing parts the reason and the command"
     commands.add_parser("info", help=about, description=f"Prints {about}.")
-    about = "compiles the Triton kernels that ship, for NVIDIA GPUs that need not be here"
-    compiling = commands.add_parser(
+    about = "compiles the Triton kernels ahead of time for NVIDIA GPUs, without needing one"
+    kernels_parser = commands.add_parser(
         "kernels",
         help=about,
         description=f"C{about[1:]}. Prints a table for each architecture: every kernel's registers, shared memory,"
         " spills and occupancy. Takes minutes.",
     )
-    compiling.add_argument(
+    kernels_parser.add_argument(
         "--sm",
         nargs="+",
         type=int,
@@ -162,15 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="N",
         help=f"compute capabilities, of {', '.join(map(str, CAPABILITIES))} (default: all)",
     )
-    compiling.add_argument(
-        "--ptx", type=Path, metavar="DIR", help="also write each kernel's PTX into this folder (default: nowhere)"
+    kernels_parser.add_argument(
+        "--ptx", type=Path, metavar="DIR", help="also write each kernel's PTX to this folder (default: no PTX)"
     )
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "info":
+    options = parser.parse_args(arguments)
+    if options.command == "info":
         print(info())
         return
     try:
-        for text in kernels(chosen.sm, chosen.ptx):
+        for text in kernels(options.sm, options.ptx):
             print(text, end="\n\n", flush=True)
     except CannotCompileError as error:
         parser.exit(1, f"{error}\n")

@@ -1,8 +1,8 @@
-"""Loads the compiled extension `fused_res._C`, or says why it could not and what to type.
+"""Loader of the compiled extension `fused_res._C`; if it does not load, provides the reason and the build command.
 
-Beside it may lie `_cuda`, the library of CUDA kernels, which whoever wants them opens. The build leaves a record beside
-each of the two (`<library>.json`, written by CMakeLists.txt). It is read first: what was built for another torch must
-not even be opened, because that may crash the interpreter.
+The same folder may contain `_cuda`, the library of CUDA kernels, which the `cuda` backend opens on demand. The build
+writes a record next to each of the two (`<library>.json`, from CMakeLists.txt). The record is read before the library:
+a library that was built for another torch must not be opened, because that may crash the interpreter.
 """
 
 import functools
@@ -18,11 +18,11 @@ import torch
 from fused_res import env
 
 _PACKAGE = Path(__file__).resolve().parent
-_MODULE, CUDA = (f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_C", "_cuda"))
+_MODULE, CUDA_LIBRARY = (f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_C", "_cuda"))
 
 
-def how_to_build(variable: env.Variable = env.CPP, package: Path = _PACKAGE) -> str:
-    """The command that builds what ``variable`` is about, for this kind of installation."""
+def build_command(variable: env.Variable = env.CPP, package: Path = _PACKAGE) -> str:
+    """Return the command that builds the library controlled by ``variable``, for this kind of installation."""
     install = f"{variable.name}=1 pip install --no-build-isolation --no-deps --force-reinstall"
     sources = package.parent
     if (sources / "CMakeLists.txt").exists():
@@ -30,82 +30,100 @@ def how_to_build(variable: env.Variable = env.CPP, package: Path = _PACKAGE) -> 
     return f"{install} FOLDER_OF_THE_FUSED_RES_SOURCES"
 
 
-def inspect(package: Path = _PACKAGE, library: str = _MODULE) -> tuple[dict[str, Any], str]:
-    """The build record in a package's folder, and why its library must not be loaded ("" if it may be)."""
+def read_build_record(package: Path = _PACKAGE, library: str = _MODULE) -> tuple[dict[str, Any], str]:
+    """Read the build record of a library.
+
+    Args:
+        package: folder of the package.
+        library: file name of the library.
+
+    Returns:
+        The record, and the reason why the library must not be loaded, "" if it may be loaded.
+    """
     path = package / library
     record = path.with_suffix(".json")
     if not record.exists():
         others = sorted(one.name for one in package.glob(f"{library.partition('.')[0]}.*.so") if one != path)
-        note = f" (there is {', '.join(others)}, for another Python)" if others else ""
-        if (installed := _hidden(package, record.name)) is not None:
+        note = f" (found {', '.join(others)}, for another Python)" if others else ""
+        if (installed := _shadowed_package(package, record.name)) is not None:
             note = f", but the installed {installed} has: start Python in another folder than {package.parent}"
         return {}, f"{package} has no {record.name}{note}"
     try:
         build_info = json.loads(record.read_text())
     except ValueError as error:
-        return {}, f"the record of its build, {record}, cannot be read ({error})"
+        return {}, f"its build record {record} cannot be read ({error})"
     if "skipped" in build_info:
-        return build_info, f"it was left out when fused_res was installed ({build_info['skipped']})"
+        return build_info, f"it was omitted when fused_res was installed ({build_info['skipped']})"
     if not path.exists():
         return build_info, f"{package} has no {path.name}"
-    if _public(build_info["torch"]) != _public(torch.__version__):
-        return (build_info, f"it was built for torch {build_info['torch']}, and this is torch {torch.__version__}")
+    if _public_version(build_info["torch"]) != _public_version(torch.__version__):
+        return (build_info, f"it was built for torch {build_info['torch']}, but this is torch {torch.__version__}")
     if (cuda := build_info.get("cuda", torch.version.cuda)) != torch.version.cuda:
-        return build_info, f"it was built for CUDA {cuda}, and this torch has CUDA {torch.version.cuda}"
+        return build_info, f"it was built for CUDA {cuda}, but this torch was built for CUDA {torch.version.cuda}"
     return build_info, ""
 
 
-def _hidden(package: Path, file: str) -> Path | None:
-    """The package that Python would have imported, with such a file, had it not been started beside ``package``."""
+def _shadowed_package(package: Path, file: str) -> Path | None:
+    """Return an installed package that contains ``file`` and that ``package`` shadows, or None.
+
+    A package in the folder where Python was started shadows the one in site-packages.
+    """
     others = (Path(folder).resolve() / package.name for folder in sys.path)
     return next((other for other in others if other != package and (other / file).exists()), None)
 
 
-def _public(version: str) -> str:
-    """Without the local part: 2.13.0+cpu and 2.13.0+cu130 offer the same C++ interface for the CPU."""
+def _public_version(version: str) -> str:
+    """Return a version without its local part (PEP 440).
+
+    2.13.0+cpu and 2.13.0+cu130 have the same C++ ABI for the CPU.
+    """
     return version.partition("+")[0]
 
 
 def _load() -> tuple[Any, dict[str, Any], str]:
-    build_info, why_not = inspect()
-    if why_not:
-        return None, build_info, why_not
+    build_info, reason = read_build_record()
+    if reason:
+        return None, build_info, reason
     try:
         return importlib.import_module("fused_res._C"), build_info, ""
     except ImportError as error:
         return None, build_info, f"it could not be opened ({error})"
 
 
-_module, build_info, _why_not = _load()
+_module, build_info, _reason = _load()
 loaded = _module is not None
-reason = "" if loaded else f"the C++ extension is not loaded: {_why_not}. To build it: {how_to_build()}"
+unavailable_reason = "" if loaded else f"the C++ extension is not loaded: {_reason}. To build it: {build_command()}"
 
 if loaded:
     try:
         _module.set_cpu_isa(env.CPU_ISA.read())
-    except ValueError as error:  # asked for by name: not a reason to take another one
+    except ValueError as error:  # the instruction set was requested by name: no fallback to another one
         raise ValueError(f"{env.CPU_ISA.name}: {error}") from None
 
-#: The C++ module, None if it is not loaded; csrc/library.cpp documents the facts of the kernels that it exposes.
+#: The C++ module, None if it is not loaded; csrc/library.cpp documents the properties of the kernels that it exposes.
 cpp = _module
 
 
-def _required() -> Any:
+def _require_module() -> Any:
+    """Return the C++ module; raise RuntimeError if it is not loaded."""
     if not loaded:
-        raise RuntimeError(reason)
+        raise RuntimeError(unavailable_reason)
     return _module
 
 
 def set_output_cache(megabytes: int) -> None:
-    """How many MB of freed outputs the C++ kernels keep for their next ones; what is kept beyond that is freed now.
+    """Set the capacity of the C++ kernels' cache of freed output buffers; free the buffers beyond it.
+
+    Args:
+        megabytes: capacity in MB, a non-negative integer; 0 disables the cache.
 
     Raises:
-        ValueError: ``megabytes`` is no whole number, or below 0.
+        ValueError: ``megabytes`` is not a non-negative integer.
         RuntimeError: the C++ extension is not loaded.
     """
-    module = _required()
+    module = _require_module()
     if not isinstance(megabytes, int) or not 0 <= megabytes <= 1 << 30:
-        raise ValueError(f"megabytes must be a whole number, 0 or more, got {megabytes!r}")
+        raise ValueError(f"megabytes must be a non-negative integer, got {megabytes!r}")
     module.set_output_cache(megabytes << 20)
 
 
@@ -114,24 +132,36 @@ if loaded:
 
 
 def output_cache_bytes() -> int:
-    """Bytes of freed outputs kept at this moment. Raises RuntimeError where the C++ extension is not loaded."""
-    return int(_required().output_cache_bytes())
+    """Return the size in bytes of the C++ kernels' cache of freed output buffers.
+
+    Raises:
+        RuntimeError: the C++ extension is not loaded.
+    """
+    return int(_require_module().output_cache_bytes())
 
 
 def cpu_isa() -> str:
-    """The instruction set that the C++ kernels use."""
-    return str(_required().cpu_isa())
+    """Return the instruction set that the C++ kernels use."""
+    return str(_require_module().cpu_isa())
 
 
 def fma_peak(threads: int) -> float:
-    """FLOP/s of float32 multiply-adds in registers, measured in so many threads."""
-    return float(_required().fma_peak(threads))
+    """Measure the peak FLOP/s of float32 fused multiply-adds on registers.
+
+    Args:
+        threads: number of threads.
+    """
+    return float(_require_module().fma_peak(threads))
 
 
 @functools.cache
 def cuda_library() -> tuple[Path | None, str]:
-    """The library of CUDA kernels, for ``torch.ops.load_library``, or why there is none to load."""
-    _, why_not = inspect(library=CUDA)
-    if why_not:
-        return None, f"the library of CUDA kernels is not there: {why_not}. To build it: {how_to_build(env.CUDA)}"
-    return _PACKAGE / CUDA, ""
+    """Return the path of the library of CUDA kernels, for ``torch.ops.load_library``.
+
+    Returns:
+        The path, or None; and the reason why there is no usable library, or "".
+    """
+    _, reason = read_build_record(library=CUDA_LIBRARY)
+    if reason:
+        return None, f"the library of CUDA kernels is unavailable: {reason}. To build it: {build_command(env.CUDA)}"
+    return _PACKAGE / CUDA_LIBRARY, ""

@@ -1,6 +1,6 @@
-"""Every private or version-dependent name of PyTorch that fused_res uses, for torch 2.11 and newer.
+"""Wrappers for all private and version-dependent PyTorch APIs that fused_res uses, for torch 2.11 and newer.
 
-What each stands for is said here; nothing else in the package refers to an underscore of torch's.
+No other module of the package uses a private name of torch.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ _Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# What observes or transforms the computation
+# Dispatch modes, transforms, tracers and hooks
 
 
-def is_observed() -> bool:
-    """Whether a dispatch mode (fake tensors, a FLOP counter, a profiler of operators) sees every operator."""
+def has_torch_dispatch_mode() -> bool:
+    """Return whether a ``__torch_dispatch__`` mode (fake tensors, a FLOP counter, ...) intercepts every operator."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_transformed() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
+    """Return whether a ``torch.func`` transform or forward-mode differentiation is active."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
-def is_functorch() -> bool:
-    """Whether a ``torch.func`` transform is active."""
+def is_functorch_active() -> bool:
+    """Return whether a ``torch.func`` transform is active."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def is_jit_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records the call."""
+    """Return whether ``torch.jit.trace`` is recording."""
     return torch._C._get_tracing_state() is not None
 
 
 def is_fx_proxy(value: object) -> bool:
-    """Whether ``torch.fx.symbolic_trace`` records the call."""
+    """Return whether ``value`` is a proxy, so that ``torch.fx.symbolic_trace`` is recording."""
     return isinstance(value, torch.fx.Proxy)
 
 
 def is_in_backward() -> bool:
-    """Whether autograd's engine runs this code."""
+    """Return whether autograd's engine runs this code."""
     return torch._C._current_graph_task_id() != -1
 
 
 def has_global_module_hooks() -> bool:
-    """Whether a hook is registered on all modules."""
+    """Return whether a global hook, which applies to all modules, is registered."""
     return bool(
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks
@@ -69,10 +69,10 @@ def has_global_module_hooks() -> bool:
     )
 
 
-def constant_while_compiling(function: F) -> F:
-    """Marks a function whose result Dynamo takes as a constant, computed once a trace from constant arguments.
+def assume_constant_result(function: F) -> F:
+    """Mark a function whose result Dynamo treats as a constant, evaluated once per trace from constant arguments.
 
-    ``torch.compiler.assume_constant_result`` does this, and imports Dynamo, which takes seconds.
+    ``torch.compiler.assume_constant_result`` does the same, but imports Dynamo, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -82,24 +82,26 @@ def constant_while_compiling(function: F) -> F:
 
 
 def resolve_process_group(name: str) -> ProcessGroup:
+    """Return the process group with this name."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
 def all_gather_single(output: Tensor, input: Tensor, group: ProcessGroup) -> None:
-    """Gathers equal tensors into one; before torch 2.13 it was called ``all_gather_into_tensor``."""
+    """All-gather equally shaped tensors into one; before torch 2.13 the name was ``all_gather_into_tensor``."""
     gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
     gather(output, input, group=group)
 
 
-# Foreach kernels, which optimizers use
+# Multi-tensor (foreach) kernels
 
 
-def add_in_place(tensors: list[Tensor], number: float) -> None:
+def foreach_add_(tensors: list[Tensor], number: float) -> None:
+    """Add a number to every tensor in place."""
     torch._foreach_add_(tensors, number)
 
 
-def average_in_place(running: list[Tensor], new: list[Tensor], momentum: Sequence[float]) -> None:
-    """``running = (1 - momentum) * running + momentum * new``, tensor by tensor."""
+def foreach_lerp_(running: list[Tensor], new: list[Tensor], momentum: Sequence[float]) -> None:
+    """Compute ``running = (1 - momentum) * running + momentum * new`` in place, with one momentum per tensor."""
     torch._foreach_mul_(running, [1 - weight for weight in momentum])
     torch._foreach_add_(running, torch._foreach_mul(new, [*momentum]))
 
@@ -108,19 +110,22 @@ def average_in_place(running: list[Tensor], new: list[Tensor], momentum: Sequenc
 
 
 def mkldnn_enabled() -> bool:
+    """Return whether ``torch.backends.mkldnn`` is enabled."""
     return bool(torch._C._get_mkldnn_enabled())
 
 
-def mkldnn_computes_bf16() -> bool:
+def mkldnn_supports_bf16() -> bool:
+    """Return whether oneDNN supports bfloat16 on this processor."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def mkldnn_computes_fp16() -> bool:
+def mkldnn_supports_fp16() -> bool:
+    """Return whether oneDNN supports float16 on this processor."""
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def mkldnn_reorder_weight(weight: Tensor, geometry: _Geometry, input_size: Sequence[int]) -> Tensor:
-    """``weight`` in oneDNN's blocked format for an input of this size."""
+    """Return ``weight`` reordered to oneDNN's blocked memory format for an input of this size."""
     stride, padding, dilation, groups = geometry
     reorder = torch.ops.mkldnn._reorder_convolution_weight.default
     return reorder(weight, padding, stride, dilation, groups, list(input_size))
@@ -129,7 +134,7 @@ def mkldnn_reorder_weight(weight: Tensor, geometry: _Geometry, input_size: Seque
 def mkldnn_convolution(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, activation: str
 ) -> Tensor:
-    """A convolution with ``activation``, ``"relu"`` or ``"none"``, in its epilogue."""
+    """Run oneDNN's convolution with ``activation``, ``"relu"`` or ``"none"``, in its epilogue."""
     stride, padding, dilation, groups = geometry
     convolve = torch.ops.mkldnn._convolution_pointwise.default
     return convolve(input, weight, bias, padding, stride, dilation, groups, activation, [], None)

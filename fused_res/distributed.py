@@ -1,9 +1,9 @@
-"""What several processes tell each other between the halves of a batch norm.
+"""Collectives of synchronized batch norm: all-gather of partial statistics in forward, all-reduce of sums in backward.
 
-Forward, each sends the count, mean and M2 of its part of the batch, and gets everybody's; backward, its sums of the
-gradient, and gets the total: O(C) numbers each way, however large the batch. Any backend of ``torch.distributed`` will
-do, gloo on the CPU as well as NCCL. Groups travel by name, because the operators that ``torch.compile`` sees take no
-objects; the empty name stands for no group.
+Forward gathers the partial statistics (count, mean, M2) of every process's shard of the batch, which are then merged
+(Chan, Golub, LeVeque 1979). Backward adds the reductions of the gradient. Either transfers O(C) numbers, whatever the
+batch size. Any backend of ``torch.distributed`` is supported, including gloo on the CPU and NCCL. Groups are passed by
+name, because operators accept no Python objects; the empty name means no group.
 """
 
 from __future__ import annotations
@@ -35,16 +35,22 @@ ops.define(
 )
 
 
-def others(group: ProcessGroup | None) -> ProcessGroup | None:
-    """``group``, or for None the group of all processes; None where that is this process alone."""
+def multi_process_group(group: ProcessGroup | None) -> ProcessGroup | None:
+    """Return ``group``, or the default group for None; return None if the group has only this process."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if group is None else group
     return group if dist.get_world_size(group) > 1 else None
 
 
-def name_of(group: ProcessGroup | None) -> str:
-    """Empty for None, a group of one, and in the processes that a group leaves out; raises TypeError for no group."""
+def process_group_name(group: ProcessGroup | None) -> str:
+    """Return the name of a group with more than one process, "" otherwise.
+
+    The name is "" for None, for a group of one process, and in a process that is not a member of the group.
+
+    Raises:
+        TypeError: ``group`` is not a process group.
+    """
     if isinstance(group, ProcessGroup):
         return "" if dist.get_world_size(group) < 2 else group.group_name
     check_group(group)
@@ -52,29 +58,31 @@ def name_of(group: ProcessGroup | None) -> str:
 
 
 def check_group(group: ProcessGroup | None) -> None:
-    """Raises TypeError unless it is a group, None, or what stands for one in the processes that it leaves out."""
+    """Raise TypeError unless ``group`` is a process group, None, or torch's placeholder in non-member processes."""
     if not (group is None or isinstance(group, ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
 
 
 def _gather_partials(partials: Tensor, group: str) -> Tensor:
     processes = resolve_process_group(group)
-    own = partials if partials.shape[0] == 1 else merge_partials(partials)
-    everyones = own.new_empty((processes.size(), *own.shape[1:]))
-    all_gather_single(everyones, own.contiguous(), processes)
-    if everyones.is_cpu and everyones.shape[2] and not everyones[:, 0, 0].any():
-        raise ValueError("input is empty in every process of the group: there is nothing to take statistics of")
-    return everyones
+    local = partials if partials.shape[0] == 1 else merge_partials(partials)
+    gathered = local.new_empty((processes.size(), *local.shape[1:]))
+    all_gather_single(gathered, local.contiguous(), processes)
+    if gathered.is_cpu and gathered.shape[2] and not gathered[:, 0, 0].any():
+        raise ValueError("input must not be empty in every process of the group: batch statistics need values")
+    return gathered
 
 
 def _total_sums(sums: Tensor, count: int, group: str) -> Tensor:
-    told = torch.cat((sums.flatten(), sums.new_full((1,), count)))
-    dist.all_reduce(told, group=resolve_process_group(group))
-    return told[:-1].view_as(sums) * (count / told[-1])
+    reduced = torch.cat((sums.flatten(), sums.new_full((1,), count)))
+    dist.all_reduce(reduced, group=resolve_process_group(group))
+    return reduced[:-1].view_as(sums) * (count / reduced[-1])
 
 
-#: Partials ``(P, 3, C)`` of every process, one part each, in the order of their ranks: for ``merge_stats``.
-gather_partials = ops.operator("fused_res_distributed", "gather_partials", _gather_partials, "CPU", "CUDA")
-#: The sums of all processes, scaled by this one's share of all values: a kernel that divides by this one's ``count``,
-#: as for a batch of its own, then has the mean over everybody's.
-total_sums = ops.operator("fused_res_distributed", "total_sums", _total_sums, "CPU", "CUDA")
+#: Partial statistics ``(P, 3, C)`` of the P processes, in rank order; the input of ``merge_stats``.
+gather_partials = ops.register_python_operator(
+    "fused_res_distributed", "gather_partials", _gather_partials, "CPU", "CUDA"
+)
+#: The sums over all processes, scaled by the local share ``count / total count``: a kernel that divides by the local
+#: ``count``, as in single-process training, then computes the mean over the values of all processes.
+total_sums = ops.register_python_operator("fused_res_distributed", "total_sums", _total_sums, "CPU", "CUDA")

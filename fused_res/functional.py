@@ -1,7 +1,8 @@
-"""The public functions: they check arguments once, raise clear errors, and choose who computes.
+"""Functional interface: validates the arguments and dispatches to a backend's kernels.
 
-All run under autograd (but :func:`conv_bias_act`, which is for inference), autocast, ``torch.compile``, and under
-``torch.func`` transforms, where plain PyTorch computes. Numbers per channel are ``(C,)``; shapes are ``(N, C, ...)``.
+All functions support autocast, ``torch.compile`` and autograd, except :func:`conv_bias_act`, which is for inference.
+Under ``torch.func`` transforms and forward-mode differentiation they run as plain PyTorch. Shapes are ``(N, C, ...)``;
+per-channel vectors have shape ``(C,)``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fused_res import _torch_compat, distributed
 from fused_res.autograd.batch_norm_act import BatchNormAct, affine_stats
 from fused_res.autograd.batch_norm_act import forward as batch_norm_act_forward
-from fused_res.autograd.residual_block import ResidualBlock, traceable
+from fused_res.autograd.residual_block import ResidualBlock, opaque_residual_block
 from fused_res.backends import registry
 from fused_res.backends.reference import batch_norm_act as reference_norm
 from fused_res.backends.reference import residual_block as reference_block
@@ -37,11 +38,11 @@ from fused_res.ops.checks import (
     check_residual,
 )
 from fused_res.ops.memory_format import is_channels_last
-from fused_res.spec import BlockSpec, by_unit
+from fused_res.spec import BlockSpec, group_by_unit
 
 __all__ = ["batch_norm_act", "conv_bias_act", "residual_block"]
 
-#: The plan that a block ran last, by its first weight: for people to read.
+#: The plan that each block ran last, keyed by its first weight; for inspection by users and benchmarks.
 last_plan: MutableMapping[Any, Plan] = WeakTensorKeyDictionary()
 
 
@@ -62,36 +63,38 @@ def batch_norm_act(
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``activation(batch_norm(input) [+ residual])`` in one pass behind the statistics.
+    """Compute ``activation(batch_norm(input) [+ residual])``; normalization, addition and activation are one pass.
 
-    As ``torch.nn.functional.batch_norm`` followed by an addition and a ReLU, with the same running statistics and
-    gradients (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167), rounded to ``input``'s dtype once, at the end.
-    With ``residual_scale`` and ``residual_shift`` it is ``residual * residual_scale + residual_shift`` that is added.
+    Equivalent to ``torch.nn.functional.batch_norm`` followed by an addition and a ReLU, with the same running
+    statistics and gradients (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167). The result is rounded to
+    ``input``'s dtype once, at the end. With ``residual_scale`` and ``residual_shift`` the added value is
+    ``residual * residual_scale + residual_shift``.
 
     Args:
-        input: ``(N, C, ...)`` with 2 to 5 dimensions, float32, float64, bfloat16 or float16; any strides, without a
-            copy when contiguous or channels_last.
-        running_mean, running_var: ``(C,)``; updated in place when ``training``, needed when not.
-        weight, bias: ``(C,)``, float32 or of ``input``'s dtype; None stands for ones and zeros.
-        residual: of ``input``'s shape, dtype and device, in any memory format.
-        training: normalise with the statistics of the batch.
+        input: tensor ``(N, C, ...)`` with 2 to 5 dimensions, float32, float64, bfloat16 or float16; any strides,
+            without a copy if contiguous or channels_last.
+        running_mean, running_var: running statistics ``(C,)``; updated in place if ``training``, required otherwise.
+        weight, bias: scale and shift ``(C,)``, float32 or ``input``'s dtype; None means ones and zeros.
+        residual: tensor of ``input``'s shape, dtype and device, in any memory format.
+        training: whether to normalize with the statistics of the batch.
         momentum: weight of the new batch in the running statistics.
-        eps: added to the variance; above 0 when ``training``.
+        eps: constant that is added to the variance; positive if ``training``.
         activation: ``"relu"`` or ``"identity"``.
-        residual_scale, residual_shift: ``(C,)``, float32 or of ``input``'s dtype; both or neither, and with a residual.
-        process_group: the batch is that of all its processes, each of which calls this with its part, of any number
-            of images, none at all included; None: this process's alone. Gradients of ``weight`` and ``bias`` are those
-            of the own part.
-        backend: see :mod:`fused_res.backends`.
+        residual_scale, residual_shift: per-channel scale and shift ``(C,)`` of the residual, float32 or ``input``'s
+            dtype; both or neither, and only with a residual.
+        process_group: process group whose processes share batch statistics; each calls this function with its shard of
+            the batch, which may be empty. None: the statistics of this process only. Gradients of ``weight`` and
+            ``bias`` are those of the local shard.
+        backend: backend name, see :mod:`fused_res.backends`.
 
     Returns:
-        A tensor of ``input``'s shape, dtype and memory format. Statistics are float32 (float64 for float64).
+        A tensor of ``input``'s shape, dtype and memory format. Statistics are float32, or float64 for a float64 input.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; nothing has been written then.
-        BackendUnavailableError: a backend asked for by name cannot run here.
+        ValueError, TypeError: an argument is invalid; no tensor has been modified.
+        BackendUnavailableError: the named backend is not available on this machine.
     """
-    group = distributed.name_of(process_group) if training else ""
+    group = distributed.process_group_name(process_group) if training else ""
     check_norm(input, running_mean, running_var, weight, bias, training, not group, eps)
     check_residual(input, residual, residual_scale, residual_shift)
     check_momentum(momentum)
@@ -100,7 +103,7 @@ def batch_norm_act(
     relu = activation == "relu"
     tensors = (input, residual, weight, bias, residual_scale, residual_shift)
     if _needs_reference(tensors):
-        _check_alone(group)
+        _check_no_process_group(group)
         norm = input, running_mean, running_var, weight, bias, residual, training, eps, relu
         output, mean, var = reference_norm.batch_norm_act(*norm, residual_scale, residual_shift)
         stats = torch.stack((mean, mean, mean, mean, var))
@@ -114,7 +117,7 @@ def batch_norm_act(
             kernels, group, input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps,
             relu, False,
         )  # fmt: skip
-    if training and running_mean is not None and (input.numel() or group) and not recomputing():
+    if training and running_mean is not None and (input.numel() or group) and not is_recomputing():
         kernels.update_running_stats([running_mean], [running_var], [stats], [momentum])
     return output
 
@@ -131,35 +134,35 @@ def residual_block(
     backend: str = "auto",
     tune: bool = False,
 ) -> Tensor:
-    """A chain of convolution, batch norm and activation with an optional shortcut, as one step of autograd.
+    """Compute a residual block: a chain of conv-BN-act units plus an optional shortcut, as one autograd node.
 
-    ``activation(bn(conv(... input ...)) + shortcut(input))``, the residual block of He et al. (2015),
-    https://arxiv.org/abs/1512.03385, with as many units as ``spec`` has. Under autocast, ``input`` and the
-    convolutions' tensors are cast as the stock modules would cast them; norms keep their float32 parameters.
+    The result is ``activation(bn(conv(... input ...)) + shortcut(input))``, the residual block of He et al. (2015),
+    https://arxiv.org/abs/1512.03385, with the units of ``spec``. Under autocast, ``input`` and the convolutions'
+    tensors are cast as the stock modules would cast them; norms keep their float32 parameters.
 
     Args:
-        input: ``(N, C, ...)``, float32, float64, bfloat16 or float16; channels_last is fastest.
-        spec: what the block is; its units have as many spatial dimensions as ``input``.
-        tensors: a list or tuple, flat, in the order of :meth:`fused_res.BlockSpec.tensor_names`: of each unit the
-            convolution's weight ``(K, C / groups, ...)`` and bias ``(K,)``, both of ``input``'s dtype, and the norm's
-            weight, bias, running mean and running variance, ``(K,)``, float32 or of ``input``'s dtype. All but the
-            first may be None; running statistics only where ``training``, which updates them in place.
-        training: whether norms use the statistics of the batch; one value, or one for each unit (projection last).
-        momentum: weight of the new batch in the running statistics; one value, or one for each unit.
-        recompute: ``"none"`` keeps what makes backward fastest; ``"norm"`` keeps only the convolutions' raw outputs and
-            normalises again in backward; ``"conv"`` also runs a bottleneck's last 1x1 convolution and a projection's
-            convolution again.
-        process_group: as in :func:`batch_norm_act`, for all units that are training.
-        backend: see :mod:`fused_res.backends`.
-        tune: measure, on first use of a shape, which algorithms of the backend's list are fastest for its convolutions,
-            and select those; ``torch.backends.cudnn.benchmark`` requests it as well.
+        input: tensor ``(N, C, ...)``, float32, float64, bfloat16 or float16; channels_last is fastest.
+        spec: the block's specification; its units have as many spatial dimensions as ``input``.
+        tensors: flat list or tuple in the order of :meth:`fused_res.BlockSpec.tensor_names`. Each unit has its
+            convolution's weight ``(K, C / groups, ...)`` and bias ``(K,)``, both of ``input``'s dtype, and its norm's
+            weight, bias, running mean and running variance, all ``(K,)``, float32 or ``input``'s dtype. All but the
+            convolution's weight may be None, the running statistics only if ``training``, which updates them in place.
+        training: whether norms use the statistics of the batch; one value, or one per unit (projection last).
+        momentum: weight of the new batch in the running statistics; one value, or one per unit.
+        recompute: recompute level. ``"none"`` saves everything that backward would otherwise recompute; ``"norm"``
+            saves only the convolutions' raw outputs and recomputes the activations in backward; ``"conv"`` also
+            recomputes a bottleneck's last 1x1 convolution and the projection's convolution.
+        process_group: as in :func:`batch_norm_act`, for all units in training mode.
+        backend: backend name, see :mod:`fused_res.backends`.
+        tune: whether to select algorithms by measurement: the first use of a shape times the backend's algorithms for
+            its convolutions and selects the fastest; ``torch.backends.cudnn.benchmark`` has the same effect on CUDA.
 
     Returns:
-        The block's output ``(N, K, ...)``, of ``input``'s dtype, under autocast of its dtype.
+        The block's output ``(N, K, ...)``, of ``input``'s dtype, or of autocast's dtype under autocast.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; nothing has been written then.
-        BackendUnavailableError: a backend asked for by name cannot run here.
+        ValueError, TypeError: an argument is invalid; no tensor has been modified.
+        BackendUnavailableError: the named backend is not available on this machine.
     """
     check_input(input)
     if not isinstance(spec, BlockSpec):
@@ -168,51 +171,55 @@ def residual_block(
         raise TypeError(f"tensors must be a list or tuple, got {type(tensors).__name__}")
     batch_statistics = spec.per_unit(training, "training")
     if batch_statistics.count(True) + batch_statistics.count(False) != len(batch_statistics):
-        raise TypeError(f"training must be True or False, or one of them for each unit, got {training!r}")
+        raise TypeError(f"training must be True or False, or one of them per unit, got {training!r}")
     check_recompute(recompute)
     momenta = spec.per_unit(momentum, "momentum") if True in batch_statistics else ()
-    for one in momenta:
-        check_momentum(one)
-    group = distributed.name_of(process_group) if True in batch_statistics else ""
+    for value in momenta:
+        check_momentum(value)
+    group = distributed.process_group_name(process_group) if True in batch_statistics else ""
     kernels = registry.resolve(backend, input.device)
     weight, dtype = tensors[0] if tensors else None, autocast_dtype(input)
-    if dtype is not None or torch.compiler.is_compiling():  # else the plan finds out, at no cost
+    if dtype is not None or torch.compiler.is_compiling():  # otherwise planning detects non-tensors at no extra cost
         check_tensors(spec, tensors)
-    if dtype is not None and input.dtype != torch.float64:  # as autocast does
+    if dtype is not None and input.dtype != torch.float64:  # autocast does not cast float64
         input = input.to(dtype)
-        convolutions = [(t if t is None else t.to(dtype) for t in unit[:2]) for unit in by_unit(tensors)]
-        tensors = [t for own, unit in zip(convolutions, by_unit(tensors), strict=True) for t in (*own, *unit.norm)]
+        convolutions = [(t if t is None else t.to(dtype) for t in unit[:2]) for unit in group_by_unit(tensors)]
+        tensors = [
+            t for conv, unit in zip(convolutions, group_by_unit(tensors), strict=True) for t in (*conv, *unit.norm)
+        ]
 
-    preference = registry.convolution(backend)
+    preference = registry.conv_preference(backend)
     config = BlockConfig(spec, batch_statistics, kernels.name, recompute, preference, group)
     stats: Sequence[Any]
     if _needs_reference((input, *tensors)):
-        _check_alone(group)
+        _check_no_process_group(group)
         plan(config, input, tensors)
         output, means, variances = reference_block.residual_block(input, spec, tensors, batch_statistics)
         stats = [torch.stack((mean, mean, mean, mean, var)) for mean, var in zip(means, variances, strict=True)]
     elif torch.compiler.is_compiling():
-        output, stats = traceable(config, input, tensors)
+        output, stats = opaque_residual_block(config, input, tensors)
     else:
-        made = plan(config, input, tensors)
-        if _tunes(input, tune, preference):
+        block_plan = plan(config, input, tensors)
+        if _should_tune(input, tune, preference):
             from fused_res.dispatch import tuning
 
             measured = (
-                tuning.training(kernels, unit.problem, unit.reads != "x", unit.training, input.device)
-                for unit in made.all_units
+                tuning.tuned_training_algorithms(
+                    kernels, unit.problem, unit.input_name != "x", unit.training, input.device
+                )
+                for unit in block_plan.all_units
             )
-            made = plan(config, input, tensors, None, tuple(measured))
-        if made.grad:
-            output, *stats = ResidualBlock.apply(made, input, *tensors)
+            block_plan = plan(config, input, tensors, None, tuple(measured))
+        if block_plan.needs_backward:
+            output, *stats = ResidualBlock.apply(block_plan, input, *tensors)
         else:
-            slots: list[Any] = made.run_forward(kernels, input, tensors)
-            output, *stats = (slots[slot] for slot in (*made.forward.results, *made.stats))
-        last_plan[weight] = made
+            slots: list[Any] = block_plan.run_forward(kernels, input, tensors)
+            output, *stats = (slots[slot] for slot in (*block_plan.forward.results, *block_plan.stats_slots))
+        last_plan[weight] = block_plan
 
-    if True in batch_statistics and (output.numel() or group) and not recomputing():
-        owned = zip(by_unit(tensors), batch_statistics, stats, momenta, strict=True)
-        updated = [unit for unit in owned if unit[1] and unit[0].running_mean is not None]
+    if True in batch_statistics and (output.numel() or group) and not is_recomputing():
+        per_unit = zip(group_by_unit(tensors), batch_statistics, stats, momenta, strict=True)
+        updated = [unit for unit in per_unit if unit[1] and unit[0].running_mean is not None]
         if updated:
             kernels.update_running_stats(
                 [unit.running_mean for unit, *_ in updated],
@@ -236,30 +243,32 @@ def conv_bias_act(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """``activation(conv(input, weight) + bias [+ residual])`` as one kernel, for inference.
+    """Compute ``activation(conv(input, weight) + bias [+ residual])`` as one kernel, for inference.
 
-    With a batch norm folded into ``weight`` and ``bias`` this is all that a trained residual network consists of;
-    :func:`fused_res.freeze` does the folding. Under autocast all arguments are cast as those of
-    :func:`torch.nn.functional.conv2d` are.
+    With every batch norm folded into its convolution's ``weight`` and ``bias``, a trained residual network consists of
+    these operations; :func:`fused_res.freeze` folds the norms. Under autocast the arguments are cast as those of
+    :func:`torch.nn.functional.conv2d`.
 
     Args:
-        input: ``(N, C, ...)`` with 3 to 5 dimensions, float32, float64, bfloat16 or float16; channels_last is fastest.
-        weight: ``(K, C / groups, ...)``, of ``input``'s dtype.
-        bias: ``(K,)``, of ``input``'s dtype.
-        residual: of the output's shape, ``input``'s dtype, in any memory format.
-        stride, dilation: one number, or one for each spatial dimension.
-        padding: likewise, or ``"valid"``, or ``"same"`` where that is as much on both sides.
-        groups: of the convolution.
+        input: tensor ``(N, C, ...)`` with 3 to 5 dimensions, float32, float64, bfloat16 or float16; channels_last is
+            fastest.
+        weight: filter ``(K, C / groups, ...)``, of ``input``'s dtype.
+        bias: bias ``(K,)``, of ``input``'s dtype.
+        residual: tensor of the output's shape and ``input``'s dtype, in any memory format.
+        stride, dilation: one integer, or one per spatial dimension.
+        padding: one integer, or one per spatial dimension, or ``"valid"``, or ``"same"`` if that is the same padding on
+            both sides.
+        groups: number of convolution groups.
         activation: ``"relu"`` or ``"identity"``.
-        backend: see :mod:`fused_res.backends`.
+        backend: backend name, see :mod:`fused_res.backends`.
 
     Returns:
         A tensor of ``input``'s dtype, channels_last if ``input`` or ``weight`` is.
 
     Raises:
-        RuntimeError: grad mode is on and an argument requires a gradient.
-        ValueError, TypeError: an argument does not fit.
-        BackendUnavailableError: a backend asked for by name cannot run here.
+        RuntimeError: grad mode is enabled and an argument requires a gradient.
+        ValueError, TypeError: an argument is invalid.
+        BackendUnavailableError: the named backend is not available on this machine.
     """
     return packed_conv_bias_act(
         input, weight, bias, residual, stride, padding, dilation, groups, activation, backend, None
@@ -277,9 +286,13 @@ def packed_conv_bias_act(
     groups: int,
     activation: str,
     backend: str,
-    keep: registry.Keep | None,
+    get_weight: registry.WeightGetter | None,
 ) -> Tensor:
-    """:func:`conv_bias_act` for a caller who can ``keep`` the weight packed: see :func:`registry.infer`."""
+    """Compute :func:`conv_bias_act` for a caller that caches the packed weight.
+
+    Args:
+        get_weight: see :func:`fused_res.backends.registry.dispatch_conv_bias_act`; None packs the weight on every call.
+    """
     check_input(input)
     check_activation(activation)
     if (dtype := autocast_dtype(input)) is not None:
@@ -290,12 +303,12 @@ def packed_conv_bias_act(
         for name, tensor in (("input", input), ("weight", weight), ("bias", bias), ("residual", residual)):
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
-                    f"conv_bias_act is for inference, and {name} requires a gradient: call it under"
-                    " torch.inference_mode() or torch.no_grad(), or train with the convolution and the batch norm apart"
+                    f"conv_bias_act is for inference, but {name} requires a gradient: call it under"
+                    " torch.inference_mode() or torch.no_grad(), or train with separate convolution and batch norm"
                 )
     kernels = registry.resolve(backend, input.device)
-    preference, relu = registry.convolution(backend), activation == "relu"
-    # The reference's float32 is not to be cast again.
+    preference, relu = registry.conv_preference(backend), activation == "relu"
+    # The arguments are cast already; autocast must not cast the float32 intermediates of the reference.
     with torch.autocast(input.device.type, enabled=False) if dtype is not None else contextlib.nullcontext():
         if _needs_reference((input, weight, bias, residual)):
             reference = registry.resolve("reference", input.device)
@@ -305,21 +318,23 @@ def packed_conv_bias_act(
                 kernels, tuple(weight.shape), geometry, input.dtype, is_channels_last(input), preference
             )
             if aten:
-                return convolution.bias_act(input, weight, bias, residual, geometry, relu)
+                return convolution.aten_conv_bias_act(input, weight, bias, residual, geometry, relu)
             return kernels.conv_bias_act(input, weight, bias, residual, *geometry, relu)
         measured: Any = None
-        if _tunes(input, False, preference):
-            from fused_res.dispatch.tuning import inference as measured
-        return registry.infer(kernels, input, weight, bias, residual, geometry, relu, preference, keep, measured)
+        if _should_tune(input, False, preference):
+            from fused_res.dispatch.tuning import tuned_inference_algorithm as measured
+        return registry.dispatch_conv_bias_act(
+            kernels, input, weight, bias, residual, geometry, relu, preference, get_weight, measured
+        )
 
 
-def _tunes(input: Tensor, tune: bool, preference: str) -> bool:
-    """Whether a convolution of this input runs the measured algorithms."""
+def _should_tune(input: Tensor, tune: bool, preference: str) -> bool:
+    """Return whether a convolution of this input selects its algorithm by measurement."""
     return (tune or (torch.backends.cudnn.benchmark and input.is_cuda)) and preference == "planned"
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """What autocast would cast to; None where it is off, or where there is none (meta tensors)."""
+    """Return the dtype that autocast casts to; None if autocast is disabled, or for meta tensors, which have none."""
     device = "cpu" if input.is_cpu else input.device.type
     return torch.get_autocast_dtype(device) if not input.is_meta and torch.is_autocast_enabled(device) else None
 
@@ -328,23 +343,22 @@ def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
     return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def recomputing() -> bool:
-    """Whether autograd is running this code in a backward pass: activation checkpointing makes outputs again.
+def is_recomputing() -> bool:
+    """Return whether autograd's engine runs this code, so that activation checkpointing recomputes a forward.
 
-    Running statistics and batch counters took this batch in already, when it went forward.
+    The original forward has already updated running statistics and batch counters with this batch.
     """
     return not torch.compiler.is_compiling() and _torch_compat.is_in_backward()
 
 
 def _needs_reference(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether something looks into the computation that an opaque kernel would not let through."""
+    """Return whether a transform is active that opaque kernels do not support, so that plain PyTorch has to run."""
     if torch.compiler.is_compiling():
         return False
     return _torch_compat.is_transformed()
 
 
-def _check_alone(group: str) -> None:
+def _check_no_process_group(group: str) -> None:
+    """Raise RuntimeError for a process group: plain PyTorch computes local statistics only."""
     if group:
-        raise RuntimeError(
-            "process_group: torch.func transforms and forward-mode differentiation do not reach other processes"
-        )
+        raise RuntimeError("process_group: not supported under torch.func transforms and forward-mode differentiation")

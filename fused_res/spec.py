@@ -1,8 +1,8 @@
-"""What a residual block *is*: frozen, hashable descriptions that hold no tensors.
+"""Frozen, hashable specifications of residual blocks (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
 A block is a chain of ``n >= 1`` units (convolution, batch norm, activation), an optional shortcut that is added
-before the last activation, and for the stem of a network a max pooling behind it. Its tensors travel apart from
-it, flat, in the order that :meth:`BlockSpec.tensor_names` gives.
+before the last activation, and, for the stem of a network, a max pooling after the chain. A specification contains no
+tensors: these are passed separately, as a flat list in the order of :meth:`BlockSpec.tensor_names`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from fused_res.ops.checks import ACTIVATIONS, Activation
 from fused_res.ops.geometry import Geometry
 
-#: How much a block recomputes in backward instead of saving it.
-RECOMPUTE = ("none", "norm", "conv")
+#: How much of forward a block recomputes in backward instead of saving it: see ``functional.residual_block``.
+RECOMPUTE_LEVELS = ("none", "norm", "conv")
 
 T = TypeVar("T")
 
 
 class UnitTensors(NamedTuple):
-    """One value for each tensor of a unit: the convolution's, then the batch norm's. Any but the first may be None."""
+    """One value per tensor of a unit: the convolution's, then the batch norm's. All but ``weight`` may be None."""
 
     weight: Any
     bias: Any
@@ -34,35 +34,35 @@ class UnitTensors(NamedTuple):
 
     @property
     def parameters(self) -> tuple[Any, Any, Any, Any]:
-        """The four that may require a gradient."""
+        """The four tensors that may require a gradient."""
         return self[:4]
 
     @property
     def norm(self) -> tuple[Any, Any, Any, Any]:
-        """The batch norm's four."""
+        """The batch norm's four tensors."""
         return self[2:]
 
 
-def by_unit(values: Sequence[Any]) -> list[UnitTensors]:
-    """Groups a flat sequence, one value for each tensor of a block, by unit."""
+def group_by_unit(values: Sequence[Any]) -> list[UnitTensors]:
+    """Group a flat sequence, with one value per tensor of a block, by unit."""
     count = len(UnitTensors._fields)
     return [UnitTensors(*values[start : start + count]) for start in range(0, len(values), count)]
 
 
 @dataclass(frozen=True)
 class UnitSpec:
-    """A convolution (cross-correlation with zero padding), a batch norm, an activation.
+    """A conv-BN-act unit: a convolution (cross-correlation with zero padding), a batch norm and an activation.
 
     The activation of a block's last unit follows the addition of the shortcut.
 
     Args:
-        stride, padding, dilation: a tuple with a number for each spatial dimension (1 to 3), whose count they agree on.
-        groups: of the convolution.
-        eps: added to the variance.
+        stride, padding, dilation: tuples of integers, one per spatial dimension (1 to 3), of equal length.
+        groups: number of convolution groups.
+        eps: constant that is added to the batch norm's variance.
         activation: ``"relu"`` or ``"identity"``.
 
     Raises:
-        ValueError, TypeError: an argument does not fit.
+        ValueError, TypeError: an argument is invalid.
     """
 
     stride: tuple[int, ...] = (1, 1)
@@ -80,17 +80,17 @@ class UnitSpec:
         rank = len(self.stride)
         if not 1 <= rank <= 3 or len(self.padding) != rank or len(self.dilation) != rank:
             raise ValueError(
-                "stride, padding and dilation must have as many numbers, 1 to 3, one for each spatial dimension,"
+                "stride, padding and dilation must have the same length, one integer per spatial dimension (1 to 3),"
                 f" got {self.stride}, {self.padding} and {self.dilation}"
             )
         if not isinstance(self.groups, int) or self.groups < 1:
-            raise ValueError(f"groups must be a whole number of at least 1, got {self.groups!r}")
+            raise ValueError(f"groups must be a positive integer, got {self.groups!r}")
         if not isinstance(self.eps, (int, float)) or not 0 <= self.eps < math.inf:
-            raise ValueError(f"eps must be a number, 0 or more, got {self.eps!r}")
+            raise ValueError(f"eps must be a finite non-negative number, got {self.eps!r}")
 
     @property
     def geometry(self) -> Geometry:
-        """The convolution's settings, in the order of the operators' arguments."""
+        """Stride, padding, dilation and groups, in the order of the operators' arguments."""
         return self.stride, self.padding, self.dilation, self.groups
 
     @property
@@ -101,14 +101,15 @@ class UnitSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """Max pooling of a stem's images, as :class:`torch.nn.MaxPool2d` with floor mode and no dilation.
+    """2D max pooling of a stem, as :class:`torch.nn.MaxPool2d` without ``ceil_mode`` and dilation.
 
     Args:
-        kernel_size, stride: two numbers of at least 1; a window covers at most 255 positions.
-        padding: two numbers, each at most half of the window's.
+        kernel_size, stride: tuples of two positive integers; a window covers at most 255 positions, because the saved
+            indices have one byte.
+        padding: tuple of two non-negative integers, each at most half of the kernel's size.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument is invalid.
     """
 
     kernel_size: tuple[int, int] = (3, 3)
@@ -120,7 +121,7 @@ class PoolSpec:
             values = getattr(self, name)
             _check_numbers(name, values, 0 if name == "padding" else 1)
             if len(values) != 2:
-                raise ValueError(f"{name} must be two numbers, got {values}")
+                raise ValueError(f"{name} must be two integers, got {values}")
         if self.kernel_size[0] * self.kernel_size[1] > 255:
             raise ValueError(f"kernel_size may cover at most 255 positions (1-byte indices), got {self.kernel_size}")
         if any(not 0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel_size, strict=True)):
@@ -129,16 +130,16 @@ class PoolSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """A chain of units, what is added to its end, and for the stem of a network a pooling behind it.
+    """A residual block: a chain of units, the shortcut that is added to its end, and a stem's max pooling.
 
     Args:
-        units: a tuple of at least one :class:`UnitSpec`, all for as many spatial dimensions.
+        units: tuple of one or more :class:`UnitSpec`, all with the same number of spatial dimensions.
         shortcut: ``"none"``, ``"identity"`` (the block's input) or a :class:`UnitSpec` (a projection of the input,
             whose own activation must be ``"identity"``).
-        pool: a :class:`PoolSpec`, with ``shortcut="none"`` only.
+        pool: :class:`PoolSpec` of the max pooling after the chain, or None; requires ``shortcut="none"``.
 
     Raises:
-        ValueError, TypeError: an argument does not fit.
+        ValueError, TypeError: an argument is invalid.
     """
 
     units: tuple[UnitSpec, ...]
@@ -150,19 +151,21 @@ class BlockSpec:
         if not isinstance(self.units, tuple) or any(not isinstance(unit, UnitSpec) for unit in self.units):
             raise TypeError(f"units must be a tuple of UnitSpec, got {self.units!r}")
         if not self.units:
-            raise ValueError("units must hold at least one UnitSpec")
+            raise ValueError("units must contain at least one UnitSpec")
         if isinstance(self.shortcut, UnitSpec):
             if self.shortcut.activation != "identity":
                 raise ValueError("shortcut: a projection has no activation of its own, set activation='identity'")
         elif self.shortcut not in ("none", "identity"):
             raise ValueError(f"shortcut must be 'none', 'identity' or a UnitSpec, got {self.shortcut!r}")
         if len({len(unit.stride) for unit in self.convolutions}) > 1:
-            raise ValueError(f"units and shortcut must be for as many spatial dimensions each, got {self.convolutions}")
+            raise ValueError(
+                f"units and shortcut must all have the same number of spatial dimensions, got {self.convolutions}"
+            )
         if not isinstance(self.pool, PoolSpec | None):
             raise TypeError(f"pool must be a PoolSpec or None, got {self.pool!r}")
         if self.pool is not None and self.shortcut != "none":
-            raise ValueError("pool is for stems: it goes with shortcut='none' only")
-        # A spec is a dictionary key on every call; hashing nested dataclasses anew costs microseconds.
+            raise ValueError("pool must be None unless shortcut is 'none': only stems have a pooling")
+        # Every call looks up its plan by the spec; hashing nested dataclasses each time takes microseconds.
         object.__setattr__(self, "_hash", hash((self.units, self.shortcut, self.pool)))
 
     def __hash__(self) -> int:
@@ -170,27 +173,31 @@ class BlockSpec:
 
     @property
     def projection(self) -> UnitSpec | None:
-        """The shortcut's unit, if it has one."""
+        """The unit of a projection shortcut; None for other shortcuts."""
         return self.shortcut if isinstance(self.shortcut, UnitSpec) else None
 
     @property
     def convolutions(self) -> tuple[UnitSpec, ...]:
-        """Every unit that owns tensors: the chain's, then the projection."""
+        """All units: those of the chain, then the projection."""
         return self.units if self.projection is None else (*self.units, self.projection)
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the flat tensors, those of :class:`UnitTensors` for each unit, such as ``"0.weight"``.
+        """Return the names of the flat list of tensors, the fields of :class:`UnitTensors` per unit, as ``"0.weight"``.
 
-        The units come first, by number, then the projection, which is called ``"shortcut"``.
+        The units of the chain come first, by index, then the projection, whose name is ``"shortcut"``.
         """
         owners = [str(i) for i in range(len(self.units))] + ["shortcut"] * (self.projection is not None)
         return tuple(f"{owner}.{name}" for owner in owners for name in UnitTensors._fields)
 
     def per_unit(self, value: T | Sequence[T], name: str) -> tuple[T, ...]:
-        """``value`` for each of :attr:`convolutions`: spread, or, if it is a list or tuple, checked to be as long.
+        """Return one value per unit of :attr:`convolutions`.
+
+        Args:
+            value: one value, which is repeated, or a list or tuple with one value per unit.
+            name: name of the argument in the error message.
 
         Raises:
-            ValueError: it has another length; ``name`` is what the message calls it.
+            ValueError: ``value`` is a list or tuple of another length.
         """
         count = len(self.convolutions)
         if not isinstance(value, (tuple, list)):
@@ -199,9 +206,9 @@ class BlockSpec:
             raise ValueError(f"{name} must be one value or {count} (one per unit), got {len(value)}")
         return tuple(value)
 
-    # torch.compile hands specs to opaque operators, whose arguments are tensors and numbers only.
+    # Operators accept no Python objects: under torch.compile a spec is passed to the opaque operators as two lists.
     def encode(self) -> tuple[list[int], list[float]]:
-        """Whole numbers and eps, of which :meth:`decode` makes an equal spec."""
+        """Encode the spec as a list of integers and every unit's eps; :meth:`decode` is the inverse."""
         ints: list[int] = [len(self.units), {"none": 0, "identity": 1}.get(self.shortcut, 2)]  # type: ignore[arg-type]
         for unit in self.convolutions:
             ints += [len(unit.stride), *unit.stride, *unit.padding, *unit.dilation, unit.groups, int(unit.relu)]
@@ -211,13 +218,13 @@ class BlockSpec:
 
     @staticmethod
     def decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
-        """The spec that :meth:`encode` was called on."""
+        """Return the spec that :meth:`encode` encoded."""
         return _decode(tuple(ints), tuple(eps))
 
 
 @lru_cache(maxsize=1024)
 def _decode(ints: tuple[int, ...], eps: tuple[float, ...]) -> BlockSpec:
-    # A compiled block does this on every call.
+    # Cached because a compiled block decodes its spec on every call.
     rest = list(ints)
 
     def take(count: int) -> tuple[int, ...]:
@@ -236,6 +243,6 @@ def _decode(ints: tuple[int, ...], eps: tuple[float, ...]) -> BlockSpec:
     return BlockSpec(tuple(units[:length]), shortcut, pool)  # type: ignore[arg-type]
 
 
-def _check_numbers(name: str, values: object, least: int) -> None:
-    if not isinstance(values, tuple) or any(not isinstance(v, int) or v < least for v in values):
-        raise ValueError(f"{name} must be a tuple of integers >= {least}, got {values!r}")
+def _check_numbers(name: str, values: object, minimum: int) -> None:
+    if not isinstance(values, tuple) or any(not isinstance(v, int) or v < minimum for v in values):
+        raise ValueError(f"{name} must be a tuple of integers >= {minimum}, got {values!r}")

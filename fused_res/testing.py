@@ -1,4 +1,4 @@
-"""Helpers that tests and benchmarks share."""
+"""Helpers shared by tests and benchmarks: the precision contract, and imports of an incompatible torchvision."""
 
 import importlib.util
 import pathlib
@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 def stub_torchvision_operators() -> None:
-    """Let `import torchvision` (and so timm) succeed when its compiled operators do not load.
+    """Make `import torchvision` (and therefore timm) succeed if its compiled operators do not load.
 
-    torchvision's wheels are built for one torch; beside another one its library is refused, and the import then fails
-    on operators (box suppression) that classification models never call. This declares their schemas, without a kernel:
-    calling one raises. Does nothing where torchvision is missing, is imported already, or loads as it should.
+    A torchvision wheel is built for one torch version. With another version its library does not load, and the import
+    fails on operators (non-maximum suppression) that classification models never call. This function declares the
+    operators' schemas without a kernel, so that calling one raises. It does nothing if torchvision is not installed, is
+    already imported, or loads.
     """
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None or "torchvision" in sys.modules:
@@ -28,13 +29,21 @@ def stub_torchvision_operators() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def assert_as_exact_as(
+def assert_within_stock_error(
     name: str, ours: Tensor, stock: Tensor, exact: Tensor, exact_for_stock: Tensor | None = None, floor: float = 0.0
 ) -> None:
-    """The precision contract: our error against float64 is at most twice that of stock PyTorch in the same dtype on
-    the same input, plus four units in the last place of the largest value, plus a ``floor`` that the caller explains.
+    """Assert the precision contract: the error is at most twice that of stock PyTorch.
 
-    ``exact_for_stock`` is for gradients behind a ReLU, where each side has the exact gradient for its own mask.
+    Both errors are maxima over all elements against float64, in the same dtype on the same input. The bound adds four
+    units in the last place of the largest exact value.
+
+    Args:
+        name: name of the tensor in the message.
+        ours, stock: results of fused_res and of stock PyTorch, of equal shape and dtype.
+        exact: float64 reference.
+        exact_for_stock: float64 reference for ``stock``, if it is another one: the ReLU masks of the two sides may
+            differ, and each side's gradient is then compared with the exact gradient for its own mask.
+        floor: additional absolute tolerance; the caller has to justify it.
     """
     assert ours.dtype == stock.dtype and ours.shape == stock.shape, f"{name}: {ours.dtype} {tuple(ours.shape)}"
     if exact.numel() == 0:
@@ -49,5 +58,5 @@ def assert_as_exact_as(
         share = (~(error <= allowed)).double().mean()
         raise AssertionError(
             f"{name}: error {worst:.3g} at {where}, allowed {allowed:.3g} (stock {stock_error.max():.3g});"
-            f" {share:.2%} of the elements are outside"
+            f" {share:.2%} of the elements exceed it"
         )

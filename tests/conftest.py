@@ -1,4 +1,7 @@
-"""Without a GPU to run them on, Triton's kernels run in its interpreter here, and those in CUDA C++ are simulated."""
+"""Configuration of the test session.
+
+Without a GPU, Triton kernels run in Triton's interpreter, and CUDA C++ kernels in the simulator of tools/cuda_sim.
+"""
 
 import contextlib
 import os
@@ -9,29 +12,32 @@ import pytest
 import torch
 
 
-def _hasten_interpreter() -> None:
-    """Every call of a device function by another patches all of triton.language anew, which takes most of the time:
-    once in a launch, for the functions of a module, is enough."""
+def _patch_language_once_per_launch() -> None:
+    """Make Triton's interpreter patch triton.language once per launch and module instead of at every function call.
+
+    It patches all of triton.language whenever a device function calls another, which takes most of the interpreter's
+    time.
+    """
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    done: set[str] = set()
+    patched: set[str] = set()
 
-    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
-        done.clear()
+    def launch_with_reset(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
         return launch(self, *args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__ not in done:
-            done.add(self.fn.__module__)
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
             patch(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.GridExecutor.__call__ = launch_with_reset
     interpreter.InterpretedFunction.__call__ = call
 
 
-# The same few examples in every run of the suite; --hypothesis-profile=search looks for others.
+# The suite runs the same few examples every time; --hypothesis-profile=search generates new ones.
 with contextlib.suppress(ImportError):
     from hypothesis import settings
 
@@ -39,8 +45,9 @@ with contextlib.suppress(ImportError):
     settings.register_profile("search", deadline=None, max_examples=3000)
     settings.load_profile("suite")
 
-#: Files that would keep one process waiting for another if they came last; see PYTEST in the Makefile.
-LONGEST = (
+#: Test files with the longest run times. They run first, so that no worker is left with one at the end; see PYTEST in
+#: the Makefile.
+LONGEST_FILES = (
     "test_batch_norm_act",
     "test_cuda_build",
     "test_cuda_simulator",
@@ -53,21 +60,21 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: item.path.stem not in LONGEST_FILES)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    with contextlib.suppress(ImportError):  # no Triton: its tests are skipped
-        from tools.ptx.compiled_session import select
+    with contextlib.suppress(ImportError):  # without Triton its tests are skipped
+        from tools.ptx.compiled_session import record_selected_tests
 
-        select(session.items)
+        record_selected_tests(session.items)
 
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
-    with contextlib.suppress(ImportError):  # no Triton: its tests say so
-        _hasten_interpreter()
+    with contextlib.suppress(ImportError):  # without Triton its tests are skipped, with the reason
+        _patch_language_once_per_launch()
     from tools.cuda_sim.simulator import build
 
-    if isinstance(library := build(), Path):  # else tests/tools/test_cuda_simulator.py says why
+    if isinstance(library := build(), Path):  # else tests/tools/test_cuda_simulator.py fails with the reason
         os.environ.setdefault("FUSED_RES_SIMULATOR", str(library))

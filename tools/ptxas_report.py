@@ -1,4 +1,4 @@
-"""What ``ptxas -v`` says about kernels, kept by CMakeLists.txt beside the objects, as data and as a table.
+"""Parse the output of ``ptxas -v``, which CMakeLists.txt stores next to the object files: registers, spills, memory.
 
 ``python tools/ptxas_report.py build/cuda`` prints the table of a build folder.
 """
@@ -16,17 +16,19 @@ SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelResources:
+    """Resource usage of one kernel on one architecture."""
+
     name: str
     architecture: str
     registers: int
-    shared: int  # bytes, without those that a launch adds
-    stack: int  # bytes
-    spilled: int  # bytes, stores and loads
+    static_shared_bytes: int
+    stack_bytes: int
+    spill_bytes: int  # spill stores and loads
 
     @property
-    def spills(self) -> bool:
-        return bool(self.stack or self.spilled)
+    def has_spills(self) -> bool:
+        return bool(self.stack_bytes or self.spill_bytes)
 
 
 _KERNEL = re.compile(
@@ -37,13 +39,18 @@ _KERNEL = re.compile(
 )
 
 
-def parse(log: str) -> list[Kernel]:
+def parse(log: str) -> list[KernelResources]:
+    """Parse one log of ``ptxas -v``.
+
+    Raises:
+        ValueError: the log is not in the expected format.
+    """
     found = list(_KERNEL.finditer(log))
     if len(found) != log.count("Compiling entry function"):
-        raise ValueError("a report of ptxas in an unknown form")
-    names = demangled([one["name"] for one in found])
+        raise ValueError("the log of ptxas has an unknown format")
+    names = demangle([one["name"] for one in found])
     return [
-        Kernel(
+        KernelResources(
             name,
             one["architecture"],
             int(one["registers"]),
@@ -55,24 +62,28 @@ def parse(log: str) -> list[Kernel]:
     ]
 
 
-def demangled(names: list[str]) -> list[str]:
-    """Without the namespace and the argument."""
+def demangle(names: list[str]) -> list[str]:
+    """Return demangled kernel names without namespace and argument list."""
     if not names:
         return []
     lines = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     return [re.sub(r"\([\w:]+\)$|^void |fused_res::cuda::", "", one) for one in lines.splitlines()]
 
 
-def of_build(folder: Path) -> dict[str, list[Kernel]]:
-    """Every kernel of a build folder, by the source that it is compiled from."""
+def parse_build(folder: Path) -> dict[str, list[KernelResources]]:
+    """Return every kernel of a build folder, by its source file."""
     sources = sorted(path.name for path in SOURCES.glob("*.cu"))
     return {name: parse((folder / f"csrc/cuda/{name}.o.log").read_text()) for name in sources}
 
 
-def table(sources: Mapping[str, Iterable[Kernel]], launches: Mapping[str, tuple[int, int]] | None = None) -> str:
-    """Registers a thread by kernel and architecture, in Markdown.
+def table(
+    sources: Mapping[str, Iterable[KernelResources]], launches: Mapping[str, tuple[int, int]] | None = None
+) -> str:
+    """Return a Markdown table of registers per thread by kernel and architecture.
 
-    ``launches``: threads of a block, and bytes of shared memory, by a kernel's name.
+    Args:
+        sources: kernels by source file.
+        launches: threads per block and bytes of shared memory by kernel name.
     """
     kernels = {source: list(some) for source, some in sources.items()}
     architectures = list(dict.fromkeys(one.architecture for some in kernels.values() for one in some))
@@ -90,4 +101,4 @@ def table(sources: Mapping[str, Iterable[Kernel]], launches: Mapping[str, tuple[
 
 
 if __name__ == "__main__":
-    print(table(of_build(Path(sys.argv[1]))))
+    print(table(parse_build(Path(sys.argv[1]))))

@@ -1,4 +1,4 @@
-// The element types that kernels know, for host and device sides alike.
+// Element types of the kernels of all backends, for host and device code.
 #pragma once
 
 namespace fused_res {

@@ -3,6 +3,6 @@
 
 namespace fused_res {
 
-enum class Layout { kNhwc, kNchw };  // rows of channels; planes, one for each channel
+enum class Layout { kNhwc, kNchw };  // channels_last; contiguous
 
 }  // namespace fused_res

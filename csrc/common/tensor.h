@@ -1,4 +1,4 @@
-// How the host sides of all backends see a tensor: its dtype, its layout, and whether it fits to another.
+// Host-side tensor helpers of all backends: dtype, memory format, and checks against another tensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,7 +29,7 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-// Kernels read it with the pointers of `like`'s device.
+// Kernels dereference the tensor's pointer on the device of `like`.
 inline void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
   TORCH_CHECK_VALUE(tensor.device() == like.device(), name, ": expected a tensor on the input's device, ",
                     like.device(), ", got ", tensor.device());
@@ -54,7 +54,8 @@ inline at::MemoryFormat channels_last_of(int64_t dim) {
   return dim == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
 }
 
-// Whether kernels see rows of channels. The same rule as fused_res.ops.memory_format.is_channels_last.
+// True if kernels process the tensor as rows of channels (NHWC). The same rule as
+// fused_res.ops.memory_format.is_channels_last.
 inline bool is_channels_last(const Tensor& input) {
   if (input.dim() == 2) return true;
   if (input.size(1) == 1) return false;
@@ -63,14 +64,15 @@ inline bool is_channels_last(const Tensor& input) {
   return input.dim() > 3 && !input.is_contiguous() && input.is_contiguous(channels_last_of(input.dim()));
 }
 
-// `input` in channels_last memory, or contiguous; itself if it is already.
-inline Tensor laid_out(const Tensor& input, bool channels_last) {
+// `input` in channels_last memory format, or contiguous; the same tensor if it already is.
+inline Tensor to_memory_format(const Tensor& input, bool channels_last) {
   const bool has_rows = channels_last && input.dim() > 3;
   return input.contiguous(has_rows ? channels_last_of(input.dim()) : at::MemoryFormat::Contiguous);
 }
 
-// `output` with the strides that PyTorch gives an output for this input, where the kernels read a copy of it.
-inline Tensor restored(const Tensor& output, const Tensor& input, const Tensor& read) {
+// `output` with the strides that PyTorch gives an output for `input`. Differs from `output` only if the
+// kernels read a copy of `input`. `read`: the tensor that they read.
+inline Tensor restore_strides(const Tensor& output, const Tensor& input, const Tensor& read) {
   return read.is_same(input) ? output : at::empty_like(input).copy_(output);
 }
 

@@ -1,5 +1,5 @@
-// act(bn(x) [+ residual]): with the statistics of the batch, with given ones, and in place. The kernels
-// are in isa/batch_norm_forward.h, the scheme in partition.h.
+// Operators for act(bn(x) [+ residual]): with batch or running statistics, with given statistics, and in
+// place. The kernels are in isa/batch_norm_forward.h, the two-pass scheme in partition.h.
 #include <torch/library.h>
 
 #include <tuple>
@@ -9,23 +9,24 @@
 namespace fused_res::cpu {
 namespace {
 
-// What is added: nothing, a tensor as it is, or one that is normalised with statistics of its own.
+// The residual operand: none, a tensor, or a tensor that is normalized with its own statistics.
 struct Residual {
   Tensor tensor, stats;
 
-  Residual(const Operand& x, const OptionalTensor& residual, const OptionalTensor& residual_stats) {
-    if (residual && residual->defined()) tensor = x.match(*residual, "residual");
+  Residual(const ActivationTensor& x, const OptionalTensor& residual, const OptionalTensor& residual_stats) {
+    if (residual && residual->defined()) tensor = x.checked_like(*residual, "residual");
     if (!residual_stats || !residual_stats->defined()) return;
-    TORCH_CHECK_VALUE(tensor.defined(), "residual_stats: expected a residual that they are of");
+    TORCH_CHECK_VALUE(tensor.defined(), "residual_stats: expected a residual with them");
     stats = checked_stats(*residual_stats, x, "residual_stats");
   }
 };
 
-Tensor empty_mask(const Operand& x, bool wanted) {
-  return wanted ? at::detail::empty_cpu({x.shape.rows(), x.mask_cols()}, at::kByte) : nothing(at::kByte);
+Tensor empty_mask(const ActivationTensor& x, bool requested) {
+  return requested ? at::detail::empty_cpu({x.shape.rows(), x.mask_cols()}, at::kByte)
+                   : empty_placeholder(at::kByte);
 }
 
-ForwardArgs forward_args(const Operand& x, const Residual& residual, const Tensor& stats, bool relu,
+ForwardArgs forward_args(const ActivationTensor& x, const Residual& residual, const Tensor& stats, bool relu,
                          const Tensor& y, const Tensor& mask) {
   return {.x = x.tensor.const_data_ptr(),
           .residual = data_or_null(residual.tensor),
@@ -34,10 +35,10 @@ ForwardArgs forward_args(const Operand& x, const Residual& residual, const Tenso
           .y = y.data_ptr(),
           .mask = mask.defined() && mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr,
           .relu = relu,
-          .stream = !y.is_same(x.tensor) && may_stream(x, y)};
+          .stream = !y.is_same(x.tensor) && use_streaming_stores(x, y)};
 }
 
-void run_forward(const Operand& x, const ForwardArgs& args) {
+void run_forward(const ActivationTensor& x, const ForwardArgs& args) {
   const auto forward = norm_kernels(x).forward;
   one_pass(x.shape, Parallel(x.shape.numel()), [&](const Block& block) { forward(block, args); });
 }
@@ -48,8 +49,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& residual_stats,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, bool training, double eps, bool relu, bool save_mask) {
-  const Operand x(input);
-  const Norm norm(x, weight, bias, running_mean, running_var, training, eps);
+  const ActivationTensor x(input);
+  const NormParams norm(x, weight, bias, running_mean, running_var, training, eps);
   const Residual added(x, residual, residual_stats);
   Tensor output = empty_output(x.tensor), stats = empty_stats(x), mask = empty_mask(x, save_mask);
   const ForwardArgs args = forward_args(x, added, stats, relu, output, mask);
@@ -57,32 +58,32 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     const auto forward = norm_kernels(x).forward;
     with_batch_stats(x, norm, stats.data_ptr(), [&](const Block& block) { forward(block, args); });
   } else {
-    finish_given(x, norm, stats.data_ptr());
+    finalize_running_stats(x, norm, stats.data_ptr());
     run_forward(x, args);
   }
-  return {restored(output, input, x.tensor), stats, mask};
+  return {restore_strides(output, input, x.tensor), stats, mask};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_act_apply(const Tensor& input, const Tensor& stats,
                                                 const OptionalTensor& residual,
                                                 const OptionalTensor& residual_stats, bool relu,
                                                 bool save_mask) {
-  const Operand x(input);
+  const ActivationTensor x(input);
   const Residual added(x, residual, residual_stats);
   Tensor output = empty_output(x.tensor), mask = empty_mask(x, save_mask);
   run_forward(x, forward_args(x, added, checked_stats(stats, x, "stats"), relu, output, mask));
-  return {restored(output, input, x.tensor), mask};
+  return {restore_strides(output, input, x.tensor), mask};
 }
 
 void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual,
                                const OptionalTensor& residual_stats, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Tensor& running_mean,
                                const Tensor& running_var, double eps, bool relu) {
-  const Operand x(input);
-  const Norm norm(x, weight, bias, running_mean, running_var, /*training=*/false, eps);
+  const ActivationTensor x(input);
+  const NormParams norm(x, weight, bias, running_mean, running_var, /*training=*/false, eps);
   const Residual added(x, residual, residual_stats);
   const Tensor stats = empty_stats(x);
-  finish_given(x, norm, stats.data_ptr());
+  finalize_running_stats(x, norm, stats.data_ptr());
   run_forward(x, forward_args(x, added, stats, relu, x.tensor, {}));
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
 }

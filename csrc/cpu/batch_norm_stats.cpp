@@ -1,5 +1,5 @@
-// The statistics of a batch norm: those of a batch, and the running ones. The kernels are in
-// isa/batch_norm_sums.h, the scheme in partition.h.
+// Operators for batch norm statistics: compute those of a batch, and update the running ones. The kernels are
+// in isa/batch_norm_forward.h, the two-pass scheme in partition.h.
 #include "cpu/batch_norm_stats.h"
 
 #include <torch/library.h>
@@ -10,13 +10,13 @@ namespace {
 Tensor batch_norm_stats(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
                         double eps) {
-  const Operand x(input);
-  const Norm norm(x, weight, bias, running_mean, running_var, training, eps);
+  const ActivationTensor x(input);
+  const NormParams norm(x, weight, bias, running_mean, running_var, training, eps);
   Tensor stats = empty_stats(x);
   if (training && x.shape.numel() > 0) {
     with_batch_stats(x, norm, stats.data_ptr(), [](const Block&) {});
   } else {
-    finish_given(x, norm, stats.data_ptr());
+    finalize_running_stats(x, norm, stats.data_ptr());
   }
   return stats;
 }
@@ -69,8 +69,8 @@ void update_running_stats(at::TensorList running_mean, at::TensorList running_va
     const auto update = is_double ? &update_running<double> : &update_running<float>;
     update(running_mean[i], batch, kMean, momentum[i]);
     update(running_var[i], batch, kVar, momentum[i]);
-    // The dispatcher does not do this for operators of extensions: autograd shall notice if it had saved one
-    // of them.
+    // The dispatcher does not bump the version for operators of extensions. Autograd needs it to detect that
+    // a tensor it had saved was modified.
     for (const Tensor& running : {running_mean[i], running_var[i]})
       running.unsafeGetTensorImpl()->bump_version();
   }

@@ -1,11 +1,12 @@
-// From an input to its normalisation, for the operators that return it and for those that go on to use it.
+// Batch norm statistics on the host: the parameters of a norm, and the stats tensor (mean, invstd, scale,
+// shift, var) from an input or from running statistics.
 #pragma once
 
 #include "cpu/batch_norm.h"
 
 namespace fused_res::cpu {
 
-// A parameter of C numbers in the dtype of the statistics; undefined where there is none.
+// A per-channel parameter, (C,), converted to the dtype of the statistics; undefined if it is absent.
 inline Tensor channel_vector(const OptionalTensor& tensor, int64_t channels, at::ScalarType dtype,
                              const char* name) {
   if (!tensor || !tensor->defined()) return {};
@@ -15,14 +16,14 @@ inline Tensor channel_vector(const OptionalTensor& tensor, int64_t channels, at:
   return tensor->to(dtype).contiguous();
 }
 
-// What a normalisation needs beside x.
-struct Norm {
+// The parameters of one norm: weight, bias, eps and, when not training, the running statistics.
+struct NormParams {
   Tensor weight, bias, running_mean, running_var;
   bool training;
   double eps;
 
-  Norm(const Operand& x, const OptionalTensor& weight, const OptionalTensor& bias,
-       const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double eps)
+  NormParams(const ActivationTensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+             const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double eps)
       : training(training), eps(eps) {
     const auto vector = [&](const OptionalTensor& tensor, const char* name) {
       return channel_vector(tensor, x.shape.channels, stats_type(x.tensor), name);
@@ -34,13 +35,14 @@ struct Norm {
     TORCH_CHECK_VALUE(this->running_mean.defined() && this->running_var.defined(),
                       "running_mean, running_var: expected tensors when not training");
   }
-  ParamArgs args() const { return {data_or_null(weight), data_or_null(bias), eps}; }
+  AffineArgs args() const { return {data_or_null(weight), data_or_null(bias), eps}; }
 };
 
-// Statistics that do not depend on x: the running ones, or those of no values at all.
-inline void finish_given(const Operand& x, const Norm& norm, void* stats) {
+// Computes the stats from the running statistics, or, for an empty training batch, from zero mean and
+// variance.
+inline void finalize_running_stats(const ActivationTensor& x, const NormParams& norm, void* stats) {
   const int64_t channels = x.shape.channels;
-  const auto moments = uninitialised(2 * channels);
+  const auto moments = make_uninitialized(2 * channels);
   const auto fill = [&](const Tensor& source, double* out) {
     for (int64_t c = 0; c < channels; ++c) {
       if (!source.defined()) {
@@ -53,16 +55,17 @@ inline void finish_given(const Operand& x, const Norm& norm, void* stats) {
   };
   fill(norm.running_mean, moments.get());
   fill(norm.running_var, moments.get() + channels);
-  kernels().finish[stats_index(x.tensor)](stats, moments.get(), 1.0, norm.args(), channels, 0, channels);
+  kernels().finalize_stats[stats_index(x.tensor)](stats, moments.get(), 1.0, norm.args(), channels, 0,
+                                                  channels);
 }
 
-// The moments of the batch, mean[C] and M2[C]: finish(group, moments) for every group of channels, then
-// second(block) for every block.
-template <class Finish, class Second>
-void with_moments(const Operand& x, const Finish& finish, const Second& second) {
+// Computes the moments of the batch, mean[C] and M2[C], and calls finalize(group, moments) for every group of
+// channels, then second(block) for every block.
+template <class Finalize, class Second>
+void with_moments(const ActivationTensor& x, const Finalize& finalize, const Second& second) {
   const Parallel parallel(x.shape.numel());
   const Partition partition(x.shape, x.tensor.element_size(), parallel.threads());
-  const auto partial = uninitialised(partition.chunks() * 2 * x.shape.channels);
+  const auto partial = make_uninitialized(partition.chunks() * 2 * x.shape.channels);
   const void* data = x.tensor.const_data_ptr();
   const auto moments = norm_kernels(x).moments;
   two_passes(
@@ -70,27 +73,27 @@ void with_moments(const Operand& x, const Finish& finish, const Second& second) 
       [&](const Block& block, int64_t chunk) {
         moments(block, data, &partial[chunk * 2 * x.shape.channels]);
       },
-      [&](Channels group) {
+      [&](ChannelRange group) {
         merge_chunks(kernels(), partition, partial.get(), group);
-        finish(group, partial.get());
+        finalize(group, partial.get());
       },
       second);
 }
 
-// Statistics of the batch, then second(block) for every block.
+// Computes the stats of the batch, then calls second(block) for every block.
 template <class Second>
-void with_batch_stats(const Operand& x, const Norm& norm, void* stats, const Second& second) {
+void with_batch_stats(const ActivationTensor& x, const NormParams& norm, void* stats, const Second& second) {
   const auto count = static_cast<double>(x.shape.values_per_channel());
   with_moments(
       x,
-      [&](Channels group, const double* moments) {
-        kernels().finish[stats_index(x.tensor)](stats, moments, count, norm.args(), x.shape.channels,
-                                                group.begin, group.end);
+      [&](ChannelRange group, const double* moments) {
+        kernels().finalize_stats[stats_index(x.tensor)](stats, moments, count, norm.args(), x.shape.channels,
+                                                        group.begin, group.end);
       },
       second);
 }
 
-inline Tensor empty_stats(const Operand& x) {
+inline Tensor empty_stats(const ActivationTensor& x) {
   return at::detail::empty_cpu({kStatsRows, x.shape.channels}, stats_type(x.tensor));
 }
 

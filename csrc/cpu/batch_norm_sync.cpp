@@ -1,5 +1,6 @@
-// The halves of a batch norm, between which convolutions or other processes bring what they found: statistics
-// in parts, put together; sums of a gradient, and the gradient that is made of them.
+// Operators for a batch norm whose reductions are separate from its elementwise pass, so that partial
+// statistics of a convolution's epilogue or of other processes can be merged in between: partial statistics
+// and their merge, the sums of the backward, and dx from these sums.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,9 +10,9 @@
 namespace fused_res::cpu {
 namespace {
 
-// (1, 3, C): count, mean and M2 of this batch.
+// Returns the partial statistics of a batch, (1, 3, C): count, mean and M2.
 Tensor batch_norm_partials(const Tensor& input) {
-  const Operand x(input);
+  const ActivationTensor x(input);
   const int64_t channels = x.shape.channels;
   Tensor partials = at::detail::empty_cpu({1, 3, channels}, at::kDouble);
   double* out = partials.mutable_data_ptr<double>();
@@ -22,7 +23,7 @@ Tensor batch_norm_partials(const Tensor& input) {
   }
   with_moments(
       x,
-      [&](Channels group, const double* moments) {
+      [&](ChannelRange group, const double* moments) {
         for (const int64_t row : {0, 1}) {
           std::copy(moments + row * channels + group.begin, moments + row * channels + group.end,
                     out + (1 + row) * channels + group.begin);
@@ -32,7 +33,8 @@ Tensor batch_norm_partials(const Tensor& input) {
   return partials;
 }
 
-// (P, 3, C): count, mean and M2 of P parts, from a convolution's epilogue or from several processes.
+// Merges P partial statistics, (P, 3, C): count, mean and M2, from a convolution's epilogue or from several
+// processes.
 Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const OptionalTensor& bias,
                    double eps, bool wide) {
   TORCH_CHECK_VALUE(partials.dim() == 3 && partials.size(0) > 0 && partials.size(1) == 3 &&
@@ -46,7 +48,7 @@ Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const O
   const Tensor shift = channel_vector(bias, channels, type, "bias");
   Tensor stats = at::detail::empty_cpu({kStatsRows, channels}, type);
   if (channels == 0) return stats;
-  const auto moments = uninitialised(2 * channels);
+  const auto moments = make_uninitialized(2 * channels);
   std::fill_n(moments.get(), 2 * channels, 0.0);
   double count = 0;
   for (int64_t i = 0; i < parts.size(0); ++i) {
@@ -55,31 +57,32 @@ Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const O
     if (count == 0) {
       std::copy_n(part + channels, 2 * channels, moments.get());
     } else {
-      kernels().merge(moments.get(), part + channels, count, part[0], channels, 0, channels);
+      kernels().merge_partials(moments.get(), part + channels, count, part[0], channels, 0, channels);
     }
     count += part[0];
   }
-  const ParamArgs params = {data_or_null(scale), data_or_null(shift), eps};
-  kernels().finish[wide](stats.data_ptr(), moments.get(), std::max(count, 1.0), params, channels, 0,
-                         channels);
+  const AffineArgs params = {data_or_null(scale), data_or_null(shift), eps};
+  kernels().finalize_stats[wide](stats.data_ptr(), moments.get(), std::max(count, 1.0), params, channels, 0,
+                                 channels);
   return stats;
 }
 
-NormBackwardArgs gradient_of(const Tensor& x, const Tensor& stats) {
+NormBackwardArgs norm_backward_args(const Tensor& x, const Tensor& stats) {
   return {
       .x = x.const_data_ptr(), .norm = norm_args(stats), .slope = nullptr, .offset = nullptr, .dx = nullptr};
 }
 
-// Rows of C: sum dy, sum dy * xhat, and where the residual has a norm, sum dy * xhat of that.
+// Returns the backward reductions, (2, C): sum dy and sum dy * xhat; for a pair (3, C), with sum dy * xhat of
+// the residual's norm.
 Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
                        const OptionalTensor& relu_mask, bool relu, const OptionalTensor& residual,
                        const OptionalTensor& residual_stats) {
-  const Operand x(input);
-  const Tensor dy = x.match(grad_output, "grad_output");
+  const ActivationTensor x(input);
+  const Tensor dy = x.checked_like(grad_output, "grad_output");
   const bool pair = residual && residual->defined();
   TORCH_CHECK_VALUE(pair == (residual_stats && residual_stats->defined()),
-                    "residual: expected together with residual_stats");
-  const Tensor own[2] = {x.tensor, pair ? x.match(*residual, "residual") : Tensor()};
+                    "residual: expected residual_stats with it");
+  const Tensor inputs[2] = {x.tensor, pair ? x.checked_like(*residual, "residual") : Tensor()};
   const Tensor saved[2] = {checked_stats(stats, x, "stats"),
                            pair ? checked_stats(*residual_stats, x, "residual_stats") : Tensor()};
   const int64_t norms = pair ? 2 : 1, rows = 1 + norms, channels = x.shape.channels;
@@ -92,24 +95,24 @@ Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Ten
                        .dresidual = nullptr,
                        .relu = relu,
                        .stream = false};
-  for (int64_t k = 0; k < norms; ++k) args.norms[k] = gradient_of(own[k], saved[k]);
+  for (int64_t k = 0; k < norms; ++k) args.norms[k] = norm_backward_args(inputs[k], saved[k]);
   const auto reduce = norm_kernels(x).reduce[norms - 1];
   const Parallel parallel(x.shape.numel());
   const Partition partition(x.shape, rows * x.tensor.element_size(), parallel.threads());
-  const auto partial = uninitialised(partition.chunks() * rows * channels);
+  const auto partial = make_uninitialized(partition.chunks() * rows * channels);
   two_passes(
       partition, parallel,
       [&](const Block& block, int64_t chunk) { reduce(block, args, &partial[chunk * rows * channels]); },
-      [&](Channels group) {
+      [&](ChannelRange group) {
         add_chunks(kernels(), partition, partial.get(), rows, group);
         for (int64_t k = 0; k < norms; ++k) {
-          const GradientArgs out = {.stats = saved[k].const_data_ptr(),
-                                    .slope = nullptr,
-                                    .offset = nullptr,
-                                    .dweight = row_of(sums, 1 + k),
-                                    .dbias = row_of(sums, 0)};
-          kernels().finish_gradient[stats_index(x.tensor)](out, partial.get(), &partial[(1 + k) * channels],
-                                                           1.0, channels, group.begin, group.end);
+          const FinalizeBackwardArgs out = {.stats = saved[k].const_data_ptr(),
+                                            .slope = nullptr,
+                                            .offset = nullptr,
+                                            .dweight = matrix_row(sums, 1 + k),
+                                            .dbias = matrix_row(sums, 0)};
+          kernels().finalize_backward[stats_index(x.tensor)](out, partial.get(), &partial[(1 + k) * channels],
+                                                             1.0, channels, group.begin, group.end);
         }
       },
       [](const Block&) {});
@@ -119,38 +122,38 @@ Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Ten
 Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
                          const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums,
                          int64_t count) {
-  const Operand x(input);
-  const Tensor dy = x.match(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
+  const ActivationTensor x(input);
+  const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
   const int64_t channels = x.shape.channels;
-  Tensor dx = empty_output(x.tensor), factors;
-  NormBackwardArgs norm = gradient_of(x.tensor, saved);
+  Tensor dx = empty_output(x.tensor), coefficients;
+  NormBackwardArgs norm = norm_backward_args(x.tensor, saved);
   norm.dx = dx.data_ptr();
   if (sums && sums->defined()) {
     TORCH_CHECK_VALUE(sums->is_cpu() && sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == channels,
                       "sums: expected (2, ", channels, ") on the CPU, got ", sums->sizes());
-    factors = at::detail::empty_cpu({2, channels}, stats_type(x.tensor));
-    norm.slope = row_of(factors, 0), norm.offset = row_of(factors, 1);
-    const GradientArgs out = {.stats = saved.const_data_ptr(),
-                              .slope = row_of(factors, 0),
-                              .offset = row_of(factors, 1),
-                              .dweight = nullptr,
-                              .dbias = nullptr};
-    // The kernel wants sum dy * (x - mean), which is xhat's over invstd.
+    coefficients = at::detail::empty_cpu({2, channels}, stats_type(x.tensor));
+    norm.slope = matrix_row(coefficients, 0), norm.offset = matrix_row(coefficients, 1);
+    const FinalizeBackwardArgs out = {.stats = saved.const_data_ptr(),
+                                      .slope = matrix_row(coefficients, 0),
+                                      .offset = matrix_row(coefficients, 1),
+                                      .dweight = nullptr,
+                                      .dbias = nullptr};
+    // The kernel expects sum dy * (x - mean), which is sum dy * xhat / invstd.
     const Tensor wide = sums->to(at::kDouble).contiguous();
-    const Tensor products = wide[1].div(saved[kInvstd]);
-    kernels().finish_gradient[stats_index(x.tensor)](out, wide.const_data_ptr<double>(),
-                                                     products.const_data_ptr<double>(),
-                                                     static_cast<double>(count), channels, 0, channels);
+    const Tensor sum_dy_xmu = wide[1].div(saved[kInvstd]);
+    kernels().finalize_backward[stats_index(x.tensor)](out, wide.const_data_ptr<double>(),
+                                                       sum_dy_xmu.const_data_ptr<double>(),
+                                                       static_cast<double>(count), channels, 0, channels);
   }
   const BackwardArgs args = {.dy = dy.const_data_ptr(),
                              .mask = checked_mask(relu_mask, x),
                              .norms = {norm},
                              .dresidual = nullptr,
                              .relu = relu,
-                             .stream = may_stream(x, dx)};
+                             .stream = use_streaming_stores(x, dx)};
   const auto backward = norm_kernels(x).backward[0];
   one_pass(x.shape, Parallel(x.shape.numel()), [&](const Block& block) { backward(block, args); });
-  return restored(dx, input, x.tensor);
+  return restore_strides(dx, input, x.tensor);
 }
 
 }  // namespace

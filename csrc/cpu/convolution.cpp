@@ -1,6 +1,6 @@
-// Convolutions of float32 images in channels_last memory: packed weights, and one layer with its epilogue.
-// The kernels are in isa/direct.h and isa/winograd.h, the tasks in convolution.h. Who calls them, and for
-// which shapes: fused_res/backends/cpu/convolution.py.
+// Operators for convolutions of float32 images in channels_last memory: packing of a weight, and one layer
+// with its epilogue. The kernels are in isa/direct.h and isa/winograd.h, the tasks in convolution.h.
+// fused_res/backends/cpu/convolution.py selects the algorithm for a shape.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -14,41 +14,50 @@
 namespace fused_res::cpu {
 namespace {
 
-// winograd: the stride, 1 or 2, of a Winograd convolution; 0: direct. transposed: the weight of the gradient
-// with respect to the input, its taps reversed, inputs and outputs exchanged.
+// Packs a weight (K, C, kh, kw). winograd: the stride, 1 or 2, of a Winograd convolution, or 0 for a direct
+// one. transposed: pack the weight of the gradient with respect to the input (dgrad), whose taps are reversed
+// and whose input and output channels are swapped.
 Tensor pack_conv_weight(const Tensor& weight, int64_t winograd, bool transposed) {
   TORCH_CHECK_VALUE(weight.dim() == 4, "weight: expected (K, C, kh, kw), got ", weight.sizes());
-  const int64_t taps_h = weight.size(2), taps_w = weight.size(3);
-  TORCH_CHECK_VALUE(winograd >= 0 && winograd <= 2, "winograd: expected a stride of 1 or 2, or 0, got ",
-                    winograd);
-  TORCH_CHECK_VALUE(winograd == 0 || (taps_h == 3 && taps_w == 3),
-                    "weight: Winograd is for 3x3 kernels, got ", weight.sizes());
-  Weight w = {floats(weight, "weight"), weight.size(0),   weight.size(1),   taps_h,           taps_w,
-              weight.stride(0),         weight.stride(1), weight.stride(2), weight.stride(3), winograd};
+  const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3);
+  TORCH_CHECK_VALUE(winograd >= 0 && winograd <= 2,
+                    "winograd: expected a stride of 1 or 2, or 0 for direct, got ", winograd);
+  TORCH_CHECK_VALUE(winograd == 0 || (kernel_h == 3 && kernel_w == 3),
+                    "weight: Winograd supports 3x3 kernels, got ", weight.sizes());
+  WeightView w = {float_data(weight, "weight"),
+                  weight.size(0),
+                  weight.size(1),
+                  kernel_h,
+                  kernel_w,
+                  weight.stride(0),
+                  weight.stride(1),
+                  weight.stride(2),
+                  weight.stride(3),
+                  winograd};
   if (transposed) {
-    w.data += (taps_h - 1) * w.row_stride + (taps_w - 1) * w.column_stride;
+    w.data += (kernel_h - 1) * w.row_stride + (kernel_w - 1) * w.column_stride;
     w.row_stride = -w.row_stride, w.column_stride = -w.column_stride;
-    std::swap(w.outputs, w.channels);
+    std::swap(w.out_channels, w.channels);
     std::swap(w.output_stride, w.channel_stride);
   }
-  const int64_t size = packed_size(w.outputs, w.channels, taps_h * taps_w, winograd != 0);
+  const int64_t size = packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0);
   Tensor packed = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
   float* to = packed.data_ptr<float>();
   const auto& k = convolution_kernels();
   const auto pack = winograd != 0 ? k.winograd.pack : k.direct.pack;
-  Parallel{size}(panels_of(w.outputs), [&](int64_t begin, int64_t end) { pack(w, {begin, end}, to); });
+  Parallel{size}(num_panels(w.out_channels), [&](int64_t begin, int64_t end) { pack(w, {begin, end}, to); });
   return packed;
 }
 
-// As one part, (1, 3, C): count, mean, M2.
-Tensor merged(const ConvolutionArgs& args, double* partial, const std::vector<double>& counts) {
-  const int64_t channels = args.outputs;
+// Merges the moments of all chunks into partial statistics (1, 3, C): count, mean, M2.
+Tensor merge_chunk_moments(const ConvolutionArgs& args, double* partial, const std::vector<double>& counts) {
+  const int64_t channels = args.out_channels;
   const Parallel parallel(static_cast<int64_t>(counts.size()) * channels);
-  parallel(divide_up(channels, kPanelOutputs), [&](int64_t begin, int64_t end) {
-    const int64_t c0 = begin * kPanelOutputs, c1 = std::min(end * kPanelOutputs, channels);
+  parallel(ceil_div(channels, kPanelWidth), [&](int64_t begin, int64_t end) {
+    const int64_t c0 = begin * kPanelWidth, c1 = std::min(end * kPanelWidth, channels);
     double count = counts[0];
     for (size_t i = 1; i < counts.size(); ++i) {
-      kernels().merge(partial, partial + i * 2 * channels, count, counts[i], channels, c0, c1);
+      kernels().merge_partials(partial, partial + i * 2 * channels, count, counts[i], channels, c0, c1);
       count += counts[i];
     }
   });
@@ -62,7 +71,7 @@ Tensor merged(const ConvolutionArgs& args, double* partial, const std::vector<do
 }
 
 std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, const OptionalTensor& bias,
-                                    const OptionalTensor& residual, int64_t outputs,
+                                    const OptionalTensor& residual, int64_t out_channels,
                                     at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t tile,
                                     bool relu, bool partials) {
@@ -70,37 +79,41 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   ConvolutionArgs args = {};
   args.images = x.size(0), args.channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
-  args.outputs = outputs, args.tile = tile, args.relu = relu;
+  args.out_channels = out_channels, args.tile = tile, args.relu = relu;
   set_geometry(args, kernel_size, stride, padding, dilation);
-  check(args, packed.numel());
-  TORCH_CHECK_VALUE(packed.is_contiguous(), "packed: expected contiguous memory, as it was packed");
-  const std::array<int64_t, 4> sizes = {args.images, outputs, args.out_height, args.out_width};
+  check_conv_args(args, packed.numel());
+  TORCH_CHECK_VALUE(packed.is_contiguous(),
+                    "packed: expected a contiguous tensor, as pack_conv_weight returns it");
+  const std::array<int64_t, 4> sizes = {args.images, out_channels, args.out_height, args.out_width};
   Tensor added;
   if (residual && residual->defined()) {
     TORCH_CHECK_VALUE(residual->sizes().equals(sizes), "residual: expected the shape of the output, ",
                       at::IntArrayRef(sizes), ", got ", residual->sizes());
     added = residual->contiguous(at::MemoryFormat::ChannelsLast);
-    args.residual = floats(added, "residual");
+    args.residual = float_data(added, "residual");
   }
   if (bias && bias->defined()) {
-    TORCH_CHECK_VALUE(bias->numel() == outputs && bias->is_contiguous(), "bias: expected ", outputs,
+    TORCH_CHECK_VALUE(bias->numel() == out_channels && bias->is_contiguous(), "bias: expected ", out_channels,
                       " elements, got ", bias->sizes());
-    args.bias = floats(*bias, "bias");
+    args.bias = float_data(*bias, "bias");
   }
   Tensor output = empty_output(sizes, at::kFloat, at::MemoryFormat::ChannelsLast);
-  args.x = floats(x, "input"), args.packed = floats(packed, "packed"), args.y = output.data_ptr<float>();
-  args.stream = may_stream(args, args.images);
-  Tensor statistics = nothing(at::kDouble);
-  if (output.numel() == 0) return {output, partials ? at::zeros({1, 3, outputs}, at::kDouble) : statistics};
-  const Threads parallel(args);
-  with_tasks(args, [&](const auto& tasks) {
+  args.x = float_data(x, "input"), args.packed = float_data(packed, "packed"),
+  args.y = output.data_ptr<float>();
+  args.stream = use_streaming_stores(args, args.images);
+  Tensor statistics = empty_placeholder(at::kDouble);
+  if (output.numel() == 0)
+    return {output, partials ? at::zeros({1, 3, out_channels}, at::kDouble) : statistics};
+  const DynamicParallel parallel(args);
+  dispatch_tasks(args, [&](const auto& tasks) {
     Scratch scratch(tasks.scratch(parallel.threads()));
-    std::unique_ptr<double[]> partial(partials ? new double[tasks.chunks() * 2 * outputs] : nullptr);
+    std::unique_ptr<double[]> partial(partials ? new double[tasks.chunks() * 2 * out_channels] : nullptr);
     tasks.run(convolution_kernels(), scratch.data(), parallel, ChunkMoments{partial.get()});
     if (partials) {
       std::vector<double> counts;
-      for (int64_t i = 0; i < tasks.chunks(); ++i) counts.push_back(static_cast<double>(tasks.outputs_in(i)));
-      statistics = merged(args, partial.get(), counts);
+      for (int64_t i = 0; i < tasks.chunks(); ++i)
+        counts.push_back(static_cast<double>(tasks.pixel_count(i)));
+      statistics = merge_chunk_moments(args, partial.get(), counts);
     }
   });
   return {output, statistics};

@@ -1,4 +1,5 @@
-// What the operators around convolutions share on the host: memory, threads, and the geometry of one layer.
+// Helpers of the convolution operators' host code: scratch memory, the parallel loop, and the geometry of one
+// layer.
 #pragma once
 
 #include <atomic>
@@ -17,21 +18,22 @@ inline const ConvolutionKernels& convolution_kernels() {
   return *found;
 }
 
-inline const float* floats(const Tensor& tensor, const char* name) {
+inline const float* float_data(const Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat && tensor.is_cpu(), name,
                    ": expected float32 on the CPU, got ", tensor.scalar_type(), " on ", tensor.device());
   return tensor.const_data_ptr<float>();
 }
 
-// parallel(n, body) for convolution.h. Each thread takes the next task when it is done with its last: tasks
-// differ in length, and so do processors that others use, too. Threads have numbers, for scratch memory of
-// their own; as many are woken as are worth it for this much work.
-class Threads {
+// The parallel loop parallel(n, body) of convolution.h, with dynamic scheduling: each thread fetches the next
+// task when it has finished one, because tasks differ in length, and cores may be shared with other
+// processes. thread() indexes per-thread scratch memory. Uses one thread if the work does not amortize waking
+// others.
+class DynamicParallel {
  public:
-  // For this many multiply-adds.
-  explicit Threads(int64_t products) : threads_(Parallel(products / kProducts).threads()) {}
-  explicit Threads(const ConvolutionArgs& args)
-      : Threads(args.images * args.out_height * args.out_width * args.outputs * depth_of(args)) {}
+  // `fmas`: the number of FMAs.
+  explicit DynamicParallel(int64_t fmas) : threads_(Parallel(fmas / kFmasPerElement).threads()) {}
+  explicit DynamicParallel(const ConvolutionArgs& args)
+      : DynamicParallel(args.images * args.out_height * args.out_width * args.out_channels * gemm_k(args)) {}
 
   int64_t threads() const { return threads_; }
   int64_t thread() const { return threads_ == 1 ? 0 : at::get_thread_num(); }
@@ -46,17 +48,19 @@ class Threads {
   }
 
  private:
-  static constexpr int64_t kProducts = 64;  // take about as long as an element of an elementwise pass
+  // As many FMAs take about as long as one element of an elementwise kernel.
+  static constexpr int64_t kFmasPerElement = 64;
 
   int64_t threads_;
 };
 
-// Uninitialised memory for one call; in whole megabytes, so that many calls can have the same.
+// Uninitialized scratch memory for one call. Its size is rounded up to a megabyte, so that calls of similar
+// size reuse the same cached block.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
     constexpr int64_t kUnit = 1 << 18;
-    const int64_t size = divide_up(std::max<int64_t>(floats, 1), kUnit) * kUnit;
+    const int64_t size = ceil_div(std::max<int64_t>(floats, 1), kUnit) * kUnit;
     memory_ = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
   }
   float* data() { return memory_.data_ptr<float>(); }
@@ -65,44 +69,45 @@ class Scratch {
   Tensor memory_;
 };
 
-inline void set_geometry(ConvolutionArgs& args, at::IntArrayRef taps, at::IntArrayRef stride,
+inline void set_geometry(ConvolutionArgs& args, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation) {
   const auto check_pair = [](const char* name, at::IntArrayRef pair, int64_t least) {
     TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name,
-                      ": expected two numbers of at least ", least, ", got ", pair);
+                      ": expected two integers of at least ", least, ", got ", pair);
   };
-  check_pair("kernel_size", taps, 1), check_pair("stride", stride, 1);
+  check_pair("kernel_size", kernel_size, 1), check_pair("stride", stride, 1);
   check_pair("padding", padding, 0), check_pair("dilation", dilation, 1);
-  args.taps_h = taps[0], args.taps_w = taps[1];
+  args.kernel_h = kernel_size[0], args.kernel_w = kernel_size[1];
   args.stride_h = stride[0], args.stride_w = stride[1];
   args.pad_h = padding[0], args.pad_w = padding[1];
   args.dilation_h = dilation[0], args.dilation_w = dilation[1];
-  args.out_height = output_size(args.height, args.taps_h, args.stride_h, args.pad_h, args.dilation_h);
-  args.out_width = output_size(args.width, args.taps_w, args.stride_w, args.pad_w, args.dilation_w);
+  args.out_height = output_size(args.height, args.kernel_h, args.stride_h, args.pad_h, args.dilation_h);
+  args.out_width = output_size(args.width, args.kernel_w, args.stride_w, args.pad_w, args.dilation_w);
   const bool pointwise =
-      args.taps_h * args.taps_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
-  // Rows a multiple of 4 KB apart would fall into one set of the L1.
-  args.gather = !pointwise || args.channels % 1024 == 0;
+      args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
+  // Rows that are a multiple of 4 KB apart would alias in one set of the L1.
+  args.needs_im2col = !pointwise || args.channels % 1024 == 0;
 }
 
-// Whether to write past the caches. A normal store reads the line first, and an output that no cache holds
-// until it is read has nothing from it: 64 -> 256 channels of 16 images of 56x56, with a residual, 13.4 ms
-// with normal stores, 9.8 ms without. `images`: of the whole output, which `args` may have a part of.
-inline bool may_stream(const ConvolutionArgs& args, int64_t images) {
+// True if the output is to be written with streaming stores. A normal store reads the cache line first, which
+// does not pay off for an output that is evicted before it is read: 64 -> 256 channels of 16 images of 56x56,
+// with a residual, take 13.4 ms with normal stores and 9.8 ms with streaming stores. `images`: the images of
+// the whole output, of which `args` may describe a part.
+inline bool use_streaming_stores(const ConvolutionArgs& args, int64_t images) {
   constexpr int64_t kCached = 2 << 20, kLine = 16;  // floats
-  return images * args.out_height * args.out_width * args.outputs > kCached && args.outputs % kLine == 0 &&
-         reinterpret_cast<uintptr_t>(args.y) % (kLine * sizeof(float)) == 0;
+  return images * args.out_height * args.out_width * args.out_channels > kCached &&
+         args.out_channels % kLine == 0 && reinterpret_cast<uintptr_t>(args.y) % (kLine * sizeof(float)) == 0;
 }
 
-inline void check(const ConvolutionArgs& args, int64_t packed) {
-  TORCH_CHECK_VALUE(args.outputs > 0, "outputs: expected at least one, got ", args.outputs);
+inline void check_conv_args(const ConvolutionArgs& args, int64_t packed) {
+  TORCH_CHECK_VALUE(args.out_channels > 0, "outputs: expected a positive integer, got ", args.out_channels);
   TORCH_CHECK_VALUE(
       args.out_height > 0 && args.out_width > 0 && args.channels > 0 && args.height > 0 && args.width > 0,
       "input: expected channels, and images at least as large as the kernel");
-  TORCH_CHECK_VALUE(args.tile == 0 || (is_winograd_tile(args.tile) && is_winograd(args)),
-                    "tile: Winograd is for 3x3 kernels with stride 1 or 2, in tiles of 2 to 4");
+  TORCH_CHECK_VALUE(args.tile == 0 || (supports_winograd_tile(args.tile) && supports_winograd(args)),
+                    "tile: Winograd supports 3x3 kernels with stride 1 or 2, and tiles of 2 to 4");
   TORCH_CHECK_VALUE(
-      packed == packed_size(args.outputs, args.channels, args.taps_h * args.taps_w, args.tile != 0),
+      packed == packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w, args.tile != 0),
       "packed: expected the weight packed for this convolution");
 }
 

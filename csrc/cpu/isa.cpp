@@ -13,15 +13,16 @@ namespace fused_res {
 namespace {
 
 #if defined(__x86_64__)
-// The compiler's names for __builtin_cpu_supports have no F16C in every version that we build with.
+// Not every supported compiler version has F16C among the names of __builtin_cpu_supports.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
 #endif
 
-// Best first. __builtin_cpu_supports also asks whether the operating system saves the registers.
-std::vector<const cpu::Kernels*> runnable() {
+// The kernel tables that this machine supports, best first. __builtin_cpu_supports also checks that the
+// operating system saves the registers.
+std::vector<const cpu::Kernels*> supported_kernels() {
   std::vector<const cpu::Kernels*> found;
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
@@ -35,8 +36,8 @@ std::vector<const cpu::Kernels*> runnable() {
   return found;
 }
 
-std::atomic<const cpu::Kernels*>& chosen() {
-  static std::atomic<const cpu::Kernels*> kernels = runnable().front();
+std::atomic<const cpu::Kernels*>& active_kernels() {
+  static std::atomic<const cpu::Kernels*> kernels = supported_kernels().front();
   return kernels;
 }
 
@@ -45,15 +46,15 @@ std::atomic<const cpu::Kernels*>& chosen() {
 const char* cpu_isa() { return cpu::kernels().name; }
 
 void set_cpu_isa(std::string_view name) {
-  const auto available = runnable();
+  const auto available = supported_kernels();
   if (name == "auto") {
-    chosen() = available.front();
+    active_kernels() = available.front();
     return;
   }
   std::string names = "auto";
   for (const cpu::Kernels* kernels : available) {
     if (name == kernels->name) {
-      chosen() = kernels;
+      active_kernels() = kernels;
       return;
     }
     names += std::string(", ") + kernels->name;
@@ -62,6 +63,6 @@ void set_cpu_isa(std::string_view name) {
                               "': this machine and build offer " + names);
 }
 
-const cpu::Kernels& cpu::kernels() { return *chosen().load(std::memory_order_relaxed); }
+const cpu::Kernels& cpu::kernels() { return *active_kernels().load(std::memory_order_relaxed); }
 
 }  // namespace fused_res

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels run on.
+// Run-time selection of the instruction set of the CPU kernels.
 #pragma once
 
 #include <string_view>
@@ -7,15 +7,15 @@
 
 namespace fused_res {
 
-// The name of the instruction set in use: "baseline", "avx2" or "avx512".
+// Returns the name of the active instruction set: "baseline", "avx2" or "avx512".
 const char* cpu_isa();
 
-// Chooses one by name; "auto" is the best that this machine runs. Throws std::invalid_argument for one it
-// does not run.
+// Selects an instruction set by name; "auto" is the best one that this machine supports. Throws
+// std::invalid_argument for one that it does not support.
 void set_cpu_isa(std::string_view name);
 
 namespace cpu {
-// The kernels in use.
+// The kernel table of the active instruction set.
 const Kernels& kernels();
 }  // namespace cpu
 

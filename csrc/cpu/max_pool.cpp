@@ -1,4 +1,5 @@
-// Max pooling behind an optional normalise + ReLU, with one byte an index. The kernels are in isa/max_pool.h.
+// Operators for max pooling with an optional prologue, normalize + ReLU, and indices of one byte. The kernels
+// are in isa/max_pool.h.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -10,11 +11,11 @@
 namespace fused_res::cpu {
 namespace {
 
-PoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef stride,
+PoolArgs pool_args(const ActivationTensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                    at::IntArrayRef padding) {
   TORCH_CHECK_VALUE(x.tensor.dim() == 4, "input: expected (N, C, H, W), got ", x.tensor.sizes());
   TORCH_CHECK_VALUE(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2,
-                    "kernel_size, stride, padding: expected two numbers each");
+                    "kernel_size, stride, padding: expected two integers each");
   PoolArgs args = {};
   args.images = x.shape.images, args.channels = x.shape.channels;
   args.height = x.tensor.size(2), args.width = x.tensor.size(3);
@@ -23,7 +24,7 @@ PoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef str
   args.pad_h = padding[0], args.pad_w = padding[1];
   TORCH_CHECK_VALUE(kernel[0] > 0 && kernel[1] > 0 && kernel[0] * kernel[1] <= 255,
                     "kernel_size: expected a window of 1 to 255 values, got ", kernel);
-  TORCH_CHECK_VALUE(stride[0] > 0 && stride[1] > 0, "stride: expected positive numbers, got ", stride);
+  TORCH_CHECK_VALUE(stride[0] > 0 && stride[1] > 0, "stride: expected positive integers, got ", stride);
   TORCH_CHECK_VALUE(
       padding[0] >= 0 && padding[1] >= 0 && 2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1],
       "padding: expected at most half of kernel_size, ", kernel, ", got ", padding);
@@ -35,19 +36,19 @@ PoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef str
   return args;
 }
 
-const MaxPoolKernels& kernels_for(const Operand& x) {
+const MaxPoolKernels& kernels_for(const ActivationTensor& x) {
   return kernels().max_pool[static_cast<int>(x.dtype)][static_cast<int>(x.shape.layout)];
 }
 
-// Kernels work in rows of pixels: of an image (NHWC), or of a plane.
-int64_t pixel_rows(const Operand& x, int64_t height) {
+// The number of rows of pixels that the kernels iterate over: rows of images (NHWC) or of planes (NCHW).
+int64_t pixel_rows(const ActivationTensor& x, int64_t height) {
   return (x.shape.layout == Layout::kNhwc ? x.shape.images : x.shape.images * x.shape.channels) * height;
 }
 
 std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input, const OptionalTensor& stats, bool relu,
                                             at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                             at::IntArrayRef padding) {
-  const Operand x(input);
+  const ActivationTensor x(input);
   PoolArgs args = pool_args(x, kernel_size, stride, padding);
   Tensor saved;
   if (stats && stats->defined()) {
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input, const OptionalT
 
 Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const Tensor& input,
                          at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding) {
-  const Operand x(input);
+  const ActivationTensor x(input);
   PoolArgs args = pool_args(x, kernel_size, stride, padding);
   const std::array<int64_t, 4> sizes = {x.shape.images, x.shape.channels, args.out_height, args.out_width};
   TORCH_CHECK_VALUE(grad_output.sizes().equals(sizes) && grad_output.is_cpu(),
@@ -82,15 +83,15 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
   TORCH_CHECK_VALUE(indices.sizes().equals(sizes) && indices.is_cpu() && indices.scalar_type() == at::kByte,
                     "indices: expected uint8 of the output's shape, ", at::IntArrayRef(sizes), ", got ",
                     indices.sizes(), " of ", indices.scalar_type());
-  const Tensor dy = grad_output.contiguous(x.format), chosen = indices.contiguous(x.format);
+  const Tensor dy = grad_output.contiguous(x.format), window_indices = indices.contiguous(x.format);
   Tensor dx = empty_output(x.tensor);
   args.x = dy.const_data_ptr();
   args.y = dx.data_ptr();
-  args.indices = const_cast<uint8_t*>(chosen.const_data_ptr<uint8_t>());
+  args.indices = const_cast<uint8_t*>(window_indices.const_data_ptr<uint8_t>());
   const auto backward = kernels_for(x).backward;
   Parallel{x.shape.numel()}(pixel_rows(x, args.height),
                             [&](int64_t begin, int64_t end) { backward(args, begin, end); });
-  return restored(dx, input, x.tensor);
+  return restore_strides(dx, input, x.tensor);
 }
 
 }  // namespace

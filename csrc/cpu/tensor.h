@@ -1,4 +1,4 @@
-// What the operators' host sides share: how a tensor looks to a kernel, where outputs come from, the parallel
+// Helpers of the operators' host code: tensors as kernels read them, allocation of outputs, the parallel
 // loop.
 #pragma once
 
@@ -7,7 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "common/tensor.h"
-#include "cpu/output_memory.h"
+#include "cpu/output_allocator.h"
 #include "cpu/partition.h"
 
 namespace fused_res::cpu {
@@ -15,17 +15,17 @@ namespace fused_res::cpu {
 inline at::ScalarType stats_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
-// Index into the tables of functions on statistics.
+// Index into the kernel tables of functions on statistics: 0 for float, 1 for double.
 inline int stats_index(const Tensor& tensor) { return tensor.scalar_type() == at::kDouble ? 1 : 0; }
 
-// A tensor in one of the two layouts that kernels know.
-struct Operand {
+// An activation (N, C, ...) in one of the two layouts that the kernels support.
+struct ActivationTensor {
   Tensor tensor;
   Shape shape;
   Dtype dtype;
   at::MemoryFormat format;
 
-  explicit Operand(const Tensor& input) {
+  explicit ActivationTensor(const Tensor& input) {
     const int64_t dim = input.dim();
     TORCH_CHECK_VALUE(dim >= 2 && dim <= 5, "input: expected (N, C, ...) of 2 to 5 dimensions, got ",
                       input.sizes());
@@ -39,18 +39,18 @@ struct Operand {
     tensor = input.contiguous(format);
   }
 
-  // Another tensor of the same shape, in the same order of memory.
-  Tensor match(const Tensor& other, const char* name) const {
+  // Another tensor, checked to have the same shape and dtype, in the same memory format.
+  Tensor checked_like(const Tensor& other, const char* name) const {
     check_like(other, tensor, name);
     return other.contiguous(format);
   }
 
-  // The bytes of a mask row, and of the mask.
+  // Bytes of a row of the mask, and of the whole mask.
   int64_t mask_cols() const { return (shape.cols() + 7) / 8; }
   int64_t mask_bytes() const { return shape.rows() * mask_cols(); }
 };
 
-// Uninitialised outputs: of any size, and like an operand's tensor.
+// Uninitialized outputs from the output allocator, with given sizes or like another tensor.
 inline Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format) {
   const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
   return Tensor(at::detail::empty_generic(sizes, output_allocator(), keys, dtype, format));
@@ -61,21 +61,21 @@ inline Tensor empty_output(const Tensor& like) {
                                                   like.scalar_type()));
 }
 
-// A tensor that was not asked for.
-inline Tensor nothing(at::ScalarType dtype) { return at::detail::empty_cpu({0}, dtype); }
+// A tensor of 0 elements, returned for an output that was not requested.
+inline Tensor empty_placeholder(at::ScalarType dtype) { return at::detail::empty_cpu({0}, dtype); }
 
-// parallel(n, body) for partition.h. For fewer elements than ATen's own grain, waking a thread costs more
-// than it brings.
+// The parallel loop parallel(n, body) of partition.h. Below ATen's grain size, waking a thread costs more
+// time than it saves.
 struct Parallel {
   static constexpr int64_t kGrain = 32768;
-  bool worthwhile;
+  bool enabled;
 
-  explicit Parallel(int64_t numel) : worthwhile(numel >= kGrain) {}
-  int64_t threads() const { return worthwhile && !at::in_parallel_region() ? at::get_num_threads() : 1; }
+  explicit Parallel(int64_t numel) : enabled(numel >= kGrain) {}
+  int64_t threads() const { return enabled && !at::in_parallel_region() ? at::get_num_threads() : 1; }
 
   template <class Body>
   void operator()(int64_t n, const Body& body) const {
-    if (worthwhile) {
+    if (enabled) {
       at::parallel_for(0, n, 1, body);
     } else if (n > 0) {
       body(int64_t{0}, n);

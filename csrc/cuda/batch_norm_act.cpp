@@ -1,5 +1,6 @@
-// act(bn(x) [+ residual]) and what belongs to it: in training three kernels forward and three backward, or
-// one each (single_pass.h); with running statistics one.
+// Host side of batch norm + residual + activation, act(bn(x) [+ residual]). Training launches three kernels
+// forward and three backward, or one cooperative kernel each (single_pass.h); running statistics need one
+// kernel forward.
 #include <ATen/ops/zeros.h>
 
 #include <array>
@@ -11,12 +12,12 @@
 namespace fused_res::cuda {
 namespace {
 
-// What a normalisation needs beside x.
+// Parameters of a batch norm: weight, bias, running statistics and eps.
 struct Norm {
   ChannelVector weight, bias, running_mean, running_var;
   double eps;
 
-  Norm(const Operand& x, const OptionalTensor& weight, const OptionalTensor& bias,
+  Norm(const ActivationTensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
        const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double eps)
       : weight(weight, x, "weight"),
         bias(bias, x, "bias"),
@@ -27,8 +28,9 @@ struct Norm {
                       "running_mean, running_var: expected tensors when not training");
   }
 
-  // Statistics that do not depend on x: the running ones, or those of no values at all.
-  FoldArgs fold(const Operand& x, const Tensor& stats) const {
+  // Return the arguments that fold the running statistics, or for training on an empty batch, absent ones, to
+  // `stats`.
+  FoldArgs fold(const ActivationTensor& x, const Tensor& stats) const {
     return {.active = true,
             .mean = running_mean.get(),
             .var = running_var.get(),
@@ -40,18 +42,19 @@ struct Norm {
   }
 };
 
-Tensor folded_stats(const Operand& x, const Norm& norm, Stream stream) {
+Tensor folded_stats(const ActivationTensor& x, const Norm& norm, Stream stream) {
   Tensor stats = x.empty_stats();
   if (x.shape.channels > 0) launch_fold(x.is_double(), norm.fold(x, stats), stream);
   return stats;
 }
 
-Tensor compute_stats(const Operand& x, const Norm& norm, bool training, Stream stream) {
+Tensor compute_stats(const ActivationTensor& x, const Norm& norm, bool training, Stream stream) {
   if (!training || x.shape.numel() == 0) return folded_stats(x, norm, stream);
-  return merge_to_stats(tile_partials(x, stream), norm.weight, norm.bias, norm.eps, x.is_double(), stream);
+  return merge_to_stats(compute_partials(x, stream), norm.weight, norm.bias, norm.eps, x.is_double(), stream);
 }
 
-ApplyArgs apply_args(const Operand& x, const Residual& residual, bool relu, void* y, const Tensor& mask) {
+ApplyArgs apply_args(const ActivationTensor& x, const Residual& residual, bool relu, void* y,
+                     const Tensor& mask) {
   ApplyArgs args = {};
   args.x = x.data(), args.y = y;
   args.residual = data_or_null(residual.tensor), args.residual_stats = data_or_null(residual.stats);
@@ -60,27 +63,28 @@ ApplyArgs apply_args(const Operand& x, const Residual& residual, bool relu, void
   return args;
 }
 
-void apply(const Operand& x, ApplyArgs args, Stream stream) {
+void apply(const ActivationTensor& x, ApplyArgs args, Stream stream) {
   if (x.shape.numel() == 0) return;
-  args.cut = x.cut({args.y, args.residual}, kPassUnits);
+  args.partition = x.partition({args.y, args.residual}, kMaxElementwiseUnits);
   launch_apply(x.dtype, args, stream);
 }
 
-// In one kernel, where that is possible and thought to be faster; returns whether.
-bool forward_in_one_pass(const Operand& x, const Norm& norm, ApplyArgs apply, const Tensor& stats,
-                         Stream stream) {
-  apply.cut = x.cut({apply.y, apply.residual}, kReductionUnits);
-  // Partials of vectors are other partials: both ways shall give the same bits.
-  if (apply.cut.vector != x.cut({}, kReductionUnits).vector) return false;
-  const auto work = choose_single_pass_forward(x.dtype, apply.cut);
-  if (!work) return false;
-  const Tensor partials = x.empty({apply.cut.parts, 4, x.shape.channels}, x.stats_type());
+// Run the forward as a single pass if that is possible and estimated to be faster. Returns whether it ran.
+bool try_single_pass_forward(const ActivationTensor& x, const Norm& norm, ApplyArgs apply,
+                             const Tensor& stats, Stream stream) {
+  apply.partition = x.partition({apply.y, apply.residual}, kMaxReductionUnits);
+  // The partition depends on the vector size. It must be that of the statistics alone (x and no other
+  // tensor), so that both ways give bitwise the same result.
+  if (apply.partition.vector_size != x.partition({}, kMaxReductionUnits).vector_size) return false;
+  const auto config = choose_single_pass_forward(x.dtype, apply.partition);
+  if (!config) return false;
+  const Tensor partials = x.empty({apply.partition.parts, 4, x.shape.channels}, x.stats_type());
   const Tensor counter = x.empty({1}, at::kInt);
   const SinglePassForwardArgs args = {.apply = apply,
                                       .merge = {.partials = nullptr,
                                                 .rows = 4,
-                                                .parts = apply.cut.parts,
-                                                .parts_per_group = apply.cut.parts,
+                                                .parts = apply.partition.parts,
+                                                .parts_per_group = apply.partition.parts,
                                                 .channels = x.shape.channels,
                                                 .stats = stats.data_ptr(),
                                                 .merged = nullptr,
@@ -88,7 +92,7 @@ bool forward_in_one_pass(const Operand& x, const Norm& norm, ApplyArgs apply, co
                                                 .bias = norm.bias.get(),
                                                 .eps = norm.eps},
                                       .partials = partials.data_ptr(),
-                                      .work = *work,
+                                      .config = *config,
                                       .counter = static_cast<unsigned*>(counter.data_ptr())};
   launch_single_pass_forward(x.dtype, args, stream);
   return true;
@@ -97,8 +101,8 @@ bool forward_in_one_pass(const Operand& x, const Norm& norm, ApplyArgs apply, co
 Tensor batch_norm_stats(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
                         double eps) {
-  const OnDeviceOf device(input);
-  const Operand x(input);
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
   const Norm norm(x, weight, bias, running_mean, running_var, training, eps);
   return compute_stats(x, norm, training, device.stream());
 }
@@ -107,9 +111,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& residual_stats,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, bool training, double eps, bool relu, bool save_mask) {
-  const OnDeviceOf device(input);
+  const DeviceGuard device(input);
   const Stream stream = device.stream();
-  const Operand x(input);
+  const ActivationTensor x(input);
   const Norm norm(x, weight, bias, running_mean, running_var, training, eps);
   const Residual added(x, residual, residual_stats);
   const Tensor output = at::empty_like(x.tensor), mask = x.empty_mask(save_mask);
@@ -123,36 +127,36 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     apply(x, args, stream);
   } else {
     stats = x.empty_stats();
-    if (!forward_in_one_pass(x, norm, args, stats, stream)) {
+    if (!try_single_pass_forward(x, norm, args, stats, stream)) {
       stats = compute_stats(x, norm, training, stream);
       args.stats = stats.const_data_ptr();
       apply(x, args, stream);
     }
   }
-  return {restored(output, input, x.tensor), stats, mask};
+  return {restore_strides(output, input, x.tensor), stats, mask};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_act_apply(const Tensor& input, const Tensor& stats,
                                                 const OptionalTensor& residual,
                                                 const OptionalTensor& residual_stats, bool relu,
                                                 bool save_mask) {
-  const OnDeviceOf device(input);
-  const Operand x(input);
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
   const Residual added(x, residual, residual_stats);
   const Tensor saved = checked_stats(stats, x, "stats");
   const Tensor output = at::empty_like(x.tensor), mask = x.empty_mask(save_mask);
   ApplyArgs args = apply_args(x, added, relu, output.data_ptr(), mask);
   args.stats = saved.const_data_ptr();
   apply(x, args, device.stream());
-  return {restored(output, input, x.tensor), mask};
+  return {restore_strides(output, input, x.tensor), mask};
 }
 
 void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual,
                                const OptionalTensor& residual_stats, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Tensor& running_mean,
                                const Tensor& running_var, double eps, bool relu) {
-  const OnDeviceOf device(input);
-  const Operand x(input);
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
   const Norm norm(x, weight, bias, running_mean, running_var, /*training=*/false, eps);
   const Residual added(x, residual, residual_stats);
   ApplyArgs args = apply_args(x, added, relu, x.tensor.data_ptr(), {});
@@ -161,8 +165,9 @@ void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residu
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
 }
 
-// The gradients of the elements, and the sums where anything is made of them.
-Tensor run_backward(const Operand& x, BackwardArgs args, bool reduces, Stream stream) {
+// Run the backward: the gradients of the elements, and, if `reduces`, the sums over the channels. Returns the
+// sums.
+Tensor run_backward(const ActivationTensor& x, BackwardArgs args, bool reduces, Stream stream) {
   args.count = static_cast<double>(x.shape.images * x.shape.pixels);
   const bool writes = args.dx != nullptr || args.dresidual != nullptr;
   if (x.shape.numel() == 0) {
@@ -170,16 +175,18 @@ Tensor run_backward(const Operand& x, BackwardArgs args, bool reduces, Stream st
                    : Tensor();
   }
   Tensor sums;
-  args.cut = x.cut({args.dy, args.residual, args.dx, args.dresidual}, kReductionUnits);
-  const bool same_cut = args.cut.vector == x.cut({args.dy, args.residual}, kReductionUnits).vector;
-  if (const auto work =
-          reduces && writes && same_cut ? choose_single_pass_backward(x.dtype, args.cut) : std::nullopt) {
+  args.partition = x.partition({args.dy, args.residual, args.dx, args.dresidual}, kMaxReductionUnits);
+  const bool same_partition =
+      args.partition.vector_size == x.partition({args.dy, args.residual}, kMaxReductionUnits).vector_size;
+  if (const auto config = reduces && writes && same_partition
+                              ? choose_single_pass_backward(x.dtype, args.partition)
+                              : std::nullopt) {
     sums = x.empty({args.sums_rows, x.shape.channels}, x.stats_type());
-    const Tensor partials = x.empty({args.cut.parts, args.sums_rows, x.shape.channels}, x.stats_type());
+    const Tensor partials = x.empty({args.partition.parts, args.sums_rows, x.shape.channels}, x.stats_type());
     const Tensor counter = x.empty({1}, at::kInt);
     args.sums = sums.data_ptr(), args.partials = partials.data_ptr();
     launch_single_pass_backward(
-        x.dtype, {.backward = args, .work = *work, .counter = static_cast<unsigned*>(counter.data_ptr())},
+        x.dtype, {.backward = args, .config = *config, .counter = static_cast<unsigned*>(counter.data_ptr())},
         stream);
     return sums;
   }
@@ -188,99 +195,104 @@ Tensor run_backward(const Operand& x, BackwardArgs args, bool reduces, Stream st
     args.sums = sums.data_ptr();
   }
   if (writes) {
-    args.cut = x.cut({args.dy, args.residual, args.dx, args.dresidual}, kPassUnits);
+    args.partition = x.partition({args.dy, args.residual, args.dx, args.dresidual}, kMaxElementwiseUnits);
     launch_dx(x.dtype, args, stream);
   }
   return sums;
 }
 
-// A parameter's gradient: a copy, as what an operator returns must not share memory.
-Tensor parameter_gradient(const Tensor& sums, int64_t row, bool wanted, const OptionalTensor& weight,
-                          const Operand& x) {
+// Return a parameter's gradient: a copy of a row of the sums, since an operator's outputs must not share
+// memory.
+Tensor parameter_gradient(const Tensor& sums, int64_t row, bool requested, const OptionalTensor& weight,
+                          const ActivationTensor& x) {
   const bool has_weight = weight && weight->defined();
   const at::ScalarType type = has_weight ? weight->scalar_type() : x.stats_type();
-  if (!wanted) return nothing(x.tensor, type);
+  if (!requested) return empty_placeholder(x.tensor, type);
   return sums.select(0, row).to(type, /*non_blocking=*/false, /*copy=*/true);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
     const OptionalTensor& relu_mask, bool training, bool relu, std::array<bool, 4> output_mask) {
-  const auto [want_input, want_residual, want_weight, want_bias] = output_mask;
-  const OnDeviceOf device(input);
-  const Operand x(input);
-  const Tensor dy = x.match(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
-  const Tensor dx = want_input ? at::empty_like(x.tensor) : Tensor();
-  const Tensor dresidual = want_residual ? at::empty_like(x.tensor) : Tensor();
+  const auto [needs_input, needs_residual, needs_weight, needs_bias] = output_mask;
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
+  const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
+  const Tensor dx = needs_input ? at::empty_like(x.tensor) : Tensor();
+  const Tensor dresidual = needs_residual ? at::empty_like(x.tensor) : Tensor();
   BackwardArgs args = {};
   args.dy = dy.const_data_ptr(), args.x = x.data(), args.stats = saved.const_data_ptr();
   args.mask = checked_mask(relu_mask, x), args.relu = relu;
   args.dx = mutable_data_or_null(dx), args.dresidual = mutable_data_or_null(dresidual);
-  args.training = training && want_input, args.sums_rows = 2;
-  const bool reduces = want_weight || want_bias || (want_input && training);
+  args.training = training && needs_input, args.sums_rows = 2;
+  const bool reduces = needs_weight || needs_bias || (needs_input && training);
   const Tensor sums = run_backward(x, args, reduces, device.stream());
   const auto returned = [&](const Tensor& gradient) {
-    return gradient.defined() ? restored(gradient, input, x.tensor) : nothing(input, input.scalar_type());
+    return gradient.defined() ? restore_strides(gradient, input, x.tensor)
+                              : empty_placeholder(input, input.scalar_type());
   };
-  return {returned(dx), returned(dresidual), parameter_gradient(sums, 1, want_weight, weight, x),
-          parameter_gradient(sums, 0, want_bias, weight, x)};
+  return {returned(dx), returned(dresidual), parameter_gradient(sums, 1, needs_weight, weight, x),
+          parameter_gradient(sums, 0, needs_bias, weight, x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_pair(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
     const Tensor& residual, const OptionalTensor& residual_weight, const Tensor& residual_stats,
     const OptionalTensor& relu_mask, bool training, bool residual_training, std::array<bool, 6> output_mask) {
-  const auto [want_input, want_residual, want_weight, want_bias, want_residual_weight, want_residual_bias] =
-      output_mask;
-  const OnDeviceOf device(input);
-  const Operand x(input);
-  const Tensor dy = x.match(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
+  const auto [needs_input, needs_residual, needs_weight, needs_bias, needs_residual_weight,
+              needs_residual_bias] = output_mask;
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
+  const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
   const Residual other(x, residual, residual_stats);
-  const Tensor dx = want_input ? at::empty_like(x.tensor) : Tensor();
-  const Tensor dresidual = want_residual ? at::empty_like(x.tensor) : Tensor();
+  const Tensor dx = needs_input ? at::empty_like(x.tensor) : Tensor();
+  const Tensor dresidual = needs_residual ? at::empty_like(x.tensor) : Tensor();
   BackwardArgs args = {};
   args.dy = dy.const_data_ptr(), args.x = x.data(), args.stats = saved.const_data_ptr();
   args.residual = other.tensor.const_data_ptr(), args.residual_stats = other.stats.const_data_ptr();
   args.mask = checked_mask(relu_mask, x);
   args.dx = mutable_data_or_null(dx), args.dresidual = mutable_data_or_null(dresidual);
-  args.training = training && want_input, args.residual_training = residual_training && want_residual;
+  args.training = training && needs_input, args.residual_training = residual_training && needs_residual;
   args.sums_rows = 3;
-  const bool reduces = want_weight || want_bias || want_residual_weight || want_residual_bias ||
-                       (want_input && training) || (want_residual && residual_training);
+  const bool reduces = needs_weight || needs_bias || needs_residual_weight || needs_residual_bias ||
+                       (needs_input && training) || (needs_residual && residual_training);
   const Tensor sums = run_backward(x, args, reduces, device.stream());
   const auto returned = [&](const Tensor& gradient, const Tensor& of, const Tensor& read) {
-    return gradient.defined() ? restored(gradient, of, read) : nothing(of, of.scalar_type());
+    return gradient.defined() ? restore_strides(gradient, of, read) : empty_placeholder(of, of.scalar_type());
   };
   return {returned(dx, input, x.tensor),
           returned(dresidual, residual, other.tensor),
-          parameter_gradient(sums, 1, want_weight, weight, x),
-          parameter_gradient(sums, 0, want_bias, weight, x),
-          parameter_gradient(sums, 2, want_residual_weight, residual_weight, x),
-          parameter_gradient(sums, 0, want_residual_bias, residual_weight, x)};
+          parameter_gradient(sums, 1, needs_weight, weight, x),
+          parameter_gradient(sums, 0, needs_bias, weight, x),
+          parameter_gradient(sums, 2, needs_residual_weight, residual_weight, x),
+          parameter_gradient(sums, 0, needs_residual_bias, residual_weight, x)};
 }
 
-// self += grad where the mask, which lies in grad's order, says so.
+// self += grad where the mask, in grad's memory order, is set.
 void add_masked_(const Tensor& self, const Tensor& grad, const OptionalTensor& relu_mask) {
-  const OnDeviceOf device(grad);
-  const Operand g(grad);
-  const Tensor into = g.match(self, "self");
+  const DeviceGuard device(grad);
+  const ActivationTensor g(grad);
+  const Tensor into = g.checked_like(self, "self");
   const uint8_t* mask = checked_mask(relu_mask, g);
   if (g.shape.numel() == 0) return;
-  const Activation matrix = {g.shape.rows(), g.shape.cols(), 1, true};
-  const Cut work = cut(matrix, g.vector(matrix.channels, {into.const_data_ptr()}), kPassUnits);
-  launch_add_masked(g.dtype, {.cut = work, .into = into.data_ptr(), .grad = g.data(), .mask = mask},
+  const ActivationShape matrix = {g.shape.rows(), g.shape.cols(), 1, true};
+  const WorkPartition partition =
+      partition_work(matrix, g.vector_size(matrix.channels, {into.const_data_ptr()}), kMaxElementwiseUnits);
+  launch_add_masked(g.dtype,
+                    {.partition = partition, .into = into.data_ptr(), .grad = g.data(), .mask = mask},
                     device.stream());
   if (!into.is_same(self)) self.copy_(into);
 }
 
-// For all units of a block at once; what is not contiguous is made so, and copied back.
+// Update the running statistics of all norms of a block with one launch per kMaxNorms norms. Non-contiguous
+// tensors are updated through a contiguous copy.
 void update_running_stats(at::TensorList running_mean, at::TensorList running_var, at::TensorList stats,
                           at::ArrayRef<double> momentum) {
   const size_t n = stats.size();
   TORCH_CHECK_VALUE(running_mean.size() == n && running_var.size() == n && momentum.size() == n,
                     "running_mean, running_var, momentum: expected as many entries as stats, ", n);
   if (n == 0) return;
-  const OnDeviceOf device(stats[0]);
+  const DeviceGuard device(stats[0]);
   std::vector<Tensor> means(n), vars(n), batches(n);
   for (size_t i = 0; i < n; ++i) {
     batches[i] = stats[i].contiguous();
@@ -297,8 +309,8 @@ void update_running_stats(at::TensorList running_mean, at::TensorList running_va
     }
     means[i] = running_mean[i].contiguous(), vars[i] = running_var[i].contiguous();
   }
-  for (size_t first = 0; first < n; first += UpdateRunningArgs::kMost) {
-    const size_t last = std::min(n, first + UpdateRunningArgs::kMost);
+  for (size_t first = 0; first < n; first += UpdateRunningArgs::kMaxNorms) {
+    const size_t last = std::min(n, first + UpdateRunningArgs::kMaxNorms);
     UpdateRunningArgs args = {};
     int64_t channels = 0;
     for (size_t i = first; i < last; ++i) {
@@ -317,8 +329,8 @@ void update_running_stats(at::TensorList running_mean, at::TensorList running_va
   for (size_t i = 0; i < n; ++i) {
     if (!means[i].is_same(running_mean[i])) running_mean[i].copy_(means[i]);
     if (!vars[i].is_same(running_var[i])) running_var[i].copy_(vars[i]);
-    // The dispatcher does not do this for operators of extensions: autograd shall notice if it had saved one
-    // of them.
+    // The dispatcher does not bump the version for operators of extensions. Autograd must detect the in-place
+    // update if it saved one of these tensors.
     for (const Tensor& running : {running_mean[i], running_var[i]})
       running.unsafeGetTensorImpl()->bump_version();
   }

@@ -1,21 +1,22 @@
-// The kernels of batch_norm_act: two passes, and small ones around them. A thread block does one unit of
-// work.
+// Multi-pass kernels of batch norm + residual + activation: partial statistics and apply forward, partial
+// sums and dx backward, and the small kernels around them. A threadblock computes one work unit.
 #pragma once
 
-#include "cuda/batch_norm_units.cuh"
+#include "cuda/batch_norm_device.cuh"
 
 namespace fused_res::cuda {
 
-__device__ inline Unit unit_of_block(const Cut& cut) {
-  return {static_cast<int64_t>(blockIdx.x) % cut.blocks, static_cast<int64_t>(blockIdx.x) / cut.blocks};
+__device__ inline WorkUnit work_unit_of_block(const WorkPartition& partition) {
+  return {static_cast<int64_t>(blockIdx.x) % partition.channel_blocks,
+          static_cast<int64_t>(blockIdx.x) / partition.channel_blocks};
 }
 
 template <class T, Layout layout, int n>
 FUSED_RES_KERNEL(kThreads, 2)
 partials_kernel(const __grid_constant__ PartialsArgs args) {
   using A = Accumulator<T>;
-  const FromGlobal<T, n> source{static_cast<const T*>(args.x)};
-  unit_partials<T, layout, n>(args.cut, unit_of_block(args.cut), source, args.partials,
+  const GlobalSource<T, n> source{static_cast<const T*>(args.x)};
+  unit_partials<T, layout, n>(args.partition, work_unit_of_block(args.partition), source, args.partials,
                               reinterpret_cast<A*>(shared_memory()));
 }
 
@@ -23,13 +24,14 @@ template <class T, Layout layout, int n>
 FUSED_RES_KERNEL(kThreads, 2)
 apply_kernel(const __grid_constant__ ApplyArgs args) {
   auto* rows = reinterpret_cast<Accumulator<T>*>(shared_memory());
-  const Unit unit = unit_of_block(args.cut);
+  const WorkUnit unit = work_unit_of_block(args.partition);
   fill_forward(rows, args, unit);
   __syncthreads();
-  unit_apply<T, layout, n, kTile>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows);
+  unit_apply<T, layout, n, kStepsPerTile>(args, unit, GlobalSource<T, n>{static_cast<const T*>(args.x)},
+                                          rows);
 }
 
-// Two or three operands are under way: fewer steps of each.
+// Two or three operands are in flight in the backward, so fewer steps of each.
 constexpr int kBackwardTile = 2;
 
 template <class T, Layout layout, int n>
@@ -37,11 +39,11 @@ FUSED_RES_KERNEL(kThreads, 2)
 sums_kernel(const __grid_constant__ BackwardArgs args) {
   using A = Accumulator<T>;
   A *rows = reinterpret_cast<A*>(shared_memory()), *shared = channel_row(rows, 2, 0);
-  const Unit unit = unit_of_block(args.cut);
+  const WorkUnit unit = work_unit_of_block(args.partition);
   fill_backward_norms(rows, args, unit);
   __syncthreads();
-  unit_sums<T, layout, n, kBackwardTile>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.dy)},
-                                         FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows, shared);
+  unit_sums<T, layout, n, kBackwardTile>(args, unit, GlobalSource<T, n>{static_cast<const T*>(args.dy)},
+                                         GlobalSource<T, n>{static_cast<const T*>(args.x)}, rows, shared);
 }
 
 template <class T, Layout layout, int n>
@@ -49,38 +51,42 @@ FUSED_RES_KERNEL(kThreads, 2)
 dx_kernel(const __grid_constant__ BackwardArgs args) {
   using A = Accumulator<T>;
   A* rows = reinterpret_cast<A*>(shared_memory());
-  const Unit unit = unit_of_block(args.cut);
+  const WorkUnit unit = work_unit_of_block(args.partition);
   fill_backward_norms(rows, args, unit);
-  const int64_t channels = args.cut.channels, channel = unit.first_channel(args.cut) + threadIdx.x;
-  if (static_cast<int>(threadIdx.x) < args.cut.block_channels && channel < channels) {
+  const int64_t channels = args.partition.channels,
+                channel = unit.first_channel(args.partition) + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) < args.partition.block_channels && channel < channels) {
     const A* sums = static_cast<const A*>(args.sums) + channel;
-    if (args.training) fill_mean_terms(rows, 0, sums[0], sums[channels], args.stats, args, channel);
+    if (args.training) fill_backward_means(rows, 0, sums[0], sums[channels], args.stats, args, channel);
     if (args.residual_training)
-      fill_mean_terms(rows, 1, sums[0], sums[2 * channels], args.residual_stats, args, channel);
+      fill_backward_means(rows, 1, sums[0], sums[2 * channels], args.residual_stats, args, channel);
   }
   __syncthreads();
-  unit_dx<T, layout, n, kBackwardTile>(args, unit, FromGlobal<T, n>{static_cast<const T*>(args.dy)},
-                                       FromGlobal<T, n>{static_cast<const T*>(args.x)}, rows);
+  unit_dx<T, layout, n, kBackwardTile>(args, unit, GlobalSource<T, n>{static_cast<const T*>(args.dy)},
+                                       GlobalSource<T, n>{static_cast<const T*>(args.x)}, rows);
 }
 
-// The layout makes no difference here: rows of a mask, and columns.
+// Add grad, masked by a relu_mask, to `into`. The kernel is independent of the layout: the tensors are
+// matrices of relu_mask rows and columns.
 template <class T, int n>
 FUSED_RES_KERNEL(kThreads, 2)
 add_masked_kernel(const __grid_constant__ AddMaskedArgs args) {
   using A = Accumulator<T>;
-  const Unit unit = unit_of_block(args.cut);
+  const WorkUnit unit = work_unit_of_block(args.partition);
   T* into = static_cast<T*>(args.into);
-  const FromGlobal<T, n> left{into}, right{static_cast<const T*>(args.grad)};
-  Walk<Layout::kNhwc, n> read(args.cut, unit.block, unit.first_tile(args.cut) * kTile), write = read;
-  for (int64_t tile = unit.first_tile(args.cut); tile < unit.last_tile(args.cut); ++tile) {
-    Vector<T, n> sum[kTile], grad[kTile];
-    for (int k = 0; k < kTile; ++k, read.next()) sum[k] = left(read, 0), grad[k] = right(read, 0);
-    for (int k = 0; k < kTile; ++k, write.next()) {
+  const GlobalSource<T, n> left{into}, right{static_cast<const T*>(args.grad)};
+  TileIterator<Layout::kNhwc, n> read(args.partition, unit.channel_block,
+                                      unit.first_tile(args.partition) * kStepsPerTile),
+      write = read;
+  for (int64_t tile = unit.first_tile(args.partition); tile < unit.last_tile(args.partition); ++tile) {
+    Vector<T, n> sum[kStepsPerTile], grad[kStepsPerTile];
+    for (int k = 0; k < kStepsPerTile; ++k, read.next()) sum[k] = left(read, 0), grad[k] = right(read, 0);
+    for (int k = 0; k < kStepsPerTile; ++k, write.next()) {
       A more[n];
       for (int i = 0; i < n; ++i) more[i] = to_float(grad[k][i]);
       if (args.mask != nullptr) mask_gradient(more, args.mask, write);
       for (int i = 0; i < n; ++i) sum[k][i] = from_float<T>(to_float(sum[k][i]) + more[i]);
-      if (write.inside()) store_global(into + write.offset(), sum[k]);
+      if (write.valid()) store_global(into + write.offset(), sum[k]);
     }
   }
 }
@@ -109,7 +115,7 @@ __device__ inline void store_parameter(void* at, Dtype dtype, int64_t channel, d
   }
 }
 
-// For all norms of a chain at once: blockIdx.y.
+// Update the running statistics of several norms; blockIdx.y is the norm.
 FUSED_RES_KERNEL(kThreads, 1) update_running_kernel(const __grid_constant__ UpdateRunningArgs args) {
   const UpdateRunningArgs::Norm& norm = args.norms[blockIdx.y];
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

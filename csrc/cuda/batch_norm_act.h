@@ -1,81 +1,87 @@
-// act(bn(x) [+ residual]) and its backward: what the kernels are told, and their launches. Pointers are to
-// dense memory in one of the two layouts; A is the dtype that the statistics of such a tensor are kept in.
+// Batch norm + residual + activation, act(bn(x) [+ residual]), forward and backward (batch norm: Ioffe &
+// Szegedy 2015, https://arxiv.org/abs/1502.03167): the kernels' argument structs and their launches. Pointers
+// are to dense memory in one of the two layouts. A is the dtype of an activation's statistics and sums:
+// float64 for float64, else float32.
 #pragma once
 
-#include "cuda/cut.h"
+#include "cuda/work_partition.h"
 
 namespace fused_res::cuda {
 
-// Stage one of the statistics.
+// First stage of the batch statistics.
 struct PartialsArgs {
-  Cut cut;
+  WorkPartition partition;
   const void* x;
-  void*
-      partials;  // A (parts, 4, C): count, mean, sum of squared deviations, what rounding took from the mean
+  // A (parts, 4, C), the partial statistics of each part: count, mean, M2 (sum of squared deviations from the
+  // mean) and the compensation term of the mean, which is what rounding took from it.
+  void* partials;
 };
 
-// Stage two, of one group of parts or of several.
+// Second stage: merge the partial statistics of one group of parts to `stats`, or of several groups to
+// `merged`.
 struct MergeArgs {
-  const void* partials;  // (parts, rows, C), of float or double; three rows, or four as above
+  const void* partials;  // (parts, rows, C), float32 or float64; 3 rows, or 4 as above
   int rows;
   int64_t parts, parts_per_group, channels;
-  void* stats;     // (5, C), from one group; or null:
-  double* merged;  // (groups, 3, C)
+  void* stats;     // (5, C), for a single group; or null
+  double* merged;  // (groups, 3, C), if `stats` is null
   Parameter weight, bias;
   double eps;
 };
 
-// Stage two of other sums: (parts, width) to (groups, width).
-struct AddPartsArgs {
+// Second stage of plain sums: (parts, width) to (groups, width).
+struct SumPartialsArgs {
   const void* partials;
   void* sums;
   int64_t parts, parts_per_group, width;
 };
 
-// Statistics that are given, and become `stats` as they are read.
+// Fold given mean and variance (running statistics) and the norm's parameters to scale and shift.
 struct FoldArgs {
   bool active;
   Parameter mean, var, weight, bias;
   double eps;
-  void* stats;  // A (5, C) to be written, or null
+  void* stats;  // output, A (5, C), or null
   int64_t channels;
 };
 
 struct ApplyArgs {
-  Cut cut;
+  WorkPartition partition;
   const void* x;
   void* y;
-  const void *residual, *residual_stats;  // like x and A (5, C), or null
-  const void* stats;                      // A (5, C); not read where `fold` is active
+  const void *residual, *residual_stats;  // residual of x's shape, statistics A (5, C) of its norm; or null
+  const void* stats;                      // A (5, C); unused if `fold` is active
   FoldArgs fold;
-  uint8_t* mask;  // relu_mask to be written, or null
+  uint8_t* mask;  // output, relu_mask, or null
   bool relu;
 };
 
 struct BackwardArgs {
-  Cut cut;
+  WorkPartition partition;
   const void *dy, *x, *stats;
-  const void *residual, *residual_stats;  // the other norm behind the same addition, or null
-  const uint8_t* mask;                    // or null
-  bool relu;                              // without a mask: masked by the sign of the normalised x
-  void* partials;                         // A (parts, 2 or 3, C): sum dy, sum dy * xhat, that of the residual
+  const void *residual, *residual_stats;  // input and statistics of the residual's norm, or null
+  const uint8_t* mask;                    // relu_mask, or null
+  bool relu;                              // without a mask: dy is masked by the sign of the normalized x
+  void* partials;                         // A (parts, 2 or 3, C): sum of dy, dy * xhat, dy * residual xhat
   void* sums;                             // A (2 or 3, C)
-  void *dx, *dresidual;                   // null where not wanted
-  double count;                           // of values that the sums are over
-  // Whether that norm's statistics are the batch's, and its input's gradient is wanted.
+  void *dx, *dresidual;                   // outputs, null if not requested
+  double count;                           // number of values that the sums are over
+  // Whether x's (the residual's) norm uses batch statistics and the gradient of its input is requested.
   bool training, residual_training;
-  int sums_rows;  // 2, or 3 with a residual
+  int sums_rows;  // 2, or 3 with a normalized residual
 };
 
+// into += grad where the mask is set.
 struct AddMaskedArgs {
-  Cut cut;
+  WorkPartition partition;
   void* into;
   const void* grad;
-  const uint8_t* mask;  // or null
+  const uint8_t* mask;  // relu_mask, or null
 };
 
+// Exponential moving average of the running statistics of several norms.
 struct UpdateRunningArgs {
-  static constexpr int kMost = 16;
+  static constexpr int kMaxNorms = 16;
   struct Norm {
     void *mean, *var;
     Dtype mean_dtype, var_dtype;
@@ -84,18 +90,18 @@ struct UpdateRunningArgs {
     int64_t channels;
     double momentum;
   };
-  Norm norms[kMost];
+  Norm norms[kMaxNorms];
 };
 
 void launch_partials(Dtype dtype, const PartialsArgs& args, Stream stream);
 void launch_merge(bool double_partials, bool double_stats, const MergeArgs& args, Stream stream);
-void launch_add_parts(bool is_double, const AddPartsArgs& args, Stream stream);
+void launch_sum_partials(bool is_double, const SumPartialsArgs& args, Stream stream);
 void launch_fold(bool double_stats, const FoldArgs& args, Stream stream);
 void launch_apply(Dtype dtype, const ApplyArgs& args, Stream stream);
 void launch_sums(Dtype dtype, const BackwardArgs& args, Stream stream);
 void launch_dx(Dtype dtype, const BackwardArgs& args, Stream stream);
 void launch_add_masked(Dtype dtype, const AddMaskedArgs& args, Stream stream);
-// For so many norms, of up to so many channels.
+// `norms`: number of norms in `args`. `channels`: the largest number of channels of any of them.
 void launch_update_running(const UpdateRunningArgs& args, int norms, int64_t channels, Stream stream);
 
 }  // namespace fused_res::cuda

@@ -1,3 +1,4 @@
+// Host side of the split-phase batch norm operators: statistics, merge, backward reduction and dx.
 #include "cuda/batch_norm_sync.h"
 
 #include <ATen/ops/zeros.h>
@@ -5,17 +6,18 @@
 namespace fused_res::cuda {
 namespace {
 
-// Parts that one launch merges; where a convolution's tiles bring more, groups of them are merged first.
-constexpr int64_t kMostParts = 1024, kGroup = 64;
+// Maximum number of parts that one launch merges. More parts, as a convolution's tiles may give, are first
+// merged in groups of kGroup.
+constexpr int64_t kMaxPartsPerMerge = 1024, kGroup = 64;
 
-int64_t group_of(int64_t parts) { return parts <= kMostParts ? parts : kGroup; }
+int64_t merge_group_size(int64_t parts) { return parts <= kMaxPartsPerMerge ? parts : kGroup; }
 
 MergeArgs merge_args(const Tensor& partials) {
   const int64_t parts = partials.size(0);
   return {.partials = partials.const_data_ptr(),
           .rows = static_cast<int>(partials.size(1)),
           .parts = parts,
-          .parts_per_group = group_of(parts),
+          .parts_per_group = merge_group_size(parts),
           .channels = partials.size(2),
           .stats = nullptr,
           .merged = nullptr,
@@ -37,7 +39,7 @@ Tensor merge_groups(const Tensor& partials, Stream stream) {
 
 }  // namespace
 
-Tensor merge_parts(const Tensor& partials, Stream stream) {
+Tensor merge_partial_stats(const Tensor& partials, Stream stream) {
   Tensor merged = partials;
   do merged = merge_groups(merged, stream);
   while (merged.size(0) > 1);
@@ -46,7 +48,7 @@ Tensor merge_parts(const Tensor& partials, Stream stream) {
 
 Tensor merge_to_stats(Tensor partials, const ChannelVector& weight, const ChannelVector& bias, double eps,
                       bool is_double, Stream stream) {
-  while (partials.size(0) > kMostParts) partials = merge_groups(partials, stream);
+  while (partials.size(0) > kMaxPartsPerMerge) partials = merge_groups(partials, stream);
   const auto type = is_double ? at::kDouble : at::kFloat;
   Tensor stats = at::empty({5, partials.size(2)}, partials.options().dtype(type));
   MergeArgs args = merge_args(partials);
@@ -55,32 +57,33 @@ Tensor merge_to_stats(Tensor partials, const ChannelVector& weight, const Channe
   return stats;
 }
 
-Tensor merge_sums(const Tensor& partials, Stream stream) {
+Tensor sum_partials(const Tensor& partials, Stream stream) {
   Tensor sums = partials;
   const int64_t rows = partials.size(1), channels = partials.size(2);
   while (sums.size(0) > 1) {
-    const int64_t parts = sums.size(0), group = group_of(parts);
+    const int64_t parts = sums.size(0), group = merge_group_size(parts);
     const Tensor merged = at::empty({ceil_div(parts, group), rows, channels}, sums.options());
-    launch_add_parts(is_double(sums),
-                     {.partials = sums.const_data_ptr(),
-                      .sums = merged.data_ptr(),
-                      .parts = parts,
-                      .parts_per_group = group,
-                      .width = rows * channels},
-                     stream);
+    launch_sum_partials(is_double(sums),
+                        {.partials = sums.const_data_ptr(),
+                         .sums = merged.data_ptr(),
+                         .parts = parts,
+                         .parts_per_group = group,
+                         .width = rows * channels},
+                        stream);
     sums = merged;
   }
   return sums.view({rows, channels});
 }
 
-Residual::Residual(const Operand& x, const OptionalTensor& residual, const OptionalTensor& residual_stats) {
-  if (residual && residual->defined()) tensor = x.match(*residual, "residual");
+Residual::Residual(const ActivationTensor& x, const OptionalTensor& residual,
+                   const OptionalTensor& residual_stats) {
+  if (residual && residual->defined()) tensor = x.checked_like(*residual, "residual");
   if (!residual_stats || !residual_stats->defined()) return;
-  TORCH_CHECK_VALUE(tensor.defined(), "residual_stats: expected a residual that they are of");
+  TORCH_CHECK_VALUE(tensor.defined(), "residual_stats: expected a residual with them");
   stats = checked_stats(*residual_stats, x, "residual_stats");
 }
 
-const uint8_t* checked_mask(const OptionalTensor& mask, const Operand& x) {
+const uint8_t* checked_mask(const OptionalTensor& mask, const ActivationTensor& x) {
   if (!mask || !mask->defined()) return nullptr;
   check_device(*mask, x.tensor, "relu_mask");
   const int64_t bytes = x.shape.rows() * x.shape.mask_cols();
@@ -90,34 +93,35 @@ const uint8_t* checked_mask(const OptionalTensor& mask, const Operand& x) {
   return mask->const_data_ptr<uint8_t>();
 }
 
-Tensor tile_partials(const Operand& x, Stream stream) {
-  const Cut cut = x.cut({}, kReductionUnits);
-  Tensor partials = x.empty({cut.parts, 4, x.shape.channels}, x.stats_type());
-  launch_partials(x.dtype, {.cut = cut, .x = x.data(), .partials = partials.data_ptr()}, stream);
+Tensor compute_partials(const ActivationTensor& x, Stream stream) {
+  const WorkPartition partition = x.partition({}, kMaxReductionUnits);
+  Tensor partials = x.empty({partition.parts, 4, x.shape.channels}, x.stats_type());
+  launch_partials(x.dtype, {.partition = partition, .x = x.data(), .partials = partials.data_ptr()}, stream);
   return partials;
 }
 
-Tensor compute_sums(const Operand& x, BackwardArgs args, Stream stream) {
-  args.cut = x.cut({args.dy, args.residual}, kReductionUnits);
-  const Tensor partials = x.empty({args.cut.parts, args.sums_rows, x.shape.channels}, x.stats_type());
+Tensor compute_sums(const ActivationTensor& x, BackwardArgs args, Stream stream) {
+  args.partition = x.partition({args.dy, args.residual}, kMaxReductionUnits);
+  const Tensor partials = x.empty({args.partition.parts, args.sums_rows, x.shape.channels}, x.stats_type());
   args.partials = partials.data_ptr();
   launch_sums(x.dtype, args, stream);
-  return merge_sums(partials, stream);
+  return sum_partials(partials, stream);
 }
 
 namespace {
 
 Tensor batch_norm_partials(const Tensor& input) {
-  const OnDeviceOf device(input);
-  const Operand x(input);
-  // As in PyTorch, an empty batch has no statistics; zeros keep NaN out of what they are merged with.
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
+  // As in PyTorch, an empty batch has no statistics. Zeros keep NaN out of the merge with other partial
+  // statistics.
   if (x.shape.numel() == 0) return at::zeros({1, 3, x.shape.channels}, input.options().dtype(at::kDouble));
-  return merge_parts(tile_partials(x, device.stream()), device.stream());
+  return merge_partial_stats(compute_partials(x, device.stream()), device.stream());
 }
 
 Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const OptionalTensor& bias,
                    double eps, bool is_double) {
-  const OnDeviceOf device(partials);
+  const DeviceGuard device(partials);
   const at::ScalarType type = partials.scalar_type();
   TORCH_CHECK_VALUE(
       partials.dim() == 3 && partials.size(0) > 0 && (partials.size(1) == 3 || partials.size(1) == 4) &&
@@ -132,12 +136,12 @@ Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const O
 Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
                        const OptionalTensor& relu_mask, bool relu, const OptionalTensor& residual,
                        const OptionalTensor& residual_stats) {
-  const OnDeviceOf device(input);
-  const Operand x(input);
-  const Tensor dy = x.match(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
+  const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
   const Residual added(x, residual, residual_stats);
   TORCH_CHECK_VALUE(added.tensor.defined() == added.stats.defined(),
-                    "residual: expected residual_stats with it, for the sums of its norm");
+                    "residual: expected residual_stats with it");
   BackwardArgs args = {};
   args.dy = dy.const_data_ptr(), args.x = x.data(), args.stats = saved.const_data_ptr();
   args.residual = data_or_null(added.tensor), args.residual_stats = data_or_null(added.stats);
@@ -150,9 +154,9 @@ Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Ten
 Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
                          const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums,
                          int64_t count) {
-  const OnDeviceOf device(input);
-  const Operand x(input);
-  const Tensor dy = x.match(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
+  const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
   const Tensor terms = sums && sums->defined() ? sums->contiguous() : Tensor();
   if (terms.defined()) {
     check_device(terms, input, "sums");
@@ -168,10 +172,10 @@ Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const T
   args.sums = mutable_data_or_null(terms), args.training = terms.defined();
   args.dx = dx.data_ptr(), args.count = static_cast<double>(count);
   if (x.shape.numel() > 0) {
-    args.cut = x.cut({args.dy, args.dx}, kPassUnits);
+    args.partition = x.partition({args.dy, args.dx}, kMaxElementwiseUnits);
     launch_dx(x.dtype, args, device.stream());
   }
-  return restored(dx, input, x.tensor);
+  return restore_strides(dx, input, x.tensor);
 }
 
 }  // namespace

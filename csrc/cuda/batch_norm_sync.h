@@ -1,33 +1,35 @@
-// The halves of a norm, for whole norms and for convolutions that bring statistics or sums of their own.
+// Split-phase batch norm (as SyncBatchNorm): partial statistics, their merge, and partial sums of the
+// backward, for whole norms and for convolutions whose epilogue computes partial statistics or sums.
 #pragma once
 
-#include "cuda/activation.h"
+#include "cuda/activation_tensor.h"
 #include "cuda/batch_norm_act.h"
 
 namespace fused_res::cuda {
 
-// (P, 3, C) or (P, 4, C), the fourth row being what rounding took from the mean, of float or double, to
-// (1, 3, C) of double.
-Tensor merge_parts(const Tensor& partials, Stream stream);
-// To stats, from one launch for up to 1024 parts.
+// Merge partial statistics (P, 3, C) or (P, 4, C), float32 or float64, to (1, 3, C) of float64. The fourth
+// row is the compensation term of the mean.
+Tensor merge_partial_stats(const Tensor& partials, Stream stream);
+// Merge partial statistics to `stats` (5, C), with one launch for up to 1024 parts.
 Tensor merge_to_stats(Tensor partials, const ChannelVector& weight, const ChannelVector& bias, double eps,
                       bool is_double, Stream stream);
-// (P, rows, C) to (rows, C).
-Tensor merge_sums(const Tensor& partials, Stream stream);
+// Sum partial sums (P, rows, C) to (rows, C).
+Tensor sum_partials(const Tensor& partials, Stream stream);
 
-// What is added in front of the ReLU: nothing, a tensor as it is, or one that is normalised with statistics
-// of its own.
+// The checked residual that is added before the ReLU: absent, a tensor, or a tensor with the statistics of
+// its own norm.
 struct Residual {
   Tensor tensor, stats;
 
-  Residual(const Operand& x, const OptionalTensor& residual, const OptionalTensor& residual_stats);
+  Residual(const ActivationTensor& x, const OptionalTensor& residual, const OptionalTensor& residual_stats);
 };
 
-const uint8_t* checked_mask(const OptionalTensor& mask, const Operand& x);
+// Return the data of a relu_mask of x, after checking it; null if it is absent.
+const uint8_t* checked_mask(const OptionalTensor& mask, const ActivationTensor& x);
 
-// (parts, 4, C) of one pass over an activation that is not empty.
-Tensor tile_partials(const Operand& x, Stream stream);
-// Stages one and two of the sums that `args` asks for.
-Tensor compute_sums(const Operand& x, BackwardArgs args, Stream stream);
+// Return the partial statistics (parts, 4, C) of a non-empty activation.
+Tensor compute_partials(const ActivationTensor& x, Stream stream);
+// Run both stages of the backward reduction: the sums of `args`, (args.sums_rows, C).
+Tensor compute_sums(const ActivationTensor& x, BackwardArgs args, Stream stream);
 
 }  // namespace fused_res::cuda

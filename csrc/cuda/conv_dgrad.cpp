@@ -1,47 +1,49 @@
+// Operator conv_dgrad: input gradient of a 1x1 convolution between two batch norms.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include "cuda/batch_norm_sync.h"
-#include "cuda/gradient_operands.h"
+#include "cuda/conv_output_grad.h"
 
 namespace fused_res::cuda {
 namespace {
 
-// Gradient of a 1x1 convolution's input, from the gradient behind the norm that follows it.
+// Return the gradient of the convolution's input, and the backward sums of the norm before the convolution,
+// from the gradient of the output of the norm after it.
 std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad_output, const Tensor& output, const Tensor& stats,
                                       const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums,
                                       int64_t count, const Tensor& weight, const OptionalTensor& input,
                                       const OptionalTensor& input_stats, bool input_relu,
                                       const OptionalTensor& added, const OptionalTensor& added_mask) {
-  const OnDeviceOf device(output);
-  const GradientOperands gradient(grad_output, output, stats, relu_mask, relu, sums, count, weight);
+  const DeviceGuard device(output);
+  const ConvOutputGradOperands gradient(grad_output, output, stats, relu_mask, relu, sums, count, weight);
   const Tensor w = weight.flatten(1).contiguous();
   const int64_t channels = w.size(1);
   Tensor dx = at::empty({output.size(0), channels, output.size(2), output.size(3)}, output.options(),
                         at::MemoryFormat::ChannelsLast);
-  Tensor x, x_stats, more;
+  Tensor x, x_stats, residual_grad;
   if (input.has_value() && input_stats.has_value()) {
     check_like(*input, dx, "input");
-    x = laid_out(*input, true);
-    x_stats = channel_rows(*input_stats, output, 5, channels, "input_stats");
+    x = to_memory_format(*input, true);
+    x_stats = aligned_channel_rows(*input_stats, output, 5, channels, "input_stats");
   }
   if (added.has_value()) {
     check_like(*added, dx, "added");
-    more = laid_out(*added, true);
+    residual_grad = to_memory_format(*added, true);
   }
 
   if (output.numel() == 0) {
     const auto floats = output.options().dtype(at::kFloat);
-    return {dx, x.defined() ? at::zeros({2, channels}, floats) : nothing(output, at::kFloat)};
+    return {dx, x.defined() ? at::zeros({2, channels}, floats) : empty_placeholder(output, at::kFloat)};
   }
-  const Arithmetic arithmetic = arithmetic_of(output);
-  const bool whole = channels * element_size(arithmetic) % 16 == 0;
-  const bool aligned = whole && gradient.aligned() && is_aligned(w);
-  const ProductCut cut = cut_activation(
-      {gradient.args().rows, channels, gradient.args().channels, 1, arithmetic, aligned, true}, false);
-  const Tensor partials = x.defined()
-                              ? at::empty({cut.row_tiles, 2, channels}, output.options().dtype(at::kFloat))
-                              : nothing(output, at::kFloat);
+  const MathMode math_mode = math_mode_of(output);
+  const bool vectorizable = channels * element_size(math_mode) % 16 == 0;
+  const bool aligned = vectorizable && gradient.aligned() && is_aligned(w);
+  const GemmPartition partition = partition_activation_gemm(
+      {gradient.args().rows, channels, gradient.args().channels, 1, math_mode, aligned, true}, false);
+  const Tensor partials =
+      x.defined() ? at::empty({partition.row_tiles, 2, channels}, output.options().dtype(at::kFloat))
+                  : empty_placeholder(output, at::kFloat);
   DgradArgs args = {};
   args.gradient = gradient.args();
   args.weight = w.const_data_ptr();
@@ -52,13 +54,14 @@ std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad_output, const Tensor& o
     args.partials = partials.mutable_data_ptr<float>();
   }
   args.x_relu = input_relu;
-  args.added = more.defined() ? more.const_data_ptr() : nullptr;
-  args.added_mask = more.defined() ? row_mask(added_mask, dx, "added_mask") : nullptr;
+  args.added = residual_grad.defined() ? residual_grad.const_data_ptr() : nullptr;
+  args.added_mask = residual_grad.defined() ? checked_row_mask(added_mask, dx, "added_mask") : nullptr;
   args.channels = narrow(channels, "channels");
-  args.col_tiles = static_cast<int>(cut.col_tiles);
-  args.vectors = whole && (!x.defined() || is_aligned(x)) && (!more.defined() || is_aligned(more));
-  launch_dgrad(args, cut, arithmetic, aligned, device.stream());
-  return {dx, x.defined() ? merge_sums(partials, device.stream()) : partials};
+  args.col_tiles = static_cast<int>(partition.col_tiles);
+  args.vectorized = vectorizable && (!x.defined() || is_aligned(x)) &&
+                    (!residual_grad.defined() || is_aligned(residual_grad));
+  launch_dgrad(args, partition, math_mode, aligned, device.stream());
+  return {dx, x.defined() ? sum_partials(partials, device.stream()) : partials};
 }
 
 }  // namespace

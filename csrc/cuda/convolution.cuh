@@ -1,4 +1,6 @@
-// The forward kernel and what brings its operands.
+// Implicit-GEMM forward convolution kernel, NHWC, with the multistage cp.async main loop of
+// gemm_mainloop.cuh: the operand loader (im2col of the input, with an optional batch norm + ReLU prologue)
+// and the kernel.
 #pragma once
 
 #include "cuda/convolution.h"
@@ -7,52 +9,53 @@
 
 namespace fused_res::cuda {
 
-// The first tap of an output pixel: where its image and its row and column are; outside of every image for
-// rows of a tile that do not exist.
-struct alignas(16) Pixel {
+// The input coordinate of an output pixel's first filter tap: offset of the element in the input, row and
+// column. Rows beyond the GEMM's M have a coordinate outside of every image, so that all their taps are
+// padding.
+struct alignas(16) WindowOrigin {
   int64_t offset;
   int row, col;
 };
 
 template <class Shape>
-__device__ void locate_pixels(const ConvolutionArgs& args, int64_t row_tile, Pixel* pixels) {
+__device__ void compute_window_origins(const ConvolutionArgs& args, int64_t row_tile, WindowOrigin* origins) {
   constexpr int kOutside = -(1 << 30);
   for (int i = static_cast<int>(threadIdx.x); i < Shape::kRows; i += Shape::kThreads) {
     const int64_t row = row_tile * Shape::kRows + i;
     if (row >= args.epilogue.rows) {
-      pixels[i] = {0, kOutside, kOutside};
+      origins[i] = {0, kOutside, kOutside};
       continue;
     }
     const int64_t line = row / args.out_width, image = line / args.out_height;
     const int top = static_cast<int>(line % args.out_height) * args.stride_height - args.pad_height;
     const int left = static_cast<int>(row % args.out_width) * args.stride_width - args.pad_width;
-    pixels[i] = {((image * args.height + top) * args.width + left) * args.channels, top, left};
+    origins[i] = {((image * args.height + top) * args.width + left) * args.channels, top, left};
   }
 }
 
-// Where in the window, and in the group's channels, an index of the sum lies; behind the window's last row
-// for those behind the sum's end.
+// A K index decomposed into filter row, filter column and channel within the group. A K index past the end
+// has a row past the filter's last one.
 struct Tap {
   int row, col, channel;
 
   __device__ Tap(const ConvolutionArgs& args, int index)
-      : row(index / args.group_channels / args.window_width),
-        col(index / args.group_channels % args.window_width),
+      : row(index / args.group_channels / args.kernel_width),
+        col(index / args.group_channels % args.kernel_width),
         channel(index % args.group_channels) {}
 
   __device__ void advance(const ConvolutionArgs& args, int by) {
     channel += by;
     while (channel >= args.group_channels) {
       channel -= args.group_channels;
-      if (++col < args.window_width) continue;
+      if (++col < args.kernel_width) continue;
       col = 0;
       ++row;
     }
   }
 
-  __device__ bool inside(const ConvolutionArgs& args, const Pixel& pixel) const {
-    const int y = pixel.row + row * args.dilation_height, x = pixel.col + col * args.dilation_width;
-    return row < args.window_height && static_cast<unsigned>(y) < static_cast<unsigned>(args.height) &&
+  __device__ bool inside(const ConvolutionArgs& args, const WindowOrigin& origin) const {
+    const int y = origin.row + row * args.dilation_height, x = origin.col + col * args.dilation_width;
+    return row < args.kernel_height && static_cast<unsigned>(y) < static_cast<unsigned>(args.height) &&
            static_cast<unsigned>(x) < static_cast<unsigned>(args.width);
   }
 
@@ -63,84 +66,88 @@ struct Tap {
   }
 };
 
-// Brings the operands' tiles, stage after stage: 16 bytes at a time and without waiting, or where these are
-// not aligned, element by element.
+// Operand loader of the forward GEMM: copies the input (im2col) and weight tiles of each stage to shared
+// memory, with 16-byte cp.async, or with scalar loads where the operands are not aligned. Unaligned operands
+// get the prologue as they are loaded, aligned ones in shared memory (transform_stage).
 template <class T, class Shape, bool aligned>
-class ConvolutionSource {
+class ImplicitGemmLoader {
  public:
-  using A = ProductOperand<T, Shape::kRows, true>;
-  using B = ProductOperand<T, Shape::kCols, true>;
+  using A = GemmOperand<T, Shape::kRows, true>;
+  using B = GemmOperand<T, Shape::kCols, true>;
   static constexpr int kStageBytes = A::Tile::kBytes + B::Tile::kBytes;
 
-  __device__ ConvolutionSource(const ConvolutionArgs& args, unsigned char* stages, const Pixel* pixels,
-                               int group, Place place, int first_step)
+  __device__ ImplicitGemmLoader(const ConvolutionArgs& args, unsigned char* stages,
+                                const WindowOrigin* origins, int group, TileCoord coord, int first_step)
       : args_(args),
         stages_(stages),
-        pixels_(pixels),
+        origins_(origins),
         input_(static_cast<const T*>(args.input) + static_cast<int64_t>(group) * args.group_channels),
         first_channel_(group * args.group_channels),
-        weight_(static_cast<const T*>(args.weight) + place.col * args.depth),
-        cols_(place.cols),
-        index_(first_step * kDepth<T> + InputShare::chunk() * kVector<T>),
-        copied_(args, index_),
-        formed_(copied_) {}
+        weight_(static_cast<const T*>(args.weight) + coord.col * args.gemm_k),
+        cols_(coord.cols),
+        k_index_(first_step * kTileK<T> + InputThreadMap::chunk() * kVector<T>),
+        copy_tap_(args, k_index_),
+        transform_tap_(copy_tap_) {}
 
   __device__ const unsigned char* a(int stage) const { return stages_ + stage * kStageBytes; }
   __device__ const unsigned char* b(int stage) const { return a(stage) + A::Tile::kBytes; }
 
-  __device__ void copy(int stage) {
+  __device__ void copy_stage_async(int stage) {
     copy_input(stages_ + stage * kStageBytes);
     copy_weight(stages_ + stage * kStageBytes + A::Tile::kBytes);
-    copied_.advance(args_, kDepth<T>);
-    index_ += kDepth<T>;
+    copy_tap_.advance(args_, kTileK<T>);
+    k_index_ += kTileK<T>;
   }
 
-  // Normalises what the input's chunks hold. Padding stays as it is: zero behind the norm, not before it.
-  __device__ void form(int stage) {
+  // Apply the batch norm + ReLU prologue to the input chunks. Padding is skipped: the padding of the
+  // normalized activation is zero, and normalizing a zero would give the shift.
+  __device__ void transform_stage(int stage) {
     if (!aligned || args_.input_stats == nullptr) return;
     unsigned char* tile = stages_ + stage * kStageBytes;
-    if (formed_.row < args_.window_height) {
-      constexpr int kPiece = 4;  // of a chunk, for the sums' sake, which have most of the registers
+    if (transform_tap_.row < args_.kernel_height) {
+      // Elements transformed at once: less than a chunk, since the accumulators occupy most of the registers.
+      constexpr int kTransformWidth = 4;
 #pragma unroll 1
-      for (int piece = 0; piece < kVector<T>; piece += kPiece) {
-        const Norm<kPiece> norm(args_.input_stats, args_.channels, first_channel_ + formed_.channel + piece);
+      for (int element = 0; element < kVector<T>; element += kTransformWidth) {
+        const Norm<kTransformWidth> norm(args_.input_stats, args_.channels,
+                                         first_channel_ + transform_tap_.channel + element);
 #pragma unroll 1
-        for (int i = 0; i < InputShare::kEach; ++i) {
-          if (!formed_.inside(args_, pixels_[InputShare::line(i)])) continue;
-          T* place = reinterpret_cast<T*>(tile + InputShare::at(i)) + piece;
-          store(place, norm.activate(load<kPiece>(place), args_.input_relu));
+        for (int i = 0; i < InputThreadMap::kIterations; ++i) {
+          if (!transform_tap_.inside(args_, origins_[InputThreadMap::line(i)])) continue;
+          T* dst = reinterpret_cast<T*>(tile + InputThreadMap::byte_offset(i)) + element;
+          store(dst, norm.activate(load<kTransformWidth>(dst), args_.input_relu));
         }
       }
     }
-    formed_.advance(args_, kDepth<T>);
+    transform_tap_.advance(args_, kTileK<T>);
   }
 
  private:
-  using InputShare = Share<typename A::Tile, Shape>;
-  using WeightShare = Share<typename B::Tile, Shape>;
+  using InputThreadMap = TileThreadMap<typename A::Tile, Shape>;
+  using WeightThreadMap = TileThreadMap<typename B::Tile, Shape>;
 
   __device__ void copy_input(unsigned char* tile) {
-    const int64_t tap = copied_.offset(args_);
+    const int64_t tap = copy_tap_.offset(args_);
 #pragma unroll
-    for (int i = 0; i < InputShare::kEach; ++i) {
-      const Pixel pixel = pixels_[InputShare::line(i)];
-      unsigned char* place = tile + InputShare::at(i);
+    for (int i = 0; i < InputThreadMap::kIterations; ++i) {
+      const WindowOrigin origin = origins_[InputThreadMap::line(i)];
+      unsigned char* dst = tile + InputThreadMap::byte_offset(i);
       if constexpr (aligned) {
-        const bool inside = copied_.inside(args_, pixel);
-        ptx::copy_async(shared_address(place), input_ + (inside ? pixel.offset + tap : 0), inside);
+        const bool inside = copy_tap_.inside(args_, origin);
+        ptx::cp_async(shared_address(dst), input_ + (inside ? origin.offset + tap : 0), inside);
       } else {
-        store(reinterpret_cast<T*>(place), gather(pixel));
+        store(reinterpret_cast<T*>(dst), load_im2col_chunk(origin));
       }
     }
   }
 
-  __device__ Vector<T, kVector<T>> gather(const Pixel& pixel) const {
+  __device__ Vector<T, kVector<T>> load_im2col_chunk(const WindowOrigin& origin) const {
     Vector<T, kVector<T>> chunk;
-    Tap tap = copied_;
+    Tap tap = copy_tap_;
     for (int i = 0; i < kVector<T>; ++i) {
       Vector<T, 1> x = {from_float<T>(0)};
-      if (tap.inside(args_, pixel)) {
-        x = load<1>(input_ + pixel.offset + tap.offset(args_));
+      if (tap.inside(args_, origin)) {
+        x = load<1>(input_ + origin.offset + tap.offset(args_));
         if (args_.input_stats != nullptr) {
           x = Norm<1>(args_.input_stats, args_.channels, first_channel_ + tap.channel)
                   .activate(x, args_.input_relu);
@@ -154,60 +161,61 @@ class ConvolutionSource {
 
   __device__ void copy_weight(unsigned char* tile) {
 #pragma unroll
-    for (int i = 0; i < WeightShare::kEach; ++i) {
-      const int col = WeightShare::line(i);
-      copy_chunk<aligned>(tile + WeightShare::at(i), weight_,
-                          static_cast<int64_t>(col) * args_.depth + index_,
-                          col < cols_ ? args_.depth - index_ : 0);
+    for (int i = 0; i < WeightThreadMap::kIterations; ++i) {
+      const int col = WeightThreadMap::line(i);
+      copy_chunk<aligned>(tile + WeightThreadMap::byte_offset(i), weight_,
+                          static_cast<int64_t>(col) * args_.gemm_k + k_index_,
+                          col < cols_ ? args_.gemm_k - k_index_ : 0);
     }
   }
 
   const ConvolutionArgs& args_;
   unsigned char* stages_;
-  const Pixel* pixels_;
-  const T* input_;  // the group's first channel
+  const WindowOrigin* origins_;
+  const T* input_;  // at the group's first channel
   int first_channel_;
-  const T* weight_;  // of the tile's first column
+  const T* weight_;  // at the tile's first output channel
   int cols_;
-  int index_;  // of the sum, in what is copied next
-  Tap copied_, formed_;
+  int k_index_;  // K index of this thread's chunk in the next stage to copy
+  Tap copy_tap_, transform_tap_;
 };
 
-// Stages and later sums, and behind them the tile's pixels.
+// Shared memory layout: the pipeline stages, which the accumulator tile reuses after the main loop, then the
+// window origins of the tile's rows.
 template <class T, class Shape>
-constexpr int kConvolutionPixelsAt =
-    kStages * ConvolutionSource<T, Shape, true>::kStageBytes > kEpilogueBytes<Shape>
-        ? kStages * ConvolutionSource<T, Shape, true>::kStageBytes
+constexpr int kWindowOriginsOffset =
+    kStages * ImplicitGemmLoader<T, Shape, true>::kStageBytes > kEpilogueBytes<Shape>
+        ? kStages * ImplicitGemmLoader<T, Shape, true>::kStageBytes
         : kEpilogueBytes<Shape>;
 template <class T, class Shape>
-constexpr int kConvolutionShared =
-    kConvolutionPixelsAt<T, Shape> + Shape::kRows * static_cast<int>(sizeof(Pixel));
+constexpr int kConvolutionSharedBytes =
+    kWindowOriginsOffset<T, Shape> + Shape::kRows * static_cast<int>(sizeof(WindowOrigin));
 
-template <class T, bool exact, class Shape, bool aligned>
-FUSED_RES_KERNEL(Shape::kThreads, (kResidentBlocks<Shape, exact, false>))
+template <class T, bool simt, class Shape, bool aligned>
+FUSED_RES_KERNEL(Shape::kThreads, (kMinBlocksPerSM<Shape, simt, false>))
 convolution_kernel(const __grid_constant__ ConvolutionArgs args) {
-  using Source = ConvolutionSource<T, Shape, aligned>;
+  using OperandLoader = ImplicitGemmLoader<T, Shape, aligned>;
   unsigned char* shared = shared_memory();
-  // Neighbours share their rows of the input, the larger operand.
+  // Consecutive threadblocks share a row tile, so that the input, the larger operand, is reused from the L2.
   const int64_t row_tile = blockIdx.x / args.col_tiles;
   const int first_col = static_cast<int>(blockIdx.x % args.col_tiles) * Shape::kCols;
-  const int group = static_cast<int>(blockIdx.y), left = args.group_outputs - first_col;
-  const Place place = {row_tile, static_cast<int64_t>(group) * args.group_outputs + first_col,
-                       left < Shape::kCols ? left : Shape::kCols};
+  const int group = static_cast<int>(blockIdx.y), left = args.group_out_channels - first_col;
+  const TileCoord coord = {row_tile, static_cast<int64_t>(group) * args.group_out_channels + first_col,
+                           left < Shape::kCols ? left : Shape::kCols};
 
-  Pixel* pixels = reinterpret_cast<Pixel*>(shared + kConvolutionPixelsAt<T, Shape>);
-  locate_pixels<Shape>(args, row_tile, pixels);
+  WindowOrigin* origins = reinterpret_cast<WindowOrigin*>(shared + kWindowOriginsOffset<T, Shape>);
+  compute_window_origins<Shape>(args, row_tile, origins);
   __syncthreads();
-  const int steps = (args.depth + kDepth<T> - 1) / kDepth<T>;
-  const int first = static_cast<int>(blockIdx.z) * args.steps_per_split, left_steps = steps - first;
-  Source source(args, shared, pixels, group, place, first);
-  Product<T, exact, Shape, typename Source::A, typename Source::B> product;
-  accumulate(product, source, left_steps < args.steps_per_split ? left_steps : args.steps_per_split);
+  const int steps = (args.gemm_k + kTileK<T> - 1) / kTileK<T>;
+  const int first_step = static_cast<int>(blockIdx.z) * args.steps_per_split, steps_left = steps - first_step;
+  OperandLoader loader(args, shared, origins, group, coord, first_step);
+  WarpMma<T, simt, Shape, typename OperandLoader::A, typename OperandLoader::B> mma;
+  gemm_mainloop(mma, loader, steps_left < args.steps_per_split ? steps_left : args.steps_per_split);
 
-  float* sums = reinterpret_cast<float*>(shared);
-  product.store(sums);
+  float* accumulators = reinterpret_cast<float*>(shared);
+  mma.store_accumulators(accumulators);
   __syncthreads();
-  finish_split<T, Shape>(args.epilogue, args.split_sums, sums, place);
+  apply_epilogue_or_store_split<T, Shape>(args.epilogue, args.split_k_workspace, accumulators, coord);
 }
 
 }  // namespace fused_res::cuda

@@ -1,7 +1,7 @@
-// What device code is written in: CUDA under nvcc, and under g++ its simulation (tools/cuda_sim), which runs
-// the same source on the CPU. Rules that keep both true: a kernel takes one struct by value and is no static
-// function; shared memory is dynamic and comes from shared_memory(); no inline PTX outside ptx.cuh; no
-// launch outside launch.h.
+// Common base of all device code. nvcc compiles it as CUDA; g++ compiles the same source against the CUDA
+// simulator (tools/cuda_sim), which runs it on the CPU. Four rules make both possible: a kernel takes one
+// struct by value and is not a static function; shared memory is dynamic and comes from shared_memory();
+// inline PTX occurs only in ptx.cuh; kernels are launched only through launch.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,9 +18,9 @@
 
 namespace fused_res::cuda {
 
-constexpr int kWarp = 32;
+constexpr int kWarpSize = 32;
 
-// The block's dynamic shared memory, aligned to 128 bytes.
+// Return the threadblock's dynamic shared memory, aligned to 128 bytes.
 __device__ inline unsigned char* shared_memory() {
 #ifdef __CUDACC__
   extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
@@ -30,7 +30,7 @@ __device__ inline unsigned char* shared_memory() {
 #endif
 }
 
-// What ptx.cuh takes for a place in shared memory.
+// Return the shared-state-space address of `pointer`, as the functions of ptx.cuh require it.
 __device__ inline uint32_t shared_address(const void* pointer) {
 #ifdef __CUDACC__
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

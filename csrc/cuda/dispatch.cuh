@@ -1,13 +1,13 @@
-// From what the host knows to a template's arguments.
+// Dispatch of runtime dtype, vector size and layout to the template arguments of a kernel.
 #pragma once
 
-#include "cuda/walk.cuh"
+#include "cuda/tile_iterator.cuh"
 
 namespace fused_res::cuda {
 
-// f.template operator()<T>().
+// Call f.template operator()<T>().
 template <class F>
-void with_type(Dtype dtype, const F& f) {
+void dispatch_dtype(Dtype dtype, const F& f) {
   switch (dtype) {
     case Dtype::kFloat32:
       return f.template operator()<float>();
@@ -29,23 +29,23 @@ inline constexpr Dtype kDtype<__nv_bfloat16> = Dtype::kBFloat16;
 template <>
 inline constexpr Dtype kDtype<__half> = Dtype::kFloat16;
 
-// f.template operator()<T, n>(), for elements one by one and in vectors.
+// Call f.template operator()<T, n>() with n elements per access: one, or max_vector_size(dtype).
 template <class F>
-void with_vector(Dtype dtype, int vector, const F& f) {
-  with_type(dtype, [&]<class T>() {
-    if (vector == 1) {
+void dispatch_vector_size(Dtype dtype, int vector_size, const F& f) {
+  dispatch_dtype(dtype, [&]<class T>() {
+    if (vector_size == 1) {
       f.template operator()<T, 1>();
     } else {
-      f.template operator()<T, widest_vector(kDtype<T>)>();
+      f.template operator()<T, max_vector_size(kDtype<T>)>();
     }
   });
 }
 
-// f.template operator()<T, layout, n>().
+// Call f.template operator()<T, layout, n>().
 template <class F>
-void with_walk(Dtype dtype, const Cut& cut, const F& f) {
-  with_vector(dtype, cut.vector, [&]<class T, int n>() {
-    if (cut.channels_last) {
+void dispatch_layout(Dtype dtype, const WorkPartition& partition, const F& f) {
+  dispatch_vector_size(dtype, partition.vector_size, [&]<class T, int n>() {
+    if (partition.channels_last) {
       f.template operator()<T, Layout::kNhwc, n>();
     } else {
       f.template operator()<T, Layout::kNchw, n>();

@@ -1,17 +1,17 @@
-// What all kernels do with single elements: their types, 16-byte accesses, the one normalise, ReLU and its
-// mask, the gradient before a norm.
+// Element-level device functions that all kernels share: dtype conversion, vectorized loads and stores, batch
+// normalization, ReLU and its gradient mask, and the batch norm input gradient.
 #pragma once
 
 #include <math.h>
 
 #include "common/normalize.h"
 #include "cuda/device.cuh"
-#include "cuda/operands.h"
+#include "cuda/kernel_args.h"
 #include "cuda/ptx.cuh"
 
 namespace fused_res::cuda {
 
-// What is computed in: double for double, float for all else.
+// The dtype of the computation: float64 for float64, float32 for all others.
 template <class T>
 struct AccumulatorOf {
   using Type = float;
@@ -28,7 +28,7 @@ __device__ inline double to_float(double x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Rounds to nearest even.
+// Convert from the accumulator dtype, rounding to nearest even.
 template <class T>
 __device__ inline T from_float(Accumulator<T> x) {
   return x;
@@ -42,7 +42,7 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// n elements that are read and written at once, from an address that is a multiple of their size.
+// n elements that are loaded and stored in one access, at an address that is a multiple of their total size.
 template <class T, int n>
 struct alignas(n * sizeof(T)) Vector {
   T values[n];
@@ -51,7 +51,7 @@ struct alignas(n * sizeof(T)) Vector {
   __device__ const T& operator[](int i) const { return values[i]; }
 };
 
-// Elements of a 16-byte access.
+// Number of elements of a 16-byte access.
 template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
@@ -60,7 +60,7 @@ __device__ inline Vector<T, n> load(const T* at) {
   return *reinterpret_cast<const Vector<T, n>*>(at);
 }
 
-// Zeros where not `valid`; nothing is read then.
+// Load n elements, or return zeros and read nothing if not `valid`.
 template <int n, class T>
 __device__ inline Vector<T, n> load(const T* at, bool valid) {
   Vector<T, n> vector;
@@ -77,7 +77,7 @@ __device__ inline void store(T* at, const Vector<T, n>& vector) {
   *reinterpret_cast<Vector<T, n>*>(at) = vector;
 }
 
-// The same, to global memory, in as few accesses as there can be.
+// Store n elements to global memory, 16 bytes in a single access.
 template <class T, int n>
 __device__ inline void store_global(T* at, const Vector<T, n>& vector) {
   if constexpr (sizeof(vector) == 16) {
@@ -87,10 +87,10 @@ __device__ inline void store_global(T* at, const Vector<T, n>& vector) {
   }
 }
 
-// A channel's parameter, or `otherwise` where there are none.
+// Load a channel's parameter, or return `default_value` if the parameter is absent.
 template <class A>
-__device__ inline A load_parameter(Parameter parameter, int64_t channel, A otherwise) {
-  if (parameter.data == nullptr) return otherwise;
+__device__ inline A load_parameter(Parameter parameter, int64_t channel, A default_value) {
+  if (parameter.data == nullptr) return default_value;
   switch (parameter.dtype) {
     case Dtype::kFloat32:
       return static_cast<A>(static_cast<const float*>(parameter.data)[channel]);
@@ -101,52 +101,54 @@ __device__ inline A load_parameter(Parameter parameter, int64_t channel, A other
     case Dtype::kFloat16:
       return to_float(static_cast<const __half*>(parameter.data)[channel]);
   }
-  return otherwise;
+  return default_value;
 }
 
-// Forward, prologue and every backward decide the sign by these bits.
+// Batch normalization of one element. The forward, the operand prologues and every backward use this
+// function, so that they agree bitwise on the sign of the result and hence on the ReLU mask.
 template <class A>
-__device__ inline A normalise(A x, A mean, A scale, A shift) {
+__device__ inline A batch_normalize(A x, A mean, A scale, A shift) {
   return normalize(x - mean, scale, shift);
 }
 
-// NaN stays NaN, as in PyTorch.
+// ReLU that propagates NaN, as in PyTorch.
 template <class A>
 __device__ inline A relu(A y) {
   return y <= 0 ? A(0) : y;
 }
 
-// Where a ReLU lets the gradient through: at NaN, too.
+// Whether the gradient of the ReLU at y is one. It is one at NaN, as in PyTorch.
 template <class A>
-__device__ inline bool passes(A y) {
+__device__ inline bool relu_grad_mask(A y) {
   return !(y <= 0);
 }
 
-// The gradient of a norm's input z from the masked one behind it; `a` and `b` are what batch statistics take
-// from it, see mean_terms.
+// Return the gradient with respect to a norm's input z, from the masked gradient dy with respect to its
+// output. `a` and `b` are the BackwardMeans of the channel.
 template <class A>
-__device__ inline A before_norm(A dy, A z, A mean, A scale, A a, A b) {
+__device__ inline A norm_input_grad(A dy, A z, A mean, A scale, A a, A b) {
   return scale * (dy - fma(z - mean, b, a));
 }
 
+// Per-channel terms of the batch norm backward: a = mean(dy), b = mean(dy * xhat) * invstd.
 template <class A>
-struct MeanTerms {
+struct BackwardMeans {
   A a, b;
 };
 
-// From the sums over `count` values of dy and of dy * xhat.
+// Compute the backward means from the sums of dy and of dy * xhat over `count` values.
 template <class A>
-__device__ inline MeanTerms<A> mean_terms(A sum_dy, A sum_dy_xhat, A count, A invstd) {
+__device__ inline BackwardMeans<A> backward_means(A sum_dy, A sum_dy_xhat, A count, A invstd) {
   return {sum_dy / count, sum_dy_xhat / count * invstd};
 }
 
-// Bits in memory are least significant first. Threads of a warp that follow each other hold n bits each, of
-// elements that follow each other; every thread whose elements begin a byte receives it. All of a warp must
-// come here.
+// Pack the mask bits of adjacent lanes into bytes, least significant bit first. Consecutive threads of a warp
+// hold n bits each, for consecutive elements; every thread whose elements begin a byte receives that byte.
+// All threads of the warp must call this function.
 template <int n>
-__device__ inline unsigned whole_byte(unsigned bits) {
+__device__ inline unsigned pack_mask_byte(unsigned bits) {
   if constexpr (n == 1) {
-    return __ballot_sync(~0u, bits != 0) >> (threadIdx.x % kWarp) & 0xff;
+    return __ballot_sync(~0u, bits != 0) >> (threadIdx.x % kWarpSize) & 0xff;
   } else {
     for (int width = n; width < 8; width *= 2) bits |= __shfl_down_sync(~0u, bits, width / n) << width;
     return bits;

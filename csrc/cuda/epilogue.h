@@ -1,27 +1,27 @@
-// What follows the sums of a convolution.
+// GEMM epilogue: its arguments, and the launch of the split-K reduction that ends with the same epilogue.
 #pragma once
 
-#include "cuda/product.h"
+#include "cuda/gemm_partition.h"
 
 namespace fused_res::cuda {
 
 struct Epilogue {
-  void* output;  // (rows, channels)
-  Parameter bias;
-  const void* residual;  // like the output, or null
-  float* partials;       // (row tiles, 4, channels): count, mean, M2 and the mean's rest of each; or null
+  void* output;          // (rows, channels)
+  Parameter bias;        // (channels), or null
+  const void* residual;  // of the output's shape and dtype, or null
+  float* partials;       // (row tiles, 4, channels) of partial statistics (see batch_norm_act.h), or null
   int64_t rows;
   int64_t channels;
   bool relu;
-  bool vectors;  // 16 bytes of channels may be written at once
+  bool vectorized;  // output and residual allow 16-byte accesses along the channels
 };
 
-// Rows that share partial statistics where a sum is split.
-constexpr int64_t kSplitRows = 64;
+// Row tile of the split-K reduction, which is also the number of rows of one set of partial statistics there.
+constexpr int64_t kSplitKReduceRows = 64;
 
-// Adds up what splits of sums, (splits, rows, channels), have found, in their order, and goes on as one block
-// would have.
-void launch_split_sums(Arithmetic arithmetic, const float* sums, int64_t splits, const Epilogue& epilogue,
-                       Stream stream);
+// Split-K reduction: add the partial accumulators, workspace (splits, rows, channels), in the order of the
+// splits, then apply the epilogue.
+void launch_split_k_reduce(MathMode math_mode, const float* workspace, int64_t splits,
+                           const Epilogue& epilogue, Stream stream);
 
 }  // namespace fused_res::cuda

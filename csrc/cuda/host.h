@@ -1,19 +1,21 @@
-// What the operators' host sides share. They are plain C++: what launches kernels is in the .cu of the same
-// name, free of torch, behind the functions of the .h.
+// Common base of the operators' host code. Host code is plain C++ on torch tensors; the kernels are launched
+// by functions that the .h of an operator declares and the .cu of the same name defines, free of torch
+// headers.
 #pragma once
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/tensor.h"
-#include "cuda/operands.h"
+#include "cuda/kernel_args.h"
 
 #ifndef FUSED_RES_SIMULATED
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-// Simulated kernels run on CPU tensors and have a namespace of their own: both can be loaded in one process.
+// Simulated kernels run on CPU tensors under an operator namespace of their own, so that both libraries can
+// be loaded in one process.
 #ifdef FUSED_RES_SIMULATED
 #define FUSED_RES_LIBRARY_IMPL(m) TORCH_LIBRARY_IMPL(fused_res_sim, CPU, m)
 #else
@@ -22,15 +24,15 @@
 
 namespace fused_res::cuda {
 
-// For as long as it lives, the tensor's device is the current one; kernels go to that device's current
-// stream.
-class OnDeviceOf {
+// Make the tensor's device the current one for the lifetime of the guard. stream() is that device's current
+// stream, which the kernels are launched on.
+class DeviceGuard {
  public:
 #ifdef FUSED_RES_SIMULATED
-  explicit OnDeviceOf(const Tensor&) {}
+  explicit DeviceGuard(const Tensor&) {}
   Stream stream() const { return nullptr; }
 #else
-  explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.device()) {}
+  explicit DeviceGuard(const Tensor& tensor) : guard_(tensor.device()) {}
   Stream stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
 
  private:
@@ -42,8 +44,8 @@ inline const void* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-// A tensor that was not asked for.
-inline Tensor nothing(const Tensor& like, at::ScalarType dtype) {
+// Return a tensor of zero elements, the placeholder of an absent output.
+inline Tensor empty_placeholder(const Tensor& like, at::ScalarType dtype) {
   return at::empty({0}, like.options().dtype(dtype));
 }
 

@@ -1,24 +1,24 @@
-// Max pooling behind an optional normalise + ReLU, with one byte an index.
+// Host side of max pooling after an optional batch norm + ReLU, with one-byte indices.
 #include "cuda/max_pool.h"
 
 #include <array>
 #include <tuple>
 
 #include "common/output_size.h"
-#include "cuda/activation.h"
+#include "cuda/activation_tensor.h"
 
 namespace fused_res::cuda {
 namespace {
 
-MaxPoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef stride,
+MaxPoolArgs pool_args(const ActivationTensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                       at::IntArrayRef padding) {
   TORCH_CHECK_VALUE(x.tensor.dim() == 4, "input: expected (N, C, H, W), got ", x.tensor.sizes());
   TORCH_CHECK_VALUE(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2,
                     "kernel_size, stride, padding: expected two numbers each");
   TORCH_CHECK_VALUE(kernel[0] > 0 && kernel[1] > 0 && kernel[0] * kernel[1] <= 255,
                     "kernel_size: expected a window of 1 to 255 values, got ", kernel);
-  constexpr int64_t kMost = 1 << 30;
-  TORCH_CHECK_VALUE(stride[0] > 0 && stride[1] > 0 && stride[0] < kMost && stride[1] < kMost,
+  constexpr int64_t kMax = 1 << 30;
+  TORCH_CHECK_VALUE(stride[0] > 0 && stride[1] > 0 && stride[0] < kMax && stride[1] < kMax,
                     "stride: expected positive numbers, got ", stride);
   TORCH_CHECK_VALUE(
       padding[0] >= 0 && padding[1] >= 0 && 2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1],
@@ -27,7 +27,7 @@ MaxPoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef 
   args.channels_last = x.shape.channels_last;
   args.images = x.shape.images, args.channels = x.shape.channels;
   args.height = x.tensor.size(2), args.width = x.tensor.size(3);
-  TORCH_CHECK_VALUE(args.height < kMost && args.width < kMost, "input: expected smaller images, got ",
+  TORCH_CHECK_VALUE(args.height < kMax && args.width < kMax, "input: expected smaller images, got ",
                     x.tensor.sizes());
   args.kernel_h = static_cast<int>(kernel[0]), args.kernel_w = static_cast<int>(kernel[1]);
   args.stride_h = static_cast<int>(stride[0]), args.stride_w = static_cast<int>(stride[1]);
@@ -40,16 +40,17 @@ MaxPoolArgs pool_args(const Operand& x, at::IntArrayRef kernel, at::IntArrayRef 
   return args;
 }
 
-// Windows of neighbouring channels side by side; pixels of a plane come one by one.
-int vector_of(const Operand& x, std::initializer_list<const void*> others) {
-  return x.shape.channels_last ? x.vector(x.shape.channels, others) : 1;
+// Return the number of elements per access: adjacent channels in channels_last memory, one element in
+// contiguous memory.
+int pool_vector_size(const ActivationTensor& x, std::initializer_list<const void*> others) {
+  return x.shape.channels_last ? x.vector_size(x.shape.channels, others) : 1;
 }
 
 std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input, const OptionalTensor& stats, bool relu,
                                             at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                             at::IntArrayRef padding) {
-  const OnDeviceOf device(input);
-  const Operand x(input);
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
   MaxPoolArgs args = pool_args(x, kernel_size, stride, padding);
   const Tensor saved = stats && stats->defined() ? checked_stats(*stats, x, "stats") : Tensor();
   const std::array<int64_t, 4> sizes = {args.images, args.channels, args.out_height, args.out_width};
@@ -58,15 +59,15 @@ std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input, const OptionalT
   const Tensor indices = at::empty(sizes, input.options().dtype(at::kByte), format);
   args.stats = data_or_null(saved), args.relu = relu;
   args.x = x.data(), args.y = output.data_ptr(), args.indices = indices.mutable_data_ptr<uint8_t>();
-  args.vector = vector_of(x, {args.y, args.indices});
+  args.vector_size = pool_vector_size(x, {args.y, args.indices});
   if (output.numel() > 0) launch_max_pool_forward(x.dtype, args, device.stream());
   return {output, indices};
 }
 
 Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const Tensor& input,
                          at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding) {
-  const OnDeviceOf device(input);
-  const Operand x(input);
+  const DeviceGuard device(input);
+  const ActivationTensor x(input);
   MaxPoolArgs args = pool_args(x, kernel_size, stride, padding);
   const std::array<int64_t, 4> sizes = {args.images, args.channels, args.out_height, args.out_width};
   check_device(grad_output, input, "grad_output"), check_device(indices, input, "indices");
@@ -78,13 +79,14 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
   TORCH_CHECK_VALUE(indices.sizes().equals(sizes) && indices.scalar_type() == at::kByte,
                     "indices: expected uint8 of the output's shape, ", at::IntArrayRef(sizes), ", got ",
                     indices.sizes(), " of ", indices.scalar_type());
-  const Tensor dy = laid_out(grad_output, args.channels_last), chosen = laid_out(indices, args.channels_last);
+  const Tensor dy = to_memory_format(grad_output, args.channels_last),
+               chosen = to_memory_format(indices, args.channels_last);
   const Tensor dx = at::empty_like(x.tensor);
   args.x = dy.const_data_ptr(), args.y = dx.data_ptr();
   args.indices = const_cast<uint8_t*>(chosen.const_data_ptr<uint8_t>());
-  args.vector = vector_of(x, {args.x, args.y, args.indices});
+  args.vector_size = pool_vector_size(x, {args.x, args.y, args.indices});
   if (dx.numel() > 0) launch_max_pool_backward(x.dtype, args, device.stream());
-  return restored(dx, input, x.tensor);
+  return restore_strides(dx, input, x.tensor);
 }
 
 }  // namespace

@@ -1,30 +1,31 @@
-// Kernels of max_pool.h: each thread makes one access of the result.
+// Max pooling kernels (max_pool.h). A thread computes one access (one or more channels of a pixel) of the
+// result.
 #pragma once
 
-#include "cuda/cut.h"
 #include "cuda/elementwise.cuh"
 #include "cuda/max_pool.h"
+#include "cuda/work_partition.h"
 
 namespace fused_res::cuda {
 
-// 64-bit divisions take several times as long, and are needed by the largest tensors only.
+// Divide, in 32 bits where the operands fit. A 64-bit division takes several times as long, and only the
+// largest tensors need it.
 __device__ inline int64_t quotient(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;
 }
 
-// Where the access with this number lies: first channel, row and column of an image, and the beginning of the
-// image (channels_last) or of the plane, counted in pixels.
+// Coordinates of an access from its index: image, first channel, row and column.
 struct PoolPosition {
   int64_t image, channel;
   int row, col;
 
   __device__ PoolPosition(const MaxPoolArgs& args, int64_t index, int64_t height, int64_t width) {
-    const int64_t vectors = args.channels / args.vector;
+    const int64_t vectors = args.channels / args.vector_size;
     int64_t pixel = index;
     if (args.channels_last) {
       pixel = quotient(index, vectors);
-      channel = (index - pixel * vectors) * args.vector;
+      channel = (index - pixel * vectors) * args.vector_size;
     }
     const int64_t line = quotient(pixel, width), plane = quotient(line, height);
     col = static_cast<int>(pixel - line * width);
@@ -36,13 +37,14 @@ struct PoolPosition {
     }
   }
 
-  // The offset of another pixel of the same channels, in an image of this size.
+  // Return the offset of another pixel of the same image and channels, in a tensor of this height and width.
   __device__ int64_t offset(const MaxPoolArgs& args, int64_t height, int64_t width, int row, int col) const {
     if (args.channels_last) return ((image * height + row) * width + col) * args.channels + channel;
     return ((image * args.channels + channel) * height + row) * width + col;
   }
 };
 
+// Max pooling forward. The index of the maximum is its position in the window, row-major.
 template <class T, int n>
 FUSED_RES_KERNEL(kThreads, 2)
 max_pool_forward_kernel(const __grid_constant__ MaxPoolArgs args) {
@@ -71,7 +73,7 @@ max_pool_forward_kernel(const __grid_constant__ MaxPoolArgs args) {
       for (int i = 0; i < n; ++i) {
         A value = to_float(x[i]);
         if (args.stats != nullptr) {
-          value = normalise(value, mean[i], scale[i], shift[i]);
+          value = batch_normalize(value, mean[i], scale[i], shift[i]);
           // Rounded first: of values that are equal in the output's type the first one gets the gradient.
           value = to_float(from_float<T>(args.relu ? relu(value) : value));
         }
@@ -89,7 +91,8 @@ max_pool_forward_kernel(const __grid_constant__ MaxPoolArgs args) {
   store_global(args.indices + index * n, indices);
 }
 
-// Every input position asks the windows that it lies in, in a fixed order.
+// Max pooling backward: each input position gathers the gradients of the windows that contain it, in a fixed
+// order.
 template <class T, int n>
 FUSED_RES_KERNEL(kThreads, 2)
 max_pool_backward_kernel(const __grid_constant__ MaxPoolArgs args) {

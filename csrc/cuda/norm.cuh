@@ -1,11 +1,11 @@
-// The norm that a product's operand is read through.
+// Batch norm (+ ReLU) of n adjacent channels, for GEMM operand prologues and epilogues.
 #pragma once
 
 #include "cuda/elementwise.cuh"
 
 namespace fused_res::cuda {
 
-// Mean, scale and shift of n channels that follow each other.
+// Mean, scale and shift of n adjacent channels, from `stats` (5, channels).
 template <int n>
 struct Norm {
   Vector<float, n> mean, scale, shift;
@@ -15,7 +15,9 @@ struct Norm {
         scale(load<n>(stats + 2 * channels + channel)),
         shift(load<n>(stats + 3 * channels + channel)) {}
 
-  __device__ float operator()(float x, int i) const { return normalise(x, mean[i], scale[i], shift[i]); }
+  __device__ float operator()(float x, int i) const {
+    return batch_normalize(x, mean[i], scale[i], shift[i]);
+  }
 
   template <class T>
   __device__ Vector<T, n> activate(Vector<T, n> x, bool with_relu) const {

@@ -1,5 +1,5 @@
-// Tiles of a product's operands in shared memory: lines of 16-byte chunks, whose order in a line is swizzled
-// so that neither a line that is written nor a column of chunks that is read keeps a bank busy twice.
+// GEMM operand tiles in shared memory: lines of 16-byte chunks. The chunks of a line are XOR-swizzled so that
+// neither writing a line nor reading a column of chunks (ldmatrix) causes bank conflicts.
 #pragma once
 
 #include <type_traits>
@@ -11,11 +11,11 @@ namespace fused_res::cuda {
 
 constexpr int kChunkBytes = 16;
 
-// What one stage of the pipeline holds of a line along the summed index: two steps of the tensor cores.
-constexpr int kDepthBytes = 64;
+// Extent of one pipeline stage along K: two k-steps of mma.sync, 32 bytes each.
+constexpr int kTileKBytes = 64;
 
 template <class T>
-constexpr int kDepth = kDepthBytes / static_cast<int>(sizeof(T));
+constexpr int kTileK = kTileKBytes / static_cast<int>(sizeof(T));
 
 template <int lines, int chunks>
 struct SharedTile {
@@ -23,48 +23,51 @@ struct SharedTile {
   static constexpr int kChunks = chunks;
   static constexpr int kBytes = lines * chunks * kChunkBytes;
 
-  // Where a chunk lies, in bytes. Eight lines that begin at a multiple of eight have any one chunk in eight
-  // different groups of banks: what ldmatrix reads at once. In long lines the first four of them are also two
-  // groups apart, for fragments of 32-bit elements that are read transposed.
-  static __device__ int at(int line, int chunk) {
+  // Return the swizzled byte offset of a chunk. In eight lines that begin at a multiple of eight, the same
+  // chunk lies in eight different groups of four banks, which is what one ldmatrix phase reads. In long lines
+  // the first four of these lines are also two groups apart, for fragments of 32-bit elements that are read
+  // transposed.
+  static __device__ int byte_offset(int line, int chunk) {
     if constexpr (chunks == 4) return (line * chunks + (chunk ^ ((line >> 1) & 3))) * kChunkBytes;
     return (line * chunks + (chunk ^ ((line & 3) << 1 | ((line >> 2) & 1)))) * kChunkBytes;
   }
   static_assert(chunks == 4 || chunks % 8 == 0);
 };
 
-// Which chunks of a tile a thread brings: the same one of several lines, every kLines-th.
+// Assignment of a tile's chunks to the threads that copy them (CUTLASS ThreadMap): a thread copies the same
+// chunk of every kLines-th line.
 template <class Tile, class Shape>
-struct Share {
-  static constexpr int kLines = Shape::kThreads / Tile::kChunks, kEach = Tile::kLines / kLines;
-  static_assert(kLines * Tile::kChunks == Shape::kThreads && kEach * kLines == Tile::kLines);
+struct TileThreadMap {
+  static constexpr int kLines = Shape::kThreads / Tile::kChunks, kIterations = Tile::kLines / kLines;
+  static_assert(kLines * Tile::kChunks == Shape::kThreads && kIterations * kLines == Tile::kLines);
 
   static __device__ int chunk() { return static_cast<int>(threadIdx.x) % Tile::kChunks; }
   static __device__ int line(int i) { return static_cast<int>(threadIdx.x) / Tile::kChunks + i * kLines; }
-  static __device__ int at(int i) { return Tile::at(line(i), chunk()); }
+  static __device__ int byte_offset(int i) { return Tile::byte_offset(line(i), chunk()); }
 };
 
-// Brings a chunk of a tensor, of which so many elements exist; the others become zeros. Aligned: without
-// waiting, and all of it exists or nothing.
+// Copy a chunk to shared memory. The first `valid_elements` elements are inside the tensor; the others become
+// zeros. `aligned`: one asynchronous 16-byte copy, where either all elements of the chunk are valid or none.
 template <bool aligned, class T>
-__device__ void copy_chunk(unsigned char* place, const T* tensor, int64_t at, int64_t exist) {
+__device__ void copy_chunk(unsigned char* dst, const T* tensor, int64_t offset, int64_t valid_elements) {
   if constexpr (aligned) {
-    ptx::copy_async(shared_address(place), tensor + (exist > 0 ? at : 0), exist > 0);
+    ptx::cp_async(shared_address(dst), tensor + (valid_elements > 0 ? offset : 0), valid_elements > 0);
   } else {
     Vector<T, kVector<T>> chunk;
-    for (int i = 0; i < kVector<T>; ++i) chunk[i] = i < exist ? tensor[at + i] : from_float<T>(0);
-    store(reinterpret_cast<T*>(place), chunk);
+    for (int i = 0; i < kVector<T>; ++i)
+      chunk[i] = i < valid_elements ? tensor[offset + i] : from_float<T>(0);
+    store(reinterpret_cast<T*>(dst), chunk);
   }
 }
 
-// One operand of a product: `rows` rows (of the second operand: columns), each kDepth elements long. In
-// memory either the depth runs along a line, or the rows do.
-template <class T, int rows, bool depth_along_lines>
-struct ProductOperand {
+// Tile of one GEMM operand: `rows` rows of A (columns of B), each kTileK elements along K. `k_major`: K is
+// contiguous in memory and runs along a line of the tile; otherwise the rows are.
+template <class T, int rows, bool k_major>
+struct GemmOperand {
   using Element = T;
-  static constexpr bool kDepthAlongLines = depth_along_lines;
-  using Tile = std::conditional_t<depth_along_lines, SharedTile<rows, kDepthBytes / kChunkBytes>,
-                                  SharedTile<kDepth<T>, rows* static_cast<int>(sizeof(T)) / kChunkBytes>>;
+  static constexpr bool kKMajor = k_major;
+  using Tile = std::conditional_t<k_major, SharedTile<rows, kTileKBytes / kChunkBytes>,
+                                  SharedTile<kTileK<T>, rows* static_cast<int>(sizeof(T)) / kChunkBytes>>;
 };
 
 }  // namespace fused_res::cuda

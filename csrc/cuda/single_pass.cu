@@ -1,4 +1,4 @@
-// Launches of single_pass.cuh, and when they take place.
+// Launches of the kernels of single_pass.cuh, and the heuristic that selects them.
 #include <atomic>
 
 #include "cuda/dispatch.cuh"
@@ -8,34 +8,37 @@
 namespace fused_res::cuda {
 namespace {
 
-enum Mode { kByRule = -1, kNever, kWhereverPossible };
-std::atomic<int> mode = kByRule;
+enum Mode { kAuto = -1, kNever, kForced };
+std::atomic<int> mode = kAuto;
 
-// Forward, bytes that pass through HBM, of an activation of X bytes in P parts and C channels:
+// Whether the single pass is estimated to be faster. Forward, bytes moved through HBM for an activation of X
+// bytes in P parts and C channels:
 //                      two passes                        single pass
-//   x read             1 X, and 1 X more past the L2     1 X
+//   x read             1 X, and 1 X more beyond the L2   1 X
 //   y written          1 X                               1 X
 //   through the L2     1 X                               -
 //   partials, 16 P C   written, read once                written, read by all blocks of the channel: 16 P^2 C
 //   launches           3                                 1, and 4 bytes cleared
-// (Backward: dy and x for x, and 8 P C, 8 P^2 C.) So what is saved is launches, and reads from the L2; what
-// is paid is a barrier and the parts of a block of channels, which every thread block reads. Worth it where
-// launches are most of the time: for what fits on chip whole, and has few parts. Not measured yet.
-bool prefers_single_pass(const Cut& cut) {
-  constexpr int64_t kMergedBytes = 64 << 10;
-  return cut.parts * cut.block_channels * 16 <= kMergedBytes;
+// Backward: dy and x in place of x, and 8 P C, 8 P^2 C for the partials. The single pass saves launches and
+// reads from the L2, and costs a barrier and the parts of a channel block, which every threadblock reads. It
+// pays where launches dominate the time: for activations that fit on chip at once and have few parts. Not
+// measured yet.
+bool is_single_pass_profitable(const WorkPartition& partition) {
+  constexpr int64_t kMaxMergedBytes = 64 << 10;
+  return partition.parts * partition.block_channels * 16 <= kMaxMergedBytes;
 }
 
-// The largest slices that fit on chip, and for them the fewest units a block: more blocks hide more latency.
+// Return the configuration with the largest slices that fit on chip, and for them the fewest work units per
+// threadblock: more threadblocks hide more latency.
 template <class Arguments>
-std::optional<SinglePassWork> fit(void (*kernel)(Arguments), const Cut& cut, size_t scratch,
-                                  size_t unit_bytes) {
-  for (int64_t blocks = cut.blocks;; blocks = ceil_div(blocks, 2)) {
+std::optional<SinglePassConfig> fit(void (*kernel)(Arguments), const WorkPartition& partition, size_t scratch,
+                                    size_t unit_bytes) {
+  for (int64_t blocks = partition.channel_blocks;; blocks = ceil_div(blocks, 2)) {
     for (int64_t units_per_block = 1;; ++units_per_block) {
       const size_t shared = scratch + static_cast<size_t>(units_per_block) * unit_bytes;
-      const int64_t grid = ceil_div(blocks * cut.parts, units_per_block);
+      const int64_t grid = ceil_div(blocks * partition.parts, units_per_block);
       const int64_t resident = resident_blocks(kernel, kThreads, shared);
-      if (grid <= resident) return SinglePassWork{blocks, units_per_block, grid, shared};
+      if (grid <= resident) return SinglePassConfig{blocks, units_per_block, grid, shared};
       if (resident == 0) break;
     }
     if (blocks == 1) return std::nullopt;
@@ -43,53 +46,58 @@ std::optional<SinglePassWork> fit(void (*kernel)(Arguments), const Cut& cut, siz
 }
 
 template <class Arguments>
-std::optional<SinglePassWork> choose(void (*kernel)(Arguments), const Cut& cut, size_t scratch,
-                                     size_t element_bytes) {
-  if (mode == kNever || (mode == kByRule && !prefers_single_pass(cut))) return std::nullopt;
-  const size_t unit_bytes = cut.tiles_per_part * kTile * kThreads * cut.vector * element_bytes;
-  const std::optional<SinglePassWork> work = fit(kernel, cut, scratch, unit_bytes);
-  return work && (mode == kWhereverPossible || work->blocks_per_slice == cut.blocks) ? work : std::nullopt;
+std::optional<SinglePassConfig> choose(void (*kernel)(Arguments), const WorkPartition& partition,
+                                       size_t scratch, size_t element_bytes) {
+  if (mode == kNever || (mode == kAuto && !is_single_pass_profitable(partition))) return std::nullopt;
+  const size_t unit_bytes =
+      partition.tiles_per_part * kStepsPerTile * kThreads * partition.vector_size * element_bytes;
+  const std::optional<SinglePassConfig> config = fit(kernel, partition, scratch, unit_bytes);
+  return config && (mode == kForced || config->blocks_per_slice == partition.channel_blocks) ? config
+                                                                                             : std::nullopt;
 }
 
 }  // namespace
 
-std::optional<SinglePassWork> choose_single_pass_forward(Dtype dtype, const Cut& cut) {
-  std::optional<SinglePassWork> work;
-  with_walk(dtype, cut, [&]<class T, Layout layout, int n>() {
-    work =
-        choose(single_pass_forward_kernel<T, layout, n>, cut, kSinglePassScratch<Accumulator<T>>, sizeof(T));
+std::optional<SinglePassConfig> choose_single_pass_forward(Dtype dtype, const WorkPartition& partition) {
+  std::optional<SinglePassConfig> config;
+  dispatch_layout(dtype, partition, [&]<class T, Layout layout, int n>() {
+    config = choose(single_pass_forward_kernel<T, layout, n>, partition, kSinglePassScratch<Accumulator<T>>,
+                    sizeof(T));
   });
-  return work;
+  return config;
 }
 
-std::optional<SinglePassWork> choose_single_pass_backward(Dtype dtype, const Cut& cut) {
-  std::optional<SinglePassWork> work;
-  with_walk(dtype, cut, [&]<class T, Layout layout, int n>() {
-    work = choose(single_pass_backward_kernel<T, layout, n>, cut, kSinglePassScratch<Accumulator<T>>,
-                  2 * sizeof(T));
+std::optional<SinglePassConfig> choose_single_pass_backward(Dtype dtype, const WorkPartition& partition) {
+  std::optional<SinglePassConfig> config;
+  dispatch_layout(dtype, partition, [&]<class T, Layout layout, int n>() {
+    config = choose(single_pass_backward_kernel<T, layout, n>, partition, kSinglePassScratch<Accumulator<T>>,
+                    2 * sizeof(T));
   });
-  return work;
+  return config;
 }
 
 void launch_single_pass_forward(Dtype dtype, const SinglePassForwardArgs& args, Stream stream) {
   fill_zero(args.counter, sizeof(unsigned), stream);
-  with_walk(dtype, args.apply.cut, [&]<class T, Layout layout, int n>() {
-    launch_cooperative(single_pass_forward_kernel<T, layout, n>, dim3(static_cast<unsigned>(args.work.grid)),
-                       kThreads, args.work.shared, stream, args);
+  dispatch_layout(dtype, args.apply.partition, [&]<class T, Layout layout, int n>() {
+    launch_cooperative(single_pass_forward_kernel<T, layout, n>,
+                       dim3(static_cast<unsigned>(args.config.grid)), kThreads, args.config.shared, stream,
+                       args);
   });
 }
 
 void launch_single_pass_backward(Dtype dtype, const SinglePassBackwardArgs& args, Stream stream) {
   fill_zero(args.counter, sizeof(unsigned), stream);
-  with_walk(dtype, args.backward.cut, [&]<class T, Layout layout, int n>() {
-    launch_cooperative(single_pass_backward_kernel<T, layout, n>, dim3(static_cast<unsigned>(args.work.grid)),
-                       kThreads, args.work.shared, stream, args);
+  dispatch_layout(dtype, args.backward.partition, [&]<class T, Layout layout, int n>() {
+    launch_cooperative(single_pass_backward_kernel<T, layout, n>,
+                       dim3(static_cast<unsigned>(args.config.grid)), kThreads, args.config.shared, stream,
+                       args);
   });
 }
 
 }  // namespace fused_res::cuda
 
-// For tests and tuning: -1 by the rule above, 0 never, 1 wherever it is possible.
+// For tests and tuning: -1 selects the single pass by the heuristic above, 0 never, 1 wherever it is
+// possible.
 extern "C" __attribute__((visibility("default"))) void fused_res_cuda_single_pass(int mode) {
   fused_res::cuda::mode = mode;
 }

@@ -1,6 +1,7 @@
-// batch_norm_act in training as one cooperative kernel, forward and backward, for what fits on chip: x goes
-// from HBM to shared memory once, and is applied from there when all blocks have met. The parts and the order
-// of their merge are those of two passes, and so are the bits.
+// Single-pass batch norm + residual + activation for training, one cooperative kernel each for forward and
+// backward, for activations that fit on chip: x is read from HBM into shared memory once, and applied from
+// there after a grid barrier. The parts and the order of their merge are those of the multi-pass kernels, so
+// the results are bitwise equal.
 #pragma once
 
 #include <optional>
@@ -9,9 +10,9 @@
 
 namespace fused_res::cuda {
 
-// Who works on what: the channels are taken in slices of so many blocks, and of each slice a thread block
-// holds so many units in shared memory. Nothing here changes a result.
-struct SinglePassWork {
+// Launch configuration: the channel blocks are processed in slices of blocks_per_slice, and of each slice a
+// threadblock keeps units_per_block work units in shared memory. It does not affect the result.
+struct SinglePassConfig {
   int64_t blocks_per_slice, units_per_block;
   int64_t grid;
   size_t shared;
@@ -19,22 +20,23 @@ struct SinglePassWork {
 
 struct SinglePassForwardArgs {
   ApplyArgs apply;
-  MergeArgs merge;  // what becomes of the partials; which and how many they are is known here
-  void* partials;   // to be written, and read
-  SinglePassWork work;
-  unsigned* counter;  // of ptx::grid_barrier; cleared by the launch
+  MergeArgs merge;  // output and parameters of the merge; its `partials` is unused
+  void* partials;   // scratch, A (parts, 4, C)
+  SinglePassConfig config;
+  unsigned* counter;  // counter of ptx::grid_barrier; the launch clears it
 };
 
 struct SinglePassBackwardArgs {
   BackwardArgs backward;
-  SinglePassWork work;
+  SinglePassConfig config;
   unsigned* counter;
 };
 
-// For an activation that is cut for a reduction, on the current device; nothing where not even one block of
-// channels fits, or where two passes are thought to be faster.
-std::optional<SinglePassWork> choose_single_pass_forward(Dtype dtype, const Cut& cut);
-std::optional<SinglePassWork> choose_single_pass_backward(Dtype dtype, const Cut& cut);
+// Return the launch configuration on the current device for an activation partitioned for a reduction (at
+// most kMaxReductionUnits work units), or nullopt if not even one channel block fits on chip, or if the
+// multi-pass kernels are estimated to be faster.
+std::optional<SinglePassConfig> choose_single_pass_forward(Dtype dtype, const WorkPartition& partition);
+std::optional<SinglePassConfig> choose_single_pass_backward(Dtype dtype, const WorkPartition& partition);
 
 void launch_single_pass_forward(Dtype dtype, const SinglePassForwardArgs& args, Stream stream);
 void launch_single_pass_backward(Dtype dtype, const SinglePassBackwardArgs& args, Stream stream);

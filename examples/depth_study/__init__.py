@@ -1,1 +1,1 @@
-"""What skip connections are for, in numbers: plain networks of growing depth beside their residual twins."""
+"""The depth study: plain networks of increasing depth compared with residual networks (He et al. 2015)."""

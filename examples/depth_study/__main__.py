@@ -1,14 +1,14 @@
-"""Why residual networks have skip connections, shown on the blocks of this library.
+"""Reproduce the motivation of residual networks (He et al. 2015, https://arxiv.org/abs/1512.03385) with fused_res.
 
-Trains plain networks of growing depth and their residual twins, looks at the gradient of every layer, at what a block
-is when its residual branch is zero, and at what depth costs; writes report.md, results.json and figures.
+Trains plain networks of increasing depth and residual networks of the same depths, and measures the gradient norm of
+every layer, blocks whose residual branch is zero, and the cost of depth. Writes report.md, results.json and figures.
 
-    python -m examples.depth_study                        # all of it, on handwritten digits: a quarter of an hour
-    python -m examples.depth_study --quick                # less of everything: two minutes
+    python -m examples.depth_study                        # everything, on handwritten digits: a quarter of an hour
+    python -m examples.depth_study --quick                # a smaller study: two minutes
     python -m examples.depth_study --section gradients    # one of: degradation, gradients, identity, spectrum
     python -m examples.depth_study --data cifar-10-batches-py --depths 20 56 --epochs 30
 
-After a kill the same command goes on: finished trainings are kept under OUT/trainings, by all their settings.
+The same command resumes a killed study: finished trainings are stored under OUT/trainings, keyed by their settings.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ SECTIONS: dict[str, ModuleType] = {
 }
 DEPTHS, QUICK_DEPTHS = (20, 32, 44, 56, 110), (20, 32, 56)
 SEEDS, QUICK_SEEDS = 3, 1
-#: At He et al.'s 0.1 the plain networks degrade as well, but residual-110 is at its edge: with one seed it ended at a
-#: training error of 2.8 % behind 2 epochs of warm-up, and of 58 % behind 5.
+#: With the 0.1 of He et al. 2015 the plain networks degrade as well, but residual-110 is barely stable: one seed ended
+#: at a training error of 2.8 % after 2 epochs of warm-up, and of 58 % after 5.
 LEARNING_RATE = 0.05
 EPOCHS, QUICK_EPOCHS = 40, 10
 CPU = torch.device("cpu")
@@ -75,21 +75,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("build/depth-study"), metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument("--section", nargs="+", choices=SECTIONS, metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--section", nargs="+", choices=SECTIONS, metavar="NAME", help="sections to run (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer depths, epochs and seeds, a smaller spectrum")
     parser.add_argument("--data", default="digits", help="digits, or a folder of CIFAR's files or of images")
-    parser.add_argument("--image-size", type=positive_int, help="default: as the data are; 224 for a folder of images")
+    parser.add_argument(
+        "--image-size", type=positive_int, help="default: the images' own size; 224 for a folder of images"
+    )
     parser.add_argument("--depths", type=depth, nargs="+", metavar="N", help=f"6n + 2; default: {DEPTHS}")
     parser.add_argument("--seeds", type=positive_int, metavar="COUNT", help=f"default: {SEEDS}")
     parser.add_argument("--epochs", type=positive_int, help=f"default: {EPOCHS}")
-    parser.add_argument("--width", type=positive_int, default=16, help="channels of the first stage; %(default)s")
+    parser.add_argument(
+        "--width", type=positive_int, default=16, help="channels of the first stage; default: %(default)s"
+    )
     parser.add_argument("--batch-size", type=positive_int, default=128, help="default: %(default)s")
     parser.add_argument(
-        "--lr", type=positive_float, default=LEARNING_RATE, help="highest learning rate; default: %(default)s"
+        "--lr", type=positive_float, default=LEARNING_RATE, help="peak learning rate; default: %(default)s"
     )
     parser.add_argument("--backend", choices=fused_res.backends.names(), default="auto", help="default: %(default)s")
     parser.add_argument(
-        "--jobs", type=positive_int, help="trainings at a time, each in one thread (default: the number of cores)"
+        "--jobs", type=positive_int, help="concurrent trainings, each in one thread (default: the number of cores)"
     )
     return parser
 
@@ -97,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 def study_of(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -> Study:
     depths = tuple(sorted(set(parsed.depths or (QUICK_DEPTHS if parsed.quick else DEPTHS))))
     if len(depths) < 2:
-        parser.error(f"argument --depths: expected two different depths at least, got {depths[0]}")
+        parser.error(f"argument --depths: expected two different depths or more, got {depths[0]}")
     try:
         parsed.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,7 +127,7 @@ def study_of(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -> Stu
 
 
 def settings_of(study: Study) -> dict[str, Any]:
-    """Of the whole study, as results.json and the report have them."""
+    """Return the settings of the study, as stored in results.json and printed in the report."""
     data = study.data
     return {
         "data": data.name,
@@ -156,10 +160,10 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"{parser.prog}: {error}") from None
     except BrokenProcessPool:
         raise SystemExit(
-            f"{parser.prog}: a process that trained was killed (out of memory?); the same command goes on from here"
+            f"{parser.prog}: a training process was killed (out of memory?); the same command resumes the study"
         ) from None
     except KeyboardInterrupt:
-        raise SystemExit(f"{parser.prog}: interrupted; the same command goes on from here") from None
+        raise SystemExit(f"{parser.prog}: interrupted; the same command resumes the study") from None
     measured = {}
     for name, module in sections.items():
         print(f"measuring: {name}", flush=True)

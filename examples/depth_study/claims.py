@@ -1,4 +1,4 @@
-"""What the study claims, each claim decided by the results: it holds here, or it does not, and by which numbers."""
+"""The claims of the study, each decided by the measured results, with the numbers that decide it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from examples.depth_study.gradients import first_to_last
+from examples.depth_study.gradients import first_to_last_ratio
 
-#: Percentage points up to which a difference of errors counts for nothing: of the digits, 14 training images.
-NEGLIGIBLE = 1.0
-#: Gradients whose norm changes by less than this from the first to the last third of the layers are called even.
-EVEN = 10.0
+#: Differences of errors up to this many percentage points are negligible: 14 training images of the digits.
+NEGLIGIBLE_POINTS = 1.0
+#: Gradients are called even if their norm changes by less than this factor from the first to the last third of layers.
+EVEN_RATIO = 10.0
 
 Measured = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence that is true or false of the results, the numbers that decide it, and where to see them."""
+    """A statement that the results confirm or refute, and the numbers that decide it."""
 
     text: str
     holds: bool
     numbers: str
-    shown_in: str  # a figure's name, or "" where a table under the claims shows it
+    figure_name: str  # name of the figure that shows it, or "" if a table below the claims does
 
     @property
     def verdict(self) -> str:
@@ -33,7 +33,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of several seeds."""
+    """The values of several seeds."""
 
     values: tuple[float, ...]
 
@@ -46,12 +46,12 @@ class Spread:
         return f"{self.mean:.2f} %" + (f" ({low:.2f} to {high:.2f})" if len(self.values) > 1 else "")
 
     def above(self, other: Spread) -> bool:
-        """By more than `NEGLIGIBLE` in the mean, and for every pair of seeds."""
-        return self.mean - other.mean > NEGLIGIBLE and min(self.values) > max(other.values)
+        """Return whether the mean is higher by more than `NEGLIGIBLE_POINTS`, and every seed is above every other's."""
+        return self.mean - other.mean > NEGLIGIBLE_POINTS and min(self.values) > max(other.values)
 
 
 def errors(measured: Measured, kind: str, depth: int, which: str = "train") -> Spread:
-    """Of all seeds of one network, in the end of training."""
+    """Return the errors of all seeds of one network at the end of training, in percent."""
     return Spread(tuple(e[f"{which}_error"] for e in measured["by_depth"] if e["kind"] == kind and e["depth"] == depth))
 
 
@@ -76,26 +76,28 @@ def degradation(measured: Measured) -> list[Claim]:
     best = {depth: min(by_rate[depth, rate] for rate in rates) for depth in (shallow, deep)}
     return [
         Claim(
-            f"The deeper plain network ends with a higher training error: plain-{deep} above plain-{shallow}.",
+            f"The deeper plain network has a higher final training error: plain-{deep} is above plain-{shallow}.",
             rises("plain"),
             pair("plain"),
             figure,
         ),
         Claim(
-            f"The deeper residual network does not: residual-{deep} is not above residual-{shallow}.",
+            f"The deeper residual network does not have a higher final training error: residual-{deep} is not above "
+            f"residual-{shallow}.",
             not rises("residual"),
             pair("residual"),
             figure,
         ),
         Claim(
-            "It is not overfitting: where the test error rises with depth in plain networks, the training error does.",
+            "Overfitting is not the cause: in plain networks, both test error and training error rise with depth.",
             rises("plain", "test") and rises("plain"),
             f"test error: {pair('plain', 'test')}",
             figure,
         ),
         Claim(
-            f"It is not the learning rate: of {len(rates)} rates, plain-{deep}'s best is above plain-{shallow}'s best.",
-            best[deep] - best[shallow] > NEGLIGIBLE,
+            f"The learning rate is not the cause: at the best of {len(rates)} rates for each network, "
+            f"plain-{deep} is above plain-{shallow}.",
+            best[deep] - best[shallow] > NEGLIGIBLE_POINTS,
             "; ".join(
                 f"rate {rate:.3g}: "
                 + ", ".join(f"plain-{depth} {by_rate[depth, rate]:.2f} %" for depth in (shallow, deep))
@@ -105,32 +107,36 @@ def degradation(measured: Measured) -> list[Claim]:
             "",
         ),
         *_other_depths(measured, figure),
-        _twins(measured, figure),
+        _residual_below_plain(measured, figure),
     ]
 
 
 def _other_depths(measured: Measured, figure: str) -> Iterable[Claim]:
-    """What is seen at the depths between and beyond, so that nothing is left out that speaks against the others."""
+    """Yield a claim for the remaining depths of each kind, so that contradicting results are reported too."""
     shallow, deep = measured["shallow"], measured["deep"]
     others = sorted({entry["depth"] for entry in measured["by_depth"]} - {shallow, deep})
     if not others:
         return
-    for kind, rising in (("plain", True), ("residual", False)):
+    for kind, rising, subject in (
+        ("plain", True, "Every other plain network"),
+        ("residual", False, "No other residual network"),
+    ):
         start = errors(measured, kind, shallow)
         found = {depth: errors(measured, kind, depth) for depth in others}
         yield Claim(
-            f"The other {kind} networks: each is {'' if rising else 'not '}above {kind}-{shallow}.",
+            f"{subject} has a higher final training error than {kind}-{shallow}.",
             all(spread.above(start) is rising for spread in found.values()),
             ", ".join(f"{kind}-{depth} {spread}" for depth, spread in found.items()),
             figure,
         )
 
 
-def _twins(measured: Measured, figure: str) -> Claim:
+def _residual_below_plain(measured: Measured, figure: str) -> Claim:
     depths = sorted({entry["depth"] for entry in measured["by_depth"] if entry["depth"] >= measured["deep"]})
     found = {depth: [errors(measured, kind, depth) for kind in ("plain", "residual")] for depth in depths}
     return Claim(
-        f"From {measured['deep']} layers on, a residual network ends below its plain twin.",
+        f"Every residual network of {measured['deep']} layers or more has a lower final training error than the plain "
+        "network of the same depth.",
         all(plain.above(residual) for plain, residual in found.values()),
         "; ".join(f"{depth} layers: plain {plain}, residual {residual}" for depth, (plain, residual) in found.items()),
         figure,
@@ -139,7 +145,9 @@ def _twins(measured: Measured, figure: str) -> Claim:
 
 def gradients(measured: Measured) -> list[Claim]:
     ratios = {
-        (curve["kind"], curve["depth"], curve["state"]): statistics.geometric_mean(map(first_to_last, curve["norms"]))
+        (curve["kind"], curve["depth"], curve["state"]): statistics.geometric_mean(
+            map(first_to_last_ratio, curve["norms"])
+        )
         for curve in measured["curves"]
     }
     largest = {
@@ -151,49 +159,52 @@ def gradients(measured: Measured) -> list[Claim]:
     figure = "gradient-norms"
 
     def listed(state: str) -> str:
-        return "; ".join(
+        return "gradient norm of the first third of the layers divided by that of the last third: " + "; ".join(
             f"{depth} layers: "
             + ", ".join(f"{kind} {ratios[kind, depth, state]:.3g}" for kind in ("plain", "residual"))
             for depth in depths
         )
 
     growth = [ratios["plain", depth, "initial"] for depth in depths]
-    bare, loose = ({d: largest[kind, d, "initial, no norm"] for d in depths} for kind in ("plain", "residual"))
+    plain, residual = ({d: largest[kind, d, "initial, no norm"] for d in depths} for kind in ("plain", "residual"))
     return [
         Claim(
-            "With batch norm, a plain network's gradients at initialisation do not vanish towards the input: they "
-            "explode, the more the deeper it is.",
-            growth[-1] > EVEN and growth == sorted(growth),
-            f"norm in the first third of the layers over the last third: {listed('initial')}",
+            "With batch norm, the gradients of plain networks at initialisation do not vanish towards the input: they "
+            "explode, and the growth increases with depth.",
+            growth[-1] > EVEN_RATIO and growth == sorted(growth),
+            listed("initial"),
             figure,
         ),
         Claim(
-            "With skip connections they change less from layer to layer, at every depth.",
+            "Skip connections reduce the change of the gradient norm from the first to the last third of the layers "
+            "at every depth.",
             all(
                 _unevenness(ratios["residual", depth, "initial"]) < _unevenness(ratios["plain", depth, "initial"])
                 for depth in depths
             ),
-            f"{deepest} layers: by a factor of {_unevenness(ratios['residual', deepest, 'initial']):.3g}, "
-            f"without them {_unevenness(ratios['plain', deepest, 'initial']):.3g}",
+            f"{deepest} layers: a factor of {_unevenness(ratios['residual', deepest, 'initial']):.3g} with skip "
+            f"connections, {_unevenness(ratios['plain', deepest, 'initial']):.3g} without",
             figure,
         ),
         Claim(
-            "Without batch norm, gradients of deep plain networks vanish, in all layers at once.",
-            bare[deepest] < bare[shallowest] / EVEN**2,
-            "largest norm in any layer: " + ", ".join(f"plain-{depth} {norm:.2g}" for depth, norm in bare.items()),
+            "Without batch norm, the gradients of deep plain networks vanish in all layers.",
+            plain[deepest] < plain[shallowest] / EVEN_RATIO**2,
+            "largest gradient norm of any layer: "
+            + ", ".join(f"plain-{depth} {norm:.2g}" for depth, norm in plain.items()),
             figure,
         ),
         Claim(
-            "Without batch norm, shortcuts alone do not put that right: in deep residual networks gradients explode, "
-            "since each block adds to what goes through.",
-            loose[deepest] > loose[shallowest] * EVEN**2,
-            "largest norm in any layer: " + ", ".join(f"residual-{d} {norm:.2g}" for d, norm in loose.items()),
+            "Without batch norm, shortcuts alone do not stabilise the gradients: in deep residual networks they "
+            "explode, because every residual branch increases the variance of the signal.",
+            residual[deepest] > residual[shallowest] * EVEN_RATIO**2,
+            "largest gradient norm of any layer: "
+            + ", ".join(f"residual-{d} {norm:.2g}" for d, norm in residual.items()),
             figure,
         ),
         Claim(
-            "After training the residual networks' gradients are even: within a factor of "
-            f"{EVEN:g} from the first to the last third of the layers.",
-            all(_unevenness(ratios["residual", depth, "trained"]) < EVEN for depth in depths),
+            "After training, the gradients of residual networks are even: their norm changes by less than a factor of "
+            f"{EVEN_RATIO:g} from the first to the last third of the layers.",
+            all(_unevenness(ratios["residual", depth, "trained"]) < EVEN_RATIO for depth in depths),
             listed("trained"),
             figure,
         ),
@@ -208,53 +219,59 @@ def identity(measured: Measured) -> list[Claim]:
     skips = [row for row in measured["single"] if row["shortcut"] == "identity"]
     plain = [row for row in measured["single"] if row["shortcut"] == "none"]
     deepened = {row["kind"]: row for row in measured["deepened"]}
-    residual, twin = deepened["residual"], deepened["plain"]
+    deeper_residual, deeper_plain = deepened["residual"], deepened["plain"]
     fresh = measured["fresh"]["blocks"]
-    keeping = [block for block in fresh if not block["projects"]]
-    moving = [block for block in fresh if block["projects"]]
+    identities = [block for block in fresh if not block["projects"]]
+    projections = [block for block in fresh if block["projects"]]
     spans = [row for row in measured["spans"] if row["kind"] == "residual"]
     (without,) = [row for row in measured["spans"] if row["kind"] == "plain"]
     return [
         Claim(
-            "A block whose last norm is zero returns exactly relu(x), however many layers its shortcut passes over.",
+            "A block whose last norm has zero weight and bias returns exactly relu(x) for every number of layers under "
+            "its shortcut.",
             all(row["from_relu"] == 0 for row in skips),
-            f"largest difference over 1 to {len(skips)} layers, training and eval mode: "
+            f"largest absolute difference for 1 to {len(skips)} layers, in training and eval mode: "
             f"{max(row['from_relu'] for row in skips):g}",
             "",
         ),
         Claim(
-            "The same block without its shortcut returns zeros: the input is lost.",
+            "The same block without its shortcut returns zeros: its output does not depend on the input.",
             all(row["from_zero"] == 0 for row in plain),
-            f"largest output: {max(row['from_zero'] for row in plain):g}",
+            f"largest absolute output: {max(row['from_zero'] for row in plain):g}",
             "",
         ),
         Claim(
-            f"Such blocks behind the stages of the trained residual-{residual['from']} make a network of "
-            f"{residual['to']} layers with bit-equal outputs.",
-            residual["difference"] == 0,
-            f"largest difference {residual['difference']:g}, of outputs up to {residual['largest']:.3g}; test error "
-            f"{residual['test_error']:.2f} % before and {residual['test_error_deeper']:.2f} % after",
+            f"Appending such blocks to the stages of the trained residual-{deeper_residual['from']} yields a network "
+            f"of {deeper_residual['to']} layers with bit-identical outputs.",
+            deeper_residual["difference"] == 0,
+            f"largest absolute difference {deeper_residual['difference']:g}, largest absolute output "
+            f"{deeper_residual['largest']:.3g}; "
+            f"test error {deeper_residual['test_error']:.2f} % before and "
+            f"{deeper_residual['test_error_deeper']:.2f} % after",
             "",
         ),
         Claim(
-            f"In the trained plain-{twin['from']} they undo the training.",
-            twin["test_error_deeper"] > twin["test_error"] + NEGLIGIBLE,
-            f"test error {twin['test_error']:.2f} % before and {twin['test_error_deeper']:.2f} % after",
+            f"Appending the same blocks without shortcuts to the trained plain-{deeper_plain['from']} increases its "
+            "test error.",
+            deeper_plain["test_error_deeper"] > deeper_plain["test_error"] + NEGLIGIBLE_POINTS,
+            f"test error {deeper_plain['test_error']:.2f} % before and {deeper_plain['test_error_deeper']:.2f} % after",
             "",
         ),
         Claim(
-            f"In a fresh residual-{measured['fresh']['depth']} with zero_init_residual only the blocks that project, "
-            "at a change of stage, move what goes through.",
-            all(block["difference"] == 0 for block in keeping) and all(b["difference"] != 0 for b in moving),
-            f"{sum(block['difference'] == 0 for block in keeping)} of {len(keeping)} blocks with an identity shortcut "
-            f"return their input bit by bit; {len(moving)} project",
+            f"In a new residual-{measured['fresh']['depth']} with zero_init_residual, only the blocks with a "
+            "projection shortcut, at the start of a stage, differ from the identity.",
+            all(block["difference"] == 0 for block in identities) and all(b["difference"] != 0 for b in projections),
+            f"{sum(block['difference'] == 0 for block in identities)} of {len(identities)} blocks with an identity "
+            f"shortcut return their input bit for bit; {len(projections)} have a projection shortcut",
             "",
         ),
         Claim(
-            f"Shortcuts over one, two, three and four layers all train {without['depth']} layers better than none.",
-            all(row["train_error"] < without["train_error"] - NEGLIGIBLE for row in spans),
-            ", ".join(f"over {row['span']}: {row['train_error']:.2f} %" for row in spans)
-            + f"; none: {without['train_error']:.2f} % (training error, one seed)",
+            f"Residual networks of {without['depth']} layers have a lower final training error than the plain network "
+            "for one, two, three and four layers per shortcut.",
+            all(row["train_error"] < without["train_error"] - NEGLIGIBLE_POINTS for row in spans),
+            "layers per shortcut "
+            + ", ".join(f"{row['span']}: {row['train_error']:.2f} %" for row in spans)
+            + f"; plain: {without['train_error']:.2f} % (one seed)",
             "",
         ),
     ]
@@ -262,7 +279,7 @@ def identity(measured: Measured) -> list[Claim]:
 
 def spectrum(measured: Measured) -> list[Claim]:
     def gains(mode: str, quantity: str) -> dict[str, float]:
-        """Stock, the better of its two memory formats, over ours."""
+        """Return stock PyTorch's value in its better memory format divided by fused_res's, by network."""
         found = {}
         for network in measured["networks"]:
             providers = network[mode]
@@ -270,26 +287,33 @@ def spectrum(measured: Measured) -> list[Claim]:
             found[network["name"]] = stock / providers["ours"][quantity]
         return found
 
-    def listed(found: dict[str, float]) -> str:
-        return "stock over ours: " + ", ".join(f"{name} {value:.2f}x" for name, value in found.items())
+    def listed(quantity: str, found: dict[str, float]) -> str:
+        return f"{quantity} with stock PyTorch divided by {quantity} with fused_res: " + ", ".join(
+            f"{name} {value:.2f}x" for name, value in found.items()
+        )
 
     train, infer, saved = gains("train", "median_s"), gains("infer", "median_s"), gains("train", "saved_bytes")
     return [
         Claim(
-            "A training step on fused blocks is faster than stock at every depth.",
+            "A training step with fused blocks is faster than with stock PyTorch at every depth.",
             min(train.values()) > 1,
-            listed(train),
+            listed("time", train),
             "costs",
         ),
-        Claim("So is the frozen network's inference.", min(infer.values()) > 1, listed(infer), "costs"),
         Claim(
-            "A fused training step keeps less for backward, at every depth.",
+            "Inference with the frozen network is faster than with stock PyTorch at every depth.",
+            min(infer.values()) > 1,
+            listed("time", infer),
+            "costs",
+        ),
+        Claim(
+            "The tensors saved for backward are smaller with fused blocks than with stock PyTorch at every depth.",
             min(saved.values()) > 1,
-            listed(saved),
+            listed("size", saved),
             "costs",
         ),
     ]
 
 
-#: By section.
+#: The function that returns a section's claims, by section.
 CLAIMS = {"degradation": degradation, "gradients": gradients, "identity": identity, "spectrum": spectrum}

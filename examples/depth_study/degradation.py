@@ -1,25 +1,27 @@
-"""Do deeper networks train worse? Plain ones and their residual twins over depths and seeds, and, against the
-objection that a deep plain network only wants another learning rate, the plain ones at others."""
+"""The degradation problem: final errors of plain and residual networks by depth and seed.
+
+Plain networks are also trained at other learning rates, to rule out that a deep one only needs a different rate.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from examples.depth_study.networks import KINDS
-from examples.depth_study.settings import Study, Training
+from examples.depth_study.settings import Study, TrainingConfig
 from examples.depth_study.store import Store
 
-#: Times the study's learning rate.
+#: Further learning rates of the plain networks, as multiples of the study's.
 OTHER_RATES = (2, 1 / 3, 1 / 10)
 
 
-def by_depth(study: Study) -> list[Training]:
+def by_depth(study: Study) -> list[TrainingConfig]:
     return [
         study.training(kind, depth, seed) for seed in range(study.seeds) for depth in study.depths for kind in KINDS
     ]
 
 
-def by_rate(study: Study) -> list[Training]:
+def by_rate(study: Study) -> list[TrainingConfig]:
     return [
         study.training("plain", depth, 0, study.learning_rate * factor)
         for factor in (1, *OTHER_RATES)
@@ -27,7 +29,7 @@ def by_rate(study: Study) -> list[Training]:
     ]
 
 
-def trainings(study: Study) -> list[Training]:
+def trainings(study: Study) -> list[TrainingConfig]:
     return by_depth(study) + by_rate(study)
 
 
@@ -40,7 +42,7 @@ def measure(study: Study, store: Store) -> dict[str, Any]:
     }
 
 
-def _entry(training: Training, store: Store) -> dict[str, Any]:
+def _entry(training: TrainingConfig, store: Store) -> dict[str, Any]:
     result = store.result(training)
     assert result is not None
     network = training.network

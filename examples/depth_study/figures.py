@@ -1,4 +1,4 @@
-"""The figures, from the same data that results.json holds. Plain networks are orange everywhere, residual ones blue."""
+"""The figures, drawn from the contents of results.json. Plain networks are orange, residual networks blue."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from benchmarks.plots import OURS as GREEN
-from benchmarks.plots import STOCK as GREY
+from benchmarks.plots import OURS_COLORS as GREEN
+from benchmarks.plots import STOCK_COLORS as GREY
 
 COLORS = {"plain": "#c8591c", "residual": "#1d5f9e"}
-#: From the shallowest network to the deepest.
+#: Colour ranges from the shallowest network to the deepest.
 SHADES = {"plain": ("#f4c19c", "#7c2d06"), "residual": ("#a9cdea", "#0b2f57")}
 STATES = {
     "initial": "at initialisation",
@@ -29,7 +29,7 @@ DPI = 115
 
 
 def draw(document: dict[str, Any], folder: Path) -> None:
-    """Draws the figures of all sections that `document` has into `folder`."""
+    """Draw the figures of all sections of `document` into `folder`."""
     for section, measured in document["sections"].items():
         for name, figure in FIGURES.get(section, {}).items():
             drawn = figure(measured)
@@ -49,15 +49,15 @@ def errors_by_depth(measured: dict[str, Any]) -> Any:
                 depths, [min(values) for values in errors], [max(values) for values in errors], color=color, alpha=0.2
             )
         axis.set_xticks(depths)
-        axis.set_xlabel("depth (weighted layers)")
+        axis.set_xlabel("layers")
         axis.set_title("training error" if which == "train" else "test error", fontsize=10)
         _tidy(axis)
     axes[0].set_ylabel("error, %")
     axes[0].set_ylim(bottom=0)
     axes[0].legend(frameon=False, loc="upper left")
     seeds = len({entry["seed"] for entry in measured["by_depth"]})
-    note = f"mean of {seeds} seeds, shaded from the lowest to the highest" if seeds > 1 else "one seed"
-    figure.suptitle(f"Error at the end of training ({note})", fontsize=11)
+    note = f"mean of {seeds} seeds, shading: minimum to maximum" if seeds > 1 else "one seed"
+    figure.suptitle(f"Final error by depth ({note})", fontsize=11)
     return figure
 
 
@@ -73,15 +73,22 @@ def training_curves(measured: dict[str, Any]) -> Any:
             axis.fill_between(
                 epochs, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=color, alpha=0.15, linewidth=0
             )
-        axis.set_xlabel("epoch; below: layers")
+        axis.set_xlabel("epoch")
         axis.set_title(f"{kind} networks", fontsize=10, color=COLORS[kind])
         axis.legend(
-            frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=5, handlelength=1
+            title="layers",
+            frameon=False,
+            fontsize=7.5,
+            title_fontsize=7.5,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            ncols=5,
+            handlelength=1,
         )
         _tidy(axis)
     axes[0].set_ylabel("training error, %")
     axes[0].set_ylim(0, 100)
-    figure.suptitle("Training error while training (with augmentation)", fontsize=11)
+    figure.suptitle("Training error by epoch (with augmentation)", fontsize=11)
     return figure
 
 
@@ -111,9 +118,9 @@ def gradient_norms(measured: dict[str, Any]) -> Any:
         _at_least_a_decade(row[0])
     for depth, top, bottom in zip(depths, axes[0], axes[-1], strict=True):
         top.set_title(f"{depth} layers", fontsize=10)
-        bottom.set_xlabel("layer, from the input", fontsize=9)
+        bottom.set_xlabel("layer (1 = first)", fontsize=9)
     axes[0][0].legend(frameon=False, fontsize=9)
-    figure.suptitle("Norm of the loss's gradient with respect to each layer's weight", fontsize=11)
+    figure.suptitle("Norm of the loss gradient with respect to each layer's weight", fontsize=11)
     return figure
 
 
@@ -124,37 +131,33 @@ def costs(measured: dict[str, Any]) -> Any:
     (size, train), (memory, infer) = axes
     bars = size.bar(labels, [n["parameters"] / 1e6 for n in networks], 0.5, color="#b9c6d3")
     size.bar_label(bars, [f"{n['flops_per_image'] / 1e9:.2f}" for n in networks], fontsize=8, padding=2)
-    size.set_ylabel("million parameters")
-    size.set_title("parameters; above each: GFLOP an image, forward", fontsize=9, loc="left")
+    size.set_title("parameters, millions (labels: forward GFLOP per image)", fontsize=9, loc="left")
     _bars(train, networks, "train", "median_s", 1e3)
-    train.set_ylabel("ms")
-    train.set_title("time of a training step", fontsize=9, loc="left")
+    train.set_title("training step, ms", fontsize=9, loc="left")
     _bars(memory, networks, "train", "saved_bytes", 1e-6)
-    memory.set_ylabel("MB")
-    memory.set_title("kept for backward by a training step", fontsize=9, loc="left")
+    memory.set_title("saved for backward, MB", fontsize=9, loc="left")
     _bars(infer, networks, "infer", "median_s", 1e3)
-    infer.set_ylabel("ms")
-    infer.set_title("time of an inference", fontsize=9, loc="left")
+    infer.set_title("inference, ms", fontsize=9, loc="left")
     for axis in axes.flat:
-        axis.set_xlabel("ResNet of so many layers", fontsize=9)
+        axis.set_xlabel("layers of the ResNet", fontsize=9)
         axis.margins(y=0.12)
         _tidy(axis)
     handles, names = train.get_legend_handles_labels()
     figure.legend(handles, names, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
-    shape = f"{measured['batch']}x{measured['side']}x{measured['side']}, {measured['threads']} threads"
-    figure.suptitle(f"What depth costs, with our kernels and without ({shape})", fontsize=11)
+    shape = f"{measured['batch']} images of {measured['side']}x{measured['side']}, {measured['threads']} threads"
+    figure.suptitle(f"Time and memory by depth, fused_res and stock PyTorch ({shape})", fontsize=11)
     return figure
 
 
 def _bars(axis: Any, networks: Sequence[dict[str, Any]], mode: str, quantity: str, scale: float) -> None:
-    """Groups of one bar a provider."""
+    """Draw one group of bars per network, with one bar per provider."""
     colors = {"ours": GREEN[0], "eager": GREY[0], "eager-channels-last": GREY[1]}
-    names = {"ours": "fused_res", "eager": "stock", "eager-channels-last": "stock, channels_last"}
+    names = {"ours": "fused_res", "eager": "stock PyTorch", "eager-channels-last": "stock PyTorch, channels_last"}
     width = 0.8 / len(colors)
     for index, (provider, color) in enumerate(colors.items()):
-        places = [at + (index - (len(colors) - 1) / 2) * width for at in range(len(networks))]
+        positions = [at + (index - (len(colors) - 1) / 2) * width for at in range(len(networks))]
         heights = [network[mode][provider][quantity] * scale for network in networks]
-        axis.bar(places, heights, 0.92 * width, color=color, label=names[provider])
+        axis.bar(positions, heights, 0.92 * width, color=color, label=names[provider])
     axis.set_xticks(range(len(networks)), [str(network["layers"]) for network in networks])
 
 
@@ -164,7 +167,7 @@ def _shades(kind: str, count: int) -> list[Any]:
 
 
 def _at_least_a_decade(axis: Any) -> None:
-    """Of a logarithmic axis: less would make a drama of what is even."""
+    """Make a logarithmic axis span at least a decade, so that nearly equal values look nearly equal."""
     low, high = axis.get_ylim()
     if high < 10 * low:
         middle = math.sqrt(low * high)
@@ -178,7 +181,7 @@ def _tidy(axis: Any) -> None:
     axis.tick_params(labelsize=8)
 
 
-#: By section, the figures' file names.
+#: Drawing functions by section and by the figure's file name.
 FIGURES: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
     "degradation": {"errors-by-depth": errors_by_depth, "training-curves": training_curves},
     "gradients": {"gradient-norms": gradient_norms},

@@ -1,4 +1,4 @@
-"""How large the loss's gradient is in each layer, at initialisation and after training, with and without norms."""
+"""Gradient norm of each layer, at initialisation and after training, with and without batch norm."""
 
 from __future__ import annotations
 
@@ -12,42 +12,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.depth_study.networks import KINDS, Network, layers
-from examples.depth_study.settings import Study, Training
+from examples.depth_study.settings import Study, TrainingConfig
 from examples.depth_study.store import Store
 
-#: Images whose mean loss the gradients are of.
+#: Number of images over which the loss is averaged.
 BATCH = 256
 
 
-def layer_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
-    """Euclidean norm of the gradient of the mean cross entropy with respect to each layer's weight, from the input to
-    the output, with the statistics of this batch.
+def layer_gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
+    """Return the Euclidean norm of the loss's gradient with respect to each layer's weight, from input to output.
 
-    Args: model: in training mode on return; its running statistics have seen the batch. images: (n, 3, h, w).
-    labels: int64, (n,).
+    The loss is the mean cross entropy, computed with the statistics of this batch.
+
+    Args:
+        model: the network; it is in training mode on return, and its running statistics are updated with the batch.
+        images: (n, 3, h, w).
+        labels: int64, (n,).
     """
     loss = F.cross_entropy(model.train()(images), labels)
     gradients = torch.autograd.grad(loss, [layer.weight for layer in layers(model)])
-    # The squares of a float32 gradient that vanishes would be zero.
+    # In float32 the squares of a vanishing gradient would underflow to zero.
     return [gradient.double().norm().item() for gradient in gradients]
 
 
-def first_to_last(norms: list[float]) -> float:
-    """Geometric mean over the first third of the layers, divided by that over the last third."""
+def first_to_last_ratio(norms: list[float]) -> float:
+    """Return the geometric mean over the first third of the layers divided by that over the last third."""
     count = len(norms) // 3
-    # In a network that is dead, gradients are zero.
+    # Gradients are exactly zero in a network whose ReLUs are all inactive.
     logarithms = [math.log(max(norm, sys.float_info.min)) for norm in norms]
     return math.exp(statistics.fmean(logarithms[:count]) - statistics.fmean(logarithms[-count:]))
 
 
-def trainings(study: Study) -> list[Training]:
-    return [study.training(kind, depth) for depth in study.landmarks for kind in KINDS]
+def trainings(study: Study) -> list[TrainingConfig]:
+    return [study.training(kind, depth) for depth in study.probed_depths for kind in KINDS]
 
 
 def measure(study: Study, store: Store) -> dict[str, Any]:
-    """``curves``: a list of ``kind, depth, state, norms``, where ``state`` is ``"initial"``, ``"trained"`` or
-    ``"initial, no norm"``, and ``norms`` has a list of :func:`layer_gradients` for each seed (trained: of one)."""
-    batch = next(iter(study.data.testing(BATCH, split=study.data.train).batches()))
+    """Measure the gradient norms of networks of three depths.
+
+    Returns:
+        ``curves``: a list of ``kind, depth, state, norms``, where ``state`` is ``"initial"``, ``"trained"`` or
+        ``"initial, no norm"``, and ``norms`` has the :func:`layer_gradient_norms` of each seed (trained: of one seed).
+    """
+    batch = next(iter(study.data.test_loader(BATCH, split=study.data.train).batches()))
     images = batch.images.contiguous(memory_format=torch.channels_last)
 
     def norms(network: Network, seed: int, weights: dict[str, Tensor] | None = None) -> list[float]:
@@ -55,7 +62,7 @@ def measure(study: Study, store: Store) -> dict[str, Any]:
         model = network.build(study.data.classes, study.backend).to(memory_format=torch.channels_last)
         if weights is not None:
             model.load_state_dict(weights)
-        return [float(f"{norm:.5g}") for norm in layer_gradients(model, images, batch.labels)]
+        return [float(f"{norm:.5g}") for norm in layer_gradient_norms(model, images, batch.labels)]
 
     curves = []
     for training in trainings(study):

@@ -1,5 +1,6 @@
-"""What a block is when its last norm's weight is zero: alone, in a fresh network, behind a trained one; and what
-becomes of the shortcut when it passes over one, two, three or four layers."""
+"""Blocks whose last norm has zero weight and bias are the identity: alone, in a newly initialised network, and appended
+to the stages of a trained one. Also compares shortcuts that span one, two, three and four layers.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from examples.depth_study import gradients
-from examples.depth_study.networks import KINDS, STAGES, Network, blocks, deepened, zero_last_norm
-from examples.depth_study.settings import Study, Training
+from examples.depth_study.networks import KINDS, STAGES, Network, blocks, deepen, zero_last_norm
+from examples.depth_study.settings import Study, TrainingConfig
 from examples.depth_study.store import Store
 from examples.depth_study.training import evaluate
 from fused_res.models import cifar_resnet
 from fused_res.nn import ResidualBlock
 
 SPANS = (1, 2, 3, 4)
-#: 12 layers a stage, which all spans divide.
+#: 12 layers per stage, a multiple of every span.
 SPAN_DEPTH = 38
 #: Blocks added to each stage of a trained network: 20 layers become 56.
-ADDED = 6
+ADDED_BLOCKS = 6
 
 
-def by_span(study: Study) -> list[Training]:
-    """The plain network of the same depth first."""
+def by_span(study: Study) -> list[TrainingConfig]:
+    """Return the plain network and the residual networks of all spans, all of the same depth."""
     spans = [study.training("residual", SPAN_DEPTH, span=span) for span in SPANS]
     return [study.training("plain", SPAN_DEPTH), *spans]
 
 
-def trainings(study: Study) -> list[Training]:
+def trainings(study: Study) -> list[TrainingConfig]:
     return [*by_span(study), *(study.training(kind, study.shallow) for kind in KINDS)]
 
 
@@ -43,13 +44,15 @@ def measure(study: Study, store: Store) -> dict[str, Any]:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest, in absolute value."""
+    """Return the largest absolute difference."""
     return (a - b).abs().max().item()
 
 
 def single_block(span: int, shortcut: str, study: Study) -> dict[str, Any]:
-    """A block of `span` layers, its last norm at zero, on inputs of both signs: how far its output is from relu(x),
-    and from zero; the larger value of training and eval mode."""
+    """Measure how far the output of a zeroed block of `span` layers is from relu(x), and from zero.
+
+    The inputs have both signs; the result is the larger value of training and eval mode.
+    """
     torch.manual_seed(0)
     width = study.width
     units = [(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)) for _ in range(span)]
@@ -67,41 +70,41 @@ def single_block(span: int, shortcut: str, study: Study) -> dict[str, Any]:
 
 
 def fresh_network(study: Study) -> dict[str, Any]:
-    """Block by block of a network with ``zero_init_residual``: how far the output is from the input."""
+    """Measure how far each block's output is from its input, in a new network with ``zero_init_residual``."""
     torch.manual_seed(0)
     model = cifar_resnet(
         study.deep, study.data.classes, width=study.width, zero_init_residual=True, backend=study.backend
     )
     model.to(memory_format=torch.channels_last)
-    moved: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
 
-    def note(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         (x,) = inputs
         same = x.shape == output.shape
         projects = block.downsample is not None
-        moved.append({"projects": projects, "difference": difference(output, x) if same else None})
+        differences.append({"projects": projects, "difference": difference(output, x) if same else None})
 
     for block in blocks(model):
-        block.register_forward_hook(note)
+        block.register_forward_hook(record)
     with torch.no_grad():
         model(_images(study))
-    return {"depth": study.deep, "blocks": moved}
+    return {"depth": study.deep, "blocks": differences}
 
 
 def deepened_network(study: Study, store: Store, kind: str) -> dict[str, Any]:
-    """The shallowest trained network before and after blocks with a zeroed last norm are added to it."""
+    """Compare the shallowest trained network with a copy that is deepened by zeroed blocks."""
     training = study.training(kind, study.shallow)
     model = training.network.build(study.data.classes, study.backend)
     model.load_state_dict(store.weights(training))
     model.to(memory_format=torch.channels_last).eval()
-    deeper = deepened(model, ADDED, study.backend).to(memory_format=torch.channels_last)
+    deeper = deepen(model, ADDED_BLOCKS, study.backend).to(memory_format=torch.channels_last)
     images = _images(study)
     with torch.no_grad():
         before, after = model(images), deeper(images)
     return {
         "kind": kind,
         "from": study.shallow,
-        "to": study.shallow + 2 * ADDED * len(STAGES),
+        "to": study.shallow + 2 * ADDED_BLOCKS * len(STAGES),
         "difference": difference(before, after),
         "largest": before.abs().max().item(),
         "test_error": evaluate(model, study.data, study.data.test)[1],
@@ -110,15 +113,14 @@ def deepened_network(study: Study, store: Store, kind: str) -> dict[str, Any]:
 
 
 def spans(study: Study, store: Store) -> list[dict[str, Any]]:
-    """How networks of one depth train whose shortcuts pass over so many layers, and their gradients at
-    initialisation."""
-    batch = next(iter(study.data.testing(gradients.BATCH, split=study.data.train).batches()))
+    """Return final errors and initial gradient ratios of networks of one depth, by the span of a shortcut."""
+    batch = next(iter(study.data.test_loader(gradients.BATCH, split=study.data.train).batches()))
     rows = []
     for training in by_span(study):
         network: Network = training.network
         torch.manual_seed(training.seed)
         model = network.build(study.data.classes, study.backend).to(memory_format=torch.channels_last)
-        norms = gradients.layer_gradients(
+        norms = gradients.layer_gradient_norms(
             model, batch.images.contiguous(memory_format=torch.channels_last), batch.labels
         )
         result = store.result(training)
@@ -129,7 +131,7 @@ def spans(study: Study, store: Store) -> list[dict[str, Any]]:
                 "span": network.span if network.kind == "residual" else None,
                 "depth": network.depth,
                 "blocks": len(blocks(model)),
-                "gradient_ratio": gradients.first_to_last(norms),
+                "gradient_ratio": gradients.first_to_last_ratio(norms),
                 "train_error": result["train_error"],
                 "train_loss": result["train_loss"],
                 "test_error": result["test_error"],
@@ -139,5 +141,5 @@ def spans(study: Study, store: Store) -> list[dict[str, Any]]:
 
 
 def _images(study: Study) -> Tensor:
-    batch = next(iter(study.data.testing(gradients.BATCH).batches()))
+    batch = next(iter(study.data.test_loader(gradients.BATCH).batches()))
     return batch.images.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The networks of the study: residual ones, their plain twins, other spans of the shortcut, deeper copies."""
+"""The networks of the study: residual and plain ones, shortcuts of other spans, and deepened copies."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ STAGES = ("layer1", "layer2", "layer3")
 
 @dataclass(frozen=True)
 class Network:
-    """A network for small images: a 3x3 convolution, three stages of blocks, the mean over space, a classifier.
+    """A network for small images: a 3x3 convolution, three stages of blocks, global average pooling, a classifier.
 
-    Args: kind: ``"residual"``, or ``"plain"``: the twin without shortcuts. depth: weighted layers, 3n * span + 2.
-    width: channels of the first stage, doubled in each further one. span: layers that a shortcut passes over; two in
-    He et al. and in :func:`fused_res.models.cifar_resnet`. norm: False leaves out the batch norms.
+    Args:
+        kind: ``"residual"``, or ``"plain"`` for the counterpart without shortcuts.
+        depth: number of weighted layers, 3n * span + 2.
+        width: channels of the first stage, doubled in each further one.
+        span: number of layers that a shortcut spans; 2 in He et al. 2015 and :func:`fused_res.models.cifar_resnet`.
+        norm: whether the network has batch norms.
     """
 
     kind: str
@@ -41,13 +44,13 @@ class Network:
         return f"{self.kind}-{self.depth}" + (f"-span-{self.span}" if self.span != 2 else "")
 
     def build(self, classes: int, backend: str = "auto") -> ResidualNetwork:
-        """With fresh weights from PyTorch's global generator."""
+        """Build the network with newly initialised weights from PyTorch's global generator."""
         plain, norm_layer = self.kind == "plain", None if self.norm else nn.Identity
         if self.span == 2:
             return cifar_resnet(self.depth, classes, plain, self.width, norm_layer=norm_layer, backend=backend)
         width, blocks = self.width, (self.depth - 2) // (3 * self.span)
         return ResidualNetwork(
-            block_over(self.span),
+            span_block_class(self.span),
             [Stage(width, blocks), Stage(2 * width, blocks, 2), Stage(4 * width, blocks, 2)],
             nn.Conv2d(3, width, 3, padding=1, bias=False),
             None,
@@ -58,9 +61,11 @@ class Network:
         )
 
 
-def block_over(span: int) -> type[ResidualBlock]:
-    """A block like :class:`fused_res.nn.BasicBlock`, of `span` 3x3 convolutions instead of two, as a
-    :class:`ResidualNetwork` makes its blocks."""
+def span_block_class(span: int) -> type[ResidualBlock]:
+    """Return a block class like :class:`fused_res.nn.BasicBlock`, with `span` 3x3 convolutions instead of two.
+
+    Its constructor has the signature that :class:`ResidualNetwork` expects.
+    """
 
     class SpanBlock(ResidualBlock):
         expansion = 1
@@ -73,42 +78,42 @@ def block_over(span: int) -> type[ResidualBlock]:
             downsample: nn.Module | None,
             *rest: Any,
             shortcut: bool,
-            **how: str,
+            **options: str,
         ) -> None:
-            *_, norm_layer = rest  # behind groups, width and dilation, of which small networks have the usual ones
+            *_, norm_layer = rest  # after groups, width and dilation, which have their defaults in small networks
             channels, strides = [inplanes, *[planes] * span], [stride, *[1] * (span - 1)]
             convolutions = [nn.Conv2d(channels[i], planes, 3, strides[i], padding=1, bias=False) for i in range(span)]
             super().__init__(
                 [(convolution, norm_layer(planes)) for convolution in convolutions],
                 downsample if downsample is not None else "identity" if shortcut else "none",
-                **how,
+                **options,
             )
 
     return SpanBlock
 
 
 def layers(model: nn.Module) -> list[nn.Conv2d]:
-    """The 3x3 convolutions from the input to the output: all weighted layers but projections and classifier."""
+    """Return the 3x3 convolutions from input to output: all weighted layers except projections and classifier."""
     return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
 
 
 def blocks(model: nn.Module) -> list[ResidualBlock]:
-    """From the input to the output."""
+    """Return the residual blocks from input to output."""
     return [module for module in model.modules() if isinstance(module, ResidualBlock)]
 
 
 def zero_last_norm(block: ResidualBlock) -> ResidualBlock:
-    """Sets weight and bias of the block's last norm to zero, so that nothing but the shortcut is left of it."""
+    """Set weight and bias of the block's last norm to zero, which makes its residual branch zero."""
     *_, last = [module for module in block.children() if isinstance(module, nn.BatchNorm2d)]
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return block
 
 
-def deepened(model: ResidualNetwork, count: int, backend: str = "auto") -> ResidualNetwork:
-    """A copy of a network of basic blocks with `count` more behind each stage, the last norm of each at zero.
+def deepen(model: ResidualNetwork, count: int, backend: str = "auto") -> ResidualNetwork:
+    """Copy a network of basic blocks and append `count` blocks with a zeroed last norm to each stage.
 
-    Plain networks get plain blocks.
+    Blocks that are appended to a plain network are plain.
     """
     deeper = copy.deepcopy(model)
     for name in STAGES:

@@ -1,4 +1,4 @@
-"""Trainings in processes of one thread each: on a few cores that is faster than one after the other on all of them."""
+"""Train in parallel processes of one thread each: faster than one training after the other on all cores."""
 
 from __future__ import annotations
 
@@ -16,38 +16,41 @@ import torch
 from tqdm import tqdm
 
 from examples.data import Data, load
-from examples.depth_study.settings import Study, Training
+from examples.depth_study.settings import Study, TrainingConfig
 from examples.depth_study.store import Store
 from examples.depth_study.training import train
 
-#: Of a worker: how it tells of epochs.
+#: Queue to which a worker process reports the cost of finished epochs.
 _epochs: Any = None
 
 
-def run(study: Study, trainings: Iterable[Training], store: Store, jobs: int) -> None:
-    """Trains what `store` does not have yet, `jobs` at a time, the longest first. The results do not depend on `jobs`.
+def run(study: Study, trainings: Iterable[TrainingConfig], store: Store, jobs: int) -> None:
+    """Run the trainings that `store` has no result of, `jobs` at a time, the longest first.
 
-    Raises: whatever a training raises; none is left running then.
+    The results do not depend on `jobs`.
+
+    Raises:
+        Exception: the exception of the first training that failed, after all others have been terminated.
     """
     images = len(study.data.train.labels)
-    wanted = sorted(dict.fromkeys(trainings), key=lambda training: -training.cost(images))
-    missing = [training for training in wanted if store.result(training) is None]
-    if len(missing) < len(wanted):
-        print(f"{len(wanted) - len(missing)} of {len(wanted)} trainings are finished already")
+    requested = sorted(dict.fromkeys(trainings), key=lambda training: -training.cost(images))
+    missing = [training for training in requested if store.result(training) is None]
+    if len(missing) < len(requested):
+        print(f"{len(requested) - len(missing)} of {len(requested)} trainings are already finished")
     if not missing:
         return
-    # Forked processes would inherit PyTorch's threads, which do not survive it.
+    # Not fork: PyTorch's thread pool does not survive it.
     context = multiprocessing.get_context("spawn")
     epochs = context.SimpleQueue()
     bar = tqdm(
         total=sum(training.cost(images) for training in missing),
         desc="training",
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} to go{postfix}",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} remaining{postfix}",
         smoothing=0.05,
     )
     listener = threading.Thread(target=_listen, args=(epochs, bar), daemon=True)
     listener.start()
-    pool = ProcessPoolExecutor(min(jobs, len(missing)), context, _prepare, (epochs,))
+    pool = ProcessPoolExecutor(min(jobs, len(missing)), context, _init_worker, (epochs,))
     try:
         source = (study.source, study.data.size)
         futures = {pool.submit(_train, training, source, store, images): training for training in missing}
@@ -74,17 +77,17 @@ def _listen(epochs: Any, bar: tqdm) -> None:
         bar.update(cost)
 
 
-def _prepare(epochs: Any) -> None:
-    """In each worker, once."""
+def _init_worker(epochs: Any) -> None:
+    """Initialise a worker process."""
     global _epochs
     _epochs = epochs
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates its workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends: a killed parent cannot terminate its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -96,6 +99,6 @@ def _data(source: str, size: int) -> Data:
     return load(source, size)
 
 
-def _train(training: Training, source: tuple[str, int], store: Store, images: int) -> dict[str, Any]:
+def _train(training: TrainingConfig, source: tuple[str, int], store: Store, images: int) -> dict[str, Any]:
     cost = training.cost(images) // training.epochs
     return train(training, _data(*source), store, lambda epochs: _epochs.put(epochs * cost))

@@ -1,4 +1,4 @@
-"""What a study is made of, and what a training's result depends on."""
+"""Settings of the study, and of each training run in it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ import fused_res
 from examples.data import Data, ImagesInMemory
 from examples.depth_study.networks import Network
 
-#: Of He et al. 2015, section 4.2.
+#: The values of He et al. 2015, section 4.2.
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
-#: Of the learning rate's rise: He et al. start their 110 layers at a tenth of it, too.
+#: Epochs of linear warm-up: He et al. 2015 also warm up their 110 layers, at a tenth of the learning rate.
 WARMUP_EPOCHS = 5
 
 
 @dataclass(frozen=True)
-class Training:
-    """Everything that the result of a training depends on: equal ones end with equal weights.
+class TrainingConfig:
+    """All settings that determine the result of a training: equal configurations end with equal weights.
 
-    Args: network: what is trained. seed: of the weights, of the order of the images and of their shifts. epochs,
-    batch_size, learning_rate: of SGD with Nesterov momentum; the rate rises over `WARMUP_EPOCHS` and falls along a
-    cosine. backend: of fused_res. data: :func:`fingerprint`. versions: of what computes.
+    Args:
+        network: the network that is trained.
+        seed: seed of the weights, of the order of the images and of their shifts.
+        epochs, batch_size, learning_rate: settings of SGD with Nesterov momentum; the learning rate has a linear
+            warm-up over `WARMUP_EPOCHS` and cosine decay.
+        backend: backend of fused_res.
+        data: :func:`fingerprint` of the data set.
+        versions: versions of torch and fused_res.
     """
 
     network: Network
@@ -53,17 +58,17 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Of its files; another one for other settings."""
+        """Stem of the training's file names, unique to its settings."""
         key = hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
         return f"{self.network.label}-seed-{self.seed}-{key[:16]}"
 
     def cost(self, images: int) -> int:
-        """Layers times steps, which its time is about proportional to."""
+        """Return layers times steps, to which the training time is about proportional."""
         return self.network.depth * self.epochs * -(-images // self.batch_size)
 
 
 def fingerprint(data: Data) -> str:
-    """Tells data sets apart by what they hold (image files: by their names and sizes), not by where they lie."""
+    """Return a hash of the data set's contents (of the names and sizes of image files), not of its path."""
     digest = hashlib.sha256(f"{data.name} {data.classes} {data.size} {data.mean} {data.std} {data.shift}".encode())
     for split in (data.train, data.test):
         digest.update(split.labels.numpy().tobytes())
@@ -76,7 +81,7 @@ def fingerprint(data: Data) -> str:
 
 @dataclass(frozen=True)
 class Study:
-    """The settings of a whole study; see ``python -m examples.depth_study --help``."""
+    """The settings of the study; see ``python -m examples.depth_study --help``."""
 
     data: Data
     source: str
@@ -92,8 +97,8 @@ class Study:
 
     def training(
         self, kind: str, depth: int, seed: int = 0, learning_rate: float | None = None, span: int = 2
-    ) -> Training:
-        return Training(
+    ) -> TrainingConfig:
+        return TrainingConfig(
             Network(kind, depth, self.width, span),
             seed,
             self.epochs,
@@ -109,10 +114,10 @@ class Study:
 
     @property
     def deep(self) -> int:
-        """What the shallowest is compared with: 56 layers as in He et al.'s first figure, where they are there."""
+        """Depth compared with the shallowest: 56 as in figure 1 of He et al. 2015 if trained, else the deepest."""
         return 56 if 56 in self.depths[1:] else self.depths[-1]
 
     @property
-    def landmarks(self) -> tuple[int, ...]:
-        """The depths whose layers are looked at one by one."""
+    def probed_depths(self) -> tuple[int, ...]:
+        """Depths of the networks whose gradients are measured layer by layer."""
         return tuple(sorted({self.shallow, self.deep, self.depths[-1]}))

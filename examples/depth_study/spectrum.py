@@ -1,4 +1,4 @@
-"""What depth costs: ResNet-18 to ResNet-152, a training step and an inference, with our kernels and without."""
+"""Cost of depth: time and memory of training steps and inference, ResNet-18 to -152, fused_res and stock PyTorch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import footprint, progress
 from benchmarks.cases import Mode
 from benchmarks.data import labels, photographs
-from benchmarks.providers import INFERENCE, PROVIDERS, Provider, build_module
-from benchmarks.steps import ModelStep, calibrate
+from benchmarks.providers import INFERENCE_PROVIDERS, PROVIDERS, Provider, build_module
+from benchmarks.steps import ModelStep, calibrate_batch_norm
 from benchmarks.timing import measure_interleaved
-from examples.depth_study.settings import Study, Training
+from examples.depth_study.settings import Study, TrainingConfig
 from examples.depth_study.store import Store
 from fused_res import models, unfuse
 
@@ -26,8 +26,16 @@ STOCK = ("eager", "eager-channels-last")
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of what is measured: networks by name, and for how long."""
+class MeasurementSize:
+    """The networks that are measured, their input, and the duration of the measurement.
+
+    Args:
+        networks: names in :mod:`fused_res.models`.
+        batch: batch size.
+        side: side of the square images in pixels.
+        rounds: number of interleaved rounds.
+        seconds: duration of a round.
+    """
 
     networks: Sequence[str]
     batch: int
@@ -36,11 +44,11 @@ class Size:
     seconds: float
 
 
-FULL = Size(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), 4, 64, 7, 1.0)
-QUICK = Size(("resnet18", "resnet34", "resnet50"), 2, 32, 3, 0.1)
+FULL = MeasurementSize(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), 4, 64, 7, 1.0)
+QUICK = MeasurementSize(("resnet18", "resnet34", "resnet50"), 2, 32, 3, 0.1)
 
 
-def trainings(study: Study) -> list[Training]:
+def trainings(study: Study) -> list[TrainingConfig]:
     return []
 
 
@@ -55,12 +63,12 @@ def measure(study: Study, store: Store) -> dict[str, Any]:
     }
 
 
-def measure_network(name: str, size: Size, backend: str) -> dict[str, Any]:
-    """Parameters, FLOPs, time and memory of one ResNet."""
+def measure_network(name: str, size: MeasurementSize, backend: str) -> dict[str, Any]:
+    """Measure parameters, FLOPs, time and memory of one ResNet."""
     torch.manual_seed(0)
     stock = unfuse(getattr(models, name)(num_classes=CLASSES))
     x, target = photographs(size.batch, size.side), labels(size.batch, CLASSES)
-    calibrate(stock, x)
+    calibrate_batch_norm(stock, x)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         stock.eval()(x)
     parameters = sum(parameter.numel() for parameter in stock.parameters())
@@ -77,14 +85,14 @@ def measure_network(name: str, size: Size, backend: str) -> dict[str, Any]:
         "layers": int(name.removeprefix("resnet")),
         "parameters": parameters,
         "flops_per_image": counter.get_total_flops() / size.batch,
-        # One after the other, so that the copies of only one are in memory.
+        # One mode after the other, so that the model copies of only one are in memory.
         "train": _measured(steps(PROVIDERS, "train"), size, f"{name} training"),
-        "infer": _measured(steps(INFERENCE, "eval"), size, f"{name} inference"),
+        "infer": _measured(steps(INFERENCE_PROVIDERS, "eval"), size, f"{name} inference"),
     }
 
 
-def _measured(steps: dict[str, ModelStep], size: Size, label: str) -> dict[str, dict[str, float]]:
-    """By provider: median seconds, and the bytes that a step needs besides parameters and optimizer."""
+def _measured(steps: dict[str, ModelStep], size: MeasurementSize, label: str) -> dict[str, dict[str, float]]:
+    """Return, by provider, the median seconds, and the bytes of a step besides parameters and optimizer state."""
     memory = {name: _memory(step) for name, step in steps.items()}
     samples = measure_interleaved(
         {name: step.workload() for name, step in steps.items()},
@@ -97,15 +105,15 @@ def _measured(steps: dict[str, ModelStep], size: Size, label: str) -> dict[str, 
 
 def _memory(step: ModelStep) -> dict[str, float]:
     if step.mode == "eval":
-        step.infer()  # packs weights, once
+        step.infer()  # packs the weights on the first call
         return {"peak_bytes": footprint.tensor_memory(step.infer).peak}
 
-    def whole() -> Tensor:
+    def training_step() -> Tensor:
         loss = step.forward()
         loss.backward()
         step.update()
         return loss
 
-    whole()  # the optimizer's state is there from the second step on
+    training_step()  # the first step allocates the optimizer's state
     saved = footprint.saved_for_backward(step.forward, step.module, [step.x, step.target])
-    return {"peak_bytes": footprint.tensor_memory(whole).peak, "saved_bytes": saved.total}
+    return {"peak_bytes": footprint.tensor_memory(training_step).peak, "saved_bytes": saved.total}

@@ -1,4 +1,4 @@
-"""Finished and unfinished trainings as files, under names that stand for all their settings. Whole files or none."""
+"""Results, weights and resumable states of trainings, in files that are named by a hash of the settings."""
 
 from __future__ import annotations
 
@@ -10,45 +10,48 @@ from typing import Any
 from torch import Tensor
 
 from examples import checkpoint
-from examples.depth_study.settings import Training
+from examples.depth_study.settings import TrainingConfig
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder. ``<name>.json``: a finished training's result; ``.weights``: what it ended with; ``.running``: the
-    state of one that was interrupted. A damaged file counts as one that is not there."""
+    """A folder of trainings.
+
+    ``<name>.json`` is the result of a finished training, ``.weights`` its final weights, and ``.running`` the state of
+    an unfinished one. Files are written atomically, and a damaged one is treated as missing.
+    """
 
     folder: Path
 
-    def result(self, training: Training) -> dict[str, Any] | None:
-        """None if the training did not finish yet."""
+    def result(self, training: TrainingConfig) -> dict[str, Any] | None:
+        """Return the result of a training, or None if it has not finished."""
         try:
             checkpoint.check(self._path(training, "weights"))
             return json.loads(self._path(training, "json").read_text())
         except (checkpoint.CheckpointError, FileNotFoundError, json.JSONDecodeError):
             return None
 
-    def weights(self, training: Training) -> dict[str, Tensor]:
-        """Of a training that has a result."""
+    def weights(self, training: TrainingConfig) -> dict[str, Tensor]:
+        """Return the final weights of a training that has a result."""
         return checkpoint.load(self._path(training, "weights"))
 
-    def finish(self, training: Training, result: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        # The result last: where it is, the weights are.
+    def finish(self, training: TrainingConfig, result: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        # The result is written last, so a training that has one also has its weights.
         checkpoint.save(weights, self._path(training, "weights"))
         write_json(self._path(training, "json"), {"settings": training.as_json(), **result})
         self._path(training, "running").unlink(missing_ok=True)
 
-    def running(self, training: Training) -> dict[str, Any] | None:
-        """What :meth:`keep_running` left, if the training did not finish since."""
+    def load_unfinished(self, training: TrainingConfig) -> dict[str, Any] | None:
+        """Return the state of an unfinished training, as saved by :meth:`save_unfinished`, or None."""
         try:
             return checkpoint.load(self._path(training, "running"))
         except checkpoint.CheckpointError:
             return None
 
-    def keep_running(self, training: Training, state: dict[str, Any]) -> None:
+    def save_unfinished(self, training: TrainingConfig, state: dict[str, Any]) -> None:
         checkpoint.save(state, self._path(training, "running"))
 
-    def _path(self, training: Training, suffix: str) -> Path:
+    def _path(self, training: TrainingConfig, suffix: str) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{training.name}.{suffix}"
 
@@ -59,5 +62,5 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.replacing(path) as file:
+    with checkpoint.atomic_write(path) as file:
         file.write(text.encode())

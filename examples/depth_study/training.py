@@ -1,4 +1,4 @@
-"""One training: the same optimizer, schedule and data for every network, resumable at the end of an epoch."""
+"""Training loop of the study: one optimizer, schedule and data order for every network, resumable after each epoch."""
 
 from __future__ import annotations
 
@@ -12,40 +12,46 @@ import torch.nn.functional as F
 from torch import nn
 
 from examples.data import Data, Images
-from examples.depth_study.settings import MOMENTUM, WARMUP_EPOCHS, WEIGHT_DECAY, Training
+from examples.depth_study.settings import MOMENTUM, WARMUP_EPOCHS, WEIGHT_DECAY, TrainingConfig
 from examples.depth_study.store import Store
-from examples.schedule import rate_factor
+from examples.schedule import lr_factor
 
-#: Between two states of an unfinished training on the disk.
+#: Shortest interval between two saved states of an unfinished training.
 SECONDS_BETWEEN_STATES = 10.0
 
 
 class DivergedError(RuntimeError):
-    """The loss is not a finite number any more."""
+    """The loss is infinite or not a number."""
 
 
-def train(training: Training, data: Data, store: Store, epoch_done: Callable[[int], None]) -> dict[str, Any]:
-    """Trains, or goes on where it was interrupted, and stores weights and result.
+def train(training: TrainingConfig, data: Data, store: Store, epoch_done: Callable[[int], None]) -> dict[str, Any]:
+    """Train, resuming an interrupted training, and store weights and result.
 
-    Args: epoch_done: called with the number of epochs that have become known to be done, earlier ones included.
+    Args:
+        training: settings of the training.
+        data: the data set.
+        store: where states, weights and the result are stored.
+        epoch_done: called with the number of newly finished epochs: 1 after each epoch, and on resume the number of
+            epochs that an earlier process finished.
 
     Returns:
-        ``curve_loss`` and ``curve_error``: mean over each epoch while the weights change, with augmentation;
-        ``train_loss``, ``train_error``, ``test_loss``, ``test_error``: in the end, in eval mode, of the images as
-        they are. Errors in percent. ``seconds``.
+        ``curve_loss`` and ``curve_error``: means over each epoch, measured during training, with augmentation.
+        ``train_loss``, ``train_error``, ``test_loss``, ``test_error``: at the end of training, in eval mode, without
+        augmentation. Errors are in percent. ``seconds``: training time.
 
-    Raises: DivergedError: the loss is infinite or not a number.
+    Raises:
+        DivergedError: the loss is infinite or not a number.
     """
     torch.manual_seed(training.seed)
     model = training.network.build(data.classes, training.backend).to(memory_format=torch.channels_last)
-    loader = data.training(training.batch_size, training.seed)
+    loader = data.train_loader(training.batch_size, training.seed)
     optimizer = torch.optim.SGD(
         model.parameters(), training.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )
     steps, warmup = training.epochs * loader.steps, min(WARMUP_EPOCHS, training.epochs) * loader.steps
     curve: list[dict[str, float]] = []
     seconds = 0.0
-    if state := store.running(training):
+    if state := store.load_unfinished(training):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         curve, seconds = state["curve"], state["seconds"]
@@ -57,7 +63,7 @@ def train(training: Training, data: Data, store: Store, epoch_done: Callable[[in
         total, wrong = 0.0, 0
         for step, batch in enumerate(loader.batches(epoch), start=epoch * loader.steps):
             for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * rate_factor(step, steps, warmup)
+                group["lr"] = training.learning_rate * lr_factor(step, steps, warmup)
             output = model(batch.images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(output, batch.labels)
             optimizer.zero_grad()
@@ -73,7 +79,9 @@ def train(training: Training, data: Data, store: Store, epoch_done: Callable[[in
         if now - stored > SECONDS_BETWEEN_STATES:
             stored = now
             so_far = {"curve": curve, "seconds": seconds + now - started}
-            store.keep_running(training, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **so_far})
+            store.save_unfinished(
+                training, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **so_far}
+            )
         epoch_done(1)
 
     train_loss, train_error = evaluate(model, data, data.train)
@@ -92,11 +100,11 @@ def train(training: Training, data: Data, store: Store, epoch_done: Callable[[in
 
 
 def evaluate(model: nn.Module, data: Data, split: Images) -> tuple[float, float]:
-    """Mean cross entropy and error in percent, in eval mode, without augmentation."""
+    """Return mean cross entropy and error in percent, in eval mode, without augmentation."""
     model.eval()
     total, wrong = 0.0, 0
     with torch.no_grad():
-        for batch in data.testing(256, split=split).batches():
+        for batch in data.test_loader(256, split=split).batches():
             output = model(batch.images.contiguous(memory_format=torch.channels_last))
             total += F.cross_entropy(output, batch.labels, reduction="sum").item()
             wrong += int((output.argmax(1) != batch.labels).sum())

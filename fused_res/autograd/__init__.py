@@ -1,1 +1,1 @@
-"""Autograd Functions, one for each operator; thin: the work is in the executors and the kernels."""
+"""Thin autograd Functions over the backends' kernels and the plans of blocks."""

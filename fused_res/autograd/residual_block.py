@@ -1,7 +1,8 @@
-"""A residual block as one autograd Function; and, for ``torch.compile``, as two opaque operators.
+"""A residual block as one autograd Function, and as a pair of opaque operators for ``torch.compile``.
 
-Compiled, the Function would be traced: AOTAutograd would then see that backward recomputes what forward computed, merge
-the two, and save what was not to be saved. Opaque operators keep AOTAutograd from undoing the recomputation.
+If the Function were compiled, AOTAutograd would trace both directions into one graph, merge the recomputation of
+backward with forward's computation, and save the tensors that were to be recomputed. Opaque operators keep AOTAutograd
+from undoing the recomputation.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from fused_res import _torch_compat
 from fused_res.backends import registry
 from fused_res.backends.reference.residual_block import residual_block as reference
 from fused_res.block.plan import BlockConfig, Plan
-from fused_res.block.planner import plan, plan_backward, plan_for
-from fused_res.block.program import NONE, Slot
+from fused_res.block.planner import cached_plan, plan, plan_backward
+from fused_res.block.program import NO_SLOT, Slot
 from fused_res.ops import MEAN, VAR, flops
 from fused_res.ops.memory_format import is_channels_last
-from fused_res.spec import BlockSpec, by_unit
+from fused_res.spec import BlockSpec, group_by_unit
 
 Tensors = Sequence[Tensor | None]
 
 
 class ResidualBlock(Function):
-    """Returns the output and the ``stats`` of every unit; running statistics are the caller's to update."""
+    """Returns the output and the ``stats`` of every unit. The caller updates the running statistics."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, input: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         slots = plan.run_forward(registry.resolve(plan.config.backend, input.device), input, tensors)
-        stats: list[Any] = [slots[slot] for slot in plan.stats]
+        stats: list[Any] = [slots[slot] for slot in plan.stats_slots]
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
-        ctx.save_for_backward(*_without_running(tensors), *[slots[slot] for slot in plan.saved])
+        ctx.save_for_backward(*_without_running_stats(tensors), *[slots[slot] for slot in plan.saved_slots])
         output: Any = slots[plan.forward.results[0]]
         return output, *stats
 
@@ -46,62 +47,70 @@ class ResidualBlock(Function):
         count = len(plan.config.spec.tensor_names())
         if grad_output is None:
             return (None,) * (2 + count)
-        unpacked = ctx.saved_tensors  # once: checkpointing computes them on the first access
+        unpacked = ctx.saved_tensors  # read once: activation checkpointing recomputes them on the first access
         tensors, saved = unpacked[:count], unpacked[count:]
         if torch.is_grad_enabled():
             return None, *_differentiable_backward(plan, grad_output, tensors, saved)
-        if _torch_compat.is_observed() and not plan.request.traced:
-            plan = plan_for(plan.request._replace(traced=True))
+        if _torch_compat.has_torch_dispatch_mode() and not plan.key.under_torch_dispatch:
+            plan = cached_plan(plan.key._replace(under_torch_dispatch=True))
         kernels = registry.resolve(plan.config.backend, grad_output.device)
         return None, *plan.run_backward(kernels, grad_output, tensors, saved)
 
 
-def _without_running(tensors: Tensors) -> list[Tensor | None]:
-    """Backward reads no running buffer: those change with the next step; ``stats`` holds what was used of them."""
-    return [tensor for unit in by_unit(tensors) for tensor in (*unit.parameters, None, None)]
+def _without_running_stats(tensors: Tensors) -> list[Tensor | None]:
+    """Replace the running statistics by None.
+
+    Backward must not read them, because the next training step changes them; ``stats`` contains the values that forward
+    used.
+    """
+    return [tensor for unit in group_by_unit(tensors) for tensor in (*unit.parameters, None, None)]
 
 
 def _differentiable_backward(plan: Plan, grad_output: Tensor, tensors: Tensors, saved: Tensors) -> list[Tensor | None]:
-    """The gradients as a graph that can be differentiated again: the block anew from its input, in plain PyTorch."""
+    """Return the gradients as a differentiable graph, for double backward.
+
+    The graph is that of the block in plain PyTorch, recomputed from the saved input.
+    """
     if plan.config.group:
-        raise RuntimeError("a block with statistics of several processes cannot be differentiated twice")
-    values = {plan.slots[slot]: value for slot, value in zip(plan.saved, saved, strict=True)}
+        raise RuntimeError("process_group: double backward is not supported for synchronized statistics")
+    values = {plan.slot_names[slot]: value for slot, value in zip(plan.saved_slots, saved, strict=True)}
     input = values.get("x")
     if input is None:
         raise RuntimeError(
-            "a block whose input and first convolution need no gradient keeps no input, and cannot be differentiated"
-            " twice: give the input requires_grad=True"
+            "input: double backward needs the block's input, which is not saved if neither the input nor the first"
+            " convolution requires a gradient: set requires_grad=True on the input"
         )
     flat: list[Tensor | None] = []
-    for index, unit in enumerate(by_unit(tensors)):
+    for index, unit in enumerate(group_by_unit(tensors)):
         stats = values[f"stats{index}"]
         assert stats is not None
         flat += (*unit.parameters, stats[MEAN], stats[VAR])
-    wanted = [slot != NONE for slot in plan.backward.results]
-    sources = [tensor for tensor, flag in zip((input, *tensors), wanted, strict=True) if flag and tensor is not None]
+    required = [slot != NO_SLOT for slot in plan.backward.results]
+    sources = [tensor for tensor, flag in zip((input, *tensors), required, strict=True) if flag and tensor is not None]
     y, *_ = reference(input, plan.config.spec, flat, plan.config.training)
-    made = iter(torch.autograd.grad(y, sources, grad_output, create_graph=True))
-    return [next(made) if flag else None for flag in wanted]
+    grads = iter(torch.autograd.grad(y, sources, grad_output, create_graph=True))
+    return [next(grads) if flag else None for flag in required]
 
 
-# What follows is for torch.compile. Operators take no None in a list of tensors, so absent tensors are left out and
-# `present` says where. The block's output, every unit's statistics and all saved tensors come back as one list; the
-# backward's plan needs the input's size, and the input itself only where it was saved.
+# The opaque operators for torch.compile. An operator's list of tensors cannot contain None, so absent tensors are
+# omitted and the flags `present` mark their positions. The forward operator returns the block's output, every unit's
+# statistics and the other saved tensors as one list. The backward operator always gets the input's size, which its plan
+# needs, and gets the input only if it was saved.
 
 _library = torch.library.Library("fused_res", "DEF")
-_DESCRIPTION = (
+_BLOCK_ARGUMENTS_SCHEMA = (
     "bool[] present, int[] spec, float[] eps, bool[] training, bool[] requires_grad, bool channels_last,"
     " str recompute, str backend, str preference, str group"
 )
-_library.define(f"block_forward(Tensor input, Tensor[] tensors, {_DESCRIPTION}) -> Tensor[]")
+_library.define(f"block_forward(Tensor input, Tensor[] tensors, {_BLOCK_ARGUMENTS_SCHEMA}) -> Tensor[]")
 _library.define(
     "block_backward(Tensor grad_output, Tensor? input, SymInt[] size, Tensor[] tensors, Tensor[] saved,"
-    f" {_DESCRIPTION}) -> Tensor[]"
+    f" {_BLOCK_ARGUMENTS_SCHEMA}) -> Tensor[]"
 )
 
 
-class _Description(NamedTuple):
-    """A block without its tensors, in an operator's argument types."""
+class _BlockArguments(NamedTuple):
+    """The non-tensor arguments of the two operators, in the argument types that a schema allows."""
 
     present: Sequence[bool]
     spec: Sequence[int]
@@ -119,45 +128,49 @@ class _Description(NamedTuple):
         return BlockConfig(spec, tuple(self.training), self.backend, self.recompute, self.preference, self.group)
 
     def plan(self, input: Tensor, tensors: Tensors) -> Plan:
-        """``tensors`` with None for those that are absent."""
+        """Return the block's plan; ``tensors`` contains None for absent ones."""
         return plan(self.config(), input, tensors, tuple(self.requires_grad))
 
-    def spread(self, tensors: Iterable[Tensor]) -> list[Tensor | None]:
+    def unflatten(self, tensors: Iterable[Tensor]) -> list[Tensor | None]:
+        """Return the list of the present tensors with None inserted for the absent ones."""
         rest = iter(tensors)
-        return [next(rest) if there else None for there in self.present]
+        return [next(rest) if present else None for present in self.present]
 
 
-def traceable(config: BlockConfig, input: Tensor, tensors: Tensors) -> tuple[Tensor, list[Tensor]]:
-    """The block through the opaque operators: its output and the statistics of every unit that has any."""
+def opaque_residual_block(config: BlockConfig, input: Tensor, tensors: Tensors) -> tuple[Tensor, list[Tensor]]:
+    """Run the block through the opaque operators; return its output and the statistics of every unit."""
     grad = torch.is_grad_enabled()
     requires_grad = [grad and t is not None and t.requires_grad for t in (input, *tensors)]
-    # Running statistics are written after this; where the batch's own are used, the operator must not see them.
-    read = [
+    # The running statistics of a unit with batch statistics are updated after this call: they must not be operands.
+    operands = [
         tensor
-        for unit, batch in zip(by_unit(tensors), config.training, strict=True)
+        for unit, batch in zip(group_by_unit(tensors), config.training, strict=True)
         for tensor in (unit._replace(running_mean=None, running_var=None) if batch else unit)
     ]
-    present = [t is not None for t in read]
-    given = [t for t in read if t is not None]
+    present = [t is not None for t in operands]
+    flat = [t for t in operands if t is not None]
     ints, eps = config.spec.encode()
     training, names = list(config.training), (config.recompute, config.backend, config.preference, config.group)
     outputs = torch.ops.fused_res.block_forward.default(
-        input, given, present, ints, eps, training, requires_grad, is_channels_last(input), *names
+        input, flat, present, ints, eps, training, requires_grad, is_channels_last(input), *names
     )
     return outputs[0], [stats.detach() for stats in outputs[1 : 1 + len(training)]]
 
 
-def _block_forward(input: Tensor, tensors: list[Tensor], *description: Any) -> list[Any]:
-    about = _Description(*description)
-    flat = about.spread(tensors)
-    made = about.plan(input, flat)
-    slots = made.run_forward(registry.resolve(about.backend, input.device), input, flat)
-    return [slots[slot] for slot in (*made.forward.results, *made.stats, *_other_saved(made))]
+def _block_forward(input: Tensor, tensors: list[Tensor], *arguments: Any) -> list[Any]:
+    block_args = _BlockArguments(*arguments)
+    flat = block_args.unflatten(tensors)
+    plan = block_args.plan(input, flat)
+    slots = plan.run_forward(registry.resolve(block_args.backend, input.device), input, flat)
+    return [slots[slot] for slot in (*plan.forward.results, *plan.stats_slots, *_saved_without_stats(plan))]
 
 
-def _other_saved(plan: Plan) -> list[Slot]:
-    """Without the statistics; and an operator may not return its own input, which autograd saves by itself."""
-    return [slot for slot in plan.saved if slot != 0 and slot not in plan.stats]
+def _saved_without_stats(plan: Plan) -> list[Slot]:
+    """Return the saved slots without the statistics, which forward returns separately, and without the block's input.
+
+    An operator must not return one of its inputs; autograd's context saves the input.
+    """
+    return [slot for slot in plan.saved_slots if slot != 0 and slot not in plan.stats_slots]
 
 
 def _block_backward(
@@ -166,40 +179,40 @@ def _block_backward(
     size: Sequence[int],
     tensors: list[Tensor],
     saved: list[Tensor],
-    *description: Any,
+    *arguments: Any,
 ) -> list[Tensor]:
-    about = _Description(*description)
-    flat = about.spread(tensors)
-    flags = tuple(about.requires_grad)
-    made = plan_backward(about.config(), grad_output, size, about.channels_last, flat, flags)
-    given = dict(zip((*made.stats, *_other_saved(made)), saved, strict=False))
-    kernels = registry.resolve(about.backend, grad_output.device)
-    values = [input if slot == 0 else given[slot] for slot in made.saved]
-    return [grad for grad in made.run_backward(kernels, grad_output, flat, values) if grad is not None]
+    block_args = _BlockArguments(*arguments)
+    flat = block_args.unflatten(tensors)
+    flags = tuple(block_args.requires_grad)
+    plan = plan_backward(block_args.config(), grad_output, size, block_args.channels_last, flat, flags)
+    saved_by_slot = dict(zip((*plan.stats_slots, *_saved_without_stats(plan)), saved, strict=False))
+    kernels = registry.resolve(block_args.backend, grad_output.device)
+    values = [input if slot == 0 else saved_by_slot[slot] for slot in plan.saved_slots]
+    return [grad for grad in plan.run_backward(kernels, grad_output, flat, values) if grad is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    input, tensors, *description = inputs
-    ctx.about = about = _Description(*description)
-    flat = about.spread(tensors)
-    needed = _without_running(flat)
-    ctx.present = [t is not None for t in needed]
-    given = [t for t in needed if t is not None]
-    ctx.count, ctx.size = len(given), input.shape
-    ctx.save_for_backward(input if 0 in about.plan(input, flat).saved else None, *given, *output[1:])
+    input, tensors, *arguments = inputs
+    ctx.block_args = block_args = _BlockArguments(*arguments)
+    flat = block_args.unflatten(tensors)
+    saved = _without_running_stats(flat)
+    ctx.present = [t is not None for t in saved]
+    present = [t for t in saved if t is not None]
+    ctx.count, ctx.size = len(present), input.shape
+    ctx.save_for_backward(input if 0 in block_args.plan(input, flat).saved_slots else None, *present, *output[1:])
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     input, *saved = ctx.saved_tensors
-    about = ctx.about
-    made = iter(
+    block_args = ctx.block_args
+    computed = iter(
         torch.ops.fused_res.block_backward.default(
-            grads[0], input, ctx.size, saved[: ctx.count], saved[ctx.count :], *about._replace(present=ctx.present)
+            grads[0], input, ctx.size, saved[: ctx.count], saved[ctx.count :], *block_args._replace(present=ctx.present)
         )
     )
-    grad_input, *rest = (next(made) if flag else None for flag in about.requires_grad)
-    grad_tensors = [grad for grad, there in zip(rest, about.present, strict=True) if there]
-    return grad_input, grad_tensors, *(None,) * len(about)
+    grad_input, *rest = (next(computed) if flag else None for flag in block_args.requires_grad)
+    grad_tensors = [grad for grad, present in zip(rest, block_args.present, strict=True) if present]
+    return grad_input, grad_tensors, *(None,) * len(block_args)
 
 
 _library.impl("block_forward", _block_forward, "CompositeExplicitAutograd")

@@ -1,13 +1,14 @@
-"""Who computes: the names that ``backend=``, :func:`use` and ``FUSED_RES_BACKEND`` take.
+"""Backends: the implementations of the operators, selected by ``backend=``, :func:`use` or ``FUSED_RES_BACKEND``.
 
-- ``"reference"``: plain PyTorch, on any device; always there.
+- ``"reference"``: plain PyTorch, on any device; always available.
 - ``"cpu"``: C++, on CPU tensors.
-- ``"triton"``: Triton, on NVIDIA GPUs of compute capability 8.0 and newer; with ``TRITON_INTERPRET=1`` on the CPU, too.
+- ``"triton"``: Triton, on NVIDIA GPUs of compute capability 8.0 and newer; with ``TRITON_INTERPRET=1`` also on the CPU.
 - ``"cuda"``: CUDA C++, on the same GPUs.
-- ``"auto"``: the best that can run on the input's device, unless :func:`use` or ``FUSED_RES_BACKEND`` names one.
+- ``"auto"``: the fastest backend that can run on the input's device, unless :func:`use` or ``FUSED_RES_BACKEND``
+  selects one.
 
-A backend that is asked for by name and cannot run raises :class:`BackendUnavailableError`, which says why, and what to
-type.
+A backend that is selected by name but cannot run raises :class:`BackendUnavailableError`, whose message has the reason
+and a command that helps.
 """
 
 from fused_res.backends.registry import BackendUnavailableError, names, resolve, table, unavailable, use

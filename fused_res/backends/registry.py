@@ -1,4 +1,4 @@
-"""The backends as one table, the one that a call uses, and the algorithm that it selects for a convolution."""
+"""Registry of the backends: availability, resolution of ``backend=`` to kernels, and selection of conv algorithms."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from fused_res import _torch_compat, dispatch, env
-from fused_res.dispatch import Algorithm, Machine, Operation, PackedWeight, Problem, Selected
+from fused_res.dispatch import Algorithm, Machine, Operation, PackedWeight, Problem, Selection
 from fused_res.dispatch.backend import Backend, Kernels
-from fused_res.ops import STEMS
+from fused_res.ops import OP_FAMILIES
 from fused_res.ops.geometry import Geometry
-from fused_res.ops.memory_format import is_channels_last, makes_channels_last
+from fused_res.ops.memory_format import conv_output_is_channels_last, is_channels_last
 
-#: From an algorithm, a problem and an input to the weight, packed if the algorithm packs.
-Keep = Callable[[Selected, Problem, Tensor], PackedWeight | Tensor]
+#: Function of a selection, its problem and the input that returns the weight operand, packed if the algorithm requires
+#: it.
+WeightGetter = Callable[[Selection, Problem, Tensor], PackedWeight | Tensor]
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says why."""
+    """A backend was selected by name but cannot run on this machine or device; the message has the reason."""
 
 
 _, *_NAMES = env.BACKEND.allowed
@@ -31,141 +32,153 @@ _BACKENDS = {name: cast(Backend, importlib.import_module(f"fused_res.backends.{n
 
 
 def names() -> tuple[str, ...]:
-    """Every value that ``backend=`` takes, ``"auto"`` first."""
+    """Return every value that ``backend=`` accepts, ``"auto"`` first."""
     return env.BACKEND.allowed
 
 
 def unavailable(name: str) -> str | None:
-    """Why the backend cannot run here, or None if it can.
+    """Return the reason why a backend cannot run on this machine, or None if it can.
+
+    Args:
+        name: name of a backend; ``"auto"`` is not one.
 
     Raises:
-        ValueError: there is no backend of this name (``"auto"`` is none).
+        ValueError: for an unknown name.
     """
-    return _BACKENDS[_checked(name)].unavailable()
+    return _BACKENDS[_validate_name(name)].unavailable()
 
 
 def table() -> dict[str, dict[str, str]]:
-    """What each backend has kernels for, here: rows are stems, columns backends, cells ``"yes"`` or why not."""
+    """Return, for each operator family and backend, ``"yes"`` or the reason why the backend has no kernels to run."""
 
-    def cell(name: str, stem: str) -> str:
+    def cell(name: str, op_family: str) -> str:
         absent = (
-            f"backend {name!r} has no kernels for it in this version: ATen's convolution and the norm's own passes run"
+            f"backend {name!r} has no kernels for it in this version: ATen's convolution and unfused norms run instead"
         )
-        return unavailable(name) or ("yes" if stem in stems(name) else absent)
+        return unavailable(name) or ("yes" if op_family in op_families(name) else absent)
 
-    return {stem: {name: cell(name, stem) for name in _BACKENDS} for stem in STEMS}
+    return {op_family: {name: cell(name, op_family) for name in _BACKENDS} for op_family in OP_FAMILIES}
 
 
 @cache
-def stems(name: str) -> frozenset[str]:
-    """The stems that a backend has kernels for, whether or not they can run here."""
-    return frozenset(_BACKENDS[name].STEMS)
+def op_families(name: str) -> frozenset[str]:
+    """Return the operator families that a backend has kernels for, whether or not they can run on this machine."""
+    return frozenset(_BACKENDS[name].OP_FAMILIES)
 
 
 def resolve(name: str, device: torch.device) -> Kernels:
-    """The backend that runs on ``device`` when this name is asked for; its ``name`` says which it is.
+    """Return the kernels of the backend that runs on ``device``; their attribute ``name`` is the backend's.
 
     Args:
-        name: one of :func:`names`; ``"auto"`` takes the best that can.
-        device: the input's.
+        name: one of :func:`names`; ``"auto"`` is the fastest available backend.
+        device: device of the input.
 
     Raises:
-        ValueError, TypeError: an argument does not fit.
-        BackendUnavailableError: it was asked for by name (argument, :func:`use` or ``FUSED_RES_BACKEND``) and cannot
-            run there.
+        ValueError, TypeError: for an invalid argument.
+        BackendUnavailableError: if the backend was selected by name (argument, :func:`use` or ``FUSED_RES_BACKEND``)
+            and cannot run on ``device``.
     """
     if name == "auto":
-        name = _default
+        name = _default_backend
     elif type(name) is not str:
-        _checked(name)
+        _validate_name(name)
     if torch.compiler.is_compiling():
-        return getattr(_traced, _traced_name(name, device.type))
+        return getattr(_dynamo_constants, _dynamo_constant_name(name, device.type))
     try:
-        found = _resolved.get((name, device.type))
+        found = _resolve_cache.get((name, device.type))
     except AttributeError:
         raise TypeError(f"device must be a torch.device, got {device!r}") from None
     return found if found is not None else _resolve(name, device)
 
 
-class _Traced:
-    """Backends that compiled code refers to, by name: a growing dictionary would fail its guards."""
+class _DynamoConstants:
+    """Namespace of the backends that compiled code refers to, as attributes.
+
+    With a dictionary instead, each new entry would fail Dynamo's guards and recompile.
+    """
 
 
-_traced = _Traced()
+_dynamo_constants = _DynamoConstants()
 
 
-@_torch_compat.constant_while_compiling  # Dynamo cannot trace the import of kernels
-def _traced_name(name: str, device: str) -> str:
+@_torch_compat.assume_constant_result  # Dynamo cannot trace the import of kernels
+def _dynamo_constant_name(name: str, device: str) -> str:
     attribute = f"{name}_{device}"
-    setattr(_traced, attribute, _resolve(name, torch.device(device)))
+    setattr(_dynamo_constants, attribute, _resolve(name, torch.device(device)))
     return attribute
 
 
 def _resolve(name: str, device: torch.device) -> Kernels:
     if name == "auto":
-        ranks = {one: backend.AUTO.get(device.type, -1) for one, backend in _BACKENDS.items()}
+        ranks = {one: backend.AUTO_PRIORITY.get(device.type, -1) for one, backend in _BACKENDS.items()}
         ranked = sorted((one for one in ranks if ranks[one] >= 0), key=ranks.__getitem__, reverse=True)
         chosen = next((one for one in ranked if unavailable(one) is None), "reference")
     else:
         chosen = name
         reason, devices = unavailable(name), _BACKENDS[name].devices()
         if reason is None and devices is not None and device.type not in devices:
-            reason = f"it runs on {' and '.join(devices)} tensors, and the input is on {device}"
+            reason = f"it supports {' and '.join(devices)} tensors, and the input is on {device}"
         if reason is not None:
             raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
-    kernels = _resolved[name, device.type] = _load(chosen)
+    kernels = _resolve_cache[name, device.type] = _load(chosen)
     return kernels
 
 
 @cache
 def _load(name: str) -> Kernels:
     kernels = _BACKENDS[name].load()
-    kernels.name, kernels.stems = name, stems(name)
+    kernels.name, kernels.op_families = name, op_families(name)
     return kernels
 
 
 def check_devices(backend: str, devices: set[torch.device]) -> None:
-    """Raises BackendUnavailableError where a backend asked for by name does not run on one of the devices."""
+    """Raise BackendUnavailableError if a backend selected by name cannot run on one of the devices."""
     for device in devices if backend != "auto" else ():
         if device.type != "meta":
             resolve(backend, device)
 
 
-# The algorithm of a convolution
+# Selection of convolution algorithms
 
 
-def convolution(backend: str) -> str:
-    """How algorithms are selected when ``backend`` is asked for: ``"planned"``, ``"aten"`` or ``"fused"``."""
-    if _convolution != "auto":
-        return _convolution
-    named = _default if backend == "auto" else backend
-    return "planned" if named == "auto" else _BACKENDS[named].WHEN_NAMED
-
-
-def winograd() -> bool:
-    """Whether convolutions may use Winograd's algorithm."""
-    return _winograd
+def conv_preference(backend: str) -> str:
+    """Return the preference of the algorithm selection for ``backend``: ``"planned"``, ``"aten"`` or ``"fused"``."""
+    if _conv_preference != "auto":
+        return _conv_preference
+    named = _default_backend if backend == "auto" else backend
+    return "planned" if named == "auto" else _BACKENDS[named].DEFAULT_PREFERENCE
 
 
 def algorithms(name: str) -> tuple[Algorithm, ...]:
-    """A backend's algorithms of convolutions, in the order in which they are tried."""
+    """Return a backend's convolution algorithms in order of priority."""
     return _load(name).algorithms
 
 
-def settings(name: str) -> tuple[bool, Machine]:
-    """What the selection depends on, besides the tensors: whether Winograd is allowed, and the machine."""
-    return _winograd, _BACKENDS[name].machine()
+def selection_settings(name: str) -> tuple[bool, Machine]:
+    """Return what the selection depends on besides the tensors: whether Winograd is allowed, and the machine."""
+    return _winograd_allowed, _BACKENDS[name].machine()
 
 
 def select(
-    name: str, operation: Operation, input: Tensor, weight: Tensor, geometry: Geometry, preference: str, packed: bool
-) -> tuple[Problem, Selected]:
-    """One convolution of these tensors as a problem, and the algorithm that the backend has for it."""
-    allowed, machine = settings(name)
-    channels_last = makes_channels_last(input, weight) if operation == "inference" else is_channels_last(input)
+    name: str, operation: Operation, input: Tensor, weight: Tensor, geometry: Geometry, preference: str, prepacked: bool
+) -> tuple[Problem, Selection]:
+    """Describe a convolution of these tensors as a problem, and select the backend's algorithm for it.
+
+    Args:
+        name: name of the backend.
+        operation: ``"inference"`` or ``"forward"``.
+        input: ``(N, C, ...)``.
+        weight: ``(K, C / groups, ...)``.
+        geometry: stride, padding, dilation and groups.
+        preference: ``"planned"``, ``"aten"`` or ``"fused"``, see :func:`fused_res.dispatch.select`.
+        prepacked: whether the caller caches the packed weight.
+    """
+    allowed, machine = selection_settings(name)
+    channels_last = conv_output_is_channels_last(input, weight) if operation == "inference" else is_channels_last(input)
     problem = Problem(
         operation, tuple(input.shape), tuple(weight.shape), *geometry, input.dtype, input.device.type, channels_last,
-        packed=packed, traced=_torch_compat.is_observed(), winograd=allowed, machine=machine,
+        prepacked=prepacked, under_torch_dispatch=_torch_compat.has_torch_dispatch_mode(), allow_winograd=allowed,
+        machine=machine,
     )  # fmt: skip
     return problem, dispatch.select(algorithms(name), problem, preference)
 
@@ -178,14 +191,14 @@ def selects_aten(
     channels_last: bool,
     preference: str,
 ) -> bool:
-    """Whether compiled code calls ATen's convolution with its epilogue, decided without the input's size."""
-    if preference == "aten" or kernels.selects_when_run:
+    """Return whether compiled code calls ATen's convolution; decided without the input's size, which may be dynamic."""
+    if preference == "aten" or kernels.selects_per_call:
         return preference == "aten"
     problem = Problem("inference", (), weight, *geometry, dtype, "", channels_last)
     return dispatch.select_uncached(kernels.algorithms, problem, preference).name == "aten"
 
 
-def infer(
+def dispatch_conv_bias_act(
     kernels: Kernels,
     input: Tensor,
     weight: Tensor,
@@ -194,83 +207,92 @@ def infer(
     geometry: Geometry,
     relu: bool,
     preference: str,
-    keep: Keep | None = None,
-    tune: Callable[..., Selected | None] | None = None,
+    get_weight: WeightGetter | None = None,
+    tune: Callable[..., Selection | None] | None = None,
 ) -> Tensor:
-    """``act(conv(input, weight) + bias [+ residual])`` by the selected algorithm.
+    """Return ``act(conv(input, weight) + bias [+ residual])``, computed by the selected algorithm.
 
     Args:
-        keep: returns the weight as the algorithm reads it, for a caller who keeps it packed.
-        tune: returns a measured selection, or None.
+        kernels: the backend.
+        input: ``(N, C, ...)``.
+        weight: ``(K, C / groups, ...)``.
+        bias: ``(K,)`` or None.
+        residual: of the output's shape, or None.
+        geometry: stride, padding, dilation and groups.
+        relu: whether to apply a ReLU.
+        preference: as of :func:`select`.
+        get_weight: function that returns the weight operand of the selected algorithm, for a caller that caches packed
+            weights. Default: pack in every call where the algorithm requires it.
+        tune: function that returns a selection by measured times, or None. Default: no tuning.
     """
-    problem, selected = select(kernels.name, "inference", input, weight, geometry, preference, keep is not None)
+    problem, selected = select(kernels.name, "inference", input, weight, geometry, preference, get_weight is not None)
     if tune is not None:
         selected = tune(kernels, problem, input, weight, bias, residual, geometry, relu) or selected
     algorithm = selected.algorithm
     operand: Tensor | PackedWeight = weight
-    if keep is not None:
-        operand = keep(selected, problem, input)
-    elif algorithm.packs == "always" and algorithm.pack is not None:
+    if get_weight is not None:
+        operand = get_weight(selected, problem, input)
+    elif algorithm.weight_packing == "always" and algorithm.pack is not None:
         operand = PackedWeight(algorithm.pack(problem, input, weight), problem.weight)
     output: Tensor = kernels.implementation("inference", algorithm)(input, operand, bias, residual, geometry, relu)
     return output
 
 
-def require(name: str) -> None:
-    """Raises unless ``backend=name`` is a known backend that could run here on some device."""
+def require_available(name: str) -> None:
+    """Raise unless ``name`` is ``"auto"`` or a known backend that can run on some device of this machine."""
     if name != "auto" and (reason := unavailable(name)) is not None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
 
 
 @contextlib.contextmanager
 def _restore(previous: tuple[str, str, bool]) -> Iterator[None]:
-    global _default, _convolution, _winograd
+    global _default_backend, _conv_preference, _winograd_allowed
     try:
         yield
     finally:
-        _default, _convolution, _winograd = previous
+        _default_backend, _conv_preference, _winograd_allowed = previous
 
 
 def use(
     name: str, convolution: str | None = None, winograd: bool | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Sets what ``backend="auto"`` means in this process from here on; as a context manager, until its end.
+    """Set the backend of ``backend="auto"`` for this process, immediately; used as a context manager, until its end.
 
-    A GPU's backend that is named so, or as an argument, computes convolutions wherever it can; otherwise the planner
-    decides by shape and dtype.
+    A GPU backend that is selected by name, here or as an argument, computes every convolution that it supports. With
+    ``"auto"``, heuristics select the algorithm by shape and dtype.
 
     Args:
         name: one of :func:`names`.
-        convolution: overrides how algorithms are selected: ``"aten"`` leaves every convolution to ATen (cuDNN, oneDNN)
-            and nothing else, ``"fused"`` selects fused algorithms where supported, ``"planned"`` the first that no rule
-            excludes (:mod:`fused_res.dispatch`), ``"auto"`` takes the override back; None changes nothing.
-        winograd: False keeps the CPU's convolutions from Winograd's algorithm, which is faster and less exact: its RMS
-            error is up to 3e-6 of the output's. True allows it; None changes nothing.
+        convolution: selection of convolution algorithms. ``"aten"``: ATen (cuDNN, oneDNN) only; ``"fused"``: fused
+            algorithms where supported; ``"planned"``: by heuristics (:mod:`fused_res.dispatch`); ``"auto"``: the
+            backend's default. Default: None, unchanged.
+        winograd: whether the CPU backend may use Winograd convolution, which is faster and less exact: its RMS error is
+            up to 3e-6 of the output's. Default: None, unchanged.
 
     Raises:
-        ValueError: an argument is not a known value; nothing has been changed then.
-        BackendUnavailableError: the backend cannot run here; likewise.
+        ValueError: for an unknown value; then nothing is changed.
+        BackendUnavailableError: if the backend cannot run on this machine; then nothing is changed.
     """
-    global _default, _convolution, _winograd
+    global _default_backend, _conv_preference, _winograd_allowed
     if name != "auto":
-        require(name)
+        require_available(name)
     if convolution not in (None, *env.CONVOLUTION.allowed):
         raise ValueError(f"convolution must be one of {env.CONVOLUTION.allowed}, got {convolution!r}")
     if winograd not in (None, True, False):
         raise ValueError(f"winograd must be True, False or None, got {winograd!r}")
-    previous = _default, _convolution, _winograd
-    _default, _convolution = name, convolution or _convolution
-    _winograd = _winograd if winograd is None else winograd
+    previous = _default_backend, _conv_preference, _winograd_allowed
+    _default_backend, _conv_preference = name, convolution or _conv_preference
+    _winograd_allowed = _winograd_allowed if winograd is None else winograd
     return _restore(previous)
 
 
-def _checked(name: str) -> str:
-    if name not in _NAMES:  # also where it is no string
+def _validate_name(name: str) -> str:
+    if name not in _NAMES:  # also if it is not a string
         raise ValueError(f"backend must be one of {names()}, got {name!r}")
     return name
 
 
-_default: str = env.BACKEND.read()
-_convolution: str = env.CONVOLUTION.read()
-_winograd: bool = env.WINOGRAD.read() != "0"
-_resolved: dict[tuple[str, str], Kernels] = {}
+_default_backend: str = env.BACKEND.read()
+_conv_preference: str = env.CONVOLUTION.read()
+_winograd_allowed: bool = env.WINOGRAD.read() != "0"
+_resolve_cache: dict[tuple[str, str], Kernels] = {}

@@ -1,1 +1,1 @@
-"""How a block runs: its plan, the programs of forward and backward, and the interpreter that runs them."""
+"""Execution of a block: the planner, its forward and backward programs, and their interpreter."""

@@ -1,4 +1,8 @@
-"""The forward program of a block: convolutions, statistics, and one normalise-add-ReLU pass for each norm."""
+"""Builder of a block's forward program: convolutions, batch statistics, and one normalize-add-ReLU pass per norm.
+
+A fused consumer replaces that pass: it normalizes its input in its operand prologue, so the activation is never
+written.
+"""
 
 from __future__ import annotations
 
@@ -8,54 +12,56 @@ from typing import Any
 import torch
 
 from fused_res.block.checks import TensorMeta
-from fused_res.block.plan import Request, Unit
-from fused_res.block.program import NONE, Slot, Step
-from fused_res.spec import PoolSpec, by_unit
+from fused_res.block.plan import PlanKey, Unit
+from fused_res.block.program import NO_SLOT, Slot, Step
+from fused_res.spec import PoolSpec, group_by_unit
 
 
 class ForwardBuilder:
-    """Writes the steps of one block into :attr:`steps`, and names the slots that they fill.
+    """Appends the steps of one block to :attr:`steps` and allocates named slots for their results.
 
     Args:
-        request: the plan's request.
+        key: the plan's key.
         units: the block's units, the projection last.
-        counts: for each unit, the number of values per channel of its output.
+        values_per_channel: for each unit, the number of values per channel of its output.
     """
 
-    def __init__(self, request: Request, units: Sequence[Unit], counts: Sequence[int]) -> None:
-        config = request.config
-        self.request, self.config, self.spec, self.group = request, config, config.spec, config.group
-        input, *tensors = (None if meta is None else TensorMeta(*meta) for meta in request.metas)
+    def __init__(self, key: PlanKey, units: Sequence[Unit], values_per_channel: Sequence[int]) -> None:
+        config = key.config
+        self.key, self.config, self.spec, self.group = key, config, config.spec, config.group
+        input, *tensors = (None if meta is None else TensorMeta(*meta) for meta in key.metas)
         assert input is not None
         self.dtype = input.dtype
-        self.given = ("x", *self.spec.tensor_names())
-        self.names, self.slots = list(self.given), {name: Slot(at) for at, name in enumerate(self.given)}
-        self.tensors = by_unit([NONE if meta is None else Slot(at) for at, meta in enumerate(tensors, start=1)])
+        self.input_names = ("x", *self.spec.tensor_names())
+        self.names, self.slots = list(self.input_names), {name: Slot(at) for at, name in enumerate(self.input_names)}
+        self.tensors = group_by_unit(
+            [NO_SLOT if meta is None else Slot(at) for at, meta in enumerate(tensors, start=1)]
+        )
         self.steps: list[Step] = []
-        self.counts = counts
+        self.values_per_channel = values_per_channel
         self.all_units = tuple(units)
         chain = len(self.spec.units)
         self.units, self.projection = self.all_units[:chain], next(iter(self.all_units[chain:]), None)
-        self.grad_input = self.units[0].grad_reads
-        self.grad = self.grad_input or any(unit.grad_norm for unit in self.all_units)
-        #: Only the output is wanted: norms may write over the convolutions' outputs.
-        self.inference = not self.grad and not any(config.training)
+        self.needs_input_grad = self.units[0].needs_input_grad
+        self.needs_backward = self.needs_input_grad or any(unit.needs_norm_grad for unit in self.all_units)
+        #: Only the output is required: norms may overwrite the convolutions' outputs.
+        self.inference = not self.needs_backward and not any(config.training)
 
-    def _step(self, operator: str, *arguments: Any, into: Sequence[str] = (), **how: Any) -> Slot:
-        """Appends a step that writes new slots of these names, "" for a result that is not needed; returns the first.
+    def _step(self, operator: str, *arguments: Any, into: Sequence[str] = (), **fields: Any) -> Slot:
+        """Append a step with a new slot per name in ``into`` ("" for an unused result); return the first of them.
 
-        A name stands for its latest slot.
+        If a name is used again, it refers to its latest slot.
         """
         results = []
         for name in into:
             self.names += [name] if name else []
-            results.append(Slot(len(self.names) - 1) if name else NONE)
+            results.append(Slot(len(self.names) - 1) if name else NO_SLOT)
             self.slots |= {name: results[-1]} if name else {}
-        self.steps.append(Step(operator, arguments, tuple(results), **how))
-        return results[0] if results else NONE
+        self.steps.append(Step(operator, arguments, tuple(results), **fields))
+        return results[0] if results else NO_SLOT
 
     def forward(self) -> Slot:
-        """Write the forward program; return the slot of the block's output."""
+        """Append the forward program; return the slot of the block's output."""
         *inner, last = self.units
         x = y = self.slots["x"]
         for unit, following in zip(inner, self.units[1:], strict=True):
@@ -64,74 +70,85 @@ class ForwardBuilder:
                 self._statistics(unit, z, partials)
                 y = z
             else:
-                y = self._normalise(unit, z, partials, NONE, NONE, f"a{unit.index}")
+                y = self._normalize(unit, z, partials, NO_SLOT, NO_SLOT, f"a{unit.index}")
         z, partials = self._convolve(last, y)
         if self.spec.pool is not None:
-            stats, into = self._statistics(last, z, partials), ("y", "mask" if self.grad else "")
+            stats, into = self._statistics(last, z, partials), ("y", "mask" if self.needs_backward else "")
             return self._step("max_pool_forward", z, stats, last.spec.relu, *pool_window(self.spec.pool), into=into)
-        residual, residual_stats = x if self.spec.shortcut == "identity" else NONE, NONE
+        residual, residual_stats = x if self.spec.shortcut == "identity" else NO_SLOT, NO_SLOT
         if self.projection is not None:
-            # Never written normalised: that happens where it is added.
-            residual, its_partials = self._convolve(self.projection, x)
-            residual_stats = self._statistics(self.projection, residual, its_partials)
-        return self._normalise(last, z, partials, residual, residual_stats, "y")
+            # The projection's normalized output is never materialized: the pass that adds it normalizes it as well.
+            residual, residual_partials = self._convolve(self.projection, x)
+            residual_stats = self._statistics(self.projection, residual, residual_partials)
+        return self._normalize(last, z, partials, residual, residual_stats, "y")
 
     def _convolve(self, unit: Unit, x: Slot, recomputed: bool = False) -> tuple[Slot, Slot]:
-        """The raw output, and its partial statistics where they are needed and the algorithm returns them."""
+        """Append a unit's convolution.
+
+        Returns:
+            The raw output, and its partial statistics if they are needed and the algorithm returns them.
+        """
         operands = (x, *self.tensors[unit.index][:2])
         statistics = unit.training and not recomputed
-        partials = f"partials{unit.index}" if statistics and unit.algorithms.forward.algorithm.statistics else ""
-        how: dict[str, Any] = {
-            "into": (unit.makes, partials),
+        partials = f"partials{unit.index}" if statistics and unit.algorithms.forward.algorithm.returns_partials else ""
+        fields: dict[str, Any] = {
+            "into": (unit.output_name, partials),
             "algorithm": unit.algorithms.forward,
             "recomputed": recomputed,
         }
         if unit.fused_forward:
-            self._step("conv_bn_stats", *operands, *self._norm_before(unit), *unit.spec.geometry, statistics, **how)
+            self._step("conv_bn_stats", *operands, *self._input_norm(unit), *unit.spec.geometry, statistics, **fields)
         else:
-            self._step("convolution", *operands, unit.spec.geometry, statistics, **how)
-        if self.spec.shortcut != "none" and unit.makes in (self.units[-1].makes, "zs"):
-            # The operands of the addition have one layout, that of the mask's bits, whatever each convolution returns.
-            z = self.slots[unit.makes]
-            self._step("to_memory_format", z, self.request.channels_last, into=(unit.makes,))
-        return self.slots[unit.makes], self.slots[partials] if partials else NONE
+            self._step("convolution", *operands, unit.spec.geometry, statistics, **fields)
+        if self.spec.shortcut != "none" and unit.output_name in (self.units[-1].output_name, "zs"):
+            # Both operands of the addition get the input's memory format, whichever format each convolution returns:
+            # the bits of the ReLU mask follow the memory order of the sum.
+            z = self.slots[unit.output_name]
+            self._step("to_memory_format", z, self.key.channels_last, into=(unit.output_name,))
+        return self.slots[unit.output_name], self.slots[partials] if partials else NO_SLOT
 
-    def _norm_before(self, unit: Unit) -> tuple[Slot, bool]:
-        """Statistics and ReLU of the norm between a raw output and a fused convolution that reads it."""
-        if unit.reads == "x":
-            return NONE, False
-        before = self.units[unit.index - 1]
-        return self.slots[stats_name(before)], before.spec.relu
+    def _input_norm(self, unit: Unit) -> tuple[Slot, bool]:
+        """Return statistics and ReLU flag of the norm that precedes a fused convolution and runs in its prologue."""
+        if unit.input_name == "x":
+            return NO_SLOT, False
+        previous = self.units[unit.index - 1]
+        return self.slots[stats_name(previous)], previous.spec.relu
 
     def _statistics(self, unit: Unit, z: Slot, partials: Slot) -> Slot:
-        """``stats``; where a group of processes shares them, from the partial statistics of all."""
+        """Append a norm's statistics pass; return the slot of ``stats``.
+
+        With a process group, the statistics are merged from the partial statistics of all its processes.
+        """
         norm, into = self.tensors[unit.index].norm, (f"partials{unit.index}",)
         if self.group and unit.training:
-            own = self._step("batch_norm_partials", z, into=into) if partials == NONE else partials
-            partials = self._step("gather_partials", own, self.group, into=into)
+            local = self._step("batch_norm_partials", z, into=into) if partials == NO_SLOT else partials
+            partials = self._step("gather_partials", local, self.group, into=into)
         into, eps = (stats_name(unit),), unit.spec.eps
-        if partials == NONE:
+        if partials == NO_SLOT:
             return self._step("batch_norm_stats", z, *norm, unit.training, eps, into=into)
         return self._step("merge_stats", partials, *norm[:2], eps, self.dtype == torch.float64, into=into)
 
-    def _normalise(self, unit: Unit, z: Slot, partials: Slot, residual: Slot, residual_stats: Slot, name: str) -> Slot:
+    def _normalize(self, unit: Unit, z: Slot, partials: Slot, residual: Slot, residual_stats: Slot, name: str) -> Slot:
+        """Append a norm with addition and activation; return the slot of its output, which gets the name ``name``."""
         operands, norm, relu = (z, residual, residual_stats), self.tensors[unit.index].norm, unit.spec.relu
         if self.inference:
             self._step("batch_norm_act_inference_", *operands, *norm, unit.spec.eps, relu)
             return z
-        # The last ReLU's mask needs a bit an element where a residual was added; else `z` and `stats` give it.
-        save_mask = self.grad and residual != NONE and relu
+        # A ReLU after an addition needs a saved mask, one bit per element; other masks follow from `z` and `stats`.
+        save_mask = self.needs_backward and residual != NO_SLOT and relu
         mask = "mask" if save_mask else ""
-        if partials == NONE and not (self.group and unit.training):
-            how = unit.training, unit.spec.eps, relu, save_mask
-            return self._step("batch_norm_act_forward", *operands, *norm, *how, into=(name, stats_name(unit), mask))
+        if partials == NO_SLOT and not (self.group and unit.training):
+            flags = unit.training, unit.spec.eps, relu, save_mask
+            return self._step("batch_norm_act_forward", *operands, *norm, *flags, into=(name, stats_name(unit), mask))
         stats = self._statistics(unit, z, partials)
         return self._step("batch_norm_act_apply", z, stats, *operands[1:], relu, save_mask, into=(name, mask))
 
 
 def stats_name(unit: Unit) -> str:
+    """Return the slot name of a unit's batch norm statistics."""
     return f"stats{unit.index}"
 
 
 def pool_window(pool: PoolSpec) -> tuple[tuple[int, int], ...]:
+    """Return kernel size, stride and padding, in the order of the operators' arguments."""
     return pool.kernel_size, pool.stride, pool.padding

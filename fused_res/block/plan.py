@@ -1,9 +1,10 @@
-"""The plan of a block: its algorithms, what it saves, and every step of both directions.
+"""Execution plan of a block: its algorithms, its forward and backward programs, and the tensors saved between the two.
 
-Slots have names: ``x`` is the block's input, ``z0, z1, ...`` are raw convolution outputs, ``a0, a1, ...`` activations,
-``zs`` the projection's convolution, ``grad z0`` the gradient of ``z0``, and the units' tensors are called as in
-:meth:`fused_res.BlockSpec.tensor_names`. A fused convolution reads ``z0`` where another reads ``a0``: it normalises as
-it loads.
+A program's values are numbered slots with names: ``x`` is the block's input, ``z0, z1, ...`` are raw convolution
+outputs (before the norm), ``a0, a1, ...`` are activations, ``zs`` is the raw output of the projection, ``grad z0`` is
+the gradient with respect to ``z0``, and the units' tensors are named as in :meth:`fused_res.BlockSpec.tensor_names`.
+A fused convolution reads ``z0`` where an unfused one reads ``a0``: it applies the norm and the ReLU in its operand
+prologue.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fused_res.block.program import NONE, Linked, Program, Slot, Step, link, run
-from fused_res.dispatch import Algorithms, Machine, Problem
+from fused_res.block.program import NO_SLOT, LinkedStep, Program, Slot, Step, link, run
+from fused_res.dispatch import Machine, Problem, TrainingAlgorithms
 from fused_res.dispatch.backend import Kernels
 from fused_res.spec import BlockSpec, UnitSpec, UnitTensors
 
 
 class BlockConfig(NamedTuple):
-    """How a block runs.
+    """A block's options.
 
     Args:
-        training: whether each unit's norm takes the statistics of the batch, the projection's last.
-        backend: name of the backend that runs.
-        recompute: see :func:`kept_names`.
-        preference: see :func:`fused_res.dispatch.select`.
-        group: of the processes whose batches together give the statistics; "" for this one alone.
+        spec: the block's units, shortcut and pooling.
+        training: for each unit, the projection last, whether its norm uses the statistics of the batch.
+        backend: name of the backend that runs the plan.
+        recompute: recompute level, see :func:`fused_res.block.backward.saveable_names`.
+        preference: which algorithms are preferred, see :func:`fused_res.dispatch.select`.
+        group: name of the process group whose processes share batch statistics; "" for this process only.
     """
 
     spec: BlockSpec
@@ -40,94 +42,100 @@ class BlockConfig(NamedTuple):
     group: str = ""
 
 
-class Request(NamedTuple):
-    """Everything that a plan depends on.
+class PlanKey(NamedTuple):
+    """Cache key of a plan: everything that the plan depends on.
 
     Args:
-        metas: of the input, then of the tensors.
-        channels_last: memory format of the input, as kernels see it.
-        requires_grad: of the input and every tensor; stands in for their own flags below autograd, where those are off.
-        algorithms: measured ones for each convolution; None where the backend's rules decide.
-        traced, winograd, machine: see :class:`fused_res.dispatch.Problem`.
+        config: the block's options.
+        metas: fields of :class:`fused_res.block.checks.TensorMeta` of the input, then of each tensor; None for absent
+            ones.
+        channels_last: whether kernels treat the input as channels_last.
+        requires_grad: flags of the input and of every tensor. They replace the tensors' own flags inside an operator,
+            where autograd has cleared those. None: the tensors' own flags.
+        algorithms: algorithms selected by measurement, one entry per unit; None where the backend's heuristics select.
+        under_torch_dispatch, allow_winograd, machine: see :class:`fused_res.dispatch.Problem`.
     """
 
     config: BlockConfig
     metas: tuple[tuple[Any, ...] | None, ...]
     channels_last: bool
     requires_grad: tuple[bool, ...] | None
-    algorithms: tuple[Algorithms | None, ...] | None
-    traced: bool
-    winograd: bool
+    algorithms: tuple[TrainingAlgorithms | None, ...] | None
+    under_torch_dispatch: bool
+    allow_winograd: bool
     machine: Machine
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit inside a plan: its spec, the names of its input and output, its algorithms, and the gradients wanted."""
+    """A unit of a plan: its spec, the slots of its input and output, its algorithms and the required gradients."""
 
     spec: UnitSpec
-    index: int  # of its tensors, and of its statistics
-    reads: str
-    makes: str
+    index: int  # position in the block; the index of the unit's tensors and statistics
+    input_name: str
+    output_name: str  # of the raw convolution output
     training: bool
-    grad_reads: bool
-    grads: UnitTensors  # which of its tensors require a gradient
+    needs_input_grad: bool
+    needs_grad: UnitTensors  # for each tensor, whether it requires a gradient
     problem: Problem
-    algorithms: Algorithms
+    algorithms: TrainingAlgorithms
 
     @cached_property
-    def source(self) -> str:
-        """The raw value whose activation the convolution reads."""
-        return "x" if self.reads == "x" else "z" + self.reads[1:]
+    def raw_input_name(self) -> str:
+        """Name of the value before the norm and ReLU that produce the unit's input."""
+        return "x" if self.input_name == "x" else "z" + self.input_name[1:]
 
     @property
     def fused_forward(self) -> bool:
-        """Whether the convolution normalises its input as it loads it."""
+        """Whether the convolution normalizes its input in its operand prologue."""
         return self.algorithms.forward.algorithm.fused
 
     @property
     def fused_backward(self) -> bool:
-        """Whether its gradients form that of the norm as they load."""
+        """Whether the convolution's gradient kernels compute the norm's input gradient in their operand prologue."""
         return self.algorithms.fused_backward
 
     @cached_property
-    def forward_reads(self) -> str:
-        return self.source if self.fused_forward else self.reads
+    def forward_input_name(self) -> str:
+        """Name of the value that the forward convolution reads."""
+        return self.raw_input_name if self.fused_forward else self.input_name
 
     @cached_property
-    def grad_z(self) -> bool:
-        """Whether a gradient has to reach the convolution's output."""
-        return self.grad_reads or self.grads.weight or self.grads.bias
+    def needs_conv_grad(self) -> bool:
+        """Whether the gradient with respect to the convolution's output is required."""
+        return self.needs_input_grad or self.needs_grad.weight or self.needs_grad.bias
 
     @cached_property
-    def grad_norm(self) -> bool:
-        """Whether the norm has a backward at all."""
-        return self.grad_z or self.grads.norm_weight or self.grads.norm_bias
+    def needs_norm_grad(self) -> bool:
+        """Whether any gradient through the norm is required."""
+        return self.needs_conv_grad or self.needs_grad.norm_weight or self.needs_grad.norm_bias
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A block's algorithms, and its two programs.
+    """The selected algorithms of a block and its forward and backward programs.
 
     Attributes:
-        slots: names of all slots. The input and the tensors come first, then what the steps make.
-        saved: slots that forward leaves for backward: values, statistics, mask.
+        slot_names: names of all slots: the input, the tensors, then the results of the steps.
+        saved_slots: slots saved for backward: activations and raw outputs, statistics, the ReLU mask.
+        stats_slots: slots of every unit's batch norm statistics.
+        needs_backward: whether any gradient is required.
     """
 
-    request: Request
+    key: PlanKey
     units: tuple[Unit, ...]
     projection: Unit | None
-    slots: tuple[str, ...]
+    slot_names: tuple[str, ...]
     forward: Program
     backward: Program
-    saved: tuple[Slot, ...]
-    stats: tuple[Slot, ...]
-    grad: bool
-    _linked: dict[str, list[Linked]] = field(default_factory=dict, repr=False)
+    saved_slots: tuple[Slot, ...]
+    stats_slots: tuple[Slot, ...]
+    needs_backward: bool
+    _linked_programs: dict[str, list[LinkedStep]] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> BlockConfig:
-        return self.request.config
+        return self.key.config
 
     @property
     def all_units(self) -> tuple[Unit, ...]:
@@ -135,41 +143,51 @@ class Plan:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Forward, then backward."""
+        """The steps of forward, then those of backward."""
         return self.forward.steps + self.backward.steps
 
     def run_forward(self, kernels: Kernels, input: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The slots after forward, from which :attr:`forward`, :attr:`saved` and :attr:`stats` say what is where."""
+        """Run the forward program.
+
+        Returns:
+            The values of all slots; index it with ``forward.results``, :attr:`saved_slots` and :attr:`stats_slots`.
+        """
         return self._run("forward", kernels, [input, *tensors])
 
     def run_backward(
         self, kernels: Kernels, grad_output: Tensor, tensors: Sequence[Tensor | None], saved: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """Gradients of the input and of every tensor, in their order; None where the plan has none."""
-        made = self._run("backward", kernels, [None, *tensors], grad_output, saved)
-        return [None if slot == NONE else made[slot] for slot in self.backward.results]
+        """Run the backward program.
+
+        Returns:
+            The gradients of the input and of every tensor, in order; None for those that are not required.
+        """
+        slots = self._run("backward", kernels, [None, *tensors], grad_output, saved)
+        return [None if slot == NO_SLOT else slots[slot] for slot in self.backward.results]
 
     def _run(
         self,
         direction: str,
         kernels: Kernels,
-        given: list[Tensor | None],
+        inputs: list[Tensor | None],
         grad_output: Tensor | None = None,
         saved: Sequence[Tensor | None] = (),
     ) -> list[Tensor | None]:
-        if direction not in self._linked:
-            self._linked[direction] = link(getattr(self, direction), kernels)
-        slots = given + [None] * (len(self.slots) - len(given))
+        if direction not in self._linked_programs:
+            self._linked_programs[direction] = link(getattr(self, direction), kernels)
+        slots = inputs + [None] * (len(self.slot_names) - len(inputs))
         if grad_output is not None:
-            slots[self.slots.index("dy")] = grad_output
-        for slot, value in zip(self.saved, saved, strict=False):
+            slots[self.slot_names.index("dy")] = grad_output
+        for slot, value in zip(self.saved_slots, saved, strict=False):
             slots[slot] = value
-        run(self._linked[direction], slots)
+        run(self._linked_programs[direction], slots)
         return slots
 
     def __str__(self) -> str:
-        lines = [f"{direction}:" for direction in ("forward", "backward")]
-        both = [[f"  {step.text(self.slots)}" for step in program.steps] for program in (self.forward, self.backward)]
-        saved = ", ".join(self.slots[slot] for slot in self.saved) or "nothing"
-        backward = [lines[1], *both[1]] if self.grad else ["no gradient is required"]
-        return "\n".join([lines[0], *both[0], f"saved for backward: {saved}", *backward])
+        titles = [f"{direction}:" for direction in ("forward", "backward")]
+        steps = [
+            [f"  {step.text(self.slot_names)}" for step in program.steps] for program in (self.forward, self.backward)
+        ]
+        saved = ", ".join(self.slot_names[slot] for slot in self.saved_slots) or "nothing"
+        backward = [titles[1], *steps[1]] if self.needs_backward else ["no gradient is required"]
+        return "\n".join([titles[0], *steps[0], f"saved for backward: {saved}", *backward])

@@ -1,6 +1,7 @@
-"""Plans a block: selects the algorithms of its convolutions and writes its forward and backward programs.
+"""Planner: selects the algorithms of a block's convolutions and builds its forward and backward programs.
 
-Planning is pure and cached: the same request gives the same plan, nothing is timed, no tensor is touched.
+Planning is a pure, cached function of the tensors' metadata: equal keys give the same plan, nothing is timed and no
+tensor's data is read.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from fused_res.backends import registry
 from fused_res.block.backward import BackwardBuilder
 from fused_res.block.checks import TensorMeta, check_block, check_tensors
 from fused_res.block.forward import stats_name
-from fused_res.block.plan import BlockConfig, Plan, Request, Unit
-from fused_res.block.program import NONE, Program, Slot
-from fused_res.dispatch import Algorithms, Problem, select_training
+from fused_res.block.plan import BlockConfig, Plan, PlanKey, Unit
+from fused_res.block.program import NO_SLOT, Program, Slot
+from fused_res.dispatch import Problem, TrainingAlgorithms, select_training
 from fused_res.ops.memory_format import is_channels_last
-from fused_res.spec import by_unit
+from fused_res.spec import group_by_unit
 
 
 def plan(
@@ -33,13 +34,19 @@ def plan(
     input: Tensor,
     tensors: Sequence[Tensor | None],
     requires_grad: tuple[bool, ...] | None = None,
-    algorithms: tuple[Algorithms | None, ...] | None = None,
+    algorithms: tuple[TrainingAlgorithms | None, ...] | None = None,
 ) -> Plan:
-    """The plan for these tensors; raises ValueError or TypeError for any that do not fit the spec.
+    """Return the plan of a block for these tensors.
 
-    ``requires_grad`` and ``algorithms`` are those of :class:`Request`.
+    Args:
+        config: the block's options.
+        input, tensors: the block's input and its flat list of tensors, None for absent ones.
+        requires_grad, algorithms: see :class:`PlanKey`.
+
+    Raises:
+        ValueError, TypeError: a tensor does not fit the spec.
     """
-    # This runs for every block of every step: plain tuples, and one look into the cache.
+    # This runs for every block of every training step: plain tuples, and one cache lookup.
     try:
         metas = (_meta(input), *[None if t is None else _meta(t) for t in tensors])
     except AttributeError:
@@ -47,10 +54,10 @@ def plan(
         raise
     if requires_grad is None and not torch.is_grad_enabled():
         requires_grad = (False,) * len(metas)
-    traced, settings = _is_traced(input, *tensors), registry.settings(config.backend)
-    request = Request(config, metas, is_channels_last(input), requires_grad, algorithms, traced, *settings)
+    under_torch_dispatch, settings = _under_torch_dispatch(input, *tensors), registry.selection_settings(config.backend)
+    key = PlanKey(config, metas, is_channels_last(input), requires_grad, algorithms, under_torch_dispatch, *settings)
     # Fake tensors may have symbolic sizes, which cannot be dictionary keys.
-    return _check_and_plan(request) if isinstance(input, FakeTensor) else _checked(request)
+    return _check_and_plan(key) if isinstance(input, FakeTensor) else _cached_check_and_plan(key)
 
 
 def plan_backward(
@@ -61,97 +68,127 @@ def plan_backward(
     tensors: Sequence[Tensor | None],
     requires_grad: tuple[bool, ...],
 ) -> Plan:
-    """The plan of a forward that was checked, from what its backward has: the input's size, no running statistics."""
+    """Return the plan of a block whose forward was checked, from the arguments of its backward operator.
+
+    The plan is the same as forward's, although backward has only the input's size and no running statistics.
+    """
     input = tuple(size), (), grad_output.dtype, False, grad_output.device
     metas = (input, *[None if t is None else _meta(t) for t in tensors])
-    traced, settings = _is_traced(grad_output, *tensors), registry.settings(config.backend)
-    request = Request(config, metas, channels_last, requires_grad, None, traced, *settings)
-    return _plan(request) if isinstance(grad_output, FakeTensor) else plan_for(request)
+    under_torch_dispatch, settings = (
+        _under_torch_dispatch(grad_output, *tensors),
+        registry.selection_settings(config.backend),
+    )
+    key = PlanKey(config, metas, channels_last, requires_grad, None, under_torch_dispatch, *settings)
+    return _plan(key) if isinstance(grad_output, FakeTensor) else cached_plan(key)
 
 
 def _meta(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.device
 
 
-def _is_traced(*tensors: Tensor | None) -> bool:
-    if _torch_compat.is_observed():
+def _under_torch_dispatch(*tensors: Tensor | None) -> bool:
+    """Return whether a dispatch mode is active or an argument is a tensor subclass."""
+    if _torch_compat.has_torch_dispatch_mode():
         return True
     return any(kind is not Tensor and kind is not Parameter and kind is not NoneType for kind in map(type, tensors))
 
 
-def _check_and_plan(request: Request) -> Plan:
-    input, *tensors = (None if meta is None else TensorMeta(*meta) for meta in request.metas)
+def _check_and_plan(key: PlanKey) -> Plan:
+    input, *tensors = (None if meta is None else TensorMeta(*meta) for meta in key.metas)
     assert input is not None
-    config = request.config
-    check_block(config.spec, input, tensors, config.training, alone=not config.group)
-    return _plan(request)
+    config = key.config
+    check_block(config.spec, input, tensors, config.training, single_process=not config.group)
+    return _plan(key)
 
 
-def _plan(request: Request) -> Plan:
-    builder = BackwardBuilder(request, *_units(request))
+def _plan(key: PlanKey) -> Plan:
+    builder = BackwardBuilder(key, *_units(key))
     output = builder.forward()
     stats = tuple(builder.slots[name] for name in map(stats_name, builder.all_units) if name in builder.slots)
     forward, builder.steps = builder.steps, []
-    if builder.grad:
+    if builder.needs_backward:
         builder.backward()
-    grads = tuple(builder.slots.get(f"grad {name}", NONE) for name in builder.given)
-    backward, fixed = Program(tuple(builder.steps), grads), {builder.slots[name] for name in builder.given}
-    saved = _saved(builder, backward, fixed, stats) if builder.grad else ()
+    grads = tuple(builder.slots.get(f"grad {name}", NO_SLOT) for name in builder.input_names)
+    backward, inputs = Program(tuple(builder.steps), grads), {builder.slots[name] for name in builder.input_names}
+    saved = _saved_slots(builder, backward, inputs, stats) if builder.needs_backward else ()
     return Plan(
-        request, builder.units, builder.projection, tuple(builder.names),
-        Program(tuple(forward), (output,)).freeing({*fixed, *saved, *stats}), backward.freeing(fixed),
-        saved, stats, builder.grad,
+        key, builder.units, builder.projection, tuple(builder.names),
+        Program(tuple(forward), (output,)).with_last_uses({*inputs, *saved, *stats}), backward.with_last_uses(inputs),
+        saved, stats, builder.needs_backward,
     )  # fmt: skip
 
 
-def _units(request: Request) -> tuple[list[Unit], list[int]]:
-    """The block's units with their algorithms, the projection last; and for each, its output's values per channel."""
-    config, spec = request.config, request.config.spec
-    input, *tensors = (None if meta is None else TensorMeta(*meta) for meta in request.metas)
+def _units(key: PlanKey) -> tuple[list[Unit], list[int]]:
+    """Select the algorithms of every unit, the projection last.
+
+    Returns:
+        The units, and for each unit the number of values per channel of its output.
+    """
+    config, spec = key.config, key.config.spec
+    input, *tensors = (None if meta is None else TensorMeta(*meta) for meta in key.metas)
     assert input is not None
-    flags = request.requires_grad or tuple(bool(meta and meta.requires_grad) for meta in (input, *tensors))
+    flags = key.requires_grad or tuple(bool(meta and meta.requires_grad) for meta in (input, *tensors))
     units: list[Unit] = []
-    counts: list[int] = []
-    for unit, owned, wanted in zip(spec.convolutions, by_unit(tensors), by_unit(flags[1:]), strict=True):
+    values_per_channel: list[int] = []
+    for unit_spec, owned, needs_grad in zip(
+        spec.convolutions, group_by_unit(tensors), group_by_unit(flags[1:]), strict=True
+    ):
         index = len(units)
         projection = index == len(spec.units)
         if index == 0 or projection:
-            reads, shape, grad_reads = "x", tuple(input.shape), flags[0]
+            input_name, shape, needs_input_grad = "x", tuple(input.shape), flags[0]
         problem = Problem(
-            "forward", shape, tuple(owned.weight.shape), *unit.geometry, input.dtype, input.device.type,
-            request.channels_last and (reads == "x" or shape[1] > 1),
+            "forward", shape, tuple(owned.weight.shape), *unit_spec.geometry, input.dtype, input.device.type,
+            key.channels_last and (input_name == "x" or shape[1] > 1),
             weight_channels_last=_is_channels_last_contiguous(owned.weight), projection=projection,
-            traced=request.traced, winograd=request.winograd, machine=request.machine,
+            under_torch_dispatch=key.under_torch_dispatch, allow_winograd=key.allow_winograd, machine=key.machine,
         )  # fmt: skip
-        algorithms = (request.algorithms and request.algorithms[index]) or select_training(
+        algorithms = (key.algorithms and key.algorithms[index]) or select_training(
             registry.algorithms(config.backend), problem, config.preference
         )
-        makes = "zs" if projection else f"z{index}"
-        units.append(Unit(unit, index, reads, makes, config.training[index], grad_reads, wanted, problem, algorithms))
-        shape = shape[0], owned.weight.shape[0], *problem.output
-        counts.append(math.prod((shape[0], *shape[2:])))
-        reads, grad_reads = f"a{index}", units[-1].grad_norm
-    return units, counts
+        output_name = "zs" if projection else f"z{index}"
+        units.append(
+            Unit(
+                unit_spec,
+                index,
+                input_name,
+                output_name,
+                config.training[index],
+                needs_input_grad,
+                needs_grad,
+                problem,
+                algorithms,
+            )
+        )
+        shape = shape[0], owned.weight.shape[0], *problem.output_size
+        values_per_channel.append(math.prod((shape[0], *shape[2:])))
+        input_name, needs_input_grad = f"a{index}", units[-1].needs_norm_grad
+    return units, values_per_channel
 
 
-def _saved(builder: BackwardBuilder, backward: Program, fixed: set[Slot], stats: Sequence[Slot]) -> tuple[Slot, ...]:
-    """What backward reads and does not make, and the input, which a second derivative starts from."""
-    made = {builder.slots["dy"], *(slot for step in backward.steps for slot in step.results)}
-    read = {*stats, *(slot for step in backward.steps for slot in step.operands)} - made
+def _saved_slots(
+    builder: BackwardBuilder, backward: Program, inputs: set[Slot], stats: Sequence[Slot]
+) -> tuple[Slot, ...]:
+    """Return the live-in slots of backward, plus the block's input if double backward needs it.
+
+    Double backward starts from the input, which is saved wherever a gradient with respect to it is required.
+    """
+    defined = {builder.slots["dy"], *(slot for step in backward.steps for slot in step.results)}
+    live_in = {*stats, *(slot for step in backward.steps for slot in step.operands)} - defined
     x = builder.slots["x"]
-    read = read - fixed | ({x} if builder.grad_input or x in read else set())
-    # An order that does not depend on the algorithms: fake tensors have others. The mask last, as in caches of
-    # Inductor, which does not see a change of an operator's results.
-    return tuple(sorted(read, key=lambda slot: (builder.names[slot] == "mask", builder.names[slot])))
+    live_in = live_in - inputs | ({x} if builder.needs_input_grad or x in live_in else set())
+    # The order must not depend on the algorithms, because fake tensors select other ones. The mask stays last because
+    # graphs in Inductor's on-disk caches have that order, and their key does not include an operator's results.
+    return tuple(sorted(live_in, key=lambda slot: (builder.names[slot] == "mask", builder.names[slot])))
 
 
-_checked = lru_cache(maxsize=4096)(_check_and_plan)
-#: The plan for a request whose tensors were checked.
-plan_for = lru_cache(maxsize=4096)(_plan)
+_cached_check_and_plan = lru_cache(maxsize=4096)(_check_and_plan)
+#: The plan for a key whose tensors were checked.
+cached_plan = lru_cache(maxsize=4096)(_plan)
 
 
 def _is_channels_last_contiguous(meta: TensorMeta) -> bool:
-    """Whether a weight of images is dense in channels_last memory."""
+    """Return whether a 4D weight is dense in channels_last memory format."""
     expected = 1
     for dim in (1, 3, 2, 0) if len(meta.shape) == 4 else ():
         if meta.shape[dim] != 1 and meta.stride[dim] != expected:

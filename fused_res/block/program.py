@@ -1,8 +1,9 @@
-"""Programs: flat lists of steps that compute a block, and the interpreter that runs them.
+"""Intermediate representation of a block's forward and backward, and its interpreter.
 
-A step applies one operator to numbered slots. Everything that a block does is a step: convolutions with and without a
-fused norm, the halves of a norm with a process group between them, recomputation, gradients. A program holds numbers,
-booleans and names only, so that an interpreter in another language can run it as well.
+A program is a flat list of steps; a step applies one operator to numbered slots. Every operation of a block is a step:
+fused and unfused convolutions, the statistics and normalization passes of a norm and the collective between them,
+recomputation, gradients. A program contains only numbers, booleans and names, so an interpreter in another language can
+run it as well.
 """
 
 from __future__ import annotations
@@ -14,166 +15,177 @@ import torch
 from torch import Tensor
 
 from fused_res import distributed
-from fused_res.dispatch import Selected
+from fused_res.dispatch import Selection
 from fused_res.dispatch.backend import Kernels
 from fused_res.ops import SCALE
-from fused_res.ops.memory_format import laid_out
+from fused_res.ops.memory_format import to_memory_format
 
 
 class Slot(int):
-    """The number of a tensor in a program, which tells it from other numbers among a step's arguments."""
+    """Index of a tensor of a program; its type distinguishes it from the integer constants of a step."""
 
     __slots__ = ()
 
 
-#: The slot of an absent operand, and of a result that is not needed.
-NONE = Slot(-1)
+#: Placeholder for an absent operand and for a result that is not needed.
+NO_SLOT = Slot(-1)
 
 
 class Step(NamedTuple):
     """One operator applied to slots.
 
     Args:
-        operator: an operator of :mod:`fused_res.ops`, a key of :data:`OPERATORS`, or one of :data:`CONVOLUTIONS`, which
-            ``algorithm`` computes.
-        arguments: in the operator's order; a :class:`Slot` is a tensor, all others are constants.
-        results: slots of what it returns; none for an operator that works in place on its first argument.
-        algorithm: which algorithm computes a convolution, and why.
-        recomputed: whether backward computes again what forward had.
-        frees: slots whose last use this is.
+        operator: name of an operator of :mod:`fused_res.ops`, a key of :data:`OPERATORS`, or a key of
+            :data:`CONVOLUTION_OPERATORS`, whose implementation is that of ``algorithm``.
+        arguments: the operator's arguments in order: a :class:`Slot` per tensor, constants otherwise.
+        results: slots of the returned tensors; empty for an operator that modifies its first argument in place.
+        algorithm: a convolution's algorithm and the reason for its selection.
+        recomputed: whether backward recomputes a value of forward.
+        last_uses: slots that are freed after the step, because no later step reads them.
     """
 
     operator: str
     arguments: tuple[Any, ...]
     results: tuple[Slot, ...]
-    algorithm: Selected | None = None
+    algorithm: Selection | None = None
     recomputed: bool = False
-    frees: tuple[Slot, ...] = ()
+    last_uses: tuple[Slot, ...] = ()
 
     @property
     def operands(self) -> tuple[Slot, ...]:
-        """The slots among the arguments."""
-        return tuple(argument for argument in self.arguments if type(argument) is Slot and argument != NONE)
+        """The tensor arguments."""
+        return tuple(argument for argument in self.arguments if type(argument) is Slot and argument != NO_SLOT)
 
-    def text(self, slots: Sequence[str]) -> str:
-        """The step in words, with the slots' names."""
+    def text(self, slot_names: Sequence[str]) -> str:
+        """Format the step as one line of text."""
 
-        def named(numbers: Iterable[Slot]) -> str:
-            return ", ".join(slots[number] for number in numbers if number != NONE)
+        def names(slots: Iterable[Slot]) -> str:
+            return ", ".join(slot_names[slot] for slot in slots if slot != NO_SLOT)
 
-        words = f"{self.operator}({named(self.operands)}) -> {named(self.results or self.arguments[:1])}"
-        words += ", recomputed" * self.recomputed
-        words += f": {self.algorithm}" if self.algorithm is not None else ""
-        return words + (f"; frees {named(self.frees)}" if self.frees else "")
+        line = f"{self.operator}({names(self.operands)}) -> {names(self.results or self.arguments[:1])}"
+        line += ", recomputed" * self.recomputed
+        line += f": {self.algorithm}" if self.algorithm is not None else ""
+        return line + (f"; frees {names(self.last_uses)}" if self.last_uses else "")
 
 
 class Program(NamedTuple):
-    """Steps in order, and the slots of their results."""
+    """Steps in execution order, and the slots of the program's results."""
 
     steps: tuple[Step, ...]
     results: tuple[Slot, ...]
 
-    def freeing(self, kept: Iterable[Slot]) -> Program:
-        """The program with every slot freed after its last use, but for its results and those ``kept``."""
-        last: dict[Slot, int] = {}
+    def with_last_uses(self, live_out: Iterable[Slot]) -> Program:
+        """Return the program with the last uses of all slots filled in (liveness analysis).
+
+        Args:
+            live_out: slots that outlive the program, in addition to its results.
+        """
+        last_step: dict[Slot, int] = {}
         for index, step in enumerate(self.steps):
-            last |= dict.fromkeys((*step.operands, *step.results), index)
-        never = {NONE, *kept, *self.results}
-        frees: list[list[Slot]] = [[] for _ in self.steps]
-        for slot, index in last.items():
-            if slot not in never:
-                frees[index].append(slot)
-        steps = (step._replace(frees=tuple(slots)) for step, slots in zip(self.steps, frees, strict=True))
+            last_step |= dict.fromkeys((*step.operands, *step.results), index)
+        never_freed = {NO_SLOT, *live_out, *self.results}
+        last_uses: list[list[Slot]] = [[] for _ in self.steps]
+        for slot, index in last_step.items():
+            if slot not in never_freed:
+                last_uses[index].append(slot)
+        steps = (step._replace(last_uses=tuple(slots)) for step, slots in zip(self.steps, last_uses, strict=True))
         return Program(tuple(steps), self.results)
 
 
-#: The steps that an algorithm computes, and the operation under which it is found: one callable serves both gradients.
-CONVOLUTIONS = {"convolution": "forward", "convolution_backward": "weight_gradient"}
+#: Operators implemented by a step's algorithm, with the operation that looks up the implementation. One callable
+#: computes both gradients, so the weight gradient's entry stands for both.
+CONVOLUTION_OPERATORS = {"convolution": "forward", "convolution_backward": "weight_gradient"}
 
 
-class Linked(NamedTuple):
-    """A step with its operator as a callable; ``arguments`` has gaps where ``places`` says which slot goes there."""
+class LinkedStep(NamedTuple):
+    """A step whose operator is resolved to a callable."""
 
     function: Callable[..., Any]
-    arguments: list[Any]
-    places: list[tuple[int, Slot]]
+    arguments: list[Any]  # the constants; None at the positions of tensors
+    slot_positions: list[tuple[int, Slot]]  # (index into arguments, slot of the tensor)
     results: tuple[Slot, ...]
-    frees: tuple[Slot, ...]
+    last_uses: tuple[Slot, ...]
 
 
-def link(program: Program, kernels: Kernels) -> list[Linked]:
-    """The steps as calls of a backend's kernels."""
+def link(program: Program, kernels: Kernels) -> list[LinkedStep]:
+    """Resolve the operators of a program to a backend's kernels."""
     linked = []
     for step in program.steps:
-        if step.operator in CONVOLUTIONS:
+        if step.operator in CONVOLUTION_OPERATORS:
             assert step.algorithm is not None
-            operation: Any = CONVOLUTIONS[step.operator]
+            operation: Any = CONVOLUTION_OPERATORS[step.operator]
             function = kernels.implementation(operation, step.algorithm.algorithm)
         else:
             function = OPERATORS.get(step.operator) or getattr(kernels, step.operator)
-        places = [(at, one) for at, one in enumerate(step.arguments) if type(one) is Slot and one != NONE]
-        arguments = [None if type(one) is Slot else one for one in step.arguments]
-        linked.append(Linked(function, arguments, places, step.results, step.frees))
+        slot_positions = [(i, arg) for i, arg in enumerate(step.arguments) if type(arg) is Slot and arg != NO_SLOT]
+        arguments = [None if type(arg) is Slot else arg for arg in step.arguments]
+        linked.append(LinkedStep(function, arguments, slot_positions, step.results, step.last_uses))
     return linked
 
 
-def run(linked: Sequence[Linked], slots: list[Tensor | None]) -> None:
-    """Runs a linked program, in place on its slots."""
-    for function, template, places, results, frees in linked:
+def run(linked: Sequence[LinkedStep], slots: list[Tensor | None]) -> None:
+    """Run a linked program, in place on its slots."""
+    for function, template, slot_positions, results, last_uses in linked:
         arguments = template.copy()
-        for place, slot in places:
-            arguments[place] = slots[slot]
-        made = function(*arguments)
+        for position, slot in slot_positions:
+            arguments[position] = slots[slot]
+        returned = function(*arguments)
         if len(results) == 1:
-            slots[results[0]] = made
+            slots[results[0]] = returned
         elif results:
-            for slot, value in zip(results, made, strict=False):
-                if slot != NONE:
+            for slot, value in zip(results, returned, strict=False):
+                if slot != NO_SLOT:
                     slots[slot] = value
-        arguments = made = None  # type: ignore[assignment]
-        for slot in frees:
+        arguments = returned = None  # type: ignore[assignment]
+        for slot in last_uses:
             slots[slot] = None
 
 
-# Operators that no backend has kernels for
+# Operators implemented with PyTorch's own, for all backends
 
 
 def _sum_over_channels(dz: Tensor) -> Tensor:
-    """The gradient of a bias that is added to every channel."""
+    """Return the gradient of a convolution's bias."""
     return dz.sum([0, *range(2, dz.dim())])
 
 
 def _norm_parameter_gradients(sums: Tensor, weight: Tensor | None) -> list[Tensor]:
-    """Gradients of a norm's weight and bias. Copies: gradients accumulate in place, and must not share memory."""
+    """Return the gradients of a norm's weight and bias, as copies.
+
+    Autograd may accumulate into gradients in place, so they must not share memory with ``sums``.
+    """
     dtype = sums.dtype if weight is None else weight.dtype
     return [sums[1].to(dtype, copy=True), sums[0].to(dtype, copy=True)]
 
 
 def _conv_bias_gradient(bias: Tensor, stats: Tensor, sums: Tensor | None, training: bool) -> Tensor:
-    """Zero where the mean of the batch takes the bias away again."""
+    """Return the gradient of the bias of a convolution that a norm follows.
+
+    It is zero in training, where the norm subtracts the mean of the batch and with it the bias.
+    """
     assert training or sums is not None
     return torch.zeros_like(bias) if training else (stats[SCALE] * sums[0]).to(bias.dtype)  # type: ignore[index]
 
 
 def _split_pair_sums(sums: Tensor) -> list[Tensor]:
-    """The sums of a norm and of its residual's, which share the first row."""
+    """Split the sums of two norms whose outputs are added; they share the first row, the sum of the gradient."""
     return [sums[:2], sums[::2].contiguous()]
 
 
-def _spread_strided(grad: Tensor, x: Tensor, stride: Sequence[int]) -> Tensor:
-    """A strided 1x1 convolution's input gradient with the zeros between the pixels that it read."""
+def _scatter_strided(compact: Tensor, x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Expand the compact input gradient of a strided 1x1 convolution: zero for the pixels that it did not read."""
     full = torch.zeros_like(x)
-    full[(slice(None), slice(None), *(slice(None, None, step) for step in stride))] = grad
+    full[(slice(None), slice(None), *(slice(None, None, step) for step in stride))] = compact
     return full
 
 
-def _add_strided(grad: Tensor, added: Tensor, stride: Sequence[int]) -> None:
-    """Adds a strided convolution's input gradient, which comes for the pixels that it read alone."""
-    grad[(slice(None), slice(None), *(slice(None, None, step) for step in stride))].add_(added)
+def _add_strided(grad: Tensor, compact: Tensor, stride: Sequence[int]) -> None:
+    """Add the compact input gradient of a strided 1x1 convolution to ``grad`` in place."""
+    grad[(slice(None), slice(None), *(slice(None, None, step) for step in stride))].add_(compact)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
-    "to_memory_format": laid_out,
+    "to_memory_format": to_memory_format,
     "gather_partials": distributed.gather_partials,
     "total_sums": distributed.total_sums,
     "sum_over_channels": _sum_over_channels,
@@ -182,5 +194,5 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "split_pair_sums": _split_pair_sums,
     "add_": Tensor.add_,
     "add_strided_": _add_strided,
-    "spread_strided": _spread_strided,
+    "scatter_strided": _scatter_strided,
 }

@@ -1,18 +1,25 @@
-"""Selection of the algorithm that computes a convolution, from the list that its backend declares."""
+"""Dispatch of convolutions: algorithms, their heuristics, selection and tuning; and the interface of a backend."""
 
-from fused_res.dispatch.algorithm import TRAINING, Algorithm, Machine, Operation, PackedWeight, Problem, Rule
-from fused_res.dispatch.selection import Algorithms, Selected, candidates, select, select_training, select_uncached
+from fused_res.dispatch.algorithm import TRAINING_OPERATIONS, Algorithm, Machine, Operation, PackedWeight, Problem, Rule
+from fused_res.dispatch.selection import (
+    Selection,
+    TrainingAlgorithms,
+    candidates,
+    select,
+    select_training,
+    select_uncached,
+)
 
 __all__ = [
-    "TRAINING",
+    "TRAINING_OPERATIONS",
     "Algorithm",
-    "Algorithms",
     "Machine",
     "Operation",
     "PackedWeight",
     "Problem",
     "Rule",
-    "Selected",
+    "Selection",
+    "TrainingAlgorithms",
     "candidates",
     "select",
     "select_training",

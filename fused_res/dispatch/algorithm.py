@@ -1,10 +1,10 @@
-"""Which algorithm computes a convolution: the first of a backend's list that supports it and is not known to be slower.
+"""Descriptions of convolution problems, of the machine, and of the algorithms that a backend offers for them.
 
-Every backend declares an ordered tuple of :class:`Algorithm`; ATen's convolution ends each of them and supports
-everything. :func:`select` walks the list, as oneDNN walks its list of convolution implementations
-(https://uxlfoundation.github.io/oneDNN/dev_guide_convolution.html). What an algorithm cannot compute is a reason that
-``supports`` returns; where it is slower than one further down is a :class:`Rule`, data with the measurement that
-justifies it. Measuring (:mod:`fused_res.dispatch.tuning`) only reorders the list.
+Every backend declares an ordered tuple of :class:`Algorithm`. Its last entry is ATen's convolution, which supports
+everything. :func:`fused_res.dispatch.select` returns the first algorithm that supports a problem and that no heuristic
+excludes. The two are separate: ``Algorithm.supports`` returns the reason why a problem cannot be computed, and a
+:class:`Rule` is a heuristic, a predicate for problems where an algorithm is slower than a later one, together with the
+measurement that justifies it.
 """
 
 from __future__ import annotations
@@ -19,39 +19,43 @@ from torch import Tensor
 from fused_res.ops.geometry import Geometry, conv_output_sizes
 
 Operation = Literal["inference", "forward", "input_gradient", "weight_gradient"]
-TRAINING: tuple[Operation, ...] = ("forward", "input_gradient", "weight_gradient")
+TRAINING_OPERATIONS: tuple[Operation, ...] = ("forward", "input_gradient", "weight_gradient")
 
 
 class Machine(NamedTuple):
-    """What algorithms depend on besides the problem.
+    """Properties of the processor that the selection of an algorithm depends on.
 
     Args:
-        isa: instruction set of the backend's kernels.
-        onednn: dtypes that oneDNN computes in.
-        caches: bytes of the L1 data cache, the L2 and the L3 of one core; 0 where unknown.
+        isa: instruction set of the backend's kernels, such as ``"avx2"``.
+        onednn_dtypes: dtypes for which oneDNN has native kernels.
+        cache_sizes: bytes of the L1 data, L2 and L3 cache per core; 0 for an unknown size.
     """
 
     isa: str = ""
-    onednn: tuple[torch.dtype, ...] = ()
-    caches: tuple[int, ...] = ()
+    onednn_dtypes: tuple[torch.dtype, ...] = ()
+    cache_sizes: tuple[int, ...] = ()
 
 
 class Problem(NamedTuple):
-    """One convolution, forward or one of its gradients, described by everything its algorithm may depend on.
+    """One convolution, forward or one of its gradients, described by everything that its selection may depend on.
 
     Args:
-        operation: what is computed. ``"inference"`` has the epilogue bias, residual, ReLU; ``"forward"`` may return
-            statistics of its output.
-        input, weight: shapes ``(N, C, ...)`` and ``(K, C / groups, ...)`` of the forward convolution.
-        stride, padding, dilation, groups: its geometry.
-        dtype, device: of all operands; ``device`` is a type such as ``"cpu"``.
-        channels_last: whether kernels read the input as rows of channels.
-        weight_channels_last: likewise for the weight.
-        packed: the weight is packed once and kept, instead of once a call.
-        projection: the convolution is a block's shortcut.
-        traced: a dispatch mode or a tensor subclass observes the call, and sees ATen's operators only.
-        winograd: Winograd's algorithm is allowed.
-        machine: the processor.
+        operation: the computation. ``"inference"`` has an epilogue of bias, residual and ReLU; ``"forward"`` may also
+            return partial statistics of its output.
+        input: shape ``(N, C, ...)`` of the forward convolution's input.
+        weight: shape ``(K, C / groups, ...)`` of the weight.
+        stride, padding, dilation: geometry, one integer per spatial dimension.
+        groups: number of convolution groups.
+        dtype: dtype of all operands.
+        device: device type of all operands, such as ``"cpu"``.
+        channels_last: whether the input is in channels_last memory.
+        weight_channels_last: whether the weight is in channels_last memory.
+        prepacked: whether the caller packs the weight once and caches it, instead of packing it in every call.
+        projection: whether the convolution is a block's projection shortcut.
+        under_torch_dispatch: whether a torch_dispatch mode or a tensor subclass intercepts the call. Only ATen's
+            operators are visible to it.
+        allow_winograd: whether Winograd algorithms may be selected.
+        machine: properties of the processor.
     """
 
     operation: Operation
@@ -65,19 +69,20 @@ class Problem(NamedTuple):
     device: str
     channels_last: bool
     weight_channels_last: bool = False
-    packed: bool = False
+    prepacked: bool = False
     projection: bool = False
-    traced: bool = False
-    winograd: bool = True
+    under_torch_dispatch: bool = False
+    allow_winograd: bool = True
     machine: Machine = Machine()
 
     @property
     def geometry(self) -> Geometry:
+        """Stride, padding, dilation and groups."""
         return self.stride, self.padding, self.dilation, self.groups
 
     @property
-    def output(self) -> tuple[int, ...]:
-        """Spatial sizes of the convolution's output."""
+    def output_size(self) -> tuple[int, ...]:
+        """Spatial sizes of the forward convolution's output."""
         return conv_output_sizes(self.input[2:], self.weight[2:], self.stride, self.padding, self.dilation)
 
     @property
@@ -87,66 +92,79 @@ class Problem(NamedTuple):
 
     @property
     def symbolic(self) -> bool:
-        """Whether sizes are symbols of a trace."""
+        """Whether the input has symbolic sizes, during tracing."""
         return any(isinstance(size, torch.SymInt) for size in self.input)
 
 
 class Rule(NamedTuple):
-    """Where an algorithm is slower than one further down the list.
+    """A heuristic: the problems for which an algorithm is slower than a later one of the list.
 
     Args:
-        beaten: the predicate.
-        reason: the predicate in words, for :func:`print` of a plan.
-        measured: what was measured, on which processor; or the count of bytes and FLOPs.
-        operations: those that the rule is about; empty for all.
+        is_slower: predicate over problems.
+        reason: human-readable form of the predicate, for a printed plan.
+        measurement: the evidence: times and processor, or an estimate from bytes and FLOPs.
+        operations: operations that the rule applies to; empty for all.
     """
 
-    beaten: Callable[[Problem], bool]
+    is_slower: Callable[[Problem], bool]
     reason: str
-    measured: str
+    measurement: str
     operations: tuple[Operation, ...] = ()
 
 
 class PackedWeight(NamedTuple):
-    """A weight in the form that one algorithm reads."""
+    """A weight in the packed layout of one algorithm.
+
+    Args:
+        tensor: the packed weight.
+        shape: shape ``(K, C / groups, ...)`` of the original weight.
+    """
 
     tensor: Tensor
-    shape: tuple[int, ...]  # of the weight that it was made from
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Algorithm:
-    """One implementation of convolutions.
+    """One convolution algorithm of a backend.
 
     Args:
         name: the algorithm's name in the literature, such as ``"winograd_f4x4"``.
-        supports: the reason why a problem cannot be computed, or None.
-        serves: for each operation the callable, or the name of the backend's operator of :mod:`fused_res.ops`.
-            *inference* takes ``(input, weight, bias, residual, geometry, relu)``, with a :class:`PackedWeight` where it
-            ``packs``; *forward* and the gradients are as in :mod:`fused_res.dispatch.convolution`, and one callable
-            serves both gradients; those of ``fused`` ones are ``conv_bn_stats``, ``conv_dgrad`` and ``conv_wgrad``.
-        rules: where it is slower than an algorithm further down.
-        describe: the advantage, in words.
-        fused: normalises its input as it loads it, and its gradients form the norm's gradient as they load.
-        statistics: its forward returns partial statistics of the output.
-        niche: for few problems; that it does not apply is no reason worth naming.
-        compact: a strided 1x1's input gradient comes for the pixels that were read, without the zeros in between.
-        pack, pack_key: from the problem, the input and the weight to the packed weight; and what that depends on.
-        packs: whether ``inference`` needs a packed weight always, where the caller keeps it, or never.
+        supports: function that returns the reason why a problem cannot be computed, or None.
+        implementations: operation -> callable, or the name of an operator of :mod:`fused_res.ops`. *inference* is
+            called with ``(input, weight, bias, residual, geometry, relu)``, where the weight may be a
+            :class:`PackedWeight` (see ``weight_packing``). *forward* and the gradients have the signatures of
+            :func:`fused_res.dispatch.convolution.aten_forward` and ``aten_backward``, with one callable for both
+            gradients. Those of a ``fused`` algorithm are the operators ``conv_bn_stats``, ``conv_dgrad`` and
+            ``conv_wgrad``.
+        rules: heuristics that exclude the algorithm where a later one is faster.
+        describe: function that returns the algorithm's advantage for a problem, as text for a printed plan.
+        fused: whether *forward* has the preceding norm and ReLU as operand prologue, and the gradients have the
+            backward of the following norm as operand prologue.
+        returns_partials: whether *forward* returns partial statistics of the output.
+        special_case: whether the algorithm is for few problems only, so that a plan does not report why it was passed
+            over.
+        compact_dgrad: whether the input gradient of a strided 1x1 convolution is compact: of the output's size, for the
+            strided input positions only, without zero stuffing.
+        pack: function that packs a weight, given the problem, the input and the weight.
+        pack_key: function that returns, for a problem, the properties that the packed weight depends on, as a cache
+            key.
+        weight_packing: when *inference* needs a packed weight: ``"always"``, only if the caller caches it
+            (``"cached"``), or ``"never"``.
     """
 
     name: str
     supports: Callable[[Problem], str | None]
-    serves: Mapping[Operation, Callable[..., Any] | str]
+    implementations: Mapping[Operation, Callable[..., Any] | str]
     rules: tuple[Rule, ...] = ()
     describe: Callable[[Problem], str] = field(default=lambda problem: "")
     fused: bool = False
-    statistics: bool = False
-    niche: bool = False
-    compact: bool = False
+    returns_partials: bool = False
+    special_case: bool = False
+    compact_dgrad: bool = False
     pack: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
     pack_key: Callable[[Problem], Hashable] = field(default=lambda problem: None)
-    packs: Literal["always", "kept", "never"] = "never"
+    weight_packing: Literal["always", "cached", "never"] = "never"
 
     def __repr__(self) -> str:
         return f"Algorithm({self.name!r})"

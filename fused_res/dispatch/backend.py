@@ -1,4 +1,4 @@
-"""What the core needs of a backend: a module that declares it, and the kernels that the module loads."""
+"""Interface of a backend: the package that declares it (:class:`Backend`) and its loaded kernels (:class:`Kernels`)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from fused_res.dispatch.algorithm import Algorithm, Machine, Operation
-from fused_res.ops import STEMS
+from fused_res.ops import OP_FAMILIES
 
 
 class Kernels(SimpleNamespace):
-    """A backend's operators as attributes, one for each operator of its stems.
+    """The loaded kernels of a backend, one attribute per operator of its op families.
 
     Attributes:
-        name, stems: the backend's.
-        algorithms: of convolutions, in the order in which they are tried; ATen's last.
-        prepare_blocks: several frozen blocks as one call (:mod:`fused_res.backends.cpu.inference_graph`), or None.
-        selects_when_run: the operator ``conv_bias_act`` selects the algorithm by the sizes of each call.
+        name: name of the backend.
+        op_families: operator families that it has kernels for.
+        algorithms: convolution algorithms in order of priority, ATen's last.
+        prepare_inference_graph: function that compiles consecutive frozen blocks into one call
+            (:mod:`fused_res.backends.cpu.inference_graph`), or None.
+        selects_per_call: whether the operator ``conv_bias_act`` itself selects the algorithm, from the sizes of each
+            call.
     """
 
     name: str
-    stems: frozenset[str]
+    op_families: frozenset[str]
     algorithms: tuple[Algorithm, ...]
-    prepare_blocks: Callable[..., Any] | None = None
-    selects_when_run: bool = False
+    prepare_inference_graph: Callable[..., Any] | None = None
+    selects_per_call: bool = False
 
     def implementation(self, operation: Operation, algorithm: Algorithm) -> Callable[..., Any]:
-        """The callable that serves an operation: the algorithm's own, or the backend's operator of this name."""
-        found = algorithm.serves[operation]
+        """Return the callable that implements an operation: the algorithm's own, or the operator that it names."""
+        found = algorithm.implementations[operation]
         if not isinstance(found, str):
             return found
         operator: Callable[..., Any] = getattr(self, found)
@@ -41,34 +44,42 @@ class Kernels(SimpleNamespace):
 
 
 class Backend(Protocol):
-    """A package ``fused_res.backends.<name>``. Importing it loads no kernels, so that it can say why there are none."""
+    """A package ``fused_res.backends.<name>``.
+
+    Importing the package loads no kernels, so that ``unavailable()`` works where they cannot be loaded.
+    """
 
     @property
-    def STEMS(self) -> tuple[str, ...]:
-        """The stems that it has kernels for, whether or not they can run here."""
+    def OP_FAMILIES(self) -> tuple[str, ...]:
+        """Operator families that the backend has kernels for, whether or not they can run on this machine."""
 
     @property
-    def AUTO(self) -> dict[str, int]:
-        """The device types where ``backend="auto"`` may stand for it; the highest number is tried first."""
+    def AUTO_PRIORITY(self) -> dict[str, int]:
+        """Device type -> priority of the backend for ``backend="auto"``; the highest priority is tried first."""
 
     @property
-    def WHEN_NAMED(self) -> str:
-        """How algorithms are selected for ``backend=<name>``: ``"planned"``, or ``"fused"`` wherever possible."""
+    def DEFAULT_PREFERENCE(self) -> str:
+        """Preference of the algorithm selection for ``backend=<name>``: ``"planned"`` (heuristics) or ``"fused"``."""
 
     def devices(self) -> tuple[str, ...] | None:
-        """The device types that its kernels run on here; None for every one."""
+        """Return the device types that the kernels can run on, on this machine; None for every type."""
 
     def unavailable(self) -> str | None:
-        """Why it cannot run here, or None."""
+        """Return the reason why the backend cannot run on this machine, or None if it can."""
 
     def machine(self) -> Machine:
-        """What its algorithms depend on besides the problem."""
+        """Return the properties of the processor that the selection depends on."""
 
     def load(self) -> Kernels:
-        """Imports the kernels."""
+        """Import the kernels and return them."""
 
 
-def import_operators(package: str, stems: Iterable[str]) -> dict[str, Callable[..., Any]]:
-    """The operators of a backend that is written in Python: one module a stem, one function an operator."""
-    modules = {stem: importlib.import_module(f"{package}.{stem}") for stem in stems}
-    return {name: getattr(module, name) for stem, module in modules.items() for name in STEMS[stem]}
+def import_operators(package: str, op_families: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """Return operator name -> function for a backend written in Python: one module per op family, named like it.
+
+    Args:
+        package: dotted name of the package that contains the modules.
+        op_families: operator families to import.
+    """
+    modules = {op_family: importlib.import_module(f"{package}.{op_family}") for op_family in op_families}
+    return {name: getattr(module, name) for op_family, module in modules.items() for name in OP_FAMILIES[op_family]}

@@ -1,13 +1,13 @@
-"""The convolutions that every backend's list ends with: ATen's, and two GEMM algorithms for outputs of few pixels.
+"""Convolution algorithms of every backend: ATen's convolution, and two GEMM algorithms for small feature maps.
 
-On a map of 1x1 pixels a padded 3x3 kernel meets the input with its centre alone, and a library still reads all nine
-taps of the weight. In the last stage of a ResNet on small images the weight *is* the memory traffic (ResNet-18 on
-32x32 images: 33 of 45 MB). There ``tap_gemm`` computes one GEMM for each tap that meets the input, straight from the
-channels_last weight; the gradient of the other taps is zero.
+``tap_gemm`` is for outputs of one pixel. On a 1x1 feature map a padded 3x3 kernel overlaps the input with its centre
+only, but libraries read all nine filter taps. In the last stage of a ResNet on small images the weight dominates the
+memory traffic (ResNet-18 on 32x32 images: 33 of 45 MB). The algorithm computes one GEMM per contributing tap, directly
+from the channels_last weight; the gradient of all other taps is zero.
 
-With a few pixels the weight dominates as well, and ATen reorders it in every call. There ``im2col_gemm`` computes all
-three products from the weight as it lies in memory, a matrix of output channels and taps, and from the im2col matrix
-of the input.
+``im2col_gemm`` is for outputs of a few pixels, where the weight dominates the traffic as well and ATen reorders it in
+every call. The algorithm computes forward and both gradients as GEMMs of the im2col matrix of the input and the
+channels_last weight in place, which is a ``(K, taps * C)`` matrix.
 """
 
 from __future__ import annotations
@@ -21,16 +21,24 @@ from torch import Tensor
 
 from fused_res.dispatch import Algorithm, Problem, Rule
 from fused_res.ops.geometry import Geometry, conv_output_sizes
-from fused_res.ops.memory_format import laid_out, makes_channels_last
+from fused_res.ops.memory_format import conv_output_is_channels_last, to_memory_format
 
-Mask = Sequence[bool]
+OutputMask = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def forward(
+def aten_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, partials: bool
 ) -> tuple[Tensor, None]:
-    """``conv(input, weight) + bias``: ``(N, C, ...)`` and ``(K, C / groups, ...)`` to ``(N, K, ...)``."""
+    """Return ``conv(input, weight) + bias`` of shape ``(N, K, ...)`` by ATen, and None for the partial statistics.
+
+    Args:
+        input: ``(N, C, ...)``.
+        weight: ``(K, C / groups, ...)``.
+        bias: ``(K,)`` or None.
+        geometry: stride, padding, dilation and groups.
+        partials: whether partial statistics of the output are requested; this algorithm returns none.
+    """
     # torch.convolution is aten.convolution with half the call overhead.
     stride, padding, dilation, groups = geometry
     no_output_padding = [0] * len(stride)
@@ -38,31 +46,42 @@ def forward(
     return z, None
 
 
-def bias_act(
+def aten_conv_bias_act(
     input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry, relu: bool
 ) -> Tensor:
-    """``act(conv(input, weight) + bias [+ residual])`` by ATen: cuDNN's epilogue, or in place on its output."""
-    channels_last = makes_channels_last(input, weight)
-    input = laid_out(input, channels_last)
-    residual = None if residual is None else laid_out(residual, channels_last)
+    """Return ``act(conv(input, weight) + bias [+ residual])``.
+
+    The epilogue is cuDNN's where it has one for these operands, else in place on the output of ATen's convolution.
+    """
+    channels_last = conv_output_is_channels_last(input, weight)
+    input = to_memory_format(input, channels_last)
+    residual = None if residual is None else to_memory_format(residual, channels_last)
     if relu and input.is_cuda and input.dtype in (torch.float32, torch.float16) and input.dim() == 4 and input.numel():
         if residual is None:
             return torch.cudnn_convolution_relu(input, weight, bias, *geometry)
         return torch.cudnn_convolution_add_relu(input, weight, residual, None, bias, *geometry)
-    y, _ = forward(input, weight, bias, geometry, False)
-    return laid_out(finish_in_place(y, residual, relu), channels_last)
+    y, _ = aten_forward(input, weight, bias, geometry, False)
+    return to_memory_format(apply_epilogue_(y, residual, relu), channels_last)
 
 
-def finish_in_place(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def apply_epilogue_(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """Add the residual to `output` and apply the ReLU, in place."""
     if residual is not None:
         output.add_(residual)
     return output.relu_() if relu else output
 
 
-def backward(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_mask: Mask
+def aten_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_mask: OutputMask
 ) -> Gradients:
-    """Gradients of input, weight and bias; of ``input`` only the shape is read unless ``output_mask[1]``."""
+    """Return the gradients of input, weight and bias by ATen, None where not requested.
+
+    Args:
+        grad: gradient ``(N, K, ...)`` with respect to the output.
+        input: the forward input; only its shape is read unless ``output_mask[1]``.
+        weight, bias, geometry: as of :func:`aten_forward`.
+        output_mask: which of the three gradients are requested.
+    """
     *sizes, groups = geometry
     biases = None if bias is None else [bias.shape[0]]
     return torch.ops.aten.convolution_backward.default(
@@ -73,18 +92,24 @@ def backward(
 ATEN = Algorithm(
     "aten",
     supports=lambda problem: None,
-    serves={"inference": bias_act, "forward": forward, "input_gradient": backward, "weight_gradient": backward},
+    implementations={
+        "inference": aten_conv_bias_act,
+        "forward": aten_forward,
+        "input_gradient": aten_backward,
+        "weight_gradient": aten_backward,
+    },
 )
 
 
-# One GEMM a tap
+# tap_gemm: one GEMM per contributing filter tap
 
 
 def tap_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, partials: bool
 ) -> tuple[Tensor, None]:
-    # The weight first: for a handful of images twice as fast as the other way round.
-    (pixel, tap), *more = _taps_of(input, weight, geometry)
+    """Compute a forward convolution with one output pixel per image; signature of :func:`aten_forward`."""
+    # For a handful of images, the weight as the first operand is twice as fast as the transposed GEMM.
+    (pixel, tap), *more = _contributing_taps(input, weight, geometry)
     columns = torch.mm(weight[tap], input[pixel].t())
     for pixel, tap in more:
         columns.addmm_(weight[tap], input[pixel].t())
@@ -95,12 +120,13 @@ def tap_forward(
 
 
 def tap_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_mask: Mask
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_mask: OutputMask
 ) -> Gradients:
+    """Compute the gradients of :func:`tap_forward`; signature of :func:`aten_backward`."""
     dz = grad.flatten(1)
     grad_input = torch.zeros_like(input) if output_mask[0] else None
     grad_weight = torch.zeros_like(weight) if output_mask[1] else None
-    for pixel, tap in _taps_of(input, weight, geometry):
+    for pixel, tap in _contributing_taps(input, weight, geometry):
         if grad_input is not None:
             grad_input[pixel] = torch.mm(dz, weight[tap])
         if grad_weight is not None:
@@ -111,31 +137,36 @@ def tap_backward(
 Index = tuple[slice, slice, int, int]
 
 
-def _taps_of(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[tuple[Index, Index], ...]:
-    return _taps(input.shape[2:], weight.shape[2:], geometry)
+def _contributing_taps(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[tuple[Index, Index], ...]:
+    return _contributing_taps_of_shape(input.shape[2:], weight.shape[2:], geometry)
 
 
 @lru_cache(maxsize=1024)
-def _taps(sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> tuple[tuple[Index, Index], ...]:
-    """Pairs of an input pixel and the tap that meets it, for an output of one pixel; empty for other outputs."""
+def _contributing_taps_of_shape(
+    sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry
+) -> tuple[tuple[Index, Index], ...]:
+    """Return the pairs of input pixel and filter tap that contribute to a single output pixel.
+
+    Returns an empty tuple for outputs of more than one pixel.
+    """
     _, padding, dilation, _ = geometry
     if any(size != 1 for size in conv_output_sizes(sizes, kernel, *geometry[:3])):
         return ()
-    met = []
-    for size, taps, pad, spread in zip(sizes, kernel, padding, dilation, strict=True):
-        positions = [tap * spread - pad for tap in range(taps)]
-        met.append([(position, tap) for tap, position in enumerate(positions) if 0 <= position < size])
+    overlaps = []
+    for size, taps, pad, spacing in zip(sizes, kernel, padding, dilation, strict=True):
+        positions = [tap * spacing - pad for tap in range(taps)]
+        overlaps.append([(position, tap) for tap, position in enumerate(positions) if 0 <= position < size])
     every = slice(None)
-    return tuple(((every, every, y, x), (every, every, i, j)) for y, i in met[0] for x, j in met[1])
+    return tuple(((every, every, y, x), (every, every, i, j)) for y, i in overlaps[0] for x, j in overlaps[1])
 
 
 def _gemm_supports(problem: Problem) -> str | None:
-    if problem.traced:
-        return "a dispatch mode or a tensor subclass sees ATen's operators only"
+    if problem.under_torch_dispatch:
+        return "a dispatch mode or a tensor subclass requires ATen's operators"
     if len(problem.weight) != 4 or problem.groups > 1:
-        return "GEMMs on the weight in memory are for images without groups"
+        return "GEMMs on the unpacked weight support 2D convolutions without groups only"
     if problem.dtype not in (torch.float32, torch.float64) or not problem.weight_channels_last:
-        return "GEMMs on the weight in memory read float32 or float64 in channels_last memory"
+        return "GEMMs on the unpacked weight require float32 or float64 in channels_last memory"
     return None
 
 
@@ -143,104 +174,108 @@ def _tap_supports(problem: Problem) -> str | None:
     if reason := _gemm_supports(problem):
         return reason
     if max(problem.input[2:]) > 2:
-        return "maps of more than 2x2 pixels"
-    pairs = _taps(problem.input[2:], problem.weight[2:], problem.geometry)
-    return None if pairs else "more than one output pixel an image"
+        return "feature maps of more than 2x2 pixels"
+    pairs = _contributing_taps_of_shape(problem.input[2:], problem.weight[2:], problem.geometry)
+    return None if pairs else "more than one output pixel per image"
 
 
-#: More taps than this and ATen's one call is faster than the products.
-_MOST_TAPS = 4
+#: With more contributing taps, ATen's single call is faster than the GEMMs.
+_MAX_TAPS = 4
 
 TAP_GEMM = Algorithm(
     "tap_gemm",
     supports=_tap_supports,
-    serves={"forward": tap_forward, "input_gradient": tap_backward, "weight_gradient": tap_backward},
+    implementations={"forward": tap_forward, "input_gradient": tap_backward, "weight_gradient": tap_backward},
     rules=(
         Rule(
-            lambda problem: len(_taps(problem.input[2:], problem.weight[2:], problem.geometry)) > _MOST_TAPS,
-            f"more than {_MOST_TAPS} taps meet the input",
-            "taken over from the rule before it, which recorded no figures",
+            lambda problem: (
+                len(_contributing_taps_of_shape(problem.input[2:], problem.weight[2:], problem.geometry)) > _MAX_TAPS
+            ),
+            f"more than {_MAX_TAPS} taps overlap the input",
+            "inherited from an earlier version of this rule, without recorded figures",
         ),
     ),
-    niche=True,
-    describe=lambda problem: "one output pixel: reads only the taps that meet the input",
+    special_case=True,
+    describe=lambda problem: "one output pixel: reads only the taps that overlap the input",
 )
 
 
-# im2col and GEMM
+# im2col_gemm: explicit im2col and one GEMM
 
 
 def im2col_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, partials: bool
 ) -> tuple[Tensor, None]:
+    """Compute a forward convolution; signature of :func:`aten_forward`."""
     output = conv_output_sizes(input.shape[2:], weight.shape[2:], *geometry[:3])
     columns = _im2col(input, weight, geometry, output)
-    z = torch.mm(_matrix(weight), columns.t()).t().contiguous()
+    z = torch.mm(_weight_matrix(weight), columns.t()).t().contiguous()
     if bias is not None:
         z += bias
     return z.view(input.shape[0], *output, -1).permute(0, 3, 1, 2), None
 
 
 def im2col_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_mask: Mask
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_mask: OutputMask
 ) -> Gradients:
+    """Compute the gradients of :func:`im2col_forward`; signature of :func:`aten_backward`."""
     dz = grad.permute(0, 2, 3, 1).flatten(0, 2)
     images, channels, height, width = input.shape
     outputs, _, *taps = weight.shape
     output = grad.shape[2:]
     grad_input = grad_weight = None
     if output_mask[0]:
-        met = torch.mm(dz, _matrix(weight)).view(images, *output, *taps, channels)
-        (rows, cols), (high, wide), dilation, _ = geometry
-        padded = input.new_zeros(images, height + 2 * high, width + 2 * wide, channels)
+        grad_columns = torch.mm(dz, _weight_matrix(weight)).view(images, *output, *taps, channels)
+        (stride_h, stride_w), (pad_h, pad_w), dilation, _ = geometry
+        padded = input.new_zeros(images, height + 2 * pad_h, width + 2 * pad_w, channels)
         for i in range(taps[0]):
             for j in range(taps[1]):
                 y, x = i * dilation[0], j * dilation[1]
-                last = y + (output[0] - 1) * rows + 1, x + (output[1] - 1) * cols + 1
-                padded[:, y : last[0] : rows, x : last[1] : cols] += met[:, :, :, i, j]
-        grad_input = padded[:, high : high + height, wide : wide + width].contiguous().permute(0, 3, 1, 2)
+                end = y + (output[0] - 1) * stride_h + 1, x + (output[1] - 1) * stride_w + 1
+                padded[:, y : end[0] : stride_h, x : end[1] : stride_w] += grad_columns[:, :, :, i, j]
+        grad_input = padded[:, pad_h : pad_h + height, pad_w : pad_w + width].contiguous().permute(0, 3, 1, 2)
     if output_mask[1]:
         columns = _im2col(input, weight, geometry, output)
         grad_weight = torch.mm(dz.t(), columns).view(outputs, *taps, channels).permute(0, 3, 1, 2)
     return grad_input, grad_weight, dz.sum(0) if output_mask[2] else None
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    """``(K, taps * C)``, as a channels_last weight lies in memory."""
+def _weight_matrix(weight: Tensor) -> Tensor:
+    """Return a channels_last weight as a ``(K, taps * C)`` matrix, without a copy."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _im2col(input: Tensor, weight: Tensor, geometry: Geometry, output: Sequence[int]) -> Tensor:
-    """``(pixels, taps * C)``: the input under each output pixel."""
-    (rows, cols), (high, wide), dilation, _ = geometry
+    """Return the im2col matrix ``(output pixels, taps * C)``."""
+    (stride_h, stride_w), (pad_h, pad_w), dilation, _ = geometry
     taps = weight.shape[2:]
-    padded = F.pad(input, (wide, wide, high, high)) if high or wide else input
+    padded = F.pad(input, (pad_w, pad_w, pad_h, pad_h)) if pad_h or pad_w else input
     image, channel, row, col = padded.stride()
-    met = padded.as_strided(
+    windows = padded.as_strided(
         (input.shape[0], *output, *taps, input.shape[1]),
-        (image, row * rows, col * cols, row * dilation[0], col * dilation[1], channel),
+        (image, row * stride_h, col * stride_w, row * dilation[0], col * dilation[1], channel),
     )
-    return met.flatten(3).flatten(0, 2)
+    return windows.flatten(3).flatten(0, 2)
 
 
 def _im2col_supports(problem: Problem) -> str | None:
     if reason := _gemm_supports(problem):
         return reason
     if problem.device != "cpu" or not problem.channels_last or problem.input[0] == 0:
-        return "im2col_gemm is for images in channels_last memory of a CPU"
-    height, width = problem.output
-    return "one output pixel an image" if height * width == 1 else None
+        return "im2col_gemm supports channels_last images on a CPU only"
+    height, width = problem.output_size
+    return "one output pixel per image" if height * width == 1 else None
 
 
-#: Weight elements from which, and output pixels of all images up to which, `im2col_gemm` is faster.
+#: `im2col_gemm` is faster from this number of weight elements on, and up to this number of output pixels of all images.
 _LARGE_WEIGHT = 1 << 15
 _FEW_PIXELS, _FEW_PIXELS_POINTWISE = 32, 127
 
 
 def _many_pixels(problem: Problem) -> bool:
-    height, width = problem.output
-    most = _FEW_PIXELS_POINTWISE if set(problem.weight[2:]) == {1} else _FEW_PIXELS
-    return problem.input[0] * height * width > most
+    height, width = problem.output_size
+    limit = _FEW_PIXELS_POINTWISE if set(problem.weight[2:]) == {1} else _FEW_PIXELS
+    return problem.input[0] * height * width > limit
 
 
 def _small_weight(problem: Problem) -> bool:
@@ -257,14 +292,14 @@ _FEW_PIXELS_MEASURED = (
 IM2COL_GEMM = Algorithm(
     "im2col_gemm",
     supports=_im2col_supports,
-    serves={"forward": im2col_forward, "input_gradient": im2col_backward, "weight_gradient": im2col_backward},
+    implementations={"forward": im2col_forward, "input_gradient": im2col_backward, "weight_gradient": im2col_backward},
     rules=(
         Rule(_small_weight, "a small weight", _FEW_PIXELS_MEASURED),
         Rule(_many_pixels, "many output pixels", _FEW_PIXELS_MEASURED),
     ),
-    niche=True,
-    describe=lambda problem: "few output pixels: reads the weight once, as it lies in memory",
+    special_case=True,
+    describe=lambda problem: "few output pixels: reads the weight once, without reordering",
 )
 
-#: In every backend's list these follow the backend's own.
+#: Every backend's list is its own algorithms followed by these.
 ALGORITHMS = (IM2COL_GEMM, TAP_GEMM, ATEN)

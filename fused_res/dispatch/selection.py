@@ -1,8 +1,8 @@
-"""Selection of a convolution's algorithm: the first of a backend's list that supports it and that no rule excludes.
+"""Selection of a convolution's algorithm: the first of a backend's list that supports it and is not excluded by a rule.
 
-oneDNN walks its list of convolution implementations in the same way
-(https://uxlfoundation.github.io/oneDNN/dev_guide_convolution.html). Measuring (:mod:`fused_res.dispatch.tuning`) only
-reorders the list.
+oneDNN selects from its list of convolution implementations in the same way
+(https://uxlfoundation.github.io/oneDNN/dev_guide_convolution.html). Tuning (:mod:`fused_res.dispatch.tuning`) replaces
+the heuristics by measured times.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from fused_res.dispatch.algorithm import TRAINING, Algorithm, Problem
+from fused_res.dispatch.algorithm import TRAINING_OPERATIONS, Algorithm, Problem
 
 
-class Selected(NamedTuple):
-    """An algorithm and why it was selected."""
+class Selection(NamedTuple):
+    """A selected algorithm and the human-readable reason for its selection."""
 
     algorithm: Algorithm
     reason: str
 
     @property
     def name(self) -> str:
+        """Name of the algorithm."""
         return self.algorithm.name
 
     def __str__(self) -> str:
@@ -28,37 +29,32 @@ class Selected(NamedTuple):
 
 
 def candidates(algorithms: tuple[Algorithm, ...], problem: Problem) -> list[Algorithm]:
-    """Every algorithm of the list that can compute the problem, in order."""
-    return [one for one in algorithms if problem.operation in one.serves and one.supports(problem) is None]
+    """Return the algorithms of the list that support the problem, in order."""
+    return [one for one in algorithms if problem.operation in one.implementations and one.supports(problem) is None]
 
 
-def select_uncached(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Selected:
-    """The first algorithm that supports the problem and that no rule excludes.
-
-    Args:
-        preference: ``"planned"``; ``"aten"`` for ATen's convolution and nothing else; ``"fused"`` to disregard the
-            rules of fused algorithms.
-    """
+def select_uncached(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Selection:
+    """Implement :func:`select` without its cache."""
     if preference == "aten":
-        return Selected(algorithms[-1], "FUSED_RES_CONVOLUTION or backends.use()")
+        return Selection(algorithms[-1], "FUSED_RES_CONVOLUTION or backends.use()")
     excluded = ""
     for algorithm in algorithms:
-        if problem.operation not in algorithm.serves:
+        if problem.operation not in algorithm.implementations:
             continue
-        reason = algorithm.supports(problem) or _slower(algorithm, problem, preference)
+        reason = algorithm.supports(problem) or _exclusion_reason(algorithm, problem, preference)
         if reason is None:
-            return Selected(algorithm, algorithm.describe(problem) or excluded)
-        if not algorithm.niche:
+            return Selection(algorithm, algorithm.describe(problem) or excluded)
+        if not algorithm.special_case:
             excluded = reason
     raise AssertionError("the last algorithm of a list supports everything")
 
 
-def _slower(algorithm: Algorithm, problem: Problem, preference: str) -> str | None:
-    """Why another algorithm is faster, or None."""
+def _exclusion_reason(algorithm: Algorithm, problem: Problem, preference: str) -> str | None:
+    """Return the reason of the first rule that excludes the algorithm, or None."""
     if algorithm.fused and preference == "fused":
         return None
     for rule in algorithm.rules:
-        if (not rule.operations or problem.operation in rule.operations) and rule.beaten(problem):
+        if (not rule.operations or problem.operation in rule.operations) and rule.is_slower(problem):
             return rule.reason
     return None
 
@@ -66,26 +62,30 @@ def _slower(algorithm: Algorithm, problem: Problem, preference: str) -> str | No
 _cached = lru_cache(maxsize=8192)(select_uncached)
 
 
-def select(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Selected:
-    """The first algorithm that supports the problem and that no rule excludes; cached but for symbolic sizes.
+def select(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Selection:
+    """Return the first algorithm that supports the problem and that no rule excludes.
+
+    Results are cached, except for problems with symbolic sizes.
 
     Args:
-        algorithms: a backend's list.
-        preference: ``"planned"``; ``"aten"`` for ATen's convolution and nothing else; ``"fused"`` to disregard the
-            rules of fused algorithms.
+        algorithms: a backend's list, in order of priority.
+        problem: the convolution.
+        preference: ``"planned"`` for selection by the rules; ``"aten"`` for ATen's convolution only; ``"fused"`` to
+            ignore the rules of fused algorithms.
     """
     return (select_uncached if problem.symbolic else _cached)(algorithms, problem, preference)
 
 
-class Algorithms(NamedTuple):
-    """The algorithms of one convolution in training."""
+class TrainingAlgorithms(NamedTuple):
+    """The algorithms of one convolution in training: forward, input gradient and weight gradient."""
 
-    forward: Selected
-    input_gradient: Selected
-    weight_gradient: Selected
+    forward: Selection
+    input_gradient: Selection
+    weight_gradient: Selection
 
     @property
     def fused_backward(self) -> bool:
+        """Whether the gradients have the backward of the following norm as operand prologue."""
         return self.weight_gradient.algorithm.fused
 
     def __str__(self) -> str:
@@ -95,6 +95,14 @@ class Algorithms(NamedTuple):
         return f"forward {self.forward}, {gradients}"
 
 
-def select_training(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Algorithms:
-    """The algorithms for a convolution and its two gradients; both gradients are fused, or neither."""
-    return Algorithms(*(select(algorithms, problem._replace(operation=one), preference) for one in TRAINING))
+def select_training(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> TrainingAlgorithms:
+    """Return the algorithms for a convolution and its two gradients; both gradients are fused, or neither.
+
+    Args:
+        algorithms: a backend's list, in order of priority.
+        problem: the forward convolution.
+        preference: as of :func:`select`.
+    """
+    return TrainingAlgorithms(
+        *(select(algorithms, problem._replace(operation=one), preference) for one in TRAINING_OPERATIONS)
+    )

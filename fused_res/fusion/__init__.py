@@ -1,4 +1,4 @@
-"""The drop-in: blocks of other libraries, fused in place."""
+"""Fusing, freezing and summarizing models of torchvision, timm and ``nn.Sequential``."""
 
 from fused_res.fusion.convert import fuse, unfuse
 from fused_res.fusion.freeze import freeze

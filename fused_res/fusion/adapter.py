@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fused_res.fusion import runs
 from fused_res.fusion.runs import Settings
 from fused_res.nn import chain
-from fused_res.nn.chain import Refusal, Shortcut, Unit, untouched
-from fused_res.nn.configured import Unscriptable
+from fused_res.nn.chain import Shortcut, Unit, Unsupported, has_no_hooks
+from fused_res.nn.fusable_module import Unscriptable
 
 
 class Fused(Unscriptable):
@@ -59,12 +59,12 @@ class Adapter:
         return True
 
     @classmethod
-    def refusal(cls, module: Any) -> Refusal | None:
+    def unsupported_reason(cls, module: Any) -> Unsupported | None:
         """Why `module`, fused or not, would run its own forward, as far as that is known without an input."""
         raise NotImplementedError
 
     @classmethod
-    def covered(cls, module: Any) -> tuple[str, ...]:
+    def fused_children(cls, module: Any) -> tuple[str, ...]:
         """Names of the children that the fused forward runs itself; the others stay modules to be fused."""
         return tuple(module._modules)
 
@@ -85,16 +85,16 @@ class Pieces(NamedTuple):
     def join(self) -> nn.Module | None:
         """The norm that ends the branch, if it can take in the addition and the activation."""
         norm, activation = self.branch[-1], self.activation
-        if type(norm) not in chain.norms or type(activation) is not nn.ReLU:
+        if type(norm) not in chain.norm_types or type(activation) is not nn.ReLU:
             return None
-        return norm if untouched(norm.__dict__) and untouched(activation.__dict__) else None
+        return norm if has_no_hooks(norm.__dict__) and has_no_hooks(activation.__dict__) else None
 
     def run(self, x: Tensor, settings: Settings) -> Tensor:
         norm = self.join()
         y = runs.run(x, self.branch if norm is None else self.branch[:-1], settings)
         added = x if isinstance(self.shortcut, str) else self.shortcut(x)
         if norm is not None:
-            output = chain.run_norm(y, norm, added, "relu", settings.backend)
+            output = chain.run_fused_norm(y, norm, added, "relu", settings.backend)
             if output is not None:
                 return output
             y = norm(y)
@@ -111,11 +111,11 @@ class FusedBlock(Fused):
             adapter = self._fused_res_adapter
             parts = adapter.parts(self)
             if type(parts) is Parts:
-                output = chain.run(x, parts.units, parts.shortcut, None, *settings)
+                output = chain.run_fused(x, parts.units, parts.shortcut, None, *settings)
                 if output is not None:
                     return output
             pieces = adapter.pieces(self)
-            if pieces is not None and chain.situation() is None and chain.inspect_input(x) is None:
+            if pieces is not None and chain.unsupported_context() is None and chain.inspect_input(x) is None:
                 return pieces.run(x, settings)
         return super().forward(x)  # type: ignore[misc]
 
@@ -126,7 +126,7 @@ class BlockAdapter(Adapter):
     front = FusedBlock
 
     @classmethod
-    def parts(cls, module: Any) -> Parts | Refusal:
+    def parts(cls, module: Any) -> Parts | Unsupported:
         """The modules that the block's own forward runs through, or which of them has no place in a chain."""
         raise NotImplementedError
 
@@ -136,25 +136,25 @@ class BlockAdapter(Adapter):
         return None
 
     @classmethod
-    def hindrance(cls, module: Any) -> Refusal | None:
+    def hindrance(cls, module: Any) -> Unsupported | None:
         """Why the block is not one chain, as far as that is known without an input."""
         parts = cls.parts(module)
-        return parts if isinstance(parts, Refusal) else chain.refusal_of(*parts)
+        return parts if isinstance(parts, Unsupported) else chain.find_unsupported(*parts)
 
     @classmethod
-    def refusal(cls, module: Any) -> Refusal | None:
+    def unsupported_reason(cls, module: Any) -> Unsupported | None:
         hindrance = cls.hindrance(module)
         if hindrance is not None:
             pieces = cls.pieces(module)
-            if pieces is not None and runs.refusal_of(pieces.branch) is None:
+            if pieces is not None and runs.find_unsupported(pieces.branch) is None:
                 return None
         return hindrance
 
     @classmethod
-    def covered(cls, module: Any) -> tuple[str, ...]:
+    def fused_children(cls, module: Any) -> tuple[str, ...]:
         pieces = cls.pieces(module)
         if pieces is None or cls.hindrance(module) is None:
-            return super().covered(module)
+            return super().fused_children(module)
         inside = {id(child) for run in runs.worthwhile(pieces.branch) for child in run.modules}
         inside |= {id(pieces.join()), id(pieces.activation)}
         return tuple(name for name, child in module._modules.items() if id(child) in inside)
@@ -166,16 +166,16 @@ class StemAdapter(Adapter):
     children: ClassVar[tuple[str, ...]]  # of the chain; the pooling may be a module with a chain of its own
 
     @classmethod
-    def units(cls, module: Any) -> tuple[Unit, ...] | Refusal:
+    def units(cls, module: Any) -> tuple[Unit, ...] | Unsupported:
         raise NotImplementedError
 
     @classmethod
-    def refusal(cls, module: Any) -> Refusal | None:
+    def unsupported_reason(cls, module: Any) -> Unsupported | None:
         units = cls.units(module)
-        return units if isinstance(units, Refusal) else chain.refusal_of(units)
+        return units if isinstance(units, Unsupported) else chain.find_unsupported(units)
 
     @classmethod
-    def covered(cls, module: Any) -> tuple[str, ...]:
+    def fused_children(cls, module: Any) -> tuple[str, ...]:
         return cls.children
 
     @classmethod
@@ -183,11 +183,11 @@ class StemAdapter(Adapter):
         """What the network's own forward has behind its stem, or None if it has to run itself."""
         settings = module._fused_res
         units = cls.units(module)
-        if settings is None or isinstance(units, Refusal):
+        if settings is None or isinstance(units, Unsupported):
             return None
         # Whatever else someone put there (CIFAR models want no pooling at all) runs behind the chain.
         inside = pool if chain.inspect_pool(pool) is None else None
-        output = chain.run(x, units, "none", inside, *settings)
+        output = chain.run_fused(x, units, "none", inside, *settings)
         return output if output is None or inside is not None else pool(output)
 
 
@@ -207,7 +207,7 @@ def fused_class(adapter: type[Adapter], base: type[nn.Module]) -> type[nn.Module
         namespace = {"_fused_res_adapter": adapter, "__module__": base.__module__, "__doc__": base.__doc__}
         made = _fused_classes[base] = type(f"Fused{base.__name__}", (adapter.front, base), namespace)
         if base is nn.Sequential:
-            chain.fused_sequentials.add(made)
+            chain.fused_sequential_types.add(made)
     return made
 
 

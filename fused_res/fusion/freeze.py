@@ -1,4 +1,4 @@
-"""``freeze``: a copy of a model for inference, its batch norms folded into the convolutions before them."""
+"""``freeze``: a copy of a model for inference, with batch norms folded into the preceding convolutions."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from fused_res.fusion.runs import split
 from fused_res.fusion.sequential import Sequential
 from fused_res.models.network import ResidualNetwork
 from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
-from fused_res.nn.chain import Refusal, Shortcut, Unit, untouched
-from fused_res.nn.configured import check_model, check_settings
-from fused_res.nn.frozen import Frozen, FrozenBlock, FrozenConv, FrozenStage, Programs
-from fused_res.spec import UnitSpec, UnitTensors, by_unit
+from fused_res.nn.chain import Shortcut, Unit, Unsupported, has_no_hooks
+from fused_res.nn.frozen import FrozenBlock, FrozenConv, FrozenModule, FrozenStage, InferenceGraphCache
+from fused_res.nn.fusable_module import check_model, check_settings
+from fused_res.spec import UnitSpec, UnitTensors, group_by_unit
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def freeze(model: Model, backend: str = "auto") -> Model:
-    """A copy of `model` for inference: every block that :func:`fused_res.fuse` understands, without its batch norms.
+    """Return a copy of `model` for inference, with batch norms folded into the convolutions of supported blocks.
 
-    Each convolution holds the norm behind it in its weight and bias, and runs with the addition and the ReLU as one
-    kernel (:func:`fused_res.functional.conv_bias_act`); on the CPU in float32 whole blocks and stages run as one
-    call. Weights are packed for their kernel at the first call, once for all batches and sizes of images. The copy
-    is in eval mode for good, no parameter of it requires a gradient, and it is an ordinary module besides: it can
-    be copied, pickled, moved, compiled, and exported (as plain ATen, for ONNX). What is not understood exactly, or
-    has a hook, is left as it is; ``print(summarize(frozen))`` says why. A block becomes one module. Elsewhere (and
-    in a block with, say, attention in it) the convolution's place holds all three layers, and those of the norm and
-    the activation an ``nn.Identity``: code that looks at what is between them would see something else.
+    Each convolution contains the following norm in its weight and bias and runs with the addition and the ReLU as one
+    kernel (:func:`fused_res.functional.conv_bias_act`). On the CPU in float32, whole blocks and stages run as one call.
+    Weights are packed for their kernel at the first call, once for all batch and image sizes. The copy is an ordinary
+    module that stays in eval mode and requires no gradients: it can be copied, pickled, moved, compiled, and exported
+    (as plain ATen, for ONNX). Modules that do not match exactly, or have hooks, are unchanged;
+    ``print(summarize(frozen))`` gives the reasons. A block becomes one module. Outside of blocks (and in blocks with
+    attention, for example) the convolution is replaced by one module for all three layers, the norm and the activation
+    by ``nn.Identity``: code that reads their outputs sees the fused result.
 
     Args:
-        model: any module, which stays as it is.
-        backend: see :mod:`fused_res.backends`.
+        model: any module; it is not modified.
+        backend: name of a backend, see :mod:`fused_res.backends`; default ``"auto"``.
 
     Returns:
-        The copy, of `model`'s class; of a block alone, a :class:`fused_res.nn.frozen.FrozenBlock`.
+        The copy, of `model`'s class; for a single block, a :class:`fused_res.nn.frozen.FrozenBlock`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: `backend` is not a known name.
-        BackendUnavailableError: a backend asked for by name cannot run here.
+        BackendUnavailableError: the named backend cannot run here.
     """
     check_model(model)
     check_settings(backend, "none")
@@ -65,9 +65,9 @@ def freeze(model: Model, backend: str = "auto") -> Model:
         children = list(parent._modules.values())
         if type(parent) is nn.Sequential and len(children) > 1 and all(type(c) is FrozenBlock for c in children):
             parent.__class__ = FrozenStage
-            cast(FrozenStage, parent)._programs = Programs()
+            cast(FrozenStage, parent)._graph_cache = InferenceGraphCache()
     base: Any = type(frozen)
-    if not isinstance(frozen, (Frozen, *CLOSED)) and base.__reduce_ex__ is object.__reduce_ex__:
+    if not isinstance(frozen, (FrozenModule, *CLOSED)) and base.__reduce_ex__ is object.__reduce_ex__:
         frozen.__class__ = _frozen_class(base)
     return frozen
 
@@ -86,10 +86,10 @@ def _freeze_parts(model: nn.Module, backend: str) -> dict[nn.Module, nn.Module]:
             adapter is not None and issubclass(adapter, BlockAdapter)
         ):
             made = _frozen_block(module, adapter, backend)
-            if isinstance(made, Refusal):
+            if isinstance(made, Unsupported):
                 refusal = made
                 pieces = None if adapter is None else cast(type[BlockAdapter], adapter).pieces(module)
-                if pieces is not None and untouched(module.__dict__):
+                if pieces is not None and has_no_hooks(module.__dict__):
                     _freeze_runs(module, pieces.names, backend)
             else:
                 replaced[module] = made
@@ -98,17 +98,17 @@ def _freeze_parts(model: nn.Module, backend: str) -> dict[nn.Module, nn.Module]:
     return replaced
 
 
-def _freeze_runs(module: nn.Module, children: tuple[str, ...], backend: str) -> Refusal | None:
+def _freeze_runs(module: nn.Module, children: tuple[str, ...], backend: str) -> Unsupported | None:
     """In place, of children that run one after the other; `module` goes on calling them."""
     names = list(children)
     refusal = None
     for run in split(tuple([cast(nn.Module, module._modules[name]) for name in names])):
         places, names = names[: len(run.modules)], names[len(run.modules) :]
         if len(run.modules) == 2 and not run.units:
-            refusal = Refusal("has no convolution before it", run.modules[0])
+            refusal = Unsupported("has no convolution before it", run.modules[0])
         for unit in run.units:
             made = _fold((unit,), "none", backend)
-            if isinstance(made, Refusal):
+            if isinstance(made, Unsupported):
                 refusal = made
             else:
                 module._modules[places[0]] = made[0]
@@ -117,17 +117,17 @@ def _freeze_runs(module: nn.Module, children: tuple[str, ...], backend: str) -> 
     return refusal
 
 
-def _freeze_stem(module: Any, adapter: Any, backend: str) -> Refusal | None:
+def _freeze_stem(module: Any, adapter: Any, backend: str) -> Unsupported | None:
     if adapter is None:
         if not _has_own(module, ResidualNetwork, "forward", "_stem", "_stem_units"):
-            return Refusal("has a forward of its own", module)
+            return Unsupported("has a forward of its own", module)
         units, names = module._stem_units(), ("conv1", "bn1", "relu")
         module.fused = False
     else:
         units, names = adapter.units(module), adapter.children
     pool = module.maxpool if module.maxpool is not None and chain.inspect_pool(module.maxpool) is None else None
     made = _fold(units, "none", backend, pool=pool)
-    if isinstance(made, Refusal):
+    if isinstance(made, Unsupported):
         return made
     if pool is not None:
         module.maxpool = nn.Identity().eval()
@@ -143,25 +143,25 @@ def _freeze_stem(module: Any, adapter: Any, backend: str) -> Refusal | None:
     return None
 
 
-def _frozen_block(module: Any, adapter: Any, backend: str) -> FrozenBlock | FrozenConv | Refusal:
-    if not untouched(module.__dict__):
-        return Refusal("has a hook, or a forward of its own", module)
+def _frozen_block(module: Any, adapter: Any, backend: str) -> FrozenBlock | FrozenConv | Unsupported:
+    if not has_no_hooks(module.__dict__):
+        return Unsupported("has a hook, or a forward of its own", module)
     kind = type(module).__name__
     if isinstance(module, ConvBNAct2d):
         if not _has_own(module, ConvBNAct2d, "forward", "_units"):
-            return Refusal("has a forward of its own", module)
+            return Unsupported("has a forward of its own", module)
         made = _fold(module._units(), "none", backend, kind)
-        return made if isinstance(made, Refusal) else made[0]
+        return made if isinstance(made, Unsupported) else made[0]
     if adapter is not None:
         parts = adapter.parts(module)
-        if isinstance(parts, Refusal):
+        if isinstance(parts, Unsupported):
             return parts
-    elif _has_own(module, ResidualBlock, "forward", "_parts"):
-        parts = Parts(*module._parts())
+    elif _has_own(module, ResidualBlock, "forward", "_units_and_shortcut"):
+        parts = Parts(*module._units_and_shortcut())
     else:
-        return Refusal("has a forward of its own", module)
+        return Unsupported("has a forward of its own", module)
     made = _fold(parts.units, parts.shortcut, backend)
-    if isinstance(made, Refusal):
+    if isinstance(made, Unsupported):
         return made
     count = len(parts.units)
     shortcut = made[count] if isinstance(parts.shortcut, nn.Module) else parts.shortcut
@@ -175,19 +175,19 @@ def _has_own(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
 
 def _fold(
     units: Sequence[Unit], shortcut: Shortcut, backend: str, origin: str | None = None, pool: nn.Module | None = None
-) -> list[FrozenConv] | Refusal:
+) -> list[FrozenConv] | Unsupported:
     """One frozen convolution for each unit, the projection's last; the pooling goes with the chain's last one."""
-    read = chain.read(units, shortcut, pool)
-    if isinstance(read, Refusal):
+    read = chain.match_chain(units, shortcut, pool)
+    if isinstance(read, Unsupported):
         return read
     for norm, batch_statistics in zip(read.norms, read.training, strict=True):
         if batch_statistics:
-            return Refusal("normalises with the statistics of the batch", norm)
+            return Unsupported("normalises with the statistics of the batch", norm)
     assert read.tensors[0] is not None
-    refusal = chain.inspect_tensors(read.tensors, read.tensors[0].dtype, casts=False)
+    refusal = chain.inspect_tensors(read.tensors, read.tensors[0].dtype, autocast=False)
     if refusal is not None:
         return refusal
-    frozen, units_tensors = [], by_unit(read.tensors)
+    frozen, units_tensors = [], group_by_unit(read.tensors)
     for index, spec in enumerate(read.spec.convolutions):
         weight, bias = _folded(units_tensors[index], spec)
         layers = "Conv2d + BatchNorm2d" + " + ReLU" * spec.relu
@@ -210,7 +210,7 @@ def _folded(tensors: UnitTensors, spec: UnitSpec) -> tuple[Tensor, Tensor]:
 class _FrozenModel:
     """Stands in front of the class of a model that was frozen: it refuses to train before any part of it is changed."""
 
-    train = Frozen.train
+    train = FrozenModule.train
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes made at run time cannot be pickled by name; this one is made again from its base.

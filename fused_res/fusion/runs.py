@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fused_res.nn import chain
-from fused_res.nn.chain import Refusal, Unit, untouched
+from fused_res.nn.chain import Unit, Unsupported, has_no_hooks
 
 
 class Settings(NamedTuple):
@@ -29,8 +29,8 @@ class Run(NamedTuple):
 
 def split(modules: tuple[nn.Module, ...]) -> Iterator[Run]:
     """The modules, in their order, as the longest runs."""
-    norms = [[kind] for kind in chain.norms]
-    kinds = [type(module) if untouched(module.__dict__) else None for module in modules]
+    norms = [[kind] for kind in chain.norm_types]
+    kinds = [type(module) if has_no_hooks(module.__dict__) else None for module in modules]
     start = 0
     while start < len(kinds):
         units: list[Unit] = []
@@ -59,14 +59,14 @@ def run(input: Tensor, modules: tuple[nn.Module, ...], settings: Settings) -> Te
 def _run(input: Tensor, run: Run, settings: Settings) -> Tensor:
     output = None
     if run.units:
-        output = chain.run(input, run.units, "none", run.pool, *settings)
+        output = chain.run_fused(input, run.units, "none", run.pool, *settings)
         if output is None and len(run.units) > 1:
             # One of the units does not fit; the others still may.
             for part in _single_units(run):
                 input = _run(input, part, settings)
             return input
     elif len(run.modules) == 2:
-        output = chain.run_norm(input, run.modules[0], None, "relu", settings.backend)
+        output = chain.run_fused_norm(input, run.modules[0], None, "relu", settings.backend)
     if output is not None:
         return output
     for module in run.modules:
@@ -86,14 +86,14 @@ def worthwhile(modules: tuple[nn.Module, ...]) -> list[Run]:
     return [run for run in split(modules) if len(run.modules) > 1]
 
 
-def refusal_of(modules: tuple[nn.Module, ...]) -> Refusal | None:
+def find_unsupported(modules: tuple[nn.Module, ...]) -> Unsupported | None:
     """None if any of these would run fused, as far as that can be told without an input."""
     refusal = None
     for run in worthwhile(modules):
         if not run.units:
             return None
         for part in _single_units(run):
-            refusal = chain.refusal_of(part.units, "none", part.pool)
+            refusal = chain.find_unsupported(part.units, "none", part.pool)
             if refusal is None:
                 return None
-    return refusal or Refusal("holds no convolution and norm, or norm and ReLU, in a row")
+    return refusal or Unsupported("holds no convolution and norm, or norm and ReLU, in a row")

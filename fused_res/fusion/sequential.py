@@ -9,13 +9,13 @@ from torch import Tensor
 from fused_res.fusion import runs
 from fused_res.fusion.adapter import Adapter, Fused
 from fused_res.nn import chain
-from fused_res.nn.chain import Refusal
+from fused_res.nn.chain import Unsupported
 
 
 class FusedSequential(Fused):
     def forward(self: Any, input: Tensor) -> Tensor:
         settings = self._fused_res
-        if settings is None or chain.situation() is not None:
+        if settings is None or chain.unsupported_context() is not None:
             return super().forward(input)  # type: ignore[misc]
         return runs.run(input, tuple(self._modules.values()), settings)
 
@@ -29,10 +29,10 @@ class Sequential(Adapter):
     front = FusedSequential
 
     @classmethod
-    def refusal(cls, module: Any) -> Refusal | None:
-        return runs.refusal_of(tuple(module._modules.values()))
+    def unsupported_reason(cls, module: Any) -> Unsupported | None:
+        return runs.find_unsupported(tuple(module._modules.values()))
 
     @classmethod
-    def covered(cls, module: Any) -> tuple[str, ...]:
+    def fused_children(cls, module: Any) -> tuple[str, ...]:
         inside = {id(child) for run in runs.worthwhile(tuple(module._modules.values())) for child in run.modules}
         return tuple(name for name, child in module._modules.items() if id(child) in inside)

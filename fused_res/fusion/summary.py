@@ -1,4 +1,4 @@
-"""What was fused, what was left, and why: as data, and as a table."""
+"""``summarize``: which modules run fused, which do not, and why, as data and as a table."""
 
 from __future__ import annotations
 
@@ -21,29 +21,37 @@ from fused_res.fusion.runs import Settings
 from fused_res.fusion.sequential import Sequential
 from fused_res.models.network import ResidualNetwork
 from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
-from fused_res.nn.chain import Refusal
-from fused_res.nn.configured import Configured
-from fused_res.nn.frozen import Frozen, FrozenConv
+from fused_res.nn.chain import Unsupported
+from fused_res.nn.frozen import FrozenConv, FrozenModule
+from fused_res.nn.fusable_module import FusableModule
 
 NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm)
 _NOT_RUN = "algorithms are selected for the first input"
 
 
 class Row(NamedTuple):
-    """One module of the model."""
+    """One module of a summarized model.
+
+    Args:
+        name: qualified name of the module.
+        kind: name of its class before fusing.
+        fused: whether it runs fused.
+        why: how it runs fused, or the reason why it does not.
+    """
 
     name: str
-    kind: str  # its class, the one before fusing
+    kind: str
     fused: bool
-    why: str  # how it runs fused, or why it does not
+    why: str
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All rows, in the model's order; prints as a table that puts equal rows together.
+    """The result of :func:`fused_res.summarize`; prints as a table that groups equal rows.
 
-    Attributes:
-        plans: what each block ran last, by the name of its first convolution.
+    Args:
+        rows: all rows, in the model's order.
+        plans: the plan that each block ran last, by the name of its first convolution.
     """
 
     rows: tuple[Row, ...]
@@ -51,17 +59,17 @@ class Summary:
 
     @property
     def steps(self) -> str:
-        """Every step of these plans: forward, what is saved, backward."""
+        """All steps of :attr:`plans` as text: forward, saved tensors, backward."""
         return "\n\n".join(f"{name}\n{plan}" for name, plan in self.plans.items())
 
     @property
     def fused(self) -> tuple[Row, ...]:
-        """The rows of what runs fused."""
+        """The rows of fused modules."""
         return tuple(row for row in self.rows if row.fused)
 
     @property
     def left(self) -> tuple[Row, ...]:
-        """All other rows."""
+        """The rows of modules that are not fused."""
         return tuple(row for row in self.rows if not row.fused)
 
     def __str__(self) -> str:
@@ -81,19 +89,19 @@ class Summary:
 
 
 def summarize(model: nn.Module) -> Summary:
-    """What of `model` runs fused at present, what does not, and why; ``print`` it for a table.
+    """Summarize which modules of `model` run fused, which do not, and why; ``print`` the result for a table.
 
-    Rows are the modules that :func:`fused_res.fuse` knows, those of :mod:`fused_res.nn`, and all other norms. For
-    convolutions they name the algorithms that ran last; those are selected for each size of input.
+    There is one row for each module that :func:`fused_res.fuse` supports, for each module of :mod:`fused_res.nn`, and
+    for each remaining norm. Rows of convolutions name the algorithms of the last call; they depend on the input size.
 
     Args:
         model: any module, fused, frozen or stock.
 
     Returns:
-        A :class:`fused_res.fusion.Summary`; its ``steps`` print every step that the blocks ran last.
+        A :class:`fused_res.fusion.Summary`; its ``steps`` list every step of the plans that the blocks ran last.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     rows = tuple(_rows(model))
     weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
@@ -111,23 +119,23 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         parents[name] = (base_of(kind) or kind).__name__
         if parent in frozen:
             continue
-        if isinstance(module, Frozen):
+        if isinstance(module, FrozenModule):
             frozen.add(name)
             yield _frozen_row(name, module)
         elif _frozen_in_pieces(module, adapter):
             frozen.add(name)
             why = _reason(module, module.__dict__["_fused_res_left"])
             yield Row(name, parents[name], True, f"frozen in pieces: {why}")
-        elif refusal is not None and isinstance(refusal.module, Frozen):
-            if isinstance(module, Configured):  # what it covers is not visited; of others the stem is a row below
+        elif refusal is not None and isinstance(refusal.module, FrozenModule):
+            if isinstance(module, FusableModule):  # what it covers is not visited; of others the stem is a row below
                 yield _frozen_row(f"{name}.conv1" if name else "conv1", refusal.module)
-        elif isinstance(module, Fused | Configured):
+        elif isinstance(module, Fused | FusableModule):
             why = _reason(module, refusal)
             if why is None:
                 why = None if _switched_on(module) else "switched off"
             yield Row(name, parents[name], why is None, why or _settings(module))
         elif isinstance(module, CLOSED):
-            yield Row(name, parents[name], False, refusal.why if refusal else "")
+            yield Row(name, parents[name], False, refusal.reason if refusal else "")
         elif adapter is Sequential and refusal is not None and refusal.module is None:
             continue  # a Sequential of other things
         elif adapter is not None:
@@ -144,23 +152,23 @@ def _frozen_in_pieces(module: nn.Module, adapter: Any) -> bool:
     """Whether this is a block that :func:`fused_res.freeze` left, with frozen layers in it."""
     if adapter is None or not issubclass(adapter, BlockAdapter) or "_fused_res_left" not in module.__dict__:
         return False
-    return any(isinstance(child, Frozen) for child in module.children())
+    return any(isinstance(child, FrozenModule) for child in module.children())
 
 
-def _frozen_row(name: str, module: Frozen) -> Row:
+def _frozen_row(name: str, module: FrozenModule) -> Row:
     layers = [(name, child) for name, child in module.named_modules() if isinstance(child, FrozenConv)]
-    ran = [f"{name} {child.kernel}".strip() for name, child in layers if child.kernel is not None]
+    ran = [f"{name} {child.last_selected}".strip() for name, child in layers if child.last_selected is not None]
     how = "; ".join(ran) or _NOT_RUN
     return Row(name, module.origin, True, f"frozen, backend={_backend(module, module.backend)}, {how}")
 
 
-def _switched_on(module: Fused | Configured) -> bool:
-    return module.fused if isinstance(module, Configured) else module._fused_res is not None
+def _switched_on(module: Fused | FusableModule) -> bool:
+    return module.fused if isinstance(module, FusableModule) else module._fused_res is not None
 
 
-def _settings(module: Fused | Configured) -> str:
+def _settings(module: Fused | FusableModule) -> str:
     assert isinstance(module, nn.Module)
-    if isinstance(module, Configured):
+    if isinstance(module, FusableModule):
         settings = Settings(module.backend, module.recompute, module.tune)
     else:
         settings = module._fused_res or Settings()
@@ -176,7 +184,7 @@ def _settings(module: Fused | Configured) -> str:
 def _chains_of(module: Any) -> list[Parts]:
     """What a fused module runs as one block each."""
     if isinstance(module, ResidualBlock):
-        units, shortcut = module._parts()
+        units, shortcut = module._units_and_shortcut()
         return [Parts(tuple(units), shortcut)]
     if isinstance(module, ConvBNAct2d):
         return [Parts(tuple(module._units()))]
@@ -188,12 +196,12 @@ def _chains_of(module: Any) -> list[Parts]:
     adapter = fused._fused_res_adapter
     if issubclass(adapter, BlockAdapter):
         parts, pieces = adapter.parts(fused), adapter.pieces(fused)
-        if isinstance(parts, Parts) and chain.refusal_of(*parts) is None:
+        if isinstance(parts, Parts) and chain.find_unsupported(*parts) is None:
             return [parts]
         return [] if pieces is None else [Parts(run.units) for run in runs.split(pieces.branch) if run.units]
     if issubclass(adapter, StemAdapter):
         stem = adapter.units(fused)
-        return [] if isinstance(stem, Refusal) else [Parts(stem)]
+        return [] if isinstance(stem, Unsupported) else [Parts(stem)]
     return [Parts(run.units) for run in runs.split(tuple(fused._modules.values())) if run.units]
 
 
@@ -217,9 +225,9 @@ def _backend(module: nn.Module, backend: str) -> str:
     return registry.resolve(backend, device).name
 
 
-def _reason(module: nn.Module | Fused, refusal: Refusal | None) -> str | None:
+def _reason(module: nn.Module | Fused, refusal: Unsupported | None) -> str | None:
     if refusal is None or refusal.module is None:
-        return refusal and refusal.why
+        return refusal and refusal.reason
     assert isinstance(module, nn.Module)
     names = [name for name, child in module.named_modules(remove_duplicate=False) if child is refusal.module]
-    return f"{names[0] if names else 'a child'} {refusal.why}"
+    return f"{names[0] if names else 'a child'} {refusal.reason}"

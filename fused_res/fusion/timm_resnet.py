@@ -11,22 +11,22 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, Pieces, StemAdapter, shortcut_of
-from fused_res.nn.chain import Refusal, Unit, untouched
+from fused_res.nn.chain import Unit, Unsupported, has_no_hooks
 
 
-def _activity(child: Any) -> Refusal | None:
+def _activity(child: Any) -> Unsupported | None:
     """A refusal if this child of a block does anything to its input."""
     if child is None:
         return None
     kind = type(child)
-    if not untouched(child.__dict__):
-        return Refusal("has a hook, or a forward of its own", child, passing=True)
+    if not has_no_hooks(child.__dict__):
+        return Unsupported("has a hook, or a forward of its own", child, transient=True)
     if kind is nn.Identity:
         return None
     if kind.__module__ != "timm.layers.drop" or kind.__name__ not in ("DropPath", "DropBlock2d"):
-        return Refusal(f"is {kind.__name__}", child)
+        return Unsupported(f"is {kind.__name__}", child)
     if child.training and child.drop_prob:
-        return Refusal("drops at random while training", child, passing=True)
+        return Unsupported("drops at random while training", child, transient=True)
     return None
 
 
@@ -39,7 +39,7 @@ class _Block(BlockAdapter):
     between: ClassVar[tuple[str, ...]] = ("drop_block", "aa", "se", "drop_path")  # idle in most blocks
 
     @classmethod
-    def parts(cls, module: Any) -> Parts | Refusal:
+    def parts(cls, module: Any) -> Parts | Unsupported:
         for name in cls.between:
             refusal = _activity(getattr(module, name))
             if refusal is not None:
@@ -94,14 +94,14 @@ class ResNet(StemAdapter):
     children = ("conv1", "bn1", "act1")
 
     @classmethod
-    def units(cls, module: Any) -> tuple[Unit, ...] | Refusal:
+    def units(cls, module: Any) -> tuple[Unit, ...] | Unsupported:
         get = module._modules.get
         conv1 = get("conv1")
         if type(conv1) is not nn.Sequential:
             return ((conv1, get("bn1"), get("act1")),)
-        if not untouched(conv1.__dict__):
-            return Refusal("has a hook, or a forward of its own", conv1, passing=True)
+        if not has_no_hooks(conv1.__dict__):
+            return Unsupported("has a hook, or a forward of its own", conv1, transient=True)
         layers = (*conv1._modules.values(), get("bn1"), get("act1"))
         if len(layers) % 3:
-            return Refusal("is not convolutions, norms and activations in turn", conv1)
+            return Unsupported("is not convolutions, norms and activations in turn", conv1)
         return tuple([layers[i : i + 3] for i in range(0, len(layers), 3)])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, StemAdapter, shortcut_of
-from fused_res.nn.chain import Refusal, Unit
+from fused_res.nn.chain import Unit, Unsupported
 
 
 class BasicBlock(BlockAdapter):
@@ -17,7 +17,7 @@ class BasicBlock(BlockAdapter):
     reads = (("forward", "conv1 bn1 relu conv2 bn2 downsample"),)
 
     @classmethod
-    def parts(cls, module: Any) -> Parts | Refusal:
+    def parts(cls, module: Any) -> Parts | Unsupported:
         get = module._modules.get
         relu = get("relu")
         units = (get("conv1"), get("bn1"), relu), (get("conv2"), get("bn2"), relu)
@@ -30,7 +30,7 @@ class Bottleneck(BlockAdapter):
     reads = (("forward", "conv1 bn1 relu conv2 bn2 conv3 bn3 downsample"),)
 
     @classmethod
-    def parts(cls, module: Any) -> Parts | Refusal:
+    def parts(cls, module: Any) -> Parts | Unsupported:
         get = module._modules.get
         relu = get("relu")
         first, second = (get("conv1"), get("bn1"), relu), (get("conv2"), get("bn2"), relu)
@@ -57,6 +57,6 @@ class ResNet(StemAdapter):
     children = ("conv1", "bn1", "relu")
 
     @classmethod
-    def units(cls, module: Any) -> tuple[Unit, ...] | Refusal:
+    def units(cls, module: Any) -> tuple[Unit, ...] | Unsupported:
         get = module._modules.get
         return ((get("conv1"), get("bn1"), get("relu")),)

@@ -1,4 +1,4 @@
-"""Residual networks made of :mod:`fused_res.nn` blocks: images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+"""Residual networks built from :mod:`fused_res.nn` blocks: images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
 
 from fused_res.models.cifar import CifarResNet, cifar_resnet
 from fused_res.models.resnet import (

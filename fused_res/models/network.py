@@ -1,4 +1,4 @@
-"""What the ImageNet and the CIFAR residual networks have in common: stages of blocks, initialisation, forward."""
+"""ResidualNetwork, the base class of the ImageNet and CIFAR networks: stages of blocks, initialisation and forward."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from fused_res.nn import BasicBlock, Bottleneck, chain
-from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
+from fused_res.nn.fusable_module import FusableModule, NormLayer, norm_layer_or_default
 
 Block = type[BasicBlock] | type[Bottleneck]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of blocks; the first of them has the stride, or keeps the size and dilates those behind it."""
+    """Consecutive blocks of equal width.
+
+    Args:
+        planes: width of the blocks, the ``planes`` argument of the block class.
+        blocks: number of blocks.
+        stride: stride of the first block, default 1.
+        dilate: replace the stride by a dilation: the first block preserves the resolution, the following ones dilate.
+    """
 
     planes: int
     blocks: int
@@ -25,28 +32,28 @@ class Stage:
     dilate: bool = False
 
 
-class ResidualNetwork(Configured):
-    """Stem, stages, mean over space, linear classifier.
+class ResidualNetwork(FusableModule):
+    """Residual network: stem, stages of residual blocks, global average pooling and a linear classifier.
 
-    Children are made in torchvision's order, which both the state_dict's order and the random numbers of the
-    initialisation depend on.
+    Children are created in torchvision's order, on which both the state_dict's order and the random numbers of the
+    initialisation depend.
 
     Args:
-        block: :class:`fused_res.nn.BasicBlock` or :class:`fused_res.nn.Bottleneck`.
-        stages: what ``layer1``, ``layer2``, ... consist of.
+        block: the class :class:`fused_res.nn.BasicBlock` or :class:`fused_res.nn.Bottleneck`.
+        stages: the stages ``layer1``, ``layer2``, ...
         stem: the first convolution.
-        pool: follows the stem's ReLU.
-        num_classes: outputs of the classifier.
-        zero_init_residual: start with every block's last norm at zero, so that blocks start as their shortcut (Goyal
-            et al. 2017, https://arxiv.org/abs/1706.02677).
-        groups, width_per_group: of the bottlenecks' 3x3 convolution.
-        norm_layer: makes a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
-        plain: leave out all shortcuts, and so all projections.
+        pool: pooling after the stem's ReLU, or None.
+        num_classes: number of outputs of the classifier.
+        zero_init_residual: initialise every block's last norm weight to zero, so that blocks start as their shortcut
+            (Goyal et al. 2017, https://arxiv.org/abs/1706.02677).
+        groups, width_per_group: number and width of the groups of the bottlenecks' 3x3 convolution.
+        norm_layer: constructs a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
+        plain: omit all shortcuts, including projections.
         backend, recompute: see :func:`fused_res.functional.residual_block`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit.
-        BackendUnavailableError: the backend was asked for by name and cannot run here.
+        ValueError, TypeError: an argument is invalid.
+        BackendUnavailableError: the explicitly selected backend cannot run here.
     """
 
     def __init__(
@@ -68,9 +75,9 @@ class ResidualNetwork(Configured):
         super().__init__()
         self.configure(backend, recompute)
         if not (isinstance(block, type) and issubclass(block, nn.Module) and hasattr(block, "expansion")):
-            raise TypeError(f"block must be fused_res.nn.BasicBlock or Bottleneck, the class, got {block!r}")
+            raise TypeError(f"block must be the class fused_res.nn.BasicBlock or Bottleneck, got {block!r}")
         if not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes must be a whole number, 0 or more, got {num_classes!r}")
+            raise ValueError(f"num_classes must be a non-negative integer, got {num_classes!r}")
         if plain and zero_init_residual:
             raise ValueError("zero_init_residual needs shortcuts: a plain network would output zeros")
         self.plain = plain
@@ -100,20 +107,20 @@ class ResidualNetwork(Configured):
         blocks = []
         for index in range(stage.blocks):
             stride, dilation = (stride, first_dilation) if index == 0 else (1, self.dilation)
-            # Before the block's own convolutions: the random numbers are drawn in this order.
+            # Created before the block's convolutions, as in torchvision: the order determines the initial weights.
             downsample = None
             if not self.plain and (stride != 1 or self.inplanes != outplanes):
                 downsample = nn.Sequential(
                     nn.Conv2d(self.inplanes, outplanes, 1, stride, bias=False), self._norm_layer(outplanes)
                 )
             shape = self.inplanes, stage.planes, stride, downsample, self.groups, self.base_width, dilation
-            how: dict[str, Any] = {"shortcut": not self.plain, "backend": self.backend, "recompute": self.recompute}
-            blocks.append(block(*shape, self._norm_layer, **how))
+            options: dict[str, Any] = {"shortcut": not self.plain, "backend": self.backend, "recompute": self.recompute}
+            blocks.append(block(*shape, self._norm_layer, **options))
             self.inplanes = outplanes
         return nn.Sequential(*blocks)
 
     def _initialise(self, zero_init_residual: bool) -> None:
-        """He et al. 2015, https://arxiv.org/abs/1502.01852, by the number of outputs."""
+        """Initialise as He et al. 2015, https://arxiv.org/abs/1502.01852, with fan-out scaling."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -133,15 +140,15 @@ class ResidualNetwork(Configured):
     def _stem(self, x: Tensor) -> Tensor:
         units = self._stem_units()
         if self.fused:
-            output = chain.run(x, units, "none", self.maxpool, self.backend, self.recompute, self.tune)
+            output = chain.run_fused(x, units, "none", self.maxpool, self.backend, self.recompute, self.tune)
             if output is not None:
                 return output
         return chain.run_stock(x, units, "none", self.maxpool)
 
-    def refusal(self) -> chain.Refusal | None:
-        return chain.refusal_of(self._stem_units(), "none", self.maxpool)
+    def unsupported_reason(self) -> chain.Unsupported | None:
+        return chain.find_unsupported(self._stem_units(), "none", self.maxpool)
 
-    def covered(self) -> tuple[str, ...]:
+    def fused_children(self) -> tuple[str, ...]:
         stem = ("conv1", "bn1", "relu")
         return stem if self.maxpool is None else (*stem, "maxpool")
 

@@ -1,4 +1,4 @@
-"""Batch norm, an optional residual, and the activation, as one layer."""
+"""Fused batch norm, optional residual addition and activation as one layer."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_res.nn import chain
-from fused_res.nn.configured import Configured
+from fused_res.nn.fusable_module import FusableModule
 from fused_res.ops.checks import Activation, check_activation
 
 
-class BatchNormAct2d(Configured, nn.BatchNorm2d):
-    """``activation(batch_norm(input) [+ residual])``; the arguments and state of :class:`torch.nn.BatchNorm2d`.
+class BatchNormAct2d(FusableModule, nn.BatchNorm2d):
+    """Compute ``activation(batch_norm(input) [+ residual])``.
 
-    Called with ``input`` ``(N, C, H, W)`` and, if there is one, ``residual`` of its shape and dtype; the output has
-    them, too. Batch norm is that of Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    Arguments and state are those of :class:`torch.nn.BatchNorm2d`. ``forward(input, residual=None)`` accepts ``input``
+    ``(N, C, H, W)`` and an optional ``residual`` of the same shape and dtype, and returns a tensor of that shape and
+    dtype. Batch norm: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
 
     Args:
-        num_features: channels, C.
-        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`.
+        num_features: number of channels, C.
+        eps, momentum, affine, track_running_stats, device, dtype: arguments of :class:`torch.nn.BatchNorm2d`.
         activation: ``"relu"`` or ``"identity"``.
         backend: see :mod:`fused_res.backends`.
 
     Raises:
         ValueError: ``activation`` or ``backend`` is not a known name.
-        BackendUnavailableError: the backend was asked for by name and cannot run here.
+        BackendUnavailableError: the explicitly selected backend cannot run here.
     """
 
     activation: Activation
@@ -41,7 +42,7 @@ class BatchNormAct2d(Configured, nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.fused:
-            output = chain.run_norm(input, self, residual, self.activation, self.backend)
+            output = chain.run_fused_norm(input, self, residual, self.activation, self.backend)
             if output is not None:
                 return output
         output = super().forward(input)
@@ -51,16 +52,16 @@ class BatchNormAct2d(Configured, nn.BatchNorm2d):
 
     @property
     def qconfig(self) -> None:
-        """Asked for by ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, which would put a norm without an activation,
-        and without a residual, in this one's place."""
+        """Raise RuntimeError: only ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` reads this attribute, and it would
+        replace the module by a norm without activation and residual."""
         raise RuntimeError(
             "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of a fused_res.nn.BatchNormAct2d:"
             " use fused_res.convert_sync_batchnorm(model, process_group)"
         )
 
-    def refusal(self) -> chain.Refusal | None:
+    def unsupported_reason(self) -> chain.Unsupported | None:
         state = chain.read_norm(self.__dict__)
-        return chain.Refusal(state, self) if isinstance(state, str) else None
+        return chain.Unsupported(state, self) if isinstance(state, str) else None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}{self.settings_repr()}"

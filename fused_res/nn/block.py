@@ -1,4 +1,4 @@
-"""Residual blocks, and the convolution, norm and activation that open a network."""
+"""Residual blocks (He et al. 2015, https://arxiv.org/abs/1512.03385) with a fused forward and backward."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fused_res.nn import chain
-from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
+from fused_res.nn.fusable_module import FusableModule, NormLayer, norm_layer_or_default
 
 
-class ResidualBlock(Configured):
-    """``relu(units(x) + shortcut(x))`` with any number of units, each convolution, batch norm and ReLU.
+class ResidualBlock(FusableModule):
+    """Compute ``relu(units(x) + shortcut(x))`` with any number of units, each a convolution, batch norm and ReLU.
 
     The residual block of He et al. 2015, https://arxiv.org/abs/1512.03385. The last unit's ReLU follows the addition.
-    Children are called ``conv1, bn1, conv2, bn2, ...``, ``relu`` and ``downsample``. Called with ``x``
-    ``(N, C, H, W)``; returns what the last unit makes of it, ``(N, K, H', W')``.
+    Children are called ``conv1, bn1, conv2, bn2, ...``, ``relu`` and ``downsample``. ``forward(x)`` maps
+    ``(N, C, H, W)`` to the block's output ``(N, K, H', W')``.
 
     Args:
         units: a (convolution, norm) pair of modules for each unit.
@@ -23,8 +23,8 @@ class ResidualBlock(Configured):
         backend, recompute: see :func:`fused_res.functional.residual_block`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit.
-        BackendUnavailableError: the backend was asked for by name and cannot run here.
+        ValueError, TypeError: an argument is invalid.
+        BackendUnavailableError: the explicitly selected backend cannot run here.
     """
 
     def __init__(
@@ -51,21 +51,21 @@ class ResidualBlock(Configured):
         self.relu = nn.ReLU()
         self.downsample = shortcut if isinstance(shortcut, nn.Module) else None
         self.has_shortcut = shortcut != "none"
-        self._names = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(pairs) + 1))
+        self._unit_names = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(pairs) + 1))
 
-    def _parts(self) -> tuple[list[chain.Unit], chain.Shortcut]:
+    def _units_and_shortcut(self) -> tuple[list[chain.Unit], chain.Shortcut]:
         children = self._modules
         relu = children["relu"]
-        units: list[chain.Unit] = [(children[conv], children[norm], relu) for conv, norm in self._names]
+        units: list[chain.Unit] = [(children[conv], children[norm], relu) for conv, norm in self._unit_names]
         downsample = children.get("downsample")
         if downsample is not None:
             return units, downsample
         return units, "identity" if self.has_shortcut else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        units, shortcut = self._parts()
+        units, shortcut = self._units_and_shortcut()
         if self.fused:
-            output = chain.run(x, units, shortcut, None, self.backend, self.recompute, self.tune)
+            output = chain.run_fused(x, units, shortcut, None, self.backend, self.recompute, self.tune)
             if output is not None:
                 return output
         return chain.run_stock(x, units, shortcut)
@@ -74,10 +74,10 @@ class ResidualBlock(Configured):
         shortcut = "projection" if self.downsample is not None else "identity" if self.has_shortcut else "none"
         return f"shortcut={shortcut!r}{self.settings_repr()}"
 
-    def refusal(self) -> chain.Refusal | None:
-        return chain.refusal_of(*self._parts())
+    def unsupported_reason(self) -> chain.Unsupported | None:
+        return chain.find_unsupported(*self._units_and_shortcut())
 
-    def covered(self) -> tuple[str, ...]:
+    def fused_children(self) -> tuple[str, ...]:
         return tuple(self._modules)
 
 
@@ -90,23 +90,23 @@ def _conv1x1(inplanes: int, planes: int) -> nn.Conv2d:
 
 
 class BasicBlock(ResidualBlock):
-    """Two 3x3 convolutions, the first with the stride; arguments and state_dict keys of torchvision's.
+    """Residual block of two 3x3 convolutions, with the arguments and state_dict keys of torchvision's BasicBlock.
 
-    Of He et al. 2015, https://arxiv.org/abs/1512.03385, figure 5 left. ``(N, inplanes, H, W)`` to ``(N, planes, H /
+    He et al. 2015, https://arxiv.org/abs/1512.03385, figure 5 left. Maps ``(N, inplanes, H, W)`` to ``(N, planes, H /
     stride, W / stride)``, sizes rounded up.
 
     Args:
         inplanes, planes: channels of the input, and of both convolutions.
-        stride: of the first convolution.
-        downsample: projects the input to the output's shape; None: the input itself is added.
-        groups, base_width, dilation: 1, 64 and 1; they are for :class:`Bottleneck`.
-        norm_layer: makes a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
-        shortcut: False leaves the addition out, with ``downsample`` None.
+        stride: stride of the first convolution, default 1.
+        downsample: module that projects the input to the output's shape; None adds the input itself.
+        groups, base_width, dilation: 1, 64 and 1 only, present because :class:`Bottleneck` has them.
+        norm_layer: constructs a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
+        shortcut: False omits the addition; ``downsample`` must then be None.
         backend, recompute: see :func:`fused_res.functional.residual_block`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: an argument does not fit.
-        BackendUnavailableError: the backend was asked for by name and cannot run here.
+        ValueError, TypeError, NotImplementedError: an argument is invalid.
+        BackendUnavailableError: the explicitly selected backend cannot run here.
     """
 
     expansion = 1
@@ -127,13 +127,13 @@ class BasicBlock(ResidualBlock):
         recompute: str = "none",
     ) -> None:
         if groups != 1 or base_width != 64:
-            raise ValueError(f"BasicBlock takes groups=1 and base_width=64 only, got {groups} and {base_width}")
+            raise ValueError(f"BasicBlock supports groups=1 and base_width=64 only, got {groups} and {base_width}")
         if dilation != 1:
-            raise NotImplementedError(f"BasicBlock takes dilation=1 only, got {dilation}")
+            raise NotImplementedError(f"BasicBlock supports dilation=1 only, got {dilation}")
         norm = norm_layer_or_default(norm_layer)
         super().__init__(
             [(_conv3x3(inplanes, planes, stride), norm(planes)), (_conv3x3(planes, planes), norm(planes))],
-            _shortcut(shortcut, downsample),
+            _resolve_shortcut(shortcut, downsample),
             backend=backend,
             recompute=recompute,
         )
@@ -141,22 +141,23 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """Convolutions of 1x1, 3x3 (with the stride) and 1x1; arguments and state_dict keys of torchvision's.
+    """Residual block of 1x1, 3x3 and 1x1 convolutions, with arguments and state_dict keys of torchvision's Bottleneck.
 
-    Of He et al. 2015, https://arxiv.org/abs/1512.03385, figure 5 right, and with ``groups`` of Xie et al. 2016,
-    https://arxiv.org/abs/1611.05431. ``(N, inplanes, H, W)`` to ``(N, 4 * planes, H / stride, W / stride)``, sizes
-    rounded up.
+    He et al. 2015, https://arxiv.org/abs/1512.03385, figure 5 right; with ``groups`` > 1, Xie et al. 2016,
+    https://arxiv.org/abs/1611.05431. The 3x3 convolution has the stride. Maps ``(N, inplanes, H, W)`` to ``(N, 4 *
+    planes, H / stride, W / stride)``, sizes rounded up.
 
     Args:
         inplanes: channels of the input.
         planes: a quarter of the output's channels.
-        stride, dilation, groups: of the 3x3 convolution.
-        base_width: that has ``planes * base_width / 64`` channels times ``groups``.
-        downsample, norm_layer, shortcut, backend, recompute: as in :class:`BasicBlock`.
+        stride, dilation, groups: stride, dilation and number of groups of the 3x3 convolution, default 1.
+        base_width: width of a group for ``planes`` 64: the 3x3 convolution has ``planes * base_width / 64 * groups``
+            channels. Default 64.
+        downsample, norm_layer, shortcut, backend, recompute: arguments of :class:`BasicBlock`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit.
-        BackendUnavailableError: the backend was asked for by name and cannot run here.
+        ValueError, TypeError: an argument is invalid.
+        BackendUnavailableError: the explicitly selected backend cannot run here.
     """
 
     expansion = 4
@@ -185,20 +186,20 @@ class Bottleneck(ResidualBlock):
                 (_conv3x3(width, width, stride, groups, dilation), norm(width)),
                 (_conv1x1(width, outplanes), norm(outplanes)),
             ],
-            _shortcut(shortcut, downsample),
+            _resolve_shortcut(shortcut, downsample),
             backend=backend,
             recompute=recompute,
         )
         self.stride = stride
 
 
-def _shortcut(wanted: bool, downsample: nn.Module | None) -> str | nn.Module:
-    if not isinstance(wanted, bool):
-        raise TypeError(f"shortcut must be True or False, got {wanted!r}")
+def _resolve_shortcut(enabled: bool, downsample: nn.Module | None) -> str | nn.Module:
+    if not isinstance(enabled, bool):
+        raise TypeError(f"shortcut must be True or False, got {enabled!r}")
     if not isinstance(downsample, nn.Module | None):
         raise TypeError(f"downsample must be a torch.nn.Module or None, got {downsample!r}")
-    if not wanted and downsample is not None:
-        raise ValueError("downsample must be None where shortcut is False")
+    if not enabled and downsample is not None:
+        raise ValueError("downsample must be None if shortcut is False")
     if downsample is not None:
         return downsample
-    return "identity" if wanted else "none"
+    return "identity" if enabled else "none"

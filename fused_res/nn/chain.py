@@ -1,9 +1,9 @@
-"""Reading live modules as a chain of convolution, batch norm and activation, on every call.
+"""Pattern matching on live modules: consecutive convolution, batch norm and activation modules become a :class:`Chain`.
 
-Children may be changed at any time: hooks, parametrisations, another norm class, frozen layers. So nothing
-that was seen earlier is believed. Each call walks the modules and gives either a :class:`Chain`, which holds
-their tensors, or a :class:`Refusal`, the one reason why the stock forward has to run. The walk is the whole
-overhead of a fused module, which is why it reads module dictionaries instead of going through
+Hooks, parametrisations, another norm class or frozen layers may be added to the children at any time, so nothing is
+cached between calls. Each call walks the modules and returns either a :class:`Chain`, which holds their tensors, or an
+:class:`Unsupported`, the reason why the stock forward has to run, which calls the modules one by one, unfused. The walk
+is the only overhead of a fused module, which is why it reads module dictionaries instead of going through
 ``nn.Module.__getattr__``.
 """
 
@@ -19,34 +19,34 @@ from torch.distributed import ProcessGroup
 from torch.nn import BatchNorm2d, Conv2d, Parameter
 
 from fused_res import _torch_compat, distributed, functional
-from fused_res.nn.geometry import UnitKey, block_spec
-from fused_res.spec import BlockSpec, UnitTensors, by_unit
+from fused_res.nn.spec_builder import UnitKey, build_block_spec
+from fused_res.spec import BlockSpec, UnitTensors, group_by_unit
 
-#: (convolution, norm) or (convolution, norm, activation); without the third the unit has no activation.
+#: The modules of one conv-BN-act unit: (convolution, norm), or (convolution, norm, activation).
 Unit = tuple[Any, ...]
-#: "none", "identity", or the module that projects the input: an nn.Sequential of a convolution and a norm.
+#: "none", "identity", or the projection module: an nn.Sequential of a convolution and a norm.
 Shortcut = Literal["none", "identity"] | nn.Module
 
 _HALF = (torch.bfloat16, torch.float16)
-_AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*_AUTOCAST_FROM, torch.float64)
-_FIRST_OF_NORM = UnitTensors._fields.index("norm_weight")
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (*_AUTOCAST_DTYPES, torch.float64)
+_FIRST_NORM_FIELD = UnitTensors._fields.index("norm_weight")
 
 
-#: The norms that a chain may hold; fused_res.nn.SyncBatchNorm adds itself.
-norms: set[type[nn.Module]] = {BatchNorm2d, nn.SyncBatchNorm}
+#: Norm classes supported in a chain. fused_res.nn.sync_batch_norm adds its own.
+norm_types: set[type[nn.Module]] = {BatchNorm2d, nn.SyncBatchNorm}
 
 
-class Refusal(NamedTuple):
-    """Why the stock forward runs, and which module is to blame (None: the way of calling)."""
+class Unsupported(NamedTuple):
+    """The reason why the stock forward runs, and the module responsible, if the reason is a module."""
 
-    why: str
+    reason: str
     module: nn.Module | None = None
-    passing: bool = False  # may be gone on a later call, without a change of architecture
+    transient: bool = False  # the reason may disappear before a later call without a change of architecture
 
 
-def untouched(state: dict[str, Any]) -> bool:
-    """Whether calling the module with this ``__dict__`` is calling its class's forward, and nothing else."""
+def has_no_hooks(state: dict[str, Any]) -> bool:
+    """Return whether calling the module with this ``__dict__`` runs its class's forward and nothing else."""
     return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -57,22 +57,22 @@ def untouched(state: dict[str, Any]) -> bool:
     )
 
 
-def inspect_plain(module: Any, kind: type[nn.Module]) -> Refusal | None:
-    """A refusal unless `module` is exactly a `kind` (no subclass) that nothing was attached to."""
+def inspect_stock_module(module: Any, kind: type[nn.Module]) -> Unsupported | None:
+    """Return Unsupported unless `module` is exactly a `kind` (not a subclass) without hooks or a patched forward."""
     if type(module) is not kind:
-        return Refusal(f"is {type(module).__name__}, not exactly {kind.__name__}", module)
+        return Unsupported(f"is {type(module).__name__}, not exactly {kind.__name__}", module)
     state = module.__dict__
-    if untouched(state):
+    if has_no_hooks(state):
         return None
     if "forward" in state or "_compiled_call_impl" in state:
-        return Refusal("has a forward of its own, or is compiled on its own", module)
-    return Refusal("has a hook", module, passing=True)
+        return Unsupported("has a patched forward, or is compiled separately", module)
+    return Unsupported("has a hook", module, transient=True)
 
 
 class Chain:
-    """The units read so far, flat, as :func:`fused_res.functional.residual_block` takes them."""
+    """The tensors and settings of the matched units, as flat lists for :func:`fused_res.functional.residual_block`."""
 
-    __slots__ = ("counters", "groups", "keys", "momentum", "norms", "spec", "tensors", "training")
+    __slots__ = ("keys", "momentum", "norms", "num_batches_tracked", "process_groups", "spec", "tensors", "training")
 
     spec: BlockSpec
 
@@ -82,34 +82,34 @@ class Chain:
         self.training: list[bool] = []
         self.momentum: list[float] = []
         self.norms: list[nn.Module] = []
-        self.groups: list[ProcessGroup | None] = []  # of the norms that use the statistics of the batch
-        self.counters: list[Tensor] = []
+        self.process_groups: list[ProcessGroup | None] = []  # one for each norm that uses batch statistics
+        self.num_batches_tracked: list[Tensor] = []
 
-    def add(self, unit: Unit) -> Refusal | None:
-        """Appends a unit, or says why it cannot and leaves the chain as it was."""
+    def add(self, unit: Unit) -> Unsupported | None:
+        """Append a unit, or return why it is unsupported and leave the chain unchanged."""
         conv, norm = unit[0], unit[1]
         kind = type(norm)
-        if type(conv) is not Conv2d or kind not in norms:
-            return inspect_plain(conv, Conv2d) or inspect_plain(norm, BatchNorm2d)
+        if type(conv) is not Conv2d or kind not in norm_types:
+            return inspect_stock_module(conv, Conv2d) or inspect_stock_module(norm, BatchNorm2d)
         conv_state, norm_state = conv.__dict__, norm.__dict__
-        if not (untouched(conv_state) and untouched(norm_state)):
-            return inspect_plain(conv, Conv2d) or inspect_plain(norm, kind)
+        if not (has_no_hooks(conv_state) and has_no_hooks(norm_state)):
+            return inspect_stock_module(conv, Conv2d) or inspect_stock_module(norm, kind)
         relu = False
         if len(unit) == 3:
             activation = unit[2]
             relu = type(activation) is not nn.Identity
-            if (relu and type(activation) is not nn.ReLU) or not untouched(activation.__dict__):
-                return inspect_plain(activation, nn.ReLU if relu else nn.Identity)
+            if (relu and type(activation) is not nn.ReLU) or not has_no_hooks(activation.__dict__):
+                return inspect_stock_module(activation, nn.ReLU if relu else nn.Identity)
         if norm in self.norms:
-            return Refusal("is used twice in one chain", norm)
+            return Unsupported("is used twice in one chain", norm)
         parameters = conv_state["_parameters"]
         weight = parameters.get("weight")
         if weight is None or "bias" not in parameters:
-            return Refusal("does not hold its weight and bias as parameters", conv)
-        read = read_norm(norm_state)
-        if isinstance(read, str):
-            return Refusal(read, norm)
-        norm_weight, norm_bias, mean, var, training, momentum, counter = read
+            return Unsupported("does not hold its weight and bias as parameters", conv)
+        norm_args = read_norm(norm_state)
+        if isinstance(norm_args, str):
+            return Unsupported(norm_args, norm)
+        norm_weight, norm_bias, mean, var, training, momentum, num_batches = norm_args
         # fmt: off
         self.keys.append((
             conv_state["stride"], conv_state["padding"], conv_state["dilation"], conv_state["groups"],
@@ -121,14 +121,14 @@ class Chain:
         self.momentum.append(momentum)
         self.norms.append(norm)
         if training:
-            self.groups.append(group_of(norm_state))
-        if counter is not None:
-            self.counters.append(counter)
+            self.process_groups.append(sync_process_group(norm_state))
+        if num_batches is not None:
+            self.num_batches_tracked.append(num_batches)
         return None
 
     def run(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor:
-        # A checkpoint runs the forward again inside the backward; the statistics were counted the first time.
-        count = bool(self.counters) and not functional.recomputing()
+        # Activation checkpointing repeats the forward inside the backward; num_batches_tracked counts it once.
+        count = bool(self.num_batches_tracked) and not functional.is_recomputing()
         output = functional.residual_block(
             input,
             self.spec,
@@ -136,34 +136,38 @@ class Chain:
             training=tuple(self.training),
             momentum=tuple(self.momentum),
             recompute=recompute,
-            process_group=self.groups[0] if self.groups else None,
+            process_group=self.process_groups[0] if self.process_groups else None,
             tune=tune,
             backend=backend,
         )
         if count:
-            _torch_compat.add_in_place(self.counters, 1)
+            _torch_compat.foreach_add_(self.num_batches_tracked, 1)
         return output
 
 
-def group_of(state: dict[str, Any]) -> ProcessGroup | None:
-    """The processes, this one and others, whose batches together give a norm its statistics; from its ``__dict__``."""
+def sync_process_group(state: dict[str, Any]) -> ProcessGroup | None:
+    """Return the process group that a norm with this ``__dict__`` synchronises its batch statistics across, or None."""
     if "process_group" not in state or not state["training"]:
         return None
-    return distributed.others(state["process_group"])
+    return distributed.multi_process_group(state["process_group"])
 
 
-#: What a norm contributes: weight, bias, running_mean, running_var; training; momentum; num_batches_tracked
-#: if it counts.
-NormState = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, Tensor | None]
+#: Arguments of a batch norm: weight, bias, running_mean, running_var, training, momentum, and num_batches_tracked where
+#: this call increments it.
+NormArgs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, Tensor | None]
 
 
-def read_norm(state: dict[str, Any]) -> NormState | str:
-    """What ``nn.BatchNorm2d.forward`` would do, from the module's ``__dict__``, or why that is unclear."""
+def read_norm(state: dict[str, Any]) -> NormArgs | str:
+    """Return the arguments that ``nn.BatchNorm2d.forward`` would pass to ``F.batch_norm``, or why they are undefined.
+
+    Args:
+        state: the norm's ``__dict__``.
+    """
     parameters, buffers = state["_parameters"], state["_buffers"]
     if "weight" not in parameters or "bias" not in parameters or len(buffers) < 3:
         return "does not hold its tensors as parameters and buffers"
     weight, bias = parameters["weight"], parameters["bias"]
-    mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    mean, var, num_batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
     if (mean is None) is not (var is None):
         return "has only one of running_mean and running_var"
     if not state["training"]:
@@ -172,125 +176,133 @@ def read_norm(state: dict[str, Any]) -> NormState | str:
         return weight, bias, None, None, True, 0.0, None
     momentum = state["momentum"]
     if momentum is None:
-        # A cumulative average weighs the new batch by one over the number of batches, this one included.
-        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+        # A cumulative moving average weights the new batch by 1 / (number of batches including this one).
+        momentum = 0.0 if num_batches is None else 1.0 / (float(num_batches) + 1.0)
     elif not (isinstance(momentum, (int, float)) and math.isfinite(momentum)):
-        return "has a momentum that is no finite number"
-    return weight, bias, mean, var, True, momentum, counter
+        return "has a momentum that is not a finite number"
+    return weight, bias, mean, var, True, momentum, num_batches
 
 
-def inspect_pool(pool: nn.Module) -> Refusal | None:
-    """A refusal unless this is a max pooling of the kind that a chain may end in."""
-    refusal = inspect_plain(pool, nn.MaxPool2d)
-    if refusal is not None:
-        return refusal
+def inspect_pool(pool: nn.Module) -> Unsupported | None:
+    """Return Unsupported unless `pool` is a max pooling that the fused forward supports at the end of a chain."""
+    unsupported = inspect_stock_module(pool, nn.MaxPool2d)
+    if unsupported is not None:
+        return unsupported
     state = pool.__dict__
     if state["return_indices"] or state["ceil_mode"] or state["dilation"] not in (1, (1, 1)):
-        return Refusal("returns indices, rounds sizes up or is dilated", pool)
+        return Unsupported("returns indices, uses ceil_mode or is dilated", pool)
     return None
 
 
-#: The subclasses of nn.Sequential that `fuse` made; what they run is what nn.Sequential runs.
-fused_sequentials: set[type[nn.Module]] = set()
+#: Subclasses of nn.Sequential that `fuse` created; their forward computes the same as nn.Sequential's.
+fused_sequential_types: set[type[nn.Module]] = set()
 
 
-def _add_projection(chain: Chain, projection: nn.Module) -> Refusal | None:
+def _add_projection(chain: Chain, projection: nn.Module) -> Unsupported | None:
     kind = type(projection)
-    refusal = inspect_plain(projection, kind if kind in fused_sequentials else nn.Sequential)
-    if refusal is not None:
-        return refusal
+    unsupported = inspect_stock_module(projection, kind if kind in fused_sequential_types else nn.Sequential)
+    if unsupported is not None:
+        return unsupported
     modules = tuple(
-        [m for m in projection._modules.values() if type(m) is not nn.Identity or not untouched(m.__dict__)]
+        [m for m in projection._modules.values() if type(m) is not nn.Identity or not has_no_hooks(m.__dict__)]
     )
     if len(modules) != 2:
-        return Refusal("is not a convolution and a norm", projection)
+        return Unsupported("is not a convolution and a norm", projection)
     return chain.add(modules)
 
 
-def read(units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None) -> Chain | Refusal:
-    """The modules as a chain, as far as that can be told without an input."""
+def match_chain(
+    units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
+) -> Chain | Unsupported:
+    """Return the modules as a chain, or the first reason, apart from the input, why they are unsupported."""
     chain = Chain()
     for unit in units:
-        refusal = chain.add(unit)
-        if refusal is not None:
-            return refusal
+        unsupported = chain.add(unit)
+        if unsupported is not None:
+            return unsupported
     form = "projection"
     if isinstance(shortcut, str):
         form = shortcut
     else:
-        refusal = _add_projection(chain, shortcut)
-        if refusal is not None:
-            return refusal
-    groups = chain.groups
+        unsupported = _add_projection(chain, shortcut)
+        if unsupported is not None:
+            return unsupported
+    groups = chain.process_groups
     if groups and groups.count(groups[0]) != len(groups):
-        return Refusal("some norms take their statistics from other processes than others do")
-    refusal = None if pool is None else inspect_pool(pool)
-    if refusal is not None:
-        return refusal
+        return Unsupported("the norms synchronise their statistics across different process groups")
+    unsupported = None if pool is None else inspect_pool(pool)
+    if unsupported is not None:
+        return unsupported
     pool_key = None if pool is None else tuple([pool.__dict__[name] for name in ("kernel_size", "stride", "padding")])
-    spec = block_spec(tuple(chain.keys), form, pool_key)
+    spec = build_block_spec(tuple(chain.keys), form, pool_key)
     if isinstance(spec, str):
-        return Refusal(spec)
+        return Unsupported(spec)
     chain.spec = spec
     return chain
 
 
-def situation() -> Refusal | None:
-    """What, apart from modules and input, asks for the stock forward."""
+def unsupported_context() -> Unsupported | None:
+    """Return the reason, apart from modules and input, why the stock forward has to run, or None."""
     if _torch_compat.has_global_module_hooks():
-        return Refusal("a hook on all modules is registered")
+        return Unsupported("a hook on all modules is registered")
     if torch.compiler.is_compiling():
-        return Refusal("torch.export is at work") if torch.compiler.is_exporting() else None
+        return Unsupported("torch.export is active") if torch.compiler.is_exporting() else None
     if _torch_compat.is_jit_tracing():
-        return Refusal("torch.jit.trace is at work")
+        return Unsupported("torch.jit.trace is active")
     if _torch_compat.is_transformed():
-        return Refusal("a torch.func transform or forward-mode differentiation is at work")
+        return Unsupported("a torch.func transform or forward-mode differentiation is active")
     return None
 
 
-def inspect_input(input: Tensor) -> Refusal | None:
+def inspect_input(input: Tensor) -> Unsupported | None:
     if type(input) is not Tensor and type(input) is not Parameter:
-        return Refusal(f"the input is a {type(input).__name__}")
+        return Unsupported(f"the input is a {type(input).__name__}")
     if input.dim() != 4 or input.layout is not torch.strided:
-        return Refusal("the input is not a strided tensor of rank 4")
+        return Unsupported("the input is not a strided tensor of rank 4")
     if input.dtype not in _DTYPES:
-        return Refusal(f"the input has dtype {input.dtype}")
+        return Unsupported(f"the input has dtype {input.dtype}")
     return None
 
 
-def working_dtype(input: Tensor, identity: bool) -> tuple[torch.dtype, bool] | Refusal:
-    """The one dtype that stock would compute a chain in, and whether autocast casts to it."""
+def compute_dtype(input: Tensor, identity: bool) -> tuple[torch.dtype, bool] | Unsupported:
+    """Return the dtype in which the stock forward would compute the chain, and whether autocast casts to it."""
     dtype = functional.autocast_dtype(input)
     if dtype is None:
         return input.dtype, False
     if input.dtype is torch.float64:
-        return Refusal("autocast leaves float64 as it is")
+        return Unsupported("autocast does not cast float64")
     if identity and input.dtype is not dtype:
-        return Refusal("the shortcut adds another dtype than autocast's")
+        return Unsupported("the identity shortcut's dtype differs from autocast's")
     return dtype, True
 
 
-def inspect_tensors(tensors: Sequence[Tensor | None], dtype: torch.dtype, casts: bool) -> Refusal | None:
-    """A refusal unless these, those of a unit after another, are plain tensors that `dtype` goes with."""
-    for unit in by_unit(tensors):
+def inspect_tensors(tensors: Sequence[Tensor | None], dtype: torch.dtype, autocast: bool) -> Unsupported | None:
+    """Return Unsupported unless all tensors are plain tensors whose dtypes match a computation in `dtype`.
+
+    Args:
+        tensors: the tensors of every unit, in the order of :class:`fused_res.spec.UnitTensors`.
+        dtype: dtype of the computation.
+        autocast: whether autocast casts the convolutions' operands to `dtype`.
+    """
+    for unit in group_by_unit(tensors):
         for index, tensor in enumerate(unit):
             if tensor is None:
                 continue
             kind = type(tensor)
             if kind is not Parameter and kind is not Tensor:
-                return Refusal(f"a parameter or buffer is a {kind.__name__}")
-            own = tensor.dtype
-            if own is dtype:
+                return Unsupported(f"a parameter or buffer is a {kind.__name__}")
+            actual = tensor.dtype
+            if actual is dtype:
                 continue
-            # Autocast casts a convolution's operands; the batch norm of a 16-bit input takes float32 parameters.
-            of_norm = index >= _FIRST_OF_NORM
-            if (own is torch.float32 and dtype in _HALF) if of_norm else (casts and own in _AUTOCAST_FROM):
+            # Autocast casts a convolution's operands; batch norm accepts float32 parameters with a 16-bit input.
+            of_norm = index >= _FIRST_NORM_FIELD
+            if (actual is torch.float32 and dtype in _HALF) if of_norm else (autocast and actual in _AUTOCAST_DTYPES):
                 continue
-            return Refusal(f"a parameter or buffer is {own} where {dtype} is computed")
+            return Unsupported(f"a parameter or buffer is {actual} where {dtype} is computed")
     return None
 
 
-def run(
+def run_fused(
     input: Tensor,
     units: Sequence[Unit],
     shortcut: Shortcut = "none",
@@ -299,21 +311,28 @@ def run(
     recompute: str = "none",
     tune: bool = False,
 ) -> Tensor | None:
-    """The fused result, or None if, this time, the stock forward has to run."""
-    if situation() or inspect_input(input):
+    """Return the output of the fused forward, or None if the stock forward has to run on this call."""
+    if unsupported_context() or inspect_input(input):
         return None
-    working = working_dtype(input, shortcut == "identity")
-    chain = read(units, shortcut, pool)
-    if isinstance(working, Refusal) or isinstance(chain, Refusal) or inspect_tensors(chain.tensors, *working):
+    dtype_and_autocast = compute_dtype(input, shortcut == "identity")
+    chain = match_chain(units, shortcut, pool)
+    if (
+        isinstance(dtype_and_autocast, Unsupported)
+        or isinstance(chain, Unsupported)
+        or inspect_tensors(chain.tensors, *dtype_and_autocast)
+    ):
         return None
     return chain.run(input, backend, recompute, tune)
 
 
-def run_norm(
+def run_fused_norm(
     input: Tensor, norm: nn.Module, residual: Tensor | None, activation: str, backend: str = "auto"
 ) -> Tensor | None:
-    """``activation(norm(input) [+ residual])`` likewise, for a norm that the caller has looked at."""
-    if situation() or inspect_input(input):
+    """Return ``activation(norm(input) [+ residual])`` from the fused operator, or None if the stock forward has to run.
+
+    The caller has checked that `norm` has a supported class and no hooks.
+    """
+    if unsupported_context() or inspect_input(input):
         return None
     if residual is not None and (
         inspect_input(residual)
@@ -322,46 +341,48 @@ def run_norm(
         or residual.device != input.device
     ):
         return None
-    read = read_norm(norm.__dict__)
-    if isinstance(read, str) or inspect_tensors((None, None, *read[:4]), input.dtype, False):
+    norm_args = read_norm(norm.__dict__)
+    if isinstance(norm_args, str) or inspect_tensors((None, None, *norm_args[:4]), input.dtype, False):
         return None
-    return apply_norm(input, norm, read, residual, activation, backend)
+    return apply_norm(input, norm, norm_args, residual, activation, backend)
 
 
 def apply_norm(
-    input: Tensor, norm: nn.Module, read: NormState, residual: Tensor | None, activation: str, backend: str
+    input: Tensor, norm: nn.Module, norm_args: NormArgs, residual: Tensor | None, activation: str, backend: str
 ) -> Tensor:
-    """What ``norm`` holds, applied; its running statistics and its counter take the batch in."""
-    weight, bias, mean, var, training, momentum, counter = read
+    """Return the fused batch norm of `input`; update the running statistics and num_batches_tracked as `norm` would."""
+    weight, bias, mean, var, training, momentum, num_batches = norm_args
     state = norm.__dict__
-    count = counter is not None and not functional.recomputing()
+    count = num_batches is not None and not functional.is_recomputing()
     output = functional.batch_norm_act(
         input, mean, var, weight, bias, residual, training, momentum, state["eps"], activation,
-        process_group=group_of(state), backend=backend,
+        process_group=sync_process_group(state), backend=backend,
     )  # fmt: skip
     if count:
-        counter.add_(1)  # type: ignore[union-attr]
+        num_batches.add_(1)  # type: ignore[union-attr]
     return output
 
 
-def refusal_of(units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None) -> Refusal | None:
-    """Why :func:`run` would return None, as far as that can be told without an input."""
-    chain = read(units, shortcut, pool)
-    return chain if isinstance(chain, Refusal) else None
+def find_unsupported(
+    units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
+) -> Unsupported | None:
+    """Return the reason, apart from the input, why :func:`run_fused` would return None; None if there is none."""
+    chain = match_chain(units, shortcut, pool)
+    return chain if isinstance(chain, Unsupported) else None
 
 
 def run_stock(
     input: Tensor, units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
 ) -> Tensor:
-    """The same chain module by module."""
+    """Return the chain's output computed by the modules, called one by one."""
     output = input
     last = len(units) - 1
     for index, unit in enumerate(units):
         output = unit[1](unit[0](output))
         if index == last and shortcut != "none":
             added = input if shortcut == "identity" else shortcut(input)
-            # Under autocast the two dtypes may differ; residual networks add in place, so the chain's is
-            # kept.
+            # Under autocast the two dtypes may differ. Residual networks add in place, which preserves the main path's
+            # dtype.
             output = (output + added).to(output.dtype)
         if len(unit) == 3:
             output = unit[2](output)

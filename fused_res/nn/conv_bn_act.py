@@ -1,29 +1,30 @@
-"""Convolution, batch norm and activation as one layer."""
+"""Fused convolution, batch norm and activation as one layer."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from fused_res.nn import chain
-from fused_res.nn.configured import Configured, NormLayer, norm_layer_or_default
+from fused_res.nn.fusable_module import FusableModule, NormLayer, norm_layer_or_default
 from fused_res.ops.checks import Activation, check_activation
 
 
-class ConvBNAct2d(Configured):
-    """``activation(norm(conv(x)))`` with the children ``conv``, ``bn`` and ``act``.
+class ConvBNAct2d(FusableModule):
+    """Compute ``activation(norm(conv(x)))`` with the children ``conv``, ``bn`` and ``act``.
 
-    Called with ``x`` ``(N, in_channels, H, W)``; returns ``(N, out_channels, H', W')``.
+    ``forward(x)`` maps ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: the convolution's, as
-            in :class:`torch.nn.Conv2d`; without ``padding``, an odd kernel with stride 1 keeps the size.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: arguments of
+            :class:`torch.nn.Conv2d`. The default ``padding``, None, preserves the spatial size for odd kernels and
+            stride 1.
         activation: ``"relu"`` or ``"identity"``.
-        norm_layer: makes the norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
+        norm_layer: constructs the norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
         backend, recompute: see :func:`fused_res.functional.residual_block`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit.
-        BackendUnavailableError: the backend was asked for by name and cannot run here.
+        ValueError, TypeError: an argument is invalid.
+        BackendUnavailableError: the explicitly selected backend cannot run here.
     """
 
     def __init__(
@@ -46,8 +47,8 @@ class ConvBNAct2d(Configured):
         self.configure(backend, recompute)
         check_activation(activation)
         if padding is None:
-            kernel, spread = _pair(kernel_size, "kernel_size"), _pair(dilation, "dilation")
-            padding = (spread[0] * (kernel[0] - 1) // 2, spread[1] * (kernel[1] - 1) // 2)
+            kernel, dilations = _pair(kernel_size, "kernel_size"), _pair(dilation, "dilation")
+            padding = (dilations[0] * (kernel[0] - 1) // 2, dilations[1] * (kernel[1] - 1) // 2)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = norm_layer_or_default(norm_layer)(out_channels)
         self.act = nn.ReLU() if activation == "relu" else nn.Identity()
@@ -55,7 +56,7 @@ class ConvBNAct2d(Configured):
     def forward(self, x: Tensor) -> Tensor:
         units = self._units()
         if self.fused:
-            output = chain.run(x, units, "none", None, self.backend, self.recompute, self.tune)
+            output = chain.run_fused(x, units, "none", None, self.backend, self.recompute, self.tune)
             if output is not None:
                 return output
         return chain.run_stock(x, units)
@@ -64,10 +65,10 @@ class ConvBNAct2d(Configured):
         children = self._modules
         return [(children["conv"], children["bn"], children["act"])]
 
-    def refusal(self) -> chain.Refusal | None:
-        return chain.refusal_of(self._units())
+    def unsupported_reason(self) -> chain.Unsupported | None:
+        return chain.find_unsupported(self._units())
 
-    def covered(self) -> tuple[str, ...]:
+    def fused_children(self) -> tuple[str, ...]:
         return tuple(self._modules)
 
     def extra_repr(self) -> str:
@@ -77,5 +78,5 @@ class ConvBNAct2d(Configured):
 def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(one, int) for one in pair):
-        raise TypeError(f"{name} must be a whole number, or two of them, got {value!r}")
+        raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}")
     return pair

@@ -1,4 +1,7 @@
-"""What :func:`fused_res.freeze` puts in the place of trained layers: convolutions that hold their batch norm."""
+"""The inference modules that :func:`fused_res.freeze` creates: convolutions with their batch norm folded in.
+
+Weights are packed once and cached; consecutive frozen modules run as one inference graph where the backend has one.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from torch.nn import functional as F
 
 from fused_res import _torch_compat, functional
 from fused_res.backends import registry
-from fused_res.dispatch import PackedWeight, Problem, Selected
+from fused_res.dispatch import PackedWeight, Problem, Selection
 from fused_res.nn import chain
-from fused_res.nn.configured import Unscriptable
+from fused_res.nn.fusable_module import Unscriptable
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 
-class Kept(NamedTuple):
-    """A packed weight, and what it was made of."""
+class PackedWeightEntry(NamedTuple):
+    """A cached packed weight, and the weight tensor and version that it was packed from."""
 
     key: Hashable
     source: Tensor
@@ -28,15 +31,20 @@ class Kept(NamedTuple):
     tensor: Tensor
 
 
-#: Packed weights that a layer keeps, and programs that modules in a row do: the form of some depends on the input's
-#: shape, and a server's batch varies. Each weight takes as much memory as the weight itself, a transformed one
-#: (Winograd) four times as much.
-_SHAPES = 4
-_packing = threading.Lock()
+#: Bound on the packed weights that a layer caches and on the inference graphs that consecutive modules cache. Some
+#: packings depend on the input's shape, and a server's batch size varies. A packed weight occupies as much memory as
+#: the weight itself, a transformed one (Winograd) four times as much.
+_MAX_CACHE_ENTRIES = 4
+_cache_lock = threading.Lock()
 
 
-class Frozen(Unscriptable, nn.Module):
-    """What has no training mode. ``origin``: the class, or classes, that it was made from."""
+class FrozenModule(Unscriptable, nn.Module):
+    """Base class of modules without a training mode.
+
+    Args:
+        backend: name of the backend.
+        origin: name of the class, or classes, that the module was created from, for ``summarize``.
+    """
 
     def __init__(self, backend: str, origin: str) -> None:
         super().__init__()
@@ -46,18 +54,21 @@ class Frozen(Unscriptable, nn.Module):
 
     def train(self: Any, mode: bool = True) -> Any:
         if mode:
-            raise RuntimeError("frozen for inference, its batch norms are folded away; train the original model")
+            raise RuntimeError(
+                "frozen for inference, the batch norms are folded into the convolutions; train the original model"
+            )
         return nn.Module.train(self, False)
 
 
-class FrozenConv(Frozen):
-    """``activation(conv(x, weight) + bias [+ residual])``, with ``weight`` and ``bias`` as buffers.
+class FrozenConv(FrozenModule):
+    """Compute ``activation(conv(x, weight) + bias [+ residual])``, with ``weight`` and ``bias`` as buffers.
 
     Args:
-        weight, bias: a convolution's, with the batch norm behind it folded in.
-        spec: how it is applied.
+        weight, bias: weight and bias of a convolution with the following batch norm folded in.
+        spec: geometry and activation of the convolution.
         backend: see :func:`fused_res.functional.conv_bias_act`.
-        pool: the max pooling behind it, of a stem.
+        origin: name of the class, or classes, that the module was created from.
+        pool: max pooling after the activation, for a network's stem; default None.
     """
 
     weight: Tensor
@@ -77,29 +88,29 @@ class FrozenConv(Frozen):
         self.register_buffer("bias", bias)
         self.spec = spec
         self.pool = pool
-        self._packed: dict[Hashable, Kept] = {}
-        self._programs = Programs()
-        #: The algorithm that ran last, for people to read.
-        self.kernel: Selected | None = None
+        self._packed: dict[Hashable, PackedWeightEntry] = {}
+        self._graph_cache = InferenceGraphCache()
+        #: The algorithm selected by the last call, for human-readable reports only.
+        self.last_selected: Selection | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         spec = self.spec
         compiling = torch.compiler.is_compiling()
-        leaves = torch.compiler.is_exporting() or _torch_compat.is_fx_proxy(input)
-        if leaves or (not compiling and _torch_compat.is_jit_tracing()):
-            return self._pooled(self._plain(input, residual))
+        exporting = torch.compiler.is_exporting() or _torch_compat.is_fx_proxy(input)
+        if exporting or (not compiling and _torch_compat.is_jit_tracing()):
+            return self._max_pool(self._aten_forward(input, residual))
         if self.pool is not None:
-            output = self._programs.run((self,), input)
+            output = self._graph_cache.run((self,), input)
             if output is not None:
                 return output
-        self._check(input)
-        keep = None if compiling or type(input) is not Tensor else self._operand
+        self._check_input(input)
+        weight_packer = None if compiling or type(input) is not Tensor else self._weight_operand
         output = functional.packed_conv_bias_act(
-            input, self.weight, self.bias, residual, *spec.geometry, spec.activation, self.backend, keep
+            input, self.weight, self.bias, residual, *spec.geometry, spec.activation, self.backend, weight_packer
         )
-        return self._pooled(output)
+        return self._max_pool(output)
 
-    def _check(self, input: Tensor) -> None:
+    def _check_input(self, input: Tensor) -> None:
         weight, groups = self.weight, self.spec.groups
         if input.dim() == 4 and input.shape[1] != weight.shape[1] * groups:
             raise ValueError(
@@ -109,48 +120,50 @@ class FrozenConv(Frozen):
         if input.dtype != weight.dtype and functional.autocast_dtype(input) is None:
             raise TypeError(f"input must be {weight.dtype}, which this layer was frozen for, got {input.dtype}")
 
-    def _pooled(self, output: Tensor) -> Tensor:
+    def _max_pool(self, output: Tensor) -> Tensor:
         pool = self.pool
         return output if pool is None else F.max_pool2d(output, pool.kernel_size, pool.stride, pool.padding)
 
     def layers(self) -> tuple[Any, ...]:
         return (self,)
 
-    def block(self) -> BlockSpec:
-        return _block((self.spec,), "none", self.pool)
+    def as_block_spec(self) -> BlockSpec:
+        return _cached_block_spec((self.spec,), "none", self.pool)
 
-    def _plain(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """For graphs that leave this process: nothing but ATen."""
+    def _aten_forward(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """Compute the convolution with ATen operators only, for graphs exported from this process."""
         spec = self.spec
         y = F.conv2d(input, self.weight, self.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
         if residual is not None:
             y = y + residual.to(y.dtype)
         return F.relu(y) if spec.relu else y
 
-    def _operand(self, selected: Selected, problem: Problem, input: Tensor) -> PackedWeight | Tensor:
-        self.kernel = selected
+    def _weight_operand(self, selected: Selection, problem: Problem, input: Tensor) -> PackedWeight | Tensor:
+        self.last_selected = selected
         if selected.algorithm.pack is None:
             return self.weight
-        return PackedWeight(self.keep(selected, problem, input).tensor, problem.weight)
+        return PackedWeight(self.packed_weight(selected, problem, input).tensor, problem.weight)
 
-    def keep(self, selected: Selected, problem: Problem, input: Tensor) -> Kept:
-        """The packed weight that an algorithm reads for a problem, made once as long as the weight is the same."""
+    def packed_weight(self, selected: Selection, problem: Problem, input: Tensor) -> PackedWeightEntry:
+        """Return the packed weight for an algorithm and a problem; packed once, until the weight changes."""
         key = selected.algorithm.pack_key(problem)
-        found = self._packed.get(key)
-        if found is not None and self.has(found):
-            return found
+        cached = self._packed.get(key)
+        if cached is not None and self.is_current(cached):
+            return cached
         assert selected.algorithm.pack is not None
-        kept = Kept(key, self.weight, _version(self.weight), selected.algorithm.pack(problem, input, self.weight))
-        _remember(self._packed, key, kept)
-        return kept
+        entry = PackedWeightEntry(
+            key, self.weight, _version(self.weight), selected.algorithm.pack(problem, input, self.weight)
+        )
+        _cache_insert(self._packed, key, entry)
+        return entry
 
-    def has(self, kept: Kept) -> bool:
-        """Whether it is kept still, and the weight the same: :meth:`to` and others replace it, or write to it."""
-        source = kept.source
+    def is_current(self, entry: PackedWeightEntry) -> bool:
+        """Return whether `entry` is still cached and its weight unchanged: :meth:`to`, for one, replaces the weight."""
+        source = entry.source
         return (
             self._buffers["weight"] is source
-            and self._packed.get(kept.key) is kept
-            and kept.version == _version(source)
+            and self._packed.get(entry.key) is entry
+            and entry.version == _version(source)
         )
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
@@ -162,7 +175,7 @@ class FrozenConv(Frozen):
         super()._load_from_state_dict(*arguments, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": {}, "_programs": Programs(), "kernel": None}
+        return self.__dict__ | {"_packed": {}, "_graph_cache": InferenceGraphCache(), "last_selected": None}
 
     def extra_repr(self) -> str:
         outputs, inputs, *kernel = self.weight.shape
@@ -173,8 +186,11 @@ class FrozenConv(Frozen):
         )
 
 
-class FrozenBlock(Frozen):
-    """A residual block of :class:`FrozenConv`: ``conv1, conv2, ...``, the last of which adds, and ``downsample``."""
+class FrozenBlock(FrozenModule):
+    """Residual block of :class:`FrozenConv` modules.
+
+    Children are ``conv1, conv2, ...``, the last of which adds the shortcut, and ``downsample``, the projection or None.
+    """
 
     def __init__(
         self,
@@ -188,26 +204,26 @@ class FrozenBlock(Frozen):
             self.add_module(f"conv{index}", unit)
         self.downsample = None if isinstance(shortcut, str) else shortcut
         self.identity = shortcut == "identity"
-        self._names = tuple(f"conv{index}" for index in range(1, len(units) + 1))
-        self._programs = Programs()
+        self._conv_names = tuple(f"conv{index}" for index in range(1, len(units) + 1))
+        self._graph_cache = InferenceGraphCache()
 
     def layers(self) -> tuple[Any, ...]:
-        """The chain's, then the projection."""
+        """Return the convolutions of the main path, then the projection, if there is one."""
         children = self._modules
-        chain = tuple([children[name] for name in self._names])
-        return chain if self.downsample is None else (*chain, self.downsample)
+        main_path = tuple([children[name] for name in self._conv_names])
+        return main_path if self.downsample is None else (*main_path, self.downsample)
 
-    def block(self) -> BlockSpec:
+    def as_block_spec(self) -> BlockSpec:
         layers = self.layers()
         shortcut = layers[-1].spec if self.downsample is not None else "identity" if self.identity else "none"
-        return _block(tuple([layer.spec for layer in layers[: len(self._names)]]), shortcut, None)
+        return _cached_block_spec(tuple([layer.spec for layer in layers[: len(self._conv_names)]]), shortcut, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        output = self._programs.run((self,), x)
+        output = self._graph_cache.run((self,), x)
         if output is not None:
             return output
         children: dict[str, Any] = self._modules
-        *first, last = self._names
+        *first, last = self._conv_names
         y = x
         for name in first:
             y = children[name](y)
@@ -218,68 +234,68 @@ class FrozenBlock(Frozen):
 
 
 class FrozenStage(nn.Sequential):
-    """Blocks in a row, which may run as one program; else one after the other, as in any nn.Sequential."""
+    """Consecutive frozen blocks, run as one inference graph where supported, otherwise as an nn.Sequential."""
 
     def __init__(self, *blocks: FrozenBlock) -> None:
         super().__init__(*blocks)
-        self._programs = Programs()
+        self._graph_cache = InferenceGraphCache()
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = tuple(self._modules.values())
-        output = self._programs.run(blocks, x) if all(type(block) is FrozenBlock for block in blocks) else None
+        output = self._graph_cache.run(blocks, x) if all(type(block) is FrozenBlock for block in blocks) else None
         return super().forward(x) if output is None else output
 
 
-_block = cache(BlockSpec)
+_cached_block_spec = cache(BlockSpec)
 
 
-class Programs:
-    """Frozen modules in a row as one call of the backend, which prepares it once for inputs of a kind."""
+class InferenceGraphCache:
+    """Cache of inference graphs: consecutive frozen modules run as one backend call, prepared once per input shape."""
 
     def __init__(self) -> None:
-        self._prepared: dict[Hashable, Any] = {}
+        self._graphs: dict[Hashable, Any] = {}
 
-    def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
-        return Programs, ()  # with the module's weights, packed or not, a copy has nothing in common
+    def __reduce__(self) -> tuple[type[InferenceGraphCache], tuple[()]]:
+        return InferenceGraphCache, ()  # a copy of the module has different weight tensors, so its cache starts empty
 
     def run(self, modules: Sequence[Any], x: Tensor) -> Tensor | None:
-        """None: the modules have to run one by one."""
-        if torch.compiler.is_compiling() or chain.situation() or chain.inspect_input(x):
+        """Return the output of the inference graph, or None if the modules have to run one by one."""
+        if torch.compiler.is_compiling() or chain.unsupported_context() or chain.inspect_input(x):
             return None
-        if x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu") or _torch_compat.is_observed():
+        if x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu") or _torch_compat.has_torch_dispatch_mode():
             return None
         backend = modules[0].backend
         kernels = registry.resolve(backend, x.device)
-        prepare = kernels.prepare_blocks
+        prepare = kernels.prepare_inference_graph
         if prepare is None:
             return None
         layers = [layer for module in modules for layer in module.layers()]
         for module in modules:
-            if module.backend != backend or not chain.untouched(module.__dict__):
+            if module.backend != backend or not chain.has_no_hooks(module.__dict__):
                 return None
         for layer in layers:
-            if type(layer) is not FrozenConv or not chain.untouched(layer.__dict__):
+            if type(layer) is not FrozenConv or not chain.has_no_hooks(layer.__dict__):
                 return None
         if torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (x, *[t for layer in layers for t in (layer.weight, layer.bias)])
         ):
             return None
-        preference = registry.convolution(backend)
-        key = (x.shape, preference, *registry.settings(kernels.name))
-        prepared = self._prepared.get(key)
-        if prepared is None or not prepared.current(layers):
-            prepared = prepare(tuple([module.block() for module in modules]), layers, x, preference)
+        preference = registry.conv_preference(backend)
+        key = (x.shape, preference, *registry.selection_settings(kernels.name))
+        prepared = self._graphs.get(key)
+        if prepared is None or not prepared.is_current(layers):
+            prepared = prepare(tuple([module.as_block_spec() for module in modules]), layers, x, preference)
             if prepared is None:
                 return None
-            _remember(self._prepared, key, prepared)
+            _cache_insert(self._graphs, key, prepared)
         return prepared.run(x)
 
 
-def _remember(memory: dict[Hashable, Any], key: Hashable, value: Any) -> None:
-    with _packing:
-        while len(memory) >= _SHAPES:
-            del memory[next(iter(memory))]
-        memory[key] = value
+def _cache_insert(cache: dict[Hashable, Any], key: Hashable, value: Any) -> None:
+    with _cache_lock:
+        while len(cache) >= _MAX_CACHE_ENTRIES:
+            del cache[next(iter(cache))]
+        cache[key] = value
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Batch norm with the statistics of several processes, on any device."""
+"""Batch norm with statistics synchronised across a process group, on any device."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from fused_res import distributed
 from fused_res._torch_compat import BatchNorm
 from fused_res.nn import chain
 from fused_res.nn.batch_norm_act import BatchNormAct2d
-from fused_res.nn.configured import check_model
+from fused_res.nn.fusable_module import check_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class SyncBatchNorm(BatchNorm):
-    """:class:`torch.nn.SyncBatchNorm` for any device and any backend of ``torch.distributed``: gloo on the CPU, too.
+    """:class:`torch.nn.SyncBatchNorm` for any device and any ``torch.distributed`` backend, including gloo on the CPU.
 
-    In training, mean and variance are those of the batches of all processes together; each process may have any number
-    of images, and some none at all. One all-gather of ``(count, mean, M2)`` forward and one all-reduce of ``(sum dy,
-    sum dy * xhat)`` backward, C numbers each. In a fused block they stand between the block's own kernels. Gradients of
-    weight and bias are those of the own images, for DistributedDataParallel to average as all others.
+    In training, mean and variance are computed over the batches of all ranks of the process group; local batch sizes
+    may differ and may be 0. The forward communicates by one all-gather of the partial statistics ``(count, mean, M2)``,
+    the backward by one all-reduce of ``(sum dy, sum dy * xhat)``, C numbers each. In a fused block both run between the
+    block's kernels. Gradients of weight and bias are computed from the local batch; DistributedDataParallel averages
+    them like those of all other parameters.
 
-    It is no subclass of :class:`torch.nn.SyncBatchNorm`, which DistributedDataParallel refuses on the CPU.
+    It is not a subclass of :class:`torch.nn.SyncBatchNorm`, which DistributedDataParallel rejects on the CPU.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`;
-            inputs are ``(N, C, ...)`` with 2 to 5 dimensions.
-        process_group: the processes to synchronise with; None stands for all. Alone, this is a batch norm.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: arguments of
+            :class:`torch.nn.BatchNorm2d`. Inputs are ``(N, C, ...)`` with 2 to 5 dimensions.
+        process_group: process group to synchronise across, default None: all processes. With a single process the
+            module is an ordinary batch norm.
 
     Raises:
-        TypeError: ``process_group`` is no group.
+        TypeError: ``process_group`` is not a process group.
     """
 
     def __init__(self, *args: Any, process_group: ProcessGroup | None = None, **kwargs: Any) -> None:
@@ -41,12 +43,12 @@ class SyncBatchNorm(BatchNorm):
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
-        if chain.group_of(self.__dict__) is None:
+        if chain.sync_process_group(self.__dict__) is None:
             return super().forward(input)
-        read = chain.read_norm(self.__dict__)
-        if isinstance(read, str):
-            raise RuntimeError(f"a synchronised batch norm that {read} cannot run")
-        return chain.apply_norm(input, self, read, None, "identity", "auto")
+        norm_args = chain.read_norm(self.__dict__)
+        if isinstance(norm_args, str):
+            raise RuntimeError(f"a synchronised batch norm that {norm_args} cannot run")
+        return chain.apply_norm(input, self, norm_args, None, "identity", "auto")
 
     def _check_input_dim(self, input: Tensor) -> None:
         if not 2 <= input.dim() <= 5:
@@ -54,11 +56,11 @@ class SyncBatchNorm(BatchNorm):
 
 
 class SyncBatchNormAct2d(BatchNormAct2d, SyncBatchNorm):
-    """:class:`BatchNormAct2d` with the statistics of several processes.
+    """:class:`BatchNormAct2d` with statistics synchronised across a process group.
 
     Args:
-        num_features, activation, backend and the others: those of :class:`BatchNormAct2d`.
-        process_group: as in :class:`SyncBatchNorm`.
+        num_features, activation, backend and the remaining arguments: arguments of :class:`BatchNormAct2d`.
+        process_group: process group to synchronise across, default None: all processes.
     """
 
 
@@ -71,26 +73,26 @@ _SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
     BatchNormAct2d: SyncBatchNormAct2d,
     SyncBatchNormAct2d: SyncBatchNormAct2d,
 }
-chain.norms.add(SyncBatchNorm)
+chain.norm_types.add(SyncBatchNorm)
 
 
 def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = None) -> Model:
-    """Makes every batch norm of `model` take its statistics from all processes of a group, in place.
+    """Synchronise the statistics of every batch norm of `model` across a process group, in place.
 
-    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, but for any device, and :class:`fused_res.nn.BatchNormAct2d`
-    keeps its activation. Modules stay the same objects, with their parameters, buffers, hooks and state_dict keys.
-    Before or after :func:`fused_res.fuse`; before DistributedDataParallel.
+    Like ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, but for any device, and :class:`fused_res.nn.BatchNormAct2d`
+    retains its activation. Modules remain the same objects, with their parameters, buffers, hooks and state_dict keys.
+    Call it before or after :func:`fused_res.fuse`, and before DistributedDataParallel.
 
     Args:
-        model: any module; a batch norm itself, too.
-        process_group: the processes to synchronise with; None stands for all, those of the time of each call.
+        model: any module, including a single batch norm.
+        process_group: process group to synchronise across, default None: all processes at the time of each call.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: `model` is no module, or holds a batch norm of a class of its own, which may do more than normalise;
-            or `process_group` is no group. Nothing has been changed then.
+        TypeError: `model` is not a module, contains a batch norm of an unsupported class, which may do more than
+            normalise, or `process_group` is not a process group. `model` is unchanged in this case.
     """
     check_model(model)
     distributed.check_group(process_group)
@@ -98,8 +100,8 @@ def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = No
     for name, norm in norms.items():
         if type(norm) not in _SYNCHRONISED:
             raise TypeError(
-                f"{name or 'model'} is a {type(norm).__module__}.{type(norm).__qualname__}: what that does besides"
-                " normalising would be lost; its own library may have a conversion"
+                f"{name or 'model'} is a {type(norm).__module__}.{type(norm).__qualname__}: conversion would drop"
+                " everything that class does besides normalising; its library may have a conversion"
             )
     for norm in norms.values():
         norm.__class__ = _SYNCHRONISED[type(norm)]  # type: ignore[assignment]

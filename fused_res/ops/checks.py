@@ -1,4 +1,4 @@
-"""Whether arguments fit: found out by name, at the boundary, before anything is computed or written."""
+"""Validation of the public functions' arguments, by name, before anything is computed or written."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_input(input: Tensor) -> None:
+    """Raise TypeError unless `input` is a strided tensor of a supported dtype."""
     check_is_tensor("input", input)
     if input.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -29,19 +30,21 @@ def check_input(input: Tensor) -> None:
 
 
 def check_activation(activation: str) -> None:
+    """Raise ValueError unless `activation` is one of :data:`ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
 
 
 def check_momentum(momentum: float) -> None:
+    """Raise unless `momentum` is a finite number."""
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum must be a number, got {momentum!r}")
-    if not math.isfinite(momentum):  # PyTorch takes any number, also below 0 and above 1
+    if not math.isfinite(momentum):  # PyTorch accepts any number, also below 0 and above 1
         raise ValueError(f"momentum must be finite, got {momentum}")
 
 
-def check_batch(shape: Sequence[int]) -> None:
-    """PyTorch's own check, in its own words: one value has no variance."""
+def check_values_per_channel(shape: Sequence[int]) -> None:
+    """Raise ValueError, with PyTorch's message, if a channel of `shape` has a single value, which has no variance."""
     values = shape[0]
     for size in shape[2:]:
         values *= size
@@ -50,17 +53,18 @@ def check_batch(shape: Sequence[int]) -> None:
 
 
 def check_is_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value`, the argument `name`, is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def check_training_eps(eps: float, owner: str = "") -> None:
-    """As PyTorch has it: in evaluation zero will do."""
+    """Raise ValueError if `eps` is 0, which PyTorch accepts in evaluation only. `owner` prefixes the message."""
     if eps == 0:
-        raise ValueError(f"{owner}eps must be above 0 when training, got {eps}")
+        raise ValueError(f"{owner}eps must be positive when training, got {eps}")
 
 
-# A batch norm
+# Batch norm
 
 
 def check_norm(
@@ -70,12 +74,21 @@ def check_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    alone: bool,
+    single_process: bool,
     eps: float,
 ) -> None:
-    """Raises for the first argument that does not fit.
+    """Validate the arguments of a batch norm.
 
-    ``alone``: no other process brings values for the batch's statistics.
+    Args:
+        input: the norm's input ``(N, C, ...)``.
+        running_mean, running_var, weight, bias: per-channel vectors ``(C,)``, or None.
+        training: the norm uses the statistics of the batch.
+        single_process: the statistics are of this process's batch only. Across a process group one value per channel is
+            enough, because other ranks contribute more.
+        eps: added to the variance.
+
+    Raises:
+        TypeError, ValueError: for the first invalid argument.
     """
     check_input(input)
     if not isinstance(training, bool):
@@ -83,14 +96,14 @@ def check_norm(
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a number, got {eps!r}")
     if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be 0 or more, got {eps}")
+        raise ValueError(f"eps must be finite and non-negative, got {eps}")
     shape = input.shape
     if not 2 <= len(shape) <= 5:
         raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got {len(shape)}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be given, or neither")
     if running_mean is None and not training:
-        raise ValueError("running_mean and running_var are needed when training is False")
+        raise ValueError("running_mean and running_var are required when training is False")
     for name, tensor in (
         ("running_mean", running_mean),
         ("running_var", running_var),
@@ -100,17 +113,17 @@ def check_norm(
         _check_per_channel(input, name, tensor)
     if training:
         check_training_eps(eps)
-        if alone:
-            check_batch(shape)
+        if single_process:
+            check_values_per_channel(shape)
 
 
 def check_residual(input: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> None:
-    """Likewise for what is added to a norm, and its factors for each channel."""
+    """Validate the residual that is added to a norm's output, and its per-channel `scale` and `shift`."""
     if (scale is None) != (shift is None):
         raise ValueError("residual_scale and residual_shift must both be given, or neither")
     if residual is None:
         if scale is not None:
-            raise ValueError("residual_scale and residual_shift are given without a residual")
+            raise ValueError("residual_scale and residual_shift require a residual")
         return
     check_is_tensor("residual", residual)
     if residual.shape != input.shape:
@@ -118,7 +131,7 @@ def check_residual(input: Tensor, residual: Tensor | None, scale: Tensor | None,
     if residual.dtype != input.dtype:
         raise TypeError(f"residual must have input's dtype {input.dtype}, got {residual.dtype}")
     if residual.device != input.device:
-        raise ValueError(f"residual must be on {input.device} as input is, got {residual.device}")
+        raise ValueError(f"residual must be on {input.device} like input, got {residual.device}")
     _check_per_channel(input, "residual_scale", scale)
     _check_per_channel(input, "residual_shift", shift)
 
@@ -130,24 +143,25 @@ def _check_per_channel(input: Tensor, name: str, tensor: Tensor | None) -> None:
     if tensor.shape != input.shape[1:2]:
         raise ValueError(f"{name} must have the shape ({input.shape[1]},), got {tuple(tensor.shape)}")
     if tensor.device != input.device:
-        raise ValueError(f"{name} must be on {input.device} as input is, got {tensor.device}")
+        raise ValueError(f"{name} must be on {input.device} like input, got {tensor.device}")
     if not is_parameter_dtype(tensor.dtype, input.dtype):
         raise TypeError(f"{name} must be of input's dtype {input.dtype}{or_float32(input.dtype)}, got {tensor.dtype}")
 
 
 def is_parameter_dtype(dtype: torch.dtype, input: torch.dtype) -> bool:
-    """Whether a norm of this input takes parameters and statistics of this dtype, as PyTorch's do."""
+    """Return whether a norm of this input dtype accepts parameters and running statistics of `dtype`, as in PyTorch."""
     return dtype == input or (dtype == torch.float32 and input != torch.float64)
 
 
 def or_float32(input: torch.dtype) -> str:
+    """Return the part of an error message that names float32, where it is accepted besides the input's dtype."""
     return "" if input in (torch.float32, torch.float64) else " or float32"
 
 
-# A convolution with its epilogue
+# Convolution with its epilogue
 
-Size = int | Sequence[int]  # one for all dimensions, or a list or tuple
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Size = int | Sequence[int]  # one integer for all spatial dimensions, or one for each
+SpatialGeometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 _Meta = tuple[torch.Size, torch.dtype, torch.device]
 
 
@@ -160,8 +174,12 @@ def check_convolution(
     padding: Size | str,
     dilation: Size,
     groups: int,
-) -> Geometry:
-    """Raises for the first argument that does not fit; returns stride, padding and dilation for each dimension."""
+) -> SpatialGeometry:
+    """Validate the arguments of ``conv_bias_act``; return stride, padding and dilation per spatial dimension.
+
+    Raises:
+        TypeError, ValueError: for the first invalid argument.
+    """
     sizes: list[Any] = [tuple(size) if isinstance(size, list) else size for size in (stride, padding, dilation)]
     try:
         metas: list[Any] = [(t.shape, t.dtype, t.device) for t in (input, weight)]
@@ -169,17 +187,17 @@ def check_convolution(
     except AttributeError:
         check_operands(weight, bias, residual)
         raise
-    # Sizes may be symbolic while something traces, and no keys of a dictionary.
+    # Sizes may be symbolic during tracing, and symbolic sizes are not hashable.
     if not torch.compiler.is_compiling() and not isinstance(input, FakeTensor):
         try:
             return _check_convolution(*metas, *sizes, groups)
         except TypeError:
-            pass  # perhaps of an argument that is no key of a dictionary: below it is named
+            pass  # possibly an unhashable argument: the uncached call below raises the error that names it
     return _check_convolution.__wrapped__(*metas, *sizes, groups)
 
 
 def check_operands(weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """Whether these are tensors at all."""
+    """Raise TypeError unless `weight` is a tensor, and `bias` and `residual` are tensors or None."""
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None or name == "weight":
             check_is_tensor(name, tensor)
@@ -195,33 +213,33 @@ def _check_convolution(
     padding: Size | str,
     dilation: Size,
     groups: int,
-) -> Geometry:
+) -> SpatialGeometry:
     (shape, dtype, device), filters = input, weight[0]
     rank = len(shape) - 2
     if not 1 <= rank <= 3:
         raise ValueError(f"input must have 3 to 5 dimensions (N, C, ...), got {rank + 2}")
     if len(filters) != rank + 2:
-        raise ValueError(f"weight must have {rank + 2} dimensions as input has, got {len(filters)}")
-    strides, dilations = _each(stride, rank, "stride", 1), _each(dilation, rank, "dilation", 1)
+        raise ValueError(f"weight must have {rank + 2} dimensions like input, got {len(filters)}")
+    strides, dilations = _expand_size(stride, rank, "stride", 1), _expand_size(dilation, rank, "dilation", 1)
     if isinstance(padding, str):
-        paddings = _named_padding(padding, strides, dilations, filters[2:])
+        paddings = _resolve_padding(padding, strides, dilations, filters[2:])
     else:
-        paddings = _each(padding, rank, "padding", 0)
+        paddings = _expand_size(padding, rank, "padding", 0)
     if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups must be a whole number of at least 1, got {groups!r}")
+        raise ValueError(f"groups must be a positive integer, got {groups!r}")
     if filters[1] * groups != shape[1]:
         raise ValueError(
             f"input must have {filters[1] * groups} channels for weight {tuple(filters)} and groups={groups},"
             f" got {shape[1]}"
         )
     if filters[0] % groups:
-        raise ValueError(f"weight makes {filters[0]} channels, which groups={groups} does not divide")
+        raise ValueError(f"weight has {filters[0]} output channels, which groups={groups} does not divide")
     sizes = conv_output_sizes(shape[2:], filters[2:], strides, paddings, dilations)
     if any(size < 1 for size in sizes):
         raise ValueError(f"input of size {tuple(shape[2:])} is too small for a kernel of {tuple(filters[2:])}")
     output = (shape[0], filters[0], *sizes)
-    wanted = (("weight", weight, filters), ("bias", bias, filters[:1]), ("residual", residual, output))
-    for name, meta, expected in wanted:
+    operands = (("weight", weight, filters), ("bias", bias, filters[:1]), ("residual", residual, output))
+    for name, meta, expected in operands:
         if meta is None:
             continue
         if meta[0] != expected:
@@ -229,25 +247,29 @@ def _check_convolution(
         if meta[1] != dtype:
             raise TypeError(f"{name} must have input's dtype {dtype}, got {meta[1]}")
         if meta[2] != device:
-            raise ValueError(f"{name} must be on {device} as input is, got {meta[2]}")
+            raise ValueError(f"{name} must be on {device} like input, got {meta[2]}")
     return strides, paddings, dilations
 
 
-def _each(value: Size, rank: int, name: str, least: int) -> tuple[int, ...]:
+def _expand_size(value: Size, rank: int, name: str, minimum: int) -> tuple[int, ...]:
     values = (value,) * rank if isinstance(value, int) else value
-    if not isinstance(values, tuple) or len(values) != rank or any(not isinstance(v, int) or v < least for v in values):
-        raise ValueError(f"{name} must be a whole number of at least {least}, or {rank} of them, got {value!r}")
+    if (
+        not isinstance(values, tuple)
+        or len(values) != rank
+        or any(not isinstance(v, int) or v < minimum for v in values)
+    ):
+        raise ValueError(f"{name} must be an integer >= {minimum}, or {rank} of them, got {value!r}")
     return values
 
 
-def _named_padding(
+def _resolve_padding(
     name: str, stride: tuple[int, ...], dilation: tuple[int, ...], kernel: Sequence[int]
 ) -> tuple[int, ...]:
     if name == "valid":
         return (0,) * len(stride)
     if name != "same":
-        raise ValueError(f"padding must be 'same', 'valid' or whole numbers, got {name!r}")
+        raise ValueError(f"padding must be 'same', 'valid' or integers, got {name!r}")
     padding = same_padding(kernel, stride, dilation)
     if padding is None:
-        raise ValueError("padding='same' must be as much on both sides, with stride 1: give numbers")
+        raise ValueError("padding='same' must be symmetric, with stride 1: pass integers instead")
     return padding

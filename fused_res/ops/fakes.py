@@ -1,4 +1,8 @@
-"""Fake implementations: the shape, dtype and strides that each operator returns, for tracing without data."""
+"""Fake (meta) implementations of the operators: the shape, dtype and strides of their results, without data.
+
+``torch.compile``, ``torch.export`` and ``FakeTensorMode`` call them during tracing. Each function gets the operator's
+arguments as attributes of one object.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fused_res.ops.memory_format import (
-    convolved,
+    conv_output_is_channels_last,
+    conv_output_shape,
     is_channels_last,
-    laid_out,
-    makes_channels_last,
-    packed_shape,
-    pooled_shape,
+    pool_output_shape,
+    relu_mask_shape,
+    to_memory_format,
 )
 from fused_res.ops.schemas import stats_dtype
 
@@ -23,22 +27,24 @@ def _new_stats(input: Tensor) -> Tensor:
     return input.new_empty((5, input.shape[1]), dtype=stats_dtype(input.dtype))
 
 
-def _empty_or(template: Tensor, wanted: bool) -> Tensor:
-    return torch.empty_like(template) if wanted else template.new_empty(0)
+def _empty_like_if(template: Tensor, requested: bool) -> Tensor:
+    return torch.empty_like(template) if requested else template.new_empty(0)
 
 
 def _mask(a: Any) -> Tensor:
-    return a.input.new_empty(packed_shape(a.input) if a.save_mask else (0,), dtype=torch.uint8)
+    return a.input.new_empty(relu_mask_shape(a.input) if a.save_mask else (0,), dtype=torch.uint8)
 
 
 def _backward(a: Any) -> tuple[Tensor, ...]:
-    channels = _like_weight(a.weight, a.stats)
-    return tuple(map(_empty_or, (a.input, a.input, channels, channels), a.output_mask))
+    vector = _like_weight(a.weight, a.stats)
+    return tuple(map(_empty_like_if, (a.input, a.input, vector, vector), a.output_mask))
 
 
 def _backward_pair(a: Any) -> tuple[Tensor, ...]:
-    channels, others = _like_weight(a.weight, a.stats), _like_weight(a.residual_weight, a.stats)
-    return tuple(map(_empty_or, (a.input, a.residual, channels, channels, others, others), a.output_mask))
+    vector, residual_vector = _like_weight(a.weight, a.stats), _like_weight(a.residual_weight, a.stats)
+    return tuple(
+        map(_empty_like_if, (a.input, a.residual, vector, vector, residual_vector, residual_vector), a.output_mask)
+    )
 
 
 def _like_weight(weight: Tensor | None, stats: Tensor) -> Tensor:
@@ -50,12 +56,12 @@ def _merge_stats(a: Any) -> Tensor:
 
 
 def _conv(a: Any, channels_last: bool) -> Tensor:
-    output = a.input.new_empty(convolved(a.input, a.weight, a.stride, a.padding, a.dilation))
-    return laid_out(output, channels_last)
+    output = a.input.new_empty(conv_output_shape(a.input, a.weight, a.stride, a.padding, a.dilation))
+    return to_memory_format(output, channels_last)
 
 
-def _partials(output: Tensor, wanted: bool = True) -> Tensor:
-    return output.new_empty((1, 3, output.shape[1]) if wanted else 0, dtype=torch.float64)
+def _partials(output: Tensor, requested: bool = True) -> Tensor:
+    return output.new_empty((1, 3, output.shape[1]) if requested else 0, dtype=torch.float64)
 
 
 def _conv_bn_stats(a: Any) -> tuple[Tensor, Tensor]:
@@ -66,16 +72,16 @@ def _conv_bn_stats(a: Any) -> tuple[Tensor, Tensor]:
 def _conv_dgrad(a: Any) -> tuple[Tensor, Tensor]:
     shape = (a.output.shape[0], a.weight.shape[1], *a.output.shape[2:])
     sums = a.stats.new_empty((2, a.weight.shape[1]) if a.input_stats is not None else 0)
-    return laid_out(a.output.new_empty(shape), True), sums
+    return to_memory_format(a.output.new_empty(shape), True), sums
 
 
 def _max_pool(a: Any) -> tuple[Tensor, Tensor]:
-    output = a.input.new_empty(pooled_shape(a.input, a.kernel_size, a.stride, a.padding))
-    output = laid_out(output, is_channels_last(a.input))
+    output = a.input.new_empty(pool_output_shape(a.input, a.kernel_size, a.stride, a.padding))
+    output = to_memory_format(output, is_channels_last(a.input))
     return output, torch.empty_like(output, dtype=torch.uint8)
 
 
-#: What an operator returns under a fake tensor, from its arguments by name.
+#: Operator name -> its fake implementation, a function of the operator's arguments by name.
 FAKES: dict[str, Callable[[Any], Any]] = {
     "batch_norm_stats": lambda a: _new_stats(a.input),
     "batch_norm_act_forward": lambda a: (torch.empty_like(a.input), _new_stats(a.input), _mask(a)),
@@ -89,7 +95,7 @@ FAKES: dict[str, Callable[[Any], Any]] = {
     "merge_stats": _merge_stats,
     "batch_norm_sums": lambda a: a.stats.new_empty((2 if a.residual_stats is None else 3, a.stats.shape[1])),
     "batch_norm_act_dx": lambda a: torch.empty_like(a.input),
-    "conv_bias_act": lambda a: _conv(a, makes_channels_last(a.input, a.weight)),
+    "conv_bias_act": lambda a: _conv(a, conv_output_is_channels_last(a.input, a.weight)),
     "conv_bn_stats": _conv_bn_stats,
     "conv_dgrad": _conv_dgrad,
     "conv_wgrad": lambda a: torch.empty_like(a.weight),

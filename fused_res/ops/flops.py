@@ -1,9 +1,9 @@
-"""Lets ``torch.utils.flop_counter`` count operators that hide convolutions.
+"""FLOP formulas for ``torch.utils.flop_counter``, for opaque operators that contain convolutions.
 
-In eager mode there is nothing to do: blocks call ``aten.convolution`` through the dispatcher, where the
-counter sees it. Under ``torch.compile`` a block is one opaque operator. Its formula runs the operator's own
-implementation on fake tensors and counts what that calls, so that it can never disagree with what the plan
-decides: gradients that nobody asked for, convolutions that a recompute level runs again.
+In eager mode no formula is needed: blocks call ``aten.convolution`` through the dispatcher, where the counter
+intercepts it. Under ``torch.compile`` a block is one opaque operator. Its formula runs the operator's implementation on
+fake tensors and counts the ATen calls, so that it always agrees with the block's plan: gradients that are not required
+are not counted, convolutions that a recompute level runs twice are counted twice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from fused_res._torch_compat import FakeTensorMode, tree_map_only
 
 
 def register(operator: Any, implementation: Callable[..., Any]) -> None:
-    """Counts ``operator``, an overload packet such as ``torch.ops.fused_res.block_forward``, as its
-    implementation."""
+    """Register a FLOP formula for an opaque operator: the FLOPs of its implementation.
+
+    Args:
+        operator: the overload packet, such as ``torch.ops.fused_res.block_forward``.
+        implementation: the operator's Python implementation, which is run on fake tensors.
+    """
 
     def count(*args: Any, out_val: Any = None) -> int:
         with FakeTensorMode():

@@ -1,4 +1,4 @@
-"""The geometry of a convolution: stride, padding, dilation and groups, and the sizes that follow from them."""
+"""Geometry of convolutions and poolings: stride, padding, dilation and groups, and output-size arithmetic."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 def conv_output_sizes(
     sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
-    """Height, width, ... of a convolution's output, from those of its input."""
+    """Return the spatial sizes of a convolution's output.
+
+    Args:
+        sizes: spatial sizes ``(H, W, ...)`` of the input.
+        kernel, stride, padding, dilation: one entry per spatial dimension.
+    """
     return tuple(
-        (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
-        for size, taps, step, pad, spread in zip(sizes, kernel, stride, padding, dilation, strict=True)
+        (size + 2 * pad - spacing * (taps - 1) - 1) // step + 1
+        for size, taps, step, pad, spacing in zip(sizes, kernel, stride, padding, dilation, strict=True)
     )
 
 
 def same_padding(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...] | None:
-    """The padding of ``padding="same"``; None where the two sides would differ, or a stride is not 1."""
-    around = [spread * (taps - 1) for taps, spread in zip(kernel, dilation, strict=True)]
-    if any(a % 2 for a in around) or any(step != 1 for step in stride):
+    """Return the padding of ``padding="same"``, or None if the two sides would differ or a stride is not 1."""
+    totals = [spacing * (taps - 1) for taps, spacing in zip(kernel, dilation, strict=True)]
+    if any(total % 2 for total in totals) or any(step != 1 for step in stride):
         return None
-    return tuple(a // 2 for a in around)
+    return tuple(total // 2 for total in totals)

@@ -1,4 +1,4 @@
-"""Definition and registration of the operators with ``torch.library``: one namespace for each backend."""
+"""Definition and registration of the operators with ``torch.library``, in one dispatcher namespace per backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_res.ops.fakes import FAKES
-from fused_res.ops.schemas import SCHEMAS, STEMS
+from fused_res.ops.schemas import OP_FAMILIES, SCHEMAS
 
 # A Library undefines its operators when it is collected.
 _libraries: dict[str, torch.library.Library] = {}
@@ -24,38 +24,55 @@ def define(
     namespace: str,
     schemas: Mapping[str, str] = SCHEMAS,
     fakes: Mapping[str, Callable[[Any], Any]] = FAKES,
-    internal: Mapping[str, str] | None = None,
+    without_fakes: Mapping[str, str] | None = None,
 ) -> None:
-    """Defines operators, each with its fake, in ``namespace``; ``internal`` ones are called by no one who traces."""
+    """Define operators and register their fake implementations.
+
+    Args:
+        namespace: dispatcher namespace, such as ``"fused_res_cpu"``.
+        schemas: operator name -> schema.
+        fakes: operator name -> fake implementation.
+        without_fakes: schemas of further operators, which are never called during tracing.
+    """
     library = _libraries[namespace] = torch.library.Library(namespace, "DEF")
-    for name, schema in {**(internal or {}), **schemas}.items():
+    for name, schema in {**(without_fakes or {}), **schemas}.items():
         library.define(name + schema)
     for name in schemas:
-        torch.library.register_fake(f"{namespace}::{name}", _by_name(schemas[name], fakes[name]), lib=library)
+        torch.library.register_fake(
+            f"{namespace}::{name}", _bind_schema_arguments(schemas[name], fakes[name]), lib=library
+        )
 
 
-def _by_name(schema: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Binds an operator's arguments to the names in its schema; optional ones are None by default."""
+def _bind_schema_arguments(schema: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Adapt a fake implementation to positional arguments, by the names in the schema. Missing arguments are None."""
     names = re.findall(r" (\w+)(?:=\w+)?(?:,|$)", schema.partition(") ->")[0])
     return lambda *args, **kwargs: fake(SimpleNamespace(**dict(zip_longest(names, args)) | kwargs))
 
 
 def overloads(namespace: str, names: Iterable[str]) -> list[Callable[..., Any]]:
-    """Overloads, not packets: resolving a packet costs a microsecond a call."""
+    """Return the operators' ``default`` overloads. Resolving an overload packet costs a microsecond per call."""
     return [getattr(getattr(torch.ops, namespace), name).default for name in names]
 
 
-def bind(namespace: str, stems: Iterable[str]) -> dict[str, Callable[..., Any]]:
-    """Every operator of these stems by its name, for a backend whose kernels are registered from C++."""
-    names = [name for stem in stems for name in STEMS[stem]]
+def operator_overloads(namespace: str, op_families: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """Return operator name -> overload for all operators of these families, for kernels registered from C++."""
+    names = [name for op_family in op_families for name in OP_FAMILIES[op_family]]
     return dict(zip(names, overloads(namespace, names), strict=True))
 
 
-def operator(namespace: str, name: str, implementation: Callable[..., Any], *keys: str) -> Callable[..., Any]:
-    """Registers a Python ``implementation`` for dispatch keys (``"CPU"``, ``"CUDA"``); returns what is to be called.
+def register_python_operator(
+    namespace: str, name: str, implementation: Callable[..., Any], *keys: str
+) -> Callable[..., Any]:
+    """Register a Python implementation of an operator; return the callable to use instead of the operator.
 
-    For plain tensors that is ``implementation``: the way through the dispatcher and back into Python takes longer than
-    a small kernel. While something traces (compilation, fake tensors, subclasses) it is the operator.
+    The returned callable runs ``implementation`` directly on plain tensors, because the dispatcher overhead, into C++
+    and back into Python, is larger than the run time of a small kernel. Under compilation, and for fake tensors and
+    other tensor subclasses, it calls the operator.
+
+    Args:
+        namespace, name: the operator, defined by :func:`define`.
+        implementation: a function of the schema's arguments, by position.
+        keys: dispatch keys to register it for, such as ``"CPU"`` and ``"CUDA"``.
     """
     for key in keys:
         _libraries[namespace].impl(name, implementation, key)

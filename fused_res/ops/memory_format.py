@@ -1,4 +1,4 @@
-"""How kernels see a tensor: as rows of channels, or as planes; and the shapes of what they make of it."""
+"""Memory formats of the kernels' operands, channels_last (NHWC) or contiguous (NCHW), and shapes of their results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fused_res.ops.geometry import conv_output_sizes
 
 
 def is_channels_last(input: Tensor) -> bool:
-    """Whether kernels see ``input`` as rows of channels (else as planes, one for each channel).
+    """Return whether kernels process ``input`` as channels_last, ``(N * S, C)``, or as contiguous, ``(N * C, S)``.
 
-    A tensor with one pixel an image is both; rows of channels vectorise better, unless there is one channel only.
+    A tensor with one pixel per image has both layouts. It counts as channels_last, which vectorizes better, unless it
+    has a single channel.
     """
     if input.dim() == 2:
         return True
@@ -28,48 +29,60 @@ def is_channels_last(input: Tensor) -> bool:
     )
 
 
-def laid_out(input: Tensor, channels_last: bool) -> Tensor:
-    """``input`` in channels_last memory, or contiguous; itself if it is already."""
+def to_memory_format(input: Tensor, channels_last: bool) -> Tensor:
+    """Return ``input`` in channels_last or contiguous memory, without a copy if it is already."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     format = formats.get(input.dim(), torch.contiguous_format) if channels_last else torch.contiguous_format
     return input.contiguous(memory_format=format)
 
 
-def dense(input: Tensor) -> Tensor:
-    """``input`` in the layout that kernels see it in; itself unless it has holes or an order of its own."""
-    return laid_out(input, is_channels_last(input))
+def to_dense_layout(input: Tensor) -> Tensor:
+    """Return ``input`` as a dense tensor in the layout of :func:`is_channels_last`.
+
+    Only an input with gaps in memory, or with permuted strides, is copied.
+    """
+    return to_memory_format(input, is_channels_last(input))
 
 
-def restored(output: Tensor, input: Tensor, read: Tensor) -> Tensor:
-    """``output`` with the strides that PyTorch gives an output for ``input``, where kernels ``read`` a copy of it."""
-    return output if read is input else torch.empty_like(input).copy_(output)
+def restore_strides(output: Tensor, input: Tensor, dense_input: Tensor) -> Tensor:
+    """Return ``output`` with the strides of ``torch.empty_like(input)``.
+
+    Args:
+        output: a result with the strides of ``dense_input``.
+        input: the operator's argument.
+        dense_input: the tensor that the kernel read, ``input`` itself or a dense copy of it.
+    """
+    return output if dense_input is input else torch.empty_like(input).copy_(output)
 
 
-def packed_shape(input: Tensor) -> tuple[int, int]:
-    """The shape of a ``relu_mask`` for a tensor like ``input``."""
+def relu_mask_shape(input: Tensor) -> tuple[int, int]:
+    """Return the shape of a ``relu_mask`` (uint8, one bit per element) for a tensor like ``input``."""
     n, c, s = input.shape[0], input.shape[1], math.prod(input.shape[2:])
     return (n * s, (c + 7) // 8) if is_channels_last(input) else (n * c, (s + 7) // 8)
 
 
-def pooled_shape(input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
-    """The shape behind a max pooling of ``input`` ``(N, C, H, W)`` with floor mode."""
+def pool_output_shape(
+    input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> list[int]:
+    """Return the output shape of a max pooling of ``input`` ``(N, C, H, W)`` in floor mode."""
     sizes = conv_output_sizes(input.shape[2:], kernel_size, stride, padding, (1,) * len(kernel_size))
     return [*input.shape[:2], *sizes]
 
 
-def convolved(
+def conv_output_shape(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
-    """The shape of a convolution's output."""
+    """Return the shape ``(N, K, ...)`` of a convolution's output."""
     sizes = conv_output_sizes(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     return input.shape[0], weight.shape[0], *sizes
 
 
-def makes_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution's output is rows of channels: as in ATen, if that of either operand is beyond doubt."""
-    return weight.is_mkldnn or _is_rows(input) or _is_rows(weight)
+def conv_output_is_channels_last(input: Tensor, weight: Tensor) -> bool:
+    """Return whether a convolution's output is channels_last: as in ATen, if either operand unambiguously is."""
+    return weight.is_mkldnn or _has_channels_last_strides(input) or _has_channels_last_strides(weight)
 
 
-def _is_rows(tensor: Tensor) -> bool:
-    # A single channel says nothing; and oneDNN's bfloat16 is wrong for volumes of one that are called channels_last.
+def _has_channels_last_strides(tensor: Tensor) -> bool:
+    # With a single channel the strides are ambiguous; and oneDNN's bfloat16 is wrong for volumes of one channel that
+    # are labelled channels_last.
     return tensor.dim() > 3 and tensor.shape[1] > 1 and tensor.stride(1) == 1 and not tensor.is_contiguous()

@@ -1,4 +1,4 @@
-"""`op`, `block` and `model` run and leave their files; wrong providers are caught; wrong options are refused."""
+"""`op`, `block` and `model` write their results; wrong providers and invalid options are rejected."""
 
 import argparse
 import math
@@ -11,13 +11,23 @@ from torch import Tensor, nn
 
 from benchmarks import __main__ as command_line
 from benchmarks import allocator, check, data, op, options, providers
-from tests.support.benchmark_cli import RUN, assert_files, run
+from tests.support.benchmark_cli import QUICK_OPTIONS, assert_report_files, run_benchmark
+
+
+@pytest.mark.parametrize("subcommand", [*command_line.SUBCOMMANDS, "compare", "all"])
+def test_help(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command_line.main([subcommand, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: python -m benchmarks {subcommand}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_op(mode: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    document = run("op", "--mode", mode, *RUN, "both" if mode == "train" else "as-shipped", out=tmp_path)
-    assert_files(tmp_path, "op")
+    document = run_benchmark(
+        "op", "--mode", mode, *QUICK_OPTIONS, "both" if mode == "train" else "as-shipped", out=tmp_path
+    )
+    assert_report_files(tmp_path, "op")
     printed = capfd.readouterr().out
     assert "geometric means over 3 shapes" in printed
     settings = ["as-shipped", "warm"] if mode == "train" else ["as-shipped"]
@@ -39,16 +49,16 @@ def test_op(mode: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_op_compiled(tmp_path: Path) -> None:
-    arguments = ("--providers", "ours+compile,compile-channels-last", "--cases", "+add", *RUN, "as-shipped")
-    document = run("op", *arguments, out=tmp_path)
+    arguments = ("--providers", "ours+compile,compile-channels-last", "--cases", "+add", *QUICK_OPTIONS, "as-shipped")
+    document = run_benchmark("op", *arguments, out=tmp_path)
     ((case,),) = [one["cases"] for one in document["runs"]]
     assert list(case["providers"]) == ["ours+compile", "compile-channels-last"]
 
 
 @pytest.mark.parametrize("name", ["block", "model"])
-def test_modules(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    document = run(name, *RUN, "as-shipped", out=tmp_path)
-    assert_files(tmp_path, name)
+def test_block_and_model(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    document = run_benchmark(name, *QUICK_OPTIONS, "as-shipped", out=tmp_path)
+    assert_report_files(tmp_path, name)
     assert "time / ours" in capfd.readouterr().out
     (one,) = document["runs"]
     assert len(one["cases"]) == 2
@@ -68,14 +78,14 @@ def test_modules(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
             "unknown provider 'theirs'; choose from ours, ours+compile, ours-triton, ours-cuda, eager",
         ),
         (["op", "--providers", ""], "unknown provider ''"),
-        (["op", "--threads", "0"], "expected a whole number of at least 1, got '0'"),
-        (["block", "--batch", "many"], "expected a whole number of at least 1, got 'many'"),
+        (["op", "--threads", "0"], "expected a positive integer, got '0'"),
+        (["block", "--batch", "many"], "expected a positive integer, got 'many'"),
         (["model", "--min-time", "-1"], "expected a number of seconds, 0 or more, got '-1'"),
         (["model", "--min-time", "nan"], "expected a number of seconds"),
         (["model", "--model", "vgg16"], "invalid choice: 'vgg16'"),
         (["memory", "--allocator", "cold"], "invalid choice: 'cold'"),
         (["infer", "--providers", "ours+compile"], "unknown provider 'ours+compile'; choose from ours, ours-triton"),
-        (["infer", "--batch", "0"], "expected a whole number of at least 1, got '0'"),
+        (["infer", "--batch", "0"], "expected a positive integer, got '0'"),
         (["infer", "--dtype", "float64"], "invalid choice: 'float64'"),
         (["conv", "--dtype", "float64"], "invalid choice: 'float64'"),
         (["roofline", "--device", "cuda"], "invalid choice: 'cuda'"),
@@ -84,7 +94,7 @@ def test_modules(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         ([], "the following arguments are required: subcommand"),
     ],
 )
-def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_rejected(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command_line.main(arguments)
     assert message in capsys.readouterr().err
@@ -95,11 +105,11 @@ def op_options(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(parsed), **changes})
 
 
-def test_options_that_select_nothing_or_contradict() -> None:
+def test_options_that_select_nothing_or_conflict() -> None:
     with pytest.raises(SystemExit, match="--cases 'layer9' matches none of: 8x6x6"):
         op.select_cases(op_options(cases="layer9"))
     parsed = command_line.build_parser().parse_args(["model", "--small", "--batch", "3"])
-    with pytest.raises(SystemExit, match="leave out --batch"):
+    with pytest.raises(SystemExit, match="--small .* got --batch"):
         command_line.model.select_cases(parsed)
     graphs = command_line.build_parser().parse_args(["model", "--quick", "--providers", "ours,ours+graph"])
     with pytest.raises(SystemExit, match=r"ours\+graph: needs --device cuda"):
@@ -118,7 +128,7 @@ def wrong_mean(
 def wrong_gradient(
     input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
 ) -> Tensor:
-    """Right values; but the statistics are taken for constants in backward."""
+    """Return correct values, with statistics that are constants in backward."""
     output = F.batch_norm(input, mean, var, weight, bias, training=True)
     constant = F.batch_norm(
         input,
@@ -133,19 +143,21 @@ def wrong_gradient(
 @pytest.mark.parametrize(
     ("wrong", "tensor"), [(wrong_mean, "output"), (wrong_gradient, "grad_input")], ids=["value", "gradient"]
 )
-def test_a_wrong_provider_is_caught_before_it_is_timed(wrong, tensor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_provider_is_rejected_before_timing(wrong, tensor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "build_batch_norm_act", lambda *_: wrong)
     monkeypatch.setattr(op, "measure_interleaved", lambda *_, **__: pytest.fail("timed a wrong provider"))
-    with pytest.raises(check.ResultsDifferError, match=rf"ours, 8x6x6.*{tensor} is off by .*stock PyTorch is off by"):
+    with pytest.raises(
+        check.ResultsDifferError, match=rf"ours, 8x6x6.*{tensor} has a relative error of .*stock PyTorch of"
+    ):
         op.measure(op_options())
 
 
-def test_a_model_in_which_nothing_fuses_is_not_measured_as_ours() -> None:
+def test_unfused_model_is_not_measured_as_fused_res() -> None:
     with pytest.raises(RuntimeError, match="nothing was fused"):
         providers.build_module(providers.PROVIDERS["ours"], nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_check_names_missing_results_shapes_and_nan() -> None:
+def test_check_reports_missing_results_shapes_and_nan() -> None:
     good = {"a": torch.ones(3), "b": torch.full((2,), 2.0)}
 
     def attempt(**changes: Tensor) -> float:
@@ -153,7 +165,7 @@ def test_check_names_missing_results_shapes_and_nan() -> None:
 
     assert attempt() == 0
     assert attempt(a=good["a"] + 4e-7) == pytest.approx(0.36, abs=0.1)
-    with pytest.raises(check.ResultsDifferError, match="b is off by nan"):
+    with pytest.raises(check.ResultsDifferError, match="b has a relative error of nan"):
         attempt(b=torch.tensor([2.0, math.nan]))
     with pytest.raises(check.ResultsDifferError, match=r"a has shape \(1,\), expected \(3,\)"):
         attempt(a=torch.ones(1))
@@ -167,17 +179,17 @@ def test_photographs() -> None:
     assert images.dtype == torch.float32
     assert torch.equal(images, data.photographs(3, 40, seed=1))
     assert not torch.equal(images, data.photographs(3, 40, seed=2))
-    # Normalised photographs: within the range of the transformation, and neighbouring pixels alike.
+    # Normalised photographs: values in the range of the normalisation, neighbouring pixels similar.
     assert -2.2 < images.min() < images.max() < 2.7
     assert (images[..., 1:] - images[..., :-1]).abs().mean() < 0.5 * images.std()
     assert data.labels(5, 10).shape == (5,)
 
 
 def test_provider_defaults() -> None:
-    quick = options.chosen_providers(op_options())
+    quick = options.select_providers(op_options())
     assert [provider.name for provider in quick] == ["ours", "eager", "eager-channels-last"]
-    known = options.chosen_providers(op_options(quick=False), providers.NORMS)
-    assert len(known) == 6 and not any(provider.on_request for provider in known)
+    known = options.select_providers(op_options(quick=False), providers.NORM_PROVIDERS)
+    assert len(known) == 6 and not any(provider.opt_in for provider in known)
 
 
 def test_half_precision() -> None:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks compare` on small results folders whose changes are known."""
+"""`python -m benchmarks compare` on small results folders with known changes."""
 
 import json
 import random
@@ -19,7 +19,7 @@ MILLISECONDS = {"ours": 10.0, "eager": 20.0, "eager-channels-last": 15.0}
 
 
 def write(folder: Path, changes: dict[str, float] | None = None, rounds: int = 9, **environment: Any) -> Path:
-    """A results folder with one document, each provider's time multiplied by its factor in `changes`; 1% of noise."""
+    """Write a results folder with one document: times (with 1% noise) and bytes multiplied by `changes`."""
     generator = random.Random(f"{folder.name}{rounds}")
     known = {
         "cpu": "a CPU",
@@ -64,7 +64,7 @@ def exit_code(*folders: Path) -> int:
         ({"ours": 0.7}, 0, {"faster"}),
         ({"ours": 1.3, "eager": 1.3, "eager-channels-last": 1.3}, 0, {"within noise"}),  # drift
         ({"eager": 1.3, "eager-channels-last": 1.3}, 0, {"faster"}),
-        ({"ours": 1.3, "eager": 1.6}, 0, {"within noise"}),  # peers that disagree are noise
+        ({"ours": 1.3, "eager": 1.6}, 0, {"within noise"}),  # disagreement of the peers is noise
         ({"ours bytes": 1.01}, 1, {"within noise"}),
         ({"eager bytes": 1.01}, 0, {"within noise"}),
     ],
@@ -83,20 +83,20 @@ def test_verdicts(
     assert "geometric mean of 2 " in printed and "warning" not in printed
 
 
-def test_single_peer_and_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_peer_and_no_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for peer in ("eager", "eager-channels-last"):
         monkeypatch.delitem(MILLISECONDS, peer)
         a, b, c = (write(tmp_path / f"{side}{peer}", {"ours": f}) for side, f in (("a", 1.0), ("b", 1.3), ("c", 1.0)))
         assert (exit_code(a, b), exit_code(a, c)) == (1, 0)
 
 
-def test_one_round_is_no_evidence(tmp_path: Path) -> None:
+def test_one_round_is_never_significant(tmp_path: Path) -> None:
     assert exit_code(write(tmp_path / "a", rounds=1), write(tmp_path / "b", {"ours": 2.0}, rounds=1)) == 0
 
 
 @pytest.mark.parametrize("rounds", [3, 9, 60])
 def test_relative_error(rounds: int) -> None:
-    """Against the deviation of simulated medians, which those of three samples exceed by a tenth."""
+    """The mean estimate matches the standard deviation of simulated medians; for three samples it is a tenth higher."""
     generator = random.Random(rounds)
     many = [
         timing.Samples({"forward": [generator.gauss(1, 0.01) for _ in range(rounds)]}).summary() for _ in range(4000)
@@ -106,7 +106,7 @@ def test_relative_error(rounds: int) -> None:
     assert sum(map(compare.relative_error, many)) / len(many) == pytest.approx(deviation, rel=0.15)
 
 
-def test_warnings_and_lone_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_and_unmatched_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write(tmp_path / "a"), write(tmp_path / "b", cpu="another CPU", threads=1, openvino="2026.4.1")
     document = json.loads((b / "op.json").read_text())
     (run,) = document["runs"]
@@ -125,7 +125,7 @@ def test_warnings_and_lone_measurements(tmp_path: Path, capsys: pytest.CaptureFi
     assert "only in A: op, warm, eager: layer1\n" in printed and "only in B" not in printed
 
 
-def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_without_common_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -136,7 +136,7 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
-def test_committed_results_against_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+def test_committed_results_compared_with_themselves(capsys: pytest.CaptureFixture[str]) -> None:
     folders = [path for path in readme.RESULTS.iterdir() if path.is_dir() and path.name != "latest"]
     for folder in folders:
         assert exit_code(folder, folder) == 0

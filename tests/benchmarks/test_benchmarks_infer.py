@@ -1,4 +1,4 @@
-"""`infer` and `conv`: frozen networks and convolutions beside other runtimes, all held to one instruction set."""
+"""`infer` and `conv`: frozen networks and convolutions compared with other runtimes, also with a restricted ISA."""
 
 from pathlib import Path
 
@@ -9,12 +9,14 @@ from torch import nn
 
 from benchmarks import __main__ as command_line
 from benchmarks import check, conv, isa, options, peers, providers
-from tests.support.benchmark_cli import RUN, assert_files, run
+from tests.support.benchmark_cli import QUICK_OPTIONS, assert_report_files, run_benchmark
 
 
 def test_infer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    document = run("infer", "--providers", "ours,eager,eager-channels-last", *RUN, "as-shipped", out=tmp_path)
-    assert_files(tmp_path, "infer")
+    document = run_benchmark(
+        "infer", "--providers", "ours,eager,eager-channels-last", *QUICK_OPTIONS, "as-shipped", out=tmp_path
+    )
+    assert_report_files(tmp_path, "infer")
     assert "p99 ms" in capfd.readouterr().out
     summary = command_line.infer.summary(document["runs"][0])
     assert "eager / ours" in summary and "peer" not in summary
@@ -28,12 +30,12 @@ def test_infer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", peers.NAMES)
-def test_infer_in_other_runtimes(name: str, tmp_path: Path) -> None:
+def test_infer_with_other_runtimes(name: str, tmp_path: Path) -> None:
     for package in peers.PACKAGES[name]:
         pytest.importorskip(package)
     small = ("--model", "resnet18", "--batch", "2", "--size", "32", "--providers", f"ours,{name}")
-    document = run("infer", *small, *RUN, "as-shipped", out=tmp_path)
-    assert_files(tmp_path, "infer")
+    document = run_benchmark("infer", *small, *QUICK_OPTIONS, "as-shipped", out=tmp_path)
+    assert_report_files(tmp_path, "infer")
     (one,) = document["runs"]
     (case,) = one["cases"]
     assert list(case["providers"]) == ["ours", name]
@@ -42,18 +44,18 @@ def test_infer_in_other_runtimes(name: str, tmp_path: Path) -> None:
     assert "fastest peer / ours" in summary and f"x {name}\n" in summary + "\n"
 
 
-def test_another_runtime_has_as_many_threads_as_pytorch_and_reads_its_input_in_place() -> None:
+def test_openvino_uses_the_thread_count_of_pytorch_and_reads_its_input_in_place() -> None:
     openvino = pytest.importorskip("openvino")
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(1, 3, 8, 8)
     compiled = []
     compile_model = openvino.Core.compile_model
 
-    def compile_and_keep(*arguments: object) -> object:
+    def compile_and_record(*arguments: object) -> object:
         compiled.append(compile_model(*arguments))
         return compiled[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openvino.Core, "compile_model", compile_and_keep)
+        patch.setattr(openvino.Core, "compile_model", compile_and_record)
         network = peers.build("openvino", model, x)
     assert compiled[0].get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
     before = network().clone()
@@ -62,24 +64,24 @@ def test_another_runtime_has_as_many_threads_as_pytorch_and_reads_its_input_in_p
     torch.testing.assert_close(network(), model(x).detach())
 
 
-def test_a_runtime_that_is_not_there_is_left_out_or_an_error_if_asked_for(
+def test_missing_runtime_is_skipped_or_an_error_if_requested(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(peers.PACKAGES, "onnxruntime", ("onnxruntime", "no_such_package"))
 
     def names(*arguments: str) -> list[str]:
         parsed = command_line.build_parser().parse_args(["infer", "--quick", *arguments])
-        return [provider.name for provider in options.chosen_providers(parsed, providers.INFERENCE)]
+        return [provider.name for provider in options.select_providers(parsed, providers.INFERENCE_PROVIDERS)]
 
     assert "onnxruntime" not in names()
-    assert "onnxruntime is left out: not installed (pip install no_such_package)\n" in capsys.readouterr().out
+    assert "onnxruntime is skipped: not installed (pip install no_such_package)\n" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"--providers onnxruntime: not installed \(pip install no_such_package\)"):
         names("--providers", "ours,onnxruntime")
 
     monkeypatch.setitem(peers.PACKAGES, "onnxruntime", ())
     monkeypatch.setitem(peers.PACKAGES, "openvino", ())
     assert names("--isa", "avx2")[-1] == "openvino"
-    assert "onnxruntime is left out: nothing holds its kernels to AVX2\n" in capsys.readouterr().out
+    assert "onnxruntime is skipped: its kernels cannot be restricted to AVX2\n" in capsys.readouterr().out
     assert names("--isa", "avx512")[-2:] == ["openvino", "onnxruntime"]
     assert names("--dtype", "bfloat16")[-1] == names("--device", "cuda")[-1] == "eager-channels-last"
 
@@ -90,27 +92,29 @@ def test_fastest_peer() -> None:
     assert command_line.infer.fastest_peer(case, "ours") == "1.50x openvino"
 
 
-def test_an_instruction_set_holds_everybody_in_the_child(tmp_path: Path) -> None:
+def test_isa_restricts_all_providers_in_the_child_process(tmp_path: Path) -> None:
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("needs AVX2")
-    document = run("conv", "--isa", "avx2", "--cases", "layer1.0.conv1", *RUN, "as-shipped", out=tmp_path)
+    document = run_benchmark(
+        "conv", "--isa", "avx2", "--cases", "layer1.0.conv1", *QUICK_OPTIONS, "as-shipped", out=tmp_path
+    )
     found = document["runs"][0]["environment"]
     assert found["isa_variables"] == isa.SETTINGS["avx2"]
     assert found["isa"] in ("avx2", None)
     assert isa.environment_for(None, {"A": "b"}) == {"A": "b"}
 
 
-def test_an_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_isa_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     isa.check(None, "cuda")
     isa.check("avx2", "cpu")
-    with pytest.raises(SystemExit, match="--isa avx512: PyTorch finds no more than avx2 here"):
+    with pytest.raises(SystemExit, match="--isa avx512: not supported here, PyTorch detects avx2"):
         isa.check("avx512", "cpu")
     with pytest.raises(SystemExit, match="--isa avx2: needs --device cpu"):
         isa.check("avx2", "cuda")
 
 
-def test_a_frozen_model_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_frozen_model_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: object) -> nn.Module:
         module = providers.build_module(*arguments)
         with torch.no_grad():
@@ -121,21 +125,26 @@ def test_a_frozen_model_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         command_line.infer, "build_module", lambda p, *rest: (wrong if p.frozen else providers.build_module)(p, *rest)
     )
-    with pytest.raises(check.ResultsDifferError, match="ours, resnet18 1x64x64 float32: output is off by"):
+    with pytest.raises(
+        check.ResultsDifferError, match="ours, resnet18 1x64x64 float32: output has a relative error of"
+    ):
         command_line.infer.measure(parsed)
 
 
-def test_torch_compile_takes_freezing_with_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, object]] = []
-    monkeypatch.setattr(torch, "compile", lambda module, *, dynamic, options: seen.append(options) or module)
+def test_torch_compile_combines_freezing_with_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_options: list[dict[str, object]] = []
+    monkeypatch.setattr(torch, "compile", lambda module, *, dynamic, options: compile_options.append(options) or module)
     for name in ("compile-freezing", "compile-max-autotune"):
-        providers.build_module(providers.INFERENCE[name], nn.Linear(2, 2))
-    assert seen == [{"freezing": True}, {"freezing": True, **torch._inductor.list_mode_options("max-autotune")}]
+        providers.build_module(providers.INFERENCE_PROVIDERS[name], nn.Linear(2, 2))
+    assert compile_options == [
+        {"freezing": True},
+        {"freezing": True, **torch._inductor.list_mode_options("max-autotune")},
+    ]
 
 
 def test_conv(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    document = run("conv", "--backend", "reference", *RUN, "as-shipped", out=tmp_path)
-    assert_files(tmp_path, "conv")
+    document = run_benchmark("conv", "--backend", "reference", *QUICK_OPTIONS, "as-shipped", out=tmp_path)
+    assert_report_files(tmp_path, "conv")
     printed = capfd.readouterr().out
     assert "time / aten  time / onednn-fused" in printed and "ours-packed / onednn-fused" in printed
     cases = document["runs"][0]["cases"]
@@ -147,8 +156,8 @@ def test_conv(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert all(0 < provider["error"] < 1e-6 for provider in case["providers"].values())
 
 
-def test_rates_of_convolutions() -> None:
-    """Two nets' worth of one case: 2 GFLOP in 20 ms beside a peak of 400 GFLOP/s."""
+def test_gflops_of_convolutions() -> None:
+    """Two occurrences of one case: 2 GFLOP in 20 ms, with an FMA peak of 400 GFLOP/s."""
     case = {
         "name": "c",
         "count": 2,
@@ -160,22 +169,22 @@ def test_rates_of_convolutions() -> None:
     }
     measured = {"allocator": "warm", "environment": {}, "ceilings": {"copy_bytes_per_s": 1, "fma_flops_per_s": 4e11}}
     tables = conv.tables(measured | {"cases": [case]})
-    assert "GFLOP/s of a direct convolution (share of the 400 measured)" in tables
+    assert "GFLOP/s of a direct convolution (share of the measured FMA peak, 400)" in tables
     assert ["c", "100", "(25%)", "200", "(50%)", "125", "(31%)", "0.62x"] in map(str.split, tables.splitlines())
     assert ["ours-packed", "20", "200", "(50%)", "0.50x", "0.62x", "1.0e-07"] in map(str.split, tables.splitlines())
     without = conv.summary(measured | {"cases": [case], "ceilings": {"copy_bytes_per_s": 1}})
     assert "measured" not in without and "%" not in without
 
 
-def test_a_wrong_convolution_is_caught_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_convolution_is_rejected_before_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv, "conv_bias_act", lambda x, weight, *_, **__: F.conv2d(x, weight, stride=2, padding=3))
     monkeypatch.setattr(conv, "measure_interleaved", lambda *_, **__: pytest.fail("timed a wrong provider"))
     parsed = command_line.build_parser().parse_args(["conv", "--quick"])
-    with pytest.raises(check.ResultsDifferError, match=r"ours, resnet50 stem.conv1 .* output is off by"):
+    with pytest.raises(check.ResultsDifferError, match=r"ours, resnet50 stem.conv1 .* output has a relative error of"):
         conv.measure(parsed)
 
 
-def test_convolutions_of_a_network_are_all_cases() -> None:
+def test_cases_cover_every_convolution_of_a_network() -> None:
     parsed = command_line.build_parser().parse_args(["conv", "--model", "resnet18", "resnet50"])
     counts = {"resnet18": 0, "resnet50": 0}
     for case in conv.select_cases(parsed):

@@ -1,4 +1,4 @@
-"""What is counted rather than measured: `roofline`, its levels of fusion, the bytes of a batch norm."""
+"""Calculated quantities: `roofline`, its levels of fusion, and the memory traffic of a batch norm."""
 
 from pathlib import Path
 
@@ -8,12 +8,11 @@ from torch import nn
 
 from benchmarks import cases, levels, network, roofline, traffic
 from benchmarks.devices import DEVICES
-from tests.support.benchmark_cli import assert_files, run
+from tests.support.benchmark_cli import assert_report_files, run_benchmark
 
 
-def test_op_cases_are_those_of_resnet50() -> None:
-    """Against the network itself: shape and number of every batch norm, at two sizes (one with odd
-    halves)."""
+def test_op_cases_match_resnet50() -> None:
+    """Shapes and counts match the batch norms of the network itself, at two sizes (one with odd halves)."""
     from benchmarks.stock import stock_model
 
     with torch.device("meta"):
@@ -36,8 +35,8 @@ def test_op_cases_are_those_of_resnet50() -> None:
 
 def test_traffic_of_a_hand_counted_case() -> None:
     n = 1000
-    assert traffic.fewest(n, residual=False) == traffic.Traffic(2 * n, 3 * n)  # x y | dy x dx
-    assert traffic.fewest(n, residual=True) == traffic.Traffic(3 * n, 4 * n)  # x r y | dy x dx dr
+    assert traffic.compulsory(n, residual=False) == traffic.Traffic(2 * n, 3 * n)  # x y | dy x dx
+    assert traffic.compulsory(n, residual=True) == traffic.Traffic(3 * n, 4 * n)  # x r y | dy x dx dr
     assert traffic.fused(n, False, "train") == traffic.Traffic(3 * n, 5 * n)  # x x y | dy x dy x dx
     mask = n / 32
     assert traffic.fused(n, True, "train") == traffic.Traffic(4 * n + mask, 6 * n + 2 * mask)
@@ -48,15 +47,17 @@ def test_traffic_of_a_hand_counted_case() -> None:
 
 
 def test_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    document = run("roofline", "--model", "resnet18", "--batch", "2", "--size", "64", "--layers", out=tmp_path)
-    assert_files(tmp_path, "roofline")
+    document = run_benchmark(
+        "roofline", "--model", "resnet18", "--batch", "2", "--size", "64", "--layers", out=tmp_path
+    )
+    assert_report_files(tmp_path, "roofline")
     printed = capsys.readouterr().out
     assert "roofline: H200 SXM: 4.80 TB/s, 989 TFLOP/s dense, 50 MB L2 (calculated)" in printed
     assert "fewest ms" in printed
     (one,) = document["runs"]
     for case in one["cases"]:
-        by_floor = [level["floor_s"] for level in case["levels"].values()]
-        assert max(by_floor) == by_floor[0] and min(by_floor) == by_floor[-1] > 0
+        times = [level["floor_s"] for level in case["levels"].values()]
+        assert max(times) == times[0] and min(times) == times[-1] > 0
         for level in case["levels"].values():
             assert max(level["memory_s"], level["math_s"]) <= level["floor_s"] <= level["memory_s"] + level["math_s"]
             for key in ("bytes", "flops", "floor_s"):
@@ -64,26 +65,27 @@ def test_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_roofline_of_a_hand_counted_bottleneck() -> None:
-    """In units of one activation of 64 channels; the block's input and output are four of them."""
-    net = network.network("resnet50", 2, 64)
+    """The unit is one activation of 64 channels; the block's input and output have four units each."""
+    net = network.build_network("resnet50", 2, 64)
     a, weights = 2 * (2 * 64 * 16 * 16), 2 * (256 * 64 + 64 * 64 * 9 + 64 * 256)
-    mask = 4 / 16  # of its output, one bit for each element of 16
+    mask = 4 / 16  # of the block's output, one bit for each element of 16 bits
 
     def count(level: str, mode: cases.Mode) -> float:
-        made = levels.kernels(net, levels.LEVELS[level], mode, torch.bfloat16)
-        moved = sum(kernel.bytes for kernel in made if kernel.layer.startswith("layer1.1."))
-        return (moved - (3 if mode == "train" else 1) * weights) / a
+        kernels = levels.kernels(net, levels.LEVELS[level], mode, torch.bfloat16)
+        traffic_bytes = sum(kernel.bytes for kernel in kernels if kernel.layer.startswith("layer1.1."))
+        return (traffic_bytes - (3 if mode == "train" else 1) * weights) / a
 
     convolutions = (4 + 1) + (1 + 1) + (1 + 4)
-    # mean-and-variance, normalise, ReLU | addition | ReLU, sums, dx | the shortcut's gradient
+    # mean and variance, normalise, ReLU | addition | ReLU, reductions, dx | the shortcut's gradient
     eager = convolutions + 2 * (1 + 2 + 2) + (4 + 8 + 12 + 8) + (12 + 8 + 12) + 2 * (3 + 2 + 3) + 2 * convolutions + 12
     assert count("eager", "train") == eager == 138
     compiled = convolutions + 2 * (1 + 2) + (4 + 12) + (20 + 12) + 2 * (3 + 4) + 2 * convolutions
     assert count("compile", "train") == compiled == 104
     norm = convolutions + 2 * (1 + 2) + (4 + 12) + (8 + 12) + 2 * (2 + 3) + 2 * convolutions + 12 + 4 * mask
     assert count("norm", "train") == norm == 101
-    # Forward: statistics of the 3x3 alone, its input normalised, the end. Backward from the end: its sums, both
-    # gradients of the last 1x1; dz and both of the 3x3; sums and both of the first 1x1, which takes in the shortcut's.
+    # Forward: statistics of the 3x3 only, normalisation of its input, end of the block. Backward from the end:
+    # reductions and both gradients of the last 1x1; dz and both gradients of the 3x3; reductions and both gradients of
+    # the first 1x1, which adds the shortcut's gradient.
     fused = convolutions + 1 + 2 + 12 + 8 + (10 + 9) + (3 + 2 + 2) + (2 + (6 + 4) + 6) + 5 * mask
     assert count("fused", "train") == fused == 80.25
     assert count("fewest", "train") == convolutions + 12 + 10 + 4 + 14 == 52
@@ -93,10 +95,10 @@ def test_roofline_of_a_hand_counted_bottleneck() -> None:
 
 
 def test_roofline_of_a_hand_counted_convolution() -> None:
-    """The projection of ResNet-50's second stage reads a quarter of its input, and its gradient has all of it."""
-    net = network.network("resnet50", 8, 224)
-    made = levels.kernels(net, levels.LEVELS["eager"], "train", torch.float32)
-    steps = {kernel.step: kernel for kernel in made if kernel.layer == "layer2.0.projection"}
+    """The projection of ResNet-50's second stage reads a quarter of its input, but writes the whole input gradient."""
+    net = network.build_network("resnet50", 8, 224)
+    kernels = levels.kernels(net, levels.LEVELS["eager"], "train", torch.float32)
+    steps = {kernel.step: kernel for kernel in kernels if kernel.layer == "layer2.0.projection"}
     x, z, w = 4 * 8 * 256 * 56 * 56, 4 * 8 * 512 * 28 * 28, 4 * 256 * 512
     flops = 2 * 8 * 512 * 28 * 28 * 256
     assert steps["conv"][-2:] == steps["wgrad"][-2:] == (x / 4 + z + w, flops)
@@ -106,8 +108,8 @@ def test_roofline_of_a_hand_counted_convolution() -> None:
     assert total["floor_s"] == max(total["memory_s"], total["math_s"]) and total["math_s"] == flops / 156e12
 
 
-def test_roofline_fuses_what_the_planner_fuses() -> None:
-    net = network.network("resnet50", 2, 64)
+def test_roofline_fuses_the_convolutions_that_the_planner_fuses() -> None:
+    net = network.build_network("resnet50", 2, 64)
 
     def steps(level: str, dtype: torch.dtype) -> list[str]:
         return [kernel.step for kernel in levels.kernels(net, levels.LEVELS[level], "train", dtype)]
@@ -124,7 +126,7 @@ def test_roofline_counts_the_flops_of_a_training_step() -> None:
     with torch.device("meta"):
         model = stock_model("resnet50")
         images = torch.empty(4, 3, 224, 224)
-    net = network.network("resnet50", 4, 224)
+    net = network.build_network("resnet50", 4, 224)
     for mode in roofline.MODES:
         model.train(mode == "train")
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(mode == "train"):
@@ -132,5 +134,5 @@ def test_roofline_counts_the_flops_of_a_training_step() -> None:
             if mode == "train":
                 output.sum().backward()
         for level in levels.LEVELS.values():
-            made = levels.kernels(net, level, mode, torch.bfloat16)
-            assert sum(kernel.flops for kernel in made) == counter.get_total_flops()
+            kernels = levels.kernels(net, level, mode, torch.bfloat16)
+            assert sum(kernel.flops for kernel in kernels) == counter.get_total_flops()

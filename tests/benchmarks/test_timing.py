@@ -1,4 +1,4 @@
-"""How the benchmarks measure: rounds, clocks, ceilings, allocators, and the tables made of it."""
+"""Measurement of the benchmarks: rounds, clocks, ceilings, allocator settings, and their tables."""
 
 import os
 import time
@@ -12,21 +12,21 @@ from benchmarks import allocator, ceilings, environment, report, timing
 from fused_res import _extension
 
 
-def test_ceilings_are_the_best_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceilings_are_the_maximum_of_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     copies, peaks = iter([3e9, 2e9, 2e9]), iter([5e11, 6e11])
     monkeypatch.setattr(ceilings, "copy_bandwidth", lambda *_, **__: next(copies))
     monkeypatch.setattr(ceilings, "fma_peak", lambda: next(peaks))
-    best = ceilings.best(ceilings.measure("cpu", True), ceilings.measure("cpu", True))
-    assert best == {"copy_bytes_per_s": 3e9, "fma_flops_per_s": 6e11}
+    ceilings_of_run = ceilings.elementwise_max(ceilings.measure("cpu", True), ceilings.measure("cpu", True))
+    assert ceilings_of_run == {"copy_bytes_per_s": 3e9, "fma_flops_per_s": 6e11}
     assert ceilings.measure("cuda", True) == {"copy_bytes_per_s": 2e9}
-    run = {"allocator": "warm", "environment": environment.describe() | {"backend": "cpu"}, "ceilings": best}
+    run = {"allocator": "warm", "environment": environment.describe() | {"backend": "cpu"}, "ceilings": ceilings_of_run}
     line = report.environment({"runs": [run]})
-    assert " · copies 3.0 GB/s (read plus write) · multiplies and adds 600 GFLOP/s · " in line
+    assert " · copy bandwidth 3.0 GB/s (read + write) · FMA peak 600 GFLOP/s · " in line
 
 
-@pytest.mark.skipif(not _extension.loaded, reason=_extension.reason)
+@pytest.mark.skipif(not _extension.loaded, reason=_extension.unavailable_reason)
 def test_fma_peak_is_plausible() -> None:
-    """No product of matrices passes it; both may have a neighbour, so they are measured in turn."""
+    """No GEMM exceeds it. Noisy neighbours may slow down either, so they are measured in turn."""
     peak = _extension.fma_peak
     with pytest.raises(ValueError, match="threads: expected 1 to"):
         peak(0)
@@ -63,7 +63,7 @@ class PreparingClock(FakeClock):
         return 2 * (after - before)
 
 
-def test_what_prepares_a_call_is_not_timed() -> None:
+def test_preparation_of_a_call_is_not_timed() -> None:
     clock = PreparingClock()
 
     def step(_: None) -> None:
@@ -76,7 +76,7 @@ def test_what_prepares_a_call_is_not_timed() -> None:
 
 @pytest.mark.parametrize("seconds", [0.05, 0.2])
 def test_other_threads_fall_asleep_before_each_sample(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a short call's own are woken."""
+    """Before a short call, the provider's own threads are woken by an untimed call."""
     clock, order = FakeClock(), []
     monkeypatch.setattr(timing.time, "sleep", order.append)
 
@@ -87,7 +87,7 @@ def test_other_threads_fall_asleep_before_each_sample(seconds: float, monkeypatc
     samples = timing.measure_interleaved(
         {"a": {"forward": step}}, repeat=2, min_time=0, label="test", clock=clock, sample_seconds=0, idle=0.06
     )
-    before = [0.06, "call"] if seconds < timing.LONG_CALL else [0.06]
+    before = [0.06, "call"] if seconds < timing.LONG_CALL_SECONDS else [0.06]
     assert order == ["call"] * clock.warm_up_calls + 2 * [*before, "call"]
     assert samples["a"].phases["forward"] == pytest.approx([seconds] * 2)
 
@@ -113,7 +113,7 @@ def test_timing_is_interleaved_and_adds_up() -> None:
     assert samples["b"].summary()["median_s"] == 4.0
     one_round = [("a1", None), ("a2", "a1"), ("b1", None)]
     assert order[-9:] == 3 * one_round
-    # 5 seconds for each of two, at 7 seconds a round
+    # 5 seconds for each of two workloads, at 7 seconds per round
     samples = timing.measure_interleaved(workloads, repeat=1, min_time=5.0, label="test", clock=clock)
     assert samples["a"].summary()["rounds"] == 2
 
@@ -130,11 +130,11 @@ def test_quantiles_and_tables() -> None:
     ]
 
 
-def test_allocator_settings_replace_what_was_set() -> None:
+def test_allocator_settings_replace_existing_variables() -> None:
     environment = {"PATH": "p", "MALLOC_TOP_PAD_": "1"}
     assert allocator.environment_for("as-shipped", environment) == {"PATH": "p"}
     assert allocator.environment_for("warm", environment) == {"PATH": "p", **allocator.SETTINGS["warm"]}
     assert allocator.settings_for("both") == ["as-shipped", "warm"]
     assert allocator.settings_for("warm") == ["warm"]
     assert allocator.settings_for("both", "cuda") == ["as-shipped"]
-    assert not set(allocator.VARIABLES) & os.environ.keys(), "the tests themselves run as shipped"
+    assert not set(allocator.VARIABLES) & os.environ.keys(), "the tests themselves use the default allocator"

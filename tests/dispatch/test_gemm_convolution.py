@@ -1,13 +1,13 @@
-"""Convolutions that make few pixels, as products with the weight as it lies in memory."""
+"""im2col_gemm and tap_gemm: convolutions with small outputs, as GEMMs on the unpacked weight."""
 
 import pytest
 import torch
 
 from fused_res import UnitSpec
 from fused_res.dispatch import Problem, convolution, select
-from fused_res.testing import assert_as_exact_as
+from fused_res.testing import assert_within_stock_error
 
-GEOMETRIES = [  # images, channels, height, width, outputs, kernel, stride, padding, dilation
+GEOMETRIES = [  # (N, C, H, W), output channels, kernel, stride, padding, dilation
     ((4, 64, 2, 2), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((2, 64, 5, 4), 64, (3, 3), (2, 2), (1, 1), (1, 1)),
     ((1, 96, 6, 7), 80, (3, 2), (1, 2), (2, 0), (2, 1)),
@@ -19,17 +19,17 @@ GEOMETRIES = [  # images, channels, height, width, outputs, kernel, stride, padd
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_few_pixels(geometry, bias, dtype):
-    shape, outputs, kernel, stride, padding, dilation = geometry
+def test_im2col_gemm_is_as_accurate_as_aten(geometry, bias, dtype):
+    shape, out_channels, kernel, stride, padding, dilation = geometry
     spec = UnitSpec(stride, padding, dilation)
     torch.manual_seed(0)
     x = (torch.randn(shape, dtype=torch.float64) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(outputs, shape[1], *kernel, dtype=torch.float64).to(dtype)
+    weight = torch.randn(out_channels, shape[1], *kernel, dtype=torch.float64).to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    b = torch.randn(outputs, dtype=dtype) if bias else None
+    b = torch.randn(out_channels, dtype=dtype) if bias else None
 
     def compute(algorithm, x, weight, b, grad=None):
-        forward, backward = algorithm.serves["forward"], algorithm.serves["weight_gradient"]
+        forward, backward = algorithm.implementations["forward"], algorithm.implementations["weight_gradient"]
         z, _ = forward(x, weight, b, spec.geometry, False)
         grad = torch.linspace(-1, 1, z.numel()).to(x.dtype).view_as(z) if grad is None else grad
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -38,29 +38,31 @@ def test_few_pixels(geometry, bias, dtype):
     gemm = convolution.IM2COL_GEMM
     ours = compute(gemm, x, weight, b)
     *_, grad = ours
-    for wanted in ((True, False, False), (False, True, False), (False, False, True)):
-        for flag, some, every in zip(
-            wanted,
-            gemm.serves["weight_gradient"](grad, x, weight, b, spec.geometry, list(wanted)),
+    for output_mask in ((True, False, False), (False, True, False), (False, False, True)):
+        for requested, grad_found, grad_expected in zip(
+            output_mask,
+            gemm.implementations["weight_gradient"](grad, x, weight, b, spec.geometry, list(output_mask)),
             ours[1:4],
             strict=True,
         ):
-            assert (some is not None) == flag and (some is None or every is None or torch.equal(some, every))
+            assert (grad_found is not None) == requested and (
+                grad_found is None or grad_expected is None or torch.equal(grad_found, grad_expected)
+            )
     stock = compute(convolution.ATEN, x, weight, b, grad)
     wide = [None if t is None else t.double() for t in (x, weight, b)]
     exact = compute(convolution.ATEN, *wide, grad.double())
-    for name, mine, its, true in zip(("z", "dx", "dweight", "dbias"), ours, stock, exact, strict=False):
-        assert (mine is None) == (its is None)
-        if mine is None:
+    for name, actual, aten, reference in zip(("z", "dx", "dweight", "dbias"), ours, stock, exact, strict=False):
+        assert (actual is None) == (aten is None)
+        if actual is None:
             continue
-        assert mine.dim() < 4 or mine.is_contiguous(memory_format=torch.channels_last)
+        assert actual.dim() < 4 or actual.is_contiguous(memory_format=torch.channels_last)
         if dtype == torch.float64:
-            torch.testing.assert_close(mine, its, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(actual, aten, rtol=1e-11, atol=1e-11)
         else:
-            assert_as_exact_as(name, mine, its, true)
+            assert_within_stock_error(name, actual, aten, reference)
 
 
-def test_many_pixels_or_a_small_weight_are_left_to_aten():
+def test_large_outputs_and_small_weights_select_aten():
     def name(images, channels, size, taps=3):
         spec = UnitSpec(padding=(taps // 2,) * 2)
         problem = Problem(

@@ -1,4 +1,4 @@
-"""Which algorithm computes a convolution: the lists, the override, what really runs, the measurement."""
+"""Selection of convolution algorithms: heuristics, overrides, the operators that run, and tuning."""
 
 import re
 from pathlib import Path
@@ -38,9 +38,9 @@ def names(algorithms, preference="planned", **changes):
     [
         ({}, "implicit_gemm", "implicit_gemm", "1x1"),
         ({"dtype": torch.float16}, "implicit_gemm", "implicit_gemm", "1x1"),
-        ({"dtype": torch.float32}, "aten", "aten", "float32 gains less"),
+        ({"dtype": torch.float32}, "aten", "aten", "in float32, fusion gains less"),
         ({"dtype": torch.float32, "preference": "fused"}, "implicit_gemm", "implicit_gemm", "1x1"),
-        ({"dtype": torch.float64, "preference": "fused"}, "aten", "aten", "float64 has no"),
+        ({"dtype": torch.float64, "preference": "fused"}, "aten", "aten", "do not support float64"),
         ({"spec": SPATIAL, "weight": (64, 64, 3, 3)}, "aten", "aten", "cuDNN"),
         ({"spec": SPATIAL, "weight": (64, 64, 3, 3), "preference": "fused"}, "implicit_gemm", "aten", ""),
         ({"spec": UnitSpec((2, 2))}, "aten", "aten", "cuDNN"),
@@ -56,7 +56,7 @@ def names(algorithms, preference="planned", **changes):
     ],
     ids=str,
 )
-def test_gpu_and_reference(changes, forward, backward, reason):
+def test_gpu_and_reference_selection(changes, forward, backward, reason):
     algorithms = REFERENCE if "list" in changes else GPU
     made = names(algorithms, **{name: value for name, value in changes.items() if name != "list"})
     assert made[:3] == (forward, backward, backward)
@@ -71,7 +71,7 @@ WINOGRAD = {"spec": SPATIAL, "weight": (64, 64, 3, 3)}
     ("changes", "algorithms", "reason"),
     [
         (WINOGRAD, ("winograd_f4x4",) * 3, "fewer operations"),
-        (WINOGRAD | {"winograd": False}, ("aten", "aten", "direct"), "as fast"),
+        (WINOGRAD | {"allow_winograd": False}, ("aten", "aten", "direct"), "as fast"),
         (WINOGRAD | {"input": (1, 64, 2, 2)}, ("aten",) * 3, "few output pixels"),
         (WINOGRAD | {"input": (1, 64, 2, 2), "weight_channels_last": True}, ("im2col_gemm",) * 3, "few output pixels"),
         (WINOGRAD | {"input": (2, 64, 1, 1), "weight_channels_last": True}, ("tap_gemm",) * 3, "one output pixel"),
@@ -85,16 +85,16 @@ WINOGRAD = {"spec": SPATIAL, "weight": (64, 64, 3, 3)}
         ({"spec": UnitSpec((2, 2), (3, 3)), "weight": (64, 3, 7, 7), "input": (16, 3, 224, 224)},
          ("direct", "aten", "aten"), "7x7, stride 2"),
         (WINOGRAD | {"spec": UnitSpec(padding=(1, 1), groups=2), "weight": (64, 32, 3, 3)}, ("aten",) * 3, "grouped"),
-        ({"dtype": torch.bfloat16}, ("aten",) * 3, "float32 images"),
+        ({"dtype": torch.bfloat16}, ("aten",) * 3, "float32"),
         ({"channels_last": False}, ("aten",) * 3, "channels_last"),
-        ({"traced": True}, ("aten",) * 3, "ATen's operators only"),
+        ({"under_torch_dispatch": True}, ("aten",) * 3, "requires ATen's operators"),
         ({"machine": Machine("baseline")}, ("aten",) * 3, "AVX2"),
         (WINOGRAD | {"preference": "fused"}, ("winograd_f4x4",) * 3, "fewer"),
         (WINOGRAD | {"preference": "aten"}, ("aten",) * 3, "backends.use"),
     ],
     ids=str,
 )  # fmt: skip
-def test_cpu_training(changes, algorithms, reason):
+def test_cpu_training_selection(changes, algorithms, reason):
     from fused_res.backends.cpu.convolution import ALGORITHMS
 
     made = names(ALGORITHMS, **({"dtype": torch.float32} | changes))
@@ -103,13 +103,13 @@ def test_cpu_training(changes, algorithms, reason):
 
 
 @needs_cpu
-def test_cpu_inference():
+def test_cpu_inference_selection():
     from fused_res.backends.cpu.convolution import ALGORITHMS
 
     def name(input, weight=None, padding=(1, 1), groups=1, stride=(1, 1), dilation=(1, 1), **changes):
         weight = weight or (input[1], input[1], 3, 3)
         geometry = UnitSpec(stride, padding, dilation, groups)
-        made = problem(geometry, weight, input, **({"dtype": torch.float32, "packed": True} | changes))
+        made = problem(geometry, weight, input, **({"dtype": torch.float32, "prepacked": True} | changes))
         return dispatch.select(ALGORITHMS, made._replace(operation="inference"), "planned").name
 
     assert name((16, 64, 56, 56)) == name((16, 512, 7, 7)) == "winograd_f4x4"
@@ -119,14 +119,14 @@ def test_cpu_inference():
     assert name((1, 256, 14, 14), (512, 256, 3, 3), stride=(2, 2)) == "direct"
     assert name((16, 64, 56, 56), stride=(2, 1)) == name((16, 64, 56, 56), dilation=(2, 2)) == "direct"
     assert name((16, 64, 56, 56), (64, 32, 3, 3), groups=2) == "onednn"
-    # A weight that is packed for one call has to pay at once.
-    assert name((1, 256, 14, 14), packed=False) == "direct"
-    assert name((16, 64, 56, 56), packed=False) == "winograd_f4x4"
+    # Without a cached packed weight, one call has to amortize the packing.
+    assert name((1, 256, 14, 14), prepacked=False) == "direct"
+    assert name((16, 64, 56, 56), prepacked=False) == "winograd_f4x4"
     assert name((16, 64, 56, 56), channels_last=False) == "onednn"
-    assert name((1, 64, 56, 56), channels_last=False, packed=False) == "aten"
+    assert name((1, 64, 56, 56), channels_last=False, prepacked=False) == "aten"
     assert name((16, 64, 56, 56), machine=Machine("baseline", (torch.float32,))) == "onednn"
     assert name((16, 64, 56, 56), machine=Machine("baseline")) == "aten"
-    assert name((16, 64, 56, 56), winograd=False) == "direct"
+    assert name((16, 64, 56, 56), allow_winograd=False) == "direct"
 
 
 def block_tensors(dtype=torch.float64):
@@ -138,11 +138,11 @@ def block_tensors(dtype=torch.float64):
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def test_override_is_a_context():
+def test_override_is_undone_when_its_context_exits():
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
 
     def algorithms():
-        preference = registry.convolution("reference")
+        preference = registry.conv_preference("reference")
         made = plan(BlockConfig(BLOCK, (True,) * 3, "reference", preference=preference), x, block_tensors())
         return [(unit.algorithms.forward.name, unit.algorithms.weight_gradient.name) for unit in made.units]
 
@@ -150,17 +150,17 @@ def test_override_is_a_context():
     with fused_res.backends.use("reference", convolution="fused"):
         assert algorithms() == [("reference", "reference"), ("reference", "aten"), ("reference", "reference")]
     assert algorithms() == [("aten", "aten")] * 3
-    assert registry.convolution("triton") == "fused" and registry.convolution("auto") == "planned"
+    assert registry.conv_preference("triton") == "fused" and registry.conv_preference("auto") == "planned"
     with fused_res.backends.use("auto", convolution="planned"):
-        assert registry.convolution("triton") == "planned"
+        assert registry.conv_preference("triton") == "planned"
     with pytest.raises(ValueError, match="convolution must be one of"):
         fused_res.backends.use("auto", convolution="cudnn")
 
 
-# --- what really runs ---------------------------------------------------------------------------------------
+# --- operators that run --------------------------------------------------------------------------------------
 
-#: What the profiler sees of each algorithm, forward; ATen's convolutions are its own operators.
-SEEN = {
+#: The profiler event of each algorithm's forward.
+PROFILER_EVENTS = {
     "winograd_f4x4": "fused_res_cpu::convolve",
     "winograd_f2x2": "fused_res_cpu::convolve",
     "direct": "fused_res_cpu::convolve",
@@ -171,136 +171,136 @@ SEEN = {
 }
 
 
-def profiled(call) -> dict[str, int]:
+def profile_event_counts(call) -> dict[str, int]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     return {event.key: event.count for event in profile.key_averages()}
 
 
-def counted(selected: list[str]) -> dict[str, int]:
-    return {key: sum(SEEN[name] == key for name in selected) for key in set(SEEN.values())}
+def expected_event_counts(selected: list[str]) -> dict[str, int]:
+    return {key: sum(PROFILER_EVENTS[name] == key for name in selected) for key in set(PROFILER_EVENTS.values())}
 
 
 @needs_cpu
-@pytest.mark.parametrize("size", [32, 96])  # the last stage on a map of one pixel, and of several
+@pytest.mark.parametrize("size", [32, 96])  # the last stage has feature maps of one pixel, and of several
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_the_named_algorithms_run(name, size):
-    """Counted by the profiler: in training by the plan and by `summarize`, in inference by `summarize`."""
+def test_reported_algorithms_are_the_ones_that_run(name, size):
+    """Compare profiler events with the plan and `summarize` in training, and with `summarize` in inference."""
     torch.manual_seed(0)
     model = getattr(models, name)(num_classes=10).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
-    seen = profiled(lambda: model(x))
+    events = profile_event_counts(lambda: model(x))
     plans = [functional.last_plan[weight] for weight in model.parameters() if weight in functional.last_plan]
     units = [unit for one in plans for unit in one.all_units]
     assert len(units) == sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
-    expected = counted([unit.algorithms.forward.name for unit in units])
-    expected["aten::mm"] = sum(_products(unit) for unit in units)
-    assert {key: seen.get(key, 0) for key in expected} == expected
+    expected = expected_event_counts([unit.algorithms.forward.name for unit in units])
+    expected["aten::mm"] = sum(_mm_calls(unit) for unit in units)
+    assert {key: events.get(key, 0) for key in expected} == expected
     assert any(unit.algorithms.forward.name.endswith("_gemm") for unit in units)
     summary = fused_res.summarize(model)
-    told = str(summary)
+    text = str(summary)
     for unit in units:
-        assert str(unit.algorithms) in told
+        assert str(unit.algorithms) in text
     assert [*summary.plans.values()] == plans and all(str(one) in summary.steps for one in plans)
 
-    backward = profiled(lambda: model(x).sum().backward())
+    backward = profile_event_counts(lambda: model(x).sum().backward())
     gradients = [(unit.algorithms.input_gradient.name, unit.algorithms.weight_gradient.name) for unit in units]
-    own = sum(SEEN[of_weight] == "fused_res_cpu::convolve" for _, of_weight in gradients)
-    assert backward.get("fused_res_cpu::conv_weight_gradient", 0) == own
-    wanted = [pair if unit.grad_reads else pair[1:] for unit, pair in zip(units, gradients, strict=True)]
-    aten = [pair for pair in wanted if "aten" in pair]
+    wgrad_calls = sum(PROFILER_EVENTS[wgrad] == "fused_res_cpu::convolve" for _, wgrad in gradients)
+    assert backward.get("fused_res_cpu::conv_weight_gradient", 0) == wgrad_calls
+    required = [pair if unit.needs_input_grad else pair[1:] for unit, pair in zip(units, gradients, strict=True)]
+    aten = [pair for pair in required if "aten" in pair]
     assert backward.get("aten::convolution_backward", 0) == len(aten)
 
     frozen = fused_res.freeze(model.eval())
     with torch.inference_mode():
         frozen(x)
-        seen = profiled(lambda: frozen(x))
-    ran = [module.kernel.name for module in frozen.modules() if getattr(module, "kernel", None)]
+        events = profile_event_counts(lambda: frozen(x))
+    ran = [module.last_selected.name for module in frozen.modules() if getattr(module, "last_selected", None)]
     assert len(ran) == len(units) and set(ran) <= {"winograd_f4x4", "winograd_f2x2", "direct"}
-    assert seen["fused_res_cpu::conv_program"] > 0 and "aten::convolution" not in seen
+    assert events["fused_res_cpu::conv_program"] > 0 and "aten::convolution" not in events
     assert all(name in str(fused_res.summarize(frozen)) for name in ran)
 
 
-def _products(unit) -> int:
-    """GEMMs that are `aten::mm`; the further taps of `tap_gemm` are `aten::addmm_`."""
+def _mm_calls(unit) -> int:
+    """Return the number of `aten::mm` calls of a forward; further taps of `tap_gemm` are `aten::addmm_` calls."""
     return unit.algorithms.forward.name in ("tap_gemm", "im2col_gemm")
 
 
 @needs_cpu
 @torch.no_grad()
-def test_aten_means_aten_and_nothing_else():
+def test_preference_aten_runs_aten_convolutions_only():
     model = models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     with fused_res.backends.use("auto", convolution="aten"):
         for network in (model, fused_res.freeze(model.eval())):
-            seen = profiled(lambda: network(x))
-            assert seen["aten::convolution"] == 20
-            own = [key for key in seen if re.search("fused_res_cpu::conv|_pointwise$|aten::mm$", key)]
-            assert not own
+            events = profile_event_counts(lambda: network(x))
+            assert events["aten::convolution"] == 20
+            others = [key for key in events if re.search("fused_res_cpu::conv|_pointwise$|aten::mm$", key)]
+            assert not others
 
 
-# --- measuring ----------------------------------------------------------------------------------------------
+# --- tuning --------------------------------------------------------------------------------------------------
 
 
 class TestTuning:
     @pytest.fixture(autouse=True)
-    def forget(self, monkeypatch):
-        monkeypatch.setattr(tuning, "_measured", {})
-        monkeypatch.setattr(tuning, "_SECONDS", 0.0)
+    def empty_cache(self, monkeypatch):
+        monkeypatch.setattr(tuning, "_training_cache", {})
+        monkeypatch.setattr(tuning, "_MIN_RUN_TIME", 0.0)
 
     def run(self, backend="reference", **options):
         x = torch.randn(2, 8, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
         return residual_block(x, BLOCK, block_tensors(), training=True, backend=backend, **options)
 
-    def test_measures_each_convolution_once(self, monkeypatch):
+    def test_each_convolution_is_timed_once(self, monkeypatch):
         self.run(tune=True)
-        made = dict(tuning._measured)
+        made = dict(tuning._training_cache)
         assert len(made) == 3
         assert all(one.reason.startswith("measured: ") for algorithms in made.values() for one in algorithms)
         monkeypatch.setattr(tuning, "_measure", None)
         self.run(tune=True)
-        assert tuning._measured == made
+        assert tuning._training_cache == made
 
-    def test_the_faster_one_is_taken(self, monkeypatch):
-        slow = {"aten": 2.0, "reference": 1.0, "apply": 0.1}
+    def test_fastest_algorithm_is_selected(self, monkeypatch):
+        seconds = {"aten": 2.0, "reference": 1.0, "apply": 0.1}
 
-        def pretend(function, device):
+        def fake_median_time(function, device):
             if function.__name__ == "activation":
-                return slow["apply"]
-            return slow.get(function.algorithm, 9.0)
+                return seconds["apply"]
+            return seconds.get(function.algorithm, 9.0)
 
-        original = tuning._Calls.of
+        original = tuning._TimedCalls.call_for
 
-        def of(self, operation, algorithm):
+        def call_for(self, operation, algorithm):
             function = original(self, operation, algorithm)
             function.algorithm = algorithm.name
             return function
 
-        monkeypatch.setattr(tuning._Calls, "of", of)
-        monkeypatch.setattr(tuning, "_seconds", pretend)
+        monkeypatch.setattr(tuning._TimedCalls, "call_for", call_for)
+        monkeypatch.setattr(tuning, "_median_time", fake_median_time)
         self.run(tune=True)
-        chosen = [tuple(one.name for one in algorithms) for algorithms in tuning._measured.values()]
+        chosen = [tuple(one.name for one in algorithms) for algorithms in tuning._training_cache.values()]
         assert chosen[0] == chosen[2] == ("reference",) * 3 and chosen[1] == ("reference", "aten", "aten")
-        tuning._measured.clear()
-        slow["reference"] = 3.0
+        tuning._training_cache.clear()
+        seconds["reference"] = 3.0
         self.run(tune=True)
-        assert all(one.name == "aten" for algorithms in tuning._measured.values() for one in algorithms)
+        assert all(one.name == "aten" for algorithms in tuning._training_cache.values() for one in algorithms)
 
     @needs_cpu
-    def test_a_cpu_measures_as_well_and_stays_right(self):
+    def test_tuned_cpu_block_is_accurate(self):
         torch.manual_seed(0)
         x = torch.randn(2, 64, 14, 14).contiguous(memory_format=torch.channels_last)
         norm = [torch.ones(64), torch.zeros(64), torch.zeros(64), torch.ones(64)]
         tensors = [torch.randn(64, 64, 3, 3) / 24, None, *norm]
         spec = BlockSpec((SPATIAL,), "identity")
         found = residual_block(x, spec, [t if t is None else t.clone() for t in tensors], training=True, tune=True)
-        (made,) = tuning._measured.values()
+        (made,) = tuning._training_cache.values()
         assert {"winograd_f4x4", "direct", "aten"} <= set(re.findall(r"([a-z_0-9]+) [0-9]+ us", made.forward.reason))
         wide = [t if t is None else t.double() for t in tensors]
         exact = residual_block(x.double(), spec, wide, training=True, backend="reference")
         assert (found - exact).norm() <= 1e-5 * exact.norm()
 
-    def test_not_unless_asked_nor_where_runs_have_to_be_alike(self):
+    def test_nothing_is_timed_without_request_or_under_deterministic_algorithms(self):
         self.run()
         with fused_res.backends.use("reference", convolution="aten"):
             self.run(tune=True)
@@ -309,20 +309,20 @@ class TestTuning:
             self.run(tune=True)
         finally:
             torch.use_deterministic_algorithms(False)
-        assert not tuning._measured
+        assert not tuning._training_cache
 
-    def test_bad_tensors_are_refused_before(self):
+    def test_invalid_tensors_raise_before_timing(self):
         x = torch.randn(2, 6, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
         with pytest.raises(ValueError, match=r"0\.weight"):
             residual_block(x, BLOCK, block_tensors(), training=True, backend="reference", tune=True)
-        assert not tuning._measured
+        assert not tuning._training_cache
 
 
-# --- the core -----------------------------------------------------------------------------------------------
+# --- independence of the backends -----------------------------------------------------------------------------
 
 
-def test_the_core_names_no_backend():
-    """Outside of `backends/` a backend's name is a value that travels through: no line of code compares with one."""
+def test_code_outside_backends_compares_no_backend_name():
+    """Outside of `backends/` the name of a backend is passed through only; no line of code compares it."""
     package = Path(fused_res.__file__).parent
     for path in package.rglob("*.py"):
         if "backends" not in path.relative_to(package).parts:

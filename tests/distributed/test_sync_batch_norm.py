@@ -1,4 +1,4 @@
-"""Statistics of several processes: equal to one process with the whole batch, whoever has how much of it."""
+"""Synchronised batch norm: several processes match one process with the whole batch, for any split of the batch."""
 
 from __future__ import annotations
 
@@ -19,28 +19,35 @@ import fused_res
 from fused_res import functional, models, ops
 from fused_res import nn as fnn
 from fused_res.backends.reference import batch_norm_act as norm
-from fused_res.backends.reference import batch_norm_sync as halves
-from fused_res.testing import assert_as_exact_as, stub_torchvision_operators
-from tests.block.test_residual_block import BLOCKS, RECOMPUTE, assert_same, learnable, make, run
+from fused_res.backends.reference import batch_norm_sync as reference_sync
+from fused_res.testing import assert_within_stock_error, stub_torchvision_operators
+from tests.block.test_residual_block import (
+    BLOCK_SPECS,
+    RECOMPUTE_LEVELS,
+    assert_all_close,
+    clone_with_grad,
+    make_block_case,
+    run_forward_backward,
+)
 from tests.block.test_residual_block import stock as stock_block
 from tests.support.cpu_backends import BACKENDS as EVERY
-from tests.support.cpu_backends import FAST
-from tests.support.distributed_workers import processes
+from tests.support.cpu_backends import FAST_BACKENDS
+from tests.support.distributed_workers import worker_group
 
-BACKENDS = [*FAST, "reference, fused"]
-SIZES = [(3, 5), (4, 0, 1, 3)]  # images of each process
+BACKENDS = [*FAST_BACKENDS, "reference, fused"]
+SIZES = [(3, 5), (4, 0, 1, 3)]  # batch size of each rank
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    with processes(2, tmp_path_factory.mktemp("two")) as group:
+    with worker_group(2, tmp_path_factory.mktemp("two")) as group:
         yield group
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    with processes(4, tmp_path_factory.mktemp("four")) as group:
+    with worker_group(4, tmp_path_factory.mktemp("four")) as group:
         yield group
 
 
@@ -54,30 +61,36 @@ def group(request, sizes):
     return request.getfixturevalue("two" if len(sizes) == 2 else "four")
 
 
-def own_rows(sizes):
+def rank_slice(sizes):
     start = sum(sizes[: dist.get_rank()])
     return slice(start, start + sizes[dist.get_rank()])
 
 
-def whole(parts, batched):
-    """Of what every process found: rows in a row for tensors of images, sums for gradients, else what all agree on."""
-    found = []
-    for index, tensors in enumerate(zip(*parts, strict=True)):
-        kind = batched(index)
-        if kind == "agree":
+def combine_ranks(rank_results, kind_of):
+    """Combine the tensors that the ranks returned.
+
+    Args:
+        rank_results: the list of tensors of each rank.
+        kind_of: maps a tensor's index to "batch" (concatenated along the batch), "sum" (added) or "equal" (checked to
+            be equal on all ranks).
+    """
+    combined = []
+    for index, tensors in enumerate(zip(*rank_results, strict=True)):
+        kind = kind_of(index)
+        if kind == "equal":
             assert all(torch.equal(tensors[0], other) for other in tensors[1:])
-        found.append(torch.cat(tensors) if kind == "rows" else sum(tensors) if kind == "sum" else tensors[0])
-    return found
+        combined.append(torch.cat(tensors) if kind == "batch" else sum(tensors) if kind == "sum" else tensors[0])
+    return combined
 
 
 # --- the kernels ---
 
 
-@pytest.mark.parametrize("backend", [name for name in FAST if name != "cuda"])  # that one: test_gpu_kernels
+@pytest.mark.parametrize("backend", [name for name in FAST_BACKENDS if name != "cuda"])  # tested in test_gpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("shape", [(3, 5, 7, 9), (4, 33, 8, 8), (2, 3, 150, 150), (5, 16, 1, 1), (0, 7, 3, 3)], ids=str)
-def test_halves(backend, dtype, format, shape):
+def test_statistics_and_backward(backend, dtype, format, shape):
     kernels = fused_res.backends.resolve(backend, torch.device("cpu"))
     torch.manual_seed(0)
 
@@ -89,54 +102,57 @@ def test_halves(backend, dtype, format, shape):
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     partials = kernels.batch_norm_partials(x)
     assert partials.shape == (1, 3, shape[1])
-    torch.testing.assert_close(partials, halves.batch_norm_partials(x.double()), **tolerance)
+    torch.testing.assert_close(partials, reference_sync.batch_norm_partials(x.double()), **tolerance)
     stats, residual_stats = (
         kernels.merge_stats(kernels.batch_norm_partials(t), None, None, 1e-3, dtype == torch.float64)
         for t in (x, residual)
     )
     mask = norm.pack_mask(images() > 20)
-    for relu_mask, relu, pair in ((mask, False, False), (None, True, False), (None, False, False), (mask, False, True)):
-        more = (residual, residual_stats) if pair else (None, None)
-        wide = [None if t is None else t.double() for t in (dy, x, stats, *more)]
-        sums = kernels.batch_norm_sums(dy, x, stats, relu_mask, relu, *more)
-        exact = halves.batch_norm_sums(*wide[:3], relu_mask, relu, *wide[3:])
+    for relu_mask, relu, dual in ((mask, False, False), (None, True, False), (None, False, False), (mask, False, True)):
+        dual_args = (residual, residual_stats) if dual else (None, None)
+        wide = [None if t is None else t.double() for t in (dy, x, stats, *dual_args)]
+        sums = kernels.batch_norm_sums(dy, x, stats, relu_mask, relu, *dual_args)
+        exact = reference_sync.batch_norm_sums(*wide[:3], relu_mask, relu, *wide[3:])
         assert sums.dtype == accumulated and sums.shape == exact.shape
-        scale = 25 * count**0.5 + 1  # of a sum of so many values
+        scale = 25 * count**0.5 + 1  # magnitude of a sum of `count` values
         torch.testing.assert_close(sums.double(), exact, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale)
         for terms in (sums[:2].contiguous(), None):
             dx = kernels.batch_norm_act_dx(dy, x, stats, relu_mask, relu, terms, count)
             terms = None if terms is None else terms.double()
-            exact = halves.batch_norm_act_dx(*wide[:3], relu_mask, relu, terms, count)
+            exact = reference_sync.batch_norm_act_dx(*wide[:3], relu_mask, relu, terms, count)
             assert dx.dtype == dtype and dx.stride() == x.stride()
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(dx.double(), exact, rtol=4 * eps, atol=40 * eps)
 
 
-def test_kernels_refuse_what_does_not_fit():
+def test_invalid_kernel_arguments_raise():
     kernels = fused_res.backends.resolve("cpu", torch.device("cpu"))
     x, stats = torch.randn(2, 3, 4, 4), torch.randn(5, 3)
-    for call, complaint in (
-        (lambda: kernels.batch_norm_sums(x, x, stats, None, True, x, None), "residual: expected together"),
+    for call, message in (
+        (
+            lambda: kernels.batch_norm_sums(x, x, stats, None, True, x, None),
+            "residual: expected residual_stats with it",
+        ),
         (lambda: kernels.batch_norm_sums(x, x, stats[:4], None, True, None, None), r"stats: expected \(5, 3\)"),
         (lambda: kernels.batch_norm_act_dx(x, x, stats, None, True, torch.randn(3, 3), 32), r"sums: expected \(2, 3\)"),
         (lambda: kernels.batch_norm_act_dx(x[1:], x, stats, None, True, None, 32), "grad_output: expected"),
     ):
-        with pytest.raises(ValueError, match=complaint):
+        with pytest.raises(ValueError, match=message):
             call()
 
 
 # --- a block ---
 
 
-def block_part(name, sizes, recompute, backend, last, dtype=torch.float64, frozen=(), training=True):
-    """Output and gradients of this process's rows, and the tensors afterwards."""
+def block_on_rank(name, sizes, recompute, backend, channels_last, dtype=torch.float64, frozen=(), training=True):
+    """Return output and gradients for this rank's part of the batch, and the updated tensors."""
     backend, _, convolution = backend.partition(", ")
-    spec, x, tensors = make(name, dtype, bias=True, batch=sum(sizes))
+    spec, x, tensors = make_block_case(name, dtype, bias=True, batch=sum(sizes))
     with torch.no_grad():
-        shape = stock_block(x, spec, learnable(tensors), training).shape
-    rows = own_rows(sizes)
+        shape = stock_block(x, spec, clone_with_grad(tensors), training).shape
+    rows = rank_slice(sizes)
     x = x[rows]
-    x = x.contiguous(memory_format=torch.channels_last) if last and x.dim() == 4 else x.contiguous()
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x.contiguous()
     grad = torch.linspace(-1, 2, shape.numel(), dtype=torch.float64).to(dtype).view(shape)[rows]
 
     def ours(x, tensors):
@@ -145,114 +161,123 @@ def block_part(name, sizes, recompute, backend, last, dtype=torch.float64, froze
         )
 
     with fused_res.backends.use("auto", convolution or "auto"):
-        return run(ours, x, learnable(tensors, frozen), grad)
+        return run_forward_backward(ours, x, clone_with_grad(tensors, frozen), grad)
 
 
-def whole_block(parts, name, frozen=()):
-    tensors = make(name, bias=True)[2]
+def combine_block(rank_results, name, frozen=()):
+    tensors = make_block_case(name, bias=True)[2]
     gradients = sum(t is not None and i % 6 < 4 and i not in frozen for i, t in enumerate(tensors))
-    return whole(parts, lambda index: "rows" if index < 2 else "sum" if index < 2 + gradients else "agree")
+    return combine_ranks(
+        rank_results, lambda index: "batch" if index < 2 else "sum" if index < 2 + gradients else "equal"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", BLOCKS)
-def test_block_equals_one_process(group, sizes, name, backend):
-    spec, x, tensors = make(name, bias=True, batch=sum(sizes))
-    one = run(lambda x, t: stock_block(x, spec, t), x, learnable(tensors))
-    for recompute, last in itertools.product(RECOMPUTE, (True, False)):
-        parts = group.run(block_part, name, sizes, recompute, backend, last)
-        assert_same(whole_block(parts, name), one)
+@pytest.mark.parametrize("name", BLOCK_SPECS)
+def test_block_matches_one_process(group, sizes, name, backend):
+    spec, x, tensors = make_block_case(name, bias=True, batch=sum(sizes))
+    one = run_forward_backward(lambda x, t: stock_block(x, spec, t), x, clone_with_grad(tensors))
+    for recompute, channels_last in itertools.product(RECOMPUTE_LEVELS, (True, False)):
+        parts = group.run(block_on_rank, name, sizes, recompute, backend, channels_last)
+        assert_all_close(combine_block(parts, name), one)
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "projection", "stem"])
-def test_block_keeps_the_precision_contract(group, sizes, name):
-    spec, x, tensors = make(name, torch.float32, bias=True, batch=sum(sizes))
-    ours = whole_block(group.run(block_part, name, sizes, "none", "cpu", True, torch.float32), name)
-    stock = run(lambda x, t: stock_block(x, spec, t), x, learnable(tensors))
+def test_block_accuracy_vs_stock(group, sizes, name):
+    spec, x, tensors = make_block_case(name, torch.float32, bias=True, batch=sum(sizes))
+    ours = combine_block(group.run(block_on_rank, name, sizes, "none", "cpu", True, torch.float32), name)
+    stock = run_forward_backward(lambda x, t: stock_block(x, spec, t), x, clone_with_grad(tensors))
     wide = [None if t is None else t.double() for t in tensors]
     grad = torch.linspace(-1, 2, stock[0].numel(), dtype=torch.float64).to(torch.float32).double().view_as(stock[0])
-    exact = run(lambda x, t: stock_block(x, spec, t), x.double(), learnable(wide), grad)
-    # Convolutions' biases have gradients of zero, all rounding: the floor is that of the weights' beside them.
+    exact = run_forward_backward(lambda x, t: stock_block(x, spec, t), x.double(), clone_with_grad(wide), grad)
+    # The gradient of a convolution's bias before a norm is zero up to rounding, so the error's floor is relative to the
+    # largest of the other gradients.
     floor = 1e-5 * max(t.abs().max().item() for t in exact[2:])
-    for index, found in enumerate(zip(ours, stock, exact, strict=True)):
-        assert_as_exact_as(f"{name} {index}", *found, floor=floor if index > 1 else 0.0)
+    for index, compared in enumerate(zip(ours, stock, exact, strict=True)):
+        assert_within_stock_error(f"{name} {index}", *compared, floor=floor if index > 1 else 0.0)
 
 
 @pytest.mark.parametrize("backend", [name for name in ("cuda", "triton") if name in EVERY])
 @pytest.mark.parametrize("name", ["bottleneck", "projection"])
-def test_kernels_for_gpus(group, sizes, name, backend):
-    """1x1 convolutions that normalise as they load, and form the gradient before the norm as they load that."""
-    spec, x, tensors = make(name, torch.float16, bias=True, batch=sum(sizes))
-    # A bias before a norm has a gradient of zero, which is the sum of large ones over processes: all rounding.
+def test_gpu_kernels_with_operand_prologues(group, sizes, name, backend):
+    """1x1 convolutions with a normalise-ReLU prologue, and gradients with a norm backward prologue."""
+    spec, x, tensors = make_block_case(name, torch.float16, bias=True, batch=sum(sizes))
+    # The biases are frozen: the gradient of a bias before a norm is zero, a sum of large gradients over the ranks, and
+    # so consists of rounding errors only.
     biases = range(1, len(tensors), 6)
     arguments = sizes, "none", f"{backend}, fused", True, torch.float16, biases
-    ours = whole_block(group.run(block_part, name, *arguments), name, biases)
+    ours = combine_block(group.run(block_on_rank, name, *arguments), name, biases)
     wide = [None if t is None else t.double() for t in tensors]
     grad = torch.linspace(-1, 2, ours[0].numel(), dtype=torch.float64).half().double().view_as(ours[0])
-    exact = run(lambda x, t: stock_block(x, spec, t), x.double(), learnable(wide, biases), grad)
+    exact = run_forward_backward(lambda x, t: stock_block(x, spec, t), x.double(), clone_with_grad(wide, biases), grad)
 
     def block(x, tensors):
         return functional.residual_block(x, spec, tensors, training=True, backend=backend)
 
     with fused_res.backends.use("auto", "fused"):
-        one = run(block, x.contiguous(memory_format=torch.channels_last), learnable(tensors, biases), grad.half())
-    for index, (found, alone, wanted) in enumerate(zip(ours, one, exact, strict=True)):
-        # In 16 bits elements near zero flip their ReLU, here or there: a gradient is compared as a whole.
-        error, its, size = (found.double() - wanted).norm(), (alone.double() - wanted).norm(), wanted.norm()
-        assert error <= 2 * its + 0.005 * size + 0.01, f"{index}: {error:.3g}, one process {its:.3g}, of {size:.3g}"
+        one = run_forward_backward(
+            block, x.contiguous(memory_format=torch.channels_last), clone_with_grad(tensors, biases), grad.half()
+        )
+    for index, (ranks, single, expected) in enumerate(zip(ours, one, exact, strict=True)):
+        # In 16 bits, rounding flips the ReLU of some elements near zero, so gradients are compared by their norms.
+        error, limit, size = (ranks.double() - expected).norm(), (single.double() - expected).norm(), expected.norm()
+        assert error <= 2 * limit + 0.005 * size + 0.01, f"{index}: {error:.3g}, one process {limit:.3g}, of {size:.3g}"
 
 
 @pytest.mark.parametrize("frozen", [(0, 1), (2, 3), (0, 1, 2, 3, 6, 7, 18, 19), (*range(24),)], ids=str)
-def test_partial_gradients(two, frozen):
+def test_requested_gradients(two, frozen):
     sizes = (3, 5)
-    spec, x, tensors = make("projection", bias=True, batch=8)
-    one = run(lambda x, t: stock_block(x, spec, t), x, learnable(tensors, frozen))
-    parts = two.run(block_part, "projection", sizes, "norm", "cpu", True, torch.float64, frozen)
-    assert_same(whole_block(parts, "projection", frozen), one)
+    spec, x, tensors = make_block_case("projection", bias=True, batch=8)
+    one = run_forward_backward(lambda x, t: stock_block(x, spec, t), x, clone_with_grad(tensors, frozen))
+    parts = two.run(block_on_rank, "projection", sizes, "norm", "cpu", True, torch.float64, frozen)
+    assert_all_close(combine_block(parts, "projection", frozen), one)
 
 
-def test_frozen_norms_keep_to_themselves(two):
-    """A unit that uses running statistics has nothing to tell; the others do as ever."""
-    spec, x, tensors = make("projection", bias=True, batch=8)
+def test_frozen_norms_are_not_synchronised(two):
+    """Units that use running statistics communicate nothing; the other units synchronise as usual."""
+    spec, x, tensors = make_block_case("projection", bias=True, batch=8)
     training = (True, False, True, False)
-    one = run(lambda x, t: stock_block(x, spec, t, training), x, learnable(tensors))
+    one = run_forward_backward(lambda x, t: stock_block(x, spec, t, training), x, clone_with_grad(tensors))
     arguments = "projection", (3, 5), "none", "cpu", True, torch.float64, (), training
-    assert_same(whole_block(two.run(block_part, *arguments), "projection"), one)
+    assert_all_close(combine_block(two.run(block_on_rank, *arguments), "projection"), one)
 
 
-def told(name):
-    """Every collective that a step of a block makes, with how many numbers each process brings."""
+def record_collectives(name):
+    """Return every collective of a block's training step: whether it is an all-gather, and the elements per rank."""
     calls = []
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    originals = {called: getattr(dist, called) for called in (gather, "all_reduce")}
+    originals = {function: getattr(dist, function) for function in (gather, "all_reduce")}
 
-    def spy(called):
+    def spy(function):
         def call(*tensors, **options):
-            calls.append((called, tensors[-1].numel()))
-            return originals[called](*tensors, **options)
+            calls.append((function, tensors[-1].numel()))
+            return originals[function](*tensors, **options)
 
         return call
 
-    for called in originals:
-        setattr(dist, called, spy(called))
+    for function in originals:
+        setattr(dist, function, spy(function))
     try:
-        block_part(name, (3, 5), "none", "cpu", True)
+        block_on_rank(name, (3, 5), "none", "cpu", True)
     finally:
-        for called, original in originals.items():
-            setattr(dist, called, original)
-    return [(called.startswith("all_gather"), numbers) for called, numbers in calls]
+        for function, original in originals.items():
+            setattr(dist, function, original)
+    return [(function.startswith("all_gather"), elements) for function, elements in calls]
 
 
-def test_what_is_told(two):
-    """For each norm: count, mean, M2 forward; two sums and the count backward, three for the pair that is added."""
-    for calls in two.run(told, "bottleneck"):
+def test_collective_payloads(two):
+    """Each norm communicates (count, mean, M2) in the forward, and two sums and the count in the backward.
+
+    A dual batch norm (the norms of the last unit and of the projection) communicates three sums in the backward.
+    """
+    for calls in two.run(record_collectives, "bottleneck"):
         assert calls == [(True, 12), (True, 12), (True, 24), (False, 17), (False, 9), (False, 9)]
-    for calls in two.run(told, "projection"):
+    for calls in two.run(record_collectives, "projection"):
         assert calls == [(True, 12), (True, 12), (True, 36), (True, 36), (False, 37), (False, 9), (False, 9)]
 
 
-def refused():
-    spec, x, tensors = make("basic")
+def check_unsupported():
+    spec, x, tensors = make_block_case("basic")
     group = dist.group.WORLD
 
     def block(x):
@@ -263,75 +288,75 @@ def refused():
 
     for function in (block, single):
         y = function(x.requires_grad_())
-        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        with pytest.raises(RuntimeError, match="process_group: double backward is not supported"):
             torch.autograd.grad(y.sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="process_group: .*do not reach other processes"):
+        with pytest.raises(RuntimeError, match="process_group: not supported under torch.func"):
             torch.func.vmap(function)(x[None])
-        with pytest.raises(ValueError, match="input is empty in every process"):
+        with pytest.raises(ValueError, match="input must not be empty in every process"):
             function(x[:0])
 
 
-def test_refuses_what_it_cannot_do(two):
-    two.run(refused)
+def test_unsupported_transforms_and_empty_batch_raise(two):
+    two.run(check_unsupported)
 
 
-# --- a norm by itself ---
+# --- a single norm ---
 
 
-def norm_part(sizes, shape, format, residual, scaled, momentum):
+def norm_on_rank(sizes, shape, format, residual, scaled, momentum):
     torch.manual_seed(1)
-    rows = own_rows(sizes)
+    rows = rank_slice(sizes)
     x, added, grad = ((torch.randn(sum(sizes), *shape, dtype=torch.float64) + 2)[rows] for _ in range(3))
     weight, bias, scale, shift, mean, var = (torch.rand(shape[0], dtype=torch.float64) + 0.5 for _ in range(6))
     if len(shape) == 3:
         x = x.contiguous(memory_format=format)
-    learned = [x, weight, bias, *([added] if residual else []), *([scale, shift] if scaled else [])]
-    for tensor in learned:
+    inputs = [x, weight, bias, *([added] if residual else []), *([scale, shift] if scaled else [])]
+    for tensor in inputs:
         tensor.requires_grad_()
     extra = {"residual_scale": scale, "residual_shift": shift} if scaled else {}
     group = dist.group.WORLD
     y = functional.batch_norm_act(
         x, mean, var, weight, bias, added if residual else None, True, momentum, process_group=group, **extra
     )
-    return [y.detach(), *torch.autograd.grad(y, learned, grad), mean, var]
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad), mean, var]
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize(("residual", "scaled"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 4, 3), (3, 2, 3, 2)], ids=str)
-def test_norm_equals_one_process(group, sizes, shape, residual, scaled, format):
+def test_norm_matches_one_process(group, sizes, shape, residual, scaled, format):
     arguments = shape, format, residual, scaled, 0.3
-    parts = group.run(norm_part, sizes, *arguments)
-    images = {0, 1} | ({4} if residual else set())
-    last = len(parts[0]) - 2
-    found = whole(parts, lambda index: "rows" if index in images else "agree" if index >= last else "sum")
+    parts = group.run(norm_on_rank, sizes, *arguments)
+    batched = {0, 1} | ({4} if residual else set())
+    buffers = len(parts[0]) - 2
+    combined = combine_ranks(parts, lambda i: "batch" if i in batched else "equal" if i >= buffers else "sum")
     torch.manual_seed(1)
     total = sum(sizes)
     x, added, grad = (torch.randn(total, *shape, dtype=torch.float64) + 2 for _ in range(3))
     weight, bias, scale, shift, mean, var = (torch.rand(shape[0], dtype=torch.float64) + 0.5 for _ in range(6))
-    learned = [x, weight, bias, *([added] if residual else []), *([scale, shift] if scaled else [])]
-    for tensor in learned:
+    inputs = [x, weight, bias, *([added] if residual else []), *([scale, shift] if scaled else [])]
+    for tensor in inputs:
         tensor.requires_grad_()
     z = F.batch_norm(x, mean, var, weight, bias, True, 0.3)
     if residual:
         per_channel = (-1, *(1,) * (len(shape) - 1))
         z = z + (added * scale.view(per_channel) + shift.view(per_channel) if scaled else added)
     y = F.relu(z)
-    assert_same(found, [y.detach(), *torch.autograd.grad(y, learned, grad), mean, var])
+    assert_all_close(combined, [y.detach(), *torch.autograd.grad(y, inputs, grad), mean, var])
 
 
-# --- modules and whole nets ---
+# --- modules and networks ---
 
 
-def net(kind="ours"):
-    """A small net with every kind of norm that can be synchronised; the stock twin has the same numbers."""
+def network(kind="fused"):
+    """Return a small network with every kind of norm that can be synchronised; kind "stock" has the same weights."""
     torch.manual_seed(0)
-    own = fnn.BatchNormAct2d(3)
+    first = fnn.BatchNormAct2d(3)
     trunk = models.cifar_resnet(8, 10, width=4)
-    if kind != "ours":
+    if kind != "fused":
         fused_res.unfuse(trunk)
-        own.fused = False
-    return nn.Sequential(own, trunk, nn.BatchNorm1d(10, momentum=None)).double()
+        first.fused = False
+    return nn.Sequential(first, trunk, nn.BatchNorm1d(10, momentum=None)).double()
 
 
 def batch(sizes):
@@ -340,157 +365,157 @@ def batch(sizes):
     return x, torch.randint(10, (sum(sizes),), generator=generator)
 
 
-def trained(model, parts):
-    """Three steps of SGD, each on all of the batch; the loss is the mean over all, brought in by parts."""
+def train(model, steps):
+    """Return the model's state after SGD steps; each step is (input, labels, weight of the summed loss)."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for x, y, weight in parts:
+    for x, y, weight in steps:
         optimizer.zero_grad()
         (F.cross_entropy(model(x), y, reduction="sum") * weight).backward()
         optimizer.step()
     return [t.detach() for t in model.state_dict().values()]
 
 
-def steps(sizes):
+def global_steps(sizes):
     x, y = batch(sizes)
     return [(x + 0.1 * step, y, 1 / sum(sizes)) for step in range(3)]
 
 
-def own_steps(sizes, format):
-    """DistributedDataParallel takes the mean over processes: the loss is a sum over the global count, times them."""
-    rows = own_rows(sizes)
+def rank_steps(sizes, format):
+    """Return this rank's steps; losses are scaled by the world size, because DDP averages gradients over the ranks."""
+    rows = rank_slice(sizes)
     return [
         (x[rows].contiguous(memory_format=format), y[rows], weight * dist.get_world_size())
-        for x, y, weight in steps(sizes)
+        for x, y, weight in global_steps(sizes)
     ]
 
 
-def ddp_part(sizes, format, recompute):
-    model = net()
+def ddp_on_rank(sizes, format, recompute):
+    model = network()
     fused_res.fuse(model, recompute=recompute)
     fused_res.convert_sync_batchnorm(model)
-    return trained(DistributedDataParallel(model), own_steps(sizes, format))
+    return train(DistributedDataParallel(model), rank_steps(sizes, format))
 
 
-def assert_same_net(parts, sizes):
-    one = trained(net("stock"), steps(sizes))
+def assert_ranks_match_one_process(parts, sizes):
+    one = train(network("stock"), global_steps(sizes))
     for part in parts:
-        assert_same(part, one)
+        assert_all_close(part, one)
 
 
 @pytest.mark.parametrize(("format", "recompute"), zip(FORMATS, ("none", "conv"), strict=True), ids=str)
-def test_ddp_equals_one_process(group, sizes, format, recompute):
-    assert_same_net(group.run(ddp_part, sizes, format, recompute), sizes)
+def test_ddp_matches_one_process(group, sizes, format, recompute):
+    assert_ranks_match_one_process(group.run(ddp_on_rank, sizes, format, recompute), sizes)
 
 
-def stock_sync_part(sizes):
-    """nn.SyncBatchNorm, which by itself refuses the CPU, inside a fused block."""
-    model = net()[1]
+def stock_sync_on_rank(sizes):
+    """Return gradients and buffers with nn.SyncBatchNorm, whose own forward rejects CPU tensors, in fused blocks."""
+    model = network()[1]
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert type(stock.layer1[0].bn1) is nn.SyncBatchNorm
     x, y = batch(sizes)
-    rows = own_rows(sizes)
+    rows = rank_slice(sizes)
     loss = F.cross_entropy(stock(x[rows]), y[rows], reduction="sum")
     loss.backward()
     return [*(p.grad for p in stock.parameters()), *stock.buffers()]
 
 
-def test_blocks_take_stock_sync_batch_norm(group, sizes):
-    model = net("stock")[1]
+def test_blocks_support_stock_sync_batch_norm(group, sizes):
+    model = network("stock")[1]
     x, y = batch(sizes)
     F.cross_entropy(model(x), y, reduction="sum").backward()
     count = len(list(model.parameters()))
-    found = whole(group.run(stock_sync_part, sizes), lambda index: "sum" if index < count else "agree")
-    assert_same(found, [*(p.grad for p in model.parameters()), *model.buffers()])
+    combined = combine_ranks(group.run(stock_sync_on_rank, sizes), lambda index: "sum" if index < count else "equal")
+    assert_all_close(combined, [*(p.grad for p in model.parameters()), *model.buffers()])
 
 
-def checkpointed_part(sizes):
-    model = fused_res.convert_sync_batchnorm(net())
+def checkpointed_on_rank(sizes):
+    model = fused_res.convert_sync_batchnorm(network())
     trunk = model[1]
     for name in ("layer1", "layer2", "layer3"):
         stage = getattr(trunk, name)
         stage.forward = lambda x, run=stage.forward: checkpoint(run, x, use_reentrant=False)
-    return trained(DistributedDataParallel(model), own_steps(sizes, torch.channels_last))
+    return train(DistributedDataParallel(model), rank_steps(sizes, torch.channels_last))
 
 
-def test_activation_checkpointing(two):
-    """Runs the gathering again in backward, and counts the batch once."""
-    assert_same_net(two.run(checkpointed_part, (3, 5)), (3, 5))
+def test_running_stats_update_once_under_checkpointing(two):
+    """Checkpointing repeats the all-gather in the backward, but updates the running statistics once."""
+    assert_ranks_match_one_process(two.run(checkpointed_on_rank, (3, 5)), (3, 5))
 
 
-def sharded_part(sizes):
-    from tests.support.model_comparison import counted
+def sharded_on_rank(sizes):
+    from tests.support.model_comparison import record_fused_calls
 
-    model = fused_res.convert_sync_batchnorm(net())
+    model = fused_res.convert_sync_batchnorm(network())
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     for block in [m for m in model.modules() if isinstance(m, fnn.BasicBlock)]:
         fsdp.fully_shard(block, mesh=mesh)
     fsdp.fully_shard(model, mesh=mesh)
-    with counted() as calls:
-        trained(model, own_steps(sizes, torch.channels_last))
-    assert calls.count("residual_block") == 3 * 4  # the stem and three blocks, all of them fused
+    with record_fused_calls() as calls:
+        train(model, rank_steps(sizes, torch.channels_last))
+    assert calls.count("residual_block") == 3 * 4  # the stem and three blocks, all fused
     return [t.full_tensor() if isinstance(t, dist.tensor.DTensor) else t for t in model.state_dict().values()]
 
 
-def test_fully_shard(two):
-    assert_same_net(two.run(sharded_part, (3, 5)), (3, 5))
+def test_fully_shard_matches_one_process(two):
+    assert_ranks_match_one_process(two.run(sharded_on_rank, (3, 5)), (3, 5))
 
 
-def compiled_part(sizes, compiler):
+def compiled_on_rank(sizes, compiler):
     torch._dynamo.reset()
-    model = fused_res.convert_sync_batchnorm(net())
-    model[2].momentum = 0.1  # a cumulative average reads its counter, where stock PyTorch breaks the graph, too
+    model = fused_res.convert_sync_batchnorm(network())
+    model[2].momentum = 0.1  # momentum=None reads num_batches_tracked, a graph break also in stock PyTorch
     model.add_module("last", fused_res.fuse(nn.Sequential(nn.Unflatten(1, (10, 1, 1)), fnn.SyncBatchNorm(10).double())))
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
-    found = []
-    for net_ in (eager, compiled):
-        for x, _, _ in own_steps(sizes, torch.channels_last):
-            net_.zero_grad()
-            net_(x).square().sum().backward()
-        found.append([*(p.grad for p in net_.parameters()), *net_.buffers()])
-    for ours, theirs in zip(*found, strict=True):
+    results = []
+    for candidate in (eager, compiled):
+        for x, _, _ in rank_steps(sizes, torch.channels_last):
+            candidate.zero_grad()
+            candidate(x).square().sum().backward()
+        results.append([*(p.grad for p in candidate.parameters()), *candidate.buffers()])
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     return [dist.get_rank()]
 
 
 # Inductor compiles the same graph as in one process: see test_nn.py and test_residual_block.py.
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_compiled(two, compiler):
-    two.run(compiled_part, (3, 5), compiler)
+def test_compiled_model_matches_eager(two, compiler):
+    two.run(compiled_on_rank, (3, 5), compiler)
 
 
-def subgroup_part():
-    """Two groups of two, each with its own batch; and a block whose norms belong to different groups."""
+def subgroup_on_rank():
+    """Two process groups of two ranks, each with a batch; and a block whose norms belong to different groups."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    own = groups[dist.get_rank() // 2]
-    model = fused_res.convert_sync_batchnorm(net(), own)
+    subgroup = groups[dist.get_rank() // 2]
+    model = fused_res.convert_sync_batchnorm(network(), subgroup)
     x, _ = batch((4, 4))
     start = 4 * (dist.get_rank() % 2)
     y = model(x[start : start + 4])
     mixed = fnn.BasicBlock(3, 3).double()
     fused_res.convert_sync_batchnorm(mixed.bn1)
-    fused_res.convert_sync_batchnorm(mixed.bn2, own)
-    assert mixed.refusal().why == "some norms take their statistics from other processes than others do"
-    assert mixed(x[start : start + 4]).isfinite().all()  # norm by norm
+    fused_res.convert_sync_batchnorm(mixed.bn2, subgroup)
+    assert mixed.unsupported_reason().reason == "the norms synchronise their statistics across different process groups"
+    assert mixed(x[start : start + 4]).isfinite().all()  # runs unfused
     return [y.detach(), *model.buffers()]
 
 
-def test_groups(four):
-    parts = four.run(subgroup_part)
-    one = net("stock")
+def test_subgroups_match_one_process(four):
+    parts = four.run(subgroup_on_rank)
+    one = network("stock")
     y = one(batch((4, 4))[0]).detach()
     for pair in (parts[:2], parts[2:]):
-        assert_same(whole(pair, lambda index: "agree" if index else "rows"), [y, *one.buffers()])
+        assert_all_close(combine_ranks(pair, lambda index: "equal" if index else "batch"), [y, *one.buffers()])
 
 
-# --- conversion, in one process ---
+# --- conversion in one process ---
 
 
-def test_conversion_changes_nothing_else():
-    model, twin = net(), net()
-    seen = []
+def test_conversion_preserves_modules_parameters_and_hooks():
+    model, twin = network(), network()
+    hooked_types = []
     hooks = [
-        hooked[1].layer1[0].bn1.register_forward_hook(lambda layer, *_: seen.append(type(layer)))
+        hooked[1].layer1[0].bn1.register_forward_hook(lambda layer, *_: hooked_types.append(type(layer)))
         for hooked in (model, twin)
     ]
     before = {name: (id(module), type(module)) for name, module in model.named_modules()}
@@ -504,29 +529,29 @@ def test_conversion_changes_nothing_else():
             kind = fnn.SyncBatchNormAct2d if name == "0" else fnn.SyncBatchNorm
         assert type(module) is kind
     x = batch((3, 5))[0]
-    for _ in range(2):  # alone, and converted once more
+    for _ in range(2):  # converted once, then twice
         for train in (True, False):
             assert torch.equal(model.train(train)(x), twin.train(train)(x))
         fused_res.convert_sync_batchnorm(model)
-    assert set(seen) == {nn.BatchNorm2d, fnn.SyncBatchNorm}
+    assert set(hooked_types) == {nn.BatchNorm2d, fnn.SyncBatchNorm}
     hooks[0].remove()
-    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    torch.testing.assert_close(again(x), twin(x))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.testing.assert_close(copied(x), twin(x))
     frozen = fused_res.freeze(model)
     torch.testing.assert_close(frozen(x), twin(x))
     assert not any(isinstance(m, fnn.SyncBatchNorm) for m in frozen[1].modules())
-    text = str(fused_res.summarize(fused_res.convert_sync_batchnorm(net())))
+    text = str(fused_res.summarize(fused_res.convert_sync_batchnorm(network())))
     assert "layer1.0" in text and "not exactly" not in text
 
 
-def test_conversion_of_a_norm_itself():
+def test_conversion_of_single_norm():
     layer = nn.BatchNorm2d(4)
     assert fused_res.convert_sync_batchnorm(layer) is layer and type(layer) is fnn.SyncBatchNorm
     with pytest.raises(ValueError, match="expected 2D to 5D input"):
         layer.train()(torch.randn(4))
 
 
-def test_conversion_refuses_what_would_be_lost():
+def test_unsupported_norm_class_raises_without_side_effects():
     stub_torchvision_operators()
     from timm.layers import BatchNormAct2d
 
@@ -536,7 +561,7 @@ def test_conversion_refuses_what_would_be_lost():
     assert type(model[0]) is nn.BatchNorm2d
 
 
-def test_stock_conversion_does_not_drop_the_activation():
+def test_stock_conversion_of_fused_activation_raises():
     for layer in (fnn.BatchNormAct2d(3), fnn.SyncBatchNormAct2d(3)):
         with pytest.raises(RuntimeError, match=r"would drop the activation .*fused_res\.convert_sync_batchnorm"):
             nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer))

@@ -1,4 +1,4 @@
-"""examples/data.py: what is loaded from where, what is refused, and that batches can be repeated exactly."""
+"""examples/data.py: loading of each kind of data set, its errors, and deterministic batches."""
 
 import os
 import pickle
@@ -26,11 +26,11 @@ def joined(batches: list[Batch]) -> tuple[Tensor, Tensor]:
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
-def assert_same_batches(ours: list[Batch], expected: list[Batch]) -> None:
-    assert len(ours) == len(expected)
-    for mine, other in zip(ours, expected, strict=True):
-        assert torch.equal(mine.images, other.images) and torch.equal(mine.labels, other.labels)
-        assert mine.global_count == other.global_count
+def assert_same_batches(actual: list[Batch], expected: list[Batch]) -> None:
+    assert len(actual) == len(expected)
+    for found, other in zip(actual, expected, strict=True):
+        assert torch.equal(found.images, other.images) and torch.equal(found.labels, other.labels)
+        assert found.global_batch_size == other.global_batch_size
 
 
 # Digits
@@ -40,8 +40,8 @@ def test_digits_are_split_by_class_and_normalised(digits: data.Data) -> None:
     from sklearn.datasets import load_digits
 
     original = load_digits()
-    images, labels = joined(list(digits.training(200, augment=False).batches()))
-    test_images, test_labels = joined(list(digits.testing(200).batches()))
+    images, labels = joined(list(digits.train_loader(200, augment=False).batches()))
+    test_images, test_labels = joined(list(digits.test_loader(200).batches()))
     assert (len(labels), len(test_labels)) == (1437, 360)
     shares = torch.from_numpy(original.target).bincount() * 0.2
     assert ((test_labels.bincount() - shares).abs() < 1).all()
@@ -49,7 +49,7 @@ def test_digits_are_split_by_class_and_normalised(digits: data.Data) -> None:
     assert abs(float(images.double().mean())) < 1e-6
     assert abs(float(images.double().var(correction=0)) - 1) < 1e-6
 
-    # Every image of the original is in one of the two parts, once, with its label.
+    # Every original image is in exactly one of the two splits, with its label.
     def rows(images: Tensor, labels: Tensor) -> list[tuple[float, ...]]:
         return sorted((*image.flatten().tolist(), float(label)) for image, label in zip(images, labels, strict=True))
 
@@ -63,13 +63,13 @@ def test_images_are_resized(digits: data.Data) -> None:
     assert (larger.size, larger.shift) == (16, 2)
     indices = torch.arange(50)
     halved = larger.test.read(indices).float().unflatten(-1, (8, 2)).mean(-1).unflatten(-2, (8, 2)).mean(-2)
-    # A pixel of twice the side takes 3/4 of the nearest one and 1/4 of the next: two of them 1/8, 6/8, 1/8.
+    # Upsampled by 2, a pixel is 3/4 of the nearest one and 1/4 of the next; the mean of two has taps 1/8, 6/8, 1/8.
     taps = torch.tensor([0.125, 0.75, 0.125])
     blurred = F.conv2d(digits.test.read(indices).float().flatten(0, 1)[:, None], (taps[:, None] * taps)[None, None])
     assert (halved[:, :, 1:-1, 1:-1].flatten(0, 1)[:, None] - blurred).abs().max() <= 0.5  # uint8
 
 
-def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_missing_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"--data digits: .*pip install scikit-learn"):
         data.load("digits")
@@ -78,26 +78,34 @@ def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # Batches
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_ranks_share_out_every_batch(digits: data.Data, world: int) -> None:
-    whole = list(digits.training(128, seed=5).batches(3))
-    shares = [list(digits.training(128, seed=5, rank=rank, world=world).batches(3)) for rank in range(world)]
-    assert [batch.global_count for batch in whole] == [len(batch.labels) for batch in whole] == [128] * 11 + [29]
-    for share in shares:
-        assert [batch.global_count for batch in share] == [batch.global_count for batch in whole]
-    together = [
-        Batch(*joined([share[step] for share in shares]), shares[0][step].global_count) for step in range(len(whole))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_partition_every_batch(digits: data.Data, world_size: int) -> None:
+    global_batches = list(digits.train_loader(128, seed=5).batches(3))
+    shares = [
+        list(digits.train_loader(128, seed=5, rank=rank, world_size=world_size).batches(3))
+        for rank in range(world_size)
     ]
-    assert_same_batches(together, whole)
+    assert (
+        [batch.global_batch_size for batch in global_batches]
+        == [len(batch.labels) for batch in global_batches]
+        == [128] * 11 + [29]
+    )
+    for share in shares:
+        assert [batch.global_batch_size for batch in share] == [batch.global_batch_size for batch in global_batches]
+    together = [
+        Batch(*joined([share[step] for share in shares]), shares[0][step].global_batch_size)
+        for step in range(len(global_batches))
+    ]
+    assert_same_batches(together, global_batches)
 
 
-def test_the_last_batch_may_be_empty_on_a_rank(digits: data.Data) -> None:
-    last = [list(digits.training(1436, rank=rank, world=2).batches())[-1] for rank in (0, 1)]
+def test_last_batch_can_be_empty_on_a_rank(digits: data.Data) -> None:
+    last = [list(digits.train_loader(1436, rank=rank, world_size=2).batches())[-1] for rank in (0, 1)]
     assert [len(batch.labels) for batch in last] == [1, 0]
-    assert last[1].images.shape == (0, 3, 8, 8) and last[1].global_count == 1
+    assert last[1].images.shape == (0, 3, 8, 8) and last[1].global_batch_size == 1
 
 
-def test_an_epoch_has_every_image_once(digits: data.Data) -> None:
+def test_epoch_has_every_image_once(digits: data.Data) -> None:
     def order(epoch: int, seed: int = 0) -> list[int]:
         loader = Loader(IndexImages(1437), (0.0,) * 3, (1.0,) * 3, 100, shuffle=True, seed=seed)
         return joined(list(loader.batches(epoch)))[0][:, 0, 0, 0].int().tolist()
@@ -110,7 +118,7 @@ def test_an_epoch_has_every_image_once(digits: data.Data) -> None:
 
 
 class IndexImages:
-    """An image is its index."""
+    """A split whose images hold their own index."""
 
     def __init__(self, count: int) -> None:
         self.labels = torch.zeros(count, dtype=torch.int64)
@@ -120,19 +128,19 @@ class IndexImages:
 
 
 @pytest.mark.parametrize("start", [1, 6, 11, 12])
-def test_an_epoch_goes_on_from_any_step(digits: data.Data, start: int) -> None:
-    loader = digits.training(128, seed=1)
+def test_epoch_resumes_from_any_step(digits: data.Data, start: int) -> None:
+    loader = digits.train_loader(128, seed=1)
     assert_same_batches(list(loader.batches(2, start)), list(loader.batches(2))[start:])
 
 
-def test_augmentation_shifts_and_mirrors_whole_images() -> None:
+def test_augmentation_shifts_and_flips_all_channels_alike() -> None:
     torch.manual_seed(0)
     images = torch.randint(1, 255, (400, 3, 5, 6 - 1), dtype=torch.uint8)
     split = data.ImagesInMemory(images, torch.arange(400))
     loader = Loader(split, (0.0,) * 3, (1.0,) * 3, 64, shift=2, mirror=True, seed=9)
     moved, which = joined(list(loader.batches()))
     padded = F.pad(images.float(), (2, 2, 2, 2))
-    seen = set()
+    found = set()
     for image, index in zip(moved, which.tolist(), strict=True):
         fits = [
             (top, left, mirror)
@@ -147,13 +155,13 @@ def test_augmentation_shifts_and_mirrors_whole_images() -> None:
             )
         ]
         assert len(fits) == 1
-        seen.add(fits[0])
-    assert len(seen) == 50  # every shift, mirrored and not
+        found.add(fits[0])
+    assert len(found) == 50  # every shift, flipped and not
 
 
-def test_digits_are_not_mirrored(digits: data.Data) -> None:
-    loader = digits.training(64)
-    assert (loader.shift, loader.mirror, digits.testing(64).shift) == (1, False, 0)
+def test_digits_are_not_flipped(digits: data.Data) -> None:
+    loader = digits.train_loader(64)
+    assert (loader.shift, loader.mirror, digits.test_loader(64).shift) == (1, False, 0)
 
 
 # CIFAR
@@ -196,10 +204,10 @@ def test_cifar100_is_read(tmp_path: Path) -> None:
     assert (loaded.name, loaded.classes, loaded.train.labels.tolist()) == ("CIFAR-100", 100, [99, 5])
 
 
-def test_two_sets_in_a_folder_are_ambiguous(tmp_path: Path) -> None:
+def test_two_data_sets_in_a_folder_raise(tmp_path: Path) -> None:
     write_cifar10(tmp_path / "cifar-10-batches-py")
     write_cifar100(tmp_path / "cifar-100-python")
-    with pytest.raises(DataError, match=r"--data .* cifar-10-batches-py and cifar-100-python; name one"):
+    with pytest.raises(DataError, match=r"--data .* cifar-10-batches-py and cifar-100-python; choose one"):
         data.load(tmp_path)
 
 
@@ -211,7 +219,7 @@ class Malicious:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_pickle_that_runs_something_is_refused(tmp_path: Path) -> None:
+def test_pickle_that_runs_code_raises(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar10(folder)
     victim = tmp_path / "victim"
@@ -231,7 +239,7 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path: Path) -> None:
     ],
     ids=["truncated", "keys", "counts", "labels"],
 )
-def test_a_damaged_cifar_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_error_names_the_damaged_cifar_file(tmp_path: Path, content: bytes, message: str) -> None:
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar10(folder)
     (folder / "data_batch_2").write_bytes(content)
@@ -249,7 +257,7 @@ def write_images(folder: Path, test: str = "val") -> None:
         for label, kind in enumerate(("cat", "dog")):
             (folder / split / kind).mkdir(parents=True)
             for index in range(count):
-                # A wide picture: the middle square is of one colour, the sides of another.
+                # A wide picture: the centre square has one colour, the sides another.
                 pixels = np.zeros((30, 50, 3), np.uint8)
                 pixels[:, 6:44] = (100 * label + 20, 10 * index, 200)
                 Image.fromarray(pixels).save(folder / split / kind / f"{index}.png")
@@ -258,7 +266,7 @@ def write_images(folder: Path, test: str = "val") -> None:
 
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("test", ["val", "test"])
-def test_a_folder_of_images_is_read(tmp_path: Path, test: str, workers: int) -> None:
+def test_image_folder_is_read(tmp_path: Path, test: str, workers: int) -> None:
     pytest.importorskip("PIL")
     write_images(tmp_path, test)
     loaded = data.load(tmp_path, image_size=16, workers=workers)
@@ -267,36 +275,36 @@ def test_a_folder_of_images_is_read(tmp_path: Path, test: str, workers: int) -> 
     assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8
     for image, red in zip(images, (20, 120), strict=True):
         assert (image == torch.tensor([red, 20, 200], dtype=torch.uint8).view(3, 1, 1)).all()
-    batches = list(loaded.training(3).batches(1))
+    batches = list(loaded.train_loader(3).batches(1))
     assert [len(batch.labels) for batch in batches] == [3, 3, 3, 1]
-    assert_same_batches(list(loaded.training(3).batches(1, 2)), batches[2:])
-    first = next(loaded.testing(4).batches()).images[0, :, 0, 0]  # an epoch that nobody finishes ends, too
+    assert_same_batches(list(loaded.train_loader(3).batches(1, 2)), batches[2:])
+    first = next(loaded.test_loader(4).batches()).images[0, :, 0, 0]  # an epoch that is not iterated to its end is fine
     pixel = first * torch.tensor(loaded.std) + torch.tensor(loaded.mean)
     assert torch.allclose(pixel, torch.tensor([20.0, 0, 200]), atol=1e-3)
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+def test_error_names_the_undecodable_image(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     write_images(tmp_path)
     (tmp_path / "train" / "dog" / "3.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"--data: .*dog/3\.png cannot be decoded"):
-        list(data.load(tmp_path, 16).training(4).batches())
+        list(data.load(tmp_path, 16).train_loader(4).batches())
 
 
-def test_classes_have_to_agree(tmp_path: Path) -> None:
+def test_unknown_test_class_raises(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     write_images(tmp_path)
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
-    with pytest.raises(DataError, match=r"--data.*val has classes that train has not: wolf"):
+    with pytest.raises(DataError, match=r"--data.*val has classes that train does not have: wolf"):
         data.load(tmp_path)
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--data .*nowhere: there is no such folder"):
+def test_missing_data_raises(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--data .*nowhere: expected an existing folder"):
         data.load(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"--data .*cifar-10-batches-py, cifar-100-python.*train/<class>"):
         data.load(tmp_path)
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "test").mkdir()
-    with pytest.raises(DataError, match=r"--data .*no image in train"):
+    with pytest.raises(DataError, match=r"--data .*no image found in train"):
         data.load(tmp_path)

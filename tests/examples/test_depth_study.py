@@ -1,4 +1,4 @@
-"""The depth study: trainings go on after a kill, claims follow the results, and the numbers are right."""
+"""examples/depth_study: killed studies resume, claims follow from the results, and measurements match references."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ from examples.data import load
 from examples.depth_study import __main__ as command_line
 from examples.depth_study import claims, degradation, figures, gradients, identity, report, spectrum, training
 from examples.depth_study.networks import Network, layers
-from examples.depth_study.settings import Study, Training, fingerprint
+from examples.depth_study.settings import Study, TrainingConfig, fingerprint
 from examples.depth_study.store import Store
 from fused_res import unfuse
 from fused_res.nn import ResidualBlock
@@ -40,7 +40,7 @@ def study(data, tmp_path):
     return Study(data, "digits", (8, 14), 1, 3, 4, 128, 0.05, "auto", True, tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------- whole studies
+# --------------------------------------------------------------------------------------------------- complete studies
 
 
 def without_times(out: Path) -> dict:
@@ -57,7 +57,7 @@ def finished(out: Path) -> dict[str, int]:
 def wait_until(condition, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited too long"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
@@ -65,8 +65,8 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
-def test_goes_on_after_a_kill_and_does_not_depend_on_jobs(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+def test_killed_study_resumes_and_results_do_not_depend_on_jobs(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "examples.depth_study", *TINY, "--jobs", "1", "--out", str(killed)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -81,7 +81,7 @@ def test_goes_on_after_a_kill_and_does_not_depend_on_jobs(tmp_path):
 
     command_line.main([*TINY, "--jobs", "2", "--out", str(killed)])
     after = finished(killed)
-    # Twice two depths, and two depths at three further rates.
+    # Two kinds of two depths, and the plain networks of two depths at three further learning rates.
     assert len(before) < len(after) == 10
     assert {name: after[name] for name in before} == before
     assert not list((killed / "trainings").glob("*.running"))
@@ -91,16 +91,16 @@ def test_goes_on_after_a_kill_and_does_not_depend_on_jobs(tmp_path):
     entries = without_times(whole)["degradation"]["by_depth"]
     assert all(entry["curve_loss"][-1] < entry["curve_loss"][0] for entry in entries)
 
-    # Other settings share nothing with these.
+    # Trainings with other settings do not reuse these results.
     settings = command_line.build_parser().parse_args([*TINY, "--batch-size", "64", "--out", str(whole)])
     study = command_line.study_of(settings, command_line.build_parser())
     store = Store(study.out / "trainings")
-    assert [store.result(wanted) for wanted in degradation.trainings(study)] == [None] * 12
+    assert [store.result(config) for config in degradation.trainings(study)] == [None] * 12
     same = dataclasses.replace(study, batch_size=128)
-    assert all(store.result(wanted) for wanted in degradation.trainings(same))
+    assert all(store.result(config) for config in degradation.trainings(same))
 
 
-def test_a_diverging_training_ends_the_study(tmp_path):
+def test_diverging_training_aborts_the_study(tmp_path):
     with pytest.raises(SystemExit, match=r"lr 1e\+30, seed 0: the loss is .*; a smaller --lr may help"):
         command_line.main([*TINY, "--lr", "1e30", "--jobs", "1", "--out", str(tmp_path)])
     assert not (tmp_path / "report").exists()
@@ -111,13 +111,13 @@ def test_a_diverging_training_ends_the_study(tmp_path):
     [
         (("--depths", "20", "21"), "argument --depths: '21': depth must be 6n"),
         (("--depths", "20", "20"), "argument --depths: expected two different depths"),
-        (("--data", "nowhere"), "--data nowhere: there is no such folder"),
+        (("--data", "nowhere"), "--data nowhere: expected an existing folder"),
         (("--lr", "0"), "argument --lr: expected a number above 0"),
         (("--out", "/proc/nowhere"), "argument --out: /proc/nowhere"),
         (("--section", "spectre"), "argument --section: invalid choice"),
     ],
 )
-def test_wrong_arguments(arguments, message, capsys):
+def test_error_names_the_invalid_argument(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         command_line.main(list(arguments))
     assert error.value.code == 2 and message in capsys.readouterr().err
@@ -126,40 +126,40 @@ def test_wrong_arguments(arguments, message, capsys):
 # --------------------------------------------------------------------------------------------------- one training
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(study, data, monkeypatch):
+def test_interrupted_training_ends_with_the_same_weights(study, data, monkeypatch):
     monkeypatch.setattr(training, "SECONDS_BETWEEN_STATES", 0.0)
-    wanted = study.training("residual", 8)
+    config = study.training("residual", 8)
     whole, parts = Store(study.out / "whole"), Store(study.out / "parts")
-    expected = training.train(wanted, data, whole, lambda epochs: None)
+    expected = training.train(config, data, whole, lambda epochs: None)
 
-    told = []
+    reported = []
 
     def stop(epochs: int) -> None:
-        told.append(epochs)
-        if len(told) == 2:
-            raise Stopped
+        reported.append(epochs)
+        if len(reported) == 2:
+            raise Interrupted
 
-    with pytest.raises(Stopped):
-        training.train(wanted, data, parts, stop)
-    assert parts.result(wanted) is None
-    told = [0, 0]
-    result = training.train(wanted, data, parts, told.append)
-    assert told[2:] == [2, 1]  # two epochs were done already
+    with pytest.raises(Interrupted):
+        training.train(config, data, parts, stop)
+    assert parts.result(config) is None
+    reported = [0, 0]
+    result = training.train(config, data, parts, reported.append)
+    assert reported[2:] == [2, 1]  # two epochs were already done
     assert result | {"seconds": 0} == expected | {"seconds": 0}
-    weights = whole.weights(wanted)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in parts.weights(wanted).items())
+    weights = whole.weights(config)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in parts.weights(config).items())
 
-    # A damaged file is as good as none.
+    # A damaged file is treated as missing.
     (path,) = (study.out / "parts").glob("*.weights")
     os.truncate(path, path.stat().st_size - 100)
-    assert parts.result(wanted) is None and whole.result(wanted) is not None
+    assert parts.result(config) is None and whole.result(config) is not None
 
 
-def test_errors_are_counted(study, data):
+def test_evaluate_returns_mean_loss_and_error(study, data):
     class Constant(nn.Module):
         def forward(self, x):
             return nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
@@ -167,20 +167,20 @@ def test_errors_are_counted(study, data):
     loss, error = training.evaluate(Constant(), data, data.test)
     wrong = (data.test.labels != 3).double().mean().item()
     assert error == pytest.approx(100 * wrong)
-    # log(e + 9) for all, less 1 where it is right.
+    # The loss is log(e + 9), less 1 if the prediction is correct.
     assert loss == pytest.approx(torch.tensor(torch.e + 9).log().item() - (1 - wrong), rel=1e-5)
 
 
-def test_results_are_told_apart_by_every_setting(study, data):
-    wanted = study.training("plain", 8)
+def test_every_setting_changes_the_name(study, data):
+    config = study.training("plain", 8)
     other = {"network": Network("plain", 8, 8), "backend": "reference", "data": "other", "versions": "other"}
-    names = {wanted.name}
-    for field in dataclasses.fields(Training):
-        value = other.get(field.name) or getattr(wanted, field.name) * 2 + 1
-        names.add(dataclasses.replace(wanted, **{field.name: value}).name)
+    names = {config.name}
+    for field in dataclasses.fields(TrainingConfig):
+        value = other.get(field.name) or getattr(config, field.name) * 2 + 1
+        names.add(dataclasses.replace(config, **{field.name: value}).name)
     for field, value in {"kind": "residual", "depth": 14, "width": 5, "span": 1, "norm": False}.items():
-        names.add(dataclasses.replace(wanted, network=dataclasses.replace(wanted.network, **{field: value})).name)
-    assert len(names) == 1 + len(dataclasses.fields(Training)) + 5
+        names.add(dataclasses.replace(config, network=dataclasses.replace(config.network, **{field: value})).name)
+    assert len(names) == 1 + len(dataclasses.fields(TrainingConfig)) + 5
 
     images = data.test.images.clone()
     images[0, 0, 0, 0] += 1
@@ -188,55 +188,55 @@ def test_results_are_told_apart_by_every_setting(study, data):
     assert fingerprint(changed) != fingerprint(data) == fingerprint(load("digits"))
 
 
-# --------------------------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------------------------- measurements
 
 
 @pytest.mark.parametrize("network", [Network("plain", 14, 4), Network("residual", 20, 4, span=3)])
-def test_gradients_are_those_of_float64(network, data):
+def test_gradient_norms_match_float64(network, data):
     torch.manual_seed(0)
     model = network.build(10)
-    exact = unfuse(copy.deepcopy(model)).double()
-    batch = next(iter(data.testing(64).batches()))
-    norms = gradients.layer_gradients(model, batch.images, batch.labels)
+    reference = unfuse(copy.deepcopy(model)).double()
+    batch = next(iter(data.test_loader(64).batches()))
+    norms = gradients.layer_gradient_norms(model, batch.images, batch.labels)
 
-    scores = exact.train()(batch.images.double())
+    scores = reference.train()(batch.images.double())
     picked = scores.log_softmax(1)[torch.arange(len(scores)), batch.labels]
     (-picked.mean()).backward()
-    named = dict(exact.named_parameters())
+    named = dict(reference.named_parameters())
     names = ["conv1.weight", *[n for n in named if n.startswith("layer") and ".conv" in n]]
     expected = [named[name].grad.square().sum().sqrt().item() for name in names]
     assert len(norms) == network.depth - 1 == len(layers(model))
     assert norms == pytest.approx(expected, rel=1e-3)
 
 
-def test_first_to_last_is_the_ratio_of_thirds():
-    assert gradients.first_to_last([1, 4, 9, 9, 8, 2]) == pytest.approx(0.5)
-    assert gradients.first_to_last([0.0] * 6) == 1
+def test_first_to_last_ratio_compares_thirds():
+    assert gradients.first_to_last_ratio([1, 4, 9, 9, 8, 2]) == pytest.approx(0.5)
+    assert gradients.first_to_last_ratio([0.0] * 6) == 1
 
 
 @pytest.mark.parametrize("span", identity.SPANS)
-def test_a_zeroed_block_is_its_shortcut(span, study):
+def test_zeroed_block_returns_its_shortcut(span, study):
     residual = identity.single_block(span, "identity", study)
     assert residual["from_relu"] == 0 and residual["from_zero"] > 1
     assert identity.single_block(span, "none", study)["from_zero"] == 0
 
 
-def test_a_block_that_is_not_zeroed_is_seen(study, monkeypatch):
+def test_block_that_is_not_zeroed_is_detected(study, monkeypatch):
     monkeypatch.setattr(identity, "zero_last_norm", lambda block: block)
     assert identity.single_block(2, "identity", study)["from_relu"] > 0.1
 
 
-def test_only_projections_move_a_fresh_network(study):
+def test_only_projection_blocks_change_their_input_in_a_new_network(study):
     blocks = identity.fresh_network(study)["blocks"]
     assert [block["projects"] for block in blocks] == [False, False, True, False, True, False]
     assert [block["difference"] == 0 for block in blocks] == [not block["projects"] for block in blocks]
 
 
-def test_zeroed_blocks_leave_a_trained_residual_network_as_it_is(study):
+def test_zeroed_blocks_do_not_change_a_trained_residual_network(study):
     store = Store(study.out)
     for kind in ("residual", "plain"):
-        wanted = study.training(kind, study.shallow)
-        training.train(wanted, study.data, store, lambda epochs: None)
+        config = study.training(kind, study.shallow)
+        training.train(config, study.data, store, lambda epochs: None)
     residual = identity.deepened_network(study, store, "residual")
     plain = identity.deepened_network(study, store, "plain")
     assert (residual["from"], residual["to"]) == (8, 44)
@@ -252,8 +252,8 @@ def test_networks_of_other_spans(span):
     assert sum(block.downsample is not None for block in blocks) == 2
 
 
-def test_the_spectrum_counts(study):
-    found = spectrum.measure_network("resnet18", spectrum.Size(("resnet18",), 2, 32, 1, 0.0), "auto")
+def test_spectrum_measures_parameters_flops_and_memory(study):
+    found = spectrum.measure_network("resnet18", spectrum.MeasurementSize(("resnet18",), 2, 32, 1, 0.0), "auto")
     assert found["parameters"] == 11_689_512  # torchvision's
     assert found["flops_per_image"] == pytest.approx(1.82e9 * 2 * (32 / 224) ** 2, rel=0.02)
     assert found["train"]["ours"]["saved_bytes"] < found["train"]["eager"]["saved_bytes"]
@@ -269,7 +269,7 @@ def entry(kind: str, depth: int, seed: int, error: float, rate: float = 0.05) ->
 
 
 def document() -> dict:
-    """Invented results, for which every claim holds."""
+    """Return synthetic results for which every claim holds."""
     final = {("plain", 20): 0.1, ("plain", 32): 4.0, ("plain", 56): 45.0}
     final |= {("residual", depth): 0.2 for depth in (20, 32, 56)}
     curves = [
@@ -355,36 +355,38 @@ def set_norms(kind: str, depth: int, state: str, norms: list[float]):
 
 def put(value, section: str, *keys):
     def change(sections: dict) -> None:
-        place = sections[section]
+        container = sections[section]
         for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
+            container = container[key]
+        container[keys[-1]] = value
 
     return change
 
 
 REFUTED = {
-    "The deeper plain network ends": set_errors("plain", 56, 0.3),
+    "The deeper plain network has": set_errors("plain", 56, 0.3),
     "The deeper residual network does not": set_errors("residual", 56, 5.0),
-    "It is not overfitting": set_errors("plain", 56, 0.3),
-    "It is not the learning rate": put(0.2, "degradation", "by_rate", 3, "train_error"),
-    "The other plain networks": set_errors("plain", 32, 0.1),
-    "The other residual networks": set_errors("residual", 32, 3.0),
-    "From 56 layers on": set_errors("residual", 56, 44.5),
-    "With batch norm, a plain network's gradients": set_norms("plain", 56, "initial", [1.0] * 55),
-    "With skip connections they change less": set_norms("residual", 56, "initial", [2.0**-n for n in range(55)]),
-    "Without batch norm, gradients of deep plain networks": set_norms("plain", 56, "initial, no norm", [1.0] * 55),
+    "Overfitting is not the cause": set_errors("plain", 56, 0.3),
+    "The learning rate is not the cause": put(0.2, "degradation", "by_rate", 3, "train_error"),
+    "Every other plain network": set_errors("plain", 32, 0.1),
+    "No other residual network": set_errors("residual", 32, 3.0),
+    "Every residual network of 56 layers or more": set_errors("residual", 56, 44.5),
+    "With batch norm, the gradients of plain networks": set_norms("plain", 56, "initial", [1.0] * 55),
+    "Skip connections reduce the change": set_norms("residual", 56, "initial", [2.0**-n for n in range(55)]),
+    "Without batch norm, the gradients of deep plain networks": set_norms("plain", 56, "initial, no norm", [1.0] * 55),
     "Without batch norm, shortcuts alone": set_norms("residual", 56, "initial, no norm", [1.0] * 55),
-    "After training the residual networks": set_norms("residual", 20, "trained", [2.0**n for n in range(19)]),
-    "A block whose last norm is zero": put(1e-7, "identity", "single", 2, "from_relu"),
+    "After training, the gradients of residual networks": set_norms(
+        "residual", 20, "trained", [2.0**n for n in range(19)]
+    ),
+    "A block whose last norm has zero weight": put(1e-7, "identity", "single", 2, "from_relu"),
     "The same block without its shortcut": put(1e-7, "identity", "single", 5, "from_zero"),
-    "Such blocks behind the stages": put(1e-7, "identity", "deepened", 0, "difference"),
-    "In the trained plain-20 they undo": put(1.0, "identity", "deepened", 1, "test_error_deeper"),
-    "In a fresh residual-56": put(1e-7, "identity", "fresh", "blocks", 0, "difference"),
-    "Shortcuts over one, two": put(31.0, "identity", "spans", 3, "train_error"),
-    "A training step on fused blocks": put(1.6, "spectrum", "networks", 0, "train", "ours", "median_s"),
-    "So is the frozen network's inference": put(1.6, "spectrum", "networks", 0, "infer", "ours", "median_s"),
-    "A fused training step keeps less": put(1.6, "spectrum", "networks", 0, "train", "ours", "saved_bytes"),
+    "Appending such blocks to the stages": put(1e-7, "identity", "deepened", 0, "difference"),
+    "Appending the same blocks without shortcuts": put(1.0, "identity", "deepened", 1, "test_error_deeper"),
+    "In a new residual-56": put(1e-7, "identity", "fresh", "blocks", 0, "difference"),
+    "Residual networks of 38 layers": put(31.0, "identity", "spans", 3, "train_error"),
+    "A training step with fused blocks": put(1.6, "spectrum", "networks", 0, "train", "ours", "median_s"),
+    "Inference with the frozen network": put(1.6, "spectrum", "networks", 0, "infer", "ours", "median_s"),
+    "The tensors saved for backward": put(1.6, "spectrum", "networks", 0, "train", "ours", "saved_bytes"),
 }
 
 
@@ -392,7 +394,7 @@ def verdicts(results: dict) -> dict[str, bool]:
     return {claim.text: claim.holds for found in report.claims_of(results).values() for claim in found}
 
 
-def test_every_claim_holds_of_results_that_show_it():
+def test_every_claim_holds_for_supporting_results():
     found = verdicts(document())
     assert all(found.values()) and len(found) == len(REFUTED)
     text = report.render(document())
@@ -400,7 +402,7 @@ def test_every_claim_holds_of_results_that_show_it():
 
 
 @pytest.mark.parametrize("start", REFUTED)
-def test_a_claim_falls_with_its_numbers(start):
+def test_claim_is_refuted_by_its_numbers(start):
     results = document()
     REFUTED[start](results["sections"])
     (text,) = [text for text in verdicts(results) if text.startswith(start)]
@@ -409,7 +411,7 @@ def test_a_claim_falls_with_its_numbers(start):
     assert f"does not hold here: {text}" in report.summary(results)
 
 
-def test_seeds_that_overlap_are_no_difference():
+def test_overlapping_seeds_are_not_above_each_other():
     low = claims.Spread((1.0, 2.0, 9.0))
     assert not claims.Spread((8.0, 12.0, 13.0)).above(low)  # one seed was better
     assert not claims.Spread((9.5,)).above(claims.Spread((9.0,)))  # negligible

@@ -1,4 +1,4 @@
-"""fuse, unfuse and summarize: what changes about a model (its speed) and what must not (anything else)."""
+"""fuse, unfuse and summarize: which modules run fused, and that results and state do not change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import fused_res
 from fused_res import nn as fnn
 from fused_res.fusion import fuse, summarize, unfuse
 from fused_res.testing import stub_torchvision_operators
-from tests.support.model_comparison import assert_agree, assert_near, counted
+from tests.support.model_comparison import assert_models_match, assert_near, record_fused_calls
 from tests.support.model_comparison import small_resnet as network
 
 stub_torchvision_operators()
@@ -32,8 +32,8 @@ def images(batch: int = 3, size: int = 48) -> Tensor:
     return torch.randn(batch, 3, size, size, dtype=torch.float64)
 
 
-class TestTheModelStaysTheSame:
-    def test_parameters_keys_and_classes(self) -> None:
+class TestStateUnchanged:
+    def test_parameters_keys_and_classes_are_unchanged(self) -> None:
         model = network()
         parameters, keys = list(model.parameters()), list(model.state_dict())
         modules = list(model.modules())
@@ -43,7 +43,7 @@ class TestTheModelStaysTheSame:
         assert list(model.state_dict()) == keys
         assert isinstance(model, resnet.ResNet) and isinstance(model.layer1[0], resnet.BasicBlock)
 
-    def test_an_optimizer_made_before_goes_on(self) -> None:
+    def test_existing_optimizer_updates_fused_model(self) -> None:
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         before = model.layer1[0].conv1.weight.detach().clone()
@@ -51,18 +51,18 @@ class TestTheModelStaysTheSame:
         optimizer.step()
         assert not torch.equal(before, model.layer1[0].conv1.weight)
 
-    def test_unfuse_gives_every_class_back(self) -> None:
+    def test_unfuse_restores_classes_and_attributes(self) -> None:
         model = network()
         kinds = [type(module) for module in model.modules()]
         attributes = [set(vars(module)) for module in model.modules()]
         unfuse(fuse(model))
         assert kinds == [type(module) for module in model.modules()]
         assert attributes == [set(vars(module)) for module in model.modules()]
-        with counted() as calls:
+        with record_fused_calls() as calls:
             model(images())
         assert not calls
 
-    def test_fusing_again_changes_the_settings(self) -> None:
+    def test_second_fuse_changes_settings_only(self) -> None:
         model = fuse(fuse(network(), recompute="norm"), backend="reference", recompute="conv", tune=True)
         block = model.layer1[0]
         assert block._fused_res == ("reference", "conv", True)
@@ -71,39 +71,39 @@ class TestTheModelStaysTheSame:
 
     @pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-    def test_training(self, kind: str, layout: torch.memory_format) -> None:
+    def test_training_matches_stock(self, kind: str, layout: torch.memory_format) -> None:
         stock = network(kind)
         fused = fuse(copy.deepcopy(stock))
-        with counted() as calls:
-            assert_agree(fused, stock, images().contiguous(memory_format=layout).requires_grad_())
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, images().contiguous(memory_format=layout).requires_grad_())
         assert len(calls) == 2 * 5  # four blocks and the stem
 
     @pytest.mark.parametrize("recompute", ["none", "norm", "conv"])
-    def test_frozen_layers_and_statistics(self, recompute: str) -> None:
+    def test_frozen_layers_and_statistics_match_stock(self, recompute: str) -> None:
         stock = network("Bottleneck")
         for module in (stock.conv1, stock.bn1, stock.layer1, stock.layer2[0].bn2):
             module.requires_grad_(False).eval()
         fused = fuse(copy.deepcopy(stock), recompute=recompute)
-        assert_agree(fused, stock, images())
+        assert_models_match(fused, stock, images())
 
-    def test_evaluation(self) -> None:
+    def test_evaluation_matches_stock(self) -> None:
         stock = network("Bottleneck").eval()
         fused = fuse(copy.deepcopy(stock))
-        assert_agree(fused, stock, images())
-        with torch.no_grad(), counted() as calls:
+        assert_models_match(fused, stock, images())
+        with torch.no_grad(), record_fused_calls() as calls:
             assert_near(fused(images()), stock(images()), "output")
         assert len(calls) == 5
         with torch.inference_mode():
             assert_near(fused(images()), stock(images()), "output")
 
-    def test_train_and_eval_and_hooks_of_the_block_itself(self) -> None:
+    def test_train_eval_and_hooks_of_fused_block(self) -> None:
         model = fuse(network())
-        seen = []
-        model.layer1[0].register_forward_hook(lambda *_: seen.append("forward"))
-        model.layer1[0].register_full_backward_hook(lambda *_: seen.append("backward"))
-        with counted() as calls:
+        hook_calls = []
+        model.layer1[0].register_forward_hook(lambda *_: hook_calls.append("forward"))
+        model.layer1[0].register_full_backward_hook(lambda *_: hook_calls.append("backward"))
+        with record_fused_calls() as calls:
             model(images()).sum().backward()
-        assert seen == ["forward", "backward"] and len(calls) == 5
+        assert hook_calls == ["forward", "backward"] and len(calls) == 5
         assert not model.eval().layer1[0].bn1.training and model.train().layer1[0].bn1.training
 
 
@@ -112,28 +112,28 @@ class TestCopies:
     def model(self) -> nn.Module:
         return fuse(network(), recompute="norm").eval()
 
-    def check(self, model: nn.Module, other: nn.Module) -> None:
+    def check_copy(self, model: nn.Module, other: nn.Module) -> None:
         assert type(other.layer1[0]) is type(model.layer1[0])
         assert other.layer1[0]._fused_res == model.layer1[0]._fused_res
         assert other.conv1.weight is not model.conv1.weight
-        with counted() as calls:
+        with record_fused_calls() as calls:
             assert torch.equal(other(images()), model(images()))
         assert len(calls) == 2 * 5
 
     def test_deepcopy(self, model: nn.Module) -> None:
-        self.check(model, copy.deepcopy(model))
+        self.check_copy(model, copy.deepcopy(model))
 
     @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
     def test_pickle(self, model: nn.Module, protocol: int) -> None:
-        self.check(model, pickle.loads(pickle.dumps(model, protocol)))
+        self.check_copy(model, pickle.loads(pickle.dumps(model, protocol)))
 
     def test_save(self, model: nn.Module) -> None:
         file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)
-        self.check(model, torch.load(file, weights_only=False))
+        self.check_copy(model, torch.load(file, weights_only=False))
 
-    def test_another_process_reads_the_pickle(self, model: nn.Module, tmp_path) -> None:
+    def test_unpickle_in_another_process(self, model: nn.Module, tmp_path) -> None:
         (tmp_path / "model.pkl").write_bytes(pickle.dumps(model.layer1[0]))
         code = (
             "import pickle, sys; from fused_res.testing import stub_torchvision_operators as s; s();"
@@ -143,20 +143,20 @@ class TestCopies:
         command = [sys.executable, "-c", code, str(tmp_path / "model.pkl")]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "FusedBasicBlock norm\n"
 
-    def test_a_slice_of_a_sequential(self) -> None:
+    def test_slice_of_fused_sequential(self) -> None:
         stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).double()
         part = fuse(copy.deepcopy(stock))[:3]
-        assert_agree(part, stock[:3], images())
+        assert_models_match(part, stock[:3], images())
         assert type(unfuse(part)) is nn.Sequential
 
 
-class TestOtherMachinery:
-    def test_compile(self) -> None:
+class TestInteroperability:
+    def test_compiled_model_matches_stock(self) -> None:
         stock = network()
         fused = fuse(copy.deepcopy(stock))
         torch._dynamo.reset()
         compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-        with counted() as calls:
+        with record_fused_calls() as calls:
             x = images()
             outputs = compiled(x), stock(x)
             assert_near(*outputs, "output")
@@ -173,8 +173,8 @@ class TestOtherMachinery:
         try:
             stock = network()
             fused = DistributedDataParallel(fuse(copy.deepcopy(stock)))
-            with counted() as calls:
-                assert_agree(fused.module, stock, images(), steps=1)
+            with record_fused_calls() as calls:
+                assert_models_match(fused.module, stock, images(), steps=1)
                 optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
                 fused(images()).sum().backward()
                 stock(images()).sum().backward()
@@ -182,8 +182,8 @@ class TestOtherMachinery:
             for (name, ours), theirs in zip(fused.module.named_parameters(), stock.parameters(), strict=True):
                 assert_near(ours.grad, theirs.grad, name)
             optimizer.step()
-            wrapped = fuse(DistributedDataParallel(network()))  # the other way round
-            with counted() as calls:
+            wrapped = fuse(DistributedDataParallel(network()))  # fused after wrapping
+            with record_fused_calls() as calls:
                 wrapped(images()).sum().backward()
             assert len(calls) == 5
         finally:
@@ -193,12 +193,12 @@ class TestOtherMachinery:
         stock = network().eval()
         fused = fuse(copy.deepcopy(stock))
         state = {name: tensor * 1.05 for name, tensor in stock.named_parameters()}
-        with counted() as calls:
+        with record_fused_calls() as calls:
             actual = torch.func.functional_call(fused, state, (images(),))
         assert len(calls) == 5
         assert_near(actual, torch.func.functional_call(stock, state, (images(),)), "output")
 
-    def test_checkpointed_stages(self) -> None:
+    def test_activation_checkpointing_matches_stock(self) -> None:
         stock = network()
         fused = fuse(copy.deepcopy(stock))
         x = images(size=32)
@@ -212,66 +212,66 @@ class TestOtherMachinery:
         for name in ("layer1.0.bn1", "layer2.0.bn2"):
             assert fused.get_submodule(name).num_batches_tracked == 1
 
-    def test_autocast(self) -> None:
+    def test_autocast_matches_stock(self) -> None:
         stock = network().float()
         fused = fuse(copy.deepcopy(stock))
-        with torch.autocast("cpu", torch.bfloat16), counted() as calls:
+        with torch.autocast("cpu", torch.bfloat16), record_fused_calls() as calls:
             outputs = [model(images().float()) for model in (fused, stock)]
             assert_near(*outputs, "output")
             for output in outputs:
                 output.float().square().sum().backward()
         assert len(calls) == 5
         for (name, ours), theirs in zip(fused.named_parameters(), stock.parameters(), strict=True):
-            # Stock rounds to 16 bits once more between the operations of a block.
+            # The stock model also rounds to 16 bits between the operations of a block.
             assert ours.grad.dtype == theirs.grad.dtype
             assert torch.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), 0) > 0.97, name
 
-    def test_tracing_into_other_forms_uses_the_models_own_forward(self) -> None:
+    def test_jit_trace_and_export_use_stock_forward(self) -> None:
         stock = network().eval()
         fused = fuse(copy.deepcopy(stock))
-        for form in (
+        for converted in (
             torch.jit.trace(fused, images()),
             torch.export.export(fused, (images(),)).module(),
         ):
-            assert_near(form(images()), stock(images()), "output")
+            assert_near(converted(images()), stock(images()), "output")
 
-    def test_fully_sharded_class_in_front_of_ours(self) -> None:
-        """As `fully_shard` does: a class made from the module's own, put in front."""
+    def test_subclass_of_fused_class_runs_fused(self) -> None:
+        """`fully_shard` replaces a module's class by a subclass of it."""
         stock = network()
         fused = fuse(copy.deepcopy(stock))
         block = fused.layer1[0]
         block.__class__ = type("Sharded", (type(block),), {})
-        with counted() as calls:
-            assert_agree(fused, stock, images(), steps=1)
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, images(), steps=1)
         assert len(calls) == 5
         unfuse(fused)
-        with counted() as calls:
-            assert_agree(fused, stock, images(), steps=1)
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, images(), steps=1)
         assert not calls
 
 
-class TestLaterChanges:
-    def test_a_hook_runs_its_block_as_it_was(self) -> None:
+class TestModelEditedAfterFuse:
+    def test_block_with_inner_hook_runs_unfused(self) -> None:
         stock = network()
         fused = fuse(copy.deepcopy(stock))
-        seen = []
-        handle = fused.layer2[0].bn1.register_forward_hook(lambda *_: seen.append(1))
-        with counted() as calls:
-            assert_agree(fused, stock, images(), steps=1)
-        assert seen == [1] and len(calls) == 4
+        hook_calls = []
+        handle = fused.layer2[0].bn1.register_forward_hook(lambda *_: hook_calls.append(1))
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, images(), steps=1)
+        assert hook_calls == [1] and len(calls) == 4
         assert "bn1 has a hook" in str(summarize(fused))
         handle.remove()
         assert "hook" not in str(summarize(fused))
 
-    def test_a_hook_that_was_there_before(self) -> None:
+    def test_block_runs_fused_after_existing_hook_is_removed(self) -> None:
         model = network()
         handle = model.layer2[0].relu.register_forward_pre_hook(lambda *_: None)
         fuse(model)
-        with counted() as calls:
+        with record_fused_calls() as calls:
             model(images())
         assert len(calls) == 4
         handle.remove()
-        with counted() as calls:
+        with record_fused_calls() as calls:
             model(images())
         assert len(calls) == 5
 
@@ -292,7 +292,7 @@ class TestLaterChanges:
         ],
     )
     @pytest.mark.parametrize("when", ["before", "after"])
-    def test_changed_children(self, change, left: int, when: str) -> None:
+    def test_replaced_children_match_stock(self, change, left: int, when: str) -> None:
         stock = network()
         fused = copy.deepcopy(stock)
         if when == "after":
@@ -301,33 +301,33 @@ class TestLaterChanges:
             torch.manual_seed(2)
             change(model)
         fuse(fused)
-        with counted() as calls:
-            assert_agree(fused, stock, images(), steps=1)
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, images(), steps=1)
         assert calls.count("residual_block") >= 5 - left
-        with counted() as calls:
+        with record_fused_calls() as calls:
             fused(images())
         blocks = {name for name, *_ in summarize(fused).fused}
         assert len(blocks & {"", "layer1.0", "layer2.0", "layer3.0", "layer4.0"}) == 5 - left
 
-    def test_cumulative_statistics(self) -> None:
+    def test_cumulative_moving_average_matches_stock(self) -> None:
         stock = network()
         for module in stock.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
-        assert_agree(fuse(copy.deepcopy(stock)), stock, images(), steps=3)
+        assert_models_match(fuse(copy.deepcopy(stock)), stock, images(), steps=3)
 
 
 class TestSequential:
-    def check(self, model: nn.Sequential, expected: list[str], x: Tensor | None = None) -> nn.Sequential:
+    def check_calls(self, model: nn.Sequential, expected: list[str], x: Tensor | None = None) -> nn.Sequential:
         stock = model.double()
         fused = fuse(copy.deepcopy(stock))
-        with counted() as calls:
-            assert_agree(fused, stock, (images(size=16) if x is None else x).requires_grad_())
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, (images(size=16) if x is None else x).requires_grad_())
         assert calls == 2 * expected
         return fused
 
-    def test_conv_norm_relu_in_all_orders(self) -> None:
-        self.check(
+    def test_conv_norm_relu_in_every_order(self) -> None:
+        self.check_calls(
             nn.Sequential(
                 nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
                 nn.Conv2d(4, 6, 3, 2), nn.BatchNorm2d(6),
@@ -338,29 +338,29 @@ class TestSequential:
             ["residual_block", "batch_norm_act"],
         )  # fmt: skip
 
-    def test_one_unit_that_does_not_fit_among_others(self) -> None:
+    def test_unsupported_unit_splits_the_chain(self) -> None:
         circular = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
         model = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
             circular, nn.BatchNorm2d(4), nn.ReLU(),
             nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2),
         )  # fmt: skip
-        self.check(model, ["residual_block"] * 2)
+        self.check_calls(model, ["residual_block"] * 2)
 
-    def test_inplace_relu_never_reaches_the_callers_tensor(self) -> None:
+    def test_inplace_relu_does_not_modify_input(self) -> None:
         model = fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True)).double())
         x = images()
         before = x.clone()
         model(x)
         assert torch.equal(x, before)
 
-    def test_a_subclass_without_a_forward_of_its_own(self) -> None:
+    def test_subclass_with_inherited_forward_is_fused(self) -> None:
         from torchvision.ops import Conv2dNormActivation
 
-        fused = self.check(Conv2dNormActivation(3, 8), ["residual_block"])
+        fused = self.check_calls(Conv2dNormActivation(3, 8), ["residual_block"])
         assert isinstance(fused, Conv2dNormActivation)
 
-    def test_a_subclass_with_a_forward_of_its_own(self) -> None:
+    def test_subclass_with_overridden_forward_is_not_fused(self) -> None:
         class Doubled(nn.Sequential):
             def forward(self, input: Tensor) -> Tensor:
                 return 2 * super().forward(input)
@@ -368,66 +368,66 @@ class TestSequential:
         model = fuse(nn.Sequential(Doubled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
         assert type(model) is nn.Sequential and type(model[0]) is Doubled
 
-    def test_children_with_names_that_we_use(self) -> None:
-        names = ("home", "name", "reads", "parts", "units", "run", "refusal", "covered", "front")
+    def test_children_named_like_adapter_attributes(self) -> None:
+        names = ("home", "name", "reads", "parts", "units", "run", "unsupported_reason", "fused_children", "front")
         children = OrderedDict((name, nn.Identity()) for name in names)
         model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4), **children))
         fuse(model)
         assert all(getattr(model, name) is child for name, child in children.items())
 
-    def test_a_hook_inside_cuts_the_run(self) -> None:
+    def test_inner_hook_splits_the_chain(self) -> None:
         model = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()))
         model[1].register_forward_hook(lambda *_: None)
-        with counted() as calls:
+        with record_fused_calls() as calls:
             model(images().float())
         assert calls == ["batch_norm_act"]
 
 
-class TestLeftAlone:
-    def test_blocks_of_other_kinds(self) -> None:
-        class Own(resnet.BasicBlock):
+class TestNotFused:
+    def test_block_with_overridden_forward_is_not_fused(self) -> None:
+        class Overridden(resnet.BasicBlock):
             def forward(self, x: Tensor) -> Tensor:
                 return x
 
         class Renamed(resnet.BasicBlock):
             pass
 
-        model = fuse(nn.ModuleList([Own(4, 4), Renamed(4, 4)]))
-        assert type(model[0]) is Own and type(model[1]) is not Renamed and isinstance(model[1], Renamed)
+        model = fuse(nn.ModuleList([Overridden(4, 4), Renamed(4, 4)]))
+        assert type(model[0]) is Overridden and type(model[1]) is not Renamed and isinstance(model[1], Renamed)
 
-    def test_quantizable_models(self) -> None:
+    def test_quantizable_models_are_not_fused(self) -> None:
         quantizable = pytest.importorskip("torchvision.models.quantization.resnet")
         model = fuse(quantizable.resnet18(quantize=False))
         assert "Fused" not in repr(model.layer1) and type(model) is quantizable.QuantizableResNet
 
-    def test_captured_graphs(self) -> None:
+    def test_captured_graphs_are_not_fused(self) -> None:
         scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
         traced = torch.fx.symbolic_trace(network())
         model = fuse(nn.ModuleList([scripted, traced]))
         assert summarize(model).fused == ()
         assert [row.why for row in summarize(model).left] == ["a graph that was captured already"] * 2
 
-    def test_lazy_modules(self) -> None:
+    def test_lazy_modules_fuse_after_initialisation(self) -> None:
         stock = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
         fuse(stock)(images().float())
         assert type(stock) is nn.Sequential
-        with counted() as calls:
+        with record_fused_calls() as calls:
             fuse(stock)(images().float())
         assert calls
 
-    def test_a_version_that_this_was_not_written_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unknown_library_version_is_not_fused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.relu(self.bn1(self.conv1(x)))
 
         monkeypatch.setattr(resnet.BasicBlock, "forward", forward)
         stock = network()
-        with counted() as calls:
+        with record_fused_calls() as calls:
             assert_near(fuse(copy.deepcopy(stock))(images()), stock(images()), "output")
         assert len(calls) == 1  # the stem
 
 
-class TestOurOwnModules:
-    def test_settings_are_switched(self) -> None:
+class TestFusedResModules:
+    def test_fuse_and_unfuse_switch_settings(self) -> None:
         block = fnn.BasicBlock(4, 4)
         fuse(block, backend="reference", recompute="norm", tune=True)
         assert (block.backend, block.recompute, block.tune, block.fused) == ("reference", "norm", True, True)
@@ -437,14 +437,14 @@ class TestOurOwnModules:
         x = torch.ones(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
         settings = settings.replace("tune=True, ", "")
         block(x)
-        told = summarize(block).fused[0].why
-        assert told == settings + "3x3 aten (plain PyTorch has nothing to gain from fusion)"
+        reason = summarize(block).fused[0].why
+        assert reason == settings + "3x3 aten (plain PyTorch has nothing to gain from fusion)"
         with fused_res.backends.use("reference", convolution="fused"):
             block(x)
-        told = summarize(block).fused[0].why
-        assert "3x3 forward reference (plain PyTorch), input gradient aten" in told
+        reason = summarize(block).fused[0].why
+        assert "3x3 forward reference (plain PyTorch), input gradient aten" in reason
         unfuse(block)
-        with counted() as calls:
+        with record_fused_calls() as calls:
             block(torch.ones(2, 4, 5, 5))
         assert not calls
         assert summarize(block).left[0].why == "switched off"
@@ -452,7 +452,7 @@ class TestOurOwnModules:
 
 
 class TestSummary:
-    def test_table(self) -> None:
+    def test_table_lists_fused_and_unfused_modules(self) -> None:
         model = fuse(nn.ModuleDict({"net": network(), "other": nn.ModuleList([nn.BatchNorm2d(3)])}))
         model["net"].layer4[0].relu = nn.SiLU()
         summary = summarize(model)
@@ -464,14 +464,14 @@ class TestSummary:
         text = str(summary)
         assert "4 fused, 2 left" in text and "relu is SiLU, not exactly ReLU" in text and "BasicBlock" in text
 
-    def test_before_and_after(self) -> None:
+    def test_summary_before_and_after_fuse(self) -> None:
         model = network()
         assert {row.why for row in summarize(model).left} == {"not fused as yet"}
         assert summarize(fuse(model)).left == ()
 
 
-class TestWrongArguments:
-    def test_names(self) -> None:
+class TestInvalidArguments:
+    def test_invalid_arguments_raise(self) -> None:
         model = network()
         with pytest.raises(ValueError, match="backend must be one of"):
             fuse(model, backend="cudnn")
@@ -485,14 +485,14 @@ class TestWrongArguments:
             fused_res.convert_sync_batchnorm(model, "world")
         assert type(model) is resnet.ResNet
 
-    def test_a_backend_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fused_res.backends.cuda, "simulating", lambda: False)
+    def test_unavailable_backend_raises_without_side_effects(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fused_res.backends.cuda, "is_simulated", lambda: False)
         model = network()
         with pytest.raises(fused_res.BackendUnavailableError, match="cuda"):
             fuse(model, backend="cuda")
         assert type(model) is resnet.ResNet and type(model.layer1[0]) is resnet.BasicBlock
 
-    def test_an_error_inside_a_block_changes_nothing(self) -> None:
+    def test_error_inside_block_has_no_side_effects(self) -> None:
         model = fuse(network())
         before = copy.deepcopy(model.layer4[0].state_dict())
         with pytest.raises(ValueError, match=r"more than 1 value per channel"):
@@ -501,6 +501,6 @@ class TestWrongArguments:
         assert all(torch.equal(a, b) for a, b in zip(before.values(), after.values(), strict=True))
 
 
-def test_neither_library_is_imported() -> None:
+def test_fusion_does_not_import_torchvision_or_timm() -> None:
     code = "import sys, fused_res.fusion; print({'torchvision', 'timm'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""Models of torchvision and timm, fused against stock: training in float64 leaves no room for a mistake."""
+"""torchvision and timm models, fused, compared with stock PyTorch in float64 training and evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from fused_res.fusion import fuse, summarize
 from fused_res.testing import stub_torchvision_operators
-from tests.support.model_comparison import assert_agree, assert_near, counted, lively, small_resnet
+from tests.support.model_comparison import (
+    assert_models_match,
+    assert_near,
+    randomize_norms,
+    record_fused_calls,
+    small_resnet,
+)
 
 stub_torchvision_operators()
 
@@ -22,14 +28,14 @@ def images(size: int = 64) -> Tensor:
     return torch.randn(2, 3, size, size, dtype=torch.float64)
 
 
-def check(stock: nn.Module, blocks: int, x: Tensor | None = None, recompute: str = "none") -> nn.Module:
-    """Trains one step and evaluates; `blocks` is how many fused calls a forward makes."""
+def check_fused(stock: nn.Module, fused_calls: int, x: Tensor | None = None, recompute: str = "none") -> nn.Module:
+    """Compare one training step and an evaluation; `fused_calls` is the expected number of fused calls of a forward."""
     stock = stock.double()
     fused = fuse(copy.deepcopy(stock), recompute=recompute)
     x = images() if x is None else x
-    with counted() as calls:
-        assert_agree(fused, stock, x, steps=1)
-    assert len(calls) == blocks
+    with record_fused_calls() as calls:
+        assert_models_match(fused, stock, x, steps=1)
+    assert len(calls) == fused_calls
     with torch.no_grad():
         assert_near(fused.eval()(x), stock.eval()(x), "output in evaluation")
     return fused
@@ -40,9 +46,9 @@ class TestTorchvision:
     resnet = models.resnet
 
     @pytest.mark.parametrize(("name", "blocks"), [("resnet18", 9), ("resnet50", 17)])
-    def test_resnet(self, name: str, blocks: int) -> None:
+    def test_resnets_fuse_completely(self, name: str, blocks: int) -> None:
         torch.manual_seed(0)
-        fused = check(lively(getattr(self.models, name)()), blocks)
+        fused = check_fused(randomize_norms(getattr(self.models, name)()), blocks)
         assert summarize(fused).left == ()
 
     @pytest.mark.parametrize(
@@ -54,44 +60,44 @@ class TestTorchvision:
         ],
         ids=str,
     )
-    def test_variants(self, options: dict[str, Any]) -> None:
-        fused = check(lively(small_resnet("Bottleneck", planes=(16, 16, 16, 16), **options)), 5)
+    def test_variants_fuse_completely(self, options: dict[str, Any]) -> None:
+        fused = check_fused(randomize_norms(small_resnet("Bottleneck", planes=(16, 16, 16, 16), **options)), 5)
         assert summarize(fused).left == ()
 
-    def test_norms_of_another_kind(self) -> None:
+    def test_frozen_batch_norm_is_not_fused(self) -> None:
         from torchvision.ops import FrozenBatchNorm2d
 
         model = self.resnet.ResNet(self.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=FrozenBatchNorm2d).double()
-        fused = check(model, 0)
+        fused = check_fused(model, 0)
         assert "is FrozenBatchNorm2d, not exactly BatchNorm2d" in str(summarize(fused))
 
-    def test_densenet(self) -> None:
+    def test_densenet_fuses_stem_and_transition(self) -> None:
         torch.manual_seed(0)
         model = self.models.DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8, num_classes=3)
-        check(lively(model), 2)  # the stem and the transition between the two dense blocks
+        check_fused(randomize_norms(model), 2)  # the stem and the transition between the two dense blocks
 
-    def test_vgg(self) -> None:
+    def test_vgg_fuses_conv_norm_relu(self) -> None:
         torch.manual_seed(0)
         features = self.models.vgg.make_layers([8, "M", 8, 8, "M"], batch_norm=True)
-        check(lively(nn.Sequential(features, nn.Flatten())), 2)
+        check_fused(randomize_norms(nn.Sequential(features, nn.Flatten())), 2)
 
-    def test_a_network_taken_apart(self) -> None:
-        check(lively(nn.Sequential(*list(small_resnet().children())[:-2])), 5)
+    def test_sequential_of_resnet_children_is_fused(self) -> None:
+        check_fused(randomize_norms(nn.Sequential(*list(small_resnet().children())[:-2])), 5)
 
 
 class TestTimm:
     timm = pytest.importorskip("timm")
     resnet = timm.models.resnet
 
-    def make(self, kind: str = "Bottleneck", **options: Any) -> nn.Module:
+    def make_resnet(self, kind: str = "Bottleneck", **options: Any) -> nn.Module:
         torch.manual_seed(0)
         block = getattr(self.resnet, kind)
         options = {"channels": (8, 8, 16, 16), "stem_width": 8, "num_classes": 3} | options
-        return lively(self.resnet.ResNet(block, (1, 1, 1, 2), **options)).double()
+        return randomize_norms(self.resnet.ResNet(block, (1, 1, 1, 2), **options)).double()
 
-    def test_resnet18(self) -> None:
+    def test_resnet18_fuses_completely(self) -> None:
         torch.manual_seed(0)
-        fused = check(lively(self.timm.create_model("resnet18", num_classes=3)), 9)
+        fused = check_fused(randomize_norms(self.timm.create_model("resnet18", num_classes=3)), 9)
         assert summarize(fused).left == ()
 
     @pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
@@ -106,38 +112,41 @@ class TestTimm:
         ],
         ids=str,
     )
-    def test_variants(self, kind: str, options: dict[str, Any], blocks: int) -> None:
-        fused = check(self.make(kind, **options), blocks)
+    def test_variants_fuse_completely(self, kind: str, options: dict[str, Any], blocks: int) -> None:
+        fused = check_fused(self.make_resnet(kind, **options), blocks)
         assert summarize(fused).left == ()
 
-    def test_cardinality(self) -> None:
-        check(self.make(cardinality=4, base_width=32), 6)
+    def test_grouped_bottlenecks_are_fused(self) -> None:
+        check_fused(self.make_resnet(cardinality=4, base_width=32), 6)
 
     @pytest.mark.parametrize("recompute", ["none", "norm", "conv"])
-    def test_average_pooling_in_the_shortcut(self, recompute: str) -> None:
-        # Where it pools: a chain of two units, the projection, and the last norm with the addition.
-        fused = check(self.make(avg_down=True), 1 + 1 + 3 * 3 + 1, recompute=recompute)
-        assert self.in_pieces(fused, "downsample is not a convolution and a norm") == [
+    def test_average_pooled_shortcut_is_partially_fused(self, recompute: str) -> None:
+        # A block with a pooled shortcut makes three calls: a chain of two units, the projection, and the last norm with
+        # the addition.
+        fused = check_fused(self.make_resnet(avg_down=True), 1 + 1 + 3 * 3 + 1, recompute=recompute)
+        assert self.partially_fused(fused, "downsample is not a convolution and a norm") == [
             "layer2.0",
             "layer3.0",
             "layer4.0",
         ]
 
     @pytest.mark.parametrize("attention", ["se", "eca", "ese"])
-    def test_attention(self, attention: str) -> None:
-        fused = check(self.make(block_args={"attn_layer": attention}), 1 + 5 + 4)  # the stem, blocks, projections
-        assert len(self.in_pieces(fused, "se is ")) == 5
+    def test_attention_is_partially_fused(self, attention: str) -> None:
+        fused = check_fused(
+            self.make_resnet(block_args={"attn_layer": attention}), 1 + 5 + 4
+        )  # the stem, blocks, projections
+        assert len(self.partially_fused(fused, "se is ")) == 5
 
-    def test_anti_aliasing(self) -> None:
+    def test_anti_aliasing_is_partially_fused(self) -> None:
         from timm.layers import BlurPool2d
 
-        fused = check(self.make(aa_layer=BlurPool2d), 1 + 1 + 3 * 3 + 1)
-        assert self.in_pieces(fused, "aa is BlurPool2d") == ["layer2.0", "layer3.0", "layer4.0"]
+        fused = check_fused(self.make_resnet(aa_layer=BlurPool2d), 1 + 1 + 3 * 3 + 1)
+        assert self.partially_fused(fused, "aa is BlurPool2d") == ["layer2.0", "layer3.0", "layer4.0"]
 
     @pytest.mark.parametrize(("kind", "units"), [("BasicBlock", 2), ("Bottleneck", 3)])
-    def test_another_activation(self, kind: str, units: int) -> None:
-        fused = check(self.make(kind, act_layer=nn.SiLU), 5 * units + 4)
-        assert len(self.in_pieces(fused, "act1 is SiLU, not exactly ReLU")) == 5
+    def test_unsupported_activation_is_partially_fused(self, kind: str, units: int) -> None:
+        fused = check_fused(self.make_resnet(kind, act_layer=nn.SiLU), 5 * units + 4)
+        assert len(self.partially_fused(fused, "act1 is SiLU, not exactly ReLU")) == 5
         assert [row.name for row in summarize(fused).left] == [""]
 
     @pytest.mark.parametrize(
@@ -145,25 +154,25 @@ class TestTimm:
         [({"drop_path_rate": 0.5}, 1 + 1 + 4 + 3), ({"drop_block_rate": 0.2}, 3 + 3 * 2 + 2)],
         ids=str,
     )
-    def test_dropping(self, options: dict[str, Any], calls: int) -> None:
-        stock = self.make(**options)
+    def test_drop_path_and_drop_block_in_training(self, options: dict[str, Any], calls: int) -> None:
+        stock = self.make_resnet(**options)
         stock.register_forward_pre_hook(lambda *_: torch.manual_seed(3) and None)
-        fused = check(stock, calls)
-        with counted() as seen:
+        fused = check_fused(stock, calls)
+        with record_fused_calls() as recorded:
             fused(images())
-        assert len(seen) == 6  # nothing drops in evaluation
+        assert len(recorded) == 6  # inactive in evaluation, so all blocks are fused
 
-    def test_a_hook_in_a_block(self) -> None:
-        stock = self.make()
-        seen: list[int] = []
-        stock.layer2[0].bn1.register_forward_hook(lambda *_: seen.append(1))
-        # The second unit, the projection, and the third norm with the addition.
-        fused = check(stock, 5 + 3)
-        assert len(seen) == 4 and self.in_pieces(fused, "bn1 has a hook") == ["layer2.0"]
+    def test_hook_on_inner_norm_is_called_in_partially_fused_block(self) -> None:
+        stock = self.make_resnet()
+        hook_calls: list[int] = []
+        stock.layer2[0].bn1.register_forward_hook(lambda *_: hook_calls.append(1))
+        # The block with the hook makes three calls: the second unit, the projection, the third norm with the addition.
+        fused = check_fused(stock, 5 + 3)
+        assert len(hook_calls) == 4 and self.partially_fused(fused, "bn1 has a hook") == ["layer2.0"]
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-    def test_a_copy_with_frozen_layers(self, copied: Any) -> None:
-        stock = self.make(avg_down=True, block_args={"attn_layer": "se"})
+    def test_copied_model_with_frozen_layers(self, copied: Any) -> None:
+        stock = self.make_resnet(avg_down=True, block_args={"attn_layer": "se"})
         for module in (
             stock.conv1,
             stock.layer1,
@@ -173,36 +182,36 @@ class TestTimm:
         ):
             module.requires_grad_(False).eval()
         fused = copied(fuse(copy.deepcopy(stock)))
-        with counted() as calls:
-            assert_agree(fused, stock, images())
-        assert len(calls) == 2 * (1 + 5 + 4) and len(self.in_pieces(fused, "se is SEModule")) == 5
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, images())
+        assert len(calls) == 2 * (1 + 5 + 4) and len(self.partially_fused(fused, "se is SEModule")) == 5
 
-    def test_compiled_in_pieces(self) -> None:
-        stock = self.make("BasicBlock", avg_down=True, block_args={"attn_layer": "se"})
+    def test_compiled_partially_fused_blocks(self) -> None:
+        stock = self.make_resnet("BasicBlock", avg_down=True, block_args={"attn_layer": "se"})
         fused = fuse(copy.deepcopy(stock))
         torch._dynamo.reset()
         fused.compile(fullgraph=True, backend="aot_eager")
-        with counted() as calls:
-            assert_agree(fused, stock, images().requires_grad_(), steps=1)
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, images().requires_grad_(), steps=1)
         assert len(calls) == 1 + 5 + 4
 
     @staticmethod
-    def in_pieces(model: nn.Module, why: str) -> list[str]:
+    def partially_fused(model: nn.Module, why: str) -> list[str]:
         return [row.name for row in summarize(model).fused if f"in pieces: {why}" in row.why]
 
-    def test_gradient_checkpointing(self) -> None:
-        stock = self.make()
+    def test_gradient_checkpointing_matches_stock(self) -> None:
+        stock = self.make_resnet()
         fused = fuse(copy.deepcopy(stock))
         fused.set_grad_checkpointing()
-        with counted() as calls:
-            assert_agree(fused, stock, images().requires_grad_(), steps=1)
-        assert len(calls) >= 10  # blocks forward, and again in backward
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, images().requires_grad_(), steps=1)
+        assert len(calls) >= 10  # each block in the forward, and again in the backward
 
-    def test_features_only(self) -> None:
+    def test_features_only_backbone_is_fused(self) -> None:
         torch.manual_seed(0)
-        stock = lively(self.timm.create_model("resnet18", features_only=True)).double().eval()
+        stock = randomize_norms(self.timm.create_model("resnet18", features_only=True)).double().eval()
         fused = fuse(copy.deepcopy(stock))
-        with counted() as calls:
+        with record_fused_calls() as calls:
             for ours, theirs in zip(fused(images()), stock(images()), strict=True):
                 assert_near(ours, theirs, "feature")
         assert len(calls) == 8

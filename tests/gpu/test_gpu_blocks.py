@@ -1,4 +1,4 @@
-"""Blocks and models on the backends for GPUs, with and without fused convolutions; and what happens without them."""
+"""Blocks and models on the GPU backends, with and without fused convolutions, and errors without a GPU."""
 
 import itertools
 import subprocess
@@ -10,14 +10,13 @@ import torch
 import fused_res
 from fused_res.backends import cuda
 from fused_res.functional import batch_norm_act, residual_block
-from tests.block.test_residual_block import BLOCKS, learnable, make, run, stock
-from tests.ops.test_conv_bias_act import check as check_convolution
-from tests.ops.test_conv_bias_act import make as convolution_case
+from tests.block.test_residual_block import BLOCK_SPECS, clone_with_grad, make_block_case, run_forward_backward, stock
+from tests.ops.test_conv_bias_act import check_conv_bias_act, make_conv_case
 from tests.support import gpu_backends as gpu
 from tests.support.gpu_backends import DEVICE
 
 on_all = pytest.mark.parametrize("backend", gpu.BACKENDS)
-IMAGES = [name for name, (spec, _) in BLOCKS.items() if len(spec.units[0].stride) == 2]
+BLOCKS_2D = [name for name, (spec, _) in BLOCK_SPECS.items() if len(spec.units[0].stride) == 2]
 
 
 @pytest.fixture(autouse=True)
@@ -25,73 +24,75 @@ def _no_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def small(name, bias=False):
-    spec, x, tensors = make(name, torch.float32, bias, batch=2, size=5)
-    on = [None if t is None else t.to(DEVICE) for t in tensors]
-    return spec, x.to(DEVICE).contiguous(memory_format=torch.channels_last), on
+def small_block_case(name, bias=False):
+    spec, x, tensors = make_block_case(name, torch.float32, bias, batch=2, size=5)
+    tensors = [None if t is None else t.to(DEVICE) for t in tensors]
+    return spec, x.to(DEVICE).contiguous(memory_format=torch.channels_last), tensors
 
 
-def assert_near(ours, exact):
-    """Float32 against float64, where a convolution's gradient sums hundreds of terms that cancel."""
-    for a, b in zip(ours, exact, strict=True):
+def assert_near(actual, expected):
+    """Compare float32 with float64, for gradients of convolutions that sum hundreds of terms with cancellation."""
+    for a, b in zip(actual, expected, strict=True):
         scale = b.abs().max().item()
-        # A bias before a norm has a gradient of zero, but for rounding.
+        # The gradient of a bias before a norm is zero except for rounding.
         assert (a.double() - b).abs().max().item() <= 1e-4 * scale + 2e-5
 
 
-def exact(spec, x, tensors, training, **options):
+def float64_reference(spec, x, tensors, training, **options):
     wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
-    return run(lambda x, t: stock(x, spec, t, training), x.double(), wide, **options)
+    return run_forward_backward(lambda x, t: stock(x, spec, t, training), x.double(), wide, **options)
 
 
 @on_all
 @pytest.mark.parametrize("convolution", ["aten", "fused"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", IMAGES)
-def test_blocks(name, training, convolution, backend):
+@pytest.mark.parametrize("name", BLOCKS_2D)
+def test_blocks_match_float64(name, training, convolution, backend):
     recomputes = ("none", "conv") if convolution == "fused" else ("norm",)
     for recompute in recomputes:
-        spec, x, tensors = small(name, bias=recompute == "conv")
+        spec, x, tensors = small_block_case(name, bias=recompute == "conv")
         with fused_res.backends.use(backend, convolution):
-            ours = run(
+            actual = run_forward_backward(
                 lambda x, t, s=spec, r=recompute: residual_block(x, s, t, training=training, recompute=r),
                 x,
-                learnable(tensors),
+                clone_with_grad(tensors),
             )
-        assert_near(ours, exact(spec, x, learnable(tensors), training))
+        assert_near(actual, float64_reference(spec, x, clone_with_grad(tensors), training))
 
 
 @on_all
 @pytest.mark.parametrize("name", ["bottleneck", "projection"])
-def test_partial_gradients(name, backend):
-    """Any of a fused block's tensors may be frozen, its input too."""
-    count = len(make(name)[2])
+def test_gradients_with_frozen_tensors(name, backend):
+    """Any tensor of a fused block, including its input, may not require grad."""
+    count = len(make_block_case(name)[2])
     for frozen_input, frozen in itertools.product((True, False), ((0, 12), (2, 3, 8, 9, 14, 15), range(1, count))):
-        spec, x, tensors = small(name)
+        spec, x, tensors = small_block_case(name)
         with fused_res.backends.use(backend, "fused"):
-            ours = run(
+            actual = run_forward_backward(
                 lambda x, t, s=spec: residual_block(x, s, t, training=True),
                 x,
-                learnable(tensors, frozen),
+                clone_with_grad(tensors, frozen),
                 frozen_input=frozen_input,
             )
-        assert_near(ours, exact(spec, x, learnable(tensors, frozen), True, frozen_input=frozen_input))
+        assert_near(
+            actual, float64_reference(spec, x, clone_with_grad(tensors, frozen), True, frozen_input=frozen_input)
+        )
 
 
 @on_all
 @pytest.mark.parametrize("case", ["3x3", "1x1", "1x1, stride", "ragged", "one image", "sequence"])
-def test_conv_bias_act(case, backend):
-    """By name, whatever the layout; a sequence is left to ATen."""
+def test_conv_bias_act_matches_stock(case, backend):
+    """Explicitly selected backend, either memory format; a 1-d convolution is dispatched to ATen."""
     for dtype, format in itertools.product((torch.float32, torch.float16), (torch.channels_last, None)):
-        tensors, options = convolution_case(case, dtype)
+        tensors, options = make_conv_case(case, dtype)
         if format and tensors["input"].dim() == 4:
             tensors["input"] = tensors["input"].contiguous(memory_format=format)
-        check_convolution({name: t.to(DEVICE) for name, t in tensors.items()}, options, backend)
+        check_conv_bias_act({name: t.to(DEVICE) for name, t in tensors.items()}, options, backend)
 
 
 @on_all
 @pytest.mark.parametrize("compiled", [False, True])
-def test_frozen(compiled, backend):
+def test_frozen_model_matches_unfused(compiled, backend):
     torch.manual_seed(0)
     model = fused_res.models.cifar_resnet(8, num_classes=3).eval().to(DEVICE, memory_format=torch.channels_last)
     for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
@@ -99,42 +100,44 @@ def test_frozen(compiled, backend):
     frozen = fused_res.freeze(model, backend=backend)
     x = torch.randn(1, 3, 9, 9, device=DEVICE).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        exact = fused_res.unfuse(model.double())(x.double())
+        expected = fused_res.unfuse(model.double())(x.double())
         frozen(x)
-        told = [row.why for row in fused_res.summarize(frozen).fused]
-        assert all(f"backend={backend}" in why and "implicit_gemm" in why for why in told)
+        reasons = [row.why for row in fused_res.summarize(frozen).fused]
+        assert all(f"backend={backend}" in why and "implicit_gemm" in why for why in reasons)
         if compiled:
             torch._dynamo.reset()
             frozen = torch.compile(frozen, fullgraph=True, backend="aot_eager")
-        assert (frozen(x) - exact).abs().max() <= 1e-5 * exact.abs().max()
+        assert (frozen(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @on_all
-def test_compiled_has_the_eager_result(backend):
-    spec, x, tensors = small("projection")
+def test_compiled_block_matches_eager(backend):
+    spec, x, tensors = small_block_case("projection")
 
     def block(x, tensors):
         return residual_block(x, spec, tensors, training=True)
 
     with fused_res.backends.use(backend, "fused"):
-        eager = run(block, x, learnable(tensors))
+        eager = run_forward_backward(block, x, clone_with_grad(tensors))
         torch._dynamo.reset()
-        compiled = run(torch.compile(block, fullgraph=True, backend="aot_eager"), x, learnable(tensors))
+        compiled = run_forward_backward(
+            torch.compile(block, fullgraph=True, backend="aot_eager"), x, clone_with_grad(tensors)
+        )
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)
 
 
 @on_all
-def test_norm_traces_through_its_operators(backend):
+def test_compiled_norm_calls_its_operators(backend):
     x = torch.randn(2, 6, 5, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(6, device=DEVICE, requires_grad=True), torch.randn(6, device=DEVICE)
-    seen = []
+    traced_targets = []
 
-    def compile_seen(graph, inputs):
+    def recording_backend(graph, inputs):
         from torch._dynamo.backends.common import aot_autograd
 
         def compiler(graph, _):
-            seen.extend(str(node.target) for node in graph.graph.nodes)
+            traced_targets.extend(str(node.target) for node in graph.graph.nodes)
             return graph
 
         return aot_autograd(fw_compiler=compiler)(graph, inputs)
@@ -143,13 +146,15 @@ def test_norm_traces_through_its_operators(backend):
         return batch_norm_act(x, None, None, weight, bias, training=True, backend=backend)
 
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend=compile_seen)(x, weight), norm(x, weight))
-    assert any(name.endswith(".batch_norm_act_forward.default") for name in seen)
+    torch.testing.assert_close(
+        torch.compile(norm, fullgraph=True, backend=recording_backend)(x, weight), norm(x, weight)
+    )
+    assert any(name.endswith(".batch_norm_act_forward.default") for name in traced_targets)
 
 
 @on_all
-def test_operators(backend):
-    """opcheck: schemas, fakes, shapes and strides."""
+def test_operators_pass_opcheck(backend):
+    """opcheck compares schemas, fake implementations, shapes and strides."""
     namespace = torch.ops.fused_res_triton if backend == "triton" else getattr(torch.ops, cuda.namespace())
     x = torch.randn(2, 8, 4, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
     z = torch.randn(2, 16, 4, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
@@ -178,8 +183,8 @@ def test_operators(backend):
 
 
 @on_all
-def test_a_whole_model(backend):
-    """A bottleneck network with a stem, trained for a step: the same as its stock twin."""
+def test_training_step_of_resnet_matches_reference(backend):
+    """The gradients of a bottleneck network with a stem equal those of the reference backend in float64."""
     torch.manual_seed(0)
     model = fused_res.models.resnet50(num_classes=3)
     model.layer1, model.layer2 = model.layer1[:1], model.layer2[:1]
@@ -193,12 +198,12 @@ def test_a_whole_model(backend):
             twin(x.to(dtype)).square().sum().backward()
         grads.append([p.grad.double() for p in twin.parameters()])
         twin.zero_grad()
-    for ours, exact in zip(*grads, strict=True):
-        assert (ours - exact).norm() <= 1e-3 * exact.norm() + 1e-6
+    for actual, expected in zip(*grads, strict=True):
+        assert (actual - expected).norm() <= 1e-3 * expected.norm() + 1e-6
 
 
 class TestWithoutAGpu:
-    """Everything imports; the backend says why it is not there."""
+    """Every module can be imported, and an unavailable backend reports the reason."""
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -206,10 +211,10 @@ class TestWithoutAGpu:
             ("importlib.util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)",
              "Triton is not installed: pip install triton"),
             ("importlib.metadata.version = lambda n: '2.1.0'", "Triton 2.1.0 is too old"),
-            ("pass", "there is no NVIDIA GPU here"),
+            ("pass", "no NVIDIA GPU is available"),
         ],
     )  # fmt: skip
-    def test_reasons(self, change, words):
+    def test_triton_reports_why_unavailable(self, change, words):
         code = f"""if True:
             import importlib.metadata, importlib.util, os, sys
             find = importlib.util.find_spec
@@ -231,13 +236,13 @@ class TestWithoutAGpu:
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU, and a library may be")
-    def test_without_cuda(self):
-        """The backend says what it lacks, and how to get it."""
+    @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU is available, and possibly the library")
+    def test_cuda_reports_missing_library(self):
+        """The reason names the missing library and the command that installs it."""
         code = """if True:
             import fused_res
             reason = fused_res.backends.unavailable("cuda")
-            assert "CUDA kernels is not there" in reason and "FUSED_RES_CUDA=1 pip install" in reason, reason
+            assert "CUDA kernels is unavailable" in reason and "FUSED_RES_CUDA=1 pip install" in reason, reason
             try:
                 fused_res.backends.use("cuda")
             except fused_res.BackendUnavailableError as error:
@@ -247,6 +252,6 @@ class TestWithoutAGpu:
         done = subprocess.run([sys.executable, "-c", code], env={"PATH": "/usr/bin"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    def test_no_kernel_is_defined_before_it_is_used(self):
+    def test_kernels_are_not_imported_before_first_use(self):
         code = "import sys, fused_res; assert 'fused_res.backends.triton.registration' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True)

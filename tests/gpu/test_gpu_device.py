@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, CUDA graphs, other devices, tensors of more than 2^31 elements, launch errors."""
+"""Tests that require a GPU: streams, CUDA graphs, several devices, unaligned views, and more than 2^31 elements."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.parametrize("backend", gpu.BACKENDS)
 
 
-def images(*shape, dtype=torch.bfloat16, device="cuda"):
+def random_channels_last(*shape, dtype=torch.bfloat16, device="cuda"):
     return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
-def block(backend, device="cuda"):
+def fused_blocks(backend, device="cuda"):
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         fused_res.nn.Bottleneck(64, 16), fused_res.nn.Bottleneck(64, 16), fused_res.nn.BasicBlock(64, 64)
@@ -26,13 +26,13 @@ def block(backend, device="cuda"):
     return fused_res.fuse(model.to(device, memory_format=torch.channels_last), backend=backend)
 
 
-def close(ours, exact, tolerance):
-    assert (ours.double() - exact.double()).norm() <= tolerance * exact.double().norm()
+def assert_norm_close(actual, expected, tolerance):
+    assert (actual.double() - expected.double()).norm() <= tolerance * expected.double().norm()
 
 
-def test_training_step_in_a_graph(backend):
-    """A step that is captured and replayed on other data has the eager step's result."""
-    model, x = block(backend), images(4, 64, 14, 14)
+def test_cuda_graph_of_training_step_matches_eager(backend):
+    """A captured training step, replayed on other data, has the result of an eager step."""
+    model, x = fused_blocks(backend), random_channels_last(4, 64, 14, 14)
     state = {name: value.clone() for name, value in model.state_dict().items()}
 
     def step():
@@ -50,23 +50,23 @@ def test_training_step_in_a_graph(backend):
     with torch.cuda.graph(graph):
         step()
     model.load_state_dict(state)
-    x.copy_(images(4, 64, 14, 14))
+    x.copy_(random_channels_last(4, 64, 14, 14))
     graph.replay()
     replayed = [p.grad.clone() for p in model.parameters()]
     running = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(state)
     model.zero_grad(set_to_none=True)
     step()
-    for ours, eager in zip(replayed, model.parameters(), strict=True):
-        close(ours, eager.grad, 1e-5)
+    for actual, eager in zip(replayed, model.parameters(), strict=True):
+        assert_norm_close(actual, eager.grad, 1e-5)
     for name, value in model.state_dict().items():
         if "running" in name:
-            close(running[name], value, 1e-6)
+            assert_norm_close(running[name], value, 1e-6)
 
 
-def test_current_stream(backend):
-    """Kernels wait for what their stream did before, and for nothing else."""
-    x = images(8, 64, 28, 28, dtype=torch.float32)
+def test_kernels_run_on_current_stream(backend):
+    """Kernels are ordered after earlier work on the current stream."""
+    x = random_channels_last(8, 64, 28, 28, dtype=torch.float32)
     weight, bias = torch.rand(64, device="cuda"), torch.rand(64, device="cuda")
     expected = batch_norm_act(2 * x, None, None, weight, bias, training=True, backend=backend)
     torch.cuda.synchronize()
@@ -79,9 +79,9 @@ def test_current_stream(backend):
     assert torch.equal(y, expected)
 
 
-def test_nothing_waits_for_the_gpu(backend):
-    """The host comes back from a whole step while the GPU still sleeps."""
-    model, x = block(backend), images(4, 64, 14, 14, dtype=torch.float32)
+def test_training_step_does_not_synchronize(backend):
+    """No call in a training step synchronises the host with the GPU."""
+    model, x = fused_blocks(backend), random_channels_last(4, 64, 14, 14, dtype=torch.float32)
     model(x).sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -92,18 +92,18 @@ def test_nothing_waits_for_the_gpu(backend):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_device_than_the_current_one(backend):
-    x = images(4, 64, 14, 14, dtype=torch.float32, device="cuda:1")
-    model = block(backend, "cuda:1")
+def test_tensors_on_non_current_device(backend):
+    x = random_channels_last(4, 64, 14, 14, dtype=torch.float32, device="cuda:1")
+    model = fused_blocks(backend, "cuda:1")
     assert torch.cuda.current_device() == 0
-    ours = model(x)
+    actual = model(x)
     with torch.cuda.device(1):
-        assert torch.equal(ours, model(x))
+        assert torch.equal(actual, model(x))
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_more_than_two_to_the_31_elements(backend, memory_format):
-    """The last images are right: each has offsets beyond 32 bits."""
+def test_tensors_with_64_bit_offsets(backend, memory_format):
+    """The results of the last batch element, whose offsets exceed 32 bits, are correct."""
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GB of free memory")
     n, c, side = 171, 64, 448
@@ -116,37 +116,39 @@ def test_more_than_two_to_the_31_elements(backend, memory_format):
         last = x[-1:].double()
         batch_mean = torch.stack([x[:, index].float().mean() for index in range(c)]).double()
         batch_var = torch.stack([x[:, index].float().var(correction=0) for index in range(c)]).double()
-        exact = F.relu(F.batch_norm(last, batch_mean, batch_var, weight.double(), bias.double()) + last)
-        close(y[-1:], exact, 1e-2)
+        expected = F.relu(F.batch_norm(last, batch_mean, batch_var, weight.double(), bias.double()) + last)
+        assert_norm_close(y[-1:], expected, 1e-2)
         del y
         if memory_format == torch.channels_last:
             kernel = torch.randn(64, 64, 1, 1, device="cuda", dtype=torch.bfloat16) / 8
             y = conv_bias_act(x, kernel, None, None, activation="identity", backend=backend)
-            close(y[-1:], F.conv2d(last, kernel.double()), 1e-2)
+            assert_norm_close(y[-1:], F.conv2d(last, kernel.double()), 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_views_that_are_not_aligned(backend, dtype):
+def test_unaligned_views_match_aligned_tensors(backend, dtype):
     storage = torch.randn(1 + 4 * 64 * 49, device="cuda").to(dtype)
     x = storage[1:].view(4, 7, 7, 64).permute(0, 3, 1, 2)
     weight, bias = torch.rand(64, device="cuda"), torch.rand(64, device="cuda")
     y = batch_norm_act(x, None, None, weight, bias, training=True, backend=backend)
     aligned = batch_norm_act(x.clone(memory_format=torch.channels_last), None, None, weight, bias, training=True,
                              backend=backend)  # fmt: skip
-    close(y, aligned, 1e-6)
+    assert_norm_close(y, aligned, 1e-6)
     kernel = (torch.randn(32, 64, 1, 1, device="cuda") / 8).to(dtype)
     with torch.no_grad():
-        close(conv_bias_act(x, kernel, backend=backend), F.relu(F.conv2d(x.double(), kernel.double())), 1e-2)
+        assert_norm_close(
+            conv_bias_act(x, kernel, backend=backend), F.relu(F.conv2d(x.double(), kernel.double())), 1e-2
+        )
 
 
-def test_empty(backend):
-    x = images(0, 64, 7, 7)
+def test_empty_batch_in_eval(backend):
+    x = random_channels_last(0, 64, 7, 7)
     weight, bias = torch.rand(64, device="cuda"), torch.rand(64, device="cuda")
     mean, var = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
     assert batch_norm_act(x, mean, var, weight, bias, training=False, backend=backend).shape == x.shape
 
 
-def test_tensors_on_two_devices(backend):
-    x = images(2, 64, 7, 7)
+def test_tensors_on_two_devices_raise(backend):
+    x = random_channels_last(2, 64, 7, 7)
     with pytest.raises(ValueError, match="must be on cuda"):
         batch_norm_act(x, None, None, torch.rand(64), torch.rand(64), training=True, backend=backend)

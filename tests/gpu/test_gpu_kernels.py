@@ -1,4 +1,7 @@
-"""The kernels for GPUs, in Triton and CUDA C++, against plain PyTorch in float64: see tests/support/gpu_backends.py."""
+"""Triton and CUDA C++ kernels against the reference backend in float64.
+
+The device, a GPU or the CPU with an interpreter and a simulator, is selected by tests/support/gpu_backends.py.
+"""
 
 import contextlib
 import itertools
@@ -11,14 +14,14 @@ from torch.nn import functional as F
 
 import fused_res
 from fused_res import ops
-from fused_res.backends.reference import batch_norm_act as norm
-from fused_res.backends.reference import batch_norm_sync as halves
+from fused_res.backends.reference import batch_norm_act as reference
+from fused_res.backends.reference import batch_norm_sync as reference_sync
 from fused_res.backends.reference import conv_dgrad as reference_dgrad
 from fused_res.backends.reference import conv_wgrad as reference_wgrad
 from tests.support import gpu_backends as gpu
 from tests.support.gpu_backends import DEVICE
 
-#: Relative to the largest value: a few roundings of a sum of hundreds.
+#: Error relative to the largest value: a few roundings of a sum of hundreds of terms.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 HALF = [torch.float16, torch.bfloat16]
 FORMATS = (torch.channels_last, torch.contiguous_format)
@@ -26,7 +29,7 @@ FORMATS = (torch.channels_last, torch.contiguous_format)
 
 @pytest.fixture
 def kernels(request):
-    with gpu.guarded(request.param):
+    with gpu.guarded_memory(request.param):
         yield fused_res.backends.resolve(request.param, DEVICE)
 
 
@@ -35,11 +38,11 @@ def _no_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def on_kernels(*dtypes):
-    return pytest.mark.parametrize(("kernels", "dtype"), gpu.cases(dtypes), indirect=["kernels"])
+def on_backends_and_dtypes(*dtypes):
+    return pytest.mark.parametrize(("kernels", "dtype"), gpu.backend_dtype_params(dtypes), indirect=["kernels"])
 
 
-on_all = pytest.mark.parametrize("kernels", gpu.BACKENDS, indirect=True)
+on_all_backends = pytest.mark.parametrize("kernels", gpu.BACKENDS, indirect=True)
 
 
 def randn(*shape, seed=0):
@@ -52,41 +55,41 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def assert_close(ours, exact, dtype, name, factor=1.0):
-    assert ours.shape == exact.shape, name
-    error = (ours.double() - exact.double()).abs().max().item() if ours.numel() else 0.0
-    scale = exact.abs().max().item() if ours.numel() else 0.0
+def assert_close(actual, expected, dtype, name, factor=1.0):
+    assert actual.shape == expected.shape, name
+    error = (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
+    scale = expected.abs().max().item() if actual.numel() else 0.0
     assert error <= factor * TOLERANCE[dtype] * scale, f"{name}: {error:.3g} of {scale:.3g}"
 
 
 @contextlib.contextmanager
 def launches(backend):
-    """What Triton launches, or None."""
+    """Record the kernels that Triton launches; yields None for another backend."""
     if backend != "triton":
         yield None
         return
     from fused_res.backends.triton import launch
 
     launched = []
-    observer = launch._observer or (lambda kernel, grid, arguments, options: kernel[grid](*arguments, **options))
-    with launch.observed(lambda *a: (launched.append(a[0]), observer(*a))):
+    interceptor = launch._interceptor or (lambda kernel, grid, arguments, options: kernel[grid](*arguments, **options))
+    with launch.intercept_launches(lambda *a: (launched.append(a[0]), interceptor(*a))):
         yield launched
 
 
 @pytest.mark.skipif("triton" not in gpu.BACKENDS, reason="needs Triton")
 def test_out_of_bounds_accesses_are_caught():
-    """A kernel that reads one element too many ends its process; the same without that does not."""
+    """A kernel that reads one element out of bounds ends its process, and the same kernel within bounds does not."""
     code = """if True:
         import os, sys; os.environ["TRITON_INTERPRET"] = "1"
         import torch, triton, triton.language as tl
         from fused_res.backends.triton.launch import launch
-        from tests.support.guard_pages import guarded_launches
+        from tests.support.guard_pages import launches_with_guard_pages
         @triton.jit
         def kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
             i = tl.arange(0, BLOCK)
             tl.store(y_ptr + i, tl.load(x_ptr + i, i < n), i < 10)
         x, y = torch.randn(10), torch.zeros(10)
-        with guarded_launches():
+        with launches_with_guard_pages():
             launch(kernel, (1,), x, y, int(sys.argv[1]), 16)
         assert torch.equal(x, y)"""
 
@@ -111,7 +114,7 @@ NORMS = [  # shape, layout
 
 
 def norm_case(shape, format, dtype):
-    """Inputs with another mean and deviation in every channel; mean 100 in some."""
+    """Return inputs whose channels differ in mean and standard deviation; the mean of some is 100."""
     view = (1, -1, *(1,) * (len(shape) - 2))
     x = randn(*shape) * (randn(shape[1]).abs() + 0.5).view(view) + 50 * randn(shape[1], seed=1).view(view)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -122,30 +125,32 @@ def norm_case(shape, format, dtype):
     return x, residual, dy, weight + 1, bias
 
 
-@on_kernels(torch.float64, torch.float32, *HALF)
+@on_backends_and_dtypes(torch.float64, torch.float32, *HALF)
 @pytest.mark.parametrize(("shape", "format"), NORMS, ids=str)
 class TestNorm:
-    def test_halves(self, kernels, shape, format, dtype):
+    def test_statistics_and_backward(self, kernels, shape, format, dtype):
         x, _, dy, weight, bias = norm_case(shape, format, dtype)
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
         partials = kernels.batch_norm_partials(x)
         assert partials[:, 0].sum(0).eq(x.numel() // shape[1]).all()
         stats = kernels.merge_stats(partials, weight, bias, 1e-3, dtype == torch.float64)
-        exact = norm.batch_norm_stats(x.double(), weight.double(), bias.double(), None, None, True, 1e-3)
+        expected = reference.batch_norm_stats(x.double(), weight.double(), bias.double(), None, None, True, 1e-3)
         for row in (ops.MEAN, ops.INVSTD, ops.SCALE, ops.VAR):
-            assert_close(stats[row], exact[row], accumulated, row)
-        relu_mask = norm.pack_mask(dy > 0)
+            assert_close(stats[row], expected[row], accumulated, row)
+        relu_mask = reference.pack_mask(dy > 0)
         for mask, relu in ((relu_mask, False), (None, True), (None, False)):
             sums = kernels.batch_norm_sums(dy, x, stats, mask, relu, None, None)
-            wanted = halves.batch_norm_sums(dy.double(), x.double(), stats.double(), mask, relu, None, None)
-            assert_close(sums, wanted, accumulated, "sums", 4)
+            expected = reference_sync.batch_norm_sums(dy.double(), x.double(), stats.double(), mask, relu, None, None)
+            assert_close(sums, expected, accumulated, "sums", 4)
             count = x.numel() // shape[1]
             dx = kernels.batch_norm_act_dx(dy, x, stats, mask, relu, sums, count)
-            wanted = halves.batch_norm_act_dx(dy.double(), x.double(), stats.double(), mask, relu, sums.double(), count)
-            assert_close(dx, wanted, dtype, "dx")
+            expected = reference_sync.batch_norm_act_dx(
+                dy.double(), x.double(), stats.double(), mask, relu, sums.double(), count
+            )
+            assert_close(dx, expected, dtype, "dx")
 
-    def test_apply_and_pair(self, kernels, shape, format, dtype):
-        """The forward's last pass with and without residual, plain and normalised; the backward of two norms."""
+    def test_apply_and_dual_batch_norm_backward(self, kernels, shape, format, dtype):
+        """The apply pass without residual, with it and with a normalised one; the backward of a dual batch norm."""
         x, residual, dy, weight, bias = norm_case(shape, format, dtype)
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
         stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
@@ -153,18 +158,30 @@ class TestNorm:
         for r, r_stats, relu in ((None, None, True), (residual, None, True), (residual, residual_stats, False)):
             y, mask = kernels.batch_norm_act_apply(x, stats, r, r_stats, relu, relu)
             wide = [None if t is None else t.double() for t in (x, stats, r, r_stats)]
-            exact, exact_mask = norm.batch_norm_act_apply(*wide, relu, relu)
-            assert_close(y, exact, dtype, "y")
-            different = norm.unpack_mask(mask ^ exact_mask, x) if relu else torch.zeros(1)
-            assert different.sum() <= 1, "the mask disagrees at more than values within rounding of zero"
-        wanted = [True] * 6
-        arguments = (dy, x, weight, stats, residual, bias, residual_stats, norm.pack_mask(dy > 0), True, True, wanted)
-        ours = kernels.batch_norm_act_backward_pair(*arguments)
+            expected, expected_mask = reference.batch_norm_act_apply(*wide, relu, relu)
+            assert_close(y, expected, dtype, "y")
+            different = reference.unpack_mask(mask ^ expected_mask, x) if relu else torch.zeros(1)
+            assert different.sum() <= 1, "the ReLU masks differ at more than one value within rounding of zero"
+        requested = [True] * 6
+        arguments = (
+            dy,
+            x,
+            weight,
+            stats,
+            residual,
+            bias,
+            residual_stats,
+            reference.pack_mask(dy > 0),
+            True,
+            True,
+            requested,
+        )
+        actual = kernels.batch_norm_act_backward_pair(*arguments)
         wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
-        for index, (a, b) in enumerate(zip(ours, norm.batch_norm_act_backward_pair(*wide), strict=True)):
+        for index, (a, b) in enumerate(zip(actual, reference.batch_norm_act_backward_pair(*wide), strict=True)):
             assert_close(a, b, dtype if index < 2 else accumulated, index, 4)
 
-    def test_running_statistics_fold_in_the_same_kernel(self, kernels, shape, format, dtype):
+    def test_running_statistics_are_folded_in_one_launch(self, kernels, shape, format, dtype):
         x, residual, _, weight, bias = norm_case(shape, format, dtype)
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
         mean, var = (50 * weight).to(weight.dtype), bias**2 + 0.5
@@ -173,37 +190,41 @@ class TestNorm:
             y, stats, _ = kernels.batch_norm_act_forward(*arguments)
         assert launched is None or len(launched) == 1
         wide = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
-        exact, exact_stats, _ = norm.batch_norm_act_forward(*wide)
-        assert_close(y, exact, dtype, "y", 4)
-        assert_close(stats, exact_stats, accumulated, "stats")
+        expected, expected_stats, _ = reference.batch_norm_act_forward(*wide)
+        assert_close(y, expected, dtype, "y", 4)
+        assert_close(stats, expected_stats, accumulated, "stats")
         assert torch.equal(stats, kernels.batch_norm_stats(x, weight, bias, mean, var, False, 1e-5))
         z = x.clone(memory_format=torch.preserve_format)
         kernels.batch_norm_act_inference_(z, residual, None, weight, bias, mean, var, 1e-5, True)
         assert torch.equal(z, y)
 
 
-@on_all
-def test_parts_merge_in_groups(kernels):
-    """As many parts as a large convolution has tiles, some of them empty."""
-    parts = randn(2500, 3, 5).abs()
-    parts[:, 0] = (torch.arange(2500, device=DEVICE) % 7)[:, None].double()
-    exact = halves.merge_stats(parts, None, None, 1e-5, True)
-    assert_close(kernels.merge_stats(parts, None, None, 1e-5, True), exact, torch.float64, "stats")
+@on_all_backends
+def test_partial_statistics_merge_in_groups(kernels):
+    """As many partial statistics as a large convolution has tiles, some of them empty."""
+    partials = randn(2500, 3, 5).abs()
+    partials[:, 0] = (torch.arange(2500, device=DEVICE) % 7)[:, None].double()
+    expected = reference_sync.merge_stats(partials, None, None, 1e-5, True)
+    assert_close(kernels.merge_stats(partials, None, None, 1e-5, True), expected, torch.float64, "stats")
     if kernels.name == "triton":
         from fused_res.backends.triton import batch_norm_sync
 
-        one = batch_norm_sync.merge_parts(parts.float())
-        assert one.shape == (1, 3, 5)
-        assert_close(kernels.merge_stats(one, None, None, 1e-5, False), exact, torch.float32, "stats of one part")
-        assert_close(batch_norm_sync.merge_sums(parts[:, :2].float()), parts[:, :2].sum(0), torch.float32, "sums")
+        merged = batch_norm_sync.merge_partial_stats(partials.float())
+        assert merged.shape == (1, 3, 5)
+        assert_close(
+            kernels.merge_stats(merged, None, None, 1e-5, False), expected, torch.float32, "stats of one partial"
+        )
+        assert_close(
+            batch_norm_sync.sum_partials(partials[:, :2].float()), partials[:, :2].sum(0), torch.float32, "sums"
+        )
 
 
-@on_all
-def test_parts_of_several_processes(kernels):
-    """What SyncBN does: statistics of parts of a batch, and sums of their gradients, add up to the whole batch's."""
+@on_all_backends
+def test_partial_statistics_of_ranks_combine(kernels):
+    """As in SyncBatchNorm, statistics and gradient reductions of shards of a batch combine into those of the batch."""
     x, _, dy, weight, bias = norm_case((6, 8, 5, 5), torch.channels_last, torch.float32)
-    pieces = [channels_last(x[rows]) for rows in (slice(0, 1), slice(1, 1), slice(1, 6))]
-    partials = torch.cat([kernels.batch_norm_partials(piece) for piece in pieces])
+    shards = [channels_last(x[rows]) for rows in (slice(0, 1), slice(1, 1), slice(1, 6))]
+    partials = torch.cat([kernels.batch_norm_partials(shard) for shard in shards])
     stats = kernels.merge_stats(partials, weight, bias, 1e-5, False)
     whole = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
     assert_close(stats, whole.double(), torch.float32, "stats")
@@ -214,111 +235,111 @@ def test_parts_of_several_processes(kernels):
     assert_close(sums, kernels.batch_norm_sums(dy, x, stats, None, True, None, None).double(), torch.float32, "sums")
 
 
-CONVOLUTIONS = [  # images, channels, height, width, outputs, kernel, stride, padding, dilation, groups
+CONVOLUTIONS = [  # input shape (N, C, H, W), output channels, kernel, stride, padding, dilation, groups
     ((2, 35, 7, 5), 20, (3, 3), (1, 1), (1, 1), (1, 1), 1),
     ((2, 100, 5, 5), 70, (1, 1), (1, 1), (0, 0), (1, 1), 1),
     ((1, 16, 9, 9), 24, (3, 3), (2, 2), (1, 1), (1, 1), 1),
     ((1, 130, 4, 4), 16, (3, 2), (1, 2), (2, 0), (2, 1), 1),
     ((2, 12, 6, 6), 18, (3, 3), (1, 1), (1, 1), (1, 1), 3),
     ((2, 8, 7, 8), 8, (1, 1), (2, 2), (0, 0), (1, 1), 1),
-    ((1, 600, 2, 2), 20, (1, 1), (1, 1), (0, 0), (1, 1), 1),  # a split sum
+    ((1, 600, 2, 2), 20, (1, 1), (1, 1), (0, 0), (1, 1), 1),  # split-K
     ((1, 3, 12, 10), 10, (7, 7), (2, 2), (3, 3), (1, 1), 1),
 ]
 
 
-@on_kernels(torch.float32, *HALF)
+@on_backends_and_dtypes(torch.float32, *HALF)
 @pytest.mark.parametrize(("shape", "outputs", "kernel", "stride", "padding", "dilation", "groups"), CONVOLUTIONS)
-def test_convolution(kernels, shape, outputs, kernel, stride, padding, dilation, groups, dtype):
-    """Bias, residual and ReLU behind it; and the norm before it, with the statistics of what it writes."""
+def test_convolution_prologue_and_epilogue(kernels, shape, outputs, kernel, stride, padding, dilation, groups, dtype):
+    """The epilogue's bias, residual and ReLU; the prologue's norm, with the statistics of the convolution's output."""
     x = channels_last(randn(*shape) + 1).to(dtype)
     fan = shape[1] // groups * kernel[0] * kernel[1]
     weight = (randn(outputs, shape[1] // groups, *kernel, seed=1) / fan**0.5).to(dtype)
     bias = randn(outputs, seed=2).to(dtype)
     geometry = stride, padding, dilation, groups
-    exact = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
-    residual = randn(*exact.shape, seed=3).to(dtype)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
+    residual = randn(*expected.shape, seed=3).to(dtype)
     y = kernels.conv_bias_act(x, weight, bias, residual, *geometry, True)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_close(y, F.relu(exact + residual.double()), dtype, "conv_bias_act")
+    assert_close(y, F.relu(expected + residual.double()), dtype, "conv_bias_act")
     y = kernels.conv_bias_act(x, weight, None, None, *geometry, False)
-    assert_close(y, exact - bias.double().view(-1, 1, 1), dtype, "without bias")
+    assert_close(y, expected - bias.double().view(-1, 1, 1), dtype, "without bias")
 
-    stats = norm.batch_norm_stats(x.double(), None, randn(shape[1], seed=4), None, None, True, 1e-5).float()
+    stats = reference.batch_norm_stats(x.double(), None, randn(shape[1], seed=4), None, None, True, 1e-5).float()
     for relu in (True, False):
-        activation = norm.batch_norm_act_apply(x.double(), stats.double(), None, None, relu, False)[0].to(dtype)
-        exact = F.conv2d(activation.double(), weight.double(), bias.double(), *geometry)
+        activation = reference.batch_norm_act_apply(x.double(), stats.double(), None, None, relu, False)[0].to(dtype)
+        expected = F.conv2d(activation.double(), weight.double(), bias.double(), *geometry)
         z, partials = kernels.conv_bn_stats(x, weight, bias, stats, relu, *geometry, True)
-        assert_close(z, exact, dtype, "conv_bn_stats")
-        exact_stats = norm.batch_norm_stats(exact, None, None, None, None, True, 1e-5)
-        ours = kernels.merge_stats(partials, None, None, 1e-5, False)
-        # In float16 one activation in thousands is rounded the other way before it is multiplied.
+        assert_close(z, expected, dtype, "conv_bn_stats")
+        expected_stats = reference.batch_norm_stats(expected, None, None, None, None, True, 1e-5)
+        actual = kernels.merge_stats(partials, None, None, 1e-5, False)
+        # In float16 one activation in thousands is rounded in the other direction by the prologue.
         for row in (ops.MEAN, ops.INVSTD, ops.VAR):
             assert_close(
-                ours[row], exact_stats[row], torch.float32, f"row {row}", 10 if dtype == torch.float32 else 100
+                actual[row], expected_stats[row], torch.float32, f"row {row}", 10 if dtype == torch.float32 else 100
             )
 
 
-@on_kernels(torch.float32, *HALF)
+@on_backends_and_dtypes(torch.float32, *HALF)
 @pytest.mark.parametrize(("channels", "outputs", "size", "stride"), [(35, 20, 5, 1), (64, 100, 4, 1), (16, 24, 7, 2)])
-def test_pointwise_backward(kernels, channels, outputs, size, stride, dtype):
-    """Every way that the gradient can be masked and the operand formed, against the same written out in float64."""
+def test_conv1x1_backward(kernels, channels, outputs, size, stride, dtype):
+    """Every ReLU mask of the gradient and every operand prologue, against the float64 reference implementation."""
     pixels = (size - 1) // stride + 1
-    shape, reached = (3, channels, size, size), (3, outputs, pixels, pixels)
-    x, z = channels_last(randn(*shape) + 1).to(dtype), channels_last(2 * randn(*reached) + 3).to(dtype)
-    dy = randn(*reached, seed=1).to(dtype)
+    shape, output_shape = (3, channels, size, size), (3, outputs, pixels, pixels)
+    x, z = channels_last(randn(*shape) + 1).to(dtype), channels_last(2 * randn(*output_shape) + 3).to(dtype)
+    dy = randn(*output_shape, seed=1).to(dtype)
     weight = (randn(outputs, channels, 1, 1, seed=2) / outputs**0.5).to(dtype)
-    stats = norm.batch_norm_stats(z, randn(outputs), randn(outputs, seed=3), None, None, True, 1e-5).float()
-    x_stats = norm.batch_norm_stats(x, randn(channels), randn(channels, seed=3), None, None, True, 1e-5).float()
-    mask, count = norm.pack_mask(channels_last(randn(*reached, seed=4)) > 0), 3 * pixels**2
+    stats = reference.batch_norm_stats(z, randn(outputs), randn(outputs, seed=3), None, None, True, 1e-5).float()
+    x_stats = reference.batch_norm_stats(x, randn(channels), randn(channels, seed=3), None, None, True, 1e-5).float()
+    mask, count = reference.pack_mask(channels_last(randn(*output_shape, seed=4)) > 0), 3 * pixels**2
 
-    def wide(*tensors):
+    def to_float64(*tensors):
         return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
 
-    for (relu_mask, relu), through, training in itertools.product(
+    for (relu_mask, relu), input_norm, training in itertools.product(
         ((mask, False), (None, True), (None, False)), (True, False), (True, False)
     ):
         sums = kernels.batch_norm_sums(dy, z, stats, relu_mask, relu, None, None) if training else None
         common = dy, z, stats, relu_mask, relu, sums, count, weight
-        read = (x, x_stats, True) if through else (x, None, False)
-        dw = kernels.conv_wgrad(*common, *read, [stride, stride])
-        exact = reference_wgrad.conv_wgrad(*wide(*common, *read), [stride, stride])
-        assert_close(dw, exact, dtype, "conv_wgrad", 4)
+        input_args = (x, x_stats, True) if input_norm else (x, None, False)
+        dw = kernels.conv_wgrad(*common, *input_args, [stride, stride])
+        expected = reference_wgrad.conv_wgrad(*to_float64(*common, *input_args), [stride, stride])
+        assert_close(dw, expected, dtype, "conv_wgrad", 4)
         if stride > 1:
             continue
-        read = (x, x_stats, True) if through else (None, None, False)
-        dx, its_sums = kernels.conv_dgrad(*common, *read)
-        exact, exact_sums = reference_dgrad.conv_dgrad(*wide(*common, *read))
-        assert_close(dx, exact, dtype, "conv_dgrad", 4)
-        if through:
-            assert_close(its_sums, exact_sums, dtype, "sums of conv_dgrad", 4)
+        input_args = (x, x_stats, True) if input_norm else (None, None, False)
+        dx, sums_of_dx = kernels.conv_dgrad(*common, *input_args)
+        expected, expected_sums = reference_dgrad.conv_dgrad(*to_float64(*common, *input_args))
+        assert_close(dx, expected, dtype, "conv_dgrad", 4)
+        if input_norm:
+            assert_close(sums_of_dx, expected_sums, dtype, "reductions of conv_dgrad", 4)
             continue
         added = channels_last(randn(*shape, seed=5)).to(dtype)
-        for added_mask in (None, norm.pack_mask(channels_last(randn(*shape, seed=6)) > 0)):
-            dx, _ = kernels.conv_dgrad(*common, *read, added, added_mask)
-            exact, _ = reference_dgrad.conv_dgrad(*wide(*common, *read, added, added_mask))
-            assert_close(dx, exact, dtype, "conv_dgrad and a shortcut's gradient", 4)
+        for added_mask in (None, reference.pack_mask(channels_last(randn(*shape, seed=6)) > 0)):
+            dx, _ = kernels.conv_dgrad(*common, *input_args, added, added_mask)
+            expected, _ = reference_dgrad.conv_dgrad(*to_float64(*common, *input_args, added, added_mask))
+            assert_close(dx, expected, dtype, "conv_dgrad with the gradient of a shortcut", 4)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-@on_kernels(torch.float32, *HALF)
-def test_max_pool(kernels, dtype, format):
-    reference = fused_res.backends.resolve("reference", DEVICE)
+@on_backends_and_dtypes(torch.float32, *HALF)
+def test_max_pool_matches_reference(kernels, dtype, format):
+    reference_backend = fused_res.backends.resolve("reference", DEVICE)
     x = randn(2, 5, 9, 11).to(dtype).contiguous(memory_format=format)
     x[0, 0, 2, 2] = float("nan")
-    stats = norm.batch_norm_stats(randn(2, 5, 9, 11), randn(5), randn(5), None, None, True, 1e-5).float()
-    for through, window in itertools.product((None, stats), (((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 2), (1, 0)))):
-        y, indices = kernels.max_pool_forward(x, through, True, *window)
-        wanted, wanted_indices = reference.max_pool_forward(x, through, True, *window)
-        torch.testing.assert_close(y, wanted, equal_nan=True)
-        assert torch.equal(indices[~y.isnan()], wanted_indices[~y.isnan()])
+    stats = reference.batch_norm_stats(randn(2, 5, 9, 11), randn(5), randn(5), None, None, True, 1e-5).float()
+    for input_stats, window in itertools.product((None, stats), (((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 2), (1, 0)))):
+        y, indices = kernels.max_pool_forward(x, input_stats, True, *window)
+        expected, expected_indices = reference_backend.max_pool_forward(x, input_stats, True, *window)
+        torch.testing.assert_close(y, expected, equal_nan=True)
+        assert torch.equal(indices[~y.isnan()], expected_indices[~y.isnan()])
         dy = randn(*y.shape).to(dtype)
-        dx = kernels.max_pool_backward(dy, wanted_indices, x, *window)
-        torch.testing.assert_close(dx, reference.max_pool_backward(dy, wanted_indices, x, *window))
+        dx = kernels.max_pool_backward(dy, expected_indices, x, *window)
+        torch.testing.assert_close(dx, reference_backend.max_pool_backward(dy, expected_indices, x, *window))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-@on_all
-def test_same_bits_twice(kernels, format):
+@on_all_backends
+def test_results_are_deterministic(kernels, format):
     x, residual, dy, weight, bias = norm_case((5, 70, 9, 7), format, torch.float32)
     runs = []
     for _ in range(2):
@@ -331,16 +352,16 @@ def test_same_bits_twice(kernels, format):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@on_all
-def test_recomputed_normalise_has_the_forward_bits(kernels):
+@on_all_backends
+def test_recomputed_activation_is_bitwise_equal_to_forward(kernels):
     x, _, _, weight, bias = norm_case((3, 35, 9, 7), torch.channels_last, torch.float32)
     y, stats, _ = kernels.batch_norm_act_forward(x, None, None, weight, bias, None, None, True, 1e-5, True, False)
     assert torch.equal(y, kernels.batch_norm_act_apply(x, stats, None, None, True, False)[0])
 
 
-@on_kernels(torch.float32, torch.bfloat16)
-def test_no_images(kernels, dtype):
-    """An empty batch has outputs of its shape, no statistics and gradients of zero."""
+@on_backends_and_dtypes(torch.float32, torch.bfloat16)
+def test_empty_batch(kernels, dtype):
+    """An empty batch gives empty outputs of the right shape, empty partial statistics and zero gradients."""
     x, z = channels_last(torch.empty(0, 8, 5, 5, device=DEVICE)), channels_last(torch.empty(0, 16, 5, 5, device=DEVICE))
     x, z, weight = x.to(dtype), z.to(dtype), randn(16, 8, 1, 1).to(dtype)
     geometry = [1, 1], [0, 0], [1, 1], 1

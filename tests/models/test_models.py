@@ -1,5 +1,4 @@
-"""fused_res.models against torchvision's: names, initial weights, outputs and gradients; CIFAR networks;
-plain twins."""
+"""fused_res.models compared with torchvision: keys, initial weights, outputs, gradients; CIFAR and plain networks."""
 
 import copy
 import functools
@@ -32,12 +31,12 @@ IMAGENET = (
 
 
 def pair(name: str, seed: int = 0, **kwargs: object) -> tuple[nn.Module, nn.Module]:
-    """Ours and torchvision's, each made with the same seed."""
-    made = []
+    """Return this library's and torchvision's model, each created with the same seed."""
+    created = []
     for module in (models, torchvision_models):
         torch.manual_seed(seed)
-        made.append(getattr(module, name)(**kwargs))
-    return made[0], made[1]
+        created.append(getattr(module, name)(**kwargs))
+    return created[0], created[1]
 
 
 def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
@@ -48,16 +47,16 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", IMAGENET)
-def test_structure_is_torchvisions(name: str) -> None:
+def test_structure_matches_torchvision(name: str) -> None:
     with torch.device("meta"):
         ours, theirs = pair(name)
-    mine, expected = ours.state_dict(), theirs.state_dict()
-    assert [(key, value.shape) for key, value in mine.items()] == [(k, v.shape) for k, v in expected.items()]
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert [(key, value.shape) for key, value in state.items()] == [(k, v.shape) for k, v in expected.items()]
     assert [key for key, _ in ours.named_parameters()] == [key for key, _ in theirs.named_parameters()]
     assert [key for key, _ in ours.named_children()] == [key for key, _ in theirs.named_children()]
 
 
-# One of each kind: the others differ in the number of blocks only.
+# One model of each kind: the remaining ones differ only in the number of blocks.
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
@@ -71,7 +70,7 @@ def test_structure_is_torchvisions(name: str) -> None:
         ("wide_resnet50_2", {"num_classes": 10}),
     ],
 )
-def test_a_seed_gives_torchvisions_weights(name: str, kwargs: dict) -> None:
+def test_initial_weights_match_torchvision_for_equal_seeds(name: str, kwargs: dict) -> None:
     assert_same_state(*pair(name, seed=3, **kwargs))
 
 
@@ -89,7 +88,7 @@ def test_a_seed_gives_torchvisions_weights(name: str, kwargs: dict) -> None:
         ),  # stock path
     ],
 )
-def test_computes_what_torchvision_computes(name: str, memory_format: torch.memory_format, kwargs: dict) -> None:
+def test_outputs_and_gradients_match_torchvision(name: str, memory_format: torch.memory_format, kwargs: dict) -> None:
     ours, theirs = (
         model.to(torch.float64, memory_format=memory_format) for model in pair(name, num_classes=5, **kwargs)
     )
@@ -108,14 +107,14 @@ def test_computes_what_torchvision_computes(name: str, memory_format: torch.memo
     torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
-def test_checkpoints_travel_both_ways() -> None:
+def test_state_dicts_are_interchangeable_with_torchvision() -> None:
     ours, theirs = models.resnet18(), torchvision_models.resnet18()
     ours.load_state_dict(theirs.state_dict())
     assert_same_state(ours, theirs)
     torchvision_models.resnet18().load_state_dict(ours.state_dict())
 
 
-def test_takes_torchvisions_weights() -> None:
+def test_loads_torchvision_weights() -> None:
     source = torchvision_models.resnet18(num_classes=4)
     weights = types.SimpleNamespace(
         meta={"categories": ["a", "b", "c", "d"]},
@@ -137,21 +136,21 @@ def test_takes_torchvisions_weights() -> None:
         ({"backend": "fast"}, "backend must be one of"),
         ({"recompute": "everything"}, "recompute must be one of"),
         ({"replace_stride_with_dilation": True}, "replace_stride_with_dilation"),
-        ({"num_classes": "ten"}, "num_classes must be a whole number, 0 or more, got 'ten'"),
-        ({"norm_layer": nn.BatchNorm2d(64)}, "norm_layer must make a norm"),
+        ({"num_classes": "ten"}, "num_classes must be a non-negative integer, got 'ten'"),
+        ({"norm_layer": nn.BatchNorm2d(64)}, "norm_layer must construct a norm"),
     ],
 )
-def test_bad_arguments(arguments: dict, message: str) -> None:
+def test_invalid_arguments_raise(arguments: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         models.resnet50(**arguments)
 
 
-def test_bad_blocks_and_layers() -> None:
+def test_invalid_blocks_and_layers_raise() -> None:
     for block in ("basic", nn.Conv2d, ResidualBlock):
-        with pytest.raises(TypeError, match=r"block must be fused_res\.nn\.BasicBlock or Bottleneck"):
+        with pytest.raises(TypeError, match=r"block must be the class fused_res\.nn\.BasicBlock or Bottleneck"):
             models.ResNet(block, (1, 1, 1, 1))
     for layers in (4, (1, 1, 1), (1, 1, 1, 0), ("1", "1", "1", "1")):
-        with pytest.raises(ValueError, match="layers must hold the number of blocks of each of 4 stages"):
+        with pytest.raises(ValueError, match="layers must be the number of blocks of each of 4 stages"):
             models.ResNet(BasicBlock, layers)
 
 
@@ -164,33 +163,33 @@ def test_recompute_and_backend_reach_every_block() -> None:
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
-def test_cifar_depths(depth: int) -> None:
+def test_cifar_depth_is_number_of_weighted_layers(depth: int) -> None:
     with torch.device("meta"):
         model = models.cifar_resnet(depth)
     blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
     assert 2 * len(blocks) + 2 == depth
-    main = [
+    main_path = [
         m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in name
     ]
-    assert len(main) == depth
+    assert len(main_path) == depth
     assert sum("downsample.0.weight" in key for key in model.state_dict()) == 2  # option B: where the shape changes
 
 
-def test_cifar_resnet20_is_the_papers() -> None:
-    """270 thousand parameters (He et al. 2015, table 6), and the two projections of option B on top."""
+def test_cifar_resnet20_has_papers_parameter_count() -> None:
+    """270 thousand parameters (He et al. 2015, table 6), plus the two projections of option B."""
     count = sum(parameter.numel() for parameter in models.cifar_resnet(20).parameters())
     projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
     assert count - projections == 269_722
 
 
 @pytest.mark.parametrize("depth", [0, 2, 3, 18, 21, -4, "20", 20.0, None])
-def test_cifar_bad_depth(depth: int) -> None:
+def test_cifar_invalid_depth_raises(depth: int) -> None:
     with pytest.raises(ValueError, match=f"depth must be 6n \\+ 2.*got {depth!r}"):
         models.cifar_resnet(depth)
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_cifar_trains(plain: bool) -> None:
+def test_cifar_training_reduces_loss(plain: bool) -> None:
     torch.manual_seed(0)
     model = models.cifar_resnet(8, num_classes=3, plain=plain, width=8)
     x, target = torch.randn(12, 3, 16, 16), torch.arange(12) % 3
@@ -211,15 +210,14 @@ def test_cifar_trains(plain: bool) -> None:
     [models.resnet18, models.resnet50, functools.partial(models.cifar_resnet, 20)],
     ids=["resnet18", "resnet50", "cifar20"],
 )
-def test_plain_twin_has_the_same_layers_and_no_shortcut(build) -> None:
+def test_plain_network_has_same_layers_without_shortcuts(build) -> None:
     residual, plain = build().double(), build(plain=True).double()
     missing = residual.state_dict().keys() - plain.state_dict().keys()
     assert missing
     assert all(".downsample." in key for key in missing)
     plain.load_state_dict({key: residual.state_dict()[key] for key in plain.state_dict()})
 
-    # A block whose last norm gives zeros passes its input on if it has a shortcut, and nothing if it has
-    # none.
+    # A block whose last norm outputs zeros returns its (non-negative) input with a shortcut, and zeros without one.
     for model, expected in ((residual, True), (plain, False)):
         block = copy.deepcopy(model.layer1[-1])
         last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
@@ -234,7 +232,7 @@ def flops(run) -> int:
     return counter.get_total_flops()
 
 
-def test_flop_counter_counts_a_model_as_stock() -> None:
+def test_flop_count_of_model_matches_stock() -> None:
     ours, theirs = pair("resnet50", num_classes=5)
     x = torch.randn(1, 3, 64, 64)
     assert flops(lambda: ours(x).sum().backward()) == flops(lambda: theirs(x).sum().backward())
@@ -242,9 +240,8 @@ def test_flop_counter_counts_a_model_as_stock() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "norm", "conv"])
 @pytest.mark.parametrize("input_grad", [False, True])
-def test_flop_counter_counts_the_compiled_operators(recompute: str, input_grad: bool) -> None:
-    """The opaque operators that stand for a block under torch.compile: its convolutions, and those that run
-    again."""
+def test_flop_count_of_opaque_block_operators(recompute: str, input_grad: bool) -> None:
+    """The FLOPs of a block's opaque operators under torch.compile include its convolutions and the recomputed ones."""
     spec = BlockSpec((UnitSpec(), UnitSpec(padding=(1, 1)), UnitSpec()), UnitSpec(activation="identity"))
     tensors: list[torch.Tensor | None] = []
     for cin, cout, kernel in ((8, 4, 1), (4, 4, 3), (4, 16, 1), (8, 16, 1)):
@@ -254,11 +251,11 @@ def test_flop_counter_counts_the_compiled_operators(recompute: str, input_grad: 
 
     def step() -> None:
         config = BlockConfig(spec, (True,) * 4, "reference", recompute)
-        residual_block.traceable(config, x, tensors)[0].sum().backward()
+        residual_block.opaque_residual_block(config, x, tensors)[0].sum().backward()
 
     pixels = 2 * 6 * 6
     first, inner, last, projection = (2 * pixels * n for n in (8 * 4, 4 * 4 * 9, 4 * 16, 8 * 16))
     forward = first + inner + last + projection
     backward = 2 * forward if input_grad else 2 * forward - first - projection
-    again = last + projection if recompute == "conv" else 0
-    assert flops(step) == forward + backward + again
+    recomputed = last + projection if recompute == "conv" else 0
+    assert flops(step) == forward + backward + recomputed

@@ -1,4 +1,4 @@
-"""Models shared by threads, forked, sent to workers: the same bits as alone, and nobody waits for ever."""
+"""Models in threads, forked processes, DataLoader workers and shared memory: no deadlocks, bitwise equal results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import fused_res
 from fused_res.models import cifar_resnet
 
-PATIENCE_S = 120
+TIMEOUT_S = 120
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -32,8 +32,8 @@ def images(seed: int, count: int = 4) -> Tensor:
 
 
 def train(model: nn.Module, seed: int = 0, steps: int = 3) -> list[Tensor]:
-    """Losses and all that a model consists of behind some steps."""
-    torch.set_num_threads(1)  # stock's bits, of the loss and the last layer, depend on it
+    """Return the losses of some training steps, then the state after them."""
+    torch.set_num_threads(1)  # PyTorch's results, of the loss and the last layer, depend on the number of threads
     fused_res.fuse(model.train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
@@ -46,21 +46,21 @@ def train(model: nn.Module, seed: int = 0, steps: int = 3) -> list[Tensor]:
     return [*losses, *(t.detach().clone() for t in model.state_dict().values())]
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
+def bitwise_equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_threads_train_models_of_their_own() -> None:
-    """Of one model frozen and called by many threads: test_program.py."""
+def test_concurrent_training_of_separate_models_is_bitwise_equal() -> None:
+    """tests/backends/cpu/test_inference_graph.py tests one frozen model called by several threads."""
     expected = [train(network(seed), seed) for seed in range(8)]
-    models = [network(seed) for seed in range(8)]  # here, as all threads draw from one generator
-    found: dict[int, list[Tensor]] = {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: train(models[i], i)})) for i in range(8)]
+    models = [network(seed) for seed in range(8)]  # created here, because all threads share one random generator
+    actual: dict[int, list[Tensor]] = {}
+    threads = [threading.Thread(target=lambda i=i: actual.update({i: train(models[i], i)})) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(same(found[seed], expected[seed]) for seed in range(8))
+    assert all(bitwise_equal(actual[seed], expected[seed]) for seed in range(8))
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +71,8 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def forked(work: Callable[[], bool]) -> bool:
-    """Whether a forked child's work came out true; a child that hangs is ended."""
+def run_in_forked_child(work: Callable[[], bool]) -> bool:
+    """Return the result of `work` in a forked child; kill a child that exceeds the timeout."""
     child = os.fork()
     if child == 0:
         status = 2
@@ -80,41 +80,44 @@ def forked(work: Callable[[], bool]) -> bool:
             status = 0 if work() else 1
         finally:
             os._exit(status)
-    until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return status == 0
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    raise AssertionError("the child hangs")
+    raise AssertionError("the child exceeded the timeout")
 
 
-def test_a_forked_child_with_one_thread() -> None:
-    """GNU's OpenMP, which is PyTorch's, waits in a forked child for threads that only the parent has, as soon as a loop
-    is parallel, stock's loops as ours. With ``torch.set_num_threads(1)`` in the child there are none. (Workers of a
-    DataLoader do that by themselves.)"""
+def test_forked_child_with_one_thread_does_not_hang() -> None:
+    """Run a model that the parent has already used, in a forked child with one thread.
+
+    In a forked child, GNU OpenMP, which PyTorch uses, waits in the first parallel loop (PyTorch's or this library's)
+    for threads that exist in the parent only. ``torch.set_num_threads(1)`` in the child avoids parallel loops;
+    DataLoader workers call it by default.
+    """
     frozen, x = fused_res.freeze(network()), images(1, 16)
     with torch.no_grad():
         expected = frozen(x)
-    fused_res.fuse(network().train())(x).sum().backward()  # OpenMP's two threads have been at both
+    fused_res.fuse(network().train())(x).sum().backward()  # both models have run with OpenMP's two threads
     trained = train(network(3))
 
     def work() -> bool:
         torch.set_num_threads(1)
         with torch.no_grad():
             logits = frozen(x)
-        return torch.allclose(logits, expected, rtol=1e-4, atol=1e-5) and same(train(network(3)), trained)
+        return torch.allclose(logits, expected, rtol=1e-4, atol=1e-5) and bitwise_equal(train(network(3)), trained)
 
-    assert forked(work)
+    assert run_in_forked_child(work)
     torch.set_num_threads(2)
     with torch.no_grad():
-        assert torch.equal(frozen(x), expected), "the parent goes on"
+        assert torch.equal(frozen(x), expected), "the parent's results changed"
 
 
 class Features(Dataset[Tensor]):
-    """What a model that travels to the workers says about images."""
+    """The logits of a model that is sent to the workers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -128,36 +131,41 @@ class Features(Dataset[Tensor]):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_of_a_data_loader(start: str) -> None:
-    """With models that were used before, frozen and fused."""
+def test_data_loader_workers_run_models(start: str) -> None:
+    """A frozen and a fused model, both used in the parent before, run in DataLoader workers."""
     trained = fused_res.fuse(network().train())
     trained(images(0)).sum().backward()
     for model in (fused_res.freeze(network()), trained.eval()):
         dataset = Features(model)
         expected = [dataset[index] for index in range(6)]
-        loader = DataLoader(dataset, None, num_workers=2, multiprocessing_context=start, timeout=PATIENCE_S)
-        for found, right in zip(loader, expected, strict=True):  # workers have one thread, this process two
-            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+        loader = DataLoader(dataset, None, num_workers=2, multiprocessing_context=start, timeout=TIMEOUT_S)
+        for actual, reference in zip(loader, expected, strict=True):  # workers have one thread, this process two
+            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-5)
 
 
 def _train_shared(model: nn.Module, barrier: Any, results: Any, rank: int) -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
-        results.put(("first", model(images(5)).tolist()))  # no tensor: whose memory would end with this process
-    barrier.wait(PATIENCE_S)
-    if rank == 0:  # the others see what one changes
+        results.put(
+            ("first", model(images(5)).tolist())
+        )  # a list: a tensor's shared memory would be freed when this process ends
+    barrier.wait(TIMEOUT_S)
+    if rank == 0:  # modify the shared tensors once
         with torch.no_grad():
             for tensor in model.state_dict().values():
                 if tensor.is_floating_point():
                     tensor.mul_(0.5)
-    barrier.wait(PATIENCE_S)
+    barrier.wait(TIMEOUT_S)
     with torch.no_grad():
         results.put(("again", model(images(5)).tolist()))
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["fused", "frozen"])
-def test_a_model_in_shared_memory(frozen: bool) -> None:
-    """Two spawned processes read it; and read anew what one of them writes, unless frozen: weights are packed then."""
+def test_model_in_shared_memory(frozen: bool) -> None:
+    """Two spawned processes run one model; after one modifies it, both use the new values.
+
+    A frozen model is exempt: each process caches packed weights.
+    """
     model = fused_res.freeze(network()) if frozen else fused_res.fuse(network()).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -170,14 +178,14 @@ def test_a_model_in_shared_memory(frozen: bool) -> None:
     workers = [context.Process(target=_train_shared, args=(model, barrier, results, rank)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    answers: dict[str, list[Any]] = {"first": [], "again": []}
+    received: dict[str, list[Any]] = {"first": [], "again": []}
     for _ in range(4):
         which, logits = results.get()
-        answers[which].append(logits)
+        received[which].append(logits)
     for worker in workers:
-        worker.join(PATIENCE_S)
+        worker.join(TIMEOUT_S)
     with torch.no_grad():
         after = model(images(5)).tolist()
     assert frozen or after != before
-    assert answers["first"] == [before, before]
-    assert frozen or answers["again"] == [after, after]
+    assert received["first"] == [before, before]
+    assert frozen or received["again"] == [after, after]

@@ -1,4 +1,4 @@
-"""Memory stays where it is over a thousand steps of training and a thousand calls of changing shapes."""
+"""Memory does not grow over 1000 training steps and 1000 frozen calls with varying shapes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MB = 1 << 20
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
+def resident_bytes() -> int:
+    """Return the resident set size of this process in bytes."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
@@ -32,8 +32,8 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def kept() -> int:
-    """Bytes in the cache of freed outputs."""
+def cached_bytes() -> int:
+    """Return the bytes in the cache of freed outputs."""
     if not _extension.loaded:
         return 0
     from fused_res.backends.cpu import output_cache_bytes
@@ -41,7 +41,7 @@ def kept() -> int:
     return output_cache_bytes()
 
 
-def test_a_thousand_steps_of_training() -> None:
+def test_no_memory_growth_over_1000_training_steps() -> None:
     torch.manual_seed(0)
     model = fused_res.fuse(models.cifar_resnet(8, width=4).train().to(memory_format=torch.channels_last))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -52,13 +52,13 @@ def test_a_thousand_steps_of_training() -> None:
         model(x).square().mean().backward()
         optimizer.step()
         if step % 250 == 249:
-            sizes.append((resident(), kept(), len(gc.get_objects())))
+            sizes.append((resident_bytes(), cached_bytes(), len(gc.get_objects())))
     for (bytes, cached, objects), (later, later_cached, later_objects) in itertools.pairwise(sizes):
         assert later - bytes < MB and cached == later_cached and later_objects - objects < 100, sizes
 
 
-def test_a_thousand_calls_of_changing_shapes() -> None:
-    """Prepared calls, plans and packed weights are kept for shapes: not for ever more of them."""
+def test_no_memory_growth_over_1000_calls_with_varying_shapes() -> None:
+    """The caches of inference graphs, plans and packed weights, keyed by shape, are bounded."""
     torch.manual_seed(0)
     frozen = fused_res.freeze(models.cifar_resnet(8, width=4))
     sizes = []
@@ -66,6 +66,6 @@ def test_a_thousand_calls_of_changing_shapes() -> None:
         for call in range(1000):
             frozen(torch.randn(1 + call % 3, 3, 8 + call % 37, 8 + call % 41))
             if call % 250 == 249:
-                sizes.append((resident(), kept(), len(gc.get_objects())))
+                sizes.append((resident_bytes(), cached_bytes(), len(gc.get_objects())))
     for (bytes, cached, _), (later, later_cached, _) in itertools.pairwise(sizes[1:]):
         assert later - bytes < 8 * MB and later_cached <= max(cached, 256 * MB), sizes

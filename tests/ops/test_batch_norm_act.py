@@ -1,4 +1,7 @@
-"""batch_norm_act on every backend against the float64 definition, to the precision contract."""
+"""batch_norm_act on every backend: accuracy against float64, gradients, memory formats, masks and argument checks.
+
+The accuracy criterion is an error against float64 of at most twice that of stock PyTorch.
+"""
 
 import itertools
 import os
@@ -14,10 +17,10 @@ from fused_res.backends.reference.batch_norm_act import batch_norm_act as defini
 from fused_res.backends.reference.batch_norm_act import pack_mask, unpack_mask
 from fused_res.functional import batch_norm_act
 from fused_res.ops import memory_format
-from fused_res.testing import assert_as_exact_as
-from tests.support import batch_norm_checks as contract
-from tests.support.batch_norm_checks import gate, gradients, rounding_of_sums
-from tests.support.cpu_backends import BACKENDS, FAST
+from fused_res.testing import assert_within_stock_error
+from tests.support import batch_norm_checks
+from tests.support.batch_norm_checks import expected_relu_mask, gradients, reduction_error_bound
+from tests.support.cpu_backends import BACKENDS, FAST_BACKENDS
 from tests.support.stock_pytorch import batch_norm_act as stock
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -44,8 +47,11 @@ def formats(rank):
 CASES = [(name, format) for name, shape in SHAPES.items() for format in formats(len(shape))]
 
 
-def contract_cases():
-    """Everything on every backend but the interpreted and the simulated one; Triton's is wrong in bfloat16."""
+def backend_cases():
+    """Return all cases for every backend, but few for the interpreted Triton and the simulated CUDA backend.
+
+    The Triton interpreter computes bfloat16 incorrectly.
+    """
     few = {
         ("image", torch.channels_last),
         ("one channel", torch.contiguous_format),
@@ -58,9 +64,10 @@ def contract_cases():
 
 
 def make(shape, dtype, format=torch.contiguous_format, residual=True, affine=True, seed=0, scaled=False):
-    """Inputs away from zero, with another mean and deviation in every channel; parameters in float32 for 16-bit.
+    """Return tensors, running statistics and an output gradient.
 
-    ``scaled``: the residual is away from zero, too, and has a scale and a shift.
+    Inputs are far from zero, with a different mean and standard deviation in every channel. Parameters are float32 for
+    16-bit inputs. If ``scaled``, the residual is far from zero as well, and has a scale and a shift.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -80,7 +87,7 @@ def make(shape, dtype, format=torch.contiguous_format, residual=True, affine=Tru
     if scaled:
         residual_mean = 100 * randn(shape[1]).view(channels)
         tensors["residual"] = (randn(*shape) + residual_mean).to(dtype)
-        # Exact in `dtype`: stock has to multiply in it.
+        # Representable in `dtype`, because stock PyTorch multiplies in it.
         tensors |= {name: randn(shape[1]).to(dtype).to(wide) for name in ("residual_scale", "residual_shift")}
     running = {"running_mean": (mean + 0.1).to(wide), "running_var": (scale**2 * 1.1).to(wide)}
     return tensors, running, randn(*shape).to(dtype)
@@ -90,25 +97,25 @@ def check(case, dtype, format, training, residual, activation, backend, grad_for
     tensors, running, grad = make(SHAPES[case], dtype, format, residual, scaled=scaled)
     if grad_format is not None:
         grad = grad.contiguous(memory_format=grad_format)
-    contract.check(tensors, running, grad, training, activation, backend)
+    batch_norm_checks.check_batch_norm_act(tensors, running, grad, training, activation, backend)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("case", "format", "dtype", "backend"), contract_cases())
+@pytest.mark.parametrize(("case", "format", "dtype", "backend"), backend_cases())
 def test_precision(case, format, dtype, training, backend):
     for residual, activation in itertools.product((True, False), ("relu", "identity")):
         check(case, dtype, format, training, residual, activation, backend)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("case", "format", "dtype", "backend"), contract_cases())
-def test_precision_of_a_scaled_residual(case, format, dtype, training, backend):
+@pytest.mark.parametrize(("case", "format", "dtype", "backend"), backend_cases())
+def test_precision_with_scaled_residual(case, format, dtype, training, backend):
     for activation in ("relu", "identity"):
         check(case, dtype, format, training, True, activation, backend, scaled=True)
 
 
 def make_pair(shape, dtype, format):
-    """A residual with a norm of its own beside `make`'s: tensors, the running statistics of both, a gradient."""
+    """Return tensors of two norms, of input and residual, the running statistics of both, and an output gradient."""
     tensors, running, grad = make(shape, dtype, format, residual=False)
     other, other_running, _ = make(shape, dtype, format, residual=False, seed=1)
     names = {"input": "residual", "weight": "residual_weight", "bias": "residual_bias"}
@@ -116,8 +123,8 @@ def make_pair(shape, dtype, format):
     return tensors, [list(running.values()), list(other_running.values())], grad
 
 
-def run_pair(kernels, tensors, running, grad, training, relu, wanted=(True,) * 6):
-    """Output, mask and gradients (in the order of `tensors`) by a backend's operators."""
+def run_pair(kernels, tensors, running, grad, training, relu, output_mask=(True,) * 6):
+    """Return output, mask and gradients (in the order of `tensors`), computed by a backend's operators."""
     x, weight, bias, residual, residual_weight, residual_bias = tensors.values()
     residual_stats = kernels.batch_norm_stats(residual, residual_weight, residual_bias, *running[1], training[1], 1e-5)
     y, stats, mask = kernels.batch_norm_act_forward(
@@ -125,7 +132,7 @@ def run_pair(kernels, tensors, running, grad, training, relu, wanted=(True,) * 6
     )
     mask = mask if relu else None
     grads = kernels.batch_norm_act_backward_pair(
-        grad, x, weight, stats, residual, residual_weight, residual_stats, mask, *training, list(wanted)
+        grad, x, weight, stats, residual, residual_weight, residual_stats, mask, *training, list(output_mask)
     )
     dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias = grads
     return y, mask, dict(zip(tensors, (dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias), strict=True))
@@ -161,58 +168,65 @@ def kernels_of(backend):
 
 
 @pytest.mark.parametrize("training", itertools.product((True, False), repeat=2), ids=str)
-@pytest.mark.parametrize(("case", "format", "dtype", "backend"), contract_cases())
-def test_precision_of_a_pair(case, format, dtype, training, backend):
-    """Two norms that meet in the addition, both at means around 100."""
+@pytest.mark.parametrize(("case", "format", "dtype", "backend"), backend_cases())
+def test_precision_of_norm_pair(case, format, dtype, training, backend):
+    """act(norm(input) + norm(residual)), with means around 100 on both sides."""
     tensors, running, grad = make_pair(SHAPES[case], dtype, format)
     for relu in (True, False):
         y, packed, grads = run_pair(kernels_of(backend), tensors, running, grad, training, relu)
         y_stock, grads_stock = stock_pair(tensors, running, grad, training, relu)
         if relu:
             pre, *_ = exact_pair(tensors, running, grad, training, None)
-            passes = gate(pre, y)
-            # Where 16 bits have no number that small, y is 0 though its pre-activation is not.
+            relu_mask = expected_relu_mask(pre, y)
+            # In 16 bits y may underflow to 0 where the pre-activation is positive.
             assert torch.equal(unpack_mask(packed, tensors["input"]) & (y != 0), y > 0)
-            exacts = [exact_pair(tensors, running, grad, training, mask)[1:] for mask in (passes, gate(pre, y_stock))]
+            exacts = [
+                exact_pair(tensors, running, grad, training, mask)[1:]
+                for mask in (relu_mask, expected_relu_mask(pre, y_stock))
+            ]
         else:
             exacts = [exact_pair(tensors, running, grad, training, None)[1:]] * 2
         (y_exact, grads_exact), (y_exact_stock, grads_exact_stock) = exacts
         assert y.stride() == torch.empty_like(tensors["input"]).stride()
-        assert_as_exact_as("output", y, y_stock, y_exact, y_exact_stock)
+        assert_within_stock_error("output", y, y_stock, y_exact, y_exact_stock)
         for name, found in grads.items():
             floor, side = 0.0, int(name.startswith("residual"))
             if "weight" in name or "bias" in name:
                 state = dict(zip(("running_mean", "running_var"), running[side], strict=True))
                 x = tensors[("input", "residual")[side]]
-                floor = rounding_of_sums(x, state, training[side], grad, grads_exact["bias"])
-            assert_as_exact_as(
+                floor = reduction_error_bound(x, state, training[side], grad, grads_exact["bias"])
+            assert_within_stock_error(
                 f"grad {name}", found, grads_stock[name], grads_exact[name], grads_exact_stock[name], floor
             )
 
 
-@pytest.mark.parametrize("backend", FAST)
-def test_pair_gives_the_gradients_that_are_asked_for(backend):
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_pair_returns_requested_gradients_only(backend):
     for format, training in itertools.product(
         (torch.contiguous_format, torch.channels_last), itertools.product((True, False), repeat=2)
     ):
         tensors, running, grad = make_pair((3, 13, 6, 5), torch.float32, format)
-        *_, whole = run_pair(kernels_of(backend), tensors, running, grad, training, True)
-        for wanted in itertools.product((True, False), repeat=6):
-            *_, found = run_pair(kernels_of(backend), tensors, running, grad, training, True, wanted)
-            flags = dict(
-                zip(("input", "residual", "weight", "bias", "residual_weight", "residual_bias"), wanted, strict=True)
+        *_, expected = run_pair(kernels_of(backend), tensors, running, grad, training, True)
+        for output_mask in itertools.product((True, False), repeat=6):
+            *_, found = run_pair(kernels_of(backend), tensors, running, grad, training, True, output_mask)
+            requested = dict(
+                zip(
+                    ("input", "residual", "weight", "bias", "residual_weight", "residual_bias"),
+                    output_mask,
+                    strict=True,
+                )
             )
-            for name, flag in flags.items():
+            for name, flag in requested.items():
                 if flag:
-                    assert torch.equal(found[name], whole[name]), (name, wanted)
+                    assert torch.equal(found[name], expected[name]), (name, output_mask)
                 else:
-                    assert found[name].shape == (0,), (name, wanted)
+                    assert found[name].shape == (0,), (name, output_mask)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_pair_in_mixed_memory_formats(format, backend):
-    """Each gradient comes in the format of its tensor, whatever the others' are."""
+    """Each gradient has the memory format of its tensor, regardless of the other operands' formats."""
     tensors, running, grad = make_pair(SHAPES["image"], torch.float64, format)
     y, _, expected = run_pair(kernels_of(backend), tensors, running, grad, (True, True), True)
     for residual_format, grad_format in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
@@ -226,7 +240,7 @@ def test_pair_in_mixed_memory_formats(format, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_pair_of_16_bit_parameters_and_of_none(backend):
+def test_pair_with_16_bit_parameters_and_without_parameters(backend):
     tensors, running, grad = make_pair(SHAPES["image"], torch.bfloat16, torch.channels_last)
     half = {name: t.bfloat16() for name, t in tensors.items()}
     *_, grads = run_pair(kernels_of(backend), half, running, grad, (True, True), True)
@@ -234,13 +248,13 @@ def test_pair_of_16_bit_parameters_and_of_none(backend):
     none = {name: t if name in ("input", "residual") else None for name, t in tensors.items()}
     ones = {name: t if t is not None else torch.full((35,), float("bias" not in name)) for name, t in none.items()}
     (y, _, grads), (expected_y, _, expected) = (
-        run_pair(kernels_of(backend), these, running, grad, (True, True), True) for these in (none, ones)
+        run_pair(kernels_of(backend), operands, running, grad, (True, True), True) for operands in (none, ones)
     )
     assert torch.equal(y, expected_y) and all(torch.equal(grads[name], expected[name]) for name in grads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_pair_of_nothing(backend):
+def test_pair_with_empty_batch(backend):
     tensors, running, grad = make_pair((0, 4, 5, 5), torch.float32, torch.contiguous_format)
     for training in (True, False):
         y, _, grads = run_pair(kernels_of(backend), tensors, running, grad, (training, training), True)
@@ -248,8 +262,8 @@ def test_pair_of_nothing(backend):
         assert all(g.shape == tensors[name].shape and not g.isnan().any() and not g.any() for name, g in grads.items())
 
 
-@pytest.mark.parametrize("backend", FAST)
-def test_forward_apply_and_inference_normalise_the_residual_alike(backend):
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_forward_apply_and_inference_are_bitwise_equal(backend):
     kernels = kernels_of(backend)
     for (case, format), dtype in itertools.product(CASES, DTYPES):
         tensors, running, _ = make_pair(SHAPES[case], dtype, format)
@@ -272,10 +286,10 @@ def test_without_affine_parameters(backend):
     torch.testing.assert_close(found, batch_norm_act(**tensors | ones, **running, training=True, backend=backend))
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_mixed_memory_formats(format, backend):
-    """residual and grad_output come in the other layout (make() leaves them contiguous)."""
+    """residual and grad_output have the other memory format (those of make() are contiguous)."""
     check("image", torch.float32, format, True, True, "relu", backend)
     check("image", torch.float32, format, True, True, "relu", backend, grad_format=torch.channels_last)
 
@@ -289,7 +303,7 @@ def test_strided_input(backend):
     torch.testing.assert_close(batch_norm_act(**views, **running, training=True, backend=backend), dense)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("residual", [True, False, "scaled"])
 def test_gradcheck(training, residual, backend):
@@ -307,28 +321,28 @@ def test_gradcheck(training, residual, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masks_of_inputs_in_any_order_of_memory(backend):
-    """With as many channels as pixels, so that bits in the wrong order would fit, too."""
+def test_relu_masks_of_permuted_inputs(backend):
+    """With as many channels as pixels, a mask in the wrong order has the right shape too."""
     tensors, running, grad = make((3, 16, 4, 4), torch.float32)
     for order in ((0, 2, 3, 1), (3, 0, 1, 2), (1, 0, 3, 2)):
         back = [order.index(dim) for dim in range(4)]
         for gap in (1, 2):
             x = tensors["input"].permute(order).repeat_interleave(gap, 3)[..., ::gap].permute(back)
-            contract.check(tensors | {"input": x}, running, grad, True, "relu", backend)
+            batch_norm_checks.check_batch_norm_act(tensors | {"input": x}, running, grad, True, "relu", backend)
 
 
 def other_instruction_sets():
-    """The one that this machine's tests run anyway is marked full."""
-    own = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    """Return all instruction sets; this machine's own, which the other tests use, is marked `full`."""
+    native = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
     for isa in ("baseline", "avx2", "avx512"):
-        yield pytest.param(isa, marks=pytest.mark.full) if isa == own else isa
+        yield pytest.param(isa, marks=pytest.mark.full) if isa == native else isa
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 class TestCpuKernels:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
-    def test_same_bits_for_any_number_of_threads(self, dtype, format):
+    def test_bitwise_equal_for_any_number_of_threads(self, dtype, format):
         tensors, running, grad = make((8, 70, 31, 33), dtype, format)
         scaled, *_ = make((8, 70, 31, 33), dtype, format, scaled=True)
         pair, states, _ = make_pair((8, 70, 31, 33), dtype, format)
@@ -338,8 +352,8 @@ class TestCpuKernels:
             for threads in (1, 2, 3, 2):
                 torch.set_num_threads(threads)
                 found.append([])
-                for these in (tensors, scaled):
-                    mine = {k: t.clone().requires_grad_() for k, t in these.items()}
+                for operands in (tensors, scaled):
+                    mine = {k: t.clone().requires_grad_() for k, t in operands.items()}
                     state = {k: t.clone() for k, t in running.items()}
                     y = batch_norm_act(**mine, **state, training=True, backend="cpu")
                     found[-1] += [y, *gradients(y, mine, grad).values(), *state.values()]
@@ -355,7 +369,7 @@ class TestCpuKernels:
     def test_instruction_sets(self, isa):
         run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
         precision = "(test_precision and (image or matrix) and cpu and (float32 or bfloat16))"
-        select = f"{precision} or any_number_of_threads or normalise_agree"
+        select = f"{precision} or any_number_of_threads or recomputed_output"
         environment = os.environ | {"FUSED_RES_CPU_ISA": isa}
         command = [sys.executable, "-c", run, "-q", "-x", "-k", select, "-p", "no:cacheprovider", __file__]
         probe = [sys.executable, "-c", "import fused_res"]
@@ -364,7 +378,7 @@ class TestCpuKernels:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
-    def test_forward_and_recomputed_normalise_agree(self):
+    def test_recomputed_output_is_bitwise_equal(self):
         tensors, _, _ = make((8, 64, 17, 17), torch.float32, torch.channels_last, residual=False)
         kernels = kernels_of("cpu")
         y, stats, _ = kernels.batch_norm_act_forward(
@@ -372,8 +386,8 @@ class TestCpuKernels:
         )
         assert torch.equal(y, kernels.batch_norm_act_apply(tensors["input"], stats, None, None, True, False)[0])
 
-    def test_operators(self):
-        """opcheck on the raw operators, detached; shapes and strides of fakes are part of it."""
+    def test_opcheck(self):
+        """opcheck also compares the shapes and strides of the fake implementations."""
         namespace = torch.ops.fused_res_cpu
         for format, relu in itertools.product((torch.contiguous_format, torch.channels_last), (True, False)):
             tensors, running, grad = make((2, 5, 4, 3), torch.float32, format)
@@ -388,11 +402,11 @@ class TestCpuKernels:
             args = (x, residual, stats, weight, bias, *state, True, 1e-5, relu, relu)
             torch.library.opcheck(namespace.batch_norm_act_forward.default, args)
             mask = mask if relu else None
-            for wanted in ([True] * 6, [False, True, False, True, True, False]):
-                pair = (grad, x, weight, stats, residual, None, stats, mask, True, False, wanted)
+            for output_mask in ([True] * 6, [False, True, False, True, True, False]):
+                pair = (grad, x, weight, stats, residual, None, stats, mask, True, False, output_mask)
                 torch.library.opcheck(namespace.batch_norm_act_backward_pair.default, pair)
-            for wanted in ([True] * 4, [True, False, False, True]):
-                backward = (grad, x, weight, stats, mask, True, relu, wanted)
+            for output_mask in ([True] * 4, [True, False, False, True]):
+                backward = (grad, x, weight, stats, mask, True, relu, output_mask)
                 torch.library.opcheck(namespace.batch_norm_act_backward.default, backward)
             for residual_stats in (None, stats):
                 inference = (x.clone(), residual, residual_stats, weight, bias, *state, 1e-5, relu)
@@ -403,7 +417,7 @@ class TestCpuKernels:
                 namespace.update_running_stats.default, ([state[0].clone()], [state[1].clone()], [stats], [0.1])
             )
 
-    def test_operators_check_what_they_are_given(self):
+    def test_operators_check_their_arguments(self):
         kernels = kernels_of("cpu")
         tensors, running, grad = make((2, 5, 4, 3), torch.float32)
         x, residual, weight, bias = tensors.values()
@@ -420,7 +434,7 @@ class TestCpuKernels:
                     grad, x, weight, stats, bad, weight, stats, None, True, True, [True] * 6
                 )
 
-    def test_every_operator_agrees_with_the_reference(self):
+    def test_every_operator_matches_the_reference(self):
         kernels = [kernels_of(name) for name in ("cpu", "reference")]
         for format in (torch.contiguous_format, torch.channels_last):
             tensors, running, grad = make((3, 13, 6, 5), torch.float64, format)
@@ -472,10 +486,10 @@ def test_empty_batch(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scaled", [True, False])
-def test_only_the_gradients_that_are_asked_for(scaled, backend):
+def test_gradient_of_a_single_tensor(scaled, backend):
     tensors, running, grad = make((3, 4, 5, 5), torch.float64, scaled=scaled)
-    whole = {k: t.clone().requires_grad_() for k, t in tensors.items()}
-    expected = gradients(batch_norm_act(**whole, **running, training=True, backend=backend), whole, grad)
+    leaves = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+    expected = gradients(batch_norm_act(**leaves, **running, training=True, backend=backend), leaves, grad)
     for name in tensors:
         one = tensors | {name: tensors[name].clone().requires_grad_()}
         y = batch_norm_act(**one, **running, training=True, backend=backend)
@@ -504,7 +518,7 @@ def test_torch_compile(scaled, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_function_transforms(backend):
-    """They look inside, so the reference runs; per-sample gradients and forward mode agree with reverse mode."""
+    """torch.func runs the reference; per-sample gradients and forward mode agree with reverse mode."""
     tensors, running, _ = make((3, 4, 5, 5), torch.float64, residual=False)
     x, weight, bias = tensors["input"], tensors["weight"], tensors["bias"]
     state = running["running_mean"], running["running_var"]
@@ -520,17 +534,17 @@ def test_function_transforms(backend):
     scaled, *_ = make((3, 4, 5, 5), torch.float64, scaled=True)
     scale = scaled.pop("residual_scale")
 
-    def of_scale(scale):
+    def loss_of_scale(scale):
         return batch_norm_act(**scaled, **running, residual_scale=scale, backend=backend).sin().sum()
 
-    _, tangent = torch.func.jvp(of_scale, (scale,), (scale,))
-    (by_kernel,) = torch.autograd.grad(of_scale(scale.requires_grad_()), scale)
-    torch.testing.assert_close(tangent, by_kernel @ scale)
+    _, tangent = torch.func.jvp(loss_of_scale, (scale,), (scale,))
+    (kernel_grad,) = torch.autograd.grad(loss_of_scale(scale.requires_grad_()), scale)
+    torch.testing.assert_close(tangent, kernel_grad @ scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scaled", [True, False])
-def test_saves_no_running_buffer_and_writes_no_saved_tensor(scaled, backend):
+def test_running_statistics_are_not_saved_and_saved_tensors_not_written(scaled, backend):
     tensors, running, grad = make((3, 4, 5, 5), torch.float32, scaled=scaled)
     mine = {k: t.clone().requires_grad_() for k, t in tensors.items()}
     saved = []
@@ -546,17 +560,17 @@ def test_saves_no_running_buffer_and_writes_no_saved_tensor(scaled, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saves_the_residual_only_for_the_gradient_of_its_scale(backend):
+def test_residual_is_saved_only_if_its_scale_requires_grad(backend):
     tensors, running, grad = make((3, 4, 5, 5), torch.float64, scaled=True)
-    for learned in (True, False):
-        mine = {k: t.clone().requires_grad_(learned or "residual_" not in k) for k, t in tensors.items()}
+    for requires_grad in (True, False):
+        mine = {k: t.clone().requires_grad_(requires_grad or "residual_" not in k) for k, t in tensors.items()}
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
             y = batch_norm_act(**mine, **running, training=True, backend=backend)
-        assert (mine["residual"].data_ptr() in saved) == learned
-        wanted = [t for t in mine.values() if t.requires_grad]
-        twin = stock(**mine, **running, training=True, activation="relu")
-        torch.testing.assert_close(torch.autograd.grad(y, wanted, grad), torch.autograd.grad(twin, wanted, grad))
+        assert (mine["residual"].data_ptr() in saved) == requires_grad
+        leaves = [t for t in mine.values() if t.requires_grad]
+        y_stock = stock(**mine, **running, training=True, activation="relu")
+        torch.testing.assert_close(torch.autograd.grad(y, leaves, grad), torch.autograd.grad(y_stock, leaves, grad))
 
 
 X = torch.randn(2, 3, 4, 4)
@@ -564,7 +578,7 @@ V = torch.ones(3)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "error", "message"),
     [
         ({"input": torch.randn(3)}, ValueError, "input must have 2 to 5 dimensions"),
         ({"input": X.int()}, TypeError, "input must be one of float32"),
@@ -572,7 +586,7 @@ V = torch.ones(3)
         ({"weight": torch.ones(4)}, ValueError, r"weight must have the shape \(3,\), got \(4,\)"),
         ({"running_var": torch.ones(2)}, ValueError, "running_var must have the shape"),
         ({"running_var": None}, ValueError, "running_mean and running_var must both"),
-        ({"running_mean": None, "running_var": None, "training": False}, ValueError, "are needed when training"),
+        ({"running_mean": None, "running_var": None, "training": False}, ValueError, "are required when training"),
         ({"bias": torch.ones(3, dtype=torch.float64)}, TypeError, "bias must be of input's dtype"),
         ({"residual": torch.randn(2, 3, 4, 5)}, ValueError, "residual must have input's shape"),
         ({"residual": torch.randn(2, 3, 1, 1)}, ValueError, "residual must have input's shape"),
@@ -580,7 +594,7 @@ V = torch.ones(3)
         ({"residual": X.to("meta")}, ValueError, "residual must be on cpu"),
         ({"residual": X, "residual_scale": V}, ValueError, "residual_scale and residual_shift must both be given"),
         ({"residual": X, "residual_shift": V}, ValueError, "residual_scale and residual_shift must both be given"),
-        ({"residual_scale": V, "residual_shift": V}, ValueError, "residual_shift are given without a residual"),
+        ({"residual_scale": V, "residual_shift": V}, ValueError, "residual_shift require a residual"),
         (
             {"residual": X, "residual_scale": torch.ones(4), "residual_shift": V},
             ValueError,
@@ -603,9 +617,9 @@ V = torch.ones(3)
         ({"momentum": "much"}, TypeError, "momentum must be a number"),
         ({"momentum": float("nan")}, ValueError, "momentum must be finite"),
         ({"eps": None}, TypeError, "eps must be a number, got None"),
-        ({"eps": -1e-5}, ValueError, "eps must be 0 or more"),
-        ({"eps": float("nan")}, ValueError, "eps must be 0 or more"),
-        ({"eps": 0.0}, ValueError, "eps must be above 0 when training"),
+        ({"eps": -1e-5}, ValueError, "eps must be finite and non-negative"),
+        ({"eps": float("nan")}, ValueError, "eps must be finite and non-negative"),
+        ({"eps": 0.0}, ValueError, "eps must be positive when training"),
         ({"training": "yes"}, TypeError, "training must be True or False, got 'yes'"),
         ({"running_mean": [0.0] * 3}, TypeError, "running_mean must be a torch.Tensor, got list"),
         ({"weight": torch.nn.BatchNorm2d(3)}, TypeError, "weight must be a torch.Tensor, got BatchNorm2d"),
@@ -621,17 +635,17 @@ V = torch.ones(3)
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_input_is_refused_before_anything_is_written(change, error, words, backend):
+def test_invalid_arguments_raise_before_anything_is_written(change, error, message, backend):
     mean, var = torch.zeros(3), torch.ones(3)
     arguments = {"input": X, "running_mean": mean, "running_var": var, "training": True, "backend": backend} | change
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         batch_norm_act(**arguments)
     assert not mean.any() and torch.equal(var, torch.ones(3))
 
 
-def test_masks_pack_to_the_shape_that_fakes_promise():
+def test_packed_mask_has_the_shape_of_the_fake():
     for case, format in CASES:
         mask = (torch.randn(SHAPES[case]) > 0).contiguous(memory_format=format)
         packed = pack_mask(mask)
-        assert tuple(packed.shape) == memory_format.packed_shape(mask)
+        assert tuple(packed.shape) == memory_format.relu_mask_shape(mask)
         assert torch.equal(unpack_mask(packed, mask), mask)

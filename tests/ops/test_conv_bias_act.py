@@ -1,4 +1,7 @@
-"""conv_bias_act on every backend against float64, to the precision contract."""
+"""conv_bias_act on every backend: accuracy against float64, memory formats, packed weights and argument checks.
+
+The accuracy criterion is an error against float64 of at most twice that of stock PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fused_res
 from fused_res import ops
 from fused_res.backends import registry
-from fused_res.dispatch import PackedWeight, Problem, Selected
+from fused_res.dispatch import PackedWeight, Problem, Selection
 from fused_res.functional import conv_bias_act
-from fused_res.testing import assert_as_exact_as
-from tests.support.cpu_backends import FAST as BACKENDS
-from tests.support.stock_pytorch import CONVOLUTIONS
+from fused_res.testing import assert_within_stock_error
+from tests.support.cpu_backends import FAST_BACKENDS as BACKENDS
+from tests.support.stock_pytorch import CONV_BY_RANK
 from tests.support.stock_pytorch import conv_bias_act as stock
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-#: input's shape, outputs, kernel, and what is not the default
+#: Name -> input shape, output channels, kernel size, and options other than the defaults.
 CASES: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], dict[str, Any]]] = {
     "3x3": ((2, 35, 9, 7), 100, (3, 3), {"padding": 1}),
     "1x1": ((3, 100, 5, 6), 35, (1, 1), {}),
@@ -41,35 +44,35 @@ CASES: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], dict[str, Any]]] =
 }
 
 
-def make(case: str, dtype: torch.dtype, mean: float = 1.0) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Input (away from zero), weight, bias and residual in ``dtype``; and how to convolve."""
-    shape, outputs, kernel, options = CASES[case]
+def make_conv_case(case: str, dtype: torch.dtype, mean: float = 1.0) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return input (far from zero), weight, bias and residual in ``dtype``, and the convolution's options."""
+    shape, out_channels, kernel, options = CASES[case]
     generator = torch.Generator().manual_seed(sum(shape))
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
-    weight = randn(outputs, shape[1] // options.get("groups", 1), *kernel)
+    weight = randn(out_channels, shape[1] // options.get("groups", 1), *kernel)
     tensors = {
         "input": randn(*shape) + mean,
         "weight": weight / weight[0].numel() ** 0.5,
-        "bias": randn(outputs) * max(mean, 1),
+        "bias": randn(out_channels) * max(mean, 1),
     }
-    convolution = CONVOLUTIONS[len(shape)]
+    convolution = CONV_BY_RANK[len(shape)]
     tensors["residual"] = randn(*convolution(tensors["input"], tensors["weight"], **options).shape) + mean
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}, options
 
 
-def check(tensors: dict[str, Tensor], options: dict[str, Any], backend: str) -> Tensor:
+def check_conv_bias_act(tensors: dict[str, Tensor], options: dict[str, Any], backend: str) -> Tensor:
     with torch.no_grad():
         ours = conv_bias_act(**tensors, **options, backend=backend)
         theirs = stock(**tensors, **options)
         exact = stock(**{name: tensor.double() for name, tensor in tensors.items()}, **options)
-    assert_as_exact_as("output", ours, theirs, exact)
+    assert_within_stock_error("output", ours, theirs, exact)
     return ours
 
 
-def is_rows(tensor: Tensor) -> bool:
+def is_channels_last_contiguous(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
 
 
@@ -78,7 +81,7 @@ def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-#: What is no image, the kernels for GPUs leave to ATen, which on a CPU gives it another layout than on a GPU.
+#: The GPU kernels are 2D. Other convolutions run in ATen, whose output has another layout on a CPU than on a GPU.
 ON_BACKENDS = [
     (case, backend) for case in CASES for backend in BACKENDS if backend != "cuda" or len(CASES[case][2]) == 2
 ]
@@ -88,18 +91,18 @@ ON_BACKENDS = [
 @pytest.mark.parametrize(("case", "backend"), ON_BACKENDS)
 class TestPrecision:
     @pytest.mark.parametrize("parts", ["", "bias", "residual", "bias residual"])
-    def test_parts(self, case: str, parts: str, dtype: torch.dtype, backend: str) -> None:
-        tensors, options = make(case, dtype)
-        kept = {name: t for name, t in tensors.items() if name in ("input", "weight") or name in parts.split()}
+    def test_optional_operands(self, case: str, parts: str, dtype: torch.dtype, backend: str) -> None:
+        tensors, options = make_conv_case(case, dtype)
+        operands = {name: t for name, t in tensors.items() if name in ("input", "weight") or name in parts.split()}
         for activation in ("relu", "identity"):
-            assert check(kept, options | {"activation": activation}, backend).is_contiguous()
+            assert check_conv_bias_act(operands, options | {"activation": activation}, backend).is_contiguous()
 
     def test_channels_last_and_a_large_mean(self, case: str, dtype: torch.dtype, backend: str) -> None:
-        tensors, options = make(case, dtype, mean=100.0)
+        tensors, options = make_conv_case(case, dtype, mean=100.0)
         format = CHANNELS_LAST.get(tensors["input"].dim(), torch.contiguous_format)
         wide = {name: t.contiguous(memory_format=format) if t.dim() > 1 else t for name, t in tensors.items()}
-        output = check(wide, options, backend)
-        assert torch.equal(output, check(wide | {"residual": tensors["residual"]}, options, backend))
+        output = check_conv_bias_act(wide, options, backend)
+        assert torch.equal(output, check_conv_bias_act(wide | {"residual": tensors["residual"]}, options, backend))
         assert output.is_contiguous(memory_format=format)
 
 
@@ -109,18 +112,18 @@ class TestLayout:
     @pytest.mark.parametrize("input", [False, True])
     @pytest.mark.parametrize("weight", [False, True])
     @pytest.mark.parametrize("residual", [False, True])
-    def test_rows_if_input_or_weight_is(
+    def test_channels_last_output_if_input_or_weight_is(
         self, case: str, input: bool, weight: bool, residual: bool, backend: str
     ) -> None:
-        tensors, options = make(case, torch.float32)
-        for name, rows in (("input", input), ("weight", weight), ("residual", residual)):
-            if rows:
+        tensors, options = make_conv_case(case, torch.float32)
+        for name, channels_last in (("input", input), ("weight", weight), ("residual", residual)):
+            if channels_last:
                 tensors[name] = tensors[name].contiguous(memory_format=CHANNELS_LAST[tensors[name].dim()])
-        output = check(tensors, options, backend)
-        assert is_rows(output) == (input or weight) and output.is_contiguous() != (input or weight)
+        output = check_conv_bias_act(tensors, options, backend)
+        assert is_channels_last_contiguous(output) == (input or weight) and output.is_contiguous() != (input or weight)
 
     def test_one_channel_with_gaps(self, backend: str) -> None:
-        """Is not channels_last, though its stride is 1: in bfloat16 stock itself is wrong for volumes laid out so."""
+        """A channel of stride 1 is not channels_last: stock bfloat16 is wrong for 3D inputs with such strides."""
         gapped = torch.empty(2, 3, 1, 1, 2, dtype=torch.bfloat16)[..., :1].permute(0, 4, 2, 1, 3)
         x = gapped.copy_(torch.randn(2, 1, 1, 3, 1))
         weight = torch.randn(7, 1, 2, 1, 2).bfloat16()
@@ -129,105 +132,105 @@ class TestLayout:
         torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2)
 
     def test_strided_views(self, backend: str) -> None:
-        tensors, options = make("3x3", torch.float32)
+        tensors, options = make_conv_case("3x3", torch.float32)
         for view in (
             tensors["input"][:, :, ::2],
             tensors["input"].transpose(2, 3),
             tensors["input"][:1].expand(4, -1, -1, -1),
         ):
-            check({"input": view, "weight": tensors["weight"], "bias": tensors["bias"]}, options, backend)
+            check_conv_bias_act({"input": view, "weight": tensors["weight"], "bias": tensors["bias"]}, options, backend)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("case", ["3x3", "groups", "volume"])
     def test_strided_bias(self, case: str, dtype: torch.dtype, backend: str) -> None:
-        tensors, options = make(case, dtype)
-        spread = torch.full((2 * len(tensors["bias"]),), float("nan"), dtype=dtype)[::2]
-        tensors["bias"] = spread.copy_(tensors["bias"])
-        for rows in (False, True):
-            if rows:
+        tensors, options = make_conv_case(case, dtype)
+        strided = torch.full((2 * len(tensors["bias"]),), float("nan"), dtype=dtype)[::2]
+        tensors["bias"] = strided.copy_(tensors["bias"])
+        for channels_last in (False, True):
+            if channels_last:
                 tensors["input"] = tensors["input"].contiguous(memory_format=CHANNELS_LAST[tensors["input"].dim()])
-            check(tensors, options, backend)
+            check_conv_bias_act(tensors, options, backend)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
     def test_empty_batch(self, dtype: torch.dtype, format: torch.memory_format, backend: str) -> None:
-        tensors, options = make("3x3", dtype)
+        tensors, options = make_conv_case("3x3", dtype)
         tensors |= {name: tensors[name][:0].contiguous(memory_format=format) for name in ("input", "residual")}
-        assert check(tensors, options, backend).shape == tensors["residual"].shape
+        assert check_conv_bias_act(tensors, options, backend).shape == tensors["residual"].shape
 
-    def test_nothing_that_was_given_is_written(self, backend: str) -> None:
+    def test_arguments_are_not_written(self, backend: str) -> None:
         for case in ("3x3", "groups", "sequence"):
             for dtype in (torch.float32, torch.float64):
-                tensors, options = make(case, dtype)
+                tensors, options = make_conv_case(case, dtype)
                 before = {name: tensor.clone() for name, tensor in tensors.items()}
-                check(tensors, options, backend)
+                check_conv_bias_act(tensors, options, backend)
                 assert all(torch.equal(tensors[name], before[name]) for name in tensors)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
 class TestPackedWeights:
-    """What a frozen layer hands to the cpu backend instead of its weight."""
+    """Packed weights, which a frozen layer passes to the CPU backend instead of its weight."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("case", [case for case in CASES if case != "sequence"])
-    def test_same_result(self, case: str, dtype: torch.dtype) -> None:
-        tensors, options = make(case, dtype)
+    def test_result_is_as_accurate_as_stock(self, case: str, dtype: torch.dtype) -> None:
+        tensors, options = make_conv_case(case, dtype)
         input, weight = tensors["input"], tensors["weight"]
         rank = input.dim() - 2
 
-        def keep(selected: Selected, problem: Problem, input: Tensor) -> PackedWeight:
+        def get_weight(selected: Selection, problem: Problem, input: Tensor) -> PackedWeight:
             if selected.algorithm.pack is None:
-                pytest.skip(f"oneDNN does not compute in {dtype} here")
+                pytest.skip(f"oneDNN does not support {dtype} on this machine")
             return PackedWeight(selected.algorithm.pack(problem, input, weight), weight.shape)
 
-        how = [options.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+        geometry = [options.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
         for residual in (None, tensors["residual"]):
-            arguments = (tensors["bias"], residual, *how, options.get("groups", 1), "relu", "cpu", keep)
+            arguments = (tensors["bias"], residual, *geometry, options.get("groups", 1), "relu", "cpu", get_weight)
             output = fused_res.functional.packed_conv_bias_act(input, weight, *arguments)
-            parts = tensors | {"residual": residual}
-            exact = stock(**{name: t if t is None else t.double() for name, t in parts.items()}, **options)
-            assert_as_exact_as("output", output, stock(**parts, **options), exact)
-            assert is_rows(output) or rank == 1
+            operands = tensors | {"residual": residual}
+            exact = stock(**{name: t if t is None else t.double() for name, t in operands.items()}, **options)
+            assert_within_stock_error("output", output, stock(**operands, **options), exact)
+            assert is_channels_last_contiguous(output) or rank == 1
 
-    def test_onednn_switched_off(self) -> None:
-        tensors, options = make("3x3", torch.float32)
+    def test_onednn_is_not_selected_when_disabled(self) -> None:
+        tensors, options = make_conv_case("3x3", torch.float32)
         with torch.backends.mkldnn.flags(enabled=False):
             for layout in CHANNELS_LAST[4], torch.contiguous_format:
-                given = tensors | {"input": tensors["input"].contiguous(memory_format=layout)}
-                how = given["input"], given["weight"], ((1, 1), (1, 1), (1, 1), 1), "planned", True
-                ours = layout is CHANNELS_LAST[4]  # the kernels of this library do not need oneDNN
-                _, selected = registry.select("cpu", "inference", *how)
-                assert (selected.name != "aten") == ours and selected.name != "onednn"
+                operands = tensors | {"input": tensors["input"].contiguous(memory_format=layout)}
+                arguments = operands["input"], operands["weight"], ((1, 1), (1, 1), (1, 1), 1), "planned", True
+                supported = layout is CHANNELS_LAST[4]  # by this library's kernels, which do not need oneDNN
+                _, selected = registry.select("cpu", "inference", *arguments)
+                assert (selected.name != "aten") == supported and selected.name != "onednn"
                 with fused_res.backends.use("auto", winograd=False):
-                    check(given, options, "cpu")
+                    check_conv_bias_act(operands, options, "cpu")
 
 
 class TestOperator:
     @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("rows", [False, True])
+    @pytest.mark.parametrize("channels_last", [False, True])
     @pytest.mark.parametrize("case", ["3x3", "groups", "one image", "sequence", "volume"])
-    def test_opcheck(self, case: str, rows: bool, dtype: torch.dtype) -> None:
+    def test_opcheck(self, case: str, channels_last: bool, dtype: torch.dtype) -> None:
         fused_res.backends.resolve("cpu", torch.device("cpu"))  # defines the operator
-        tensors, options = make(case, dtype)
+        tensors, options = make_conv_case(case, dtype)
         input, rank = tensors["input"], tensors["input"].dim() - 2
-        if rows and rank > 1:
+        if channels_last and rank > 1:
             input = input.contiguous(memory_format=CHANNELS_LAST[rank + 2])
 
-        def each(name: str, default: int) -> list[int]:
+        def expand(name: str, default: int) -> list[int]:
             value = options.get(name, default)
             return [value] * rank if isinstance(value, int) else list(value)
 
-        how = (each("stride", 1), each("padding", 0), each("dilation", 1), options.get("groups", 1))
+        geometry = (expand("stride", 1), expand("padding", 0), expand("dilation", 1), options.get("groups", 1))
         for bias, residual in ((tensors["bias"], tensors["residual"]), (None, None)):
             torch.library.opcheck(
                 torch.ops.fused_res_cpu.conv_bias_act.default,
-                (input, tensors["weight"], bias, residual, *how, True),
+                (input, tensors["weight"], bias, residual, *geometry, True),
             )
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_compile(self, backend: str) -> None:
-        tensors, options = make("3x3", torch.float32)
+        tensors, options = make_conv_case("3x3", torch.float32)
 
         def function(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
             return conv_bias_act(input, weight, bias, residual, **options, backend=backend)
@@ -252,7 +255,7 @@ class TestOperator:
         for output, x in zip(outputs, inputs, strict=True):
             torch.testing.assert_close(output, stock(x, weight))
 
-    def test_the_helper_runs_eagerly_without_the_dispatcher(self) -> None:
+    def test_python_operator_bypasses_the_dispatcher_for_plain_tensors(self) -> None:
         calls = []
 
         def implementation(tensors: list[Tensor], *_: Any) -> None:
@@ -261,28 +264,28 @@ class TestOperator:
         library = "fused_res_test"
         ops.define(library)
         try:
-            call = ops.operator(library, "update_running_stats", implementation, "CPU")
+            call = ops.register_python_operator(library, "update_running_stats", implementation, "CPU")
             one = torch.ones(3)
             call([one], [one], [one], [0.1])
             torch.ops.fused_res_test.update_running_stats([one], [one], [one], [0.1])
             with FakeTensorMode() as mode:
                 fake = mode.from_tensor(one)
                 call([fake], [fake], [fake], [0.1])
-            assert calls == [Tensor, Tensor]  # not with a fake one
+            assert calls == [Tensor, Tensor]  # no call with a fake tensor
         finally:
-            del ops._libraries[library]
+            del ops.library._libraries[library]
 
 
 class TestAutocast:
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_casts_as_conv2d(self, backend: str) -> None:
-        tensors, options = make("3x3", torch.float32)
+    def test_casts_like_conv2d(self, backend: str) -> None:
+        tensors, options = make_conv_case("3x3", torch.float32)
         half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
         expected = conv_bias_act(**half, **options, backend=backend)
         mixed = tensors | {"weight": half["weight"]}
         with torch.autocast("cpu", torch.bfloat16):
-            for given in (tensors, half, mixed):
-                assert torch.equal(conv_bias_act(**given, **options, backend=backend), expected)
+            for operands in (tensors, half, mixed):
+                assert torch.equal(conv_bias_act(**operands, **options, backend=backend), expected)
             wide = {name: tensor.double() for name, tensor in tensors.items()}
             assert conv_bias_act(**wide, **options, backend=backend).dtype == torch.float64
 
@@ -297,7 +300,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"input": [1.0]}, TypeError, "input must be a torch.Tensor, got list"),
         ({"input": torch.ones(2, 4, 6, 6, dtype=torch.int32)}, TypeError, "input must be one of float32"),
         ({"input": torch.ones(2, 4)}, ValueError, r"input must have 3 to 5 dimensions \(N, C, ...\), got 2"),
-        ({"input": torch.ones(2, 4, 6)}, ValueError, "weight must have 3 dimensions as input has, got 4"),
+        ({"input": torch.ones(2, 4, 6)}, ValueError, "weight must have 3 dimensions like input, got 4"),
         ({"input": torch.ones(2, 3, 6, 6)}, ValueError, r"input must have 4 channels .* groups=1, got 3"),
         (
             {"input": torch.ones(2, 4, 2, 6)},
@@ -305,21 +308,25 @@ def arguments(**changes: Any) -> dict[str, Any]:
             r"input of size \(2, 6\) is too small for a kernel of \(3, 3\)",
         ),
         ({"weight": torch.ones(8, 4, 3, 3).double()}, TypeError, "weight must have input's dtype torch.float32"),
-        ({"weight": torch.ones(8, 4, 3, 3, device="meta")}, ValueError, "weight must be on cpu as input is, got meta"),
+        ({"weight": torch.ones(8, 4, 3, 3, device="meta")}, ValueError, "weight must be on cpu like input, got meta"),
         ({"bias": torch.ones(4)}, ValueError, r"bias must have the shape \(8,\), got \(4,\)"),
         ({"bias": torch.ones(8).bfloat16()}, TypeError, "bias must have input's dtype torch.float32"),
         ({"residual": torch.ones(2, 8, 1, 4)}, ValueError, r"residual must have the shape \(2, 8, 4, 4\), got"),
         ({"residual": torch.ones(2, 8, 4, 4).half()}, TypeError, "residual must have input's dtype torch.float32"),
-        ({"stride": 0}, ValueError, "stride must be a whole number of at least 1, or 2 of them, got 0"),
+        ({"stride": 0}, ValueError, "stride must be an integer >= 1, or 2 of them, got 0"),
         ({"stride": (1, 1, 1)}, ValueError, "stride must be"),
         ({"stride": 1.5}, ValueError, "stride must be"),
         ({"dilation": (0, 1)}, ValueError, "dilation must be"),
-        ({"padding": -1}, ValueError, "padding must be a whole number of at least 0"),
-        ({"padding": "full"}, ValueError, "padding must be 'same', 'valid' or whole numbers, got 'full'"),
-        ({"padding": "same", "stride": 2}, ValueError, "padding='same' must be as much on both sides"),
-        ({"groups": 0}, ValueError, "groups must be a whole number of at least 1, got 0"),
+        ({"padding": -1}, ValueError, "padding must be an integer >= 0"),
+        ({"padding": "full"}, ValueError, "padding must be 'same', 'valid' or integers, got 'full'"),
+        ({"padding": "same", "stride": 2}, ValueError, "padding='same' must be symmetric"),
+        ({"groups": 0}, ValueError, "groups must be a positive integer, got 0"),
         ({"groups": 2}, ValueError, r"input must have 8 channels .* groups=2, got 4"),
-        ({"weight": torch.ones(6, 1, 3, 3), "groups": 4, "bias": None}, ValueError, "6 channels, which groups=4"),
+        (
+            {"weight": torch.ones(6, 1, 3, 3), "groups": 4, "bias": None},
+            ValueError,
+            "6 output channels, which groups=4",
+        ),
         ({"activation": "gelu"}, ValueError, "activation must be one of"),
         ({"backend": "cudnn"}, ValueError, "backend must be one of"),
         ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
@@ -327,13 +334,13 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"bias": [0.0] * 8}, TypeError, "bias must be a torch.Tensor, got list"),
         ({"residual": 1.0}, TypeError, "residual must be a torch.Tensor, got float"),
         ({"stride": [1, [1]]}, ValueError, "stride must be"),
-        ({"groups": [1]}, ValueError, r"groups must be a whole number of at least 1, got \[1\]"),
+        ({"groups": [1]}, ValueError, r"groups must be a positive integer, got \[1\]"),
         ({"input": torch.ones(2, 4, 6, 6).to_sparse()}, TypeError, "input must be a strided tensor"),
     ],
 )
-def test_bad_arguments(changes: dict[str, Any], error: Any, message: str) -> None:
+def test_invalid_arguments_raise(changes: dict[str, Any], error: Any, message: str) -> None:
     for autocast in (False, True):
-        # Which casts what there is to cast, and would find dtypes alike.
+        # Autocast casts all operands to one dtype, so that a wrong dtype is not an error.
         if not (autocast and "dtype" in message):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(error, match=message):
                 conv_bias_act(**arguments(**changes))
@@ -341,11 +348,11 @@ def test_bad_arguments(changes: dict[str, Any], error: Any, message: str) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["input", "weight", "bias", "residual"])
-def test_gradients_are_refused(name: str, backend: str) -> None:
-    given = arguments(residual=torch.ones(2, 8, 4, 4))
-    given[name] = given[name].requires_grad_()
-    with pytest.raises(RuntimeError, match=f"conv_bias_act is for inference, and {name} requires a gradient"):
-        conv_bias_act(**given, backend=backend)
+def test_operands_that_require_grad_raise(name: str, backend: str) -> None:
+    operands = arguments(residual=torch.ones(2, 8, 4, 4))
+    operands[name] = operands[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"conv_bias_act is for inference, but {name} requires a gradient"):
+        conv_bias_act(**operands, backend=backend)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            assert not conv_bias_act(**given, backend=backend).requires_grad
+            assert not conv_bias_act(**operands, backend=backend).requires_grad

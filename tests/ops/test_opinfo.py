@@ -1,4 +1,4 @@
-"""PyTorch's own sample inputs for batch_norm and conv2d, through our functions, against stock: values and gradients."""
+"""Compare values and gradients with stock PyTorch on PyTorch's OpInfo sample inputs for batch_norm and conv2d."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.nn import functional as F
 import fused_res
 from fused_res import BlockSpec, UnitSpec
 from fused_res.functional import batch_norm_act, conv_bias_act, residual_block
-from tests.support.cpu_backends import FAST
+from tests.support.cpu_backends import FAST_BACKENDS
 
-BACKENDS = [name for name in FAST if name != "cuda"]
+BACKENDS = [name for name in FAST_BACKENDS if name != "cuda"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 TOLERANCES: dict[torch.dtype, dict[str, float]] = {
     torch.float64: {},
     torch.float32: {"rtol": 1e-4, "atol": 1e-4},
-    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},  # stock rounds between its operations
+    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},  # stock PyTorch rounds between its operations
 }
 
 
-#: In a process of its own: what it imports forbids the rest of this one to set torch.backends' flags.
+#: Runs in a separate process, because its imports freeze the flags of torch.backends for the whole process.
 DRAW = """
 import sys, torch
 from torch.testing._internal.common_methods_invocations import op_db
@@ -49,22 +49,22 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
 
 
 def compare(ours: Any, theirs: Any, tensors: list[Tensor | None], dtype: torch.dtype) -> None:
-    """Two functions of the tensors: what they return, and the gradients of all that want one."""
+    """Compare the results of two functions of the tensors, and the gradients of the tensors that require grad."""
     results = []
     for function in (ours, theirs):
         mine = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
         y = function(*mine)
-        wanted = [t for t in mine if t is not None and t.requires_grad]
+        leaves = [t for t in mine if t is not None and t.requires_grad]
         grad = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
         state = [t for t in mine if t is not None and not t.requires_grad]
-        results.append([y.detach(), *torch.autograd.grad(y, wanted, grad), *state])
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, grad), *state])
     torch.testing.assert_close(results[0], results[1], **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batch_norm(backend: str, dtype: torch.dtype, samples: dict[Any, list[Any]]) -> None:
-    """All are offered but one, whose input is channels alone, without a batch."""
+    """All samples are supported except inputs without a batch dimension, ``(C,)``."""
     count = 0
     for x, state, options in samples["nn.functional.batch_norm", dtype]:
         affine = state[2:] or (options.get("weight"), options.get("bias"))
@@ -83,7 +83,7 @@ def test_batch_norm(backend: str, dtype: torch.dtype, samples: dict[Any, list[An
             rest = {k: v for k, v in options.items() if k not in ("weight", "bias")}
             return F.batch_norm(x, mean, var, weight, bias, **rest)
 
-        # Running statistics are constants, whatever the samples ask for them.
+        # Running statistics are constants, although the samples require their gradients.
         state = [None if t is None else t.detach() for t in state[:2]]
         compare(ours, theirs, [x, *state, *affine], dtype)
         count += 1
@@ -91,13 +91,13 @@ def test_batch_norm(backend: str, dtype: torch.dtype, samples: dict[Any, list[An
 
 
 def convolutions(samples: list[Any]) -> list[tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]]:
-    """Input, weight, bias, and all else by name."""
+    """Return input, weight, bias and keyword options of each conv2d sample."""
     names = ("stride", "padding", "dilation", "groups")
     found = []
     for x, (weight, *rest), options in samples:
         bias = rest[0] if rest else options.get("bias")
-        given = dict(zip(names, rest[1:], strict=False)) | {k: v for k, v in options.items() if k in names}
-        found.append((x, weight, bias, given))
+        keywords = dict(zip(names, rest[1:], strict=False)) | {k: v for k, v in options.items() if k in names}
+        found.append((x, weight, bias, keywords))
     return found
 
 
@@ -106,33 +106,33 @@ def convolutions(samples: list[Any]) -> list[tuple[Tensor, Tensor, Tensor | None
 def test_conv2d(backend: str, dtype: torch.dtype, samples: dict[Any, list[Any]]) -> None:
     count = 0
     for x, weight, bias, options in convolutions(samples["nn.functional.conv2d", dtype]):
-        refusal = refused(x, options)
+        error = expected_error(x, options)
         with torch.no_grad(), fused_res.backends.use("auto", winograd=False):
-            if refusal is None:
+            if error is None:
                 y = conv_bias_act(x, weight, bias, activation="identity", backend=backend, **options)
                 torch.testing.assert_close(y, F.conv2d(x, weight, bias, **options), **TOLERANCES[dtype])
                 count += 1
             else:
-                with pytest.raises(ValueError, match=refusal):
+                with pytest.raises(ValueError, match=error):
                     conv_bias_act(x, weight, bias, activation="identity", backend=backend, **options)
     assert count >= 10
 
 
-def refused(x: Tensor, options: dict[str, Any]) -> str | None:
-    """What conv_bias_act says to what it does not offer."""
-    if x.dim() == 3:  # an image without a batch; three dimensions are a batch of sequences
-        return "weight must have 3 dimensions as input has, got 4"
-    if options.get("padding") == "same":  # of an even kernel, or with a stride
-        return "padding='same' must be as much on both sides"
+def expected_error(x: Tensor, options: dict[str, Any]) -> str | None:
+    """Return the error message of conv_bias_act for an unsupported sample, or None for a supported one."""
+    if x.dim() == 3:  # an unbatched image; conv_bias_act interprets three dimensions as (N, C, L)
+        return "weight must have 3 dimensions like input, got 4"
+    if options.get("padding") == "same":  # the samples have an even kernel, or a stride
+        return "padding='same' must be symmetric"
     return None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_conv2d_with_gradients(backend: str, samples: dict[Any, list[Any]]) -> None:
-    """As the convolution of a block whose norm leaves everything as it is."""
+    """Run the convolution as a block whose norm is the identity."""
     for x, weight, bias, options in convolutions(samples["nn.functional.conv2d", torch.float64]):
         if x.dim() == 3 or isinstance(options.get("padding"), str):
-            continue  # a UnitSpec has numbers
+            continue  # a UnitSpec requires integers
         pairs = {k: (v, v) if isinstance(v, int) else tuple(v) for k, v in options.items() if k != "groups"}
         unit = UnitSpec(**pairs, groups=options.get("groups", 1), eps=0.0, activation="identity")
         one, zero = torch.ones(weight.shape[0]).double(), torch.zeros(weight.shape[0]).double()

@@ -1,4 +1,4 @@
-"""The package's layers: a module imports only from the layers below its own, so that there are no import cycles."""
+"""Layering of the package: a module imports only from lower layers, so that there are no import cycles."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ import fused_res
 
 ROOT = Path(fused_res.__file__).parent
 
-#: From the bottom to the top; the members of one layer do not import each other.
+#: Layers from bottom to top; modules of one layer do not import each other.
 LAYERS = (
     ("_torch_compat", "env"),
     ("_extension", "ops"),
@@ -30,7 +30,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 
 def imported(file: Path) -> set[str]:
-    """The modules of fused_res that a file imports, at its top or inside a function."""
+    """Return the modules of fused_res that a file imports, at module level or inside functions."""
     modules = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -43,7 +43,7 @@ def imported(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_module_imports_only_lower_layers(file: Path):
+def test_module_imports_only_lower_layers(file: Path):
     own = file.relative_to(ROOT).parts[0].removesuffix(".py")
     for module in imported(file):
         _, *rest = module.split(".")

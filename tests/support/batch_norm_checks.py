@@ -1,4 +1,4 @@
-"""batch_norm_act under the precision contract: float64 says what is right, stock PyTorch how far off one may be."""
+"""Check batch_norm_act by the accuracy criterion: compared with float64, errors may be twice stock PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from fused_res import ops
-from fused_res.backends.reference.batch_norm_act import batch_norm_act as definition
+from fused_res.backends.reference.batch_norm_act import batch_norm_act as reference_batch_norm_act
 from fused_res.functional import batch_norm_act
-from fused_res.testing import assert_as_exact_as
+from fused_res.testing import assert_within_stock_error
 from tests.support import stock_pytorch as stock
 
 Tensors = dict[str, Tensor | None]
 
 
 def gradients(output: Tensor, tensors: Tensors, grad: Tensor) -> dict[str, Tensor]:
-    wanted = {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
-    if not wanted:
+    """Return the gradients of all `tensors` that require grad, by name, for the output gradient `grad`."""
+    differentiable = {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
+    if not differentiable:
         return {}
-    return dict(zip(wanted, torch.autograd.grad(output, list(wanted.values()), grad), strict=True))
+    return dict(zip(differentiable, torch.autograd.grad(output, list(differentiable.values()), grad), strict=True))
 
 
-def exact(
+def float64_reference(
     tensors: Tensors,
     running: Tensors,
     grad: Tensor,
@@ -32,28 +33,50 @@ def exact(
     mask: Tensor | None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Output and gradients in float64, for a given ReLU mask (None: no ReLU)."""
+    """Compute the reference in float64.
+
+    Args:
+        tensors: input, residual, weight, bias and, for a normalised residual, residual_scale and residual_shift.
+        running: running_mean and running_var.
+        grad: gradient of the output.
+        training: whether to normalise with batch statistics.
+        mask: ReLU mask, or None for no ReLU.
+        eps: epsilon of the norm.
+
+    Returns:
+        The output before the ReLU, the output, and the gradients by name.
+    """
     wide: Any = {k: None if t is None else t.detach().double().requires_grad_() for k, t in tensors.items()}
     state = {k: None if t is None else t.double() for k, t in running.items()}
-    y, *_ = definition(**wide, **state, training=training, eps=eps, relu=False)
+    y, *_ = reference_batch_norm_act(**wide, **state, training=training, eps=eps, relu=False)
     pre = y.detach()
     y = y if mask is None else y * mask
     return pre, y.detach(), gradients(y, wide, grad.double())
 
 
-def gate(pre: Tensor, y: Tensor) -> Tensor:
-    """What passes the ReLU: within rounding of zero each side may decide as it likes, and is judged by its own mask."""
+def expected_relu_mask(pre: Tensor, y: Tensor) -> Tensor:
+    """Return the ReLU mask that the output `y` should have, as float64 0 or 1.
+
+    Within rounding of zero either value is correct, and the mask is taken from `y` itself.
+
+    Args:
+        pre: float64 reference of the output before the ReLU.
+        y: the output under test.
+    """
     largest = pre.abs().max() if pre.numel() else 0.0
     near = pre.abs() <= 64 * torch.finfo(y.dtype).eps * (1 + largest)
     return torch.where(near, y.detach() > 0, pre > 0).double()
 
 
-def rounding_of_sums(
+def reduction_error_bound(
     x: Tensor, running: Tensors, training: bool, grad: Tensor, grad_bias: Tensor, eps: float = 1e-5
 ) -> float:
-    """What a channel's sums may be off by, whoever adds them: M terms as large as the gradients, each rounded; and in
-    `grad weight`, the saved mean, which is rounded to the statistics' dtype, times the sum of the gradients. In one
-    channel or a few, stock may by luck be far better than that."""
+    """Return a bound on the rounding error of a channel's reductions that is valid for any summation order.
+
+    A reduction adds N*H*W rounded terms of the size of the gradients; `grad weight` also has the rounding error of the
+    saved mean (in the statistics' dtype) times the sum of the gradients. With one channel or a few, stock PyTorch's
+    error can by chance be far below this bound.
+    """
     dims = [0, *range(2, x.dim())]
     wide = x.double()
     mean, var = running["running_mean"], running["running_var"]
@@ -66,12 +89,12 @@ def rounding_of_sums(
     return torch.finfo(ops.stats_dtype(x.dtype)).eps * (terms + rounded)
 
 
-def copies(tensors: Tensors, wanted: Iterable[str]) -> Tensors:
-    """The same tensors in the same memory layout, of which some learn."""
-    return {k: None if t is None else t.detach().requires_grad_(k in wanted) for k, t in tensors.items()}
+def detach_with_grad(tensors: Tensors, grad_names: Iterable[str]) -> Tensors:
+    """Return detached aliases of `tensors`, of which those in `grad_names` require grad."""
+    return {k: None if t is None else t.detach().requires_grad_(k in grad_names) for k, t in tensors.items()}
 
 
-def check(
+def check_batch_norm_act(
     tensors: Tensors,
     running: Tensors,
     grad: Tensor,
@@ -81,16 +104,26 @@ def check(
     *,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    wanted: Iterable[str] | None = None,
+    grad_names: Iterable[str] | None = None,
 ) -> None:
-    """Output, the gradients of what is ``wanted`` (all of it), and running statistics, which are not written to here.
+    """Check output, gradients and updated running statistics of batch_norm_act on a backend.
 
-    ``tensors``: input, residual, weight, bias and, where it has them, residual_scale and residual_shift.
+    No argument is written to: the running statistics are copied first.
+
+    Args:
+        tensors: input, residual, weight, bias and, for a normalised residual, residual_scale and residual_shift.
+        running: running_mean and running_var.
+        grad: gradient of the output.
+        training: whether to normalise with batch statistics.
+        activation: ``"relu"`` or ``"identity"``.
+        backend: name of the backend.
+        momentum, eps: parameters of the norm.
+        grad_names: names of the tensors that require grad; default all.
     """
     x = tensors["input"]
     assert x is not None
-    wanted = set(tensors if wanted is None else wanted)
-    # Stock 2.13 reads strided running statistics as if they were dense, in the backward of an evaluation.
+    grad_names = set(tensors if grad_names is None else grad_names)
+    # PyTorch 2.13 reads strided running statistics as if they were contiguous, in the backward pass of evaluation mode.
     dense = {k: t if t is None or t.dim() > 1 else t.contiguous() for k, t in (tensors | running).items()}
     functions: list[tuple[Callable[..., Tensor], Tensors, Tensors]] = [
         (lambda **kw: batch_norm_act(**kw, backend=backend), tensors, running),
@@ -99,63 +132,69 @@ def check(
     given = {k: t.detach().clone() for k, t in (tensors | {"grad": grad}).items() if t is not None}
     results = []
     for function, its_tensors, its_running in functions:
-        mine = copies(its_tensors, wanted)
-        state = {k: None if t is None else clone(t) for k, t in its_running.items()}
-        y = function(**mine, **state, training=training, activation=activation, momentum=momentum, eps=eps)
-        y_gradients = gradients(y, mine, grad)
+        leaves = detach_with_grad(its_tensors, grad_names)
+        state = {k: None if t is None else clone_strided(t) for k, t in its_running.items()}
+        y = function(**leaves, **state, training=training, activation=activation, momentum=momentum, eps=eps)
+        y_gradients = gradients(y, leaves, grad)
         for name, value in given.items():
             now = (tensors | {"grad": grad})[name]
-            assert now is not None and same_bits(now, value), f"{name} has been written"
+            assert now is not None and equal_including_nan(now, value), f"{name} was modified"
         mask = None
         if activation == "relu":
-            mask = gate(exact(tensors, running, grad, training, None, eps)[0], y)
-        right = exact(tensors, running, grad, training, mask, eps)
-        results.append((y.detach(), y_gradients, state, right))
-    (ours, our_grads, our_state, (_, y, grads)), (theirs, their_grads, their_state, (_, y_stock, grads_stock)) = results
-    assert ours.stride() == torch.empty_like(x).stride()
-    assert our_grads.keys() == their_grads.keys()
-    if x.numel() == 0:  # stock's gradients of parameters are NaN or arbitrary then
-        assert all(not t.isnan().any() and not t.any() for t in our_grads.values())
-        assert all(t is None or torch.equal(t, our_state[k]) for k, t in running.items())
+            mask = expected_relu_mask(float64_reference(tensors, running, grad, training, None, eps)[0], y)
+        reference = float64_reference(tensors, running, grad, training, mask, eps)
+        results.append((y.detach(), y_gradients, state, reference))
+    # Each has a reference of its own: the ReLU masks differ where the values before the ReLU are zero up to rounding.
+    (actual, actual_grads, actual_state, (_, y, grads)), (stock_y, stock_grads, stock_state, (_, y_2, grads_2)) = (
+        results
+    )
+    assert actual.stride() == torch.empty_like(x).stride()
+    assert actual_grads.keys() == stock_grads.keys()
+    if x.numel() == 0:  # stock PyTorch's parameter gradients are NaN or arbitrary for an empty batch
+        assert all(not t.isnan().any() and not t.any() for t in actual_grads.values())
+        assert all(t is None or torch.equal(t, actual_state[k]) for k, t in running.items())
         return
-    assert_as_exact_as("output", ours, theirs, y, y_stock)
-    for name in our_grads:
+    assert_within_stock_error("output", actual, stock_y, y, y_2)
+    for name in actual_grads:
         floor = 0.0
         if name in ("weight", "bias", "residual_shift"):
-            floor = rounding_of_sums(x, running, training, grad, grads["bias" if "bias" in grads else name], eps)
-        if name == "residual_scale":  # a sum of products as large as the residual
+            floor = reduction_error_bound(x, running, training, grad, grads["bias" if "bias" in grads else name], eps)
+        if name == "residual_scale":  # a reduction of terms as large as the residual
             residual = tensors["residual"]
             assert residual is not None
             values, largest = x.numel() / x.shape[1], residual.double().abs().max().item()
             floor = torch.finfo(ops.stats_dtype(x.dtype)).eps * values**0.5 * largest
-        assert_as_exact_as(f"grad {name}", our_grads[name], their_grads[name], grads[name], grads_stock[name], floor)
-    check_running(x, running, our_state, their_state, training, momentum)
+        assert_within_stock_error(
+            f"grad {name}", actual_grads[name], stock_grads[name], grads[name], grads_2[name], floor
+        )
+    check_running_stats(x, running, actual_state, stock_state, training, momentum)
 
 
-def check_running(
-    x: Tensor, running: Tensors, ours: Tensors, theirs: Tensors, training: bool, momentum: float = 0.1
+def check_running_stats(
+    x: Tensor, running: Tensors, actual_state: Tensors, stock_state: Tensors, training: bool, momentum: float = 0.1
 ) -> None:
+    """Check updated running statistics; `running` are their values before the update."""
     for name, value in running.items():
-        mine, other = ours[name], theirs[name]
-        if value is None or mine is None or other is None:
+        actual, other = actual_state[name], stock_state[name]
+        if value is None or actual is None or other is None:
             continue
         expected, floor = value.double(), 0.0
         if training and x.numel():
             var, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())])
             expected = (1 - momentum) * expected + momentum * (mean if name == "running_mean" else var)
             if name == "running_mean":
-                # A mean is a sum of values as large as the deviation, which may cancel.
+                # A mean is a sum of terms as large as the standard deviation, which can cancel.
                 floor = momentum * torch.finfo(ops.stats_dtype(x.dtype)).eps * var.max().sqrt().item()
-        assert_as_exact_as(name, mine, other, expected, floor=floor)
+        assert_within_stock_error(name, actual, other, expected, floor=floor)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, NaN included."""
+def equal_including_nan(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal, with NaN equal to NaN."""
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def clone(tensor: Tensor) -> Tensor:
-    """A copy that lies in its memory as the tensor does in its own."""
+def clone_strided(tensor: Tensor) -> Tensor:
+    """Return a copy with the same strides, overlapping ones included."""
     elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     copy = tensor.new_zeros(elements).as_strided(tensor.shape, tensor.stride())
     return copy.copy_(tensor)

@@ -1,11 +1,11 @@
-"""The backends that take CPU tensors here: compiled for them, interpreted (Triton) or simulated (CUDA C++)."""
+"""Backends that accept CPU tensors here: the CPU backends, interpreted Triton and simulated CUDA C++."""
 
 from fused_res.backends import cuda, registry, triton
 
 #: Fast enough for a test of hundreds of calls.
-FAST = [name for name in ("reference", "cpu") if registry.unavailable(name) is None]
-if cuda.simulating() and registry.unavailable("cuda") is None:
-    FAST.append("cuda")
-BACKENDS = [*FAST]
-if triton.interpreting() and registry.unavailable("triton") is None:
+FAST_BACKENDS = [name for name in ("reference", "cpu") if registry.unavailable(name) is None]
+if cuda.is_simulated() and registry.unavailable("cuda") is None:
+    FAST_BACKENDS.append("cuda")
+BACKENDS = [*FAST_BACKENDS]
+if triton.is_interpreted() and registry.unavailable("triton") is None:
     BACKENDS.append("triton")

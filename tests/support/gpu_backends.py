@@ -1,5 +1,7 @@
-"""The backends for GPUs in tests: on a GPU where there is one, else Triton interpreted and CUDA C++ simulated on CPU
-tensors, on guarded memory."""
+"""GPU backends under test: on a GPU if there is one, else on CPU tensors with guard pages.
+
+Without a GPU, Triton's interpreter runs the Triton kernels, and the simulator (``tools/cuda_sim``) those in CUDA C++.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,11 @@ if not BACKENDS:
     )
 
 
-def cases(dtypes: Sequence[torch.dtype]) -> list[Any]:
-    """Backend and dtype, but for Triton's interpreter and bfloat16, in which that is wrong: see tools/ptx."""
+def backend_dtype_params(dtypes: Sequence[torch.dtype]) -> list[Any]:
+    """Return pytest parameters for every backend and dtype.
+
+    bfloat16 is omitted for Triton's interpreter, whose bfloat16 arithmetic is incorrect; ``tools/ptx`` covers it.
+    """
     return [
         pytest.param(backend, dtype, id=f"{backend}-{dtype}")
         for backend in BACKENDS
@@ -30,14 +35,17 @@ def cases(dtypes: Sequence[torch.dtype]) -> list[Any]:
     ]
 
 
-def guarded(backend: str) -> contextlib.AbstractContextManager[None]:
-    """Where an access out of bounds ends the process; on a GPU, compute-sanitizer's task."""
+def guarded_memory(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which an out-of-bounds access ends the process.
+
+    On a GPU the context does nothing: compute-sanitizer checks accesses there.
+    """
     if DEVICE.type == "cuda":
         return contextlib.nullcontext()
     if backend == "triton":
-        from tests.support.guard_pages import guarded_launches
+        from tests.support.guard_pages import launches_with_guard_pages
 
-        return guarded_launches()
-    from tools.cuda_sim.simulator import run_time
+        return launches_with_guard_pages()
+    from tools.cuda_sim.simulator import load_simulator
 
-    return run_time().guarded()
+    return load_simulator().guard_allocations()

@@ -1,4 +1,4 @@
-"""Launches whose tensors lie against pages that must not be touched: an access out of bounds ends the process."""
+"""Tensors and Triton launches with guard pages: an out-of-bounds access ends the process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _FAILED = ctypes.c_void_p(-1).value
 
 
-class Guarded:
-    """A copy of a tensor that ends where a forbidden page begins, or begins where one ends."""
+class GuardedTensor:
+    """A copy of a tensor that is adjacent to an inaccessible page.
 
-    def __init__(self, tensor: Tensor, at_end: bool) -> None:
+    Args:
+        tensor: tensor to copy; :meth:`close` copies the contents back.
+        before_upper_guard: whether the copy ends at the upper guard page; else it begins at the end of the lower one.
+    """
+
+    def __init__(self, tensor: Tensor, before_upper_guard: bool) -> None:
         self.original = tensor
         page = mmap.PAGESIZE
         elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -36,7 +41,7 @@ class Guarded:
         assert self.base not in (None, _FAILED)
         for guard in (self.base, self.base + page + inside):
             assert _libc.mprotect(guard, page, 0) == 0
-        start = self.base + page + (inside - bytes if at_end else 0)
+        start = self.base + page + (inside - bytes if before_upper_guard else 0)
         if bytes:
             buffer = (ctypes.c_char * bytes).from_address(start)
             flat = torch.frombuffer(buffer, dtype=tensor.dtype)
@@ -53,17 +58,19 @@ class Guarded:
 
 
 @contextlib.contextmanager
-def guarded_launches() -> Iterator[None]:
-    """Every launch inside runs on guarded copies, in turn against a page behind them and one before."""
+def launches_with_guard_pages() -> Iterator[None]:
+    """Run every launch in this context on guarded copies, alternating between the upper and the lower guard page."""
     count = 0
 
     def run(kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         nonlocal count
         count += 1
-        copies = {id(a): Guarded(a, at_end=bool(count % 2)) for a in arguments if isinstance(a, Tensor)}
+        copies = {
+            id(a): GuardedTensor(a, before_upper_guard=bool(count % 2)) for a in arguments if isinstance(a, Tensor)
+        }
         kernel[grid](*(copies[id(a)].copy if id(a) in copies else a for a in arguments), **options)
         for copy in copies.values():
             copy.close()
 
-    with launch.observed(run):
+    with launch.intercept_launches(run):
         yield

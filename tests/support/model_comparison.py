@@ -1,4 +1,4 @@
-"""Two models with the same weights, step by step: outputs, gradients and state must agree."""
+"""Compare a fused model with its stock PyTorch counterpart over training steps: outputs, gradients and state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from fused_res import functional
 from fused_res.nn import chain
 
-#: float64 leaves nothing to rounding but its order: any mistake is orders of magnitude larger.
-RELATIVE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 5e-2}
+#: In float64 only the order of rounding differs: any error in the implementation is orders of magnitude larger.
+RELATIVE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 5e-2}
 
 
 def assert_near(actual: Tensor | None, expected: Tensor | None, name: str, tolerance: float | None = None) -> None:
-    """Close in the largest element, relative to the largest expected one."""
+    """Check that the largest absolute difference is small relative to the largest expected value."""
     assert (actual is None) == (expected is None), name
     if actual is None or expected is None:
         return
@@ -28,13 +28,21 @@ def assert_near(actual: Tensor | None, expected: Tensor | None, name: str, toler
     assert torch.equal(actual.isfinite(), expected.isfinite()), name
     error = (actual - expected).abs().max().item() if expected.numel() else 0.0
     scale = expected.abs().max().item() if expected.numel() else 0.0
-    # Some gradients are zero but for rounding (a bias before a norm) and have no scale of their own.
-    limit = (tolerance or RELATIVE[expected.dtype]) * (scale + 0.1)
-    assert error <= limit, f"{name}: off by {error:.3e}, values up to {scale:.3e}"
+    # Some gradients are zero up to rounding (a bias before a norm) and have no scale of their own.
+    limit = (tolerance or RELATIVE_TOLERANCE[expected.dtype]) * (scale + 0.1)
+    assert error <= limit, f"{name}: error {error:.3e}, values up to {scale:.3e}"
 
 
-def assert_agree(fused: nn.Module, stock: nn.Module, input: Tensor, steps: int = 2, **extra: Any) -> None:
-    """Trains both for some steps if they have something to train, and compares all that can be seen."""
+def assert_models_match(fused: nn.Module, stock: nn.Module, input: Tensor, steps: int = 2, **extra: Any) -> None:
+    """Run both models for some steps and compare outputs, gradients and state; train them if they have parameters.
+
+    Args:
+        fused: the model under test.
+        stock: the same model with stock PyTorch operators and equal weights.
+        input: the input of step 0; each further step adds 0.1. Its gradient is compared if it requires grad.
+        steps: number of steps.
+        extra: keyword arguments of the models.
+    """
     trained = [p for p in stock.parameters() if p.requires_grad]
     optimizers = (
         [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3) for model in (fused, stock)]
@@ -51,18 +59,22 @@ def assert_agree(fused: nn.Module, stock: nn.Module, input: Tensor, steps: int =
             for output in outputs:
                 output.backward(grad)
             assert_near(inputs[0].grad, inputs[1].grad, f"input's gradient in step {step}")
-            for (name, ours), theirs in zip(fused.named_parameters(), stock.parameters(), strict=True):
-                assert_near(ours.grad, theirs.grad, f"gradient of {name} in step {step}")
-        for (name, ours), (key, theirs) in zip(fused.state_dict().items(), stock.state_dict().items(), strict=True):
+            for (name, actual), expected in zip(fused.named_parameters(), stock.parameters(), strict=True):
+                assert_near(actual.grad, expected.grad, f"gradient of {name} in step {step}")
+        for (name, actual), (key, expected) in zip(fused.state_dict().items(), stock.state_dict().items(), strict=True):
             assert name == key
-            assert_near(ours, theirs, f"{name} behind step {step}")
+            assert_near(actual, expected, f"{name} after step {step}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
 
-def lively(model: nn.Module) -> Any:
-    """Norms that do something: fresh ones change nothing in evaluation, and timm's zeros hide what is in a block."""
+def randomize_norms(model: nn.Module) -> Any:
+    """Randomise weights, biases and running statistics of all batch norms in place, and return the model.
+
+    Newly initialised norms are the identity in evaluation, and timm's zero-initialised last norms hide a block's
+    residual branch.
+    """
     torch.manual_seed(3)
     for norm in model.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
@@ -75,7 +87,7 @@ def lively(model: nn.Module) -> Any:
 
 
 def small_resnet(kind: str = "BasicBlock", planes: Sequence[int] = (8, 6, 4, 8), **options: Any) -> Any:
-    """torchvision's ResNet with one block a stage and few channels."""
+    """Return torchvision's ResNet with one block per stage and few channels, in float64."""
     from torchvision.models import resnet
 
     torch.manual_seed(0)
@@ -94,8 +106,11 @@ def small_resnet(kind: str = "BasicBlock", planes: Sequence[int] = (8, 6, 4, 8),
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[list[str]]:
-    """Collects which fused functions run inside; without it a test could compare stock with stock."""
+def record_fused_calls() -> Iterator[list[str]]:
+    """Record the names of the fused functions that are called in the block.
+
+    Without this check a test could compare stock PyTorch with itself.
+    """
     calls: list[str] = []
 
     def spy(name: str) -> Any:
@@ -107,14 +122,14 @@ def counted() -> Iterator[list[str]]:
 
         return call
 
-    class Spied:
+    class FunctionalSpy:
         residual_block = staticmethod(spy("residual_block"))
         batch_norm_act = staticmethod(spy("batch_norm_act"))
-        recomputing = staticmethod(functional.recomputing)
+        is_recomputing = staticmethod(functional.is_recomputing)
         autocast_dtype = staticmethod(functional.autocast_dtype)
 
     original = chain.functional
-    chain.functional = Spied  # type: ignore[assignment]
+    chain.functional = FunctionalSpy  # type: ignore[assignment]
     try:
         yield calls
     finally:

@@ -1,4 +1,4 @@
-"""The public functions as ``torch.nn.functional`` computes them, with their arguments."""
+"""Stock PyTorch implementations of the public functions, with the same arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from fused_res import BlockSpec
 
-CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+#: The convolution function by the rank of the input.
+CONV_BY_RANK = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 def batch_norm_act(
@@ -46,7 +47,7 @@ def residual_block(
 
     def unit(index: int, x: Tensor) -> Tensor:
         u, (weight, bias, *norm, mean, var) = spec.convolutions[index], tensors[6 * index : 6 * index + 6]
-        z = CONVOLUTIONS[x.dim()](x, weight, bias, u.stride, u.padding, u.dilation, u.groups)
+        z = CONV_BY_RANK[x.dim()](x, weight, bias, u.stride, u.padding, u.dilation, u.groups)
         return F.batch_norm(z, mean, var, *norm, flags[index], momenta[index], u.eps)
 
     y = x
@@ -68,6 +69,6 @@ def conv_bias_act(
     activation: str = "relu",
     **options: Any,
 ) -> Tensor:
-    y = CONVOLUTIONS[input.dim()](input, weight, bias, **options)
+    y = CONV_BY_RANK[input.dim()](input, weight, bias, **options)
     y = y if residual is None else y + residual
     return F.relu(y) if activation == "relu" else y

@@ -1,4 +1,4 @@
-"""The simulator of CUDA itself: what its words do, which rules it enforces, and that planted bugs are found."""
+"""The CUDA simulator: its built-ins, the rules that it enforces, and detection of deliberate bugs."""
 
 import ctypes
 import importlib.util
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools.cuda_sim.simulator import RunTime, build, run_time
+from tools.cuda_sim.simulator import SimulatorLibrary, build, load_simulator
 
 SCHEDULES = pytest.mark.parametrize("schedule", range(4))
 
@@ -25,25 +25,25 @@ class Args(ctypes.Structure):
     )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which brings CUDA's headers")
-def test_the_simulator_is_there():
-    """With all that `make test` installs, no test of CUDA C++ is skipped for want of it."""
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which contains CUDA's headers")
+def test_simulator_builds():
+    """With the dependencies of `make test`, no test of CUDA C++ is skipped because the simulator is missing."""
     assert not isinstance(library := build(), str), library
 
 
 @pytest.fixture(scope="module")
-def units():
-    path = build("fused_res_sim_units")
+def unit_kernels():
+    path = build("fused_res_sim_unit_kernels")
     if isinstance(path, str):
         pytest.skip(path)
-    return RunTime(path)
+    return SimulatorLibrary(path)
 
 
 @pytest.fixture
-def launch(units):
-    """Launches a kernel of cuda_sim/units.cu; raises its error."""
-    units.library.fused_res_sim_unit.restype = ctypes.c_char_p
-    units.library.fused_res_sim_unit.argtypes = (
+def launch(unit_kernels):
+    """Launch a kernel of tools/cuda_sim/unit_kernels.cu, and raise its error."""
+    unit_kernels.library.fused_res_sim_run_unit_kernel.restype = ctypes.c_char_p
+    unit_kernels.library.fused_res_sim_run_unit_kernel.argtypes = (
         ctypes.c_char_p,
         ctypes.c_uint * 3,
         ctypes.c_uint,
@@ -57,8 +57,8 @@ def launch(units):
         pointers = {k: v.ctypes.data if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
         args = Args(counter=counter.ctypes.data, **pointers)
         grid = (ctypes.c_uint * 3)(*grid)
-        with units.schedule(schedule):
-            error = units.library.fused_res_sim_unit(
+        with unit_kernels.schedule(schedule):
+            error = unit_kernels.library.fused_res_sim_run_unit_kernel(
                 name.encode(), grid, threads, shared, ctypes.byref(args), cooperative
             )
         if error:
@@ -68,7 +68,7 @@ def launch(units):
 
 
 def aligned(values):
-    """A copy at an address that is a multiple of 16."""
+    """Return a copy at an address that is a multiple of 16."""
     buffer = np.empty(values.nbytes + 16, "u1")
     start = -buffer.ctypes.data % 16
     copy = buffer[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
@@ -80,7 +80,7 @@ def aligned(values):
 def test_every_thread_of_every_block_runs_once(launch, schedule):
     grid, threads = (5, 3, 2), 70
     out = np.zeros((30, threads), "u4")
-    launch("where", grid=grid, threads=threads, out=out, schedule=schedule)
+    launch("thread_indices", grid=grid, threads=threads, out=out, schedule=schedule)
     np.testing.assert_array_equal(out, (np.arange(30) << 10)[:, None] | np.arange(threads))
 
 
@@ -110,7 +110,7 @@ def test_votes(launch, schedule):
 
 
 def random_operand(rows, columns, kind):
-    """Values that the type holds, and the same as float64."""
+    """Return random values in a type, and the same values in float64."""
     values = np.random.default_rng(0).normal(3, 2, (rows, columns)).astype("f4")
     if kind == "f16":
         return aligned(values.astype("f2")), values.astype("f2").astype("f8")
@@ -121,21 +121,21 @@ def random_operand(rows, columns, kind):
 @SCHEDULES
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
-def test_ldmatrix_and_mma(launch, units, kind, by_columns, schedule):
-    """A product by way of cp.async and ldmatrix, plain and transposed, is that of float64, rounded once."""
+def test_ldmatrix_and_mma(launch, unit_kernels, kind, by_columns, schedule):
+    """A product with cp.async and ldmatrix, plain and transposed, equals that of float64, rounded once."""
     a, a64 = random_operand(16, 16, kind)
     b, b64 = random_operand(8 if by_columns else 16, 16 if by_columns else 8, kind)
     out = np.zeros((16, 8), "f4")
-    units.bank_conflicts()
+    unit_kernels.bank_conflicts()
     launch(f"product_{kind}", shared=32 * 24, in_=a, other=b, out=out, number=by_columns, schedule=schedule)
     np.testing.assert_array_equal(out, (a64 @ (b64.T if by_columns else b64)).astype("f4"))
-    # Rows of 32 bytes: of eight, those four apart share banks. Each matrix of 8 rows is read in two steps, but for b
-    # by rows of 16 bytes.
-    assert units.bank_conflicts() == (8 if by_columns else 4)
+    # Rows of 32 bytes: of 8 rows, those 4 apart share banks, so each 8x8 matrix is read in two steps, except row-major
+    # b, whose rows have 16 bytes.
+    assert unit_kernels.bank_conflicts() == (8 if by_columns else 4)
 
 
 def test_mma_of_special_values(launch):
-    """Subnormal numbers, infinity and NaN of float16 go through."""
+    """float16 subnormal numbers, infinity and NaN are converted exactly."""
     a, b, out = np.zeros((16, 16), "f2"), np.zeros((16, 8), "f2"), np.zeros((16, 8), "f4")
     b[0] = 1
     a[:4, 0] = [2.0**-24, -(2.0**-14), np.inf, np.nan]
@@ -146,7 +146,7 @@ def test_mma_of_special_values(launch):
 @SCHEDULES
 @pytest.mark.parametrize("rounded", [False, True])
 def test_mma_tf32(launch, rounded, schedule):
-    """Operands are cut to 10 bits, unless they were rounded to them, ties away from zero."""
+    """Operands are truncated to TF32, unless they were rounded to it, with ties away from zero."""
     random = np.random.default_rng(1)
     a, b = random.normal(1, 2, (16, 8)).astype("f4"), random.normal(1, 2, (8, 8)).astype("f4")
     a[0, 0] = 1 + 2.0**-11  # half way
@@ -156,12 +156,12 @@ def test_mma_tf32(launch, rounded, schedule):
     np.testing.assert_array_equal(out, (a @ b).astype("f4"))
 
 
-def test_copies_are_nan_until_waited_for(launch):
+def test_async_copies_are_nan_until_the_wait(launch):
     source, out = aligned(np.arange(1, 13, dtype="f4").reshape(3, 4)), np.zeros((4, 3, 4), "f4")
-    launch("copies", threads=1, shared=48, in_=source, out=out)
-    before, on_the_way, all_but_one, all_groups = out
-    assert np.isnan(before).all() and np.isnan(on_the_way).all()
-    # The first group is two copies, the second of them of zeros. What is read is what memory holds at the wait.
+    launch("async_copies", threads=1, shared=48, in_=source, out=out)
+    before, in_flight, all_but_one, all_groups = out
+    assert np.isnan(before).all() and np.isnan(in_flight).all()
+    # The first group has two copies, the second of them zero-filled. Copies read global memory at the wait.
     np.testing.assert_array_equal(all_but_one[:2], [[-1, 2, 3, 4], [0] * 4])
     assert np.isnan(all_but_one[2]).all()
     np.testing.assert_array_equal(all_groups[2], [9, 10, 11, 12])
@@ -170,7 +170,7 @@ def test_copies_are_nan_until_waited_for(launch):
 @SCHEDULES
 def test_grid_barrier(launch, schedule):
     out = np.zeros((3, 7), "u4")
-    launch("rounds", grid=(7, 1, 1), threads=64, out=out, cooperative=True, schedule=schedule)
+    launch("grid_sums", grid=(7, 1, 1), threads=64, out=out, cooperative=True, schedule=schedule)
     np.testing.assert_array_equal(out, [range(1, 8), [28] * 7, [196] * 7])
 
 
@@ -178,105 +178,110 @@ def test_grid_barrier(launch, schedule):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (0, r"a divergent barrier: __syncthreads at .*units.cu:\d+, while another thread waits at .*units.cu:\d+"),
+        (
+            0,
+            r"divergent barrier: __syncthreads at .*unit_kernels.cu:\d+,"
+            r" while another thread waits at .*unit_kernels.cu:\d+",
+        ),
         (
             1,
-            r"thread\(s\) 0-4 wait\(s\) at __syncthreads, .*units.cu:\d+\n.*5 ended\n.*6-63 wait\(s\) at __syncthreads",
+            r"deadlock:\n.*thread\(s\) 0-4 wait\(s\) at __syncthreads, .*unit_kernels.cu:\d+\n.*5 ended\n"
+            r".*6-63 wait\(s\) at __syncthreads",
         ),
         (2, r"thread\(s\) 0-31 ended\n.*32-39 wait\(s\) at __shfl_sync.*\n.*40 ended\n.*41-63 wait"),
-        (3, "__ballot_sync with a mask that does not name the thread itself"),
-        (4, "__shfl_sync from lane 20, which the mask does not name"),
+        (3, "__ballot_sync with a mask that does not include the calling lane"),
+        (4, "__shfl_sync from lane 20, which is not in the mask"),
         (5, "cp.async at 8 in shared memory of 256 bytes, misaligned"),
         (6, "cp.async from a misaligned address"),
         (7, "ldmatrix at 2 in shared memory of 256 bytes, misaligned"),
         (8, "ldmatrix at 256 in shared memory of 256 bytes"),
         (9, "cp.async at -16 in shared memory of 256 bytes"),
-        (10, "a grid barrier in a launch that is not cooperative"),
+        (10, "grid barrier in a launch that is not cooperative"),
         (11, "wrote past the end of its shared memory of 256 bytes"),
-        (12, r"block \(\d, 0, 0\), thread \d+: (an access to memory|a misaligned access)"),
+        (12, r"block \(\d, 0, 0\), thread \d+: (an out-of-bounds access|a misaligned access)"),
         (13, r"0-30 wait\(s\) at __syncwarp.*\n.*31 wait\(s\) at ldmatrix"),
     ],
 )
-def test_what_breaks_a_rule_is_an_error_and_the_next_launch_is_none(launch, number, message, schedule):
+def test_rule_violation_raises_and_the_next_launch_succeeds(launch, number, message, schedule):
     memory = aligned(np.zeros(64, "f4"))
     with pytest.raises(RuntimeError, match=message) as error:
-        launch("wrong", grid=(2, 1, 1), threads=64, shared=256, in_=memory, number=number, schedule=schedule)
-    assert "units::wrong" in str(error.value)
+        launch("rule_violations", grid=(2, 1, 1), threads=64, shared=256, in_=memory, number=number, schedule=schedule)
+    assert "unit_kernels::rule_violations" in str(error.value)
     test_votes(launch, schedule)
 
 
-def test_grid_barrier_that_never_opens(launch):
+def test_deadlock_at_a_grid_barrier_raises(launch):
     with pytest.raises(
         RuntimeError, match=r"(?s)block \(1, 0, 0\), thread\(s\) 0 wait\(s\) at grid_barrier.*1-63 wait"
     ):
-        launch("wrong", grid=(2, 1, 1), threads=64, number=14, cooperative=True)
+        launch("rule_violations", grid=(2, 1, 1), threads=64, number=14, cooperative=True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threads": 1025}, "blocks of 1025 threads"),
-        ({"threads": 0}, "blocks of 0 threads"),
+        ({"threads": 1025}, "invalid block size, 1025 threads"),
+        ({"threads": 0}, "invalid block size, 0 threads"),
         ({"grid": (0, 1, 1)}, r"a grid of \(0, 1, 1\) blocks"),
         ({"grid": (1, 65536, 1)}, r"a grid of \(1, 65536, 1\) blocks"),
         ({"shared": 227 * 1024 + 1}, "232449 bytes of shared memory"),
         (
             {"grid": (133, 1, 1), "threads": 1024, "shared": 128 << 10, "cooperative": True},
-            "133 blocks do not run at once",
+            "133 blocks cannot be resident at once",
         ),
     ],
 )
-def test_what_a_gpu_would_not_launch(launch, options, message):
-    with pytest.raises(RuntimeError, match=f"cannot launch .*nothing.*: {message}"):
-        launch("nothing", **options)
+def test_invalid_launch_configuration_raises(launch, options, message):
+    with pytest.raises(RuntimeError, match=f"cannot launch .*empty_kernel.*: {message}"):
+        launch("empty_kernel", **options)
 
 
 def test_shared_memory_up_to_the_limit(launch):
-    launch("nothing", threads=1024, shared=227 * 1024)
+    launch("empty_kernel", threads=1024, shared=227 * 1024)
 
 
-def test_an_observer_sees_launches_and_may_take_them(units, launch):
-    seen = []
+def test_observer_can_intercept_launches(unit_kernels, launch):
+    launches = []
 
     @ctypes.CFUNCTYPE(
         *(ctypes.c_bool, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_size_t),
         *(ctypes.POINTER(Args), ctypes.c_size_t, ctypes.c_bool),
     )
     def observe(kernel, grid, threads, shared, arguments, size, cooperative):
-        seen.append((kernel, grid[:3], threads, shared, arguments[0].number, size, cooperative))
-        return len(seen) == 1
+        launches.append((kernel, grid[:3], threads, shared, arguments[0].number, size, cooperative))
+        return len(launches) == 1
 
     out = np.zeros((30, 2), "u4")
-    units.library.fused_res_sim_observe(observe)
+    unit_kernels.library.fused_res_sim_observe(observe)
     try:
-        launch("where", grid=(5, 3, 2), threads=2, shared=64, out=out, number=7)
+        launch("thread_indices", grid=(5, 3, 2), threads=2, shared=64, out=out, number=7)
         assert not out.any()
-        launch("where", grid=(5, 3, 2), threads=2, shared=64, out=out, number=7)
+        launch("thread_indices", grid=(5, 3, 2), threads=2, shared=64, out=out, number=7)
         assert out.any()
     finally:
-        units.library.fused_res_sim_observe(None)
-    name = b"_ZN9fused_res4cuda5units5whereENS1_4ArgsE"
-    assert seen == [(name, [5, 3, 2], 2, 64, 7, ctypes.sizeof(Args), False)] * 2
+        unit_kernels.library.fused_res_sim_observe(None)
+    name = b"_ZN9fused_res4cuda12unit_kernels14thread_indicesENS1_4ArgsE"
+    assert launches == [(name, [5, 3, 2], 2, 64, 7, ctypes.sizeof(Args), False)] * 2
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_guarded_tensors(launch, before):
-    """Every other one ends, or begins, where a page is that must not be touched, and all begin as NaN."""
+def test_guarded_allocations(launch, before):
+    """Alternately, tensors end directly before a guard page or begin directly after one, and all are NaN at first."""
     if isinstance(reason := build(), str):
         pytest.skip(reason)
-    with run_time().guarded():
+    with load_simulator().guard_allocations():
         tensors = [torch.empty(4 * 10), torch.empty(4 * 10)]
     assert all(tensor.isnan().all() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
     ends_at_page = [(tensor.data_ptr() + tensor.nbytes) % mmap.PAGESIZE == 0 for tensor in tensors]
     assert sorted(ends_at_page) == [False, True]
     tensor = tensors[ends_at_page.index(not before)]
-    launch("where", threads=40, out=tensor.data_ptr())
-    with pytest.raises(RuntimeError, match="thread 0: an access" if before else "thread 40: an access"):
-        launch("where", threads=41, out=tensor.data_ptr() - 4 * before)
+    launch("thread_indices", threads=40, out=tensor.data_ptr())
+    with pytest.raises(RuntimeError, match="thread 0: an out-of-bounds" if before else "thread 40: an out-of-bounds"):
+        launch("thread_indices", threads=41, out=tensor.data_ptr() - 4 * before)
     assert not torch.empty(4096).isnan().all()
 
 
-# Which layer finds which deliberate bug (cuda_sim/bugs/kernels): its result, under all schedules, or a sanitizer.
+# What detects each deliberate bug (tools/cuda_sim/bugs/kernels): a wrong result, under all schedules, or a sanitizer.
 BUGS = {
     "missing_syncthreads": {"result", "thread"},
     "missing_second_syncthreads": {"result", "thread"},
@@ -300,7 +305,7 @@ def run_program(program, *arguments, schedule=0):
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])
 @pytest.mark.parametrize("bug", BUGS)
-def test_deliberate_bugs_are_found(bug, sanitizer):
+def test_deliberate_bugs_are_detected(bug, sanitizer):
     correct = run_program(f"fused_res_sim_bugs_{sanitizer}", bug, "correct")
     assert correct.returncode == 0, correct.stdout + correct.stderr
     broken = run_program(f"fused_res_sim_bugs_{sanitizer}", bug, "broken")
@@ -309,17 +314,17 @@ def test_deliberate_bugs_are_found(bug, sanitizer):
     for name, report in REPORTS.items():
         expected = name == sanitizer and name in BUGS[bug]
         assert (report in broken.stderr) == expected, broken.stderr
-        assert not expected or f"bugs/kernels/{bug}.cu" in broken.stderr  # the kernel's line
+        assert not expected or f"bugs/kernels/{bug}.cu" in broken.stderr  # the report names the kernel's source
     assert (broken.returncode == 0) == (not BUGS[bug] & {"result", sanitizer}), broken.stdout + broken.stderr
 
 
-def test_no_bug_is_forgotten():
+def test_every_deliberate_bug_is_tested():
     listed = run_program("fused_res_sim_bugs_plain").stdout.split()[::2]
     assert set(listed) == set(BUGS)
 
 
 SANITIZED = ["norm forward", "norm backward", "norm single pass", "update", "max pool", "conv", "grad"]
-#: Cooperative launches take ThreadSanitizer most of its time, and synchronise alike in every dtype.
+#: Most of ThreadSanitizer's time is for cooperative launches, whose synchronization is the same in every dtype.
 SLOW = ("norm single pass", "thread", 2)
 
 
@@ -327,14 +332,14 @@ SLOW = ("norm single pass", "thread", 2)
     ("kernels", "sanitizer", "schedule"),
     [
         *(
-            pytest.param(kernels, *how, marks=[pytest.mark.full] if (kernels, *how) == SLOW else [])
-            for how in (("address", 1), ("thread", 2))
+            pytest.param(kernels, *options, marks=[pytest.mark.full] if (kernels, *options) == SLOW else [])
+            for options in (("address", 1), ("thread", 2))
             for kernels in SANITIZED
         ),
         ("norm single pass float32", "thread", 2),
     ],
 )
 def test_kernels_under_sanitizers(kernels, sanitizer, schedule):
-    """Every kernel in small odd shapes, on arrays of exactly their size (cuda_sim/sanitize)."""
+    """Every kernel runs without a report in small odd shapes, on arrays of exactly their size (cuda_sim/sanitize)."""
     done = run_program(f"fused_res_sim_kernels_{sanitizer}", kernels, schedule=schedule)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The PTX interpreter, on PTX written by hand: values, rounding, divergence, memory, and what it has to refuse."""
+"""The PTX interpreter on hand-written PTX: arithmetic, rounding, divergence, memory, and the faults it detects."""
 
 import ctypes
 import re
@@ -17,7 +17,7 @@ SPECIAL32 = np.array([0, 1, 2, 31, 32, 33, 255, 0x7FFFFFFF, 0x80000000, 0xFFFFFF
 
 
 def kernel(body, parameters=("u64",) * 4, threads=32, shared=0):
-    """A kernel around ``body``, which finds its parameters in %rd0 and following and the thread's number in %r0."""
+    """Parse a kernel around ``body``, which has its parameters in %rd0, %rd1, ... and the thread index in %r0."""
     params = ", ".join(f".param .{type_} p{i}" for i, type_ in enumerate(parameters))
     loads = "\n".join(f"ld.param.{type_} %rd{i}, [p{i}];" for i, type_ in enumerate(parameters))
     return parse(f"""
@@ -35,10 +35,10 @@ def kernel(body, parameters=("u64",) * 4, threads=32, shared=0):
 
 
 def evaluate(instruction, *inputs, result="u4"):
-    """One instruction, written with {d}, {a}, {b} and {c}, for every element of arrays of bits."""
+    """Execute one instruction, a template of {d}, {a}, {b} and {c}, for every element of the input arrays (bits)."""
     inputs = [np.ascontiguousarray(one) for one in np.broadcast_arrays(*inputs)]
     memory, out = Memory(), np.zeros(inputs[0].size, result)
-    places = [memory.place(one, readonly=True) for one in inputs] + [memory.place(out)]
+    pointers = [memory.map_buffer(one, readonly=True) for one in inputs] + [memory.map_buffer(out)]
     registers = {"u2": "%h", "u4": "%r", "u8": "%rd"}
     lines, names = ["mov.u32 %r10, %ctaid.x; mad.lo.u32 %r0, %r10, 32, %r0;"], {}
     for i, (name, array) in enumerate(zip("abcdef", [*inputs, out], strict=False)):
@@ -50,8 +50,8 @@ def evaluate(instruction, *inputs, result="u4"):
     lines.sort(key=lambda line: not line.startswith(("mov", "setp")))
     lines.append(instruction.format(**names))
     lines.append(f"st.global.{BITS[result]} [%rd{20 + len(inputs)}], {names['d']};\nDONE:")
-    code = kernel("\n".join(lines), ("u64",) * len(places))
-    run(code, (-(-out.size // 32), 1, 1), places, memory)
+    code = kernel("\n".join(lines), ("u64",) * len(pointers))
+    run(code, (-(-out.size // 32), 1, 1), pointers, memory)
     return out
 
 
@@ -67,13 +67,13 @@ def signed(value, width=32):
     return value - (1 << width) if value >> (width - 1) else value
 
 
-def permuted(a, b, selector):
+def permute_bytes(a, b, selector):
     bytes_ = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")]
     picks = [selector >> 4 * i & 15 for i in range(4)]
     return sum((255 * (bytes_[p & 7] >> 7) if p & 8 else bytes_[p & 7]) << 8 * i for i, p in enumerate(picks))
 
 
-def extracted(a, position, length, sign):
+def extract_bits(a, position, length, sign):
     position, length = position & 255, length & 255
     if length == 0:
         return 0
@@ -81,12 +81,12 @@ def extracted(a, position, length, sign):
     return sum((a >> position + i & 1 if i < length and position + i < 32 else fill) << i for i in range(32))
 
 
-def inserted(a, b, position, length):
+def insert_bits(a, b, position, length):
     mask = ((1 << (length & 255)) - 1 << (position & 255)) & 0xFFFFFFFF
     return b & ~mask | a << (position & 255) & mask
 
 
-def truncated(a, b):
+def divide_truncating(a, b):
     return abs(a) // abs(b) * (-1 if (a < 0) != (b < 0) else 1)
 
 
@@ -99,18 +99,20 @@ INTEGERS = {
     "mad.lo.s32 {d}, {a}, {b}, {c};": lambda a, b, c: a * b + c,
     "mad.hi.u32 {d}, {a}, {b}, {c};": lambda a, b, c: (a * b >> 32) + c,
     "div.u32 {d}, {a}, {b};": lambda a, b, c: a // b if b else -1,
-    "div.s32 {d}, {a}, {b};": lambda a, b, c: truncated(signed(a), signed(b)) if b else -1,
+    "div.s32 {d}, {a}, {b};": lambda a, b, c: divide_truncating(signed(a), signed(b)) if b else -1,
     "rem.u32 {d}, {a}, {b};": lambda a, b, c: a % b if b else a,
-    "rem.s32 {d}, {a}, {b};": lambda a, b, c: signed(a) - truncated(signed(a), signed(b)) * signed(b) if b else a,
+    "rem.s32 {d}, {a}, {b};": lambda a, b, c: (
+        signed(a) - divide_truncating(signed(a), signed(b)) * signed(b) if b else a
+    ),
     "shl.b32 {d}, {a}, {b};": lambda a, b, c: a << b if b < 32 else 0,
     "shr.u32 {d}, {a}, {b};": lambda a, b, c: a >> b if b < 32 else 0,
     "shr.s32 {d}, {a}, {b};": lambda a, b, c: signed(a) >> min(b, 31),
     "shf.l.wrap.b32 {d}, {a}, {b}, {c};": lambda a, b, c: ((b << 32 | a) << (c & 31)) >> 32,
     "shf.r.clamp.b32 {d}, {a}, {b}, {c};": lambda a, b, c: (b << 32 | a) >> min(c, 32),
-    "bfe.u32 {d}, {a}, {b}, {c};": lambda a, b, c: extracted(a, b, c, False),
-    "bfe.s32 {d}, {a}, {b}, {c};": lambda a, b, c: extracted(a, b, c, True),
-    "bfi.b32 {d}, {a}, {c}, {b}, 5;": lambda a, b, c: inserted(a, c, b, 5),
-    "prmt.b32 {d}, {a}, {b}, {c};": permuted,
+    "bfe.u32 {d}, {a}, {b}, {c};": lambda a, b, c: extract_bits(a, b, c, False),
+    "bfe.s32 {d}, {a}, {b}, {c};": lambda a, b, c: extract_bits(a, b, c, True),
+    "bfi.b32 {d}, {a}, {c}, {b}, 5;": lambda a, b, c: insert_bits(a, c, b, 5),
+    "prmt.b32 {d}, {a}, {b}, {c};": permute_bytes,
     "lop3.b32 {d}, {a}, {b}, {c}, 0xCA;": lambda a, b, c: a & b | ~a & c,
     "lop3.b32 {d}, {a}, {b}, {c}, 0x96;": lambda a, b, c: a ^ b ^ c,
     "popc.b32 {d}, {a};": lambda a, b, c: a.bit_count(),
@@ -141,39 +143,39 @@ INTEGERS = {
 
 
 @pytest.mark.parametrize("instruction", INTEGERS)
-def test_integers(instruction):
+def test_integer_instructions(instruction):
     a, b, c = random32(), random32(), random32()
     if any(name in instruction for name in ("sh", "bf")):
         b, c = (np.where(RANDOM.random(a.size) < 0.8, one % 40, one).astype("u4") for one in (b, c))
-    want = [INTEGERS[instruction](*map(int, row)) % (1 << 32) for row in zip(a, b, c, strict=True)]
-    np.testing.assert_array_equal(evaluate(instruction, a, b, c), np.array(want, "u4"))
+    expected = [INTEGERS[instruction](*map(int, row)) % (1 << 32) for row in zip(a, b, c, strict=True)]
+    np.testing.assert_array_equal(evaluate(instruction, a, b, c), np.array(expected, "u4"))
 
 
-def test_wide_integers():
+def test_64_bit_products():
     a, b = random32(), random32()
     c = RANDOM.integers(0, 1 << 64, a.size, dtype="u8")
-    want = [(signed(int(x)) * signed(int(y)) + int(z)) % (1 << 64) for x, y, z in zip(a, b, c, strict=True)]
+    expected = [(signed(int(x)) * signed(int(y)) + int(z)) % (1 << 64) for x, y, z in zip(a, b, c, strict=True)]
     np.testing.assert_array_equal(
-        evaluate("mad.wide.s32 {d}, {a}, {b}, {c};", a, b, c, result="u8"), np.array(want, "u8")
+        evaluate("mad.wide.s32 {d}, {a}, {b}, {c};", a, b, c, result="u8"), np.array(expected, "u8")
     )
     high = [int(x) * int(y) >> 64 for x, y in zip(c, c[::-1], strict=True)]
     np.testing.assert_array_equal(evaluate("mul.hi.u64 {d}, {a}, {b};", c, c[::-1], result="u8"), np.array(high, "u8"))
 
 
 def floats(count=20000):
-    """Of all magnitudes, many near each other, with every special value."""
+    """Return float32 values of all magnitudes, many of similar magnitude, and every special value."""
     some = RANDOM.integers(0, 1 << 32, count, dtype="u4").view("f4")
     near = (RANDOM.standard_normal(count) * 4).astype("f4")
     special = np.array([0.0, -0.0, 1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38], "f4")
     return np.concatenate([some, near, np.repeat(special, 10), np.tile(special, 10)])
 
 
-def same(got, want):
-    """The same bits, but for NaN."""
-    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
-    unsigned = f"u{want.itemsize}"
-    there = ~np.isnan(want)
-    np.testing.assert_array_equal(got[there].view(unsigned), want[there].view(unsigned))
+def assert_same_bits(actual, expected):
+    """Check that values are bit-identical, except for the payload of NaN."""
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    unsigned = f"u{expected.itemsize}"
+    number = ~np.isnan(expected)
+    np.testing.assert_array_equal(actual[number].view(unsigned), expected[number].view(unsigned))
 
 
 @pytest.mark.parametrize(("type_", "name", "dtype"), [("f32", "fmaf", "f4"), ("f64", "fma", "f8")])
@@ -185,14 +187,14 @@ def test_fma_rounds_once(type_, name, dtype):
         a, b, c = (RANDOM.permutation(floats(2000 if dtype == "f8" else 20000)).astype(dtype) for _ in range(3))
         if dtype == "f8":
             a, b = (one * (1 + RANDOM.random(one.size)) for one in (a, b))
-        # Products and sums that cancel, and ties: c close to -a*b, and to half a unit in the last place of it.
+        # Cancellation and ties: c close to -a*b, and to half a unit in the last place of it.
         kind = RANDOM.integers(0, 3, a.size)
         c = np.where(kind == 1, -(a * b), np.where(kind == 2, a * b * np.finfo(dtype).eps / 2, c)).astype(dtype)
-    want = np.array([exact(*row) for row in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)], dtype)
+    expected = np.array([exact(*row) for row in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)], dtype)
     unsigned = f"u{a.itemsize}"
     instruction = f"fma.rn.{type_} {{d}}, {{a}}, {{b}}, {{c}};"
-    got = evaluate(instruction, *(one.view(unsigned) for one in (a, b, c)), result=unsigned).view(dtype)
-    same(got, want)
+    actual = evaluate(instruction, *(one.view(unsigned) for one in (a, b, c)), result=unsigned).view(dtype)
+    assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
@@ -201,8 +203,10 @@ def test_directed_rounding(base, mode):
     with np.errstate(all="ignore"):
         a, b, c = (RANDOM.standard_normal(5000).astype("f4") for _ in range(3))
     third = ", {c}" if base == "fma" else ""
-    got = evaluate(f"{base}.{mode}.f32 {{d}}, {{a}}, {{b}}{third};", *(one.view("u4") for one in (a, b, c))).view("f4")
-    for x, y, z, result in zip(*(map(Fraction, one.tolist()) for one in (a, b, c, got)), strict=True):
+    actual = evaluate(f"{base}.{mode}.f32 {{d}}, {{a}}, {{b}}{third};", *(one.view("u4") for one in (a, b, c))).view(
+        "f4"
+    )
+    for x, y, z, result in zip(*(map(Fraction, one.tolist()) for one in (a, b, c, actual)), strict=True):
         exact = {"add": x + y, "mul": x * y, "fma": x * y + z}[base]
         up = mode == "rp" or (mode == "rz" and exact < 0)
         assert result >= exact if up else result <= exact
@@ -211,18 +215,18 @@ def test_directed_rounding(base, mode):
 
 
 def bfloat16(values):
-    """To nearest even, with integers."""
+    """Round to nearest even with integer arithmetic."""
     raw = values.astype("f4").view("u4").astype("u8")
     return np.where(np.isnan(values), 0x7FFF, (raw + 0x7FFF + (raw >> np.uint64(16) & 1)) >> np.uint64(16)).astype("u2")
 
 
 def test_bfloat16_fma_rounds_once():
-    """1.5 * (1 + 2^-7) is a tie, which 2^-40 decides; a float32 in between would lose that and round to even, up."""
+    """1.5 * (1 + 2^-7) is a tie that 2^-40 decides; an intermediate float32 would lose it and round up to even."""
     step = 2.0**-7
     inputs = [1.5] * 3, [1 + step] * 3, [2.0**-40, 0, -(2.0**-40)]
     a, b, c = (bfloat16(np.array(one, "f4")) for one in inputs)
-    got = evaluate("fma.rn.bf16 {d}, {a}, {b}, {c};", a, b, c, result="u2")
-    np.testing.assert_array_equal(got, bfloat16(np.array([1.5 + 2 * step, 1.5 + 2 * step, 1.5 + step], "f4")))
+    actual = evaluate("fma.rn.bf16 {d}, {a}, {b}, {c};", a, b, c, result="u2")
+    np.testing.assert_array_equal(actual, bfloat16(np.array([1.5 + 2 * step, 1.5 + 2 * step, 1.5 + step], "f4")))
 
 
 CONVERSIONS = {
@@ -256,28 +260,28 @@ CONVERSIONS = {
 
 
 @pytest.mark.parametrize("instruction", CONVERSIONS)
-def test_conversions(instruction):
+def test_float_instructions(instruction):
     a = floats(2000)
     result, function, as_float = CONVERSIONS[instruction]
     with np.errstate(all="ignore"):
-        want = function(a)
-    got = evaluate(instruction, a.view("u4"), result=result)
+        expected = function(a)
+    actual = evaluate(instruction, a.view("u4"), result=result)
     if as_float:
-        return same(got.view(as_float), np.ascontiguousarray(want).view(as_float))
-    there = ~np.isnan(a) | ("cvt.rna" not in instruction)
-    np.testing.assert_array_equal(got[there], np.ascontiguousarray(want).view(result)[there])
+        return assert_same_bits(actual.view(as_float), np.ascontiguousarray(expected).view(as_float))
+    compared = ~np.isnan(a) | ("cvt.rna" not in instruction)
+    np.testing.assert_array_equal(actual[compared], np.ascontiguousarray(expected).view(result)[compared])
 
 
 @pytest.mark.parametrize("base", ["add", "mul", "fma"])
 @pytest.mark.parametrize("type_", ["f16x2", "bf16x2"])
-def test_packed(base, type_):
+def test_packed_arithmetic_matches_scalar(base, type_):
     a, b, c = (RANDOM.integers(0, 1 << 32, 2000, dtype="u4") for _ in range(3))
     third = ", {c}" if base == "fma" else ""
-    got = evaluate(f"{base}.rn.{type_} {{d}}, {{a}}, {{b}}{third};", a, b, c)
+    actual = evaluate(f"{base}.rn.{type_} {{d}}, {{a}}, {{b}}{third};", a, b, c)
     single = [
         evaluate(f"{base}.rn.{type_[:-2]} {{d}}, {{a}}, {{b}}{third};", *(x.view("u2") for x in (a, b, c)), result="u2")
     ][0]
-    np.testing.assert_array_equal(got.view("u2"), single)
+    np.testing.assert_array_equal(actual.view("u2"), single)
 
 
 SHUFFLES = {
@@ -306,9 +310,9 @@ def test_votes_and_reductions():
 
 def outputs(body, inputs, out, threads=32, ctas=1, schedule=0, shared=0):
     memory = Memory()
-    places = [memory.place(one, readonly=True) for one in inputs] + [memory.place(out)]
-    code = kernel(body, ("u64",) * len(places), threads, shared)
-    run(code, (ctas, 1, 1), places, memory, schedule=schedule)
+    pointers = [memory.map_buffer(one, readonly=True) for one in inputs] + [memory.map_buffer(out)]
+    code = kernel(body, ("u64",) * len(pointers), threads, shared)
+    run(code, (ctas, 1, 1), pointers, memory, schedule=schedule)
     return out
 
 
@@ -337,8 +341,8 @@ OUT:
 @pytest.mark.parametrize("schedule", [0, 1, 2])
 def test_divergent_loops(schedule):
     out = outputs(LOOPS, [], np.zeros(3 * 64, "u4"), threads=64, ctas=3, schedule=schedule)
-    want = [sum(i if i % 2 else 1 for i in range(n)) for n in range(out.size)]
-    np.testing.assert_array_equal(out, np.array(want, "u4"))
+    expected = [sum(i if i % 2 else 1 for i in range(n)) for n in range(out.size)]
+    np.testing.assert_array_equal(out, np.array(expected, "u4"))
 
 
 REVERSE = """
@@ -364,18 +368,18 @@ def test_shared_memory(schedule):
     reverse(schedule=schedule)
 
 
-REFUSED = {
+FAULTS = {
     "no barrier": (REVERSE.replace("bar.sync 0;", ""), "no barrier in between"),
     "a warp's barrier": (REVERSE.replace("bar.sync 0;", "bar.warp.sync -1;"), "no barrier in between"),
-    "overwritten too early": (REVERSE + "st.shared.u32 [%r3], %r6;", "no barrier in between"),
+    "overwritten before read": (REVERSE + "st.shared.u32 [%r3], %r6;", "no barrier in between"),
     "outside of shared memory": (REVERSE.replace("508", "512"), "outside of its 512 bytes"),
     "misaligned in shared memory": (REVERSE.replace("508", "506"), "misaligned"),
     "misaligned": (REVERSE.replace("[%rd4]", "[%rd4+2]"), "misaligned"),
-    "behind the end": (REVERSE.replace("[%rd4]", "[%rd4+4]"), "outside of every allocation"),
+    "after the end": (REVERSE.replace("[%rd4]", "[%rd4+4]"), "outside of every allocation"),
     "before the beginning": (REVERSE.replace("[%rd4]", "[%rd4-4]"), "outside of every allocation"),
     "read-only": (REVERSE.replace("[%rd5]", "[%rd4]"), "read-only"),
-    "one place": (REVERSE.replace("[%rd5]", "[%rd1]"), "different values to one place"),
-    "barrier for some": (REVERSE + "setp.lt.u32 %p1, %r0, 64; @%p1 bar.sync 0;", "divergent barrier"),
+    "one address": (REVERSE.replace("[%rd5]", "[%rd1]"), "different values to one address"),
+    "barrier in some threads": (REVERSE + "setp.lt.u32 %p1, %r0, 64; @%p1 bar.sync 0;", "divergent barrier"),
     "barrier after return": (
         REVERSE.replace("bar.sync", "setp.lt.u32 %p1, %r0, 64; @%p1 ret; bar.sync"),
         "divergent barrier",
@@ -384,7 +388,7 @@ REFUSED = {
         "setp.lt.u32 %p1, %r0, 64; @%p1 bra A; bar.sync 0; bra B; A: bar.sync 0; B:" + REVERSE,
         "divergent barrier",
     ),
-    "endless": ("TOP: bra TOP;" + REVERSE, "does not come to one"),
+    "infinite loop": ("TOP: bra TOP;" + REVERSE, "does not terminate"),
     "not a member": (REVERSE.replace("bar.sync", "shfl.sync.bfly.b32 %r7, %r4, 1, 31, 15; bar.sync"), "member mask"),
     "missing member": (
         REVERSE.replace("bar.sync", "setp.ne.u32 %p1, %r0, 3; @%p1 shfl.sync.bfly.b32 %r7, %r4, 1, 31, -1; bar.sync"),
@@ -395,31 +399,31 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 2])
-@pytest.mark.parametrize("name", REFUSED)
-def test_refuses(name, schedule):
-    body, says = REFUSED[name]
-    with pytest.raises(Fault, match=re.escape(says)):
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_detected(name, schedule):
+    body, message = FAULTS[name]
+    with pytest.raises(Fault, match=re.escape(message)):
         reverse(body, schedule)
 
 
-def test_a_fault_says_where():
+def test_fault_message_has_location():
     with pytest.raises(Fault, match=r"k, line \d+, CTA 0, thread 127: 4-byte access .* \[%rd4\+4\]"):
         reverse(REVERSE.replace("[%rd4]", "[%rd4+4]"))
 
 
-def test_a_false_predicate_touches_nothing():
+def test_predicated_off_instruction_does_not_access_memory():
     reverse("setp.gt.u32 %p1, %r0, 1000; @%p1 ld.global.u32 %r9, [-8]; @%p1 st.shared.b32 [9999], %r0;" + REVERSE)
 
 
 @pytest.mark.parametrize(
     "text", ["frobnicate.b32 %r1, %r2;", "add.rz.f64 %rd1, %rd2, %rd3;", "atom.global.add.f32 %r1, [%rd0], 1;"]
 )
-def test_an_unknown_instruction_is_named(text):
+def test_error_names_the_unsupported_instruction(text):
     with pytest.raises(NotImplementedError, match=re.escape(text[:-1])):
         outputs(text, [], np.zeros(1, "u4"))
 
 
-def test_shared_memory_begins_as_nan():
+def test_shared_memory_is_initialised_with_nan():
     body = "mad.wide.u32 %rd4, %r0, 4, %rd0; ld.shared.b32 %r4, [tile]; st.global.b32 [%rd4], %r4;"
     assert np.isnan(outputs(body, [], np.zeros(32, "f4"))).all()
 
@@ -440,15 +444,15 @@ COPY = """
 """
 
 
-def copied(body):
+def run_copies(body):
     values = np.arange(128, dtype="f4") + 1
     return values.reshape(32, 4), outputs(body, [values], np.zeros(128, "f4"), shared=1024).reshape(32, 4)
 
 
 def test_asynchronous_copies():
-    values, out = copied(COPY)
-    want = np.where(np.arange(32)[:, None] & 1, values, 0)[np.arange(32) ^ 3]
-    np.testing.assert_array_equal(out, want)
+    values, out = run_copies(COPY)
+    expected = np.where(np.arange(32)[:, None] & 1, values, 0)[np.arange(32) ^ 3]
+    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize(
@@ -460,14 +464,14 @@ def test_asynchronous_copies():
         ("[%r3];", "[%r3+512];"),
     ],
 )
-def test_copies_arrive_at_the_wait(edit):
-    """All of these read what is still on its way."""
-    _, out = copied(COPY.replace(*edit))
+def test_copies_in_flight_are_nan(edit):
+    """Each edit makes the kernel read the destination of a copy before it is complete."""
+    _, out = run_copies(COPY.replace(*edit))
     assert np.isnan(out).any()
 
 
-def test_copies_of_a_group_that_was_waited_for_have_arrived():
-    values, out = copied(COPY.replace("wait_group 1", "wait_group 0").replace("[%r3];", "[%r3+512];"))
+def test_copies_are_complete_after_the_wait():
+    values, out = run_copies(COPY.replace("wait_group 1", "wait_group 0").replace("[%r3];", "[%r3+512];"))
     np.testing.assert_array_equal(out, values[np.arange(32) ^ 3])
 
 
@@ -487,10 +491,10 @@ STRUCT = """
     }"""
 
 
-def test_a_struct_is_read_through_registers():
-    """As nvcc does it with a struct that is passed by value."""
+def test_struct_parameter_is_read_by_address():
+    """nvcc accesses a struct that is passed by value through registers that hold its address."""
     memory, out = Memory(), np.zeros(2, "u4")
-    struct = memory.place(out).to_bytes(8, "little") + bytes(8) + np.array([5, 7], "u4").tobytes()
+    struct = memory.map_buffer(out).to_bytes(8, "little") + bytes(8) + np.array([5, 7], "u4").tobytes()
     run(parse(STRUCT)["k"], (1, 1, 1), [struct], memory, threads=(32,))
     assert out.tolist() == [5, 7]
     with pytest.raises(Fault, match="outside of every allocation"):
@@ -499,7 +503,7 @@ def test_a_struct_is_read_through_registers():
 
 @pytest.mark.parametrize("schedule", [0, 1, 2])
 def test_atomics(schedule):
-    """Every thread draws a number of its own."""
+    """Every thread gets a unique index from an atomic counter."""
     draw = """
         atom.global.add.u32 %r1, [%rd1], 2;
         red.release.gpu.global.max.s32 [%rd1+4], %r0;
@@ -507,13 +511,13 @@ def test_atomics(schedule):
         st.global.u32 [%rd4], 1;
     """
     memory, drawn, counter = Memory(), np.zeros(2 * 3 * 64, "u4"), np.array([0, -1], "i4")
-    places = [memory.place(drawn), memory.place(counter)]
-    run(kernel(draw, ("u64",) * 2, 64), (3, 1, 1), places, memory, schedule=schedule)
+    pointers = [memory.map_buffer(drawn), memory.map_buffer(counter)]
+    run(kernel(draw, ("u64",) * 2, 64), (3, 1, 1), pointers, memory, schedule=schedule)
     np.testing.assert_array_equal(drawn, np.tile([1, 0], 3 * 64))
     assert counter.tolist() == [2 * 3 * 64, 63]
 
 
-MEETING = """
+GRID_BARRIER = """
     mov.u32 %r1, %ctaid.x;  mov.u32 %r2, %nctaid.x;
     mul.wide.u32 %rd3, %r1, 4;  add.u64 %rd4, %rd0, %rd3;
     setp.eq.u32 %p3, %r0, 37;
@@ -535,33 +539,33 @@ MET:
 """
 
 
-def meeting(body=MEETING, schedule=0, cooperative=True, ctas=9):
+def run_grid_barrier(body=GRID_BARRIER, schedule=0, cooperative=True, ctas=9):
     memory, out = Memory(), np.full(ctas, 99, "u4")
-    places = [memory.place(one) for one in (np.full(ctas, 77, "u4"), np.zeros(1, "u4"), out)]
+    pointers = [memory.map_buffer(one) for one in (np.full(ctas, 77, "u4"), np.zeros(1, "u4"), out)]
     code = kernel(body, ("u64",) * 3, 1024)
-    run(code, (ctas, 1, 1), places, memory, cooperative=cooperative, schedule=schedule)
+    run(code, (ctas, 1, 1), pointers, memory, cooperative=cooperative, schedule=schedule)
     return out.tolist()
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 2])
-def test_blocks_that_run_at_once_wait_for_each_other(schedule):
-    assert meeting(schedule=schedule) == list(range(9))[::-1]
+def test_resident_blocks_wait_at_a_grid_barrier(schedule):
+    assert run_grid_barrier(schedule=schedule) == list(range(9))[::-1]
 
 
 @pytest.mark.parametrize("schedule", [1, 2])
-def test_blocks_that_do_not_wait_read_too_early(schedule):
-    assert 77 in meeting(MEETING.replace("@%p2 bra SPIN;", ""), schedule)
+def test_blocks_without_a_grid_barrier_read_stale_values(schedule):
+    assert 77 in run_grid_barrier(GRID_BARRIER.replace("@%p2 bra SPIN;", ""), schedule)
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 2])
 @pytest.mark.parametrize(
     ("body", "cooperative"),
-    [(MEETING, False), (MEETING.replace("[%rd1], 1", "[%rd1], 0"), True)],
-    ids=["one after the other", "nobody arrives"],
+    [(GRID_BARRIER, False), (GRID_BARRIER.replace("[%rd1], 1", "[%rd1], 0"), True)],
+    ids=["not cooperative", "no arrivals"],
 )
-def test_waiting_in_vain_is_a_fault(body, cooperative, schedule):
-    with pytest.raises(Fault, match="waits for what nobody writes"):
-        meeting(body, schedule, cooperative)
+def test_deadlock_is_detected(body, cooperative, schedule):
+    with pytest.raises(Fault, match="deadlock: spins on memory that no thread writes"):
+        run_grid_barrier(body, schedule, cooperative)
 
 
 SQUARE = """
@@ -577,12 +581,12 @@ SQUARE = """
     ("shift", "right"),
     [("shl.b64 %rd3, %rd3, 2;", True), ("cvt.u32.u64 %r4, %rd3; shl.b32 %r4, %r4, 2; cvt.u64.u32 %rd3, %r4;", False)],
 )
-def test_the_end_of_a_tensor_beyond_32_bits(shift, right):
-    """Only the last CTA runs, on a window of memory that stands for the end of 2^31 elements."""
+def test_64_bit_offset_at_the_end_of_a_large_tensor(shift, right):
+    """Only the last CTA runs, on a buffer that is mapped at the address of the last of 2^31 elements."""
     code = kernel(SQUARE.format(shift=shift), ("u64",))
     memory, base, ctas = Memory(), 0x10_0000_0000, 2**31 // 32
     window = np.arange(32, dtype="u4")
-    memory.place(window, at=base + 4 * (2**31 - 32))
+    memory.map_buffer(window, address=base + 4 * (2**31 - 32))
     if right:
         run(code, (ctas, 1, 1), [base], memory, ctas=[ctas - 1])
         np.testing.assert_array_equal(window, np.arange(32, dtype="u4") ** 2)
@@ -593,7 +597,7 @@ def test_the_end_of_a_tensor_beyond_32_bits(shift, right):
 
 def test_allocations_do_not_overlap():
     memory = Memory()
-    at = memory.place(np.zeros(16, "u1"))
-    for bad in (at - 8, at, at + 8):
-        with pytest.raises(ValueError, match="taken"):
-            memory.place(np.zeros(16, "u1"), at=bad)
+    base = memory.map_buffer(np.zeros(16, "u1"))
+    for bad in (base - 8, base, base + 8):
+        with pytest.raises(ValueError, match="already mapped"):
+            memory.map_buffer(np.zeros(16, "u1"), address=bad)

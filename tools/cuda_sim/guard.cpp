@@ -1,5 +1,6 @@
-// Memory for tensors on the CPU in which a kernel's access out of bounds meets a page that must not be
-// touched, and a value that nobody wrote is NaN. Part of the library with the operators, as it needs torch.
+// A CPU allocator for tensors with guard pages (PROT_NONE) before and after each allocation, which turn
+// out-of-bounds accesses of kernels into faults, and with memory initialised with NaN. Part of the library
+// with the operators, because it needs torch.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
@@ -12,18 +13,19 @@
 #include <new>
 #include <string>
 
-#include "run_time/faults.h"
+#include "runtime/fault_handler.h"
 
 namespace fused_res::cuda::sim {
 
 namespace {
 
-constexpr size_t kAlignment = 16;  // what kernels are promised
+constexpr size_t kAlignment = 16;  // alignment that kernels require
 constexpr unsigned char kNan = 0xFF;
 
 size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-class Guarded final : public c10::Allocator {
+// Alternately places an allocation directly before the upper and directly after the lower guard page.
+class GuardedAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override;
   c10::DeleterFnPtr raw_deleter() const override { return free; }
@@ -36,22 +38,22 @@ class Guarded final : public c10::Allocator {
  private:
   static void free(void* pointer);
 
-  struct Block {
+  struct Allocation {
     size_t bytes;
     unsigned char* mapped;
     size_t mapped_bytes;
   };
   std::mutex mutex_;
-  std::map<unsigned char*, Block> blocks_;
-  bool at_end_ = false;
+  std::map<unsigned char*, Allocation> allocations_;
+  bool before_upper_guard_ = false;
 };
 
-Guarded& guarded() {
-  static auto* allocator = new Guarded;  // never destroyed: tensors may live longer
+GuardedAllocator& guarded_allocator() {
+  static auto* allocator = new GuardedAllocator;  // never destroyed: tensors may outlive static objects
   return *allocator;
 }
 
-c10::DataPtr Guarded::allocate(size_t bytes) {
+c10::DataPtr GuardedAllocator::allocate(size_t bytes) {
   const c10::Device device(c10::DeviceType::CPU);
   if (bytes == 0) return {nullptr, nullptr, free, device};
   const size_t page = sysconf(_SC_PAGESIZE), used = round_up(bytes, kAlignment);
@@ -62,40 +64,40 @@ c10::DataPtr Guarded::allocate(size_t bytes) {
   TORCH_CHECK(mprotect(mapped + page, inside, PROT_READ | PROT_WRITE) == 0, "mprotect failed");
   std::memset(mapped + page, kNan, inside);
   const std::lock_guard lock(mutex_);
-  at_end_ = !at_end_;
-  unsigned char* begin = mapped + page + (at_end_ ? inside - used : 0);
-  blocks_[begin] = {bytes, mapped, mapped_bytes};
+  before_upper_guard_ = !before_upper_guard_;
+  unsigned char* begin = mapped + page + (before_upper_guard_ ? inside - used : 0);
+  allocations_[begin] = {bytes, mapped, mapped_bytes};
   return {begin, begin, free, device};
 }
 
-void Guarded::free(void* pointer) {
+void GuardedAllocator::free(void* pointer) {
   if (pointer == nullptr) return;
-  Guarded& self = guarded();
+  GuardedAllocator& self = guarded_allocator();
   const std::lock_guard lock(self.mutex_);
-  const auto block = self.blocks_.find(static_cast<unsigned char*>(pointer));
-  munmap(block->second.mapped, block->second.mapped_bytes);
-  self.blocks_.erase(block);
+  const auto allocation = self.allocations_.find(static_cast<unsigned char*>(pointer));
+  munmap(allocation->second.mapped, allocation->second.mapped_bytes);
+  self.allocations_.erase(allocation);
 }
 
-size_t Guarded::list(void** pointers, size_t* sizes, size_t capacity) {
+size_t GuardedAllocator::list(void** pointers, size_t* sizes, size_t capacity) {
   const std::lock_guard lock(mutex_);
   size_t i = 0;
-  for (const auto& [begin, block] : blocks_) {
+  for (const auto& [begin, allocation] : allocations_) {
     if (i < capacity) {
       pointers[i] = begin;
-      sizes[i] = block.bytes;
+      sizes[i] = allocation.bytes;
     }
     ++i;
   }
   return i;
 }
 
-std::string Guarded::describe(const void* address) {
+std::string GuardedAllocator::describe(const void* address) {
   const auto* at = static_cast<const unsigned char*>(address);
   const std::lock_guard lock(mutex_);
-  for (const auto& [begin, block] : blocks_) {
-    if (at < block.mapped || at >= block.mapped + block.mapped_bytes) continue;
-    return ", byte " + std::to_string(at - begin) + " of a tensor of " + std::to_string(block.bytes);
+  for (const auto& [begin, allocation] : allocations_) {
+    if (at < allocation.mapped || at >= allocation.mapped + allocation.mapped_bytes) continue;
+    return ", byte " + std::to_string(at - begin) + " of a tensor of " + std::to_string(allocation.bytes);
   }
   return "";
 }
@@ -106,18 +108,18 @@ std::string Guarded::describe(const void* address) {
 
 extern "C" {
 
-// Tensors made from now on are guarded, or are not.
-void fused_res_sim_guard(bool on) {
+// Makes the guarded allocator PyTorch's CPU allocator, or restores the previous one.
+void fused_res_sim_guard_allocations(bool on) {
   using namespace fused_res::cuda::sim;
-  static c10::Allocator* before = nullptr;
-  if (on == (before != nullptr)) return;
-  describe_address = [](const void* address) { return guarded().describe(address); };
-  if (on) before = c10::GetAllocator(c10::DeviceType::CPU);
-  c10::SetAllocator(c10::DeviceType::CPU, on ? &guarded() : std::exchange(before, nullptr));
+  static c10::Allocator* previous = nullptr;
+  if (on == (previous != nullptr)) return;
+  describe_address = [](const void* address) { return guarded_allocator().describe(address); };
+  if (on) previous = c10::GetAllocator(c10::DeviceType::CPU);
+  c10::SetAllocator(c10::DeviceType::CPU, on ? &guarded_allocator() : std::exchange(previous, nullptr));
 }
 
-// The guarded blocks that live: returns how many, of which `capacity` are written.
-size_t fused_res_sim_blocks(void** pointers, size_t* sizes, size_t capacity) {
-  return fused_res::cuda::sim::guarded().list(pointers, sizes, capacity);
+// Lists the live guarded allocations: returns their number and writes at most `capacity` of them.
+size_t fused_res_sim_allocations(void** pointers, size_t* sizes, size_t capacity) {
+  return fused_res::cuda::sim::guarded_allocator().list(pointers, sizes, capacity);
 }
 }

@@ -1,5 +1,6 @@
-// Included by csrc/cuda/device.cuh and launch.h where g++ compiles them: see README.md.
+// Entry point of the simulator, included by csrc/cuda/device.cuh and launch.h when g++ compiles them
+// (README.md).
 #pragma once
 
-#include "run_time.h"
-#include "words.h"
+#include "cuda_builtins.h"
+#include "runtime.h"

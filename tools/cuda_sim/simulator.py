@@ -1,4 +1,4 @@
-"""The simulator from Python: building it, and the switches of its run time."""
+"""Python interface of the CUDA simulator: build it, load it, and control its runtime."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ _BUILD = _ROOT / "build" / "sim"
 
 @functools.cache
 def build(target: str = "fused_res_sim") -> Path | str:
-    """A target of CMakeLists.txt, up to date, or why there is none: no CMake, no CUDA headers. A source that does not
-    compile raises."""
+    """Build a target of cmake/simulator.cmake and return its path.
+
+    Returns:
+        The library or program, or a message if it cannot be built here: without CMake or CUDA headers.
+
+    Raises:
+        RuntimeError: a source does not compile.
+    """
     _BUILD.mkdir(parents=True, exist_ok=True)
-    with open(_BUILD / "lock", "w") as lock:  # of pytest's sessions, one builds
+    with open(_BUILD / "lock", "w") as lock:  # only one pytest session builds at a time
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (reason := _configure()) is not None:
             return reason
@@ -36,24 +42,27 @@ def build(target: str = "fused_res_sim") -> Path | str:
 
 
 def _configure() -> str | None:
-    """What is configured already, for this Python's packages, Ninja keeps up to date."""
+    """Configure the build folder with CMake; return a message if that fails.
+
+    A folder that is already configured for this Python environment is left to Ninja, which reruns CMake if necessary.
+    """
     cache = _BUILD / "CMakeCache.txt"
-    known = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(), re.MULTILINE)) if cache.exists() else {}
-    same_python = Path(known.get("Python_EXECUTABLE", "")).parent == Path(sys.executable).parent
-    if same_python and known.get("FUSED_RES_SIMULATOR") == "ON" and (_BUILD / "build.ninja").exists():
+    variables = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(), re.MULTILINE)) if cache.exists() else {}
+    same_python = Path(variables.get("Python_EXECUTABLE", "")).parent == Path(sys.executable).parent
+    if same_python and variables.get("FUSED_RES_SIMULATOR") == "ON" and (_BUILD / "build.ninja").exists():
         return None
-    # One translation unit for all host sources: torch's headers are most of what each one compiles.
+    # One translation unit for all host sources: most of their compile time is torch's headers.
     unity = ("-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0")
     settings = ("-DFUSED_RES_SIMULATOR=ON", f"-DPython_EXECUTABLE={sys.executable}", *unity)
     try:
         done = _cmake("-G", "Ninja", "-S", str(_ROOT), "-B", str(_BUILD), *settings)
     except FileNotFoundError:
-        return "the simulator is built with CMake, which is not installed"
+        return "the simulator needs CMake, which is not installed"
     return f"CMake cannot configure the simulator: {done.stdout[-2000:]}" if done.returncode else None
 
 
 def _cmake(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """CMake and Ninja of this environment, which need not be activated, or else from PATH."""
+    """Run CMake, preferring CMake and Ninja of this Python environment, activated or not, to those on PATH."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     cmake = shutil.which("cmake", path=path)
     if cmake is None:
@@ -64,8 +73,8 @@ def _cmake(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-class RunTime:
-    """The switches of one library: the simulator's, or that of its own tests."""
+class SimulatorLibrary:
+    """A loaded library with the simulator's runtime: that of the operators, or that of the unit-test kernels."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -73,41 +82,47 @@ class RunTime:
 
     @contextlib.contextmanager
     def schedule(self, number: int) -> Iterator[None]:
-        """In which order threads and blocks run: 0 forward, 1 backward, others pseudo-random from that seed."""
-        before = self.library.fused_res_sim_schedule(number)
+        """Set the order in which threads and blocks run: 0 forward, 1 backward, others pseudo-random with that seed."""
+        previous = self.library.fused_res_sim_schedule(number)
         try:
             yield
         finally:
-            self.library.fused_res_sim_schedule(before)
+            self.library.fused_res_sim_schedule(previous)
 
     @contextlib.contextmanager
     def multiprocessors(self, count: int) -> Iterator[None]:
-        """Of the GPU that is simulated: how many blocks a cooperative launch may have is proportional to it."""
-        before = self.library.fused_res_sim_multiprocessors(count)
+        """Set the number of simulated multiprocessors, which limits the blocks of a cooperative launch."""
+        previous = self.library.fused_res_sim_multiprocessors(count)
         try:
             yield
         finally:
-            self.library.fused_res_sim_multiprocessors(before)
+            self.library.fused_res_sim_multiprocessors(previous)
 
     def bank_conflicts(self) -> int:
-        """Of ``ldmatrix``, since the last call."""
+        """Return the number of shared-memory bank conflicts of ``ldmatrix`` since the last call."""
         return int(self.library.fused_res_sim_bank_conflicts())
 
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Tensors on the CPU that are made inside end (every other one: begin) where a page begins that must not be
-        touched, and are NaN until written to."""
-        self.library.fused_res_sim_guard(True)
+    def guard_allocations(self) -> Iterator[None]:
+        """Allocate CPU tensors with guard pages and NaN contents in the block.
+
+        Alternately, a tensor ends directly before a guard page or begins directly after one.
+        """
+        self.library.fused_res_sim_guard_allocations(True)
         try:
             yield
         finally:
-            self.library.fused_res_sim_guard(False)
+            self.library.fused_res_sim_guard_allocations(False)
 
 
 @functools.cache
-def run_time() -> RunTime:
-    """The simulator's, which has to be available."""
+def load_simulator() -> SimulatorLibrary:
+    """Build and load the simulator with all operators of csrc/cuda.
+
+    Raises:
+        RuntimeError: it cannot be built here.
+    """
     path = build()
     if isinstance(path, str):
         raise RuntimeError(path)
-    return RunTime(path)
+    return SimulatorLibrary(path)

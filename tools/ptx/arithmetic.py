@@ -1,4 +1,4 @@
-"""What the instructions without memory compute: opcode to operand types, result type and a function of values."""
+"""Arithmetic instructions: operand types, result type and numpy function of each opcode."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from tools.ptx.numerics import Array
 from tools.ptx.parser import BITS
 
 
-class Operation(NamedTuple):
-    sources: tuple[str, ...]
-    result: str
+class ArithmeticOp(NamedTuple):
+    """The operand types, the result type and the function of an opcode."""
+
+    source_types: tuple[str, ...]
+    result_type: str
     function: Callable[..., Array]
 
 
-#: Says nothing about the result: nothing here is less exact than .rn.
 _DIRECTED = {"rz", "rm", "rp"}
-_SILENT = {"rn", "approx", "full", "lo", "ftz", "sat", "NaN", "aligned"}
+#: Modifiers without an effect of their own: .rn is the default, approximate functions are exact here, and
+#: `_apply_modifiers` handles .ftz and .sat.
+_IGNORED_MODIFIERS = {"rn", "approx", "full", "lo", "ftz", "sat", "NaN", "aligned"}
 
 
-def operation(parts: tuple[str, ...]) -> Operation | None:
-    """None for an opcode that is not arithmetic, or not known."""
+def find_operation(parts: tuple[str, ...]) -> ArithmeticOp | None:
+    """Return the operation of an opcode (its fields), or None if it is not arithmetic or not supported."""
     base, modifiers = parts[0], parts[1:]
     types = [part for part in modifiers if part in BITS]
     flags = {part for part in modifiers if part not in BITS}
@@ -40,12 +43,12 @@ def operation(parts: tuple[str, ...]) -> Operation | None:
     return _RULES[base](base, types[-1], flags)
 
 
-def _finished(function: Callable[..., Array], flags: set[str], type_: str) -> Callable[..., Array]:
-    """With what .ftz and .sat add to a floating-point function."""
+def _apply_modifiers(function: Callable[..., Array], flags: set[str], type_: str) -> Callable[..., Array]:
+    """Wrap a floating-point function with the effects of .ftz and .sat."""
     flush = "ftz" in flags and type_ == "f32"
     if flush:
         inner = function
-        function = lambda *values: numerics.flush(inner(*map(numerics.flush, values)))  # noqa: E731
+        function = lambda *values: numerics.flush_subnormals(inner(*map(numerics.flush_subnormals, values)))  # noqa: E731
     if "sat" in flags:
         unlimited = function
         function = lambda *values: numerics.saturate(unlimited(*values))  # noqa: E731
@@ -57,47 +60,47 @@ def _is_float(type_: str) -> bool:
 
 
 _EXACT: dict[str, Callable[..., Array]] = {
-    "add": numerics.add_odd,
-    "sub": lambda a, b: numerics.add_odd(a, -b),
+    "add": numerics.add_round_to_odd,
+    "sub": lambda a, b: numerics.add_round_to_odd(a, -b),
     "mul": lambda a, b: a.astype("f8") * b.astype("f8"),
     "fma": numerics.fma,
 }
 
 
-def _directed(base: str, type_: str, mode: str, flags: set[str]) -> Operation | None:
-    """Arithmetic that does not round to nearest."""
+def _directed(base: str, type_: str, mode: str, flags: set[str]) -> ArithmeticOp | None:
+    """Return arithmetic with directed rounding (.rz, .rm, .rp)."""
     if type_ != "f32" or base not in _EXACT or flags - _DIRECTED - {"ftz"}:
         return None
     exact, arity = _EXACT[base], 3 if base == "fma" else 2
-    function = _finished(lambda *values: numerics.directed(mode, exact(*values)), flags, type_)
-    return Operation((type_,) * arity, type_, function)
+    function = _apply_modifiers(lambda *values: numerics.round_directed(mode, exact(*values)), flags, type_)
+    return ArithmeticOp((type_,) * arity, type_, function)
 
 
 def _simple(arity: int, integer: Callable[..., Array] | None, floating: Callable[..., Array] | None) -> Any:
-    def rule(base: str, type_: str, flags: set[str]) -> Operation | None:
+    def rule(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
         function = floating if _is_float(type_) else integer
-        if function is None or not flags <= _SILENT or ("sat" in flags and not _is_float(type_)):
+        if function is None or not flags <= _IGNORED_MODIFIERS or ("sat" in flags and not _is_float(type_)):
             return None
         if _is_float(type_):
-            function = _finished(function, flags, type_)
-        return Operation((type_,) * arity, type_, function)
+            function = _apply_modifiers(function, flags, type_)
+        return ArithmeticOp((type_,) * arity, type_, function)
 
     return rule
 
 
-def _extreme(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _min_max(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     if not flags <= {"ftz", "NaN"}:
         return None
     if not _is_float(type_):
-        return Operation((type_,) * 2, type_, np.minimum if base == "min" else np.maximum)
-    numbers = numerics.smaller if base == "min" else numerics.larger
+        return ArithmeticOp((type_,) * 2, type_, np.minimum if base == "min" else np.maximum)
+    numbers = numerics.minimum_number if base == "min" else numerics.maximum_number
     if "NaN" in flags:
 
         def function(a: Array, b: Array) -> Array:
             return np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), numbers(a, b))
     else:
         function = numbers
-    return Operation((type_,) * 2, type_, _finished(function, flags, type_))
+    return ArithmeticOp((type_,) * 2, type_, _apply_modifiers(function, flags, type_))
 
 
 def _wide(type_: str) -> str:
@@ -115,14 +118,14 @@ def _high(a: Array, b: Array) -> Array:
     return np.array([int(one) >> 64 for one in product], dtype=a.dtype)
 
 
-def _multiply(base: str, type_: str, flags: set[str]) -> Operation | None:
-    """mul, mad and fma, of integers and floats."""
+def _multiply(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
+    """Return mul, mad or fma of integers or floats."""
     if _is_float(type_):
-        if not flags <= _SILENT - {"lo"}:
+        if not flags <= _IGNORED_MODIFIERS - {"lo"}:
             return None
         if base == "mul":
-            return Operation((type_,) * 2, type_, _finished(operator.mul, flags, type_))
-        return Operation((type_,) * 3, type_, _finished(numerics.fma, flags, type_))
+            return ArithmeticOp((type_,) * 2, type_, _apply_modifiers(operator.mul, flags, type_))
+        return ArithmeticOp((type_,) * 3, type_, _apply_modifiers(numerics.fma, flags, type_))
     if flags == {"wide"}:
         product, result = (lambda a, b: _widened(a) * _widened(b)), _wide(type_)
     elif flags == {"hi"}:
@@ -132,8 +135,8 @@ def _multiply(base: str, type_: str, flags: set[str]) -> Operation | None:
     else:
         return None
     if base == "mul":
-        return Operation((type_,) * 2, result, product)
-    return Operation((type_, type_, result), result, lambda a, b, c: product(a, b) + c)
+        return ArithmeticOp((type_,) * 2, result, product)
+    return ArithmeticOp((type_, type_, result), result, lambda a, b, c: product(a, b) + c)
 
 
 def _quotient(a: Array, b: Array) -> Array:
@@ -147,7 +150,7 @@ def _remainder(a: Array, b: Array) -> Array:
     return np.where(b == 0, a, np.fmod(a, np.where(b == 0, b.dtype.type(1), b)))
 
 
-def _shift(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _shift(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     bits = BITS[type_]
 
     def left(a: Array, by: Array) -> Array:
@@ -157,10 +160,10 @@ def _shift(base: str, type_: str, flags: set[str]) -> Operation | None:
         clamped = a >> np.minimum(by, bits - 1).astype(a.dtype)
         return np.where((by < bits) | (a.dtype.kind == "i"), clamped, a.dtype.type(0))
 
-    return None if flags else Operation((type_, "u32"), type_, left if base == "shl" else right)
+    return None if flags else ArithmeticOp((type_, "u32"), type_, left if base == "shl" else right)
 
 
-def _funnel(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _funnel(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     if type_ != "b32" or not flags <= {"l", "r", "wrap", "clamp"}:
         return None
 
@@ -169,23 +172,23 @@ def _funnel(base: str, type_: str, flags: set[str]) -> Operation | None:
         both = high.astype("u8") << np.uint64(32) | low
         return ((both << by) >> np.uint64(32) if "l" in flags else both >> by).astype("u4")
 
-    return Operation(("b32", "b32", "u32"), "b32", function)
+    return ArithmeticOp(("b32", "b32", "u32"), "b32", function)
 
 
-def _extract(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _extract(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     bits, wide = BITS[type_], np.dtype(f"u{BITS[type_] // 8}")
 
     def function(a: Array, position: Array, length: Array) -> Array:
         position, length = position & 255, length & 255
         last = np.minimum(position + length - 1, bits - 1).astype(wide)
         sign = (a >> last.astype(a.dtype)) & 1 if a.dtype.kind == "i" else np.zeros_like(a)
-        taken = np.where(position < bits, a.view(wide) >> np.minimum(position, bits - 1).astype(wide), wide.type(0))
-        kept = np.clip(bits - position.astype("i8"), 0, length).astype(wide)
-        mask = _low_bits(kept, bits, wide)
-        result = np.where(sign != 0, taken & mask | ~mask, taken & mask)
+        field = np.where(position < bits, a.view(wide) >> np.minimum(position, bits - 1).astype(wide), wide.type(0))
+        valid = np.clip(bits - position.astype("i8"), 0, length).astype(wide)
+        mask = _low_bits(valid, bits, wide)
+        result = np.where(sign != 0, field & mask | ~mask, field & mask)
         return np.where(length == 0, wide.type(0), result).view(a.dtype)
 
-    return Operation((type_, "u32", "u32"), type_, function)
+    return ArithmeticOp((type_, "u32", "u32"), type_, function)
 
 
 def _low_bits(count: Array, bits: int, dtype: np.dtype[Any]) -> Array:
@@ -193,7 +196,7 @@ def _low_bits(count: Array, bits: int, dtype: np.dtype[Any]) -> Array:
     return np.where(count >= bits, ~dtype.type(0), (one << np.minimum(count, bits - 1).astype(dtype)) - one)
 
 
-def _insert(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _insert(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     bits, dtype = BITS[type_], np.dtype(f"u{BITS[type_] // 8}")
 
     def function(a: Array, into: Array, position: Array, length: Array) -> Array:
@@ -202,10 +205,10 @@ def _insert(base: str, type_: str, flags: set[str]) -> Operation | None:
         mask = np.where(position < bits, _low_bits(length, bits, dtype) << by, dtype.type(0))
         return into & ~mask | (a << by) & mask
 
-    return Operation((type_, type_, "u32", "u32"), type_, function)
+    return ArithmeticOp((type_, type_, "u32", "u32"), type_, function)
 
 
-def _permute(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _permute(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     def function(a: Array, b: Array, selector: Array) -> Array:
         both, result = b.astype("u8") << np.uint64(32) | a, np.zeros_like(a)
         for byte in range(4):
@@ -215,10 +218,10 @@ def _permute(base: str, type_: str, flags: set[str]) -> Operation | None:
             result |= value << np.uint32(8 * byte)
         return result
 
-    return None if flags or type_ != "b32" else Operation(("b32",) * 3, "b32", function)
+    return None if flags or type_ != "b32" else ArithmeticOp(("b32",) * 3, "b32", function)
 
 
-def _lookup(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _lop3(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     def function(a: Array, b: Array, c: Array, table: Array) -> Array:
         result = np.zeros_like(a)
         for row in range(8):
@@ -226,15 +229,15 @@ def _lookup(base: str, type_: str, flags: set[str]) -> Operation | None:
             result |= np.where(table >> np.uint32(row) & 1, term, np.uint32(0))
         return result
 
-    return None if flags else Operation(("b32", "b32", "b32", "u32"), type_, function)
+    return None if flags else ArithmeticOp(("b32", "b32", "b32", "u32"), type_, function)
 
 
-def _select(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _select(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     raw = f"b{BITS[type_]}"
-    return None if flags else Operation((raw, raw, "pred"), raw, lambda a, b, p: np.where(p, a, b))
+    return None if flags else ArithmeticOp((raw, raw, "pred"), raw, lambda a, b, p: np.where(p, a, b))
 
 
-def _count(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _count(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     bits = BITS[type_]
 
     def ones(a: Array) -> Array:
@@ -245,15 +248,15 @@ def _count(base: str, type_: str, flags: set[str]) -> Operation | None:
         ordered = np.unpackbits(bytes_, axis=1)
         return np.where(ordered.any(1), ordered.argmax(1), bits).astype("u4")
 
-    return None if flags else Operation((f"b{bits}",), "u32", ones if base == "popc" else leading)
+    return None if flags else ArithmeticOp((f"b{bits}",), "u32", ones if base == "popc" else leading)
 
 
-def _reverse(base: str, type_: str, flags: set[str]) -> Operation | None:
+def _reverse(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
     def function(a: Array) -> Array:
         reversed_ = np.unpackbits(a.view("u1").reshape(len(a), -1), axis=1, bitorder="little")
         return np.packbits(reversed_, axis=1)[:, ::-1].reshape(-1).view(a.dtype)
 
-    return None if flags else Operation((type_,), type_, function)
+    return None if flags else ArithmeticOp((type_,), type_, function)
 
 
 def _through_double(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -272,8 +275,8 @@ _COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def _compare(types: list[str], modifiers: list[str]) -> Operation | None:
-    """setp; the machine adds the second result, which is the negation."""
+def _compare(types: list[str], modifiers: list[str]) -> ArithmeticOp | None:
+    """Return setp. The decoder derives the second result, the negation."""
     comparison, type_, rest = modifiers[0], types[-1], [part for part in modifiers[1:] if part not in BITS]
     unordered = comparison.removesuffix("u") if comparison.endswith("u") else None
     compare = _COMPARISONS.get(unordered or comparison)
@@ -283,20 +286,20 @@ def _compare(types: list[str], modifiers: list[str]) -> Operation | None:
 
     def function(a: Array, b: Array, *joined: Array) -> Array:
         if "ftz" in rest:
-            a, b = numerics.flush(a), numerics.flush(b)
+            a, b = numerics.flush_subnormals(a), numerics.flush_subnormals(b)
         result = compare(a, b)
         if _is_float(type_) and comparison not in ("num", "nan"):
             nan = np.isnan(a) | np.isnan(b)
             result = result | nan if unordered else result & ~nan
         return join(result, joined[0]) if join else result
 
-    return Operation((type_, type_, *(["pred"] if join else [])), "pred", function)
+    return ArithmeticOp((type_, type_, *(["pred"] if join else [])), "pred", function)
 
 
 _ROUNDED: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
-def _convert(types: list[str], flags: set[str]) -> Operation | None:
+def _convert(types: list[str], flags: set[str]) -> ArithmeticOp | None:
     to, source = types
     rounding = flags & set(_ROUNDED)
     if not flags <= {"rn", "rna", "rz", "ftz", "sat", *_ROUNDED} or ("rz" in flags and _is_float(to)):
@@ -304,32 +307,32 @@ def _convert(types: list[str], flags: set[str]) -> Operation | None:
     if to.endswith("x2"):  # the first operand is the upper half
         if source != "f32" or flags != {"rn"}:
             return None
-        return Operation((source, source), to, lambda a, b: np.stack([b, a], 1).reshape(-1))
+        return ArithmeticOp((source, source), to, lambda a, b: np.stack([b, a], 1).reshape(-1))
     if to == "tf32":
         half = np.uint32(0x1000)
         away = lambda a: ((a.view("u4") + half) & np.uint32(0xFFFFE000)).view("f4")  # noqa: E731
-        return Operation((source,), "f32", away) if flags == {"rna"} else None
+        return ArithmeticOp((source,), "f32", away) if flags == {"rna"} else None
     if _is_float(source):
         function: Callable[[Array], Array] = _ROUNDED[next(iter(rounding))] if rounding else lambda a: a
         if "ftz" in flags and source == "f32":
-            function = _finished(function, {"ftz"}, "f32")
+            function = _apply_modifiers(function, {"ftz"}, "f32")
         if not _is_float(to):
             inner = function
-            return Operation((source,), to, lambda a: numerics.to_integer(inner(a), to, source))
+            return ArithmeticOp((source,), to, lambda a: numerics.to_integer(inner(a), to, source))
         if to == "f64":
-            return Operation((source,), to, lambda a: function(a).astype("f8"))
-        return Operation((source,), to, _finished(function, flags & {"sat"}, to))
+            return ArithmeticOp((source,), to, lambda a: function(a).astype("f8"))
+        return ArithmeticOp((source,), to, _apply_modifiers(function, flags & {"sat"}, to))
     if _is_float(to):
-        exact = "f4" if to == "f32" else "f8"  # the machine rounds float64 to 16 bits, once
-        return None if BITS[source] == 64 and BITS[to] == 16 else Operation((source,), to, lambda a: a.astype(exact))
+        exact = "f4" if to == "f32" else "f8"  # the writer rounds float64 to 16 bits, once
+        return None if BITS[source] == 64 and BITS[to] == 16 else ArithmeticOp((source,), to, lambda a: a.astype(exact))
     dtype = np.dtype(f"{'i' if to[0] == 's' else 'u'}{BITS[to] // 8}")
     if "sat" in flags:
         limits = np.iinfo(dtype)
-        return Operation((source,), to, lambda a: np.clip(a.astype(object), limits.min, limits.max).astype(dtype))
-    return Operation((source,), to, lambda a: a.astype(dtype))
+        return ArithmeticOp((source,), to, lambda a: np.clip(a.astype(object), limits.min, limits.max).astype(dtype))
+    return ArithmeticOp((source,), to, lambda a: a.astype(dtype))
 
 
-_RULES: dict[str, Callable[[str, str, set[str]], Operation | None]] = {
+_RULES: dict[str, Callable[[str, str, set[str]], ArithmeticOp | None]] = {
     "add": _simple(2, operator.add, operator.add),
     "sub": _simple(2, operator.sub, operator.sub),
     "neg": _simple(1, operator.neg, operator.neg),
@@ -349,7 +352,7 @@ _RULES: dict[str, Callable[[str, str, set[str]], Operation | None]] = {
     "sin": _simple(1, None, _through_double(np.sin)),
     "cos": _simple(1, None, _through_double(np.cos)),
     "tanh": _simple(1, None, _through_double(np.tanh)),
-    **dict.fromkeys(("min", "max"), _extreme),
+    **dict.fromkeys(("min", "max"), _min_max),
     **dict.fromkeys(("mul", "mad", "fma"), _multiply),
     **dict.fromkeys(("shl", "shr"), _shift),
     **dict.fromkeys(("popc", "clz"), _count),
@@ -358,6 +361,6 @@ _RULES: dict[str, Callable[[str, str, set[str]], Operation | None]] = {
     "bfi": _insert,
     "brev": _reverse,
     "prmt": _permute,
-    "lop3": _lookup,
+    "lop3": _lop3,
     "selp": _select,
 }

@@ -1,4 +1,4 @@
-"""Instructions of whole warps: their operands, around what :mod:`ptx.warp` computes."""
+"""Decode warp-level instructions, which :mod:`tools.ptx.warp` computes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 from tools.ptx import warp
 from tools.ptx.memory import Fault
 from tools.ptx.numerics import Array
-from tools.ptx.operands import Operands, Step, unknown
+from tools.ptx.operands import Operands, Step, unsupported_instruction
 from tools.ptx.parser import BITS, Instruction
 
 
 def _ldmatrix(operands: Operands, instruction: Instruction) -> Step:
-    machine, parts = operands.machine, instruction.parts
+    machine, parts = operands.machine, instruction.opcode
     target, source = instruction.operands
     targets = target if isinstance(target, tuple) else (target,)
     if "m8n8" not in parts or f"x{len(targets)}" not in parts:
-        raise unknown(instruction)
-    puts, address = [operands.put(one, "b32") for one in targets], operands.address(source)
+        raise unsupported_instruction(instruction)
+    puts, address = [operands.raw_writer(one, "b32") for one in targets], operands.address_reader(source)
     rows = 8 * len(targets)
 
     def step() -> None:
-        present = _full_warps(machine.active)
-        lanes = np.flatnonzero((np.arange(machine.lanes) % 32 < rows) & machine.active)
-        items = np.zeros((len(present), rows, 8), "u2")
-        items[present] = machine.shared.load(address()[lanes], 16, lanes).view("u2").reshape(-1, rows, 8)
+        active_warps = _full_warps(machine.active)
+        lanes = np.flatnonzero((np.arange(machine.num_lanes) % 32 < rows) & machine.active)
+        items = np.zeros((len(active_warps), rows, 8), "u2")
+        items[active_warps] = machine.shared.load(address()[lanes], 16, lanes).view("u2").reshape(-1, rows, 8)
         for put, value in zip(puts, warp.ldmatrix(items, "trans" in parts), strict=True):
             put(value.reshape(-1))
 
@@ -34,23 +34,23 @@ def _ldmatrix(operands: Operands, instruction: Instruction) -> Step:
 
 
 def _full_warps(active: Array) -> Array:
-    """Which warps are here; none may be here in part."""
-    present = active.reshape(-1, 32)
-    if (present.any(1) != present.all(1)).any():
-        raise Fault("a part of a warp comes to a warp-wide instruction")
-    return present.all(1)
+    """Return which warps are active. A warp with some inactive lanes is a fault."""
+    active_lanes = active.reshape(-1, 32)
+    if (active_lanes.any(1) != active_lanes.all(1)).any():
+        raise Fault("divergent warp at a warp-synchronous instruction")
+    return active_lanes.all(1)
 
 
 def _mma(operands: Operands, instruction: Instruction) -> Step:
-    machine, parts = operands.machine, instruction.parts
+    machine, parts = operands.machine, instruction.opcode
     shape = next(part for part in parts if part.startswith("m") and part[1].isdigit())
     types = [part for part in parts if part in BITS]
     if "sync" not in parts or "row" not in parts or "col" not in parts or len(types) != 4:
-        raise unknown(instruction)
+        raise unsupported_instruction(instruction)
     bits = "b64" if types[0] == "f64" else "b32"
     target, *sources = ((one,) if isinstance(one, str) else one for one in instruction.operands)
-    puts = [operands.put(one, bits) for one in target]
-    reads = [[operands.bits(one, bits) for one in source] for source in sources]
+    puts = [operands.raw_writer(one, bits) for one in target]
+    reads = [[operands.raw_reader(one, bits) for one in source] for source in sources]
 
     def step() -> None:
         _full_warps(machine.active)
@@ -65,14 +65,14 @@ def _shuffle(operands: Operands, instruction: Instruction) -> Step:
     machine = operands.machine
     target, *sources = instruction.operands
     name, _, predicate = str(target).partition("|")
-    put, flag = operands.put(name.strip(), "b32"), operands.put(predicate.strip() or "_", "pred")
-    value, b, c, members = (operands.bits(one, "b32") for one in sources)
+    put, flag = operands.raw_writer(name.strip(), "b32"), operands.raw_writer(predicate.strip() or "_", "pred")
+    value, b, c, members = (operands.raw_reader(one, "b32") for one in sources)
 
     def step() -> None:
-        present = machine.active.reshape(-1, 32)
-        warp.check_members(members().reshape(-1, 32), present)
+        active_lanes = machine.active.reshape(-1, 32)
+        warp.check_member_mask(members().reshape(-1, 32), active_lanes)
         arrays = (read().reshape(-1, 32) for read in (value, b, c))
-        received, valid = warp.shuffle(instruction.parts[2], *arrays, present)
+        received, valid = warp.shuffle(instruction.opcode[2], *arrays, active_lanes)
         put(received.reshape(-1))
         flag(valid.reshape(-1))
 
@@ -80,30 +80,30 @@ def _shuffle(operands: Operands, instruction: Instruction) -> Step:
 
 
 def _vote(operands: Operands, instruction: Instruction) -> Step:
-    machine, mode = operands.machine, instruction.parts[2]
+    machine, mode = operands.machine, instruction.opcode[2]
     target, predicate, members = instruction.operands
-    put = operands.put(target, instruction.parts[-1])
-    read, named = operands.reader(predicate, "pred"), operands.bits(members, "b32")
+    put = operands.raw_writer(target, instruction.opcode[-1])
+    read, mask = operands.reader(predicate, "pred"), operands.raw_reader(members, "b32")
 
     def step() -> None:
-        present = machine.active.reshape(-1, 32)
-        warp.check_members(named().reshape(-1, 32), present)
-        put(warp.vote(mode, read().reshape(-1, 32), present))
+        active_lanes = machine.active.reshape(-1, 32)
+        warp.check_member_mask(mask().reshape(-1, 32), active_lanes)
+        put(warp.vote(mode, read().reshape(-1, 32), active_lanes))
 
     return step
 
 
 def _reduce(operands: Operands, instruction: Instruction) -> Step:
-    machine, (_, _, name, type_) = operands.machine, instruction.parts
+    machine, (_, _, name, type_) = operands.machine, instruction.opcode
     target, source, members = instruction.operands
     write, read = operands.writer(target, type_), operands.reader(source, type_)
-    named, reduce = operands.bits(members, "b32"), warp.REDUCTIONS[name]
+    mask, reduce = operands.raw_reader(members, "b32"), warp.REDUCTIONS[name]
 
     def step() -> None:
-        present = machine.active.reshape(-1, 32)
-        warp.check_members(named().reshape(-1, 32), present)
-        if (present.any(1) != present.all(1)).any():
-            raise unknown(instruction)
+        active_lanes = machine.active.reshape(-1, 32)
+        warp.check_member_mask(mask().reshape(-1, 32), active_lanes)
+        if (active_lanes.any(1) != active_lanes.all(1)).any():
+            raise unsupported_instruction(instruction)
         values = read().reshape(-1, 32)
         write(np.repeat(reduce(values, axis=1).astype(values.dtype), 32))
 
@@ -111,11 +111,11 @@ def _reduce(operands: Operands, instruction: Instruction) -> Step:
 
 
 def _active_mask(operands: Operands, instruction: Instruction) -> Step:
-    machine, put = operands.machine, operands.put(instruction.operands[0], "b32")
+    machine, put = operands.machine, operands.raw_writer(instruction.operands[0], "b32")
 
     def step() -> None:
-        present = machine.active.reshape(-1, 32)
-        put(warp.vote("ballot", present, present))
+        active_lanes = machine.active.reshape(-1, 32)
+        put(warp.vote("ballot", active_lanes, active_lanes))
 
     return step
 

@@ -1,4 +1,4 @@
-"""Global and shared memory, with every access checked."""
+"""Global and shared memory with checked accesses: bounds, alignment, write conflicts, races, cp.async."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from tools.ptx.numerics import Array
 
 
 class Fault(Exception):
-    """What a GPU would do wrong silently, or die of; ``lane`` is the thread, counted over the CTAs that run at once."""
+    """Undefined behaviour, a race or a deadlock that a GPU would not report, or an error that it would abort with.
+
+    Args:
+        message: the reason.
+        lane: index of the thread among those of all resident CTAs, or None.
+    """
 
     def __init__(self, message: str, lane: int | None = None) -> None:
         super().__init__(message)
@@ -20,45 +25,59 @@ class Fault(Exception):
 
 
 def _cells(data: Array, offset: int, width: int) -> Array:
-    """Raw memory as items of ``width`` bytes, the first one at ``offset``."""
+    """Return a view of raw memory as items of ``width`` bytes, from ``offset`` on."""
     count = (data.size - offset) // width
     return data[offset : offset + count * width].view(f"V{width}")
 
 
 class Memory:
-    """Global memory: arrays at 64-bit addresses, each with nothing around it."""
+    """Global memory: buffers at 64-bit addresses, each surrounded by unmapped addresses."""
 
     def __init__(self) -> None:
         self._bases: list[int] = []
         self._arrays: list[tuple[Array, bool]] = []
         self._next = 0x7F00_0000_0000
 
-    def place(self, values: Array | torch.Tensor, at: int | None = None, readonly: bool = False) -> int:
-        """Maps the values' own memory, without a copy, and returns their address.
+    def map_buffer(self, values: Array | torch.Tensor, address: int | None = None, readonly: bool = False) -> int:
+        """Map the memory of `values`, without a copy, and return its address.
 
-        With no address given, the address is as aligned as the memory really is, up to 256 bytes. Two views of one
-        array can lie at two addresses. Strided tensors are mapped from their first to their last element.
+        Two views of one array can be mapped at two addresses. Strided tensors are mapped from their first to their last
+        element.
+
+        Args:
+            values: a contiguous array, or a tensor.
+            address: the address; by default a free one with the alignment that the memory really has, up to 256 bytes.
+            readonly: whether stores are faults.
+
+        Raises:
+            ValueError: the address range overlaps another buffer.
         """
         data = _bytes(values)
-        if at is None:
-            at = self._next + data.ctypes.data % 256
-            self._next = (at + data.size + 4096) // 256 * 256
-        position = bisect.bisect(self._bases, at)
-        after = self._bases[position] if position < len(self._bases) else 1 << 64
-        if at + data.size > after or (position and self._end(position - 1) > at):
-            raise ValueError(f"{at:#x} is taken")
-        self._bases.insert(position, at)
+        if address is None:
+            address = self._next + data.ctypes.data % 256
+            self._next = (address + data.size + 4096) // 256 * 256
+        position = bisect.bisect(self._bases, address)
+        following = self._bases[position] if position < len(self._bases) else 1 << 64
+        if address + data.size > following or (position and self._end(position - 1) > address):
+            raise ValueError(f"address: {address:#x} is already mapped")
+        self._bases.insert(position, address)
         self._arrays.insert(position, (data, readonly))
-        return at
+        return address
 
     def _end(self, position: int) -> int:
         return self._bases[position] + self._arrays[position][0].size
 
-    def _parts(self, addresses: Array, width: int, lanes: Array, write: bool) -> list[tuple[Any, Array, Array]]:
-        """An access, checked and split by allocation: which of the addresses, the allocation's cells, their indices."""
+    def _split_by_allocation(
+        self, addresses: Array, width: int, lanes: Array, write: bool
+    ) -> list[tuple[Any, Array, Array]]:
+        """Check an access and split it by buffer.
+
+        Returns:
+            For each buffer: the selected accesses, the buffer's cells of `width` bytes, and the cell of each access.
+        """
         if (misaligned := addresses & np.uint64(width - 1)).any():
             one = int(np.flatnonzero(misaligned)[0])
-            raise Fault(f"{width}-byte access at {int(addresses[one]):#x} is misaligned", lanes[one])
+            raise Fault(f"misaligned {width}-byte access at {int(addresses[one]):#x}", lanes[one])
         first = bisect.bisect(self._bases, int(addresses.min())) - 1
         if first >= 0 and int(addresses.max()) + width <= self._end(first):
             return [(slice(None), *self._index(first, addresses, width, lanes, write))]
@@ -91,21 +110,22 @@ class Memory:
 
     def load(self, addresses: Array, width: int, lanes: Array) -> Array:
         result = np.empty(len(addresses), f"V{width}")
-        for part, cells, index in self._parts(addresses, width, lanes, write=False):
+        for part, cells, index in self._split_by_allocation(addresses, width, lanes, write=False):
             result[part] = cells[index]
         return result
 
     def store(self, addresses: Array, values: Array, lanes: Array) -> None:
-        for part, cells, index in self._parts(addresses, values.itemsize, lanes, write=True):
+        for part, cells, index in self._split_by_allocation(addresses, values.itemsize, lanes, write=True):
             cells[index] = values[part]
-            _agree(cells[index], values[part], lanes[part])
+            _check_write_conflict(cells[index], values[part], lanes[part])
 
 
-def _agree(stored: Array, meant: Array, lanes: Array) -> None:
-    width = meant.itemsize
-    differ = (stored.view("u1") != np.ascontiguousarray(meant).view("u1")).reshape(-1, width).any(1)
+def _check_write_conflict(stored: Array, values: Array, lanes: Array) -> None:
+    """Raise a fault if memory does not hold what each thread stored."""
+    width = values.itemsize
+    differ = (stored.view("u1") != np.ascontiguousarray(values).view("u1")).reshape(-1, width).any(1)
     if differ.any():
-        raise Fault("two threads store different values to one place", lanes[int(np.flatnonzero(differ)[0])])
+        raise Fault("two threads store different values to one address", lanes[int(np.flatnonzero(differ)[0])])
 
 
 def _bytes(values: Array | torch.Tensor) -> Array:
@@ -117,13 +137,19 @@ def _bytes(values: Array | torch.Tensor) -> Array:
     return values.reshape(-1).view("u1")
 
 
-class Shared:
-    """The shared memory of several CTAs: starts as NaN, and reports what two warps do to one byte without a barrier.
+class SharedMemory:
+    """The shared memory of several CTAs, initialised with NaN, with a race detector.
 
-    A write that changes nothing, as when several warps hold the same value, is no conflict.
+    Conflicting accesses of two warps to one byte without a barrier in between are faults. A write that does not change
+    the value, as when several warps store the same one, is no conflict.
+
+    Args:
+        ctas: number of CTAs.
+        size: bytes of shared memory per CTA.
+        cta_of, warp_of: CTA and warp of each lane.
     """
 
-    _MANY = 62  # warps that have read: more than one
+    _SEVERAL_WARPS = 62  # warp id that stands for several readers
 
     def __init__(self, ctas: int, size: int, cta_of: Array, warp_of: Array) -> None:
         self._size, self._stride = size, -(-size // 16) * 16
@@ -131,11 +157,12 @@ class Shared:
         self._cta, self._warp = cta_of, warp_of
         self._tracked = bool(warp_of.size) and int(warp_of.max()) > 0
         self._epochs = np.ones(ctas, "i4")
-        # Who touched a byte last: epoch * 64 + warp.
+        # The last writer and reader of each byte: epoch * 64 + warp.
         self._writers = np.zeros(self._data.size if self._tracked else 0, "i4")
         self._readers = np.zeros_like(self._writers)
 
     def barrier(self, ctas: Array) -> None:
+        """Start a new epoch, in which earlier accesses of these CTAs are no conflicts."""
         self._epochs[ctas] += 1
 
     def _index(self, addresses: Array, width: int, lanes: Array) -> Array:
@@ -143,36 +170,36 @@ class Shared:
         bad = (addresses < 0) | (addresses + width > self._size) | (addresses & (width - 1) != 0)
         if bad.any():
             one = int(np.flatnonzero(bad)[0])
-            where = f"is misaligned or outside of its {self._size} bytes"
-            raise Fault(f"{width}-byte access to shared memory at {addresses[one]} {where}", lanes[one])
+            problem = f"is misaligned or outside of its {self._size} bytes"
+            raise Fault(f"{width}-byte access to shared memory at {addresses[one]} {problem}", lanes[one])
         return addresses + self._cta[lanes] * self._stride
 
     def _tags(self, index: Array, width: int, lanes: Array) -> tuple[Array, Array]:
         tags = self._epochs[self._cta[lanes]] * 64 + self._warp[lanes]
         return index[:, None] + np.arange(width), np.broadcast_to(tags[:, None], (len(tags), width))
 
-    def _conflict(self, touched: Array, tags: Array, lanes: Array, what: str) -> None:
-        conflict = (touched >> 6 == tags >> 6) & (touched != tags)
+    def _check_race(self, previous: Array, tags: Array, lanes: Array, what: str) -> None:
+        conflict = (previous >> 6 == tags >> 6) & (previous != tags)
         if conflict.any():
             row, column = map(int, np.argwhere(conflict)[0])
-            other = int(touched[row, column]) & 63
-            who = "several warps" if other == self._MANY else f"warp {other}"
-            raise Fault(f"{what} shared memory that {who} used, with no barrier in between", lanes[row])
+            other = int(previous[row, column]) & 63
+            warps = "several warps" if other == self._SEVERAL_WARPS else f"warp {other}"
+            raise Fault(f"race: {what} shared memory used by {warps}, with no barrier in between", lanes[row])
 
     def load(self, addresses: Array, width: int, lanes: Array) -> Array:
         index = self._index(addresses, width, lanes)
         if self._tracked:
             cells, tags = self._tags(index, width, lanes)
-            self._conflict(self._writers[cells], tags, lanes, "reads")
+            self._check_race(self._writers[cells], tags, lanes, "reads")
             before = self._readers[cells]
             shared = (before >> 6 == tags >> 6) & (before != tags)
-            self._readers[cells] = np.where(shared, tags >> 6 << 6 | self._MANY, tags)
+            self._readers[cells] = np.where(shared, tags >> 6 << 6 | self._SEVERAL_WARPS, tags)
             lost = self._readers[cells] != tags
-            self._readers[cells[lost]] = tags[lost] >> 6 << 6 | self._MANY
+            self._readers[cells[lost]] = tags[lost] >> 6 << 6 | self._SEVERAL_WARPS
         return self._data.view(f"V{width}")[index // width]
 
     def store(self, addresses: Array, values: Array, lanes: Array, poison: bool = False) -> None:
-        """``poison`` stores NaN in place of the values: they are on their way."""
+        """Store values, or NaN with ``poison``, for a copy in flight."""
         width = values.itemsize
         index = self._index(addresses, width, lanes)
         cells = self._data.view(f"V{width}")
@@ -183,20 +210,20 @@ class Shared:
                 np.ascontiguousarray(one).view("u1").reshape(-1, width) for one in (cells[index // width], values)
             )
             changed = (old != new) | poison
-            where, tags = self._tags(index, width, lanes)
+            bytes_, tags = self._tags(index, width, lanes)
             rows = np.broadcast_to(np.arange(len(lanes))[:, None], changed.shape)[changed]
-            where, tags = where[changed][:, None], tags[changed][:, None]
-            self._conflict(self._writers[where], tags, lanes[rows], "writes")
-            self._conflict(self._readers[where], tags, lanes[rows], "overwrites")
-            self._writers[where] = tags
+            bytes_, tags = bytes_[changed][:, None], tags[changed][:, None]
+            self._check_race(self._writers[bytes_], tags, lanes[rows], "writes")
+            self._check_race(self._readers[bytes_], tags, lanes[rows], "overwrites")
+            self._writers[bytes_] = tags
         cells[index // width] = values
-        _agree(cells[index // width], values, lanes)
+        _check_write_conflict(cells[index // width], values, lanes)
 
 
-class Copies:
-    """``cp.async``: NaN from the moment of issue, the data only after the matching wait."""
+class AsyncCopies:
+    """``cp.async``: shared memory holds NaN while a copy is in flight, and the data after the matching wait."""
 
-    def __init__(self, lanes: int, shared: Shared) -> None:
+    def __init__(self, lanes: int, shared: SharedMemory) -> None:
         self._shared = shared
         self._committed = np.zeros(lanes, "i8")
         self._pending: list[tuple[Array, Array, Array, Array]] = []  # lanes, their groups, addresses, values
@@ -209,19 +236,19 @@ class Copies:
         self._committed[active] += 1
 
     def wait(self, active: Array, groups: int) -> None:
-        """All but the last ``groups`` committed groups of these threads arrive; with -1, uncommitted copies, too."""
+        """Complete all but the last ``groups`` committed groups of the active threads; -1: uncommitted copies too."""
         remaining = []
         for lanes, group, addresses, values in self._pending:
-            arrived = active[lanes] & (group < self._committed[lanes] - groups)
-            if arrived.any():
-                self._shared.store(addresses[arrived], values[arrived], lanes[arrived])
-            if not arrived.all():
-                remaining.append((lanes[~arrived], group[~arrived], addresses[~arrived], values[~arrived]))
+            complete = active[lanes] & (group < self._committed[lanes] - groups)
+            if complete.any():
+                self._shared.store(addresses[complete], values[complete], lanes[complete])
+            if not complete.all():
+                remaining.append((lanes[~complete], group[~complete], addresses[~complete], values[~complete]))
         self._pending = remaining
 
 
-def argument_bytes(value: Any, type_: str, size: int) -> bytes:
-    """An argument of a kernel as it lies in parameter memory."""
+def pack_argument(value: Any, type_: str, size: int) -> bytes:
+    """Return the bytes of a kernel argument in parameter memory."""
     if isinstance(value, bytes):
         return value
     if type_ in ("f32", "f64"):

@@ -1,4 +1,4 @@
-"""Runs the CUDA C++ operators on CPU tensors: their real host code, and the PTX that nvcc makes of their kernels."""
+"""Run the CUDA C++ operators on CPU tensors: host code natively, and nvcc's PTX of the kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.cuda_sim.simulator import run_time
+from tools.cuda_sim.simulator import load_simulator
 from tools.ptx.machine import run
 from tools.ptx.memory import Memory
 from tools.ptx.parser import parse
@@ -25,7 +25,8 @@ from tools.ptx.parser import parse
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = _ROOT / "csrc" / "cuda"
 _CACHE = _ROOT / "build" / "ptx"
-_OBSERVER = ctypes.CFUNCTYPE(
+#: C type of the simulator's launch observer, ``fused_res::cuda::sim::Observer``.
+LAUNCH_CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_bool,
     ctypes.c_char_p,
     ctypes.POINTER(ctypes.c_uint),
@@ -41,7 +42,9 @@ _parse = functools.lru_cache(maxsize=64)(parse)
 
 @dataclass(frozen=True)
 class Launch:
-    kernel: str  # mangled
+    """A kernel launch."""
+
+    kernel: str  # mangled name
     grid: tuple[int, ...]
     threads: int
     shared: int
@@ -49,26 +52,30 @@ class Launch:
 
 
 @contextlib.contextmanager
-def observed(handle: Callable[[Launch, bytes], None]) -> Iterator[list[Launch]]:
-    """Inside, ``handle`` is what becomes of every kernel that ``torch.ops.fused_res_sim`` launches.
+def intercept_launches(handle: Callable[[Launch, bytes], None]) -> Iterator[list[Launch]]:
+    """Call ``handle`` instead of every kernel that ``torch.ops.fused_res_sim`` launches in the block.
 
-    It gets the launch and the kernel's argument. What it raises is raised at the end: until then there are no more
-    calls. What comes out is the list of launches, as it grows.
+    Args:
+        handle: called with the launch and the bytes of the kernel's argument. Its first exception is raised at the end
+            of the block; later launches are recorded without calling it.
+
+    Yields:
+        The list of launches so far.
     """
     launches: list[Launch] = []
     errors: list[Exception] = []
-    observe = run_time().library.fused_res_sim_observe
+    observe = load_simulator().library.fused_res_sim_observe
 
     def observer(name: bytes, grid, threads: int, shared: int, argument: int, size: int, cooperative: bool) -> bool:
         launches.append(launch := Launch(name.decode(), tuple(grid[:3]), threads, shared, cooperative))
         if not errors:
             try:
                 handle(launch, ctypes.string_at(argument, size))
-            except Exception as error:  # of which ctypes would only print
+            except Exception as error:  # ctypes would only print it
                 errors.append(error)
         return True
 
-    callback = _OBSERVER(observer)  # which ctypes does not keep alive
+    callback = LAUNCH_CALLBACK(observer)  # a reference, because the C++ side holds none
     observe(callback)
     try:
         yield launches
@@ -79,33 +86,43 @@ def observed(handle: Callable[[Launch, bytes], None]) -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
-def interpreted_nvcc(
+def interpret_cuda_launches(
     schedule: int = 0,
     *,
     ctas: Callable[[tuple[int, ...]], Sequence[int]] | None = None,
     edit: Callable[[str], str] = str,
     multiprocessors: int = 2,
 ) -> Iterator[list[Launch]]:
-    """:func:`observed` with the interpreter.
+    """Run every kernel launched in the block in the PTX interpreter.
 
-    A kernel may touch only tensors that were made inside. ``schedule`` is that of :func:`ptx.machine.run`, ``ctas``
-    gets the grid and says which to run, ``edit`` changes a kernel's PTX before it runs, and ``multiprocessors`` limits
-    the blocks of a cooperative launch.
+    Kernels can access only tensors that are allocated in the block.
+
+    Args:
+        schedule: see :func:`tools.ptx.machine.run`.
+        ctas: function from the grid to the CTAs to run; default all.
+        edit: function applied to a kernel's PTX before it runs.
+        multiprocessors: number of simulated multiprocessors, which limits the blocks of a cooperative launch.
+
+    Yields:
+        The list of launches so far.
+
+    Raises:
+        FileNotFoundError: nvcc is not installed.
     """
     if NVCC is None:
-        raise FileNotFoundError("there is no nvcc here")
-    simulator = run_time()
+        raise FileNotFoundError("nvcc is not installed")
+    simulator = load_simulator()
 
     def interpret(launch: Launch, argument: bytes) -> None:
-        text = edit(entry(launch.kernel))
-        most = re.search(r"\.maxntid\s+(\d+)", text)
-        if most is not None and launch.threads > int(most[1]):
-            raise ValueError(f"{launch.kernel} is launched with {launch.threads} threads, and takes {most[1]} at most")
+        text = edit(kernel_ptx(launch.kernel))
+        limit = re.search(r"\.maxntid\s+(\d+)", text)
+        if limit is not None and launch.threads > int(limit[1]):
+            raise ValueError(f"{launch.kernel}: launched with {launch.threads} threads, expected at most {limit[1]}")
         run(
             _parse(text)[launch.kernel],
             launch.grid,
             [argument],
-            _live_memory(simulator.library),
+            _map_live_allocations(simulator.library),
             threads=(launch.threads,),
             shared=launch.shared,
             ctas=ctas and ctas(launch.grid),
@@ -113,31 +130,36 @@ def interpreted_nvcc(
             schedule=schedule,
         )
 
-    with simulator.guarded(), simulator.multiprocessors(multiprocessors), observed(interpret) as launches:
+    with (
+        simulator.guard_allocations(),
+        simulator.multiprocessors(multiprocessors),
+        intercept_launches(interpret) as launches,
+    ):
         yield launches
 
 
-def _live_memory(library: ctypes.CDLL) -> Memory:
-    """Every guarded tensor that lives, at its own address."""
-    library.fused_res_sim_blocks.restype = ctypes.c_size_t
-    count = library.fused_res_sim_blocks(None, None, ctypes.c_size_t(0))
+def _map_live_allocations(library: ctypes.CDLL) -> Memory:
+    """Return a memory with every live guarded tensor mapped at its own address."""
+    library.fused_res_sim_allocations.restype = ctypes.c_size_t
+    count = library.fused_res_sim_allocations(None, None, ctypes.c_size_t(0))
     pointers, sizes = (ctypes.c_void_p * count)(), (ctypes.c_size_t * count)()
-    library.fused_res_sim_blocks(pointers, sizes, ctypes.c_size_t(count))
+    library.fused_res_sim_allocations(pointers, sizes, ctypes.c_size_t(count))
     memory = Memory()
     for pointer, size in zip(pointers, sizes, strict=True):
-        memory.place(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer)), at=pointer)
+        memory.map_buffer(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer)), address=pointer)
     return memory
 
 
-def entry(kernel: str) -> str:
-    """The PTX of one kernel, with what stands before all kernels of its module."""
-    return _entries()[kernel]
+def kernel_ptx(kernel: str) -> str:
+    """Return the PTX of one kernel, with the directives and variables at the head of its module."""
+    return kernels_by_name()[kernel]
 
 
 @functools.cache
-def _entries() -> dict[str, str]:
+def kernels_by_name() -> dict[str, str]:
+    """Return the PTX of every kernel in csrc/cuda by mangled name."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        modules = list(pool.map(_ptx, sorted(_SOURCES.glob("*.cu"))))
+        modules = list(pool.map(_compile_to_ptx, sorted(_SOURCES.glob("*.cu"))))
     found = {}
     for module in modules:
         head, *entries = re.split(r"(?=^\.visible \.entry )", module, flags=re.MULTILINE)
@@ -145,19 +167,19 @@ def _entries() -> dict[str, str]:
     return found
 
 
-def _ptx(source: Path) -> str:
-    """What nvcc makes of a source, from the last time if nothing has changed."""
+def _compile_to_ptx(source: Path) -> str:
+    """Compile a source to PTX with nvcc, or return the cached PTX if no source or option has changed."""
     options = ["-arch=compute_80", "-std=c++20", "-O3", "-fmad=false", f"-I{_SOURCES.parent}"]
     version = subprocess.run([str(NVCC), "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + " ".join(options).encode() + source.read_bytes())
     for header in sorted([*_SOURCES.glob("*.*h"), *_SOURCES.with_name("common").glob("*.h")]):
         digest.update(header.read_bytes())
-    made = _CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.ptx"
-    if not made.exists():
+    compiled = _CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.ptx"
+    if not compiled.exists():
         _CACHE.mkdir(parents=True, exist_ok=True)
         for old in _CACHE.glob(f"{source.stem}-*.ptx"):
             old.unlink(missing_ok=True)
-        unfinished = made.with_suffix(f".{os.getpid()}")
+        unfinished = compiled.with_suffix(f".{os.getpid()}")
         subprocess.run([str(NVCC), "-ptx", *options, source, "-o", unfinished], check=True)
-        unfinished.replace(made)
-    return made.read_text()
+        unfinished.replace(compiled)
+    return compiled.read_text()

@@ -1,4 +1,4 @@
-"""Operands to closures: registers, special registers, variables and constants, one array element a thread."""
+"""Operands as closures that read and write registers, special registers, variables and constants of all threads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from tools.ptx.machine import Machine
 
 
-#: Executes an instruction in the active threads; returns where to go on, if not below.
+#: Executes an instruction in the active threads; returns the next instruction's index, or None for the following one.
 Step = Callable[[], int | None]
 
 
-def unknown(instruction: Instruction) -> NotImplementedError:
-    return NotImplementedError(f"{instruction.where}: {instruction.text}")
+def unsupported_instruction(instruction: Instruction) -> NotImplementedError:
+    """Return the exception for an instruction that the interpreter does not support."""
+    return NotImplementedError(f"{instruction.location}: {instruction.text}")
 
 
 class Operands:
@@ -32,9 +33,9 @@ class Operands:
         self._names: dict[Any, int] = {}
 
     def _slot(self, name: str, bits: int) -> int:
-        """Where the value of a register, a special register, a variable or a constant is kept."""
+        """Return the slot of a register, a special register, a variable or a constant, allocating it on first use."""
         machine = self.machine
-        declared = machine.kernel.bits(name)
+        declared = machine.kernel.register_bits(name)
         key = name if declared is not None else (name, bits)
         if key not in self._names:
             self._names[key] = len(self._slots)
@@ -44,20 +45,20 @@ class Operands:
     def _initial(self, name: str, bits: int, register: bool) -> Array:
         machine, dtype = self.machine, UNSIGNED[bits]
         if register:
-            return np.zeros(machine.lanes, dtype)
-        if name in machine.special:
-            return machine.special[name].astype(dtype)
+            return np.zeros(machine.num_lanes, dtype)
+        if name in machine.special_registers:
+            return machine.special_registers[name].astype(dtype)
         if name in machine.parameter_addresses:
-            return np.full(machine.lanes, machine.parameter_addresses[name], dtype)
-        if name in machine.kernel.shared:
-            return np.full(machine.lanes, machine.kernel.shared[name], dtype)
-        return np.full(machine.lanes, _constant(name, bits), dtype)
+            return np.full(machine.num_lanes, machine.parameter_addresses[name], dtype)
+        if name in machine.kernel.shared_addresses:
+            return np.full(machine.num_lanes, machine.kernel.shared_addresses[name], dtype)
+        return np.full(machine.num_lanes, _constant(name, bits), dtype)
 
-    def bits(self, operand: Operand, type_: str) -> Callable[[], Array]:
-        """Reads an operand as unsigned items as wide as ``type_``."""
+    def raw_reader(self, operand: Operand, type_: str) -> Callable[[], Array]:
+        """Return a closure that reads an operand as unsigned integers of the width of ``type_``."""
         slots, width = self._slots, BITS[type_]
         if isinstance(operand, tuple):
-            pieces = [self.bits(piece, f"b{width // len(operand)}") for piece in operand]
+            pieces = [self.raw_reader(piece, f"b{width // len(operand)}") for piece in operand]
             return lambda: np.stack([piece() for piece in pieces], 1).reshape(-1).view(UNSIGNED[width])
         if not isinstance(operand, str):
             raise NotImplementedError(f"operand {operand}")
@@ -71,18 +72,21 @@ class Operands:
         return lambda: slots[slot]
 
     def reader(self, operand: Operand, type_: str) -> Callable[[], Array]:
-        """Reads an operand as values of a type."""
-        read = self.bits(operand, type_)
+        """Return a closure that reads an operand as values of ``type_``."""
+        read = self.raw_reader(operand, type_)
         if type_ == "pred" or (type_[0] in "bu" and "f" not in type_):
             return read
         unpack = numerics.unpacker(type_)
         return lambda: unpack(read())
 
-    def put(self, operand: Operand, type_: str) -> Callable[[Array], None]:
-        """Writes unsigned items as wide as ``type_`` in the active threads, extending them to the register."""
+    def raw_writer(self, operand: Operand, type_: str) -> Callable[[Array], None]:
+        """Return a closure that writes unsigned integers of the width of ``type_`` in the active threads.
+
+        They are sign- or zero-extended to the width of the register.
+        """
         machine, slots = self.machine, self._slots
         if isinstance(operand, tuple):
-            return self._put_pieces(operand, type_)
+            return self._vector_writer(operand, type_)
         if not isinstance(operand, str):
             raise NotImplementedError(f"operand {operand}")
         if operand == "_":
@@ -99,13 +103,13 @@ class Operands:
         def put(values: Array) -> None:
             if widen is not None:
                 values = values.view(widen[0]).astype(widen[1]).view(dtype)
-            slots[slot] = values if machine.everyone else np.where(machine.active, values, slots[slot])
+            slots[slot] = values if machine.all_active else np.where(machine.active, values, slots[slot])
 
         return put
 
-    def _put_pieces(self, operand: tuple[str, ...], type_: str) -> Callable[[Array], None]:
+    def _vector_writer(self, operand: tuple[str, ...], type_: str) -> Callable[[Array], None]:
         width = BITS[type_] // len(operand)
-        puts = [self.put(piece, f"b{width}") for piece in operand]
+        puts = [self.raw_writer(piece, f"b{width}") for piece in operand]
 
         def put_all(values: Array) -> None:
             pieces = values.view(UNSIGNED[width]).reshape(-1, len(puts))
@@ -115,16 +119,16 @@ class Operands:
         return put_all
 
     def writer(self, operand: Operand, type_: str) -> Callable[[Array], None]:
-        """Writes values of a type."""
-        put, pack = self.put(operand, type_), numerics.packer(type_)
+        """Return a closure that writes values of ``type_``."""
+        put, pack = self.raw_writer(operand, type_), numerics.packer(type_)
         return lambda values: put(pack(values))
 
-    def address(self, operand: Operand) -> Callable[[], Array]:
-        """Reads ``[base + offset]`` as 64-bit addresses."""
+    def address_reader(self, operand: Operand) -> Callable[[], Array]:
+        """Return a closure that computes ``[base + offset]`` as 64-bit addresses."""
         if not isinstance(operand, Address):
             raise NotImplementedError(f"address {operand}")
-        wide = self.machine.kernel.bits(operand.base) or 64
-        read, offset = self.bits(operand.base or "0", f"b{wide}"), np.uint64(operand.offset % (1 << 64))
+        wide = self.machine.kernel.register_bits(operand.base) or 64
+        read, offset = self.raw_reader(operand.base or "0", f"b{wide}"), np.uint64(operand.offset % (1 << 64))
         return lambda: read().astype("u8") + offset
 
 

@@ -1,4 +1,4 @@
-"""PTX text to instructions."""
+"""Parse PTX text into kernels and instructions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BITS = {
 
 @dataclass(frozen=True)
 class Address:
-    """``[base + offset]``; the base is a register, a parameter, a variable or empty."""
+    """An address operand ``[base + offset]``; the base is a register, a parameter, a variable or empty."""
 
     base: str
     offset: int
@@ -26,12 +26,12 @@ Operand = str | Address | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Instruction:
-    parts: tuple[str, ...]  # the opcode, cut at its dots
+    opcode: tuple[str, ...]  # the fields of the opcode, which are separated by dots
     operands: tuple[Operand, ...]
     guard: str | None  # "%p1", or "!%p1"
     text: str
-    where: str  # line of the PTX text, and of the source where the compiler told it
-    position: int  # among the kernel's instructions
+    location: str  # line of the PTX text, and of the source if there is line information
+    index: int  # position in the kernel's instructions
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,19 @@ class Kernel:
     threads: tuple[int, ...] | None  # .reqntid
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    registers: dict[str, int] = field(default_factory=dict)  # name to bits
-    families: dict[str, int] = field(default_factory=dict)  # of %r<8>: "%r" to bits
-    shared: dict[str, int] = field(default_factory=dict)  # variable to its address
+    registers: dict[str, int] = field(default_factory=dict)  # width by name
+    register_families: dict[str, int] = field(default_factory=dict)  # width by prefix: "%r" for the registers %r<8>
+    shared_addresses: dict[str, int] = field(default_factory=dict)  # address by variable
     static_shared: int = 0
-    dynamic: list[str] = field(default_factory=list)  # variables that share the dynamic shared memory
+    dynamic_shared: list[str] = field(
+        default_factory=list
+    )  # extern variables, all at the start of the dynamic shared memory
 
-    def bits(self, register: str) -> int | None:
-        """Width of a register, None where there is none of this name."""
+    def register_bits(self, register: str) -> int | None:
+        """Return the width of a register in bits, or None if there is no register of this name."""
         if register in self.registers:
             return self.registers[register]
-        return self.families.get(register.rstrip("0123456789"))
+        return self.register_families.get(register.rstrip("0123456789"))
 
 
 _SHARED = re.compile(
@@ -70,7 +72,7 @@ _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\b[^,\[]*?([\w$]
 
 
 def parse(ptx: str) -> dict[str, Kernel]:
-    """Every ``.entry`` of the module by name."""
+    """Return every ``.entry`` of a module by name."""
     text = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), ptx, flags=re.DOTALL)
     text = re.sub(r"(\.loc[^\n/]*)//\s*(\S+)[^\n]*", r"\1 @\2", text)
     text = re.sub(r"//[^\n]*", "", text)
@@ -80,11 +82,11 @@ def parse(ptx: str) -> dict[str, Kernel]:
         threads = re.search(r"\.reqntid\s+([\d,\s]+)", entry[3])
         kernel = Kernel(entry[1], parameters, tuple(map(int, threads[1].split(","))) if threads else None)
         for variable in _SHARED.finditer(text[: entry.start()]):
-            _place(kernel, variable)
+            _allocate_shared(kernel, variable)
         _body(kernel, text, entry.end())
-        if kernel.dynamic:  # behind all others
+        if kernel.dynamic_shared:  # after the static variables
             kernel.static_shared = -(-kernel.static_shared // 16) * 16
-            kernel.shared |= dict.fromkeys(kernel.dynamic, kernel.static_shared)
+            kernel.shared_addresses |= dict.fromkeys(kernel.dynamic_shared, kernel.static_shared)
         kernels[kernel.name] = kernel
     return kernels
 
@@ -96,17 +98,17 @@ def _parameter(text: str) -> Parameter:
     return Parameter(found[2], found[1], BITS[found[1]] // 8 * int(found[3] or 1))
 
 
-def _place(kernel: Kernel, variable: re.Match[str]) -> None:
+def _allocate_shared(kernel: Kernel, variable: re.Match[str]) -> None:
     if variable["extern"]:
-        kernel.dynamic.append(variable["name"])
+        kernel.dynamic_shared.append(variable["name"])
         return
     align = int(variable["align"] or BITS[variable["type"]] // 8)
-    kernel.shared[variable["name"]] = start = -(-kernel.static_shared // align) * align
+    kernel.shared_addresses[variable["name"]] = start = -(-kernel.static_shared // align) * align
     kernel.static_shared = start + BITS[variable["type"]] // 8 * int(variable["count"] or 1)
 
 
 def _statements(text: str, start: int) -> Iterator[tuple[str, int]]:
-    """Braces, labels, directives and instructions of a body, with the positions where they begin."""
+    """Yield the braces, labels, directives and instructions of a body, with the positions at which they begin."""
     position, depth = start, 1
     token = re.compile(r"\s*(?:([{}])|(\.loc[^\n]*)|([\w$]+:)(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*;))", re.DOTALL)
     while depth:
@@ -122,10 +124,10 @@ def _statements(text: str, start: int) -> Iterator[tuple[str, int]]:
 
 
 def _body(kernel: Kernel, text: str, start: int) -> None:
-    scopes: list[dict[str, str]] = [{}]  # local names of inline assembly to names of their own
-    line, counted, source = text.count("\n", 0, start) + 1, start, ""
+    scopes: list[dict[str, str]] = [{}]  # unique names of the local registers of inline assembly
+    line, scanned, source = text.count("\n", 0, start) + 1, start, ""
     for statement, position in _statements(text, start):
-        line, counted = line + text.count("\n", counted, position), position
+        line, scanned = line + text.count("\n", scanned, position), position
         if statement == "{":
             scopes.append({})
         elif statement == "}":
@@ -138,12 +140,12 @@ def _body(kernel: Kernel, text: str, start: int) -> None:
         elif statement.startswith(".reg"):
             _declare(kernel, statement, scopes, len(kernel.instructions))
         elif variable := _SHARED.match(statement):
-            _place(kernel, variable)
+            _allocate_shared(kernel, variable)
         elif statement.startswith(".pragma"):
             continue
         else:
-            for name, own in {k: v for scope in scopes for k, v in scope.items()}.items():
-                statement = re.sub(rf"(?<![\w%$.]){re.escape(name)}(?!\w)", own, statement)
+            for name, unique in {k: v for scope in scopes for k, v in scope.items()}.items():
+                statement = re.sub(rf"(?<![\w%$.]){re.escape(name)}(?!\w)", unique, statement)
             kernel.instructions.append(_instruction(statement[:-1], f"line {line}{source}", len(kernel.instructions)))
 
 
@@ -151,24 +153,24 @@ def _declare(kernel: Kernel, statement: str, scopes: list[dict[str, str]], seria
     _, type_, names = statement.rstrip(";").split(None, 2)
     for name in map(str.strip, names.split(",")):
         if family := re.fullmatch(r"(\S+)<\d+>", name):
-            kernel.families[family[1]] = BITS[type_[1:]]
+            kernel.register_families[family[1]] = BITS[type_[1:]]
         elif len(scopes) > 1:
-            own = scopes[-1][name] = f"{name}@{serial}"
-            kernel.registers[own] = BITS[type_[1:]]
+            unique = scopes[-1][name] = f"{name}@{serial}"
+            kernel.registers[unique] = BITS[type_[1:]]
         else:
             kernel.registers[name] = BITS[type_[1:]]
 
 
-def _instruction(text: str, where: str, position: int) -> Instruction:
+def _instruction(text: str, location: str, index: int) -> Instruction:
     text = " ".join(text.split())
     guard = re.match(r"@(!?[\w%$.@]+)\s+", text)
     opcode, _, rest = text[guard.end() if guard else 0 :].partition(" ")
     operands = tuple(map(_operand, _split(rest)))
-    return Instruction(tuple(opcode.split(".")), operands, guard[1] if guard else None, text, where, position)
+    return Instruction(tuple(opcode.split(".")), operands, guard[1] if guard else None, text, location, index)
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
+    """Split at the commas outside of brackets."""
     pieces = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]])+", text)
     return [piece.strip() for piece in pieces if piece.strip()]
 

@@ -1,4 +1,4 @@
-"""Small Triton kernels to compile and to run."""
+"""Small Triton kernels for tests of the interpreter: elementwise addition, row sum and matrix multiplication."""
 
 import torch
 import triton

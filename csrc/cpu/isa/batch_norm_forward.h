@@ -1,5 +1,5 @@
-// batch_norm_act forward: the statistics, a version for each layout, and the elementwise pass, written once
-// for both.
+// Batch norm (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167) + residual add + ReLU, forward: batch
+// statistics, with a kernel for each layout, and the elementwise pass, written once for both.
 #pragma once
 
 #include "common/normalize.h"
@@ -13,76 +13,81 @@ namespace {
 
 // --- statistics ---
 
-// The first rows (NHWC) or vectors (NCHW) of a chunk, the pilot, say where the origin lies that its values
-// are taken relative to. With n values in a chunk and k in the pilot, the cancellation in M2 is about (1 + n
-// / k) eps if the pilot is an outlier, else near 1 eps. So that a single value cannot be one, it is the
-// median of the means of three parts.
+// A chunk's mean and M2 are computed from sums of x - pivot and (x - pivot)^2 (shifted data). The pivot is
+// estimated from the first rows (NHWC) or vectors (NCHW) of the chunk, the pilot sample. With n values in the
+// chunk and k in the pilot sample, cancellation leaves M2 a relative error of about (1 + n / k) eps if the
+// sample is an outlier, else near 1 eps. The pivot is the median of the means of three parts of the sample,
+// so that a single outlying value does not make it an outlier.
 constexpr int kPilot = 15;
 
 constexpr int64_t pilot_parts(int64_t pilot) { return pilot < 3 ? 1 : 3; }
 
 template <class S>
-inline S median(const S (&of)[3]) {
-  const S low = of[0] < of[1] ? of[0] : of[1], high = of[0] < of[1] ? of[1] : of[0];
-  return of[2] < low ? low : (of[2] < high ? of[2] : high);
+inline S median(const S (&values)[3]) {
+  const S low = values[0] < values[1] ? values[0] : values[1],
+          high = values[0] < values[1] ? values[1] : values[0];
+  return values[2] < low ? low : (values[2] < high ? values[2] : high);
 }
 
-// The origin must be a number: x - infinity would turn infinity into NaN everywhere.
+// The pivot has to be finite: x - infinity would turn infinity into NaN everywhere.
 template <class S>
-inline S finite_or_zero(S origin) {
-  return origin - origin == S(0) ? origin : S(0);
+inline S finite_or_zero(S pivot) {
+  return pivot - pivot == S(0) ? pivot : S(0);
 }
 
-// Whether the origin makes most of the squares cancel: it is more than two deviations from the mean, as where
-// an image begins with a black border. Seen in one chunk in a thousand of a ResNet on
-// smooth images.
-inline bool cancels(double sum, double squares, double count) { return sum * sum > 0.8 * count * squares; }
+// True if M2 = sum of squares - sum^2 / count loses accuracy to cancellation: the pivot is more than two
+// deviations from the mean, for example where an image begins with a black border. Measured in one chunk of a
+// thousand for a ResNet on smooth images.
+inline bool has_cancellation(double sum, double squares, double count) {
+  return sum * sum > 0.8 * count * squares;
+}
 
-// Then the moments of `n` values in each of some images are taken again, about the mean itself.
+// Second pass after a cancellation: the moments with the mean itself as the pivot, in double, over `n` values
+// of each image.
 template <class T>
-Moments moments_about(double origin, const T* first, int64_t images, int64_t image, int64_t n,
+Moments moments_about(double pivot, const T* first, int64_t images, int64_t image, int64_t n,
                       int64_t stride) {
   double sum = 0, squares = 0;
   for (int64_t i = 0; i < images; ++i) {
     for (int64_t k = 0; k < n; ++k) {
-      const double d = static_cast<double>(element(first + i * image + k * stride)) - origin;
+      const double d = static_cast<double>(load_scalar(first + i * image + k * stride)) - pivot;
       sum += d, squares += d * d;
     }
   }
-  return moments_from_sums(origin, sum, squares, static_cast<double>(images * n));
+  return moments_from_sums(pivot, sum, squares, static_cast<double>(images * n));
 }
 
 template <class T>
 void moments_nhwc(const Block& b, const void* x, double* partial) {
   using S = Compute<T>;
   using V = Vec<S>;
-  const int64_t rows = b.n1 - b.n0, pilot = smaller(rows, kPilot);
+  const int64_t rows = b.n1 - b.n0, pilot = min(rows, kPilot);
   const int64_t parts = pilot_parts(pilot), part_rows = pilot / parts;
-  for (int64_t c0 = b.c0; c0 < b.c1; c0 += kSummedChannels) {
-    const int64_t width = smaller(kSummedChannels, b.c1 - c0);
+  for (int64_t c0 = b.c0; c0 < b.c1; c0 += kStackChannels) {
+    const int64_t width = min(kStackChannels, b.c1 - c0);
     const T* first = static_cast<const T*>(x) + b.n0 * b.channels + c0;
-    alignas(64) S origin[kSummedChannels];
-    double sums[2][kSummedChannels];
-    const auto sum_above_origin = [&](const T* from, int64_t n) {
-      const auto above_origin = [&](auto part, int64_t row, int64_t c) {
-        const V d = part.load(from + row * b.channels + c) - load(origin + c);
+    alignas(64) S pivot[kStackChannels];
+    double sums[2][kStackChannels];
+    const auto sum_shifted = [&](const T* from, int64_t n) {
+      const auto shifted = [&](auto part, int64_t row, int64_t c) {
+        const V d = part.load(from + row * b.channels + c) - load(pivot + c);
         return Term<V, 1>{d, {d}};
       };
-      sum_rows<V>(n, width, b.channels, sums, above_origin, from);
+      sum_rows<V>(n, width, b.channels, sums, shifted, from);
     };
-    for (int64_t c = 0; c < width; ++c) origin[c] = element(first + c);
-    S means[kSummedChannels][3];
+    for (int64_t c = 0; c < width; ++c) pivot[c] = load_scalar(first + c);
+    S means[kStackChannels][3];
     for (int64_t i = 0; i < 3; ++i) {
-      if (i < parts) sum_above_origin(first + i * part_rows * b.channels, part_rows);
+      if (i < parts) sum_shifted(first + i * part_rows * b.channels, part_rows);
       for (int64_t c = 0; c < width; ++c)
         means[c][i] = static_cast<S>(sums[0][c]) / static_cast<S>(part_rows);
     }
-    for (int64_t c = 0; c < width; ++c) origin[c] = finite_or_zero(origin[c] + median(means[c]));
-    sum_above_origin(first, rows);
+    for (int64_t c = 0; c < width; ++c) pivot[c] = finite_or_zero(pivot[c] + median(means[c]));
+    sum_shifted(first, rows);
     for (int64_t c = 0; c < width; ++c) {
       const auto count = static_cast<double>(rows);
-      Moments m = moments_from_sums(origin[c], sums[0][c], sums[1][c], count);
-      if (cancels(sums[0][c], sums[1][c], count))
+      Moments m = moments_from_sums(pivot[c], sums[0][c], sums[1][c], count);
+      if (has_cancellation(sums[0][c], sums[1][c], count))
         m = moments_about(m.mean, first + c, 1, 0, rows, b.channels);
       partial[c0 + c] = m.mean;
       partial[b.channels + c0 + c] = m.m2;
@@ -94,49 +99,50 @@ template <class T>
 void moments_nchw(const Block& b, const void* x, double* partial) {
   using S = Compute<T>;
   using V = Vec<S>;
-  const int64_t length = b.s1 - b.s0, pilot = smaller(length, kPilot * V::lanes);
+  const int64_t length = b.s1 - b.s0, pilot = min(length, kPilot * V::lanes);
   const int64_t parts = pilot_parts(pilot), part_length = pilot / parts;
   for (int64_t c = b.c0; c < b.c1; ++c) {
     const T* first = static_cast<const T*>(x) + c * b.spatial + b.s0;
     const int64_t image = b.channels * b.spatial;
 
     const T* pilot_plane = first + b.n0 * image;
-    const S start = element(pilot_plane);
+    const S start = load_scalar(pilot_plane);
     S means[3];
     for (int64_t i = 0; i < 3; ++i) {
       V sum = V::zero();
       for_each_vector<V>(part_length, [&](auto part, int64_t k) {
-        sum = sum + part.only(part.load(pilot_plane + i % parts * part_length + k) - V::all(start));
+        sum =
+            sum + part.zero_tail(part.load(pilot_plane + i % parts * part_length + k) - V::broadcast(start));
       });
-      means[i] = total(sum) / static_cast<S>(part_length);
+      means[i] = reduce_add(sum) / static_cast<S>(part_length);
     }
-    const V origin = V::all(finite_or_zero(start + median(means)));
+    const V pivot = V::broadcast(finite_or_zero(start + median(means)));
 
     PlaneSums<V, 2> plane_sums;
     for (int64_t n = b.n0; n < b.n1; ++n) {
       plane_sums.add(length, [&](auto part, int64_t i) {
-        const V d = part.only(part.load(first + n * image + i) - origin);
+        const V d = part.zero_tail(part.load(first + n * image + i) - pivot);
         return Term<V, 1>{d, {d}};
       });
     }
     double sums[2];
-    plane_sums.finish(sums, 1);
+    plane_sums.reduce(sums, 1);
     const auto count = static_cast<double>((b.n1 - b.n0) * length);
-    Moments m = moments_from_sums(first_lane(origin), sums[0], sums[1], count);
-    if (cancels(sums[0], sums[1], count))
+    Moments m = moments_from_sums(first_lane(pivot), sums[0], sums[1], count);
+    if (has_cancellation(sums[0], sums[1], count))
       m = moments_about(m.mean, first + b.n0 * image, b.n1 - b.n0, image, length, 1);
     partial[c] = m.mean;
     partial[b.channels + c] = m.m2;
   }
 }
 
-// --- normalise, add, clamp ---
+// --- normalize, add, ReLU ---
 
-// One norm along a run of memory.
+// One norm along a contiguous segment.
 template <Layout L, class S>
 struct Norm {
-  using Factor = typename FactorOf<L, S>::type;
-  Factor mean, scale, shift;
+  using Param = typename ChannelParam<L, S>::type;
+  Param mean, scale, shift;
 
   Norm(const NormArgs& a, int64_t channel)
       : mean{static_cast<const S*>(a.mean) + channel},
@@ -158,9 +164,9 @@ void forward(const Block& b, const ForwardArgs& a) {
   using S = Compute<T>;
   using V = Vec<S>;
   const bool relu = a.relu, stream = a.stream;
-  for_each_run<L>(b, [&](int64_t start, int64_t mask_start, int64_t channel, int64_t n) {
+  for_each_contiguous<L>(b, [&](int64_t start, int64_t mask_start, int64_t channel, int64_t n) {
     const Norm<L, S> norm(a.norm, channel);
-    // Used in a pair only, but it has to point at something.
+    // Only used in a pair; without one it needs a valid pointer.
     const Norm<L, S> residual_norm(kPair ? a.residual_norm : a.norm, channel);
     const T* x = static_cast<const T*>(a.x) + start;
     const T* residual = static_cast<const T*>(a.residual) + (a.residual ? start : 0);
@@ -175,8 +181,8 @@ void forward(const Block& b, const ForwardArgs& a) {
       }
       const auto active = relu_active(v);
       if (mask) store_bits<V>(mask + i / 8, to_bits(active), part);
-      if (relu) v = keep(active, v);
-      put(part, y + i, v, stream);
+      if (relu) v = maskz(active, v);
+      store_or_stream(part, y + i, v, stream);
     });
   });
   if (stream) stream_fence();
@@ -188,11 +194,13 @@ void forward(const Block& b, const ForwardArgs& a) {
   forward<T, L, false>(b, a);
 }
 
-// --- between the passes: one number a channel ---
+// --- between the two passes, per channel ---
+
+// The rows of the stats tensor from mean and M2 (cuDNN's BN_FINALIZE).
 
 template <class S>
-void finish(void* stats, const double* moments, double count, const ParamArgs& params, int64_t channels,
-            int64_t c0, int64_t c1) {
+void finalize_stats(void* stats, const double* moments, double count, const AffineArgs& params,
+                    int64_t channels, int64_t c0, int64_t c1) {
   S* out = static_cast<S*>(stats);
   const S* weight = static_cast<const S*>(params.weight);
   const S* bias = static_cast<const S*>(params.bias);

@@ -1,5 +1,5 @@
-// Sums over a block, one for each channel, for batch_norm_act's statistics and its backward: a version for
-// each layout. What chunks have summed is put together here, too.
+// Per-channel reductions over a block, for the statistics and the backward of batch norm: sum_rows for NHWC,
+// PlaneSums for NCHW. Also the merge of the partial statistics of two chunks.
 #pragma once
 
 #include "common/normalize.h"
@@ -10,35 +10,30 @@
 namespace fused_res::cpu {
 namespace {
 
-// Vectors summed in float32 before the sums go to double.
-constexpr int kTile = 32;
-// Channels whose sums live on the stack.
-constexpr int64_t kSummedChannels = 2048;
-// Bytes of each operand that are on their way to L2 before they are needed.
-constexpr int64_t kAhead = 16384;
-// Rows that are summed side by side.
-constexpr int kRowsAtOnce = 4;
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
+// Vectors accumulated in float32 before the accumulators are added to sums in double.
+constexpr int kFp32Terms = 32;
+// Channels whose sums are on the stack.
+constexpr int64_t kStackChannels = 2048;
+// Prefetch distance in each operand, in bytes.
+constexpr int64_t kPrefetchBytes = 16384;
+// Rows added per load and store of the accumulators.
+constexpr int kRowUnroll = 4;
+// One term of 1 + N sums: adds `value` to sum 0, and `value * weight[k]` to sum 1 + k.
 template <class V, int N>
-struct Term {  // adds `value` to the first sum, and `value * weight[k]` to the k-th behind it
+struct Term {
   V value, weight[N];
 };
 
-// NHWC, for `width` <= kSummedChannels channels of rows that lie `stride` elements apart: sums[k][c] over the
-// rows; term(part, row, c) reads the `operands`.
+// NHWC: sums[k][c] over rows that are `stride` elements apart, for `width` <= kStackChannels channels.
+// term(part, row, c) computes a vector of terms from the `operands`, which are prefetched.
 //
-// A few rows go side by side, so that the sums are loaded and stored once for all of them. Memory is read in
-// the order in which it lies: nothing else brings the L2's prefetcher along, and without it a core reads
-// 4 to 5 GB/s here, against 12 to 20.
+// kRowUnroll rows are added per load and store of the accumulators. Memory is read in address order: only
+// then does the L2 prefetcher keep up. Without it a core reads 4 to 5 GB/s here, against 12 to 20.
 template <class V, int K, class F, class... T>
-inline void sum_rows(int64_t rows, int64_t width, int64_t stride, double (&sums)[K][kSummedChannels], F term,
+inline void sum_rows(int64_t rows, int64_t width, int64_t stride, double (&sums)[K][kStackChannels], F term,
                      const T*... operands) {
   using S = typename V::Scalar;
-  alignas(64) S tile[K][kSummedChannels];
+  alignas(64) S tile[K][kStackChannels];
   const int64_t padded = (width + V::lanes - 1) / V::lanes * V::lanes;
   const auto add = [&](auto count, int64_t row) {
     constexpr int kRows = decltype(count)::value;
@@ -46,7 +41,7 @@ inline void sum_rows(int64_t rows, int64_t width, int64_t stride, double (&sums)
       V sum[K];
       for (int k = 0; k < K; ++k) sum[k] = load(tile[k] + c);
       for (int i = 0; i < kRows; ++i) {
-        (prefetch(operands + (row + i) * stride + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
+        (prefetch(operands + (row + i) * stride + c + kPrefetchBytes / static_cast<int64_t>(sizeof(T))), ...);
         const Term<V, K - 1> t = term(part, row + i, c);
         sum[0] = sum[0] + t.value;
         for (int k = 1; k < K; ++k) sum[k] = fma(t.value, t.weight[k - 1], sum[k]);
@@ -61,32 +56,33 @@ inline void sum_rows(int64_t rows, int64_t width, int64_t stride, double (&sums)
     for (auto& sum : tile) {
       for (int64_t c = 0; c < padded; ++c) sum[c] = S(0);
     }
-    const int64_t end = smaller(row + kTile, rows);
-    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) add(Count<kRowsAtOnce>{}, row);
-    for (; row < end; ++row) add(Count<1>{}, row);
+    const int64_t end = min(row + kFp32Terms, rows);
+    for (; row + kRowUnroll <= end; row += kRowUnroll) add(Int<kRowUnroll>{}, row);
+    for (; row < end; ++row) add(Int<1>{}, row);
     for (int k = 0; k < K; ++k) {
       for (int64_t c = 0; c < padded; c += V::lanes) accumulate(sums[k] + c, load(tile[k] + c));
     }
   }
 }
 
-// NCHW, one channel: the same over runs of memory, each lane with K sums of its own until the end.
+// NCHW: K sums of one channel over contiguous segments, with separate accumulators for each lane until
+// reduce().
 template <class V, int K>
 class PlaneSums {
  public:
   template <class F>
   void add(int64_t n, F term) {  // term(part, offset)
-    for_each_strip<V, kWays>(n, [&](auto strip, int64_t i) {
+    for_each_strip<V, kAccumulators>(n, [&](auto strip, int64_t i) {
       for (int way = 0; way < decltype(strip)::vectors; ++way) {
         const Term<V, K - 1> t = term(strip.part, i + way * V::lanes);
         tile_[0][way] = tile_[0][way] + t.value;
         for (int k = 1; k < K; ++k) tile_[k][way] = fma(t.value, t.weight[k - 1], tile_[k][way]);
       }
-      if (++filled_ == kTile) flush();
+      if (++filled_ == kFp32Terms) flush();
     });
   }
 
-  void finish(double* sums, int64_t stride) {
+  void reduce(double* sums, int64_t stride) {
     flush();
     for (int k = 0; k < K; ++k) {
       sums[k * stride] = 0.0;
@@ -95,7 +91,7 @@ class PlaneSums {
   }
 
  private:
-  static constexpr int kWays = 4;  // independent chains of additions, each 4 cycles long
+  static constexpr int kAccumulators = 4;  // independent accumulators per lane: an addition takes 4 cycles
 
   void flush() {
     for (int k = 0; k < K; ++k) {
@@ -105,12 +101,12 @@ class PlaneSums {
     filled_ = 0;
   }
 
-  V tile_[K][kWays] = {};
+  V tile_[K][kAccumulators] = {};
   double sums_[K][V::lanes] = {};
   int filled_ = 0;
 };
 
-// --- of two chunks ---
+// --- merge of the partial statistics of two chunks ---
 
 inline void merge_partials(double* a, const double* b, double count_a, double count_b, int64_t channels,
                            int64_t c0, int64_t c1) {

@@ -1,26 +1,27 @@
-// Convolution as one product: rows are output pixels, the depth their window of taps and channels, the
-// columns outputs. A 1x1 kernel with stride 1 has its rows in memory; others are gathered, block by block.
+// Direct convolution as an implicit GEMM, NHWC: M = output pixels, N = output channels, K = kernel elements x
+// input channels (the receptive field). For a 1x1 kernel with stride 1 and no padding the input itself is A;
+// otherwise im2col copies the receptive fields of a block of pixels into scratch memory first.
 #pragma once
 
 #include "cpu/isa/epilogue.h"
-#include "cpu/isa/product.h"
+#include "cpu/isa/micro_kernel.h"
 #include "cpu/isa/tiles.h"
 
 namespace fused_res::cpu {
 namespace {
 
-void direct_pack(const Weight& weight, Range panels, float* packed) {
+// Packs B: packed[panel][kernel row][kernel column][channel][kPanelWidth], padded with zeros.
+void direct_pack(const WeightView& weight, Range panels, float* packed) {
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    float* to = packed + panel * weight.taps_h * weight.taps_w * weight.channels * kPanelOutputs;
-    const int64_t outputs = smaller(kPanelOutputs, weight.outputs - panel * kPanelOutputs);
-    const float* from = weight.data + panel * kPanelOutputs * weight.output_stride;
-    for (int64_t y = 0; y < weight.taps_h; ++y) {
-      for (int64_t x = 0; x < weight.taps_w; ++x) {
-        for (int64_t c = 0; c < weight.channels; ++c, to += kPanelOutputs) {
+    float* to = packed + panel * weight.kernel_h * weight.kernel_w * weight.channels * kPanelWidth;
+    const int64_t width = min(kPanelWidth, weight.out_channels - panel * kPanelWidth);
+    const float* from = weight.data + panel * kPanelWidth * weight.output_stride;
+    for (int64_t y = 0; y < weight.kernel_h; ++y) {
+      for (int64_t x = 0; x < weight.kernel_w; ++x) {
+        for (int64_t c = 0; c < weight.channels; ++c, to += kPanelWidth) {
           const float* w =
               from + y * weight.row_stride + x * weight.column_stride + c * weight.channel_stride;
-          for (int64_t o = 0; o < kPanelOutputs; ++o)
-            to[o] = o < outputs ? w[o * weight.output_stride] : 0.0f;
+          for (int64_t o = 0; o < kPanelWidth; ++o) to[o] = o < width ? w[o * weight.output_stride] : 0.0f;
         }
       }
     }
@@ -31,17 +32,19 @@ inline void clear_floats(float* to, int64_t n) {
   for_each_vector<Vec<float>>(n, [&](auto part, int64_t i) { part.store(to + i, Vec<float>::zero()); });
 }
 
-// The taps [begin, end) of one dimension that meet the image when the first lies at `position`.
-inline Range taps_inside(int64_t position, int64_t taps, int64_t dilation, int64_t size) {
-  const int64_t begin = position < 0 ? smaller((-position + dilation - 1) / dilation, taps) : 0;
-  const int64_t end = position < size ? smaller((size - 1 - position) / dilation + 1, taps) : 0;
+// The taps [begin, end) of one dimension that read within the image when tap 0 reads at `position`.
+inline Range valid_taps(int64_t position, int64_t taps, int64_t dilation, int64_t size) {
+  const int64_t begin = position < 0 ? min((-position + dilation - 1) / dilation, taps) : 0;
+  const int64_t end = position < size ? min((size - 1 - position) / dilation + 1, taps) : 0;
   return {begin, end < begin ? begin : end};
 }
 
-// Rows of windows, row_stride(depth) apart.
-inline void gather(const ConvolutionArgs& args, Range rows, float* to) {
+// im2col: copies the receptive field of each output pixel of `rows` into a row of `to`, the rows
+// padded_row_stride(K) apart. Padding is filled with zeros.
+inline void im2col(const ConvolutionArgs& args, Range rows, float* to) {
   using V = Vec<float>;
-  const int64_t run = args.taps_w * args.channels, stride = row_stride(args.taps_h * run);
+  const int64_t line_floats = args.kernel_w * args.channels,
+                stride = padded_row_stride(args.kernel_h * line_floats);
   int64_t x = rows.begin % args.out_width, y = rows.begin / args.out_width % args.out_height;
   int64_t image = rows.begin / (args.out_width * args.out_height);
   const auto advance = [&] {
@@ -53,122 +56,128 @@ inline void gather(const ConvolutionArgs& args, Range rows, float* to) {
   const float* const end = args.x + args.images * args.height * args.width * args.channels;
   for (int64_t row = rows.begin; row < rows.end; ++row, to += stride) {
     const int64_t top = y * args.stride_h - args.pad_h, left = x * args.stride_w - args.pad_w;
-    const Range inside_h = taps_inside(top, args.taps_h, args.dilation_h, args.height);
-    const Range inside_w = taps_inside(left, args.taps_w, args.dilation_w, args.width);
+    const Range valid_h = valid_taps(top, args.kernel_h, args.dilation_h, args.height);
+    const Range valid_w = valid_taps(left, args.kernel_w, args.dilation_w, args.width);
     const float* corner = args.x + ((image * args.height + top) * args.width + left) * args.channels;
     const int64_t pitch = args.dilation_h * args.width * args.channels;
-    if (inside_h.end - inside_h.begin == args.taps_h && inside_w.end - inside_w.begin == args.taps_w &&
-        args.dilation_w == 1 && corner + (args.taps_h - 1) * pitch + run + V::lanes <= end) {
-      // Whole vectors: what they bring too much is written over by the next line, or lies in the rows'
-      // padding.
-      for (int64_t i = 0; i < args.taps_h; ++i) {
-        for (int64_t j = 0; j < run; j += V::lanes) store(to + i * run + j, load(corner + i * pitch + j));
+    if (valid_h.end - valid_h.begin == args.kernel_h && valid_w.end - valid_w.begin == args.kernel_w &&
+        args.dilation_w == 1 && corner + (args.kernel_h - 1) * pitch + line_floats + V::lanes <= end) {
+      // Copied in full vectors: the surplus elements are overwritten by the next line or lie in the padding
+      // after the row.
+      for (int64_t i = 0; i < args.kernel_h; ++i) {
+        for (int64_t j = 0; j < line_floats; j += V::lanes)
+          store(to + i * line_floats + j, load(corner + i * pitch + j));
       }
       advance();
       continue;
     }
-    for (int64_t i = 0; i < args.taps_h; ++i) {
-      float* line = to + i * run;
-      if (i < inside_h.begin || i >= inside_h.end || inside_w.begin == inside_w.end) {
-        clear_floats(line, run);
+    for (int64_t i = 0; i < args.kernel_h; ++i) {
+      float* line = to + i * line_floats;
+      if (i < valid_h.begin || i >= valid_h.end || valid_w.begin == valid_w.end) {
+        clear_floats(line, line_floats);
         continue;
       }
       const float* from = corner + i * pitch;
-      clear_floats(line, inside_w.begin * args.channels);
+      clear_floats(line, valid_w.begin * args.channels);
       if (args.dilation_w == 1) {
-        copy_floats(line + inside_w.begin * args.channels, from + inside_w.begin * args.channels,
-                    (inside_w.end - inside_w.begin) * args.channels);
+        copy_floats(line + valid_w.begin * args.channels, from + valid_w.begin * args.channels,
+                    (valid_w.end - valid_w.begin) * args.channels);
       } else {
-        for (int64_t j = inside_w.begin; j < inside_w.end; ++j) {
+        for (int64_t j = valid_w.begin; j < valid_w.end; ++j) {
           copy_floats(line + j * args.channels, from + j * args.dilation_w * args.channels, args.channels);
         }
       }
-      clear_floats(line + inside_w.end * args.channels, run - inside_w.end * args.channels);
+      clear_floats(line + valid_w.end * args.channels, line_floats - valid_w.end * args.channels);
     }
     advance();
   }
 }
 
-// A block of whole vectors straight from the registers: by way of memory, as in direct_run, a block 64 to 256
-// channels deep takes 4 % longer.
+// Micro-kernel with the epilogue applied to the accumulators in registers, for register blocks of full
+// vectors. With the accumulators stored and loaded again, as in direct_run, a block with a K of 64 to 256
+// takes 4 % longer.
 template <int R>
-inline void convolve_block(const ConvolutionArgs& args, const float* a, int64_t stride, const float* b,
-                           int64_t depth, int64_t pixel, int64_t c) {
+inline void micro_kernel_epilogue(const ConvolutionArgs& args, const float* a, int64_t stride, const float* b,
+                                  int64_t k, int64_t pixel, int64_t c) {
   using V = Vec<float>;
-  V sums[R][kVectors];
-  sum_products<R>(a, stride, b, depth, sums);
-  const int64_t pitch = args.outputs, first = pixel * pitch + c;
+  V acc[R][kNrVectors];
+  micro_kernel<R>(a, stride, b, k, acc);
+  const int64_t pitch = args.out_channels, first = pixel * pitch + c;
   if (args.bias) {
-    V bias[kVectors];
+    V bias[kNrVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) bias[v] = load(args.bias + c + v * V::lanes);
+    for (int v = 0; v < kNrVectors; ++v) bias[v] = load(args.bias + c + v * V::lanes);
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = sums[r][v] + bias[v];
+      for (int v = 0; v < kNrVectors; ++v) acc[r][v] = acc[r][v] + bias[v];
     }
   }
   if (args.residual) {
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        sums[r][v] = sums[r][v] + load(args.residual + first + r * pitch + v * V::lanes);
+      for (int v = 0; v < kNrVectors; ++v)
+        acc[r][v] = acc[r][v] + load(args.residual + first + r * pitch + v * V::lanes);
     }
   }
   if (args.relu) {
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = keep(not_less_equal_zero(sums[r][v]), sums[r][v]);
+      for (int v = 0; v < kNrVectors; ++v) acc[r][v] = maskz(not_less_equal_zero(acc[r][v]), acc[r][v]);
     }
   }
-  const bool stream = streams(args);
+  const bool stream = streaming_enabled(args);
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      put(Whole{}, args.y + first + r * pitch + v * V::lanes, sums[r][v], stream);
+    for (int v = 0; v < kNrVectors; ++v)
+      store_or_stream(FullVector{}, args.y + first + r * pitch + v * V::lanes, acc[r][v], stream);
   }
 }
 
+// The output pixels `rows` of the panels: im2col if needed, then GEMM and epilogue, register block by
+// register block. With `moments`, the output's partial statistics are accumulated as well.
 void direct_run(const ConvolutionArgs& args, Range rows, Range panels, float* scratch, double* moments) {
   constexpr int kLanes = Vec<float>::lanes;
-  const int64_t depth = args.taps_h * args.taps_w * args.channels;
+  const int64_t k = args.kernel_h * args.kernel_w * args.channels;
   const float* a = args.x + rows.begin * args.channels;
   int64_t stride = args.channels;
-  if (args.gather) {
-    gather(args, rows, scratch);
-    a = scratch, stride = row_stride(depth);
+  if (args.needs_im2col) {
+    im2col(args, rows, scratch);
+    a = scratch, stride = padded_row_stride(k);
   }
-  const int64_t end = smaller(panels.end * kPanelOutputs, args.outputs);
-  for (int64_t c = panels.begin * kPanelOutputs; c < end; c += kColumns) {
-    const float* b = args.packed + c / kPanelOutputs * kPanelOutputs * depth + c % kPanelOutputs;
-    Moments sums[kVectors];
+  const int64_t end = min(panels.end * kPanelWidth, args.out_channels);
+  for (int64_t c = panels.begin * kPanelWidth; c < end; c += kNr) {
+    const float* b = args.packed + c / kPanelWidth * kPanelWidth * k + c % kPanelWidth;
+    MomentAccumulator accumulators[kNrVectors];
     for_each_row_block(rows.end - rows.begin, [&](int64_t row, int64_t n) {
-      for (int64_t r = 0; r < n; ++r) epilogue_prefetch(args, rows.begin + row + r, c);
-      if (c + kColumns <= end && moments == nullptr) {
-        return with_rows(n, [&](auto count) {
-          convolve_block<count.value>(args, a + row * stride, stride, b, depth, rows.begin + row, c);
+      for (int64_t r = 0; r < n; ++r) prefetch_epilogue(args, rows.begin + row + r, c);
+      if (c + kNr <= end && moments == nullptr) {
+        return dispatch_mr(n, [&](auto count) {
+          micro_kernel_epilogue<count.value>(args, a + row * stride, stride, b, k, rows.begin + row, c);
         });
       }
-      float products[kRows * kPanelOutputs];
-      multiply_rows(n, a + row * stride, stride, b, depth, products);
-      for (int v = 0; v < kVectors && c + v * kLanes < end; ++v) {
-        with_part(end - (c + v * kLanes), [&](auto part) {
+      float acc[kMr * kPanelWidth];
+      micro_gemm(n, a + row * stride, stride, b, k, acc);
+      for (int v = 0; v < kNrVectors && c + v * kLanes < end; ++v) {
+        dispatch_tail(end - (c + v * kLanes), [&](auto part) {
           const Epilogue epilogue(args, part, c + v * kLanes);
-          Vec<float> values[kRows];
+          Vec<float> values[kMr];
           for (int64_t r = 0; r < n; ++r) {
-            values[r] = load(products + r * kPanelOutputs + v * kLanes);
-            values[r] = epilogue.finish(part, values[r], rows.begin + row + r);
+            values[r] = load(acc + r * kPanelWidth + v * kLanes);
+            values[r] = epilogue.apply(part, values[r], rows.begin + row + r);
           }
-          if (moments) sums[v].add(values, n);
+          if (moments) accumulators[v].add(values, n);
         });
       }
     });
-    for (int v = 0; moments && v < kVectors && c + v * kLanes < end; ++v) {
+    for (int v = 0; moments && v < kNrVectors && c + v * kLanes < end; ++v) {
       const int64_t at = c + v * kLanes;
-      with_part(end - at, [&](auto part) { sums[v].store(part, moments + at, moments + args.outputs + at); });
+      dispatch_tail(end - at, [&](auto part) {
+        accumulators[v].store(part, moments + at, moments + args.out_channels + at);
+      });
     }
   }
   if (args.stream) stream_fence();

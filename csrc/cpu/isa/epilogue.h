@@ -1,4 +1,5 @@
-// What a convolution does with its sums before they are written: bias, residual, ReLU, statistics.
+// Epilogue of the convolution kernels, applied to the accumulators before they are stored: bias, residual
+// add, ReLU, and partial batch statistics of the output.
 #pragma once
 
 #include "cpu/isa/kernels.h"
@@ -8,75 +9,78 @@
 namespace fused_res::cpu {
 namespace {
 
-// f(part) for a vector of the first n elements.
+// Calls f(FullVector{}), or f(TailVector) if fewer than a vector of elements remain.
 template <class F>
-inline void with_part(int64_t n, F f) {
+inline void dispatch_tail(int64_t n, F f) {
   if (n >= Vec<float>::lanes) {
-    f(Whole{});
+    f(FullVector{});
   } else {
-    f(Partial{static_cast<int>(n)});
+    f(TailVector{static_cast<int>(n)});
   }
 }
 
-// A line written in two pieces, with other lines between, would go to memory twice.
-inline bool streams(const ConvolutionArgs& args) {
+// Streaming stores only with vectors of a full cache line (AVX-512): a line written in two halves, with
+// stores to other lines between them, would go to memory twice.
+inline bool streaming_enabled(const ConvolutionArgs& args) {
   return args.stream && Vec<float>::lanes * sizeof(float) == 64;
 }
 
-// A vector of channels, from c on, of output pixels.
+// The epilogue for one vector of output channels, starting at channel c.
 class Epilogue {
  public:
   template <class Part>
   Epilogue(const ConvolutionArgs& args, Part part, int64_t c)
-      : outputs_(args.outputs),
+      : out_channels_(args.out_channels),
         y_(args.y + c),
         residual_(args.residual ? args.residual + c : nullptr),
         bias_(args.bias ? part.load(args.bias + c) : Vec<float>::zero()),
         relu_(args.relu),
-        stream_(streams(args)) {}
+        stream_(streaming_enabled(args)) {}
 
-  // Writes, and returns what it has written.
+  // Applies the epilogue to the accumulators of an output pixel, stores the result and returns it.
   template <class Part>
-  Vec<float> finish(Part part, Vec<float> value, int64_t pixel) const {
+  Vec<float> apply(Part part, Vec<float> value, int64_t pixel) const {
     value = value + bias_;
-    if (residual_) value = value + part.load(residual_ + pixel * outputs_);
-    if (relu_) value = keep(not_less_equal_zero(value), value);
-    put(part, y_ + pixel * outputs_, value, stream_);
+    if (residual_) value = value + part.load(residual_ + pixel * out_channels_);
+    if (relu_) value = maskz(not_less_equal_zero(value), value);
+    store_or_stream(part, y_ + pixel * out_channels_, value, stream_);
     return value;
   }
 
  private:
-  int64_t outputs_;
+  int64_t out_channels_;
   float* y_;
   const float* residual_;
   Vec<float> bias_;
   bool relu_, stream_;
 };
 
-// Asks for the memory that the epilogue of an output pixel's kColumns channels will touch: it comes while the
-// products are summed.
-inline void epilogue_prefetch(const ConvolutionArgs& args, int64_t pixel, int64_t c) {
-  const int64_t at = pixel * args.outputs + c;
+// Prefetch the epilogue's operands for kNr channels of an output pixel so that their loads overlap the GEMM
+// main loop.
+inline void prefetch_epilogue(const ConvolutionArgs& args, int64_t pixel, int64_t c) {
+  const int64_t at = pixel * args.out_channels + c;
   for (int64_t line = 0; line < 32; line += 16) {
     if (args.residual) prefetch(args.residual + at + line);
-    if (!streams(args)) prefetch_to_write(args.y + at + line);
+    if (!streaming_enabled(args)) prefetch_to_write(args.y + at + line);
   }
 }
 
-// Mean and squared deviations of one vector's lanes, from sums about the mean of the first few values: sums
-// about zero would lose the deviation where it is small beside the mean.
-class Moments {
+// Mean and M2 = sum (x - mean)^2 of every lane, from sums of x - pivot and (x - pivot)^2 where the pivot is
+// the mean of the first few values. Sums of x and x^2 would lose M2 to cancellation where the deviation is
+// small against the mean.
+class MomentAccumulator {
  public:
-  // A tile's or a register block's values: summed by themselves first, which keeps the rounding small.
+  // Adds the n values of a tile or a register block. They are summed on their own first, which keeps the
+  // rounding error small.
   void add(const Vec<float>* values, int64_t n) {
     Vec<float> sum = Vec<float>::zero(), squares = Vec<float>::zero();
     if (count_ == 0) {
       for (int64_t i = 0; i < n; ++i) sum = sum + values[i];
-      shift_ = sum * Vec<float>::all(1 / static_cast<float>(n));
+      pivot_ = sum * Vec<float>::broadcast(1 / static_cast<float>(n));
       sum = Vec<float>::zero();
     }
     for (int64_t i = 0; i < n; ++i) {
-      const Vec<float> difference = values[i] - shift_;
+      const Vec<float> difference = values[i] - pivot_;
       sum = sum + difference;
       squares = fma(difference, difference, squares);
     }
@@ -88,25 +92,25 @@ class Moments {
   template <class Part>
   void store(Part part, double* mean, double* m2) const {
     constexpr int kLanes = Vec<float>::lanes;
-    float shift[kLanes], sum[kLanes], squares[kLanes];
-    cpu::store(shift, shift_);
+    float pivot[kLanes], sum[kLanes], squares[kLanes];
+    cpu::store(pivot, pivot_);
     cpu::store(sum, sum_);
     cpu::store(squares, squares_);
     const double count = static_cast<double>(count_);
     for (int i = 0; i < lanes(part); ++i) {
-      const double off = sum[i] / count;
-      mean[i] = shift[i] + off;
-      m2[i] = squares[i] - sum[i] * off;
+      const double offset = sum[i] / count;
+      mean[i] = pivot[i] + offset;
+      m2[i] = squares[i] - sum[i] * offset;
       if (m2[i] < 0) m2[i] = 0;
     }
   }
 
  private:
-  static int lanes(Whole) { return Vec<float>::lanes; }
-  static int lanes(Partial part) { return part.n; }
+  static int lanes(FullVector) { return Vec<float>::lanes; }
+  static int lanes(TailVector part) { return part.n; }
 
   int64_t count_ = 0;
-  Vec<float> shift_ = Vec<float>::zero(), sum_ = Vec<float>::zero(), squares_ = Vec<float>::zero();
+  Vec<float> pivot_ = Vec<float>::zero(), sum_ = Vec<float>::zero(), squares_ = Vec<float>::zero();
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the multiply-add units do when nothing else holds them up: the yardstick for products.
+// Peak-FMA micro-benchmark: the roofline's compute ceiling for the GEMM kernels.
 #pragma once
 
 #include "cpu/isa/kernels.h"
@@ -7,16 +7,17 @@
 namespace fused_res::cpu {
 namespace {
 
-// Two units with four or five cycles from operands to result need eight or ten; AVX2 has 16 registers.
+// Independent chains of FMAs. Two FMA units with a latency of four or five cycles need eight or ten; AVX2 has
+// 16 registers.
 constexpr int kChains = kFmaValues - 2;
 
-// Multiply-adds that never leave the registers. `values`: a start for every chain, then the operands;
-// what the compiler does not know, and what somebody reads, it cannot leave out.
-int64_t multiply_add(int64_t rounds, float* values) {
+// Runs FMAs on registers and returns the FLOP. `values`: the start of every chain, then the two operands; the
+// results are written back. Run-time operands and stored results keep the compiler from removing the loop.
+int64_t fma_loop(int64_t rounds, float* values) {
   using V = Vec<float>;
   V chains[kChains];
-  const V factor = V::all(values[kChains]), addend = V::all(values[kChains + 1]);
-  for (int i = 0; i < kChains; ++i) chains[i] = V::all(values[i]);
+  const V factor = V::broadcast(values[kChains]), addend = V::broadcast(values[kChains + 1]);
+  for (int i = 0; i < kChains; ++i) chains[i] = V::broadcast(values[i]);
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 12
     for (int i = 0; i < kChains; ++i) chains[i] = fma(chains[i], factor, addend);

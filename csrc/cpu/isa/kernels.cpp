@@ -1,12 +1,13 @@
-// Compiled once for each instruction set, with FUSED_RES_ISA naming it. The table is the only symbol that
-// leaves this file; it is constant, so that no instruction of this file runs before the table was chosen.
+// The kernel table of one instruction set. Compiled once per instruction set, whose name is FUSED_RES_ISA.
+// The table is the only external symbol of this file; it is constant-initialized, so that no code of this
+// file runs before the table is selected.
 #include "cpu/isa/kernels.h"
 
 #include "cpu/isa/batch_norm_backward.h"
 #include "cpu/isa/batch_norm_forward.h"
 #if defined(__AVX2__)
+#include "cpu/isa/conv_wgrad.h"
 #include "cpu/isa/direct.h"
-#include "cpu/isa/weight_gradient.h"
 #include "cpu/isa/winograd.h"
 #endif
 #include "cpu/isa/fma_peak.h"
@@ -33,7 +34,7 @@ template <class T>
 inline constexpr MaxPoolKernels max_pool_nchw = {max_pool_forward_nchw<T>, max_pool_backward_nchw<T>};
 
 #if defined(__AVX2__)
-inline constexpr ConvolutionKernels convolution = {direct, winograd, direct_gradient, winograd_gradient};
+inline constexpr ConvolutionKernels convolution = {direct, winograd, direct_wgrad, winograd_wgrad};
 #endif
 
 }  // namespace
@@ -59,11 +60,11 @@ extern constexpr Kernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
                  {max_pool_nhwc<bfloat16>, max_pool_nchw<bfloat16>},
                  {max_pool_nhwc<float16>, max_pool_nchw<float16>}},
     .add_masked = {add_masked<float>, add_masked<double>, add_masked<bfloat16>, add_masked<float16>},
-    .merge = merge_partials,
-    .add = add_partials,
-    .finish = {finish<float>, finish<double>},
-    .finish_gradient = {finish_gradient<float>, finish_gradient<double>},
-    .multiply_add = multiply_add,
+    .merge_partials = merge_partials,
+    .add_partials = add_partials,
+    .finalize_stats = {finalize_stats<float>, finalize_stats<double>},
+    .finalize_backward = {finalize_backward<float>, finalize_backward<double>},
+    .fma_loop = fma_loop,
 };
 
 }  // namespace fused_res::cpu

@@ -1,5 +1,6 @@
-// Loops over rows of memory. NHWC and NCHW differ in what a channel's factors are along a row: a vector that
-// varies with the position, or one number. With that said once, an elementwise pass is written once for both.
+// Vectorized loops over rows of memory with a masked tail. Along a row, a per-channel parameter varies with
+// the position in NHWC and is uniform in NCHW; ChannelParam abstracts over both, so that an elementwise
+// kernel is written once for the two layouts.
 #pragma once
 
 #include "cpu/isa/kernels.h"
@@ -8,26 +9,27 @@
 namespace fused_res::cpu {
 namespace {
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// N consecutive vectors. `part`: FullVector, or TailVector where N is 1.
 template <int N, class Part>
 struct Strip {
   static constexpr int vectors = N;
   Part part;
 };
 
-// f(strip, offset): strips of N vectors, then single ones, then what is left.
+// Calls f(strip, offset) for strips of N vectors, then for single vectors, then for the tail.
 template <class V, int N, class F>
 inline void for_each_strip(int64_t n, F f) {
   int64_t i = 0;
-  for (; i + N * V::lanes <= n; i += N * V::lanes) f(Strip<N, Whole>{}, i);
+  for (; i + N * V::lanes <= n; i += N * V::lanes) f(Strip<N, FullVector>{}, i);
   if constexpr (N > 1) {
-    for (; i + V::lanes <= n; i += V::lanes) f(Strip<1, Whole>{}, i);
+    for (; i + V::lanes <= n; i += V::lanes) f(Strip<1, FullVector>{}, i);
   }
-  if (i < n) f(Strip<1, Partial>{{static_cast<int>(n - i)}}, i);
+  if (i < n) f(Strip<1, TailVector>{{static_cast<int>(n - i)}}, i);
 }
 
-// f(part, offset), one vector after the other.
+// Calls f(part, offset) for every vector and for the tail.
 template <class V, class F>
 inline void for_each_vector(int64_t n, F f) {
   for_each_strip<V, 1>(n, [&](auto strip, int64_t i) { f(strip.part, i); });
@@ -37,7 +39,7 @@ inline void copy_floats(float* to, const float* from, int64_t n) {
   for_each_vector<Vec<float>>(n, [&](auto part, int64_t i) { part.store(to + i, part.load(from + i)); });
 }
 
-// A factor along a row of memory.
+// A per-channel parameter along a row of memory.
 template <class S>
 struct Varying {  // NHWC
   const S* p;
@@ -49,17 +51,17 @@ struct Varying {  // NHWC
 template <class S>
 struct Uniform {  // NCHW
   Vec<S> v;
-  Uniform(const S* p) : v(Vec<S>::all(*p)) {}
+  Uniform(const S* p) : v(Vec<S>::broadcast(*p)) {}
   template <class Part>
   Vec<S> at(Part, int64_t) const {
     return v;
   }
 };
 
-// f(offset of the first element, of its mask byte, of its channel, number of elements) for every run of
-// memory in the block.
+// Calls f(offset of the first element, of its mask byte, of its channel, number of elements) for every
+// contiguous segment of the block.
 template <Layout L, class F>
-inline void for_each_run(const Block& b, F f) {
+inline void for_each_contiguous(const Block& b, F f) {
   if constexpr (L == Layout::kNhwc) {
     const int64_t mask_row = (b.channels + 7) / 8;
     for (int64_t row = b.n0; row < b.n1; ++row) {
@@ -76,11 +78,11 @@ inline void for_each_run(const Block& b, F f) {
   }
 }
 template <Layout L, class S>
-struct FactorOf {
+struct ChannelParam {
   using type = Varying<S>;
 };
 template <class S>
-struct FactorOf<Layout::kNchw, S> {
+struct ChannelParam<Layout::kNchw, S> {
   using type = Uniform<S>;
 };
 

@@ -1,6 +1,7 @@
-// How Winograd cuts images into tiles, and where a tile's factors lie. The last tiles of a row or a column
-// may be smaller than the others; then they lack some points of interpolation, and the matrices of these have
-// fewer rows.
+// Winograd convolution: the grid of output tiles, and the row layout of the transform-domain matrices V
+// (transformed input) and M (their product with the transformed filter U). The last tiles of a row or a
+// column may be smaller than F(m); a smaller tile uses fewer interpolation points, so the matrices of the
+// unused points have fewer rows.
 #pragma once
 
 #include "cpu/isa/kernels.h"
@@ -8,73 +9,76 @@
 namespace fused_res::cpu {
 namespace {
 
-constexpr int kTaps = 3;
-constexpr int kPoints = 6;
-constexpr int kTransformPoints = kPoints * kPoints;  // in two dimensions: one matrix for each
+constexpr int kTaps = 3;                             // r of F(m, r)
+constexpr int kPoints = 6;                           // transform points in one dimension
+constexpr int kTransformPoints = kPoints * kPoints;  // (i, j) in two dimensions: one GEMM each
 
-// Where the factors of F(m) belong, in one dimension: winograd_points.h. The factor `l` is that of a point,
-// or with stride 2 and behind the points', of an input under the tap in the middle. Such factors share a
-// place.
-constexpr int kMiddle = kPoints - 2, kInfinity = kPoints - 1;
-constexpr int factors_of(int stride, int m) { return (m - 1) * stride + kTaps; }  // as many as inputs
-constexpr int kMostFactors = factors_of(2, 4) * factors_of(2, 4);
-constexpr int points_of(int stride, int m) { return stride == 1 ? m + 2 : m + 1; }
-constexpr int point_of(int stride, int m, int l) {
-  const int points = points_of(stride, m);
-  return l < points - 1 ? l : l == points - 1 ? kInfinity : kMiddle;
+// The elements of a transformed tile, in one dimension (winograd_points.h). F(m) has alpha(stride, m) of
+// them: element l belongs to interpolation point l for l < num_points(); with stride 2, the elements after
+// these are the inputs of the filter's middle tap, which all share the transform point kMiddleTap.
+constexpr int kMiddleTap = kPoints - 2, kInfinity = kPoints - 1;
+constexpr int alpha(int stride, int m) { return (m - 1) * stride + kTaps; }  // also the input tile's side
+constexpr int kMaxTransformElements = alpha(2, 4) * alpha(2, 4);
+constexpr int num_points(int stride, int m) { return stride == 1 ? m + 2 : m + 1; }
+// The transform point of element l.
+constexpr int point_index(int stride, int m, int l) {
+  const int points = num_points(stride, m);
+  return l < points - 1 ? l : l == points - 1 ? kInfinity : kMiddleTap;
 }
-constexpr int turn_of(int stride, int m, int l) {
-  return l < points_of(stride, m) ? 0 : l - points_of(stride, m);
+// The index of element l among the elements of a tile that share its transform point.
+constexpr int row_in_tile(int stride, int m, int l) {
+  return l < num_points(stride, m) ? 0 : l - num_points(stride, m);
 }
-// How many factors of F(m) have this place.
-constexpr int64_t rows_at(int64_t stride, int64_t m, int point) {
-  if (stride == 2 && point == kMiddle) return m;
-  return point == kInfinity || point < points_of(static_cast<int>(stride), static_cast<int>(m)) - 1;
+// The number of elements of an F(m) tile at this transform point, each of which is a row of the GEMM.
+constexpr int64_t rows_per_tile(int64_t stride, int64_t m, int point) {
+  if (stride == 2 && point == kMiddleTap) return m;
+  return point == kInfinity || point < num_points(static_cast<int>(stride), static_cast<int>(m)) - 1;
 }
 
-// Numbers for each kind of tile: bit 1 of the index is set for the last row of tiles, bit 0 for the last
-// column, if these are smaller.
-struct Kinds {
+// A number of tiles for each tile class: interior (0), right edge (1), bottom edge (2), corner (3). Bit 0 of
+// the class is set in the last column of tiles and bit 1 in the last row, if the tiles there are smaller.
+struct TileClassCounts {
   int64_t n[4];
 };
 
-struct Tiles {
-  int64_t stride;          // of the convolution
-  int64_t tile;            // outputs a side
-  int64_t across, down;    // tiles
-  int64_t edge_w, edge_h;  // outputs in the last tile, 0 if it is like the others
+struct TileGrid {
+  int64_t stride;            // of the convolution
+  int64_t tile;              // output tile size m
+  int64_t tiles_w, tiles_h;  // tiles per row and per column of an image
+  int64_t edge_w, edge_h;    // output size of the last tile, 0 if it is m
 
-  Tiles(int64_t by, int64_t size, int64_t out_height, int64_t out_width)
-      : stride(by),
-        tile(size),
-        across((out_width + size - 1) / size),
-        down((out_height + size - 1) / size),
+  TileGrid(int64_t conv_stride, int64_t tile_size, int64_t out_height, int64_t out_width)
+      : stride(conv_stride),
+        tile(tile_size),
+        tiles_w((out_width + tile_size - 1) / tile_size),
+        tiles_h((out_height + tile_size - 1) / tile_size),
         edge_w(edge(out_width)),
         edge_h(edge(out_height)) {}
-  explicit Tiles(const ConvolutionArgs& args)
-      : Tiles(args.stride_h, args.tile, args.out_height, args.out_width) {}
+  explicit TileGrid(const ConvolutionArgs& args)
+      : TileGrid(args.stride_h, args.tile, args.out_height, args.out_width) {}
 
-  int64_t in_image() const { return across * down; }
-  int64_t factors() const {  // of a whole tile
-    const int side = factors_of(static_cast<int>(stride), static_cast<int>(tile));
+  int64_t per_image() const { return tiles_w * tiles_h; }
+  int64_t transform_elements() const {  // alpha^2 of an interior tile
+    const int side = alpha(static_cast<int>(stride), static_cast<int>(tile));
     return side * side;
   }
-  // Of the outputs in a tile; one that has no kind of its own is cropped.
-  int64_t height(int kind) const { return kind & 2 ? edge_h : tile; }
-  int64_t width(int kind) const { return kind & 1 ? edge_w : tile; }
-  int kind(int64_t y, int64_t x) const {
-    return (edge_h != 0 && y == down - 1) * 2 + (edge_w != 0 && x == across - 1);
+  // The output size of a tile. Where the image ends within a tile, the surplus outputs are cropped.
+  int64_t height(int tile_class) const { return tile_class & 2 ? edge_h : tile; }
+  int64_t width(int tile_class) const { return tile_class & 1 ? edge_w : tile; }
+  int tile_class(int64_t y, int64_t x) const {
+    return (edge_h != 0 && y == tiles_h - 1) * 2 + (edge_w != 0 && x == tiles_w - 1);
   }
 
-  // How many of each kind come before this tile.
-  Kinds before(int64_t index) const {
-    const int64_t image = index / in_image(), y = index % in_image() / across, x = index % across;
-    const int64_t rows = down - (edge_h != 0), columns = across - (edge_w != 0);
-    const int64_t whole = y < rows ? y : rows;        // rows of this image that are complete
-    const int64_t first = x < columns ? x : columns;  // of the incomplete row
-    Kinds k = {{image * rows * columns + whole * columns,
-                image * rows * (across - columns) + whole * (across - columns),
-                image * (down - rows) * columns, image * (down - rows) * (across - columns)}};
+  // The number of tiles of each class before tile `index`, counted through all images.
+  TileClassCounts count_before(int64_t index) const {
+    const int64_t image = index / per_image(), y = index % per_image() / tiles_w, x = index % tiles_w;
+    const int64_t rows = tiles_h - (edge_h != 0), columns = tiles_w - (edge_w != 0);
+    const int64_t whole = y < rows ? y : rows;        // complete rows of interior tiles in this image
+    const int64_t first = x < columns ? x : columns;  // interior tiles in the incomplete row
+    TileClassCounts k = {{image * rows * columns + whole * columns,
+                          image * rows * (tiles_w - columns) + whole * (tiles_w - columns),
+                          image * (tiles_h - rows) * columns,
+                          image * (tiles_h - rows) * (tiles_w - columns)}};
     const int row = y < rows ? 0 : 2;
     k.n[row] += first;
     k.n[row + 1] += x - first;
@@ -84,24 +88,27 @@ struct Tiles {
  private:
   int64_t edge(int64_t size) const {
     const int64_t rest = size % tile;
-    return tile == 2 || rest == 0 ? 0 : rest == 1 ? 2 : rest;  // a tile has at least 2, and is cropped
+    // A rest of 1 is computed by F(2) with one output cropped.
+    return tile == 2 || rest == 0 ? 0 : rest == 1 ? 2 : rest;
   }
 };
 
-// The matrices of a block of tiles, one for each pair of points, with the rows of all the tiles that have it:
-// first those of one kind, then the next. Where a tile has several rows, those of all tiles come in turns.
-class Matrices {
+// The row layout of V and M for a block of tiles: one matrix for each transform point (i, j), matrix after
+// matrix. A matrix has the rows of all tiles that use its point, grouped by tile class. Where a tile has
+// several rows at a point (stride 2), row 0 of all tiles of the class comes first, then row 1, and so on.
+class TransformLayout {
  public:
-  Matrices(const Tiles& tiles, Range block) : first_(tiles.before(block.begin)) {
-    const Kinds end = tiles.before(block.end);
-    for (int kind = 0; kind < 4; ++kind) counts_.n[kind] = end.n[kind] - first_.n[kind];
+  TransformLayout(const TileGrid& tiles, Range block) : first_(tiles.count_before(block.begin)) {
+    const TileClassCounts end = tiles.count_before(block.end);
+    for (int tile_class = 0; tile_class < 4; ++tile_class)
+      counts_.n[tile_class] = end.n[tile_class] - first_.n[tile_class];
     int64_t row = 0;
     for (int i = 0; i < kPoints; ++i) {
       for (int j = 0; j < kPoints; ++j) {
-        for (int kind = 0; kind < 4; ++kind) {
-          begin_[i][j][kind] = row;
-          row += counts_.n[kind] * rows_at(tiles.stride, tiles.height(kind), i) *
-                 rows_at(tiles.stride, tiles.width(kind), j);
+        for (int tile_class = 0; tile_class < 4; ++tile_class) {
+          begin_[i][j][tile_class] = row;
+          row += counts_.n[tile_class] * rows_per_tile(tiles.stride, tiles.height(tile_class), i) *
+                 rows_per_tile(tiles.stride, tiles.width(tile_class), j);
         }
       }
     }
@@ -109,30 +116,34 @@ class Matrices {
   }
 
   int64_t total_rows() const { return begin_[kPoints][0][0]; }
-  // Of the matrix of a pair of points.
+  // The first row and the number of rows of the matrix of transform point (i, j).
   int64_t begin(int i, int j) const { return begin_[i][j][0]; }
   int64_t rows(int i, int j) const {
     return (j + 1 < kPoints ? begin(i, j + 1) : begin(i + 1, 0)) - begin(i, j);
   }
-  // The row, from the beginning of all matrices, of the tile that is the `index`th of its kind, before()
-  // counted; `turn`: which of the tile's rows.
-  int64_t row(int i, int j, int kind, int64_t turn, int64_t index) const {
-    return begin_[i][j][kind] + turn * counts_.n[kind] + index - first_.n[kind];
+  // The row, counted through all matrices, of a tile at transform point (i, j). `index`: position of the tile
+  // within its class, as count_before() counts. `tile_row`: which of the tile's rows at this point.
+  int64_t row(int i, int j, int tile_class, int64_t tile_row, int64_t index) const {
+    return begin_[i][j][tile_class] + tile_row * counts_.n[tile_class] + index - first_.n[tile_class];
   }
 
  private:
-  Kinds first_, counts_;
+  TileClassCounts first_, counts_;
   int64_t begin_[kPoints + 1][kPoints][4];
 };
 
-// Number of rows of all the matrices together, for all tiles of one image.
-inline int64_t rows_of_image(const Tiles& tiles) {
-  const int64_t count = tiles.in_image();
-  return count == 0 ? 0 : Matrices(tiles, {0, count}).total_rows();
+// The number of rows of all transform-domain GEMMs together, for one image.
+inline int64_t gemm_rows_per_image(const TileGrid& tiles) {
+  const int64_t count = tiles.per_image();
+  return count == 0 ? 0 : TransformLayout(tiles, {0, count}).total_rows();
 }
 
-// Rows of channels one line apart from a power of two, so that they do not fall into the same set of a cache.
-inline int64_t row_stride(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
+// K of the implicit GEMM: the elements of an output pixel's receptive field.
+inline int64_t gemm_k(const ConvolutionArgs& args) { return args.kernel_h * args.kernel_w * args.channels; }
+
+// The leading dimension of a matrix with this many columns: one cache line more than a multiple of a line, so
+// that rows a power of two apart do not alias in the same cache set.
+inline int64_t padded_row_stride(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
 
 }  // namespace
 }  // namespace fused_res::cpu

@@ -1,23 +1,22 @@
-// Vec<float> and Vec<double>: as many lanes as the instruction set at hand computes with, at least eight, so
-// that a mask of one bit a lane is whole bytes. Everything lives in an anonymous namespace: no symbol of one
-// instruction set may be linked into another's code.
+// SIMD abstraction: Vec<float> and Vec<double> have as many lanes as a register of the instruction set, but
+// at least eight, so that a mask of one bit per lane fills whole bytes. Everything is in an anonymous
+// namespace: no symbol of one instruction set may be linked into another's code.
 //
 // Each vec_*.h defines, for V = Vec<S>:
-//   V::lanes, V::Mask, V::zero(), V::all(s), V::first(n) -> Mask of the first n lanes, V::from_bits(bits) ->
-//   Mask
+//   V::lanes, V::Mask, V::zero(), V::broadcast(s), V::first(n) -> Mask of the first n lanes,
+//   V::from_bits(bits) -> Mask
 //   + - *, fma(a, b, c)
 //   not_less_equal_zero(a)    !(a <= 0), true for NaN
 //   greater_or_nan(a, b)      a > b, or a is NaN: how PyTorch's pooling compares
-//   keep(mask, a)             a, or +0 where the mask is unset
+//   maskz(mask, a)            a, or +0 where the mask is unset
 //   select(mask, a, b)
 //   to_bits(mask)
 //   accumulate(sums, a)       sums[i] += a[i], in double
 //   load, store (p, ...[, n]) a vector of T = float, double, bfloat16 or float16, or its first n elements
-//   (the rest is 0);
-//                             rounding is to nearest even
-//   stream(p, a)              store past the caches, p aligned to the store; stream_fence() after the last
-//   round_to(a, T{})          what store and load would give back
-//   store_bytes(p, a)         small whole numbers as bytes
+//                             (load sets the others to 0); rounds to nearest even
+//   stream(p, a)              streaming store, p aligned to the store; stream_fence() after the last one
+//   round_to(a, T{})          a rounded to T: the value after a store and a load
+//   store_bytes(p, a)         small integers as bytes
 //   bytes_equal<V>(p, value) -> Mask
 #pragma once
 
@@ -34,11 +33,16 @@ struct float16 {
   uint16_t bits;
 };
 
-// One bit a lane.
+// One bit per lane.
 using Bits = uint32_t;
 
-// As assembly, because GCC 12 drops __builtin_prefetch from lambdas that do nothing else with memory than to
-// read it.
+// A compile-time integer as a function argument.
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Inline assembly, because GCC 12 drops __builtin_prefetch from lambdas that only read memory.
 inline void prefetch(const void* p) {
 #if defined(__x86_64__)
   asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
@@ -72,7 +76,7 @@ struct Vec;
 namespace fused_res::cpu {
 namespace {
 
-// What a tensor of T is computed in.
+// The scalar type in which a tensor of T is computed: float, or double for double.
 template <class T>
 struct ComputeType {
   using type = float;
@@ -87,9 +91,9 @@ using Compute = typename ComputeType<T>::type;
 inline Vec<float> round_to(Vec<float> a, float) { return a; }
 inline Vec<double> round_to(Vec<double> a, double) { return a; }
 
-// A load or store of whole vectors, and one of the last few elements: the loops are written once and take
-// either.
-struct Whole {
+// Full-vector and masked memory access. Loops are written once, with a parameter `part` that is FullVector{}
+// or, for the tail of a row, TailVector{n}.
+struct FullVector {
   template <class T>
   auto load(const T* p) const {
     return cpu::load(p);
@@ -99,12 +103,12 @@ struct Whole {
     cpu::store(p, a);
   }
   template <class V>
-  V only(V a) const {
+  V zero_tail(V a) const {
     return a;
   }
 };
 
-struct Partial {
+struct TailVector {
   int n;  // 0 < n < lanes
   template <class T>
   auto load(const T* p) const {
@@ -115,14 +119,14 @@ struct Partial {
     cpu::store(p, a, n);
   }
   template <class V>
-  V only(V a) const {
-    return keep(V::first(n), a);
+  V zero_tail(V a) const {
+    return maskz(V::first(n), a);
   }
 };
 
-// `stream` only where every row of memory is a number of whole, aligned vectors.
+// `stream` may only be set where every row of memory is a number of aligned full vectors.
 template <class T, class V>
-inline void put(Whole part, T* p, V a, bool stream) {
+inline void store_or_stream(FullVector part, T* p, V a, bool stream) {
   if (stream) {
     cpu::stream(p, a);
   } else {
@@ -130,7 +134,7 @@ inline void put(Whole part, T* p, V a, bool stream) {
   }
 }
 template <class T, class V>
-inline void put(Partial part, T* p, V a, bool) {
+inline void store_or_stream(TailVector part, T* p, V a, bool) {
   part.store(p, a);
 }
 
@@ -141,7 +145,7 @@ inline S first_lane(Vec<S> a) {
   return lanes[0];
 }
 template <class S>
-inline S total(Vec<S> a) {
+inline S reduce_add(Vec<S> a) {
   S lanes[Vec<S>::lanes];
   store(lanes, a);
   for (int n = Vec<S>::lanes / 2; n > 0; n /= 2) {
@@ -150,26 +154,26 @@ inline S total(Vec<S> a) {
   return lanes[0];
 }
 
-inline float element(const float* p) { return *p; }
-inline double element(const double* p) { return *p; }
+inline float load_scalar(const float* p) { return *p; }
+inline double load_scalar(const double* p) { return *p; }
 template <class H>
-inline float element(const H* p) {
+inline float load_scalar(const H* p) {
   return first_lane(load(p, 1));
 }
 
 template <class V>
-inline Bits load_bits(const uint8_t* p, Whole) {
+inline Bits load_bits(const uint8_t* p, FullVector) {
   if constexpr (V::lanes == 8) return *p;
   uint16_t bits;
   memcpy(&bits, p, 2);
   return bits;
 }
 template <class V>
-inline Bits load_bits(const uint8_t* p, Partial part) {
+inline Bits load_bits(const uint8_t* p, TailVector part) {
   return part.n <= 8 ? p[0] : p[0] | p[1] << 8;
 }
 template <class V>
-inline void store_bits(uint8_t* p, Bits bits, Whole) {
+inline void store_bits(uint8_t* p, Bits bits, FullVector) {
   if constexpr (V::lanes == 8) {
     *p = static_cast<uint8_t>(bits);
   } else {
@@ -178,7 +182,7 @@ inline void store_bits(uint8_t* p, Bits bits, Whole) {
   }
 }
 template <class V>
-inline void store_bits(uint8_t* p, Bits bits, Partial part) {
+inline void store_bits(uint8_t* p, Bits bits, TailVector part) {
   bits &= (1u << part.n) - 1;  // the padding is zero
   p[0] = static_cast<uint8_t>(bits);
   if (part.n > 8) p[1] = static_cast<uint8_t>(bits >> 8);

@@ -1,5 +1,4 @@
-// Vec for AVX2 with FMA and F16C: see vec.h for what the operations mean. A Vec<double> is a pair of
-// registers.
+// Vec for AVX2 with FMA and F16C; vec.h defines the operations. A Vec<double> is a pair of registers.
 #pragma once
 
 #include <immintrin.h>
@@ -22,7 +21,7 @@ struct Vec<float> {
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
-  static Vec all(float s) { return {_mm256_set1_ps(s)}; }
+  static Vec broadcast(float s) { return {_mm256_set1_ps(s)}; }
   static Mask first(int n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane))};
@@ -42,7 +41,7 @@ struct Vec<double> {
   __m256d low, high;
 
   static Vec zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
-  static Vec all(double s) { return {_mm256_set1_pd(s), _mm256_set1_pd(s)}; }
+  static Vec broadcast(double s) { return {_mm256_set1_pd(s), _mm256_set1_pd(s)}; }
   static Mask first(int n) { return from_bits((1u << n) - 1); }
   static Mask from_bits(Bits bits) {
     const __m256i set = _mm256_set1_epi64x(static_cast<int64_t>(bits));
@@ -63,7 +62,7 @@ inline MaskF not_less_equal_zero(F a) { return {_mm256_cmp_ps(a.v, _mm256_setzer
 inline MaskF greater_or_nan(F a, F b) {
   return {_mm256_or_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ), _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }
-inline F keep(MaskF m, F a) { return {_mm256_and_ps(m.m, a.v)}; }
+inline F maskz(MaskF m, F a) { return {_mm256_and_ps(m.m, a.v)}; }
 inline F select(MaskF m, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
 inline Bits to_bits(MaskF m) { return static_cast<Bits>(_mm256_movemask_ps(m.m)); }
 
@@ -83,7 +82,7 @@ inline __m256d greater_or_nan(__m256d a, __m256d b) {
 inline MaskD greater_or_nan(D a, D b) {
   return {greater_or_nan(a.low, b.low), greater_or_nan(a.high, b.high)};
 }
-inline D keep(MaskD m, D a) { return {_mm256_and_pd(m.low, a.low), _mm256_and_pd(m.high, a.high)}; }
+inline D maskz(MaskD m, D a) { return {_mm256_and_pd(m.low, a.low), _mm256_and_pd(m.high, a.high)}; }
 inline D select(MaskD m, D a, D b) {
   return {_mm256_blendv_pd(b.low, a.low, m.low), _mm256_blendv_pd(b.high, a.high, m.high)};
 }
@@ -171,14 +170,14 @@ inline F round_to(F a, H) {
   return widen(narrow(a, H{}), H{});
 }
 
-// --- positions in a pooling window, one byte each ---
+// --- indices within a pooling window, one byte each ---
 inline void store_words(uint8_t* p, __m128i low, __m128i high) {
   const __m128i words = _mm_packus_epi32(low, high);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
 inline void store_bytes(uint8_t* p, F a) {
-  const __m256i whole = _mm256_cvtps_epi32(a.v);
-  store_words(p, _mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  const __m256i integers = _mm256_cvtps_epi32(a.v);
+  store_words(p, _mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
 }
 inline void store_bytes(uint8_t* p, D a) {
   store_words(p, _mm256_cvtpd_epi32(a.low), _mm256_cvtpd_epi32(a.high));

@@ -1,7 +1,7 @@
-// Vec for AVX-512 (F, BW, VL, DQ): see vec.h for what the operations mean.
+// Vec for AVX-512 (F, BW, VL, DQ); vec.h defines the operations.
 #pragma once
 
-// GCC 12 reports its own header's undefined vectors.
+// GCC 12 warns about the undefined vectors in its own header.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -19,7 +19,7 @@ struct Vec<float> {
   __m512 v;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }
-  static Vec all(float s) { return {_mm512_set1_ps(s)}; }
+  static Vec broadcast(float s) { return {_mm512_set1_ps(s)}; }
   static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
   static Mask from_bits(Bits bits) { return static_cast<Mask>(bits); }
 };
@@ -32,7 +32,7 @@ struct Vec<double> {
   __m512d v;
 
   static Vec zero() { return {_mm512_setzero_pd()}; }
-  static Vec all(double s) { return {_mm512_set1_pd(s)}; }
+  static Vec broadcast(double s) { return {_mm512_set1_pd(s)}; }
   static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
   static Mask from_bits(Bits bits) { return static_cast<Mask>(bits); }
 };
@@ -50,7 +50,7 @@ inline __mmask16 not_less_equal_zero(F a) {
 inline __mmask16 greater_or_nan(F a, F b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
 }
-inline F keep(__mmask16 m, F a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
+inline F maskz(__mmask16 m, F a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
 inline F select(__mmask16 m, F a, F b) { return {_mm512_mask_mov_ps(b.v, m, a.v)}; }
 
 inline D operator+(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
@@ -61,7 +61,7 @@ inline __mmask8 not_less_equal_zero(D a) { return _mm512_cmp_pd_mask(a.v, _mm512
 inline __mmask8 greater_or_nan(D a, D b) {
   return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) | _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q);
 }
-inline D keep(__mmask8 m, D a) { return {_mm512_maskz_mov_pd(m, a.v)}; }
+inline D maskz(__mmask8 m, D a) { return {_mm512_maskz_mov_pd(m, a.v)}; }
 inline D select(__mmask8 m, D a, D b) { return {_mm512_mask_mov_pd(b.v, m, a.v)}; }
 
 inline Bits to_bits(__mmask16 m) { return m; }
@@ -130,7 +130,7 @@ inline F round_to(F a, H) {
   return widen(narrow(a, H{}), H{});
 }
 
-// --- positions in a pooling window, one byte each ---
+// --- indices within a pooling window, one byte each ---
 inline void store_bytes(uint8_t* p, F a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }

@@ -1,10 +1,10 @@
-// Vec for any machine, in GCC's vector extension: eight lanes, which the compiler splits into the registers
-// that there are (SSE2, NEON). See vec.h for what the operations mean. Correct first: who has an older
-// machine gets the memory traffic saved, not every cycle.
+// Vec for any machine, with GCC's vector extensions: eight lanes, which the compiler splits into the
+// available registers (SSE2, NEON). vec.h defines the operations. Correctness is the aim: on an older machine
+// the kernels save memory traffic, but are not tuned for cycles.
 #pragma once
 
-// "The ABI for passing parameters with 32-byte alignment has changed": nothing here is called from another
-// file.
+// "The ABI for passing parameters with 32-byte alignment has changed" does not matter: no function of this
+// file is called from another translation unit.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace fused_res::cpu {
@@ -27,7 +27,7 @@ struct Vec {
   Raw v;
 
   static Vec zero() { return {Raw{}}; }
-  static Vec all(S s) { return {Raw{} + s}; }
+  static Vec broadcast(S s) { return {Raw{} + s}; }
   static Mask first(int n) { return from_bits((1u << n) - 1); }
   static Mask from_bits(Bits bits) {
     Mask mask;
@@ -38,8 +38,8 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
-  // Without the instruction a multiplication and an addition, the same everywhere; never libm's, at a hundred
-  // cycles a lane.
+  // Without an FMA instruction this is a multiplication and an addition, as in all other code; never libm's
+  // fma, which takes a hundred cycles per lane.
   friend Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
     for (int i = 0; i < lanes; ++i) {
@@ -53,7 +53,7 @@ struct Vec {
   }
   friend Mask not_less_equal_zero(Vec a) { return {~(a.v <= Raw{})}; }
   friend Mask greater_or_nan(Vec a, Vec b) { return {(a.v > b.v) | (a.v != a.v)}; }
-  friend Vec keep(Mask m, Vec a) { return {m.m ? a.v : Raw{}}; }
+  friend Vec maskz(Mask m, Vec a) { return {m.m ? a.v : Raw{}}; }
   friend Vec select(Mask m, Vec a, Vec b) { return {m.m ? a.v : b.v}; }
   friend Bits to_bits(Mask m) {
     Bits bits = 0;
@@ -78,7 +78,7 @@ inline typename V::Mask bytes_equal(const uint8_t* p, uint8_t value) {
   return mask;
 }
 
-// --- 16-bit formats, one number at a time ---
+// --- 16-bit formats, scalar conversions ---
 inline float from_float_bits(uint32_t bits) {
   float f;
   memcpy(&f, &bits, sizeof(f));
@@ -104,8 +104,8 @@ inline float widen(float16 h) {
   if (magnitude >= 0x7c00) {
     f = from_float_bits(0x7f800000u | (magnitude & 0x3ff) << 13);
   } else {
-    // The exponent field moved over is 112 too small; a product with a power of two is exact, for subnormal
-    // numbers as well.
+    // The shifted exponent field is too small by 112. Multiplying by a power of two is exact, also for
+    // subnormal numbers.
     f = from_float_bits(magnitude << 13) * 0x1p112f;
   }
   return from_float_bits(float_bits(f) | sign);
@@ -116,9 +116,9 @@ inline float16 narrow(float f, float16) {
   uint32_t half;
   if (magnitude > 0x7f800000u) {
     half = 0x7e00;
-  } else if (magnitude >= 0x477ff000u) {  // 65520: halfway to what would be 2^16
+  } else if (magnitude >= 0x477ff000u) {  // 65520, halfway between the largest float16 and 2^16: infinity
     half = 0x7c00;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: let the addition to 0.5 round to units of 2^-24
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to units of 2^-24
     half = float_bits(from_float_bits(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13;
@@ -137,7 +137,7 @@ inline Vec<float> load(const float* p) { return load_lanes(p, 8); }
 inline Vec<float> load(const float* p, int n) { return load_lanes(p, n); }
 inline Vec<double> load(const double* p) { return load_lanes(p, 8); }
 inline Vec<double> load(const double* p, int n) { return load_lanes(p, n); }
-// Not inlined: a conversion is some forty instructions a lane, and the loops have many.
+// Not inlined: a conversion takes about forty instructions per lane, and the kernels contain many.
 template <class H>
 __attribute__((noinline)) Vec<float> load(const H* p, int n) {
   Vec<float> a = Vec<float>::zero();

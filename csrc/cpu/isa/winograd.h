@@ -1,18 +1,21 @@
-// Winograd convolution of 3x3 kernels with stride 1 or 2: input tiles to factors, a product for each pair of
-// points, products to output tiles.
+// Winograd convolution of 3x3 kernels with stride 1 or 2 (Lavin & Gray 2015,
+// https://arxiv.org/abs/1509.09308): input transform V = B^T d B, one GEMM M = V U per transform point,
+// output transform Y = A^T M A with the epilogue. The filter transform U = G g G^T is done once, by
+// winograd_pack. The one-dimensional transforms are in winograd_points.h, the row layout of V and M in
+// tiles.h.
 #pragma once
 
 #include "cpu/isa/epilogue.h"
-#include "cpu/isa/product.h"
+#include "cpu/isa/micro_kernel.h"
 #include "cpu/isa/tiles.h"
 #include "cpu/isa/winograd_points.h"
 
 namespace fused_res::cpu {
 namespace {
 
-// f(Int<size>) for the sizes of tiles.
+// Calls f(Int<size>{}) for a run-time output tile size of 2 to 4.
 template <class F>
-inline void with_size(int64_t size, F f) {
+inline void dispatch_tile_size(int64_t size, F f) {
   if (size == 4) {
     f(Int<4>{});
   } else if (size == 3) {
@@ -21,11 +24,11 @@ inline void with_size(int64_t size, F f) {
     f(Int<2>{});
   }
 }
-// f(Int<stride>, Int<height>, Int<width>) for a kind of tile.
+// Calls f(Int<stride>{}, Int<height>{}, Int<width>{}) for the tiles of a class.
 template <class F>
-inline void with_tile(const Tiles& tiles, int kind, F f) {
-  with_size(tiles.height(kind), [&](auto my) {
-    with_size(tiles.width(kind), [&](auto mx) {
+inline void dispatch_tile_class(const TileGrid& tiles, int tile_class, F f) {
+  dispatch_tile_size(tiles.height(tile_class), [&](auto my) {
+    dispatch_tile_size(tiles.width(tile_class), [&](auto mx) {
       if (tiles.stride == 1) {
         f(Int<1>{}, my, mx);
       } else {
@@ -35,17 +38,20 @@ inline void with_tile(const Tiles& tiles, int kind, F f) {
   });
 }
 
-// The part of a tile's input that is inside of the image.
+// An input tile: its strides in memory, and the rows and columns of the tile that are within the image.
 struct Window {
   int64_t row, column;  // strides
   Range rows, columns;
 };
 
+// Input transform B^T d B of one tile for one vector of channels. `to`: a pointer for each transform-domain
+// element. kInside: the whole input tile lies within the image, so no element is padding.
 template <int S, int MY, int MX, bool kInside, class Part>
-inline void input_vector(Part part, const float* x, const Window& window, float* const* to, int64_t at) {
+inline void input_transform_tile(Part part, const float* x, const Window& window, float* const* to,
+                                 int64_t at) {
   using V = Vec<float>;
-  constexpr int NY = factors_of(S, MY), NX = factors_of(S, MX);
-  if constexpr (kInside) {  // what the next tile reads, and this one does not
+  constexpr int NY = alpha(S, MY), NX = alpha(S, MX);
+  if constexpr (kInside) {  // prefetch the columns that the next tile reads and this one does not
 #pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) {
 #pragma GCC unroll 8
@@ -80,66 +86,70 @@ inline void input_vector(Part part, const float* x, const Window& window, float*
   }
 }
 
-// f(y, x, image, kind, index) for the tiles, index as Tiles::before counts.
+// Calls f(image, y, x, tile_class, index) for every tile of the range. `index`: position within the tile
+// class, as TileGrid::count_before() counts.
 template <class F>
-inline void for_each_tile(const Tiles& tiles, Range range, F f) {
-  Kinds count = tiles.before(range.begin);
-  int64_t image = range.begin / tiles.in_image();
-  int64_t y = range.begin % tiles.in_image() / tiles.across, x = range.begin % tiles.across;
+inline void for_each_tile(const TileGrid& tiles, Range range, F f) {
+  TileClassCounts count = tiles.count_before(range.begin);
+  int64_t image = range.begin / tiles.per_image();
+  int64_t y = range.begin % tiles.per_image() / tiles.tiles_w, x = range.begin % tiles.tiles_w;
   for (int64_t t = range.begin; t < range.end; ++t) {
-    const int kind = tiles.kind(y, x);
-    f(image, y, x, kind, count.n[kind]++);
-    if (++x == tiles.across) {
+    const int tile_class = tiles.tile_class(y, x);
+    f(image, y, x, tile_class, count.n[tile_class]++);
+    if (++x == tiles.tiles_w) {
       x = 0;
-      if (++y == tiles.down) y = 0, ++image;
+      if (++y == tiles.tiles_h) y = 0, ++image;
     }
   }
 }
 
-// Where a tile of each kind has its factors, or products: a pointer to each, for the tile whose index is 0.
+// For each tile class, a pointer to every transform-domain element (a row of V or M) of the class's tile 0.
+// The element of tile `index` is `index` rows further.
 template <class T>
-class Places {
+class TransformPointers {
  public:
-  Places(const Tiles& tiles, const Matrices& matrices, T* data, int64_t stride) {
-    const int by = static_cast<int>(tiles.stride);
-    for (int kind = 0; kind < 4; ++kind) {
-      const int my = static_cast<int>(tiles.height(kind)), mx = static_cast<int>(tiles.width(kind));
+  TransformPointers(const TileGrid& tiles, const TransformLayout& layout, T* data, int64_t stride) {
+    const int s = static_cast<int>(tiles.stride);
+    for (int tile_class = 0; tile_class < 4; ++tile_class) {
+      const int my = static_cast<int>(tiles.height(tile_class)),
+                mx = static_cast<int>(tiles.width(tile_class));
       if (my == 0 || mx == 0) continue;
-      T** place = places_[kind];
-      for (int i = 0; i < factors_of(by, my); ++i) {
-        for (int j = 0; j < factors_of(by, mx); ++j) {
-          const int y = point_of(by, my, i), x = point_of(by, mx, j);
-          const int64_t turn = turn_of(by, my, i) * rows_at(by, mx, x) + turn_of(by, mx, j);
-          *place++ = data + stride * matrices.row(y, x, kind, turn, 0);
+      T** pointer = pointers_[tile_class];
+      for (int i = 0; i < alpha(s, my); ++i) {
+        for (int j = 0; j < alpha(s, mx); ++j) {
+          const int y = point_index(s, my, i), x = point_index(s, mx, j);
+          const int64_t tile_row = row_in_tile(s, my, i) * rows_per_tile(s, mx, x) + row_in_tile(s, mx, j);
+          *pointer++ = data + stride * layout.row(y, x, tile_class, tile_row, 0);
         }
       }
     }
   }
-  T* const* of(int kind) const { return places_[kind]; }
+  T* const* of(int tile_class) const { return pointers_[tile_class]; }
 
  private:
-  T* places_[4][kMostFactors];
+  T* pointers_[4][kMaxTransformElements];
 };
 
-void winograd_input(const ConvolutionArgs& args, Range block, Range range, float* v) {
-  const Tiles tiles(args);
-  const int64_t stride = row_stride(args.channels);
-  const Places<float> places(tiles, Matrices(tiles, block), v, stride);
-  for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
+// Input transform of the tiles `range` of a block, all channels.
+void winograd_input_transform(const ConvolutionArgs& args, Range block, Range range, float* v) {
+  const TileGrid tiles(args);
+  const int64_t stride = padded_row_stride(args.channels);
+  const TransformPointers<float> pointers(tiles, TransformLayout(tiles, block), v, stride);
+  for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int tile_class, int64_t index) {
     const int64_t y = ty * args.tile * args.stride_h - args.pad_h;
     const int64_t x = tx * args.tile * args.stride_w - args.pad_w;
     const float* corner = args.x + ((image * args.height + y) * args.width + x) * args.channels;
     const Window window = {
         args.width * args.channels, args.channels, {-y, args.height - y}, {-x, args.width - x}};
-    with_tile(tiles, kind, [&](auto by, auto my, auto mx) {
-      constexpr int S = by.value, MY = my.value, MX = mx.value;
+    dispatch_tile_class(tiles, tile_class, [&](auto s, auto my, auto mx) {
+      constexpr int S = s.value, MY = my.value, MX = mx.value;
       const auto run = [&](auto inside) {
         for_each_vector<Vec<float>>(args.channels, [&](auto part, int64_t c) {
-          input_vector<S, MY, MX, inside.value>(part, corner + c, window, places.of(kind),
-                                                index * stride + c);
+          input_transform_tile<S, MY, MX, inside.value>(part, corner + c, window, pointers.of(tile_class),
+                                                        index * stride + c);
         });
       };
-      if (y >= 0 && x >= 0 && y + factors_of(S, MY) <= args.height && x + factors_of(S, MX) <= args.width) {
+      if (y >= 0 && x >= 0 && y + alpha(S, MY) <= args.height && x + alpha(S, MX) <= args.width) {
         run(Int<true>{});
       } else {
         run(Int<false>{});
@@ -148,10 +158,11 @@ void winograd_input(const ConvolutionArgs& args, Range block, Range range, float
   });
 }
 
+// Output transform A^T M A of one tile for one vector of output channels.
 template <int S, int MY, int MX>
-inline void output_tile(const float* const* from, int64_t at, Vec<float> (&y)[MY][MX]) {
+inline void output_transform_tile(const float* const* from, int64_t at, Vec<float> (&y)[MY][MX]) {
   using V = Vec<float>;
-  constexpr int NY = factors_of(S, MY), NX = factors_of(S, MX);
+  constexpr int NY = alpha(S, MY), NX = alpha(S, MX);
   V t[NY][MX];
 #pragma GCC unroll 9
   for (int i = 0; i < NY; ++i) {
@@ -171,26 +182,28 @@ inline void output_tile(const float* const* from, int64_t at, Vec<float> (&y)[MY
   }
 }
 
-inline void prefetch_tile(const ConvolutionArgs& args, const Tiles& tiles, int64_t t, int64_t c) {
-  const int64_t image = t / tiles.in_image(), y = t % tiles.in_image() / tiles.across * tiles.tile;
-  const int64_t x = t % tiles.across * tiles.tile;
-  for (int64_t i = y; i < smaller(y + tiles.tile, args.out_height); ++i) {
-    for (int64_t j = x; j < smaller(x + tiles.tile, args.out_width); ++j) {
-      epilogue_prefetch(args, (image * args.out_height + i) * args.out_width + j, c);
+// Prefetches the operands of the epilogue of tile t.
+inline void prefetch_tile(const ConvolutionArgs& args, const TileGrid& tiles, int64_t t, int64_t c) {
+  const int64_t image = t / tiles.per_image(), y = t % tiles.per_image() / tiles.tiles_w * tiles.tile;
+  const int64_t x = t % tiles.tiles_w * tiles.tile;
+  for (int64_t i = y; i < min(y + tiles.tile, args.out_height); ++i) {
+    for (int64_t j = x; j < min(x + tiles.tile, args.out_width); ++j) {
+      prefetch_epilogue(args, (image * args.out_height + i) * args.out_width + j, c);
     }
   }
 }
 
-// Adds, clamps, writes; a tile at the border of the image may be cropped.
+// Epilogue and store of one output tile, of which only `rows` x `columns` outputs may lie within the image.
 template <int MY, int MX, class Part>
-inline void write_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Part part, int64_t pixel,
-                       int64_t rows, int64_t columns, Vec<float> (&outputs)[MY][MX], Moments* moments) {
+inline void store_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Part part, int64_t pixel,
+                       int64_t rows, int64_t columns, Vec<float> (&outputs)[MY][MX],
+                       MomentAccumulator* moments) {
   if (rows >= MY && columns >= MX) {
 #pragma GCC unroll 4
     for (int i = 0; i < MY; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < MX; ++j) {
-        outputs[i][j] = epilogue.finish(part, outputs[i][j], pixel + i * args.out_width + j);
+        outputs[i][j] = epilogue.apply(part, outputs[i][j], pixel + i * args.out_width + j);
       }
     }
     if (moments) moments->add(outputs[0], MY * MX);
@@ -198,74 +211,80 @@ inline void write_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Pa
   }
   for (int i = 0; i < MY && i < rows; ++i) {
     for (int j = 0; j < MX && j < columns; ++j) {
-      outputs[i][j] = epilogue.finish(part, outputs[i][j], pixel + i * args.out_width + j);
+      outputs[i][j] = epilogue.apply(part, outputs[i][j], pixel + i * args.out_width + j);
     }
-    if (moments) moments->add(outputs[i], smaller(columns, MX));
+    if (moments) moments->add(outputs[i], min(columns, MX));
   }
 }
 
-void winograd_output(const ConvolutionArgs& args, Range block, Range panels, const float* v, float* products,
-                     double* moments) {
+// For each panel of output channels: one GEMM per transform point into M, then output transform and epilogue.
+void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Range panels, const float* v,
+                                    float* m, double* moments) {
   using V = Vec<float>;
-  const Tiles tiles(args);
-  const Matrices matrices(tiles, block);
-  const int64_t stride = row_stride(args.channels);
-  const Places<const float> places(tiles, matrices, products, kPanelOutputs);
+  const TileGrid tiles(args);
+  const TransformLayout layout(tiles, block);
+  const int64_t stride = padded_row_stride(args.channels);
+  const TransformPointers<const float> pointers(tiles, layout, m, kPanelWidth);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const float* u = args.packed + panel * kTransformPoints * args.channels * kPanelOutputs;
+    const float* u = args.packed + panel * kTransformPoints * args.channels * kPanelWidth;
     for (int i = 0; i < kPoints; ++i) {
       for (int j = 0; j < kPoints; ++j) {
-        const int64_t first = matrices.begin(i, j);
-        // Spread over the products: the memory that the tiles' outputs will touch.
-        const int64_t turn = block.begin + i * kPoints + j;
-        for (int64_t t = turn; t < block.end; t += kTransformPoints)
-          prefetch_tile(args, tiles, t, panel * kPanelOutputs);
-        for (int half = 0; half < kPanelOutputs; half += kColumns) {
-          for_each_row_block(matrices.rows(i, j), [&](int64_t row, int64_t rows) {
-            multiply_rows(rows, v + (first + row) * stride, stride, u + half, args.channels,
-                          products + (first + row) * kPanelOutputs + half);
+        const int64_t first = layout.begin(i, j);
+        // Prefetch the epilogue's operands so that their loads overlap the GEMMs: each transform point's GEMM
+        // prefetches those of every kTransformPoints-th tile.
+        const int64_t first_tile = block.begin + i * kPoints + j;
+        for (int64_t t = first_tile; t < block.end; t += kTransformPoints)
+          prefetch_tile(args, tiles, t, panel * kPanelWidth);
+        for (int column = 0; column < kPanelWidth; column += kNr) {
+          for_each_row_block(layout.rows(i, j), [&](int64_t row, int64_t rows) {
+            micro_gemm(rows, v + (first + row) * stride, stride, u + column, args.channels,
+                       m + (first + row) * kPanelWidth + column);
           });
         }
-        u += args.channels * kPanelOutputs;
+        u += args.channels * kPanelWidth;
       }
     }
-    for (int64_t at = 0; at < kPanelOutputs; at += V::lanes) {
-      const int64_t c = panel * kPanelOutputs + at;
-      if (c >= args.outputs) break;
-      with_part(args.outputs - c, [&](auto part) {
+    for (int64_t at = 0; at < kPanelWidth; at += V::lanes) {
+      const int64_t c = panel * kPanelWidth + at;
+      if (c >= args.out_channels) break;
+      dispatch_tail(args.out_channels - c, [&](auto part) {
         const Epilogue epilogue(args, part, c);
-        Moments sums;
-        for_each_tile(tiles, block, [&](int64_t image, int64_t ty, int64_t tx, int kind, int64_t index) {
-          const int64_t y = ty * args.tile, x = tx * args.tile;
-          with_tile(tiles, kind, [&](auto by, auto my, auto mx) {
-            V outputs[my.value][mx.value];
-            output_tile<by.value>(places.of(kind), index * kPanelOutputs + at, outputs);
-            write_tile(args, epilogue, part, (image * args.out_height + y) * args.out_width + x,
-                       args.out_height - y, args.out_width - x, outputs, moments ? &sums : nullptr);
-          });
-        });
-        if (moments) sums.store(part, moments + c, moments + args.outputs + c);
+        MomentAccumulator accumulator;
+        for_each_tile(
+            tiles, block, [&](int64_t image, int64_t ty, int64_t tx, int tile_class, int64_t index) {
+              const int64_t y = ty * args.tile, x = tx * args.tile;
+              dispatch_tile_class(tiles, tile_class, [&](auto s, auto my, auto mx) {
+                V outputs[my.value][mx.value];
+                output_transform_tile<s.value>(pointers.of(tile_class), index * kPanelWidth + at, outputs);
+                store_tile(args, epilogue, part, (image * args.out_height + y) * args.out_width + x,
+                           args.out_height - y, args.out_width - x, outputs,
+                           moments ? &accumulator : nullptr);
+              });
+            });
+        if (moments) accumulator.store(part, moments + c, moments + args.out_channels + c);
       });
     }
   }
   if (args.stream) stream_fence();
 }
 
-// Floats of a packed weight that no cache keeps until it is read: written past them.
-constexpr int64_t kUncached = 4 << 20;
+// A transformed filter U of more floats than this is evicted from the caches before it is read, and is
+// written with streaming stores.
+constexpr int64_t kStreamFloats = 4 << 20;
 
-void winograd_pack(const Weight& weight, Range panels, float* packed) {
-  constexpr int kTogether = 16;  // channels: a line of memory, whichever way the weight lies in it
-  const int64_t size = weight.channels * kPanelOutputs;
-  const bool past = kTransformPoints * size * (weight.outputs / kPanelOutputs) > kUncached;
-  float g[kTogether][kTaps * kTaps][kPanelOutputs] = {};
+// Filter transform U = G g G^T of the panels, in double.
+void winograd_pack(const WeightView& weight, Range panels, float* packed) {
+  constexpr int kChannelBlock = 16;  // channels that fill a cache line if they are contiguous in the weight
+  const int64_t size = weight.channels * kPanelWidth;
+  const bool stream = kTransformPoints * size * (weight.out_channels / kPanelWidth) > kStreamFloats;
+  float g[kChannelBlock][kTaps * kTaps][kPanelWidth] = {};
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     float* u = packed + panel * kTransformPoints * size;
-    const float* first = weight.data + panel * kPanelOutputs * weight.output_stride;
-    const int64_t outputs = smaller(kPanelOutputs, weight.outputs - panel * kPanelOutputs);
-    if (outputs < kPanelOutputs) memset(g, 0, sizeof(g));
-    for (int64_t begin = 0; begin < weight.channels; begin += kTogether) {
-      const int64_t channels = smaller(kTogether, weight.channels - begin);
+    const float* first = weight.data + panel * kPanelWidth * weight.output_stride;
+    const int64_t width = min(kPanelWidth, weight.out_channels - panel * kPanelWidth);
+    if (width < kPanelWidth) memset(g, 0, sizeof(g));
+    for (int64_t begin = 0; begin < weight.channels; begin += kChannelBlock) {
+      const int64_t channels = min(kChannelBlock, weight.channels - begin);
       const auto read = [&](int64_t c, int64_t o, int64_t tap) {
         const int64_t y = tap / kTaps, x = tap % kTaps;
         return first + o * weight.output_stride + (begin + c) * weight.channel_stride +
@@ -274,11 +293,11 @@ void winograd_pack(const Weight& weight, Range panels, float* packed) {
       if (weight.output_stride == 1) {
         for (int64_t c = 0; c < channels; ++c) {
           for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
-            copy_floats(g[c][tap], read(c, 0, tap), outputs);
+            copy_floats(g[c][tap], read(c, 0, tap), width);
           }
         }
       } else {
-        for (int64_t o = 0; o < outputs; ++o) {
+        for (int64_t o = 0; o < width; ++o) {
           for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
             const float* w = read(0, o, tap);
             for (int64_t c = 0; c < channels; ++c) {
@@ -288,24 +307,24 @@ void winograd_pack(const Weight& weight, Range panels, float* packed) {
         }
       }
       for (int64_t c = 0; c < channels; ++c) {
-        float to[kPoints][kPoints][kPanelOutputs];
-        for (int o = 0; o < kPanelOutputs; ++o) {  // the compiler makes vectors of this
+        float to[kPoints][kPoints][kPanelWidth];
+        for (int o = 0; o < kPanelWidth; ++o) {  // auto-vectorized
           double t[kTaps][kPoints];
           for (int x = 0; x < kTaps; ++x) {
-            transform_kernel(weight.stride, static_cast<double>(g[c][0 * kTaps + x][o]),
+            transform_filter(weight.stride, static_cast<double>(g[c][0 * kTaps + x][o]),
                              static_cast<double>(g[c][1 * kTaps + x][o]),
                              static_cast<double>(g[c][2 * kTaps + x][o]), t[x]);
           }
           for (int i = 0; i < kPoints; ++i) {
             double row[kPoints];
-            transform_kernel(weight.stride, t[0][i], t[1][i], t[2][i], row);
+            transform_filter(weight.stride, t[0][i], t[1][i], t[2][i], row);
             for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
           }
         }
         for (int p = 0; p < kTransformPoints; ++p) {
-          float* line = u + p * size + (begin + c) * kPanelOutputs;
-          for (int o = 0; o < kPanelOutputs; o += Vec<float>::lanes) {
-            put(Whole{}, line + o, load(to[0][0] + p * kPanelOutputs + o), past);
+          float* line = u + p * size + (begin + c) * kPanelWidth;
+          for (int o = 0; o < kPanelWidth; o += Vec<float>::lanes) {
+            store_or_stream(FullVector{}, line + o, load(to[0][0] + p * kPanelWidth + o), stream);
           }
         }
       }
@@ -314,7 +333,8 @@ void winograd_pack(const Weight& weight, Range panels, float* packed) {
   stream_fence();
 }
 
-inline constexpr WinogradKernels winograd = {winograd_pack, winograd_input, winograd_output};
+inline constexpr WinogradKernels winograd = {winograd_pack, winograd_input_transform,
+                                             winograd_gemm_output_transform};
 
 }  // namespace
 }  // namespace fused_res::cpu

@@ -1,7 +1,7 @@
-"""C++ kernels (``csrc/cpu``), registered with the dispatcher as ``fused_res_cpu::*``.
+"""Backend ``"cpu"``: C++ kernels (``csrc/cpu``), registered with the dispatcher as ``fused_res_cpu::*``.
 
-Outputs of a megabyte and more come from a cache of freed ones, because the page faults of a fresh block of that size
-take longer than the kernel; ``FUSED_RES_CPU_CACHE`` and :func:`set_output_cache` bound it.
+Outputs of one megabyte or more are allocated from a cache of freed outputs, because the page faults of newly mapped
+memory of that size take longer than the kernel. ``FUSED_RES_CPU_CACHE`` and :func:`set_output_cache` bound the cache.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fused_res.dispatch.backend import Kernels
 
 __all__ = ["output_cache_bytes", "set_output_cache"]
 
-STEMS = ("batch_norm_act", "batch_norm_sync", "max_pool", "conv_bias_act", "conv_bn_stats")
-AUTO = {"cpu": 1}
-WHEN_NAMED = "planned"
+OP_FAMILIES = ("batch_norm_act", "batch_norm_sync", "max_pool", "conv_bias_act", "conv_bn_stats")
+AUTO_PRIORITY = {"cpu": 1}
+DEFAULT_PREFERENCE = "planned"
 
 
 def devices() -> tuple[str, ...]:
@@ -26,18 +26,18 @@ def devices() -> tuple[str, ...]:
 
 
 def unavailable() -> str | None:
-    return None if _extension.loaded else _extension.reason
+    return None if _extension.loaded else _extension.unavailable_reason
 
 
 def machine() -> Machine:
     from fused_res.backends.cpu import onednn
 
-    return Machine(_extension.cpu_isa(), onednn.dtypes(), caches())
+    return Machine(_extension.cpu_isa(), onednn.dtypes(), cache_sizes())
 
 
 @cache
-def caches() -> tuple[int, ...]:
-    """Bytes of the first core's L1 data cache, its L2 and its L3; 0 for what Linux does not report."""
+def cache_sizes() -> tuple[int, ...]:
+    """Return the bytes of the first core's L1 data cache, L2 and L3; 0 for a level that Linux does not report."""
     sizes = {1: 0, 2: 0, 3: 0}
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         level, kind, size = (index.joinpath(name).read_text().strip() for name in ("level", "type", "size"))
@@ -51,8 +51,8 @@ def load() -> Kernels:
 
     return Kernels(
         algorithms=convolution.ALGORITHMS,
-        prepare_blocks=conv_bias_act.prepare_blocks,
-        selects_when_run=True,
+        prepare_inference_graph=conv_bias_act.prepare_inference_graph,
+        selects_per_call=True,
         **operators.OPERATORS,
         conv_bias_act=conv_bias_act.conv_bias_act,
         conv_bn_stats=conv_bn_stats.conv_bn_stats,

@@ -1,4 +1,7 @@
-"""``conv_bn_stats`` as an operator: the selected algorithm, after a pass that normalises its input."""
+"""The operator ``conv_bn_stats``: a convolution that also returns the partial statistics of its output.
+
+A separate pass normalises the input first; the CPU algorithms have no operand prologue.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,12 @@ def _conv_bn_stats(
         x, _ = OPERATORS["batch_norm_act_apply"](input, input_stats, None, None, input_relu, False)
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     _, selected = registry.select("cpu", "forward", x, weight, geometry, "planned", False)
-    forward = selected.algorithm.serves["forward"]
+    forward = selected.algorithm.implementations["forward"]
     assert callable(forward)
-    output, made = forward(x, weight, bias, geometry, partials)
+    output, partial_stats = forward(x, weight, bias, geometry, partials)
     if not partials:
         return output, output.new_empty(0, dtype=torch.float64)
-    return output, OPERATORS["batch_norm_partials"](output) if made is None else made
+    return output, OPERATORS["batch_norm_partials"](output) if partial_stats is None else partial_stats
 
 
-conv_bn_stats = ops.operator("fused_res_cpu", "conv_bn_stats", _conv_bn_stats, "CPU")
+conv_bn_stats = ops.register_python_operator("fused_res_cpu", "conv_bn_stats", _conv_bn_stats, "CPU")

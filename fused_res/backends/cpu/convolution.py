@@ -1,12 +1,13 @@
-"""The convolution algorithms of the CPU, in the order in which they are tried.
+"""The CPU backend's convolution algorithms and selection rules, in the order in which they are tried.
 
-Ours are for float32 images in channels_last memory, without groups: Winograd's F(4x4, 3x3) and F(2x2, 3x3) for 3x3
-kernels with stride 1 or 2 (``csrc/cpu/isa/winograd.h``; Lavin & Gray 2016, https://arxiv.org/abs/1509.09308) and a
-direct GEMM for all others (``direct.h``). Then oneDNN with its epilogue, then ATen.
+This library's kernels support float32 inputs ``(N, C, H, W)`` in channels_last memory, without groups: Winograd
+F(4x4, 3x3) and F(2x2, 3x3) for 3x3 kernels with stride 1 or 2 (``csrc/cpu/isa/winograd.h``; Lavin & Gray 2015,
+https://arxiv.org/abs/1509.09308) and direct convolution as a GEMM for all other kernels (``csrc/cpu/isa/direct.h``).
+After them come oneDNN with a fused epilogue, and ATen.
 
-There are two sets of rules because there are two questions. In inference a weight is packed once, and the number of
-multiply-adds decides. In training it is packed in every step, there are gradients, and fresh memory costs as much as
-the arithmetic: there the rules are what measured faster than ATen.
+Inference and training have separate rules. In inference a weight is packed once, and the number of multiply-adds
+decides. In training the weight is packed in every step, gradients are computed, and newly mapped memory costs as much
+as the arithmetic, so the rules are the shapes that were measured faster than ATen.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from torch import Tensor
 from fused_res import _extension
 from fused_res.backends.cpu import onednn
 from fused_res.backends.cpu.operators import conv_weight_gradient, convolve, pack_conv_weight
-from fused_res.dispatch import TRAINING, Algorithm, Operation, PackedWeight, Problem, Rule, convolution
-from fused_res.dispatch.convolution import Gradients, Mask
+from fused_res.dispatch import TRAINING_OPERATIONS, Algorithm, Operation, PackedWeight, Problem, Rule, convolution
+from fused_res.dispatch.convolution import Gradients, OutputMask
 from fused_res.ops.geometry import Geometry
 
-#: Outputs a side of an algorithm's tiles; 0: no transform.
-TILES = {"winograd_f4x4": 4, "winograd_f2x2": 2, "direct": 0}
+#: Output tile size m of the Winograd algorithm F(m x m, 3x3); 0 for the direct convolution.
+OUTPUT_TILE = {"winograd_f4x4": 4, "winograd_f2x2": 2, "direct": 0}
 
 
 def pack(weight: Tensor, tile: int, stride: Sequence[int], transposed: bool = False) -> Tensor:
-    """The weight as a kernel reads it; both of Winograd's tile sizes read the same form."""
+    """Return the packed weight. Both Winograd tile sizes read the same transformed filter U."""
     packed: Tensor = pack_conv_weight(weight, stride[0] if tile else 0, transposed)
     return packed
 
@@ -47,7 +48,7 @@ def _run(
     relu: bool = False,
     partials: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One call of the C++ operator, with a packed weight of shape ``weight``."""
+    """Call the C++ operator with a packed weight; ``weight`` is the shape of the unpacked weight."""
     bias = None if bias is None else bias.contiguous()
     output, statistics = convolve(
         input, packed, bias, residual, weight[0], weight[2:], *geometry[:3], tile, relu, partials
@@ -75,16 +76,20 @@ def _forward(
 
 
 def _backward(
-    tile: int, grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, mask: Mask
+    tile: int, grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, mask: OutputMask
 ) -> Gradients:
     stride, padding, dilation, groups = geometry
     dx = dweight = dbias = None
     if mask[0]:
-        # A convolution of the flipped and transposed weight: with stride 1, or of the pixels that a 1x1 read.
-        taps = weight.shape[2:]
-        around = tuple(spread * (tap - 1) - pad for tap, pad, spread in zip(taps, padding, dilation, strict=True))
-        transposed, geometry = (input.shape[1], weight.shape[0], *taps), ((1, 1), around, dilation, groups)
-        # Packed in the call: the weight's other form is freed before its gradient is allocated.
+        # The input gradient is a stride-1 convolution of grad with the flipped and transposed weight. For a strided 1x1
+        # it has the strided input positions only.
+        kernel_size = weight.shape[2:]
+        dgrad_padding = tuple(d * (k - 1) - p for k, p, d in zip(kernel_size, padding, dilation, strict=True))
+        transposed, geometry = (
+            (input.shape[1], weight.shape[0], *kernel_size),
+            ((1, 1), dgrad_padding, dilation, groups),
+        )
+        # Packed within the call expression: the transposed packed weight is freed before dweight is allocated.
         dx, _ = _run(tile, grad, pack(weight, tile, stride, transposed=True), None, transposed, geometry)
     if mask[1]:
         dweight = conv_weight_gradient(grad, input, weight, stride, padding, dilation, tile > 0)
@@ -93,30 +98,30 @@ def _backward(
     return dx, dweight, dbias
 
 
-# What the kernels compute
+# Supported problems
 
 
 def _supports(problem: Problem) -> str | None:
-    if problem.traced:
-        return "a dispatch mode or a tensor subclass sees ATen's operators only"
+    if problem.under_torch_dispatch:
+        return "a dispatch mode or a tensor subclass requires ATen's operators"
     if problem.dtype != torch.float32 or not problem.channels_last or len(problem.weight) != 4:
-        return "the CPU's own convolutions are for float32 images in channels_last memory"
+        return "the CPU backend's kernels support float32 (N, C, H, W) in channels_last memory only"
     if problem.operation == "inference" and 0 in problem.input:
         return "an empty batch"
     if problem.groups > 1:
         return "grouped"
-    return "the CPU's own convolutions need AVX2" if problem.machine.isa == "baseline" else None
+    return "the CPU backend's convolutions require AVX2" if problem.machine.isa == "baseline" else None
 
 
 def _winograd_supports(problem: Problem) -> str | None:
     if reason := _supports(problem):
         return reason
     if not _extension.cpp.winograd_supports(problem.weight[2:], problem.stride, problem.dilation):
-        return _shape(problem)
-    if not problem.winograd:
-        return "Winograd is switched off"
+        return _describe_shape(problem)
+    if not problem.allow_winograd:
+        return "Winograd is disabled"
     if problem.operation == "input_gradient" and (problem.stride != (1, 1) or max(problem.padding) > 2):
-        return "the input gradient is a convolution with stride 1 and padding 2 - p"
+        return "Winograd's input gradient requires stride 1 and padding of at most 2"
     return None
 
 
@@ -125,148 +130,167 @@ def _direct_supports(problem: Problem) -> str | None:
         return reason
     if problem.operation != "input_gradient" or problem.pointwise:
         return None
-    around = zip(problem.weight[2:], problem.padding, problem.dilation, strict=True)
-    if problem.stride != (1, 1) or any(spread * (taps - 1) < pad for taps, pad, spread in around):
-        return "the input gradient of a strided kernel larger than 1x1"
+    dims = zip(problem.weight[2:], problem.padding, problem.dilation, strict=True)
+    if problem.stride != (1, 1) or any(d * (k - 1) < p for k, p, d in dims):
+        return "the input gradient of a kernel larger than 1x1 with a stride, or with padding beyond dilation * (k - 1)"
     return None
 
 
-def _shape(problem: Problem) -> str:
+def _describe_shape(problem: Problem) -> str:
     size, stride = "x".join(map(str, problem.weight[2:])), max(problem.stride)
     return f"{size}{f', stride {stride}' * (stride > 1)}{', dilated' * (max(problem.dilation) > 1)}: one GEMM"
 
 
-# Inference: the fewest multiply-adds
+# Inference rules: the fewest multiply-adds
 
-#: Costs in multiply-adds of one output or input channel each: to read one weight element, to pack it for the direct
-#: GEMM, to transform and pack it for Winograd, and to transform one element of an input or output tile.
-_READ, _PACK_DIRECT, _PACK_WINOGRAD, _TRANSFORM = 10, 60, 100, 8
+#: Costs, in multiply-adds, of reading one weight element, packing it for the direct GEMM, transforming and packing it
+#: for Winograd, and transforming one element of an input or output tile (per input or output channel).
+_READ_COST, _PACK_DIRECT_COST, _PACK_WINOGRAD_COST, _TRANSFORM_COST = 10, 60, 100, 8
 
 
 @lru_cache(maxsize=4096)
-def _costs(problem: Problem) -> dict[int, float]:
-    """Multiply-adds for each pair of an input and an output channel, by tile size."""
-    images, channels, *_ = problem.input
-    outputs, _, *taps = problem.weight
-    height, width = problem.output
-    count = taps[0] * taps[1]
-    costs: dict[int, float] = {0: count * (images * height * width + _READ + (0 if problem.packed else _PACK_DIRECT))}
+def _modelled_macs(problem: Problem) -> dict[int, float]:
+    """Return the modelled multiply-adds per (input channel, output channel) pair, by output tile size."""
+    batch, channels, *_ = problem.input
+    out_channels, _, *kernel_size = problem.weight
+    height, width = problem.output_size
+    taps = kernel_size[0] * kernel_size[1]
+    costs: dict[int, float] = {
+        0: taps * (batch * height * width + _READ_COST + (0 if problem.prepacked else _PACK_DIRECT_COST))
+    }
     for tile in (4, 2):
-        products = images * _extension.cpp.winograd_gemm_rows(height, width, tile, problem.stride[0])
-        transforms = products * _TRANSFORM * (1 / channels + 1 / outputs)
-        packing = 0 if problem.packed else _extension.cpp.WINOGRAD_POINTS * _PACK_WINOGRAD
-        costs[tile] = products + transforms + (tile + 2) ** 2 * _READ + packing
+        gemm_macs = batch * _extension.cpp.winograd_gemm_rows(height, width, tile, problem.stride[0])
+        transforms = gemm_macs * _TRANSFORM_COST * (1 / channels + 1 / out_channels)
+        packing = 0 if problem.prepacked else _extension.cpp.WINOGRAD_POINTS * _PACK_WINOGRAD_COST
+        costs[tile] = gemm_macs + transforms + (tile + 2) ** 2 * _READ_COST + packing
     return costs
 
 
-def _f4x4_costs_more(problem: Problem) -> bool:
-    costs = _costs(problem)
+def _f4x4_needs_more_macs(problem: Problem) -> bool:
+    costs = _modelled_macs(problem)
     return costs[4] >= costs[0] or costs[4] > costs[2]
 
 
-def _f2x2_costs_more(problem: Problem) -> bool:
-    costs = _costs(problem)
+def _f2x2_needs_more_macs(problem: Problem) -> bool:
+    costs = _modelled_macs(problem)
     return costs[2] >= costs[0]
 
 
-_COUNTED = "counted: multiply-adds, and those that reading and transforming the weight costs"
-_TOO_FEW = "too few pixels or channels to pay for Winograd's transforms and larger weight"
+_EVIDENCE_MACS = "estimated: multiply-adds, including the cost of reading and transforming the weight"
+_REASON_SMALL = "too few pixels or channels to amortise Winograd's transforms and larger weight"
 
-# Training: what measured faster than ATen
+# Training rules: the shapes measured faster than ATen
 
-#: The weight gradient of a 1x1 with stride 1 and more than 128 channels is faster by itself, but not in a step of
-#: ResNet-50: 1.80 s at best with ATen's, 1.89 s with ours. The forward of a 1x1 returns the statistics as well.
-_MEASURED = (
-    "2 Zen 4 cores, AVX-512, the shapes of ResNet-18 and ResNet-50 at batch 16; ms of ATen, ours, for forward, input"
-    " gradient, weight gradient: 3x3 by Winograd 17-19, 7-13; 16-17, 6-11; 17-36, 8-11. 3x3, stride 2 9-19, 6-13; no"
-    " kernel; 12-28, 9-17. 1x1 8-22, 9-19; 9-30, 8-17; 10-25, 10-21. 7x7, over 32 MB 33, 24; no kernel; a tie"
+#: The weight gradient of a 1x1 with stride 1 and more than 128 channels is faster in isolation, but not in a training
+#: step of ResNet-50: 1.80 s at best with ATen's, 1.89 s with this library's. The forward of a 1x1 also returns the
+#: statistics of its output.
+_EVIDENCE_ZEN4 = (
+    "2 Zen 4 cores, AVX-512, the shapes of ResNet-18 and ResNet-50 at batch 16; ms of ATen, fused_res, for forward,"
+    " input gradient, weight gradient: 3x3 by Winograd 17-19, 7-13; 16-17, 6-11; 17-36, 8-11. 3x3, stride 2 9-19, 6-13;"
+    " no kernel; 12-28, 9-17. 1x1 8-22, 9-19; 9-30, 8-17; 10-25, 10-21. 7x7, over 32 MB 33, 24; no kernel; a tie"
 )
-#: Fewer channels leave a part of every instruction idle.
-_LEAST_CHANNELS = 16
-#: Output pixels from which the larger weight of Winograd is worth its transform, made in every step.
-_LEAST_PIXELS = 128
-#: Elements of a float32 tensor of 32 MB. The C library maps a larger one anew every time, and its page faults take as
-#: long as a 1x1 convolution; our outputs come from a cache.
-_LARGE = 1 << 23
+#: Fewer channels leave part of every vector register unused.
+_MIN_CHANNELS = 16
+#: Output pixels from which Winograd amortises the filter transform of every training step and the larger weight.
+_MIN_OUTPUT_PIXELS = 128
+#: Elements of a float32 tensor of 32 MB. glibc's malloc maps every larger tensor anew, and its page faults take as long
+#: as a 1x1 convolution; this library's outputs come from its cache of freed outputs.
+_MALLOC_MMAP_FLOATS = 1 << 23
 
 
 def _output_pixels(problem: Problem) -> int:
-    return problem.input[0] * math.prod(problem.output)
+    return problem.input[0] * math.prod(problem.output_size)
 
 
 def _channels(problem: Problem) -> int:
     return min(problem.weight[:2])
 
 
-def _beaten_forward(problem: Problem) -> bool:
-    return not _wide_pointwise(problem) and _output_pixels(problem) * problem.weight[0] <= _LARGE
+def _aten_forward_is_faster(problem: Problem) -> bool:
+    return not _is_wide_pointwise(problem) and _output_pixels(problem) * problem.weight[0] <= _MALLOC_MMAP_FLOATS
 
 
-def _beaten_input_gradient(problem: Problem) -> bool:
-    small = math.prod(problem.input) <= _LARGE or problem.stride != (1, 1)
-    return not _wide_pointwise(problem) and small
+def _aten_dgrad_is_faster(problem: Problem) -> bool:
+    small = math.prod(problem.input) <= _MALLOC_MMAP_FLOATS or problem.stride != (1, 1)
+    return not _is_wide_pointwise(problem) and small
 
 
-def _wide_pointwise(problem: Problem) -> bool:
-    return problem.pointwise and _channels(problem) >= _LEAST_CHANNELS
+def _is_wide_pointwise(problem: Problem) -> bool:
+    return problem.pointwise and _channels(problem) >= _MIN_CHANNELS
 
 
-def _beaten_weight_gradient(problem: Problem) -> bool:
-    channels, taps = problem.weight[1], problem.weight[2:]
-    return max(taps) > 3 or channels < _LEAST_CHANNELS or (problem.stride == (1, 1) and channels > 128)
+def _aten_wgrad_is_faster(problem: Problem) -> bool:
+    channels, kernel_size = problem.weight[1], problem.weight[2:]
+    return max(kernel_size) > 3 or channels < _MIN_CHANNELS or (problem.stride == (1, 1) and channels > 128)
 
 
 _FEW_PIXELS = Rule(
-    lambda problem: _output_pixels(problem) < _LEAST_PIXELS, "few output pixels", _MEASURED, TRAINING
-)  # fmt: skip
-_MEMORY = "ATen is as fast where the output fits its allocator's caches"
+    lambda problem: _output_pixels(problem) < _MIN_OUTPUT_PIXELS,
+    "few output pixels",
+    _EVIDENCE_ZEN4,
+    TRAINING_OPERATIONS,
+)
+_REASON_FITS_ALLOCATOR = "ATen is as fast where the output is small enough for malloc to reuse freed memory"
 
 
-def _ours(
+def _native_algorithm(
     name: str,
     supports: Callable[[Problem], str | None],
     rules: tuple[Rule, ...],
     training: bool,
     describe: Callable[[Problem], str],
 ) -> Algorithm:
-    tile = TILES[name]
-    serves: dict[Operation, Callable[..., Any] | str] = {"inference": partial(_inference, tile)}
+    tile = OUTPUT_TILE[name]
+    implementations: dict[Operation, Callable[..., Any] | str] = {"inference": partial(_inference, tile)}
     if training:
         gradient = partial(_backward, tile)
-        serves |= {"forward": partial(_forward, tile), "input_gradient": gradient, "weight_gradient": gradient}
-    form = "winograd" if tile else "direct"
+        implementations |= {"forward": partial(_forward, tile), "input_gradient": gradient, "weight_gradient": gradient}
+    packed_format = "winograd" if tile else "direct"
     return Algorithm(
-        name, supports, serves, rules, describe, statistics=True, compact=True, packs="always",
-        pack=lambda problem, input, weight: pack(weight, tile, problem.stride), pack_key=lambda problem: form,
-    )  # fmt: skip
+        name,
+        supports,
+        implementations,
+        rules,
+        describe,
+        returns_partials=True,
+        compact_dgrad=True,
+        weight_packing="always",
+        pack=lambda problem, input, weight: pack(weight, tile, problem.stride),
+        pack_key=lambda problem: packed_format,
+    )
 
 
-WINOGRAD_F4X4 = _ours(
+WINOGRAD_F4X4 = _native_algorithm(
     "winograd_f4x4",
     _winograd_supports,
     (
-        Rule(_f4x4_costs_more, _TOO_FEW, _COUNTED, ("inference",)),
+        Rule(_f4x4_needs_more_macs, _REASON_SMALL, _EVIDENCE_MACS, ("inference",)),
         _FEW_PIXELS,
-        Rule(lambda problem: _channels(problem) < _LEAST_CHANNELS, "few channels", _MEASURED, TRAINING),
+        Rule(lambda problem: _channels(problem) < _MIN_CHANNELS, "few channels", _EVIDENCE_ZEN4, TRAINING_OPERATIONS),
     ),
     True,
-    lambda problem: f"{_costs(problem)[0] / _costs(problem)[4]:.1f}x fewer operations",
+    lambda problem: f"{_modelled_macs(problem)[0] / _modelled_macs(problem)[4]:.1f}x fewer operations",
 )
-WINOGRAD_F2X2 = _ours(
+WINOGRAD_F2X2 = _native_algorithm(
     "winograd_f2x2",
     _winograd_supports,
-    (Rule(_f2x2_costs_more, _TOO_FEW, _COUNTED),),
+    (Rule(_f2x2_needs_more_macs, _REASON_SMALL, _EVIDENCE_MACS),),
     False,
-    lambda problem: "a small image: reads less of the weight than F(4x4)",
+    lambda problem: "small feature map: reads less of the weight than F(4x4)",
 )
-DIRECT = _ours(
+DIRECT = _native_algorithm(
     "direct",
     _direct_supports,
     (
         _FEW_PIXELS,
-        Rule(_beaten_forward, _MEMORY, _MEASURED, ("forward",)),
-        Rule(_beaten_input_gradient, _MEMORY, _MEASURED, ("input_gradient",)),
-        Rule(_beaten_weight_gradient, "ATen's weight gradient measured as fast", _MEASURED, ("weight_gradient",)),
+        Rule(_aten_forward_is_faster, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("forward",)),
+        Rule(_aten_dgrad_is_faster, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("input_gradient",)),
+        Rule(
+            _aten_wgrad_is_faster,
+            "ATen's weight gradient measured faster",
+            _EVIDENCE_ZEN4,
+            ("weight_gradient",),
+        ),
     ),
     True,
     lambda problem: "",
@@ -274,16 +298,16 @@ DIRECT = _ours(
 ONEDNN = Algorithm(
     "onednn",
     supports=onednn.supports,
-    serves={"inference": onednn.conv_bias_act},
+    implementations={"inference": onednn.conv_bias_act},
     rules=(
         Rule(
-            lambda problem: not problem.packed and problem.input[0] == 1,
-            "one image, and a weight that is not kept packed",
-            "taken over from the rule before it, which recorded no figures",
+            lambda problem: not problem.prepacked and problem.input[0] == 1,
+            "batch of 1 with a weight that is not cached in packed form",
+            "inherited from an earlier rule that recorded no measurement",
         ),
     ),
     pack=onednn.pack,
     pack_key=lambda problem: ("onednn", problem.input, problem.dtype, torch.get_num_threads()),
-    packs="kept",
+    weight_packing="cached",
 )
 ALGORITHMS = (WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT, ONEDNN, *convolution.ALGORITHMS)

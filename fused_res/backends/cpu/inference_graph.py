@@ -1,6 +1,8 @@
-"""Blocks in a row as one call: convolutions and poolings whose values in between stay in an arena.
+"""Inference graphs: consecutive blocks as one call, with intermediate values in a preallocated arena.
 
-A graph takes as many images at a time through all of its layers as an arena of bounded size has room for.
+:func:`plan` selects the convolution algorithms, assigns every intermediate value an arena offset from its live range
+and encodes the steps for the C++ graph executor (``csrc/cpu``). The executor runs the batch in chunks, each through all
+layers, so that the arena's size is bounded.
 """
 
 from __future__ import annotations
@@ -15,44 +17,58 @@ import torch
 from torch import Tensor
 
 from fused_res import _extension
-from fused_res.backends.cpu.convolution import ALGORITHMS, TILES
+from fused_res.backends.cpu.convolution import ALGORITHMS, OUTPUT_TILE
 from fused_res.backends.cpu.operators import conv_program
-from fused_res.dispatch import Machine, Problem, Selected, select
+from fused_res.dispatch import Machine, Problem, Selection, select
 from fused_res.ops.geometry import conv_output_sizes
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
-#: Floats of an arena, 64 MB: more images at a time gain nothing.
-_ARENA = 16 << 20
-#: Places other than offsets into the arena, kinds of steps, and the fields of a step: csrc/cpu/conv_program.h.
-_INPUT, _OUTPUT, _NOWHERE = _extension.cpp.PROGRAM_PLACES
-_CONVOLUTION, _MAX_POOL = _extension.cpp.PROGRAM_KINDS
-_FIELDS = _extension.cpp.PROGRAM_FIELDS
+#: Bound on the arena, 64 MB; larger chunks of the batch are not faster.
+_MAX_ARENA_FLOATS = 16 << 20
+#: Locations outside the arena, kinds of steps, and the names of a step's fields, defined in csrc/cpu.
+_INPUT, _OUTPUT, _NO_OPERAND = _extension.cpp.GRAPH_LOCATIONS
+_CONVOLUTION, _MAX_POOL = _extension.cpp.GRAPH_STEP_KINDS
+_FIELDS = _extension.cpp.GRAPH_STEP_FIELDS
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class InferenceGraph:
-    kernels: tuple[Selected, ...]  # of the convolutions, each block's projection last
-    problems: tuple[Problem, ...]  # likewise
+    """A planned graph for one input shape.
+
+    Args:
+        selections, problems: algorithm and problem of each convolution, block by block, a block's projection last.
+        steps: the encoded steps.
+        arena: floats of the arena per batch element.
+        chunk: batch elements that run through the graph at a time.
+        output: shape of the output.
+    """
+
+    selections: tuple[Selection, ...]
+    problems: tuple[Problem, ...]
     steps: tuple[int, ...]
-    arena: int  # floats an image
-    chunk: int  # images at a time
+    arena: int
+    chunk: int
     output: Shape
 
     def run(self, input: Tensor, packed: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        """Run the graph on `input` with the packed weights and biases of its convolutions."""
         output: Tensor = conv_program(input, packed, biases, self.steps, self.arena, self.chunk, self.output)
         return output
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Values have numbers: 0 is the input, layer i makes value i + 1, the last one is the output."""
+class _GraphNode:
+    """One convolution or max pooling of the graph.
+
+    Value 0 is the graph's input, node i produces value i + 1, and the last value is the graph's output.
+    """
 
     spec: UnitSpec | PoolSpec
-    reads: int
-    residual: int | None
-    weight: int  # its number; -1 for a pooling
+    input_value: int
+    residual: int | None  # the value that is added
+    weight_index: int  # -1 for a pooling
 
 
 @lru_cache(maxsize=1024)
@@ -64,127 +80,155 @@ def plan(
     machine: Machine,
     preference: str = "planned",
 ) -> InferenceGraph | None:
-    """The graph for an input ``(N, C, H, W)``; None if it does not fit, or another library is to compute a part.
+    """Plan the graph of `blocks` for one input shape; cached.
 
-    ``weights`` are the shapes of all weights, block after block, a projection's behind those of its block.
+    Args:
+        blocks: the blocks, in order.
+        weights: shapes of all weights, block by block, a projection's after the others of its block.
+        input: shape ``(N, C, H, W)``.
+        winograd: whether Winograd algorithms are allowed.
+        machine: the processor.
+        preference: the algorithm preference, see :func:`fused_res.dispatch.select`.
+
+    Returns:
+        The graph, or None if a shape is invalid or a convolution falls back to oneDNN or ATen.
     """
-    layers = _layers(blocks)
-    images, *image = input
-    if images == 0:
+    nodes = _graph_nodes(blocks)
+    batch, *sample = input
+    if batch == 0:
         return None
-    shapes: list[Shape] = [tuple(image)]
-    kernels: dict[int, Selected] = {}
+    shapes: list[Shape] = [tuple(sample)]
+    selections: dict[int, Selection] = {}
     problems: dict[int, Problem] = {}
-    for layer in layers:
-        channels, *size = shapes[layer.reads]
-        if isinstance(layer.spec, PoolSpec):
-            pool = layer.spec
+    for node in nodes:
+        channels, *size = shapes[node.input_value]
+        if isinstance(node.spec, PoolSpec):
+            pool = node.spec
             shapes.append((channels, *conv_output_sizes(size, pool.kernel_size, pool.stride, pool.padding, (1, 1))))
             continue
-        spec, weight = layer.spec, weights[layer.weight]
+        spec, weight = node.spec, weights[node.weight_index]
         if weight[1] * spec.groups != channels:
             return None
         problem = Problem(
-            "inference", (images, channels, *size), weight, *spec.geometry, torch.float32, "cpu", True, packed=True,
-            winograd=winograd, machine=machine,
+            "inference", (batch, channels, *size), weight, *spec.geometry, torch.float32, "cpu", True, prepacked=True,
+            allow_winograd=winograd, machine=machine,
         )  # fmt: skip
-        problems[layer.weight], kernels[layer.weight] = problem, select(ALGORITHMS, problem, preference)
-        if kernels[layer.weight].name not in TILES:
+        problems[node.weight_index], selections[node.weight_index] = problem, select(ALGORITHMS, problem, preference)
+        if selections[node.weight_index].name not in OUTPUT_TILE:
             return None
-        shapes.append((weight[0], *problem.output))
+        shapes.append((weight[0], *problem.output_size))
     if any(size < 1 for shape in shapes for size in shape):
         return None
-    places, arena = _places(layers, [prod(shape) for shape in shapes])
+    offsets, arena = _plan_arena(nodes, [prod(shape) for shape in shapes])
     steps = [
-        number
-        for index, layer in enumerate(layers)
-        for number in _step(layer, index, places, shapes[layer.reads], weights, kernels)
+        value
+        for index, node in enumerate(nodes)
+        for value in _encode_step(node, index, offsets, shapes[node.input_value], weights, selections)
     ]
     return InferenceGraph(
-        tuple(kernels[number] for number in sorted(kernels)),
-        tuple(problems[number] for number in sorted(problems)),
+        tuple(selections[index] for index in sorted(selections)),
+        tuple(problems[index] for index in sorted(problems)),
         tuple(steps),
         arena,
-        max(1, min(images, _ARENA // max(arena, 1))),
-        (images, *shapes[-1]),
+        max(1, min(batch, _MAX_ARENA_FLOATS // max(arena, 1))),
+        (batch, *shapes[-1]),
     )
 
 
-def _layers(blocks: Sequence[BlockSpec]) -> list[_Layer]:
-    layers: list[_Layer] = []
-    weight = 0
+def _graph_nodes(blocks: Sequence[BlockSpec]) -> list[_GraphNode]:
+    nodes: list[_GraphNode] = []
+    weight_index = 0
     for block in blocks:
-        start = len(layers)
-        residual = start if block.shortcut == "identity" else None
+        block_input = len(nodes)
+        residual = block_input if block.shortcut == "identity" else None
         if block.projection is not None:
-            layers.append(_Layer(block.projection, start, None, weight + len(block.units)))
-            residual = len(layers)
-        reads = start
+            nodes.append(_GraphNode(block.projection, block_input, None, weight_index + len(block.units)))
+            residual = len(nodes)
+        value = block_input
         for index, unit in enumerate(block.units):
             last = index == len(block.units) - 1
-            layers.append(_Layer(unit, reads, residual if last else None, weight + index))
-            reads = len(layers)
+            nodes.append(_GraphNode(unit, value, residual if last else None, weight_index + index))
+            value = len(nodes)
         if block.pool is not None:
-            layers.append(_Layer(block.pool, reads, None, -1))
-        weight += len(block.convolutions)
-    return layers
+            nodes.append(_GraphNode(block.pool, value, None, -1))
+        weight_index += len(block.convolutions)
+    return nodes
 
 
-def _places(layers: Sequence[_Layer], sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where each value is, in floats an image, and the arena's size: a place is used again when its value is not."""
-    output = len(layers)
+def _plan_arena(nodes: Sequence[_GraphNode], sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Assign each value an arena offset; values with disjoint live ranges may share memory.
+
+    Args:
+        nodes: the graph's nodes.
+        sizes: floats of each value per batch element.
+
+    Returns:
+        The location of each value (an arena offset in floats per batch element, the graph's input or its output), and
+        the arena's size. Offsets are assigned first-fit in the order of definition.
+    """
+    output = len(nodes)
     last_use = dict.fromkeys(range(output + 1), output)
-    for index, layer in enumerate(layers):
-        for value in (layer.reads, layer.residual):
+    for index, node in enumerate(nodes):
+        for value in (node.input_value, node.residual):
             if value is not None:
                 last_use[value] = index
-    # What is added for the last time is written over, one number after the other, by the sum.
-    same = list(range(output + 1))
+    # A residual that is last used by an addition is overwritten in place by the sum, element by element.
+    alias_of = list(range(output + 1))
     for index in reversed(range(output)):
-        residual = layers[index].residual
+        residual = nodes[index].residual
         if residual and last_use[residual] == index:
-            same[residual] = same[index + 1]
-    lives: dict[int, tuple[int, int]] = {}
+            alias_of[residual] = alias_of[index + 1]
+    live_ranges: dict[int, tuple[int, int]] = {}
     for value in range(1, output + 1):
-        begin, end = lives.get(same[value], (value - 1, 0))
-        lives[same[value]] = begin, max(end, last_use[value])
+        begin, end = live_ranges.get(alias_of[value], (value - 1, 0))
+        live_ranges[alias_of[value]] = begin, max(end, last_use[value])
     offsets: dict[int, int] = {0: _INPUT, output: _OUTPUT}
-    for value, (begin, end) in lives.items():
+    for value, (begin, end) in live_ranges.items():
         if value == output:
             continue
-        taken = sorted(
+        occupied = sorted(
             (offsets[other], offsets[other] + sizes[other])
-            for other, (first, last) in lives.items()
+            for other, (first, last) in live_ranges.items()
             if other in offsets and other != output and first <= end and begin <= last
         )
         offset = 0
-        for low, high in taken:
+        for low, high in occupied:
             if offset + sizes[value] <= low:
                 break
             offset = max(offset, high)
         offsets[value] = offset
-    arena = max((offsets[value] + sizes[value] for value in lives if value != output), default=0)
-    return [offsets[same[value]] for value in range(output + 1)], arena
+    arena = max((offsets[value] + sizes[value] for value in live_ranges if value != output), default=0)
+    return [offsets[alias_of[value]] for value in range(output + 1)], arena
 
 
-def _step(
-    layer: _Layer,
+def _encode_step(
+    node: _GraphNode,
     index: int,
-    places: Sequence[int],
-    image: Shape,
+    offsets: Sequence[int],
+    input_shape: Shape,
     weights: Sequence[Shape],
-    kernels: dict[int, Selected],
+    selections: dict[int, Selection],
 ) -> list[int]:
-    """One step, its numbers in the order of the C++ structure's fields."""
-    spec = layer.spec
+    """Return one step as a flat list of integers, in the order of the C++ structure's fields."""
+    spec = node.spec
     pool = isinstance(spec, PoolSpec)
-    outputs, _, *taps = (image[0], 0, *spec.kernel_size) if isinstance(spec, PoolSpec) else weights[layer.weight]
-    step: dict[str, Any] = dict(zip(("channels", "height", "width"), image, strict=True))
-    step |= {"from": places[layer.reads], "to": places[index + 1], "weight": layer.weight, "outputs": outputs}
-    step |= {"residual": _NOWHERE if layer.residual is None else places[layer.residual], "taps": taps}
+    out_channels, _, *kernel_size = (
+        (input_shape[0], 0, *spec.kernel_size) if isinstance(spec, PoolSpec) else weights[node.weight_index]
+    )
+    step: dict[str, Any] = dict(zip(("channels", "height", "width"), input_shape, strict=True))
+    step |= {
+        "input": offsets[node.input_value],
+        "output": offsets[index + 1],
+        "weight": node.weight_index,
+        "out_channels": out_channels,
+    }
+    step |= {
+        "residual": _NO_OPERAND if node.residual is None else offsets[node.residual],
+        "kernel_size": kernel_size,
+    }
     step |= {"stride": spec.stride, "padding": spec.padding, "kind": _MAX_POOL if pool else _CONVOLUTION}
     if not isinstance(spec, PoolSpec):
-        step |= {"tile": TILES[kernels[layer.weight].name], "relu": int(spec.relu)}
+        step |= {"tile": OUTPUT_TILE[selections[node.weight_index].name], "relu": int(spec.relu)}
     step["dilation"] = (1, 1) if isinstance(spec, PoolSpec) else spec.dilation
     values = [step.get(field, 0) for field in _FIELDS]
-    return [number for value in values for number in (value if isinstance(value, Sequence) else [value])]
+    return [item for value in values for item in (value if isinstance(value, Sequence) else [value])]

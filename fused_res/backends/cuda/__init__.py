@@ -1,6 +1,6 @@
-"""CUDA C++ kernels (``csrc/cuda``), registered with the dispatcher as ``fused_res_cuda::*``.
+"""CUDA C++ backend: the kernels in ``csrc/cuda``, registered with the dispatcher as ``fused_res_cuda::*``.
 
-Simulated on CPU tensors (``FUSED_RES_SIMULATOR``, for tests) they are ``fused_res_sim::*``.
+For tests, a simulator runs the same sources on CPU tensors (``FUSED_RES_SIMULATOR``) as ``fused_res_sim::*``.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from fused_res import _extension, env, ops
 from fused_res.dispatch import Machine
 from fused_res.dispatch.backend import Kernels
 
-STEMS = tuple(ops.STEMS)
+OP_FAMILIES = tuple(ops.OP_FAMILIES)
 machine = Machine
-AUTO = {"cuda": 2}
-WHEN_NAMED = "fused"
-#: Compute capability that the kernels are compiled for.
-OLDEST_GPU = (8, 0)
+AUTO_PRIORITY = {"cuda": 2}
+DEFAULT_PREFERENCE = "fused"
+#: Lowest compute capability that the kernels support: they use ``cp.async`` and bfloat16 ``mma.sync``.
+MIN_COMPUTE_CAPABILITY = (8, 0)
 
 
-def simulating() -> bool:
-    """Whether the kernels are simulated on CPU tensors: ``tools/cuda_sim``."""
+def is_simulated() -> bool:
+    """Return whether the simulator (``tools/cuda_sim``) runs the kernels, on CPU tensors."""
     return bool(env.SIMULATOR.read())
 
 
 def namespace() -> str:
-    """The dispatcher namespace of the operators."""
-    return "fused_res_sim" if simulating() else "fused_res_cuda"
+    """Return the dispatcher namespace of the operators."""
+    return "fused_res_sim" if is_simulated() else "fused_res_cuda"
 
 
 def devices() -> tuple[str, ...]:
-    return ("cpu",) if simulating() else ("cuda",)
+    return ("cpu",) if is_simulated() else ("cuda",)
 
 
 def unavailable() -> str | None:
-    if simulating():
+    if is_simulated():
         library = env.SIMULATOR.read()
-        return None if os.path.exists(library) else f"{env.SIMULATOR.name} names {library}, and there is no such file"
+        return None if os.path.exists(library) else f"{env.SIMULATOR.name}: {library} does not exist"
     _, reason = _extension.cuda_library()
     return reason or _gpu_missing()
 
 
 def _gpu_missing() -> str | None:
     if not torch.cuda.is_available():
-        return "there is no NVIDIA GPU here that this torch can use"
+        return "no NVIDIA GPU is available to this PyTorch"
     found = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    if found < OLDEST_GPU:
-        needed, has = (".".join(map(str, version)) for version in (OLDEST_GPU, found))
-        return f"its kernels need a GPU of compute capability {needed} or newer, and this one has {has}"
+    if found < MIN_COMPUTE_CAPABILITY:
+        needed, has = (".".join(map(str, version)) for version in (MIN_COMPUTE_CAPABILITY, found))
+        return f"the kernels require a GPU of compute capability {needed} or newer, got {has}"
     return None
 
 
@@ -58,4 +58,4 @@ def load() -> Kernels:
 
     ops.define(namespace())
     torch.ops.load_library(env.SIMULATOR.read() or str(_extension.cuda_library()[0]))
-    return Kernels(algorithms=implicit_gemm.ALGORITHMS, **ops.bind(namespace(), STEMS))
+    return Kernels(algorithms=implicit_gemm.ALGORITHMS, **ops.operator_overloads(namespace(), OP_FAMILIES))

@@ -1,4 +1,7 @@
-"""Plain PyTorch: defines the maths, runs on every device and dtype, and is the fallback that always works."""
+"""The reference backend: every operator in plain PyTorch, for any device and dtype.
+
+It is the specification that the kernels are tested against, and the fallback that is always available.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ from fused_res import ops
 from fused_res.dispatch import Machine
 from fused_res.dispatch.backend import Kernels, import_operators
 
-STEMS = tuple(ops.STEMS)
+OP_FAMILIES = tuple(ops.OP_FAMILIES)
 machine = Machine
-AUTO = {"cpu": 0, "cuda": 0}
-WHEN_NAMED = "planned"
+AUTO_PRIORITY = {"cpu": 0, "cuda": 0}
+DEFAULT_PREFERENCE = "planned"
 
 
 def devices() -> None:
@@ -23,4 +26,4 @@ def unavailable() -> None:
 def load() -> Kernels:
     from fused_res.backends.reference import convolution
 
-    return Kernels(algorithms=convolution.ALGORITHMS, **import_operators(__name__, STEMS))
+    return Kernels(algorithms=convolution.ALGORITHMS, **import_operators(__name__, OP_FAMILIES))

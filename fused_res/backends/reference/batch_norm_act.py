@@ -1,14 +1,15 @@
-"""``act(bn(x) [+ residual])`` in plain PyTorch.
+"""Batch norm with residual addition and ReLU, ``act(bn(x) [+ residual])``, in plain PyTorch.
 
-First :func:`batch_norm_act`, which *is* the definition and which autograd can differentiate as often as it likes; then
-the operators of :mod:`fused_res.ops` written out, with the backward of Ioffe & Szegedy (2015), section 3::
+:func:`batch_norm_act` is the definition, which autograd can differentiate any number of times. The operators of family
+``batch_norm_act`` (:mod:`fused_res.ops.schemas`) follow, with the backward of Ioffe & Szegedy 2015
+(https://arxiv.org/abs/1502.03167), section 3::
 
     dy'  = dy where !(y <= 0), else 0
     db   = sum dy'        dw = sum dy' * xhat        xhat = (x - mean) * invstd
-    dx   = weight * invstd * (dy' - db/M - xhat * dw/M)      with M values a channel, and batch statistics
+    dx   = weight * invstd * (dy' - db/M - xhat * dw/M)      with batch statistics of M values per channel
     dx   = weight * invstd * dy'                             with running statistics
 
-A residual that is normalised, too, has the same gradients of the same ``dy'``.
+A residual with a batch norm of its own has the same formulas, with the same ``dy'``.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ def batch_norm_act(
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition: returns the output and, detached, the mean and variance that running statistics take in."""
+    """Return the output and, detached, the mean and variance ``(C,)`` that update the running statistics.
+
+    The variance is unbiased if ``training``. ``residual_scale`` and ``residual_shift`` ``(C,)`` transform the residual
+    before the addition; other arguments are as of :func:`fused_res.functional.batch_norm_act`.
+    """
     mean, var = moments(input, running_mean, running_var, training)
-    kept_var = unbiased(var, input) if training else var
+    running_var_input = unbiased_var(var, input) if training else var
     x = input.to(mean.dtype)
     y = (x - channels_view(mean, x)) * channels_view(torch.rsqrt(var + eps), x)
     if weight is not None:
@@ -52,28 +57,28 @@ def batch_norm_act(
         y = y + r
     if relu:
         y = torch.relu(y)
-    return y.to(input.dtype), mean.detach(), kept_var.detach()
+    return y.to(input.dtype), mean.detach(), running_var_input.detach()
 
 
 def moments(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance a channel, ``(C,)`` each: of the batch if ``training``, else the running ones."""
+    """Return mean and biased variance per channel, ``(C,)``: of the batch if ``training``, else the running ones."""
     dtype = stats_dtype(input.dtype)
     if not training:
         assert running_mean is not None and running_var is not None
         return running_mean.to(dtype), running_var.to(dtype)
-    # As in PyTorch, an empty batch has no statistics; zeros keep NaN out of the gradients.
+    # As in PyTorch, an empty batch has no statistics; zeros avoid NaN in the gradients.
     if input.numel() == 0:
         zeros = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
         return zeros, zeros
     x = input.to(dtype)
-    var, mean = torch.var_mean(x, reduced(x), correction=0)
+    var, mean = torch.var_mean(x, reduction_dims(x), correction=0)
     return mean, var
 
 
-def unbiased(var: Tensor, input: Tensor) -> Tensor:
-    """The variance with Bessel's correction, as running statistics keep it."""
+def unbiased_var(var: Tensor, input: Tensor) -> Tensor:
+    """Return the variance with Bessel's correction, which updates the running variance."""
     count = input.numel() // input.shape[1]
     return var * (count / (count - 1)) if count > 1 else var
 
@@ -88,27 +93,35 @@ def batch_norm_stats(
     eps: float,
 ) -> Tensor:
     mean, var = moments(input.double(), running_mean, running_var, training)
-    kept_var = unbiased(var, input) if training else var
-    return stats_of(mean, var, kept_var, weight, bias, eps, stats_dtype(input.dtype))
+    running_var_input = unbiased_var(var, input) if training else var
+    return build_stats(mean, var, running_var_input, weight, bias, eps, stats_dtype(input.dtype))
 
 
-def stats_of(
+def build_stats(
     mean: Tensor,
     var: Tensor,
-    kept_var: Tensor,
+    running_var_input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``stats`` as :mod:`fused_res.ops` has them; ``kept_var`` is what running statistics take in."""
+    """Return ``stats`` ``(5, C)`` in the layout of :mod:`fused_res.ops.schemas`.
+
+    Args:
+        mean, var: mean and biased variance ``(C,)``, for the normalization.
+        running_var_input: variance ``(C,)`` that updates the running variance.
+        weight, bias: ``(C,)`` or None.
+        eps: added to ``var``.
+        dtype: dtype of the result.
+    """
     invstd = torch.rsqrt(var + eps)
     scale = invstd if weight is None else weight * invstd
-    # What is lost when mean is rounded would come back in every element, times scale: the shift makes up for it.
+    # The rounding error of the mean would appear in every element, multiplied by scale; the shift compensates for it.
     shift = (mean.to(dtype) - mean) * scale
     if bias is not None:
         shift = shift + bias
-    return torch.stack([row.to(dtype) for row in (mean, invstd, scale, shift, kept_var)])
+    return torch.stack([row.to(dtype) for row in (mean, invstd, scale, shift, running_var_input)])
 
 
 def batch_norm_act_forward(
@@ -136,7 +149,7 @@ def batch_norm_act_apply(
     if residual is not None:
         y = y + (residual if residual_stats is None else normalise(residual, residual_stats))
     mask = pack_mask(~(y <= 0), input) if save_mask else input.new_empty(0, dtype=torch.uint8)
-    return finish(y, relu, like=input), mask
+    return apply_epilogue(y, relu, like=input), mask
 
 
 def batch_norm_act_inference_(
@@ -164,10 +177,10 @@ def batch_norm_act_backward(
     relu: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy = masked(grad_output, input, stats, relu_mask, relu)
-    want_input, want_residual, *want_weight_bias = output_mask
-    grad_residual = finish(dy, relu=False, like=input) if want_residual else input.new_empty(0)
-    grad_input, *rest = _norm_backward(dy, input, weight, stats, training, [want_input, *want_weight_bias])
+    dy = relu_backward(grad_output, input, stats, relu_mask, relu)
+    needs_input, needs_residual, *needs_weight_bias = output_mask
+    grad_residual = apply_epilogue(dy, relu=False, like=input) if needs_residual else input.new_empty(0)
+    grad_input, *rest = _norm_backward(dy, input, weight, stats, training, [needs_input, *needs_weight_bias])
     return grad_input, grad_residual, rest[0], rest[1]
 
 
@@ -184,33 +197,33 @@ def batch_norm_act_backward_pair(
     residual_training: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dy = masked(grad_output, input, stats, relu_mask, False)
-    want_input, want_residual, *rest = output_mask
-    grad_input, *grads = _norm_backward(dy, input, weight, stats, training, [want_input, *rest[:2]])
+    dy = relu_backward(grad_output, input, stats, relu_mask, False)
+    needs_input, needs_residual, *rest = output_mask
+    grad_input, *grads = _norm_backward(dy, input, weight, stats, training, [needs_input, *rest[:2]])
     grad_residual, *residual_grads = _norm_backward(
-        dy, residual, residual_weight, residual_stats, residual_training, [want_residual, *rest[2:]]
+        dy, residual, residual_weight, residual_stats, residual_training, [needs_residual, *rest[2:]]
     )
     return grad_input, grad_residual, grads[0], grads[1], residual_grads[0], residual_grads[1]
 
 
 def _norm_backward(
-    dy: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, training: bool, wanted: list[bool]
+    dy: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, training: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input, weight and bias, each where wanted, of the masked ``dy``."""
+    """Return the gradients of a norm's input, weight and bias from the masked ``dy``; ``(0,)`` where not requested."""
     normalised = xhat(input, stats)
-    dbias = dy.sum(reduced(dy))
-    dweight = (dy * normalised).sum(reduced(dy))
+    dbias = dy.sum(reduction_dims(dy))
+    dweight = (dy * normalised).sum(reduction_dims(dy))
     empty = input.new_empty(0)
     grad_input, grad_weight, grad_bias = empty, empty, empty
-    if wanted[0]:
+    if output_mask[0]:
         dx = dy
         if training and dy.numel():
             count = dy.numel() // dy.shape[1]
             dx = dy - channels_view(dbias / count, dy) - normalised * channels_view(dweight / count, dy)
-        grad_input = finish(dx * channels_view(stats[SCALE], dy), relu=False, like=input)
-    if wanted[1]:
+        grad_input = apply_epilogue(dx * channels_view(stats[SCALE], dy), relu=False, like=input)
+    if output_mask[1]:
         grad_weight = dweight if weight is None else dweight.to(weight.dtype)
-    if wanted[2]:
+    if output_mask[2]:
         grad_bias = dbias if weight is None else dbias.to(weight.dtype)
     return grad_input, grad_weight, grad_bias
 
@@ -231,58 +244,77 @@ _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def pack_mask(mask: Tensor, like: Tensor | None = None) -> Tensor:
-    """Packs a boolean tensor to bits, in the order for ``like`` or itself; the layout is in :mod:`fused_res.ops`."""
+    """Return a boolean tensor as a ``relu_mask``, packed to bits (layout in :mod:`fused_res.ops.schemas`).
+
+    Args:
+        mask: boolean tensor ``(N, C, ...)``.
+        like: tensor whose memory format determines the order of the bits. Default: ``mask``.
+    """
     rows = _rows(mask, is_channels_last(mask if like is None else like))
     bytes = F.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
     return (bytes * bytes.new_tensor(_BITS)).sum(2, dtype=torch.uint8)
 
 
 def unpack_mask(relu_mask: Tensor, like: Tensor) -> Tensor:
-    """The boolean tensor, of the shape and memory format of ``like``, that :func:`pack_mask` packed."""
+    """Return the boolean tensor, of the shape and memory format of ``like``, that :func:`pack_mask` packed."""
     channels_last = is_channels_last(like)
-    columns = like.shape[1] if channels_last else math.prod(like.shape[2:])
-    bits = (relu_mask.unsqueeze(2) & relu_mask.new_tensor(_BITS)).ne(0).flatten(1)[:, :columns]
+    row_length = like.shape[1] if channels_last else math.prod(like.shape[2:])
+    bits = (relu_mask.unsqueeze(2) & relu_mask.new_tensor(_BITS)).ne(0).flatten(1)[:, :row_length]
     if channels_last:
         return bits.reshape(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
     return bits.reshape(like.shape)
 
 
 def _rows(x: Tensor, channels_last: bool) -> Tensor:
+    """Return ``x`` as the matrix ``(N * S, C)`` or ``(N * C, S)``."""
     if channels_last:
         return x.movedim(1, -1).reshape(-1, x.shape[1])
     return x.reshape(x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
 
 
 def normalise(input: Tensor, stats: Tensor) -> Tensor:
+    """Return ``norm(input) = (input - mean) * scale + shift`` in the dtype of ``stats``."""
     centred = input.to(stats.dtype) - channels_view(stats[MEAN], input)
     return torch.addcmul(channels_view(stats[SHIFT], input), centred, channels_view(stats[SCALE], input))
 
 
 def xhat(input: Tensor, stats: Tensor) -> Tensor:
+    """Return ``(input - mean) * invstd`` in the dtype of ``stats``."""
     return (input.to(stats.dtype) - channels_view(stats[MEAN], input)) * channels_view(stats[INVSTD], input)
 
 
-def masked(grad: Tensor, output: Tensor, stats: Tensor, relu_mask: Tensor | None, relu: bool) -> Tensor:
-    """The gradient in front of the ReLU, in the statistics' dtype."""
+def relu_backward(grad: Tensor, output: Tensor, stats: Tensor, relu_mask: Tensor | None, relu: bool) -> Tensor:
+    """Return the gradient with respect to the ReLU's input, in the dtype of ``stats``.
+
+    Args:
+        grad: gradient with respect to the ReLU's output.
+        output: input of the norm before the ReLU, which is a convolution's output.
+        stats: statistics of that norm.
+        relu_mask: packed mask of the ReLU, or None.
+        relu: without a mask, whether to mask by the sign of ``norm(output)``.
+    """
     dy = grad.to(stats.dtype)
     if relu_mask is not None:
         return dy * unpack_mask(relu_mask, output)
     return torch.where(normalise(output, stats) <= 0, 0, dy) if relu else dy
 
 
-def activated(input: Tensor, stats: Tensor | None, relu: bool) -> Tensor:
-    """``input``, or with ``stats`` the activation of it, rounded to its dtype."""
-    return input if stats is None else finish(normalise(input, stats), relu, like=input)
+def apply_prologue(input: Tensor, stats: Tensor | None, relu: bool) -> Tensor:
+    """Return an operand after its prologue: ``act(norm(input))``, rounded, or ``input`` itself without ``stats``."""
+    return input if stats is None else apply_epilogue(normalise(input, stats), relu, like=input)
 
 
-def finish(y: Tensor, relu: bool, like: Tensor) -> Tensor:
+def apply_epilogue(y: Tensor, relu: bool, like: Tensor) -> Tensor:
+    """Return ``y`` after an optional ReLU, with the dtype and strides of ``like``."""
     y = torch.relu(y) if relu else y
     return torch.empty_like(like).copy_(y)
 
 
 def channels_view(per_channel: Tensor, like: Tensor) -> Tensor:
+    """Return a per-channel vector ``(C,)`` in a shape that broadcasts along dimension 1 of ``like``."""
     return per_channel.view(-1, *(1,) * (like.dim() - 2))
 
 
-def reduced(x: Tensor) -> list[int]:
+def reduction_dims(x: Tensor) -> list[int]:
+    """Return all dimensions but the channels."""
     return [0, *range(2, x.dim())]

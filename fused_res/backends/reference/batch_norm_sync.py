@@ -1,11 +1,22 @@
-"""The halves of a norm, between which several processes may add up what they found, in plain PyTorch."""
+"""The reduction and elementwise passes of a batch norm as separate operators, in plain PyTorch.
+
+A process group reduces statistics and gradient sums over its ranks between the two passes.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fused_res.backends.reference.batch_norm_act import channels_view, finish, masked, moments, reduced, stats_of, xhat
+from fused_res.backends.reference.batch_norm_act import (
+    apply_epilogue,
+    build_stats,
+    channels_view,
+    moments,
+    reduction_dims,
+    relu_backward,
+    xhat,
+)
 from fused_res.ops import SCALE
 
 
@@ -16,7 +27,10 @@ def batch_norm_partials(input: Tensor) -> Tensor:
 
 
 def merge_partials(partials: Tensor) -> Tensor:
-    """Chan, Golub & LeVeque (1979) for any number of parts at once; a part with a count of zero says nothing."""
+    """Merge partial statistics ``(P, 3, C)`` to ``(1, 3, C)``, by Chan, Golub & LeVeque 1979, for all parts at once.
+
+    Parts with a count of zero are ignored.
+    """
     count, mean, m2 = partials.unbind(1)
     total = count.sum(0)
     merged = torch.where(count > 0, count * mean, 0).sum(0) / total.clamp(min=1)
@@ -25,11 +39,11 @@ def merge_partials(partials: Tensor) -> Tensor:
 
 
 def merge_stats(partials: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, double: bool) -> Tensor:
-    """``double``: whether ``stats`` are float64, too."""
+    """Merge partial statistics ``(P, 3, C)`` and return ``stats`` ``(5, C)``, float64 if ``double``, else float32."""
     total, merged, deviations = merge_partials(partials)[0]
     dtype = torch.float64 if double else torch.float32
     var, unbiased = deviations / total.clamp(min=1), deviations / (total - 1).clamp(min=1)
-    return stats_of(merged, var, unbiased, weight, bias, eps, dtype)
+    return build_stats(merged, var, unbiased, weight, bias, eps, dtype)
 
 
 def batch_norm_sums(
@@ -41,10 +55,10 @@ def batch_norm_sums(
     residual: Tensor | None,
     residual_stats: Tensor | None,
 ) -> Tensor:
-    dy = masked(grad_output, input, stats, relu_mask, relu)
-    sums = [dy.sum(reduced(dy)), (dy * xhat(input, stats)).sum(reduced(dy))]
+    dy = relu_backward(grad_output, input, stats, relu_mask, relu)
+    sums = [dy.sum(reduction_dims(dy)), (dy * xhat(input, stats)).sum(reduction_dims(dy))]
     if residual is not None and residual_stats is not None:
-        sums.append((dy * xhat(residual, residual_stats)).sum(reduced(dy)))
+        sums.append((dy * xhat(residual, residual_stats)).sum(reduction_dims(dy)))
     return torch.stack(sums)
 
 
@@ -57,10 +71,12 @@ def batch_norm_act_dx(
     sums: Tensor | None,
     count: int,
 ) -> Tensor:
-    return finish(before_norm(grad_output, input, stats, relu_mask, relu, sums, count), relu=False, like=input)
+    return apply_epilogue(
+        norm_input_grad(grad_output, input, stats, relu_mask, relu, sums, count), relu=False, like=input
+    )
 
 
-def before_norm(
+def norm_input_grad(
     grad_output: Tensor,
     output: Tensor,
     stats: Tensor,
@@ -69,8 +85,17 @@ def before_norm(
     sums: Tensor | None,
     count: int,
 ) -> Tensor:
-    """The gradient of a norm's input, from the one behind it, in the statistics' dtype."""
-    dz = masked(grad_output, output, stats, relu_mask, relu)
+    """Return the gradient with respect to a norm's input, in the dtype of ``stats``.
+
+    Args:
+        grad_output: gradient with respect to the output of norm and ReLU.
+        output: the norm's input, which is a convolution's output.
+        stats: statistics of the norm.
+        relu_mask, relu: the ReLU's mask, as of :func:`relu_backward`.
+        sums: gradient sums ``(2, C)`` over all ranks, or None for constant statistics.
+        count: number of values per channel over all ranks.
+    """
+    dz = relu_backward(grad_output, output, stats, relu_mask, relu)
     if sums is not None:
         dz = dz - channels_view(sums[0] / count, dz) - xhat(output, stats) * channels_view(sums[1] / count, dz)
     return dz * channels_view(stats[SCALE], dz)

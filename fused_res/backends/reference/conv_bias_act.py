@@ -1,4 +1,4 @@
-"""``act(conv(x, w) + bias [+ residual])`` in plain PyTorch, rounded once, at the end."""
+"""Inference convolution ``act(conv(input, weight) + bias [+ residual])`` in plain PyTorch, rounded once at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_res import _torch_compat
 from fused_res.ops import stats_dtype
-from fused_res.ops.memory_format import laid_out, makes_channels_last
+from fused_res.ops.memory_format import conv_output_is_channels_last, to_memory_format
 
 
 def conv_bias_act(
@@ -34,6 +34,6 @@ def conv_bias_act(
     if relu:
         y = torch.relu(y)
     y = y.to(input.dtype)
-    if _torch_compat.is_functorch():  # inside vmap there are no memory formats
+    if _torch_compat.is_functorch_active():  # memory formats are not supported inside vmap
         return y
-    return laid_out(y, makes_channels_last(input, weight))
+    return to_memory_format(y, conv_output_is_channels_last(input, weight))

@@ -1,11 +1,11 @@
-"""A convolution that normalises its input as it reads it and takes the statistics of its output, in plain PyTorch."""
+"""Convolution with a norm-ReLU prologue that also returns partial statistics of its output, in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fused_res.backends.reference.batch_norm_act import activated
+from fused_res.backends.reference.batch_norm_act import apply_prologue
 from fused_res.backends.reference.batch_norm_sync import batch_norm_partials
 
 
@@ -21,6 +21,6 @@ def conv_bn_stats(
     groups: int,
     partials: bool,
 ) -> tuple[Tensor, Tensor]:
-    x = activated(input, input_stats, input_relu)
+    x = apply_prologue(input, input_stats, input_relu)
     output = torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
     return output, batch_norm_partials(output) if partials else output.new_empty(0, dtype=torch.float64)

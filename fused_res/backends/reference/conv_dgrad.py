@@ -1,13 +1,13 @@
-"""Gradient of a 1x1 convolution's input, from the gradient behind the norm that follows it, in plain PyTorch."""
+"""Input gradient of a 1x1 convolution, with the backward of the following norm as prologue, in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fused_res.backends.reference.batch_norm_act import masked, unpack_mask
-from fused_res.backends.reference.batch_norm_sync import batch_norm_sums, before_norm
-from fused_res.ops.memory_format import laid_out
+from fused_res.backends.reference.batch_norm_act import relu_backward, unpack_mask
+from fused_res.backends.reference.batch_norm_sync import batch_norm_sums, norm_input_grad
+from fused_res.ops.memory_format import to_memory_format
 
 
 def conv_dgrad(
@@ -25,12 +25,14 @@ def conv_dgrad(
     added: Tensor | None = None,
     added_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dz = before_norm(grad_output, output, stats, relu_mask, relu, sums, count).to(output.dtype)
+    dz = norm_input_grad(grad_output, output, stats, relu_mask, relu, sums, count).to(output.dtype)
     grad = torch.einsum("nk...,kc->nc...", dz, weight.flatten(1))
     if input is None or input_stats is None:
         if added is not None:
-            grad = grad + (added if added_mask is None else added * unpack_mask(added_mask, laid_out(added, True)))
-        return laid_out(grad, True), stats.new_empty(0)
+            grad = grad + (
+                added if added_mask is None else added * unpack_mask(added_mask, to_memory_format(added, True))
+            )
+        return to_memory_format(grad, True), stats.new_empty(0)
     sums = batch_norm_sums(grad, input, input_stats, None, input_relu, None, None)
-    grad = masked(grad, input, input_stats, None, input_relu).to(output.dtype)
-    return laid_out(grad, True), sums
+    grad = relu_backward(grad, input, input_stats, None, input_relu).to(output.dtype)
+    return to_memory_format(grad, True), sums

@@ -1,12 +1,12 @@
-"""Gradient of a 1x1 convolution's weight, from the gradient behind the norm that follows it, in plain PyTorch."""
+"""Weight gradient of a 1x1 convolution, with the backward of the following norm as prologue, in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fused_res.backends.reference.batch_norm_act import activated
-from fused_res.backends.reference.batch_norm_sync import before_norm
+from fused_res.backends.reference.batch_norm_act import apply_prologue
+from fused_res.backends.reference.batch_norm_sync import norm_input_grad
 
 
 def conv_wgrad(
@@ -23,7 +23,7 @@ def conv_wgrad(
     input_relu: bool,
     stride: list[int],
 ) -> Tensor:
-    dz = before_norm(grad_output, output, stats, relu_mask, relu, sums, count).to(output.dtype)
-    every = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
-    x = activated(input[every], input_stats, input_relu)
+    dz = norm_input_grad(grad_output, output, stats, relu_mask, relu, sums, count).to(output.dtype)
+    strided = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    x = apply_prologue(input[strided], input_stats, input_relu)
     return torch.einsum("nk...,nc...->kc", dz, x).reshape(weight.shape)

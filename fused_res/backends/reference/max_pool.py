@@ -1,4 +1,4 @@
-"""Max pooling with 1-byte indices, of a tensor or of ``act(bn(x))``, in plain PyTorch."""
+"""Max pooling with 1-byte indices and an optional norm-ReLU prologue, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_res.backends.reference.batch_norm_act import activated
+from fused_res.backends.reference.batch_norm_act import apply_prologue
 
 
 def max_pool_forward(
     input: Tensor, stats: Tensor | None, relu: bool, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> tuple[Tensor, Tensor]:
-    x = activated(input, stats, relu)
+    x = apply_prologue(input, stats, relu)
     if input.numel() == 0:
         output = F.max_pool2d(x, kernel_size, stride, padding)
         return output, torch.empty_like(output, dtype=torch.uint8)
     output, flat = F.max_pool2d(x, kernel_size, stride, padding, return_indices=True)
-    # PyTorch's index is h * W + w in the input, ours counts inside the window: it fits a byte.
-    top, left = _corners(output, stride, padding)
+    # PyTorch's index is h * W + w in the input. Here it is the position inside the window, which fits into a byte.
+    top, left = _window_origins(output, stride, padding)
     window = (flat // input.shape[3] - top) * kernel_size[1] + (flat % input.shape[3] - left)
     return output, torch.empty_like(output, dtype=torch.uint8).copy_(window)
 
@@ -26,7 +26,7 @@ def max_pool_forward(
 def max_pool_backward(
     grad_output: Tensor, indices: Tensor, input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
-    top, left = _corners(grad_output, stride, padding)
+    top, left = _window_origins(grad_output, stride, padding)
     window = indices.long()
     flat = (window // kernel_size[1] + top) * input.shape[3] + window % kernel_size[1] + left
     grad = torch.zeros((*input.shape[:2], input.shape[2] * input.shape[3]), dtype=input.dtype, device=input.device)
@@ -34,8 +34,8 @@ def max_pool_backward(
     return torch.empty_like(input).copy_(grad.view(input.shape))
 
 
-def _corners(output: Tensor, stride: list[int], padding: list[int]) -> tuple[Tensor, Tensor]:
-    """Row of the first and column of the first input position under each output position."""
+def _window_origins(output: Tensor, stride: list[int], padding: list[int]) -> tuple[Tensor, Tensor]:
+    """Return row and column of the first input position of each output position's window."""
     rows = torch.arange(output.shape[2], device=output.device) * stride[0] - padding[0]
     columns = torch.arange(output.shape[3], device=output.device) * stride[1] - padding[1]
     return rows[:, None], columns

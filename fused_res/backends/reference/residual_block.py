@@ -1,4 +1,8 @@
-"""A whole block in plain PyTorch, differentiable as often as one likes: the definition, and the double backward."""
+"""A residual block (He et al. 2015, https://arxiv.org/abs/1512.03385) in plain PyTorch.
+
+It is the definition of a block, and the implementation of its double backward: autograd can differentiate it any number
+of times.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,48 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_res.backends.reference.batch_norm_act import batch_norm_act
-from fused_res.spec import BlockSpec, by_unit
+from fused_res.spec import BlockSpec, group_by_unit
 
 
 def residual_block(
     input: Tensor, spec: BlockSpec, tensors: Sequence[Tensor | None], training: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Returns the output and, for each unit (the projection last), the mean and the biased variance in use."""
-    units = by_unit(tensors)
+    """Return the block's output and, per unit (the projection last), mean and variance to update running statistics.
+
+    Args:
+        input: ``(N, C, ...)``.
+        spec: structure of the block.
+        tensors: six tensors per unit: weight, bias, norm weight and bias, running mean and variance.
+        training: for each unit, whether its norm uses the statistics of the batch.
+    """
+    units = group_by_unit(tensors)
     used: dict[int, tuple[Tensor, Tensor]] = {}
 
     def unit(index: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        this = spec.convolutions[index]
+        unit_spec = spec.convolutions[index]
         weight, bias, norm_weight, norm_bias, running_mean, running_var = units[index]
-        no_output_padding = [0] * len(this.stride)
+        no_output_padding = [0] * len(unit_spec.stride)
         z = torch.ops.aten.convolution.default(
-            x, weight, bias, this.stride, this.padding, this.dilation, False, no_output_padding, this.groups
+            x,
+            weight,
+            bias,
+            unit_spec.stride,
+            unit_spec.padding,
+            unit_spec.dilation,
+            False,
+            no_output_padding,
+            unit_spec.groups,
         )
         y, *moments = batch_norm_act(
-            z, running_mean, running_var, norm_weight, norm_bias, residual, training[index], this.eps, this.relu
+            z,
+            running_mean,
+            running_var,
+            norm_weight,
+            norm_bias,
+            residual,
+            training[index],
+            unit_spec.eps,
+            unit_spec.relu,
         )
         used[index] = moments[0], moments[1]
         return y

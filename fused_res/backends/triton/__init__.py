@@ -1,6 +1,7 @@
-"""Triton kernels for NVIDIA GPUs: nothing to compile at installation. ``TRITON_INTERPRET=1`` runs them on the CPU.
+"""Triton backend for NVIDIA GPUs. Kernels are compiled at run time; ``TRITON_INTERPRET=1`` runs them on the CPU.
 
-Device code is in ``kernels/``, and what chooses tiles and launches beside this file, under the same stem.
+Device code is in ``kernels/``. The modules next to this file are host code: they select tile sizes and launch the
+kernels. The operators' contracts are in :mod:`fused_res.ops.schemas`.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from fused_res import ops
 from fused_res.dispatch import Machine
 from fused_res.dispatch.backend import Kernels, import_operators
 
-STEMS = tuple(ops.STEMS)
+OP_FAMILIES = tuple(ops.OP_FAMILIES)
 machine = Machine
-AUTO = {"cuda": 1}
-WHEN_NAMED = "fused"
-OLDEST_TRITON = (3, 6)
+AUTO_PRIORITY = {"cuda": 1}
+DEFAULT_PREFERENCE = "fused"
+MIN_TRITON_VERSION = (3, 6)
 
 
-def interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors (on CUDA tensors too, by a copy)."""
+def is_interpreted() -> bool:
+    """Return whether Triton's interpreter runs the kernels: on CPU tensors, and on CUDA tensors through a copy."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def devices() -> tuple[str, ...]:
-    return ("cuda", "cpu") if interpreting() else ("cuda",)
+    return ("cuda", "cpu") if is_interpreted() else ("cuda",)
 
 
 @cache
@@ -37,19 +38,19 @@ def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, OLDEST_TRITON))}'"
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON_VERSION:
+        return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, MIN_TRITON_VERSION))}'"
     return None
 
 
 def unavailable() -> str | None:
     reason = _missing()
-    if reason is None and not interpreting() and not torch.cuda.is_available():
-        return "there is no NVIDIA GPU here that this torch can use (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+    if reason is None and not is_interpreted() and not torch.cuda.is_available():
+        return "no NVIDIA GPU is available to this PyTorch (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return reason
 
 
 def load() -> Kernels:
     from fused_res.backends import implicit_gemm
 
-    return Kernels(algorithms=implicit_gemm.ALGORITHMS, **import_operators(__name__, STEMS))
+    return Kernels(algorithms=implicit_gemm.ALGORITHMS, **import_operators(__name__, OP_FAMILIES))

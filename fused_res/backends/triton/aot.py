@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of launches, with no GPU: what a launch would run, and what ptxas made of it."""
+"""Ahead-of-time compilation of kernel launches, without a GPU, and reports on the compiled machine code."""
 
 from __future__ import annotations
 
@@ -16,54 +16,59 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fused_res.backends.triton.launch import Grid, observed
+from fused_res.backends.triton.launch import Grid, intercept_launches
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Argument(NamedTuple):
-    """A kernel argument as compiled: ``type`` is Triton's name for it, ``divisible`` whether by 16."""
+    """A kernel argument after specialisation: its Triton type, and whether its value is divisible by 16."""
 
     name: str
     type: str
     divisible: bool
 
 
-class _Multiprocessor(NamedTuple):
+class _SmLimits(NamedTuple):
+    """Resident warps, thread blocks and bytes of shared memory of a multiprocessor."""
+
     warps: int
     blocks: int
     shared: int
 
 
-_REGISTERS, _RESERVED_SHARED = 65536, 1024  # a multiprocessor's registers; shared memory the driver takes from a block
-_MULTIPROCESSORS = {
-    80: _Multiprocessor(64, 32, 164 << 10),
-    90: _Multiprocessor(64, 32, 228 << 10),
-    100: _Multiprocessor(64, 32, 228 << 10),
-    120: _Multiprocessor(48, 24, 100 << 10),
+#: Registers of a multiprocessor; bytes of shared memory that the driver reserves in each thread block.
+_REGISTERS, _RESERVED_SHARED = 65536, 1024
+_SM_LIMITS = {
+    80: _SmLimits(64, 32, 164 << 10),
+    90: _SmLimits(64, 32, 228 << 10),
+    100: _SmLimits(64, 32, 228 << 10),
+    120: _SmLimits(48, 24, 100 << 10),
 }
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel compiled for one architecture."""
+class KernelReport:
+    """Resource usage and PTX of one kernel, compiled for one architecture."""
 
     name: str
-    constants: Mapping[str, Any]  # constexprs, and arguments specialised to a constant (1, None)
-    arguments: tuple[Argument, ...]  # what remains for the launch to pass, in order
+    constants: Mapping[str, Any]  # constexprs, and arguments that are specialised to a constant (1, None)
+    arguments: tuple[Argument, ...]  # arguments that the launch passes, in order
     capability: int
     warps: int
     stages: int
     registers: int
-    stack: int  # bytes a thread
-    spills: int  # local loads and stores in the machine code; they also serve arrays that are indexed at run time
-    shared: int  # bytes a block, static and dynamic
+    stack: int  # bytes per thread
+    spills: int  # local loads and stores in the machine code; dynamically indexed arrays have them, too
+    shared: int  # bytes per block, static and dynamic
     ptx: str
 
     @property
     def variant(self) -> str:
-        """What tells this compilation from others of the same kernel, in short: constants that are false are left out,
-        those that are None have a minus sign."""
+        """Short description of the specialisation, unique among the compilations of a kernel.
+
+        Constants that are False are omitted, and those that are None are printed with a minus sign.
+        """
         words = [
             name if value is True else f"-{name}" if value is None else f"{name}={value}"
             for name, value in self.constants.items()
@@ -76,29 +81,29 @@ class Compiled:
             "i64": [name for name, type_, _ in numbers if type_ == "i64"],
             "16": [name for name, _, divisible in numbers if divisible],
         }
-        told = [f"{hint}:{','.join(names)}" for hint, names in hints.items() if names]
-        return " ".join([*words, ",".join(pointers), *told])
+        hint_words = [f"{hint}:{','.join(names)}" for hint, names in hints.items() if names]
+        return " ".join([*words, ",".join(pointers), *hint_words])
 
     @property
     def occupancy(self) -> float:
-        """Warps resident on a multiprocessor, over as many as it can hold."""
-        most = _MULTIPROCESSORS[self.capability]
-        # Each of the four schedulers hands out a quarter of the registers, in units of 256 a warp.
+        """Warps resident on a multiprocessor as a fraction of its maximum."""
+        limits = _SM_LIMITS[self.capability]
+        # Each of the four schedulers allocates a quarter of the registers, in units of 256 per warp.
         by_registers = 4 * (_REGISTERS // 4 // (-(-max(self.registers, 1) // 8) * 256)) // self.warps
-        by_shared = most.shared // (-(-self.shared // 128) * 128 + _RESERVED_SHARED)
-        return min(most.warps // self.warps, most.blocks, by_registers, by_shared) * self.warps / most.warps
+        by_shared = limits.shared // (-(-self.shared // 128) * 128 + _RESERVED_SHARED)
+        return min(limits.warps // self.warps, limits.blocks, by_registers, by_shared) * self.warps / limits.warps
 
     @property
     def matrix_instructions(self) -> tuple[str, ...]:
-        """Families of matrix instructions in use, of ``mma.sync``, ``wgmma`` and ``tcgen05``."""
+        """Families of tensor core instructions in the PTX: ``mma.sync``, ``wgmma``, ``tcgen05``."""
         families = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
         return tuple(name for name, pattern in families.items() if re.search(pattern, self.ptx))
 
     @property
-    def accesses(self) -> Mapping[tuple[str, int], int]:
-        """How often the code accesses global memory, by instruction (ld, st, cp.async, tma) and bytes a thread.
+    def global_accesses(self) -> Mapping[tuple[str, int], int]:
+        """Number of global memory accesses in the PTX, by instruction (ld, st, cp.async, tma) and bytes per thread.
 
-        A bulk copy has no size a thread: it counts as 16 bytes.
+        A bulk copy has no size per thread and counts as 16 bytes.
         """
         found: Counter[tuple[str, int]] = Counter()
         pattern = r"\b(ld|st)\.(?:relaxed\.|volatile\.)?global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s"
@@ -111,10 +116,10 @@ class Compiled:
         return found
 
 
-class _Target:
-    """As much of a Triton driver as compiling takes; its device index is the compute capability.
+class _AotDriver:
+    """The part of a Triton driver that compilation uses; its device index is the compute capability.
 
-    Triton caches kernels by device index, so that every capability gets a cache of its own, apart from real devices'.
+    Triton caches kernels by device index, so every capability has a separate cache, distinct from those of GPUs.
     """
 
     def __init__(self, capability: int) -> None:
@@ -131,10 +136,10 @@ class _Target:
 
 
 @contextlib.contextmanager
-def _target(capability: int) -> Iterator[None]:
+def _use_driver_for(capability: int) -> Iterator[None]:
     driver = triton.runtime.driver
     previous = driver._active  # `driver.active` raises where there is no GPU
-    driver.set_active(_Target(capability))
+    driver.set_active(_AotDriver(capability))
     try:
         yield
     finally:
@@ -144,41 +149,63 @@ def _target(capability: int) -> Iterator[None]:
 def compile_launch(
     kernel: Any, grid: Grid, arguments: tuple[Any, ...], options: dict[str, Any], capability: int
 ) -> Any:
-    """Triton's own ``CompiledKernel`` of one observed launch, specialised just as the launch would have been."""
+    """Compile one intercepted launch for ``capability``, with the specialisation that the launch would have.
+
+    Returns:
+        Triton's ``CompiledKernel``.
+
+    Raises:
+        RuntimeError: the kernel was defined under Triton's interpreter.
+    """
     if not isinstance(kernel, triton.JITFunction):
-        raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET unset before the kernels are imported")
-    with _target(capability):
+        raise RuntimeError(
+            "ahead-of-time compilation requires that TRITON_INTERPRET is unset before the kernels are imported"
+        )
+    with _use_driver_for(capability):
         return kernel.warmup(*arguments, grid=grid, **options)
 
 
-def compile_launches(call: Callable[[], None], capability: int) -> list[Compiled]:
-    """Compiles every launch made by ``call``, which may pass tensors on the meta device; equal ones once."""
-    if capability not in _MULTIPROCESSORS:
-        raise ValueError(f"capability has to be one of {', '.join(map(str, _MULTIPROCESSORS))}, not {capability}")
+def compile_launches(call: Callable[[], None], capability: int) -> list[KernelReport]:
+    """Compile every distinct launch that ``call`` makes.
+
+    Args:
+        call: function that launches kernels, on tensors of any device, the meta device included.
+        capability: compute capability: 80, 90, 100 or 120.
+
+    Returns:
+        A report on each compiled kernel, without duplicates.
+
+    Raises:
+        ValueError: an unsupported ``capability``.
+    """
+    if capability not in _SM_LIMITS:
+        raise ValueError(f"capability must be one of {', '.join(map(str, _SM_LIMITS))}, got {capability}")
     kernels: list[Any] = []
 
-    def observer(kernel: Any, grid: Grid, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def interceptor(kernel: Any, grid: Grid, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         kernels.append(compile_launch(kernel, grid, arguments, options, capability))
 
     with ThreadPoolExecutor(2) as pool:
-        with triton.AsyncCompileMode(pool), observed(observer):
+        with triton.AsyncCompileMode(pool), intercept_launches(interceptor):
             call()
-        return list(pool.map(describe, {kernel.hash: kernel for kernel in kernels}.values()))
+        return list(pool.map(analyze_kernel, {kernel.hash: kernel for kernel in kernels}.values()))
 
 
-def describe(kernel: Any) -> Compiled:
-    """Reads what there is to know from a ``CompiledKernel``."""
+def analyze_kernel(kernel: Any) -> KernelReport:
+    """Return the report on a ``CompiledKernel``, from its metadata, PTX and disassembled cubin."""
     source, metadata = kernel.src, kernel.metadata
     names: list[str] = source.fn.arg_names
     divisible = {path[0] for path, hints in source.attrs.items() if ["tt.divisibility", 16] in hints}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = dict(re.findall(r"(\w+):(\d+)", _tool("cuobjdump", "-res-usage", cubin.name).partition("Function ")[2]))
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", cubin.name))) if int(usage["STACK"]) else 0
-    # From sm_90 on, static shared memory is reported with what the driver reserves.
+        usage = dict(
+            re.findall(r"(\w+):(\d+)", _run_tool("cuobjdump", "-res-usage", cubin.name).partition("Function ")[2])
+        )
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", _run_tool("nvdisasm", cubin.name))) if int(usage["STACK"]) else 0
+    # From sm_90 on, the reported static shared memory includes the bytes that the driver reserves.
     static = int(usage["SHARED"]) - (_RESERVED_SHARED if metadata.target.arch >= 90 else 0)
-    return Compiled(
+    return KernelReport(
         name=metadata.name,
         constants={names[path[0]]: value for path, value in source.constants.items()},
         arguments=tuple(
@@ -197,25 +224,32 @@ def describe(kernel: Any) -> Compiled:
     )
 
 
-def _tool(name: str, *arguments: str) -> str:
+def _run_tool(name: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def table(compiled: Sequence[Compiled]) -> str:
-    """One line a compilation, for people to read."""
+def table(reports: Sequence[KernelReport]) -> str:
+    """Return a human-readable table with one line for each report."""
     head = ("kernel", "variant", "sm", "warps", "registers", "shared KiB", "stack", "spills", "occupancy", "matrix")
-    rows = [(*head, "16 bytes"), *map(_row, compiled)]
+    rows = [(*head, "16 bytes"), *map(_row, reports)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _row(one: Compiled) -> tuple[str, ...]:
-    accesses = one.accesses
-    wide = [
+def _row(report: KernelReport) -> tuple[str, ...]:
+    accesses = report.global_accesses
+    wide_shares = [
         f"{kind} {sum(n for (k, size), n in accesses.items() if k == kind and size >= 16)}"
         f"/{sum(n for (k, _), n in accesses.items() if k == kind)}"
         for kind in dict.fromkeys(kind for kind, _ in accesses)
     ]
-    numbers = one.capability, one.warps, one.registers, f"{one.shared / 1024:.1f}", one.stack, one.spills
-    occupancy, matrix = f"{one.occupancy:.0%}", ", ".join(one.matrix_instructions) or "-"
-    return one.name, one.variant, *map(str, numbers), occupancy, matrix, ", ".join(wide)
+    numbers = (
+        report.capability,
+        report.warps,
+        report.registers,
+        f"{report.shared / 1024:.1f}",
+        report.stack,
+        report.spills,
+    )
+    occupancy, matrix = f"{report.occupancy:.0%}", ", ".join(report.matrix_instructions) or "-"
+    return report.name, report.variant, *map(str, numbers), occupancy, matrix, ", ".join(wide_shares)

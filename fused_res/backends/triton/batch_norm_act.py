@@ -1,7 +1,8 @@
-"""Launches of ``kernels/batch_norm_act.py``: whole norms, in as few kernels as they take without atomics.
+"""Launchers of fused batch norm, addition and ReLU, ``kernels/batch_norm_act.py``, without atomics.
 
-In training a forward is three (partial statistics, their merge, apply), a backward three; with running statistics a
-forward is one. The halves are operators of their own: :mod:`fused_res.backends.triton.batch_norm_sync`.
+A training forward launches three kernels (partial statistics, merge, apply), and so does a backward (partial sums,
+merge, dx); with running statistics a forward launches one. The separate passes are operators in
+:mod:`fused_res.backends.triton.batch_norm_sync`. Batch norm: Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from torch import Tensor
 
 from fused_res import _torch_compat, ops
 from fused_res.backends.reference import batch_norm_act as reference
-from fused_res.backends.triton.batch_norm_sync import batch_norm_sums, launch_dx, merge_stats, tile_partials
+from fused_res.backends.triton.batch_norm_sync import batch_norm_sums, compute_partials, launch_dx, merge_stats
 from fused_res.backends.triton.kernels import batch_norm_act as kernels
 from fused_res.backends.triton.launch import launch
-from fused_res.backends.triton.registration import operator
-from fused_res.backends.triton.tiles import accumulator, tiling
+from fused_res.backends.triton.registration import register_operator
+from fused_res.backends.triton.tiles import accumulator_dtype, choose_tiling
 from fused_res.ops import stats_dtype
-from fused_res.ops.memory_format import dense, is_channels_last, laid_out, packed_shape, restored
+from fused_res.ops.memory_format import (
+    is_channels_last,
+    relu_mask_shape,
+    restore_strides,
+    to_dense_layout,
+    to_memory_format,
+)
 
 
-@operator
+@register_operator
 def batch_norm_stats(
     input: Tensor,
     weight: Tensor | None,
@@ -32,19 +39,19 @@ def batch_norm_stats(
     eps: float,
 ) -> Tensor:
     if training and input.numel():
-        return merge_stats(tile_partials(dense(input)), weight, bias, eps, input.dtype == torch.float64)
+        return merge_stats(compute_partials(to_dense_layout(input)), weight, bias, eps, input.dtype == torch.float64)
     if training:
         return reference.batch_norm_stats(input, weight, bias, running_mean, running_var, training, eps)
     channels, block = input.shape[1], 128
     stats = input.new_empty((5, channels), dtype=stats_dtype(input.dtype))
     launch(
         kernels.fold_kernel, (triton.cdiv(channels, block),),
-        stats, running_mean, running_var, weight, bias, channels, eps, accumulator(input.dtype), block,
+        stats, running_mean, running_var, weight, bias, channels, eps, accumulator_dtype(input.dtype), block,
     )  # fmt: skip
     return stats
 
 
-@operator
+@register_operator
 def batch_norm_act_forward(
     input: Tensor,
     residual: Tensor | None,
@@ -58,7 +65,7 @@ def batch_norm_act_forward(
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given, input = input, dense(input)
+    original, input = input, to_dense_layout(input)
     running = None
     if training or not input.numel():
         stats = batch_norm_stats(input, weight, bias, running_mean, running_var, training, eps)
@@ -66,19 +73,19 @@ def batch_norm_act_forward(
         stats = input.new_empty((5, input.shape[1]), dtype=stats_dtype(input.dtype))
         running = (running_mean, running_var, weight, bias, eps)
     output, mask = _apply(input, torch.empty_like(input), stats, residual, residual_stats, relu, save_mask, running)
-    return restored(output, given, input), stats, mask
+    return restore_strides(output, original, input), stats, mask
 
 
-@operator
+@register_operator
 def batch_norm_act_apply(
     input: Tensor, stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None, relu: bool, save_mask: bool
 ) -> tuple[Tensor, Tensor]:
-    x = dense(input)
+    x = to_dense_layout(input)
     output, mask = _apply(x, torch.empty_like(x), stats, residual, residual_stats, relu, save_mask, None)
-    return restored(output, input, x), mask
+    return restore_strides(output, input, x), mask
 
 
-@operator
+@register_operator
 def batch_norm_act_inference_(
     input: Tensor,
     residual: Tensor | None,
@@ -90,7 +97,7 @@ def batch_norm_act_inference_(
     eps: float,
     relu: bool,
 ) -> None:
-    x = dense(input)
+    x = to_dense_layout(input)
     _apply(x, x, None, residual, residual_stats, relu, False, (running_mean, running_var, weight, bias, eps))
     if x is not input:
         input.copy_(x)
@@ -106,23 +113,27 @@ def _apply(
     save_mask: bool,
     running: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float] | None,
 ) -> tuple[Tensor, Tensor]:
-    """``stats`` is read, or written from the ``running`` statistics, which are folded as they are read."""
-    mask = input.new_empty(packed_shape(input) if save_mask else (0,), dtype=torch.uint8)
+    """Launch the apply pass into ``output``, and return ``output`` and the ReLU mask.
+
+    Without ``running`` statistics ``stats`` is an input; with them the kernel folds them and writes ``stats``, unless
+    it is None.
+    """
+    mask = input.new_empty(relu_mask_shape(input) if save_mask else (0,), dtype=torch.uint8)
     if not input.numel():
         return output, mask
     if residual is not None:
-        residual = laid_out(residual, is_channels_last(input))
-    cut = tiling(input)
+        residual = to_memory_format(residual, is_channels_last(input))
+    tiling = choose_tiling(input)
     *folded, eps = running or (None, None, None, None, 0.0)
     launch(
-        kernels.apply_kernel, (cut.tiles * cut.blocks,),
-        input, output, residual, residual_stats, stats, *folded, mask if save_mask else None, *cut.matrix,
-        eps, relu, running is not None, *cut.shape, accumulator(input.dtype), **cut.options,
+        kernels.apply_kernel, (tiling.tiles * tiling.blocks,),
+        input, output, residual, residual_stats, stats, *folded, mask if save_mask else None, *tiling.extents,
+        eps, relu, running is not None, *tiling.constexprs, accumulator_dtype(input.dtype), **tiling.options,
     )  # fmt: skip
     return output, mask
 
 
-@operator
+@register_operator
 def batch_norm_act_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -133,12 +144,14 @@ def batch_norm_act_backward(
     relu: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wanted = [*output_mask, False, False]
-    grads = _backward(grad_output, input, weight, stats, None, None, None, relu_mask, training, False, relu, wanted)
+    output_mask = [*output_mask, False, False]
+    grads = _backward(
+        grad_output, input, weight, stats, None, None, None, relu_mask, training, False, relu, output_mask
+    )
     return grads[:4]
 
 
-@operator
+@register_operator
 def batch_norm_act_backward_pair(
     grad_output: Tensor,
     input: Tensor,
@@ -172,14 +185,14 @@ def _backward(
     relu: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given, input = input, dense(input)
-    grad_output = laid_out(grad_output, is_channels_last(input))
-    residual_last = is_channels_last(residual if residual is not None else input)
+    original, input = input, to_dense_layout(input)
+    grad_output = to_memory_format(grad_output, is_channels_last(input))
+    residual_channels_last = is_channels_last(residual if residual is not None else input)
     if residual is not None:
-        residual = laid_out(residual, is_channels_last(input))
-    grad_input, grad_residual, *of_parameters = output_mask
+        residual = to_memory_format(residual, is_channels_last(input))
+    grad_input, grad_residual, *parameter_grads = output_mask
     sums = None
-    if any(of_parameters) or (grad_input and training) or (grad_residual and residual_training):
+    if any(parameter_grads) or (grad_input and training) or (grad_residual and residual_training):
         sums = batch_norm_sums(grad_output, input, stats, relu_mask, relu, residual, residual_stats)
     dx = torch.empty_like(input) if grad_input else None
     dresidual = torch.empty_like(input) if grad_residual else None
@@ -189,46 +202,46 @@ def _backward(
             input.numel() // input.shape[1], relu, training, residual_training,
         )  # fmt: skip
 
-    def parameter(row: int, wanted: bool, like: Tensor | None) -> Tensor:
-        if not wanted:
+    def parameter_grad(row: int, requested: bool, like: Tensor | None) -> Tensor:
+        if not requested:
             return input.new_empty(0)
         assert sums is not None
-        # A copy: what an operator returns must not share memory.
+        # A copy, because an operator's outputs must not share memory.
         return sums[row].to(sums.dtype if like is None else like.dtype, copy=True)
 
     return (
-        input.new_empty(0) if dx is None else restored(dx, given, input),
-        input.new_empty(0) if dresidual is None else laid_out(dresidual, residual_last),
-        parameter(1, output_mask[2], weight),
-        parameter(0, output_mask[3], weight),
-        parameter(2, output_mask[4], residual_weight),
-        parameter(0, output_mask[5], residual_weight),
+        input.new_empty(0) if dx is None else restore_strides(dx, original, input),
+        input.new_empty(0) if dresidual is None else to_memory_format(dresidual, residual_channels_last),
+        parameter_grad(1, output_mask[2], weight),
+        parameter_grad(0, output_mask[3], weight),
+        parameter_grad(2, output_mask[4], residual_weight),
+        parameter_grad(0, output_mask[5], residual_weight),
     )
 
 
-@operator
+@register_operator
 def add_masked_(self: Tensor, grad: Tensor, relu_mask: Tensor | None) -> None:
-    """``self += grad`` where the mask, which lies in ``grad``'s order, says so."""
+    """Add ``grad`` to ``self`` in place where the mask, in the memory format of ``grad``, is set."""
     if not grad.numel():
         return
-    into = laid_out(self, is_channels_last(grad))
-    cut = tiling(grad)
+    into = to_memory_format(self, is_channels_last(grad))
+    tiling = choose_tiling(grad)
     launch(
-        kernels.add_masked_kernel, (cut.tiles * cut.blocks,),
-        into, grad, relu_mask, *cut.matrix, *cut.shape, accumulator(grad.dtype), **cut.options,
+        kernels.add_masked_kernel, (tiling.tiles * tiling.blocks,),
+        into, grad, relu_mask, *tiling.extents, *tiling.constexprs, accumulator_dtype(grad.dtype), **tiling.options,
     )  # fmt: skip
     if into is not self:
         self.copy_(into)
 
 
-@operator
+@register_operator
 def update_running_stats(
     running_mean: list[Tensor], running_var: list[Tensor], stats: list[Tensor], momentum: list[float]
 ) -> None:
-    """For all units of a block at once."""
+    """Update the running statistics of all units of a block at once."""
     running = [*running_mean, *running_var]
     batch = [s[ops.MEAN] for s in stats] + [s[ops.VAR] for s in stats]
     if any(old.dtype != new.dtype for old, new in zip(running, batch, strict=True)):
         reference.update_running_stats(running_mean, running_var, stats, momentum)
         return
-    _torch_compat.average_in_place(running, batch, [*momentum] * 2)
+    _torch_compat.foreach_lerp_(running, batch, [*momentum] * 2)

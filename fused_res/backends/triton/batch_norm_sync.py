@@ -1,4 +1,8 @@
-"""The halves of a norm, between which several processes may add up what they found."""
+"""Launchers of the separate passes of a split batch norm: statistics and apply, backward reductions and dx.
+
+Between the passes, synchronised batch norm combines the partial statistics of all ranks. The variances are merged by
+the parallel algorithm of Chan, Golub and LeVeque (1979).
+"""
 
 from __future__ import annotations
 
@@ -9,62 +13,72 @@ from torch import Tensor
 from fused_res.backends.reference import batch_norm_sync as reference
 from fused_res.backends.triton.kernels import batch_norm_act as kernels
 from fused_res.backends.triton.launch import launch
-from fused_res.backends.triton.registration import operator
-from fused_res.backends.triton.tiles import accumulator, tiling
+from fused_res.backends.triton.registration import register_operator
+from fused_res.backends.triton.tiles import accumulator_dtype, choose_tiling
 from fused_res.ops import stats_dtype
-from fused_res.ops.memory_format import dense, is_channels_last, laid_out
+from fused_res.ops.memory_format import is_channels_last, to_dense_layout, to_memory_format
 
-#: Parts that one program merges; where a convolution's tiles bring more, groups of them are merged first.
-_MOST_PARTS = 1024
-_GROUP = 64
+#: Partials that one program merges; more of them, from the tiles of a convolution, are first merged in groups.
+_MAX_PARTIALS = 1024
+_MIN_GROUP = 64
 _BLOCK = {"BLOCK_PARTS": 64, "BLOCK_CHANNELS": 32}
 
 
-@operator
+@register_operator
 def batch_norm_partials(input: Tensor) -> Tensor:
-    input = dense(input)
-    return merge_parts(tile_partials(input)) if input.numel() else reference.batch_norm_partials(input)
+    input = to_dense_layout(input)
+    return merge_partial_stats(compute_partials(input)) if input.numel() else reference.batch_norm_partials(input)
 
 
-def tile_partials(input: Tensor) -> Tensor:
-    """``(parts, 4, C)`` in the accumulation dtype, from one pass over a dense input that is not empty.
+def compute_partials(input: Tensor) -> Tensor:
+    """Compute the partial statistics of a dense, non-empty input in one pass.
 
-    The fourth row is what rounding took from the mean: with two values a channel that close to each other matters.
+    Returns:
+        ``(parts, 4, C)`` in the accumulation dtype: count, mean, M2, and the rounding residual of the mean, which
+        matters for channels with two values that are close to each other.
     """
-    cut = tiling(input)
-    partials = input.new_empty((cut.parts, 4, cut.channels), dtype=stats_dtype(input.dtype))
+    tiling = choose_tiling(input)
+    partials = input.new_empty((tiling.parts, 4, tiling.channels), dtype=stats_dtype(input.dtype))
     launch(
-        kernels.partials_kernel, (cut.parts * cut.blocks,),
-        input, partials, *cut.matrix, cut.tiles, cut.tiles_per_part, *cut.shape, accumulator(input.dtype),
-        **cut.options,
+        kernels.partials_kernel, (tiling.parts * tiling.blocks,),
+        input, partials, *tiling.extents, tiling.tiles, tiling.tiles_per_part, *tiling.constexprs,
+        accumulator_dtype(input.dtype), **tiling.options,
     )  # fmt: skip
     return partials
 
 
-def _group(parts: int) -> int:
-    """How many parts a program merges; a grid's second dimension is bounded."""
-    return parts if parts <= _MOST_PARTS else max(_GROUP, triton.cdiv(parts, 65535))
+def _merge_group_size(parts: int) -> int:
+    """Return how many partials a program merges; the second dimension of a grid is at most 65535."""
+    return parts if parts <= _MAX_PARTIALS else max(_MIN_GROUP, triton.cdiv(parts, 65535))
 
 
-def merge_parts(partials: Tensor, most: int = 1) -> Tensor:
-    """Merges parts of three rows or four until there are at most so many, of three."""
-    while partials.shape[0] > most or partials.shape[1] == 4:
+def merge_partial_stats(partials: Tensor, max_partials: int = 1) -> Tensor:
+    """Merge partial statistics, in float64, until at most ``max_partials`` are left.
+
+    Args:
+        partials: ``(parts, 3 or 4, C)``: count, mean, M2, and optionally the rounding residual of the mean.
+        max_partials: largest first dimension of the result. Default: 1.
+
+    Returns:
+        float64 ``(parts, 3, C)``.
+    """
+    while partials.shape[0] > max_partials or partials.shape[1] == 4:
         parts, rows, channels = partials.shape
-        group = _group(parts)
-        groups = triton.cdiv(parts, group)
+        group_size = _merge_group_size(parts)
+        groups = triton.cdiv(parts, group_size)
         merged = partials.new_empty((groups, 3, channels), dtype=torch.float64)
         launch(
             kernels.merge_partials_kernel, (triton.cdiv(channels, _BLOCK["BLOCK_CHANNELS"]), groups),
-            partials, merged, None, None, parts, group, channels, 0.0, False, rows, **_BLOCK,
+            partials, merged, None, None, parts, group_size, channels, 0.0, False, rows, **_BLOCK,
         )  # fmt: skip
         partials = merged
     return partials.double()
 
 
-@operator
+@register_operator
 def merge_stats(partials: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, double: bool) -> Tensor:
-    if partials.shape[0] > _MOST_PARTS:
-        partials = merge_parts(partials, _MOST_PARTS)
+    if partials.shape[0] > _MAX_PARTIALS:
+        partials = merge_partial_stats(partials, _MAX_PARTIALS)
     partials = partials.contiguous()
     parts, rows, channels = partials.shape
     stats = partials.new_empty((5, channels), dtype=torch.float64 if double else torch.float32)
@@ -75,7 +89,7 @@ def merge_stats(partials: Tensor, weight: Tensor | None, bias: Tensor | None, ep
     return stats
 
 
-@operator
+@register_operator
 def batch_norm_sums(
     grad_output: Tensor,
     input: Tensor,
@@ -85,39 +99,40 @@ def batch_norm_sums(
     residual: Tensor | None,
     residual_stats: Tensor | None,
 ) -> Tensor:
-    input = dense(input)
+    input = to_dense_layout(input)
     rows = 2 if residual is None else 3
     if not input.numel():
         return stats.new_zeros((rows, stats.shape[1]))
-    grad_output = laid_out(grad_output, is_channels_last(input))
+    grad_output = to_memory_format(grad_output, is_channels_last(input))
     if residual is not None:
-        residual = laid_out(residual, is_channels_last(input))
-    cut = tiling(input)
-    partials = stats.new_empty((cut.parts, rows, cut.channels))
+        residual = to_memory_format(residual, is_channels_last(input))
+    tiling = choose_tiling(input)
+    partials = stats.new_empty((tiling.parts, rows, tiling.channels))
     launch(
-        kernels.sums_kernel, (cut.parts * cut.blocks,),
+        kernels.sums_kernel, (tiling.parts * tiling.blocks,),
         grad_output, input, stats, residual, residual_stats, relu_mask, partials,
-        *cut.matrix, cut.tiles, cut.tiles_per_part, relu, *cut.shape, accumulator(input.dtype), **cut.options,
+        *tiling.extents, tiling.tiles, tiling.tiles_per_part, relu, *tiling.constexprs,
+        accumulator_dtype(input.dtype), **tiling.options,
     )  # fmt: skip
-    return merge_sums(partials)
+    return sum_partials(partials)
 
 
-def merge_sums(partials: Tensor) -> Tensor:
-    """Adds up ``(parts, rows, C)``, in a fixed order."""
+def sum_partials(partials: Tensor) -> Tensor:
+    """Sum ``(parts, rows, C)`` over the first dimension, in a fixed order."""
     parts, rows, channels = partials.shape
     while parts > 1:
-        group = _group(parts)
-        groups = triton.cdiv(parts, group)
+        group_size = _merge_group_size(parts)
+        groups = triton.cdiv(parts, group_size)
         merged = partials.new_empty((groups, rows, channels))
         launch(
             kernels.merge_sums_kernel, (triton.cdiv(rows * channels, 32), groups),
-            partials, merged, parts, group, rows * channels, BLOCK_PARTS=64, BLOCK_WIDTH=32,
+            partials, merged, parts, group_size, rows * channels, BLOCK_PARTS=64, BLOCK_WIDTH=32,
         )  # fmt: skip
         partials, parts = merged, groups
     return partials[0]
 
 
-@operator
+@register_operator
 def batch_norm_act_dx(
     grad_output: Tensor,
     input: Tensor,
@@ -127,11 +142,11 @@ def batch_norm_act_dx(
     sums: Tensor | None,
     count: int,
 ) -> Tensor:
-    input = dense(input)
+    input = to_dense_layout(input)
     dx = torch.empty_like(input)
     if not input.numel():
         return dx
-    grad_output = laid_out(grad_output, is_channels_last(input))
+    grad_output = to_memory_format(grad_output, is_channels_last(input))
     launch_dx(grad_output, input, stats, None, None, relu_mask, sums, dx, None, count, relu, sums is not None, False)
     return dx
 
@@ -151,10 +166,10 @@ def launch_dx(
     training: bool,
     residual_training: bool,
 ) -> None:
-    """Writes ``dx`` and ``dresidual``, where there are any; all tensors are dense and of one layout."""
-    cut = tiling(input)
+    """Write ``dx`` and ``dresidual`` if they are not None; all tensors are dense and have the same memory format."""
+    tiling = choose_tiling(input)
     launch(
-        kernels.dx_kernel, (cut.tiles * cut.blocks,),
-        grad_output, input, stats, residual, residual_stats, relu_mask, sums, dx, dresidual, *cut.matrix, count,
-        relu, training, residual_training, *cut.shape, accumulator(input.dtype), **cut.options,
+        kernels.dx_kernel, (tiling.tiles * tiling.blocks,),
+        grad_output, input, stats, residual, residual_stats, relu_mask, sums, dx, dresidual, *tiling.extents, count,
+        relu, training, residual_training, *tiling.constexprs, accumulator_dtype(input.dtype), **tiling.options,
     )  # fmt: skip

@@ -1,16 +1,16 @@
-"""``act(conv(x, w) + bias [+ residual])``, in one kernel, or two where few outputs need their sums split."""
+"""Launcher of ``act(conv(x, w) + bias [+ residual])``: one kernel, or two with split-K where output tiles are few."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from fused_res.backends.reference import conv_bias_act as reference
-from fused_res.backends.triton.convolution import convolution, takes
-from fused_res.backends.triton.registration import operator
-from fused_res.ops.memory_format import laid_out, makes_channels_last
+from fused_res.backends.triton.convolution import launch_convolution, supports
+from fused_res.backends.triton.registration import register_operator
+from fused_res.ops.memory_format import conv_output_is_channels_last, to_memory_format
 
 
-@operator
+@register_operator
 def conv_bias_act(
     input: Tensor,
     weight: Tensor,
@@ -22,7 +22,9 @@ def conv_bias_act(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    if not takes(input, weight):
+    if not supports(input, weight):
         return reference.conv_bias_act(input, weight, bias, residual, stride, padding, dilation, groups, relu)
-    y, _ = convolution(input, weight, bias, residual, None, False, stride, padding, dilation, groups, relu, False)
-    return laid_out(y, makes_channels_last(input, weight))
+    y, _ = launch_convolution(
+        input, weight, bias, residual, None, False, stride, padding, dilation, groups, relu, False
+    )
+    return to_memory_format(y, conv_output_is_channels_last(input, weight))

@@ -1,4 +1,8 @@
-"""Gradient of a 1x1 convolution's weight; see :mod:`fused_res.ops`."""
+"""Launcher of ``conv_wgrad``, the gradient of a 1x1 convolution's weight.
+
+A split-K GEMM with M = output channels, N = input channels, K = pixels; its contract is in
+:mod:`fused_res.ops.schemas`.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,16 @@ import torch
 from torch import Tensor
 
 from fused_res.backends.reference import conv_wgrad as reference
-from fused_res.backends.triton.batch_norm_sync import merge_sums
-from fused_res.backends.triton.convolution import takes
-from fused_res.backends.triton.kernels import pointwise_backward as kernels
+from fused_res.backends.triton.batch_norm_sync import sum_partials
+from fused_res.backends.triton.convolution import supports
+from fused_res.backends.triton.gemm_config import gemm_config, input_precision
+from fused_res.backends.triton.kernels import conv1x1_backward as kernels
 from fused_res.backends.triton.launch import launch
-from fused_res.backends.triton.products import precision, product
-from fused_res.backends.triton.registration import operator
-from fused_res.ops.memory_format import laid_out
+from fused_res.backends.triton.registration import register_operator
+from fused_res.ops.memory_format import to_memory_format
 
 
-@operator
+@register_operator
 def conv_wgrad(
     grad_output: Tensor,
     output: Tensor,
@@ -30,20 +34,25 @@ def conv_wgrad(
     input_relu: bool,
     stride: list[int],
 ) -> Tensor:
-    if not takes(output, weight):
+    if not supports(output, weight):
         return reference.conv_wgrad(
             grad_output, output, stats, relu_mask, relu, sums, count, weight, input, input_stats, input_relu, stride
         )
-    output, grad_output, input = laid_out(output, True), laid_out(grad_output, True), laid_out(input, True)
+    output, grad_output, input = (
+        to_memory_format(output, True),
+        to_memory_format(grad_output, True),
+        to_memory_format(input, True),
+    )
     out_channels, channels = weight.shape[:2]
-    rows = output.numel() // out_channels
-    cut = product(out_channels, channels, rows, 1, output.dtype, formed=True)
-    partials = stats.new_empty((cut.splits, out_channels, channels), dtype=torch.float32)
+    pixels = output.numel() // out_channels
+    config = gemm_config(out_channels, channels, pixels, 1, output.dtype, high_register_pressure=True)
+    partials = stats.new_empty((config.splits, out_channels, channels), dtype=torch.float32)
     launch(
-        kernels.wgrad_kernel, (cut.row_tiles * cut.col_tiles, cut.splits),
+        kernels.wgrad_kernel, (config.tiles_m * config.tiles_n, config.splits),
         grad_output, output, stats, relu_mask, sums, input, input_stats, partials,
-        rows, channels, out_channels, count, *input.shape[2:], *output.shape[2:], cut.col_tiles,
-        cut.chunks_per_split * cut.block_k, *stride, relu, input_relu,
-        max(output.numel(), input.numel()) >= 2**31, precision(output.dtype), *cut.blocks, **cut.options,
+        pixels, channels, out_channels, count, *input.shape[2:], *output.shape[2:], config.tiles_n,
+        config.k_blocks_per_split * config.block_k, *stride, relu, input_relu,
+        max(output.numel(), input.numel()) >= 2**31, input_precision(output.dtype), *config.block_shape,
+        **config.options,
     )  # fmt: skip
-    return merge_sums(partials).to(weight.dtype).view_as(weight)
+    return sum_partials(partials).to(weight.dtype).view_as(weight)

@@ -1,4 +1,4 @@
-"""The launch that ``conv_bias_act`` and ``conv_bn_stats`` have in common."""
+"""Launch of the implicit-GEMM forward convolution, shared by ``conv_bias_act`` and ``conv_bn_stats``."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 import triton
 from torch import Tensor
 
+from fused_res.backends.triton.gemm_config import gemm_config, input_precision
 from fused_res.backends.triton.kernels import convolution as kernels
 from fused_res.backends.triton.launch import launch
-from fused_res.backends.triton.products import precision, product
-from fused_res.ops.memory_format import convolved, laid_out
+from fused_res.ops.memory_format import conv_output_shape, to_memory_format
 
-#: float64 has no matrix instructions in Triton that would beat ATen's.
+#: Triton has no float64 tensor core instructions with which a kernel could outperform ATen.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: Tile of the pass that adds up splits.
-_EPILOGUE = 32, 64
+#: ``BLOCK_M, BLOCK_N`` of the split-K reduction and epilogue.
+_SPLIT_K_EPILOGUE_BLOCK = 32, 64
 
 
-def takes(input: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel computes this convolution: images in 16 or 32 bits, something to compute."""
+def supports(input: Tensor, weight: Tensor) -> bool:
+    """Return whether the kernels support this convolution: 2-d, 16- or 32-bit floating point, not empty."""
     return input.dim() == 4 and input.dtype in DTYPES and input.numel() > 0 and weight.numel() > 0
 
 
-def convolution(
+def launch_convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -39,36 +39,46 @@ def convolution(
     relu: bool,
     with_partials: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output, channels_last, and the partial statistics of its tiles (or nothing)."""
-    input, weight = laid_out(input, True), laid_out(weight, True)
-    N, K, P, Q = convolved(input, weight, stride, padding, dilation)
+    """Launch the convolution and, with split-K, the reduction and epilogue.
+
+    Returns:
+        The output in channels_last memory, and with ``with_partials`` the partial statistics (count, mean, M2, rounding
+        residual of the mean) of its tiles, float32 ``(tiles, 4, channels)``, else shape ``(0,)``.
+    """
+    input, weight = to_memory_format(input, True), to_memory_format(weight, True)
+    N, K, P, Q = conv_output_shape(input, weight, stride, padding, dilation)
     output = torch.empty((N, K, P, Q), dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
     if residual is not None:
-        residual = laid_out(residual, True)
-    rows = N * P * Q
+        residual = to_memory_format(residual, True)
+    pixels = N * P * Q
     group_channels, R, S = weight.shape[1:]
-    cut = product(
-        rows, K // groups, group_channels, R * S, input.dtype, formed=input_stats is not None or with_partials
+    config = gemm_config(
+        pixels,
+        K // groups,
+        group_channels,
+        R * S,
+        input.dtype,
+        high_register_pressure=input_stats is not None or with_partials,
     )
-    large = max(input.numel(), output.numel()) >= 2**31
+    int64_offsets = max(input.numel(), output.numel()) >= 2**31
 
-    split = cut.splits > 1
-    row_tiles = triton.cdiv(rows, _EPILOGUE[0]) if split else cut.row_tiles
-    partials = input.new_empty((row_tiles, 4, K) if with_partials else (0,), dtype=torch.float32)
-    target = input.new_empty((cut.splits, rows, K), dtype=torch.float32) if split else output
-    behind = (None, None, None) if split else (bias, residual, partials if with_partials else None)
+    split_k = config.splits > 1
+    tiles_m = triton.cdiv(pixels, _SPLIT_K_EPILOGUE_BLOCK[0]) if split_k else config.tiles_m
+    partials = input.new_empty((tiles_m, 4, K) if with_partials else (0,), dtype=torch.float32)
+    target = input.new_empty((config.splits, pixels, K), dtype=torch.float32) if split_k else output
+    epilogue_args = (None, None, None) if split_k else (bias, residual, partials if with_partials else None)
     launch(
-        kernels.convolution_kernel, (cut.row_tiles * cut.col_tiles, groups, cut.splits),
-        input, weight, target, *behind[:2], input_stats, behind[2],
-        rows, input.shape[1], K, group_channels, K // groups, *input.shape[2:], P, Q, cut.col_tiles,
-        cut.chunks_per_split, *stride, *padding, *dilation, R, S, input_relu, relu and not split, split, large,
-        precision(input.dtype), *cut.blocks, **cut.options,
+        kernels.convolution_kernel, (config.tiles_m * config.tiles_n, groups, config.splits),
+        input, weight, target, *epilogue_args[:2], input_stats, epilogue_args[2],
+        pixels, input.shape[1], K, group_channels, K // groups, *input.shape[2:], P, Q, config.tiles_n,
+        config.k_blocks_per_split, *stride, *padding, *dilation, R, S, input_relu, relu and not split_k, split_k,
+        int64_offsets, input_precision(input.dtype), *config.block_shape, **config.options,
     )  # fmt: skip
-    if split:
-        col_tiles = triton.cdiv(K, _EPILOGUE[1])
+    if split_k:
+        tiles_n = triton.cdiv(K, _SPLIT_K_EPILOGUE_BLOCK[1])
         launch(
-            kernels.split_epilogue_kernel, (row_tiles * col_tiles,),
-            target, output, bias, residual, partials if with_partials else None, rows, K, cut.splits, col_tiles,
-            relu, large, *_EPILOGUE,
+            kernels.split_k_epilogue_kernel, (tiles_m * tiles_n,),
+            target, output, bias, residual, partials if with_partials else None, pixels, K, config.splits, tiles_n,
+            relu, int64_offsets, *_SPLIT_K_EPILOGUE_BLOCK,
         )  # fmt: skip
     return output, partials

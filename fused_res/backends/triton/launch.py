@@ -1,4 +1,4 @@
-"""The one place where a Triton kernel is launched."""
+"""Launch of Triton kernels: every launch of this backend goes through :func:`launch`, where it can be intercepted."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 Grid = tuple[int, ...]
-#: Gets (kernel, grid, arguments, options) instead of the GPU.
-Observer = Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], None]
+#: Called with (kernel, grid, arguments, options) in place of the launch.
+LaunchInterceptor = Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], None]
 
-_observer: Observer | None = None
+_interceptor: LaunchInterceptor | None = None
 
 
 def launch(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
-    """Runs ``kernel`` on the device of its first tensor, on that device's current stream, without waiting for it.
+    """Launch ``kernel`` asynchronously on the device of its first tensor, on that device's current stream.
 
-    Multiplications and additions are contracted only where a kernel says ``fma``: the normalise of a backward has to
-    have the bits of the forward's, whatever surrounds it.
+    The compiler must not contract multiplications and additions: kernels call ``fma`` explicitly. Contraction depends
+    on the surrounding code, but the normalised value that a backward recomputes has to equal the forward's bitwise.
     """
     options["enable_fp_fusion"] = False
-    if _observer is not None:
-        _observer(kernel, grid, arguments, options)
+    if _interceptor is not None:
+        _interceptor(kernel, grid, arguments, options)
         return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may differ from the tensors' device.
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **options)
     else:
@@ -36,11 +36,11 @@ def launch(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
 
 
 @contextlib.contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-    """Hands every launch inside to ``observer`` and runs none; the tensors may be on the meta device."""
-    global _observer
-    previous, _observer = _observer, observer
+def intercept_launches(interceptor: LaunchInterceptor) -> Iterator[None]:
+    """Pass every launch in this context to ``interceptor`` instead of running it; tensors may be on the meta device."""
+    global _interceptor
+    previous, _interceptor = _interceptor, interceptor
     try:
         yield
     finally:
-        _observer = previous
+        _interceptor = previous

@@ -1,5 +1,7 @@
-"""How an activation is cut into tiles, and tiles into parts: by its shape alone, so that the same input gives the same
-bits on every GPU."""
+"""Tiling of activations, and the work partition of reductions over them.
+
+Both depend on the shape alone, so that results are bitwise equal on every GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,70 +16,80 @@ from torch import Tensor
 
 from fused_res.ops.memory_format import is_channels_last
 
-#: Programs that a reduction is cut into: several for each multiprocessor of a large GPU.
-_PROGRAMS = 1024
-#: Elements of a tile, and of a thread: two 16-byte loads of 16-bit numbers, so that enough bytes are under way.
-_TILE = 4096
-_SMALL_TILE = 1024
-_THREAD = 16
-#: One cache line of 16-bit channels.
-_MOST_CHANNELS = 64
-#: Pixels of a plane, with little left over at 56 x 56 and 28 x 28.
-_MOST_PIXELS = 256
+#: Programs of a reduction: several for each multiprocessor of a large GPU.
+_TARGET_PROGRAMS = 1024
+#: Elements of a tile and of a thread: two 16-byte loads of 16-bit values a thread keep enough bytes in flight.
+_TILE_ELEMENTS = 4096
+_SMALL_TILE_ELEMENTS = 1024
+_ELEMENTS_PER_THREAD = 16
+#: Channels of a channels_last tile: one 128-byte cache line of 16-bit values.
+_MAX_BLOCK_CHANNELS = 64
+#: Pixels of a contiguous tile: few lanes are masked off at 56 x 56 and 28 x 28.
+_MAX_BLOCK_PIXELS = 256
 
 
 class Tiling(NamedTuple):
+    """Tiles of an activation, as a matrix for each block of channels.
+
+    In channels_last memory, rows are pixels, columns channels, and a block is ``block_cols`` channels. In contiguous
+    memory, rows are images, columns the pixels of one channel, and a block is one channel. A reduction is split into
+    ``parts``, one program each for every block.
+    """
+
     rows: int
     cols: int
     channels: int
     channels_last: bool
-    large: bool  # offsets do not fit 32 bits
+    int64_offsets: bool  # element offsets do not fit 32 bits
     block_rows: int
     block_cols: int
-    blocks: int  # of channels
-    tiles: int  # of one block
+    blocks: int  # channel blocks
+    tiles: int  # tiles of one channel block
     tiles_per_part: int
     parts: int
 
     @property
-    def matrix(self) -> tuple[int, int, int, int]:
+    def extents(self) -> tuple[int, int, int, int]:
+        """The kernel arguments ``rows, cols, channels, blocks``."""
         return self.rows, self.cols, self.channels, self.blocks
 
     @property
-    def shape(self) -> tuple[bool, bool, int, int]:
-        return self.channels_last, self.large, self.block_rows, self.block_cols
+    def constexprs(self) -> tuple[bool, bool, int, int]:
+        """The kernel arguments ``CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS``."""
+        return self.channels_last, self.int64_offsets, self.block_rows, self.block_cols
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": max(1, min(8, self.block_rows * self.block_cols // (32 * _THREAD)))}
+        return {"num_warps": max(1, min(8, self.block_rows * self.block_cols // (32 * _ELEMENTS_PER_THREAD)))}
 
 
-def tiling(x: Tensor) -> Tiling:
-    """For ``x``, dense in one of the two layouts."""
-    return _tiling(tuple(x.shape), is_channels_last(x))
+def choose_tiling(x: Tensor) -> Tiling:
+    """Return the tiling of ``x``, which is dense in channels_last or contiguous memory."""
+    return _choose_tiling(tuple(x.shape), is_channels_last(x))
 
 
 @lru_cache(maxsize=4096)
-def _tiling(shape: tuple[int, ...], channels_last: bool) -> Tiling:
+def _choose_tiling(shape: tuple[int, ...], channels_last: bool) -> Tiling:
     images, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     numel = images * channels * pixels
     if channels_last:
-        rows, cols, most = images * pixels, channels, _MOST_CHANNELS
+        rows, cols, max_cols = images * pixels, channels, _MAX_BLOCK_CHANNELS
     else:
-        rows, cols, most = images, pixels, _MOST_PIXELS
-    block_cols = max(8, min(most, triton.next_power_of_2(cols)))  # 8: the mask's bytes
-    tile = _TILE if numel >= _PROGRAMS * _TILE else _SMALL_TILE
-    block_rows = min(max(1, tile // block_cols), triton.next_power_of_2(rows))
-    across = triton.cdiv(cols, block_cols)
-    blocks, tiles = (across, 1) if channels_last else (channels, across)
+        rows, cols, max_cols = images, pixels, _MAX_BLOCK_PIXELS
+    block_cols = max(8, min(max_cols, triton.next_power_of_2(cols)))  # a byte of the ReLU mask is 8 elements
+    tile_elements = _TILE_ELEMENTS if numel >= _TARGET_PROGRAMS * _TILE_ELEMENTS else _SMALL_TILE_ELEMENTS
+    block_rows = min(max(1, tile_elements // block_cols), triton.next_power_of_2(rows))
+    col_tiles = triton.cdiv(cols, block_cols)
+    blocks, tiles = (col_tiles, 1) if channels_last else (channels, col_tiles)
     tiles *= triton.cdiv(rows, block_rows)
-    tiles_per_part = triton.cdiv(tiles, max(1, _PROGRAMS // blocks))
+    tiles_per_part = triton.cdiv(tiles, max(1, _TARGET_PROGRAMS // blocks))
     parts = triton.cdiv(tiles, tiles_per_part)
-    large = numel >= 2**31
+    int64_offsets = numel >= 2**31
     return Tiling(
-        rows, cols, channels, channels_last, large, block_rows, block_cols, blocks, tiles, tiles_per_part, parts
+        rows, cols, channels, channels_last, int64_offsets, block_rows, block_cols, blocks, tiles, tiles_per_part, parts
     )
 
 
-def accumulator(dtype: torch.dtype) -> tl.dtype:
+def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Return the dtype in which kernels accumulate values of ``dtype``: float64 for float64, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32

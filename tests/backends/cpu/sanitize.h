@@ -1,5 +1,5 @@
-// What the programs for sanitizers share (test_sanitizers.py): arrays of exactly their size, numbers, and
-// plain threads in the place of OpenMP's.
+// Helpers of the sanitizer programs (test_sanitizers.py): exact-size allocations, random numbers, and a
+// parallel loop on std::thread instead of OpenMP.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@
 namespace fused_res::cpu {
 namespace {
 
-// Scratch memory is too short, and shared by all threads: sanitizers have to say so.
-bool broken = false;
+// Inject a fault: scratch memory is too short, and shared by all threads. The sanitizer must report it.
+bool inject_fault = false;
 
-// Memory of exactly this size, so that a sanitizer sees the first element behind it.
+// An allocation of exactly this size, so that a sanitizer detects an access to the first element after it.
 template <class T>
 struct Array {
   int64_t size;
@@ -28,7 +28,7 @@ struct Array {
 
 uint32_t seed = 1;
 
-// The same numbers everywhere: multiples of 1/64 around `mean`.
+// Reproducible random numbers: multiples of 1/64 around `mean`.
 Array<float> random_floats(int64_t n, float mean) {
   Array<float> values(n);
   for (int64_t i = 0; i < n; ++i) {
@@ -38,13 +38,14 @@ Array<float> random_floats(int64_t n, float mean) {
   return values;
 }
 
-// parallel(n, body) for the tasks. Nothing but the beginning and the end of the loop orders what threads do.
+// The parallel loop parallel(n, body) of the tasks. Threads are synchronized only at the start and the end of
+// the loop.
 struct Threads {
   int64_t count;
   static thread_local int64_t number;
 
   int64_t threads() const { return count; }
-  int64_t thread() const { return broken ? 0 : number; }
+  int64_t thread() const { return inject_fault ? 0 : number; }
 
   template <class Body>
   void operator()(int64_t n, const Body& body) const {
@@ -52,7 +53,7 @@ struct Threads {
     for (int64_t i = 0; i < count; ++i) {
       threads.emplace_back([&, i] {
         number = i;
-        const Range part = part_of(n, i, count);
+        const Range part = balanced_range(n, i, count);
         if (part.begin < part.end) body(part.begin, part.end);
       });
     }

@@ -1,7 +1,7 @@
-// The CPU's batch norms, forward and backward, alone and in pairs, and its max pooling, without torch, on
-// plain threads and on arrays of exactly their size (test_sanitizers.py). Everything is compared with
-// plain loops. With an argument, what it names is run with partial results, or outputs, that are too short
-// and written by all threads: sanitizers have to say so.
+// Sanitizer program for the CPU kernels of batch norm (forward and backward, single norms and pairs) and max
+// pooling (test_sanitizers.py). Runs without torch, on std::thread and exact-size allocations, and compares
+// all results with naive loops. With an argument, a fault is injected into the named kernels: partial
+// statistics or outputs are too short and are written by all threads. The sanitizer must report it.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -22,7 +22,7 @@ namespace {
 constexpr double kEps = 1e-3;
 
 template <class T>
-Array<T> randoms(int64_t n, float mean) {
+Array<T> random_values(int64_t n, float mean) {
   const Array<float> values = random_floats(n, mean);
   Array<T> out(n);
   for_each_vector<Vec<Compute<T>>>(n, [&](auto part, int64_t i) {
@@ -34,47 +34,47 @@ Array<T> randoms(int64_t n, float mean) {
 }
 
 template <class T>
-double rounding() {
+double dtype_tolerance() {
   if constexpr (sizeof(T) == 2) return 1.0 / 128;
   return sizeof(T) == 4 ? 1e-5 : 1e-12;
 }
 
 void expect(double got, double expected, double tolerance, const char* what, const Shape& shape) {
   if (std::abs(got - expected) <= tolerance) return;
-  std::printf("wrong: %s, %.9g instead of %.9g, in %ld x %ld x %ld, %s\n", what, got, expected, shape.images,
-              shape.channels, shape.spatial, shape.layout == Layout::kNhwc ? "NHWC" : "NCHW");
+  std::printf("mismatch: %s, %.9g instead of %.9g, in %ld x %ld x %ld, %s\n", what, got, expected,
+              shape.images, shape.channels, shape.spatial, shape.layout == Layout::kNhwc ? "NHWC" : "NCHW");
   std::exit(1);
 }
 
-// Of partial results, one for each chunk.
+// Partial statistics, one row set for each chunk.
 Array<double> partials(const Partition& partition, int64_t rows) {
   const int64_t channels = partition.shape().channels;
-  return Array<double>(partition.chunks() * rows * channels - (broken ? 1 : 0));
+  return Array<double>(partition.chunks() * rows * channels - (inject_fault ? 1 : 0));
 }
-int64_t place(int64_t chunk) { return broken ? 0 : chunk; }
+int64_t partial_index(int64_t chunk) { return inject_fault ? 0 : chunk; }
 
 template <class T>
 struct Kernel {
-  BatchNormActKernels of[2] = {{moments_nhwc<T>,
-                                forward<T, Layout::kNhwc>,
-                                {reduce<ReduceNhwc, T, 1>, reduce<ReduceNhwc, T, 2>},
-                                {backward<T, Layout::kNhwc, 1>, backward<T, Layout::kNhwc, 2>}},
-                               {moments_nchw<T>,
-                                forward<T, Layout::kNchw>,
-                                {reduce<ReduceNchw, T, 1>, reduce<ReduceNchw, T, 2>},
-                                {backward<T, Layout::kNchw, 1>, backward<T, Layout::kNchw, 2>}}};
+  BatchNormActKernels per_layout[2] = {{moments_nhwc<T>,
+                                        forward<T, Layout::kNhwc>,
+                                        {reduce<ReduceNhwc, T, 1>, reduce<ReduceNhwc, T, 2>},
+                                        {backward<T, Layout::kNhwc, 1>, backward<T, Layout::kNhwc, 2>}},
+                                       {moments_nchw<T>,
+                                        forward<T, Layout::kNchw>,
+                                        {reduce<ReduceNchw, T, 1>, reduce<ReduceNchw, T, 2>},
+                                        {backward<T, Layout::kNchw, 1>, backward<T, Layout::kNchw, 2>}}};
 };
 
-// The table has what partition.h asks for.
-Kernels table() {
+// A kernel table with the entries that partition.h uses.
+Kernels kernel_table() {
   Kernels k = {};
-  k.merge = merge_partials, k.add = add_partials;
+  k.merge_partials = merge_partials, k.add_partials = add_partials;
   return k;
 }
 
 enum Residual { kNone, kAdded, kNormalised };
 
-// A norm in training, or a pair of norms that meet in an addition, and their backward.
+// Forward and backward of a norm in training, or of a pair of norms joined by the residual add.
 template <class T>
 class Norms {
  public:
@@ -84,22 +84,22 @@ class Norms {
       : shape_(shape),
         kind_(kind),
         relu_(relu),
-        x_(randoms<T>(shape.numel(), 3)),
-        r_(randoms<T>(shape.numel(), -2)),
-        dy_(randoms<T>(shape.numel(), 0)),
+        x_(random_values<T>(shape.numel(), 3)),
+        r_(random_values<T>(shape.numel(), -2)),
+        dy_(random_values<T>(shape.numel(), 0)),
         y_(shape.numel()),
-        weight_(randoms<S>(shape.channels, 1)),
-        bias_(randoms<S>(shape.channels, 0)),
+        weight_(random_values<S>(shape.channels, 1)),
+        bias_(random_values<S>(shape.channels, 0)),
         stats_(kStatsRows * shape.channels),
         r_stats_(kStatsRows * shape.channels),
         mask_(save_mask ? shape.rows() * ((shape.cols() + 7) / 8) : 0),
-        factors_(4 * shape.channels),
+        coefficients_(4 * shape.channels),
         sums_(3 * shape.channels),
         dx_(shape.numel()),
         dr_(shape.numel()) {}
 
   void run(const Threads& parallel) {
-    const auto& kernel = kernels_.of[static_cast<int>(shape_.layout)];
+    const auto& kernel = kernels_.per_layout[static_cast<int>(shape_.layout)];
     if (kind_ == kNormalised) statistics(kernel, r_, r_stats_, parallel, [](const Block&) {});
     const ForwardArgs args = {.x = x_.get(),
                               .residual = kind_ == kNone ? nullptr : r_.get(),
@@ -116,7 +116,7 @@ class Norms {
   void check() {
     const int64_t channels = shape_.channels;
     const auto count = static_cast<double>(shape_.values_per_channel());
-    const double off = 30 * rounding<T>();
+    const double tolerance = 30 * dtype_tolerance<T>();
     for (int64_t c = 0; c < channels; ++c) {
       const auto [mean, var] = moments(x_, c);
       const auto [r_mean, r_var] = moments(r_, c);
@@ -124,35 +124,35 @@ class Norms {
       expect(stats_[kMean * channels + c], mean, 1e-4, "mean", shape_);
       expect(stats_[kVar * channels + c], count > 1 ? var * count / (count - 1) : var, 1e-3, "var", shape_);
       double sum = 0, product = 0, r_product = 0;
-      for_channel(c, [&](int64_t i, bool passes) {
-        const double g = passes ? element(dy_.get() + i) : 0.0;
-        sum += g, product += g * (element(x_.get() + i) - mean) * invstd;
-        r_product += g * (element(r_.get() + i) - r_mean) * r_invstd;
+      for_channel(c, [&](int64_t i, bool active) {
+        const double g = active ? load_scalar(dy_.get() + i) : 0.0;
+        sum += g, product += g * (load_scalar(x_.get() + i) - mean) * invstd;
+        r_product += g * (load_scalar(r_.get() + i) - r_mean) * r_invstd;
       });
-      const double several = off * (1 + std::sqrt(count));
-      expect(sums_[c], sum, several, "dbias", shape_);
-      expect(sums_[channels + c], product, several, "dweight", shape_);
+      const double sum_tolerance = tolerance * (1 + std::sqrt(count));
+      expect(sums_[c], sum, sum_tolerance, "dbias", shape_);
+      expect(sums_[channels + c], product, sum_tolerance, "dweight", shape_);
       if (kind_ == kNormalised)
-        expect(sums_[2 * channels + c], r_product, several, "residual's dweight", shape_);
-      for_channel(c, [&](int64_t i, bool passes) {
-        const double centred = element(x_.get() + i) - mean, r = element(r_.get() + i);
+        expect(sums_[2 * channels + c], r_product, sum_tolerance, "residual's dweight", shape_);
+      for_channel(c, [&](int64_t i, bool active) {
+        const double centred = load_scalar(x_.get() + i) - mean, r = load_scalar(r_.get() + i);
         double y = centred * invstd * weight_[c] + bias_[c];
         if (kind_ == kAdded) y += r;
         if (kind_ == kNormalised) y += (r - r_mean) * r_invstd * weight_[c] + bias_[c];
         const double magnitude = 1 + std::abs(y);
-        expect(element(y_.get() + i), relu_ && y <= 0 ? 0 : y, off * magnitude, "y", shape_);
-        const double g = passes ? element(dy_.get() + i) : 0.0;
+        expect(load_scalar(y_.get() + i), relu_ && y <= 0 ? 0 : y, tolerance * magnitude, "y", shape_);
+        const double g = active ? load_scalar(dy_.get() + i) : 0.0;
         const double dx = weight_[c] * invstd * (g - sum / count - centred * invstd * product / count);
-        expect(element(dx_.get() + i), dx, off * 4, "dx", shape_);
+        expect(load_scalar(dx_.get() + i), dx, tolerance * 4, "dx", shape_);
         double dr = g;
         if (kind_ == kNormalised)
           dr = weight_[c] * r_invstd * (g - sum / count - (r - r_mean) * r_invstd * r_product / count);
-        if (kind_ != kNone) expect(element(dr_.get() + i), dr, off * 4, "dresidual", shape_);
+        if (kind_ != kNone) expect(load_scalar(dr_.get() + i), dr, tolerance * 4, "dresidual", shape_);
       });
     }
   }
 
-  bool same(const Norms& other) const {
+  bool bitwise_equal(const Norms& other) const {
     const auto equal = [](const auto& a, const auto& b) {
       return std::memcmp(a.get(), b.get(), static_cast<size_t>(a.size) * sizeof(a[0])) == 0;
     };
@@ -168,20 +168,20 @@ class Norms {
   uint8_t* mask() const { return mask_.size ? mask_.get() : nullptr; }
 
   template <class Second>
-  void statistics(const BatchNormActKernels& kernel, const Array<T>& of, Array<S>& stats,
+  void statistics(const BatchNormActKernels& kernel, const Array<T>& values, Array<S>& stats,
                   const Threads& parallel, const Second& second) {
     const Partition partition(shape_, sizeof(T), parallel.threads());
     const Array<double> partial = partials(partition, 2);
-    const ParamArgs params = {weight_.get(), bias_.get(), kEps};
+    const AffineArgs params = {weight_.get(), bias_.get(), kEps};
     two_passes(
         partition, parallel,
         [&](const Block& block, int64_t chunk) {
-          kernel.moments(block, of.get(), partial.get() + place(chunk) * 2 * shape_.channels);
+          kernel.moments(block, values.get(), partial.get() + partial_index(chunk) * 2 * shape_.channels);
         },
-        [&](Channels group) {
-          merge_chunks(table(), partition, partial.get(), group);
-          finish<S>(stats.get(), partial.get(), static_cast<double>(shape_.values_per_channel()), params,
-                    shape_.channels, group.begin, group.end);
+        [&](ChannelRange group) {
+          merge_chunks(kernel_table(), partition, partial.get(), group);
+          finalize_stats<S>(stats.get(), partial.get(), static_cast<double>(shape_.values_per_channel()),
+                            params, shape_.channels, group.begin, group.end);
         },
         second);
   }
@@ -189,12 +189,13 @@ class Norms {
   void backward(const BatchNormActKernels& kernel, const Threads& parallel) {
     const int64_t channels = shape_.channels, norms = kind_ == kNormalised ? 2 : 1, rows = 1 + norms;
     const bool pair = norms == 2;
-    S* factors = factors_.get();
+    S* coefficients = coefficients_.get();
     const BackwardArgs args = {
         .dy = dy_.get(),
         .mask = mask(),
-        .norms = {{x_.get(), norm(stats_), factors, factors + channels, dx_.get()},
-                  {r_.get(), norm(r_stats_), factors + 2 * channels, factors + 3 * channels, dr_.get()}},
+        .norms = {{x_.get(), norm(stats_), coefficients, coefficients + channels, dx_.get()},
+                  {r_.get(), norm(r_stats_), coefficients + 2 * channels, coefficients + 3 * channels,
+                   dr_.get()}},
         .dresidual = kind_ == kAdded ? dr_.get() : nullptr,
         .relu = relu_ && !mask(),
         .stream = false};
@@ -203,25 +204,25 @@ class Norms {
     two_passes(
         partition, parallel,
         [&](const Block& block, int64_t chunk) {
-          kernel.reduce[pair](block, args, partial.get() + place(chunk) * rows * channels);
+          kernel.reduce[pair](block, args, partial.get() + partial_index(chunk) * rows * channels);
         },
-        [&](Channels group) {
-          add_chunks(table(), partition, partial.get(), rows, group);
+        [&](ChannelRange group) {
+          add_chunks(kernel_table(), partition, partial.get(), rows, group);
           for (int64_t k = 0; k < norms; ++k) {
-            const GradientArgs out = {.stats = (k ? r_stats_ : stats_).get(),
-                                      .slope = factors + 2 * k * channels,
-                                      .offset = factors + (2 * k + 1) * channels,
-                                      .dweight = sums_.get() + (1 + k) * channels,
-                                      .dbias = sums_.get()};
-            finish_gradient<S>(out, partial.get(), partial.get() + (1 + k) * channels,
-                               static_cast<double>(shape_.values_per_channel()), channels, group.begin,
-                               group.end);
+            const FinalizeBackwardArgs out = {.stats = (k ? r_stats_ : stats_).get(),
+                                              .slope = coefficients + 2 * k * channels,
+                                              .offset = coefficients + (2 * k + 1) * channels,
+                                              .dweight = sums_.get() + (1 + k) * channels,
+                                              .dbias = sums_.get()};
+            finalize_backward<S>(out, partial.get(), partial.get() + (1 + k) * channels,
+                                 static_cast<double>(shape_.values_per_channel()), channels, group.begin,
+                                 group.end);
           }
         },
         [&](const Block& block) { kernel.backward[pair](block, args); });
   }
 
-  // f(index, whether its gradient passes the ReLU) for every value of a channel.
+  // Calls f(index, whether the ReLU passes its gradient) for every value of a channel.
   template <class F>
   void for_channel(int64_t c, F f) const {
     for (int64_t n = 0; n < shape_.images; ++n) {
@@ -229,21 +230,21 @@ class Norms {
         const int64_t i = shape_.layout == Layout::kNhwc ? (n * shape_.spatial + s) * shape_.channels + c
                                                          : (n * shape_.channels + c) * shape_.spatial + s;
         const int64_t row = i / shape_.cols(), col = i % shape_.cols();
-        bool passes = !relu_ || !(element(y_.get() + i) <= 0);
+        bool active = !relu_ || !(load_scalar(y_.get() + i) <= 0);
         if (mask()) {
           const bool bit = mask_[row * ((shape_.cols() + 7) / 8) + col / 8] >> (col % 8) & 1;
-          if (relu_ && sizeof(T) > 2) expect(bit, passes, 0, "mask", shape_);
-          passes = bit;
+          if (relu_ && sizeof(T) > 2) expect(bit, active, 0, "mask", shape_);
+          active = bit;
         }
-        f(i, passes);
+        f(i, active);
       }
     }
   }
-  std::pair<double, double> moments(const Array<T>& of, int64_t c) const {
+  std::pair<double, double> moments(const Array<T>& values, int64_t c) const {
     const auto count = static_cast<double>(shape_.values_per_channel());
     double mean = 0, m2 = 0;
-    for_channel(c, [&](int64_t i, bool) { mean += element(of.get() + i) / count; });
-    for_channel(c, [&](int64_t i, bool) { m2 += std::pow(element(of.get() + i) - mean, 2); });
+    for_channel(c, [&](int64_t i, bool) { mean += load_scalar(values.get() + i) / count; });
+    for_channel(c, [&](int64_t i, bool) { m2 += std::pow(load_scalar(values.get() + i) - mean, 2); });
     return {mean, m2 / count};
   }
 
@@ -254,20 +255,20 @@ class Norms {
   Array<T> x_, r_, dy_, y_;
   Array<S> weight_, bias_, stats_, r_stats_;
   Array<uint8_t> mask_;
-  Array<S> factors_, sums_;
+  Array<S> coefficients_, sums_;
   Array<T> dx_, dr_;
 };
 
 template <class T>
 void check_norm(const Shape& shape, Residual kind, bool relu, bool mask) {
   const auto before = seed;
-  Norms<T> many(shape, kind, relu, mask);
-  many.run(Threads{3});
-  many.check();
+  Norms<T> multi_threaded(shape, kind, relu, mask);
+  multi_threaded.run(Threads{3});
+  multi_threaded.check();
   seed = before;
-  Norms<T> alone(shape, kind, relu, mask);
-  alone.run(Threads{1});
-  expect(many.same(alone), 1, 0, "bits on one thread", shape);
+  Norms<T> single_threaded(shape, kind, relu, mask);
+  single_threaded.run(Threads{1});
+  expect(multi_threaded.bitwise_equal(single_threaded), 1, 0, "bitwise equality with one thread", shape);
 }
 
 template <class T>
@@ -278,7 +279,8 @@ void check_norms() {
       int64_t count = 0;
       for (const Residual kind : {kNone, kAdded, kNormalised}) {
         for (const bool relu : {false, true}) {
-          // A pair, or a residual, with a ReLU has a mask; without a residual it is made again.
+          // A ReLU after a residual add has a stored mask. Without a residual, the mask is alternately stored
+          // and recomputed.
           check_norm<T>(shape, kind, relu, relu && (kind != kNone || ++count % 2));
         }
       }
@@ -287,8 +289,8 @@ void check_norms() {
 }
 
 void check_large() {
-  // Several chunks and groups in either layout, more channels than lie on the stack, chunks that are parts of
-  // an image.
+  // Several chunks and groups in either layout, more channels than kStackChannels, and chunks that are part
+  // of an image.
   check_norm<float>({2, 2100, 70, Layout::kNhwc}, kAdded, true, true);
   check_norm<float>({3, 20, 900, Layout::kNhwc}, kNormalised, true, true);
   check_norm<float>({2, 3, 40000, Layout::kNchw}, kAdded, true, true);
@@ -307,10 +309,10 @@ void check_pool(int64_t images, int64_t channels, int64_t height, int64_t width,
   const int64_t oh = (height + 2 * w.pad_h - w.kernel_h) / w.stride_h + 1,
                 ow = (width + 2 * w.pad_w - w.kernel_w) / w.stride_w + 1;
   const Shape in = {images, channels, height * width, L}, out = {images, channels, oh * ow, L};
-  const Array<T> x = randoms<T>(in.numel(), 0), dy = randoms<T>(out.numel(), 0);
-  const Array<S> mean = randoms<S>(channels, 0), scale = randoms<S>(channels, 0),
-                 shift = randoms<S>(channels, 0);
-  const Array<T> y(broken ? out.numel() - 1 : out.numel()), dx(in.numel());
+  const Array<T> x = random_values<T>(in.numel(), 0), dy = random_values<T>(out.numel(), 0);
+  const Array<S> mean = random_values<S>(channels, 0), scale = random_values<S>(channels, 0),
+                 shift = random_values<S>(channels, 0);
+  const Array<T> y(inject_fault ? out.numel() - 1 : out.numel()), dx(in.numel());
   const Array<uint8_t> indices(out.numel());
   PoolArgs args = {.images = images,
                    .channels = channels,
@@ -334,7 +336,7 @@ void check_pool(int64_t images, int64_t channels, int64_t height, int64_t width,
   const Threads parallel{3};
   const int64_t maps = L == Layout::kNhwc ? images : images * channels;
   const auto pool = [&](int64_t begin, int64_t end) {
-    if (broken) begin = 0, end = maps * oh;
+    if (inject_fault) begin = 0, end = maps * oh;
     if constexpr (L == Layout::kNhwc) max_pool_forward_nhwc<T>(args, begin, end);
     if constexpr (L == Layout::kNchw) max_pool_forward_nchw<T>(args, begin, end);
   };
@@ -355,27 +357,27 @@ void check_pool(int64_t images, int64_t channels, int64_t height, int64_t width,
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t s = 0; s < oh * ow; ++s) {
         double best = -std::numeric_limits<double>::infinity();
-        const int64_t o = at(out, n, c, s), chosen = indices[o];
+        const int64_t o = at(out, n, c, s), index = indices[o];
         double picked = best;
         for (int64_t k = 0; k < w.kernel_h * w.kernel_w; ++k) {
           const int64_t h = s / ow * w.stride_h - w.pad_h + k / w.kernel_w,
                         v = s % ow * w.stride_w - w.pad_w + k % w.kernel_w;
           if (h < 0 || h >= height || v < 0 || v >= width) continue;
           const int64_t i = at(in, n, c, h * width + v);
-          double value = element(x.get() + i);
+          double value = load_scalar(x.get() + i);
           if (norm) value = std::max(0.0, (value - mean[c]) * scale[c] + shift[c]);
           best = std::max(best, value);
-          if (k == chosen) picked = value, gradient[i] += element(dy.get() + o);
+          if (k == index) picked = value, gradient[i] += load_scalar(dy.get() + o);
         }
-        const double off = 4 * rounding<T>() * (1 + std::abs(best));
-        expect(element(y.get() + o), best, off, "pooled", in);
-        expect(picked, best, off, "index", in);
+        const double tolerance = 4 * dtype_tolerance<T>() * (1 + std::abs(best));
+        expect(load_scalar(y.get() + o), best, tolerance, "pooled", in);
+        expect(picked, best, tolerance, "index", in);
       }
     }
   }
   for (int64_t i = 0; i < in.numel(); ++i)
-    expect(element(dx.get() + i), gradient[i], 8 * rounding<T>() * (1 + std::abs(gradient[i])), "pool's dx",
-           in);
+    expect(load_scalar(dx.get() + i), gradient[i], 8 * dtype_tolerance<T>() * (1 + std::abs(gradient[i])),
+           "pool's dx", in);
 }
 
 template <class T>
@@ -389,26 +391,26 @@ void check_pools() {
   }
 }
 
-// --- the shortcut's gradient ---
+// --- gradient of a shortcut ---
 
 template <class T>
 void check_add_masked() {
   for (const auto [rows, cols] : {Range{5, 3}, {7, 33}, {2, 64}}) {
     for (const bool masked : {false, true}) {
-      const Array<T> grad = randoms<T>(rows * cols, 0), self = randoms<T>(rows * cols, 1);
+      const Array<T> grad = random_values<T>(rows * cols, 0), self = random_values<T>(rows * cols, 1);
       const Array<uint8_t> mask(rows * ((cols + 7) / 8));
       for (int64_t i = 0; i < mask.size; ++i) mask[i] = static_cast<uint8_t>(37 * i + 11);
       Array<double> expected(rows * cols);
       for (int64_t i = 0; i < expected.size; ++i) {
         const bool bit = mask[i / cols * ((cols + 7) / 8) + i % cols / 8] >> (i % cols % 8) & 1;
-        expected[i] = element(self.get() + i) + (!masked || bit ? element(grad.get() + i) : 0.0);
+        expected[i] = load_scalar(self.get() + i) + (!masked || bit ? load_scalar(grad.get() + i) : 0.0);
       }
       Threads{3}(rows, [&, cols = cols](int64_t begin, int64_t end) {
         add_masked<T>(self.get(), grad.get(), masked ? mask.get() : nullptr, begin, end, cols);
       });
       const Shape shape = {rows, cols, 1, Layout::kNhwc};
       for (int64_t i = 0; i < expected.size; ++i)
-        expect(element(self.get() + i), expected[i], 4 * rounding<T>(), "add_masked", shape);
+        expect(load_scalar(self.get() + i), expected[i], 4 * dtype_tolerance<T>(), "add_masked", shape);
     }
   }
 }
@@ -427,7 +429,7 @@ int main(int argc, char** argv) {
   using fused_res::Layout;
   using namespace fused_res::cpu;
   const std::string_view name = argc > 1 ? argv[1] : "";
-  broken = argc > 1;
+  inject_fault = argc > 1;
   if (name == "nhwc") {
     check_norm<float>({3, 20, 900, Layout::kNhwc}, kNone, false, false);
   } else if (name == "nchw") {
@@ -436,14 +438,14 @@ int main(int argc, char** argv) {
     check_pool<float, Layout::kNhwc>(2, 19, 17, 19, {3, 3, 2, 2, 1, 1}, true);
   } else {
     check_all<float>();
-#if !defined(__SANITIZE_THREAD__)  // races are the same in all
+#if !defined(__SANITIZE_THREAD__)  // races do not depend on the dtype
     check_all<double>();
     check_all<bfloat16>();
     check_all<float16>();
 #endif
     check_large();
     float values[kFmaValues] = {};
-    multiply_add(10, values);
-    std::printf("norms and pools are right\n");
+    fma_loop(10, values);
+    std::printf("batch norms and poolings are correct\n");
   }
 }

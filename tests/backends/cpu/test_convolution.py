@@ -1,4 +1,4 @@
-"""The CPU's convolutions, torch.ops.fused_res_cpu.pack_conv_weight and .convolve, against float64."""
+"""The CPU convolution operators pack_conv_weight and convolve of torch.ops.fused_res_cpu, compared with float64."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-import fused_res.backends.cpu.operators  # noqa: F401  (defines them)
+import fused_res.backends.cpu.operators  # noqa: F401  (registers the operators)
 from fused_res import _extension
-from tests.support.guard_pages import Guarded
+from tests.support.guard_pages import GuardedTensor
 
 if not _extension.loaded:
-    pytest.skip(_extension.reason, allow_module_level=True)
+    pytest.skip(_extension.unavailable_reason, allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[3]
 _C = _extension._module
 
 
-def _runs(isa: str) -> bool:
+def _is_supported(isa: str) -> bool:
     before = _C.cpu_isa()
     try:
         _C.set_cpu_isa(isa)
@@ -40,7 +40,7 @@ def _runs(isa: str) -> bool:
     return True
 
 
-ISAS = [isa for isa in ("avx2", "avx512") if _runs(isa)]
+ISAS = [isa for isa in ("avx2", "avx512") if _is_supported(isa)]
 if not ISAS:
     pytest.skip("the convolutions need AVX2", allow_module_level=True)
 
@@ -53,14 +53,14 @@ Pair = tuple[int, int]
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
+def _restore_isa_and_threads() -> Iterator[None]:
     isa, threads = _C.cpu_isa(), torch.get_num_threads()
     yield
     _C.set_cpu_isa(isa)
     torch.set_num_threads(threads)
 
 
-def rows(tensor: Tensor) -> Tensor:
+def to_channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
@@ -79,19 +79,19 @@ class Case:
     residual: bool = True
     relu: bool = True
 
-    def out(self) -> Pair:
+    def output_size(self) -> Pair:
         sizes = zip((self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
         height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
         return height, width
 
-    def exists(self) -> bool:
+    def is_valid(self) -> bool:
         sizes = zip((self.height, self.width), self.kernel, self.padding, self.dilation, strict=True)
         return all(size + 2 * p > d * (k - 1) for size, k, p, d in sizes)
 
 
 @dataclass
 class Operands:
-    """What a case is run on, in float32: away from zero, and so that the outputs are about 1."""
+    """Float32 operands of a case, with a mean away from zero, scaled so that the outputs are about 1."""
 
     case: Case
     x: Tensor
@@ -100,7 +100,7 @@ class Operands:
     residual: Tensor | None
 
     @staticmethod
-    def of(case: Case, mean: float = 1.0) -> Operands:
+    def random(case: Case, mean: float = 1.0) -> Operands:
         generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
 
         def randn(*size: int) -> Tensor:
@@ -109,10 +109,10 @@ class Operands:
         weight = randn(case.outputs, case.channels, *case.kernel)
         return Operands(
             case,
-            rows(randn(case.images, case.channels, case.height, case.width) + mean),
+            to_channels_last(randn(case.images, case.channels, case.height, case.width) + mean),
             weight / weight[0].numel() ** 0.5,
             randn(case.outputs) + mean if case.bias else None,
-            rows(randn(case.images, case.outputs, *case.out()) - mean) if case.residual else None,
+            to_channels_last(randn(case.images, case.outputs, *case.output_size()) - mean) if case.residual else None,
         )
 
     def packed(self, tile: int) -> Tensor:
@@ -125,7 +125,7 @@ class Operands:
         geometry = case.outputs, case.kernel, case.stride, case.padding, case.dilation
         return CONVOLVE(self.x, packed, self.bias, self.residual, *geometry, tile, case.relu, partials)
 
-    def exact(self) -> Tensor:
+    def reference(self) -> Tensor:
         case = self.case
         bias = None if self.bias is None else self.bias.double()
         y = F.conv2d(self.x.double(), self.weight.double(), bias, case.stride, case.padding, case.dilation)
@@ -141,37 +141,41 @@ def limit(tile: int) -> float:
     return 1e-6 if tile == DIRECT else 3e-6
 
 
-def check(operands: Operands, tile: int, output: Tensor, exact: Tensor) -> None:
-    """A few outputs may all be small by chance: then what they are summed from is the measure."""
+def check_output(operands: Operands, tile: int, output: Tensor, reference: Tensor) -> None:
+    """Check the relative RMS error.
+
+    The error is relative to the larger of the reference's RMS and its expected RMS, because a few outputs may all be
+    small by chance.
+    """
     case = operands.case
-    assert output.shape == exact.shape and output.dtype == torch.float32
+    assert output.shape == reference.shape and output.dtype == torch.float32
     assert output.is_contiguous(memory_format=torch.channels_last)
     expected = rms(operands.x) * rms(operands.weight) * operands.weight[0].numel() ** 0.5
-    error = rms(output - exact) / max(rms(exact), expected)
+    error = rms(output - reference) / max(rms(reference), expected)
     assert error <= limit(tile), f"{case}, tile {tile}, {_C.cpu_isa()}: {error:.2g}"
 
 
-def check_everywhere(case: Case) -> None:
-    operands = Operands.of(case)
-    exact = operands.exact()
+def check_all(case: Case) -> None:
+    operands = Operands.random(case)
+    reference = operands.reference()
     winograd = case.kernel == (3, 3) and case.stride in ((1, 1), (2, 2)) and case.dilation == (1, 1)
     packed = {tile: operands.packed(tile) for tile in (TILES if winograd else (DIRECT,))}
     for isa in ISAS:
         _C.set_cpu_isa(isa)
         for tile, weight in packed.items():
-            check(operands, tile, operands.run(tile, packed=weight)[0], exact)
+            check_output(operands, tile, operands.run(tile, packed=weight)[0], reference)
 
 
-def epilogue(number: int) -> dict[str, Any]:
-    """Each of the eight in turn."""
-    return {name: bool(number >> bit & 1) for bit, name in enumerate(("bias", "residual", "relu"))}
+def epilogue_options(index: int) -> dict[str, Any]:
+    """Return one of the eight combinations of bias, residual and ReLU; `index` is taken modulo 8."""
+    return {name: bool(index >> bit & 1) for bit, name in enumerate(("bias", "residual", "relu"))}
 
 
 class TestAgainstFloat64:
     @pytest.mark.parametrize("height", range(1, 13))
-    def test_every_size(self, height: int) -> None:
+    def test_small_sizes(self, height: int) -> None:
         for width, padding in itertools.product(range(1, 13), range(3)):
-            n = height * 41 + width * 7 + padding * 3  # so that the other sizes change, too
+            n = height * 41 + width * 7 + padding * 3  # varies the channels, the batch size and the epilogue
             case = Case(
                 1 + n % 3,
                 CHANNELS[n % 6],
@@ -179,74 +183,76 @@ class TestAgainstFloat64:
                 width,
                 CHANNELS[n // 6 % 6],
                 padding=(padding, padding),
-                **epilogue(n),
+                **epilogue_options(n),
             )
-            if case.exists():
-                check_everywhere(case)
-                check_everywhere(replace(case, stride=(2, 2)))
+            if case.is_valid():
+                check_all(case)
+                check_all(replace(case, stride=(2, 2)))
 
     @pytest.mark.parametrize("channels", CHANNELS)
-    def test_channels(self, channels: int) -> None:
+    def test_channel_counts(self, channels: int) -> None:
         for outputs, images in itertools.product(CHANNELS, (1, 2, 3)):
-            case = Case(images, channels, 7, 9, outputs, **epilogue(outputs + images))
-            check_everywhere(case)
-            check_everywhere(replace(case, height=14, width=13, stride=(2, 2)))
+            case = Case(images, channels, 7, 9, outputs, **epilogue_options(outputs + images))
+            check_all(case)
+            check_all(replace(case, height=14, width=13, stride=(2, 2)))
 
     @pytest.mark.parametrize(
-        "number", range(8), ids=lambda n: " ".join(k for k, on in epilogue(n).items() if on) or "-"
+        "number", range(8), ids=lambda n: " ".join(k for k, on in epilogue_options(n).items() if on) or "-"
     )
-    def test_epilogue(self, number: int) -> None:
+    def test_epilogue_combinations(self, number: int) -> None:
         for size in ((14, 14), (13, 18)):
-            check_everywhere(Case(2, 20, *size, 40, **epilogue(number)))
+            check_all(Case(2, 20, *size, 40, **epilogue_options(number)))
 
     @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3), (7, 7)])
     @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 3), (1, 2)])
-    def test_geometry(self, kernel: Pair, stride: Pair) -> None:
+    def test_strides_paddings_and_dilations(self, kernel: Pair, stride: Pair) -> None:
         count = 0
         for padding, dilation in itertools.product(((0, 0), (1, 1), (2, 2), (0, 1)), ((1, 1), (2, 2), (2, 1))):
             for size in ((1, 2), (3, 5), (9, 7), (14, 15)):
-                case = Case(2, 5, *size, 35, kernel, stride, padding, dilation, **epilogue(count))
-                if case.exists():
-                    check_everywhere(case)
+                case = Case(2, 5, *size, 35, kernel, stride, padding, dilation, **epilogue_options(count))
+                if case.is_valid():
+                    check_all(case)
                     count += 1
         assert count > 8
 
-    # Rows of a multiple of 4 KB are copied, too: convolution.cpp's `gather`.
+    # 1024 channels: a row stride of a multiple of 4 KB, for which the input is copied (im2col).
     @pytest.mark.parametrize("channels", [1000, 1024])
     def test_pointwise_with_many_channels(self, channels: int) -> None:
-        check_everywhere(Case(2, channels, 5, 7, 65, (1, 1), padding=(0, 0)))
+        check_all(Case(2, channels, 5, 7, 65, (1, 1), padding=(0, 0)))
 
     @pytest.mark.parametrize(
         "case",
         [
             Case(2, 33, 56, 57, 70),
             Case(1, 512, 7, 7, 512),  # few tiles
-            Case(8, 300, 31, 32, 300, residual=False),  # a weight beyond the caches, and blocks in several rounds
+            Case(
+                8, 300, 31, 32, 300, residual=False
+            ),  # a weight larger than the caches, and several cache blocks per thread
         ],
         ids=str,
     )
-    def test_large(self, case: Case) -> None:
-        """The issue's limits to the letter: of the outputs' own root mean square."""
-        operands = Operands.of(case)
-        exact = operands.exact()
+    def test_large_cases(self, case: Case) -> None:
+        """The error is at most the limit, relative to the RMS of the reference outputs only."""
+        operands = Operands.random(case)
+        reference = operands.reference()
         for isa, tile in itertools.product(ISAS, TILES):
             _C.set_cpu_isa(isa)
-            assert rms(operands.run(tile)[0] - exact) <= limit(tile) * rms(exact), (isa, tile)
+            assert rms(operands.run(tile)[0] - reference) <= limit(tile) * rms(reference), (isa, tile)
 
     @pytest.mark.parametrize("stride", [1, 2])
-    def test_past_the_caches(self, stride: int) -> None:
-        """Outputs of more than 8 MB, whole lines each: written by other instructions, with statistics and without."""
+    def test_streaming_stores(self, stride: int) -> None:
+        """Outputs larger than 8 MB whose rows are whole cache lines are written with non-temporal stores."""
         case = Case(5, 9, 82 * stride, 82 * stride, 64, stride=(stride, stride))
-        operands = Operands.of(case)
-        exact = operands.exact()
-        assert exact.numel() > 2 << 20
+        operands = Operands.random(case)
+        reference = operands.reference()
+        assert reference.numel() > 2 << 20
         for isa, tile, partials in itertools.product(ISAS, TILES, (False, True)):
             _C.set_cpu_isa(isa)
-            check(operands, tile, operands.run(tile, partials)[0], exact)
+            check_output(operands, tile, operands.run(tile, partials)[0], reference)
 
     @settings(max_examples=500, deadline=None, derandomize=True)
     @given(st.data())
-    def test_drawn(self, data: st.DataObject) -> None:
+    def test_random_cases(self, data: st.DataObject) -> None:
         def pair(low: int, high: int) -> Pair:
             return data.draw(st.tuples(st.integers(low, high), st.integers(low, high)))
 
@@ -254,24 +260,24 @@ class TestAgainstFloat64:
         kernel, stride, padding, dilation = (3, 3), (1, 1), pair(0, 3), (1, 1)
         if data.draw(st.booleans()):
             kernel, stride, dilation = pair(1, 7), pair(1, 4), pair(1, 3)
-        low = [max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
-        height, width = (data.draw(st.integers(least, least + 20)) for least in low)
-        parts = {name: data.draw(st.booleans()) for name in ("bias", "residual", "relu")}
-        check_everywhere(Case(images, channels, height, width, outputs, kernel, stride, padding, dilation, **parts))
+        min_sizes = [max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+        height, width = (data.draw(st.integers(smallest, smallest + 20)) for smallest in min_sizes)
+        options = {name: data.draw(st.booleans()) for name in ("bias", "residual", "relu")}
+        check_all(Case(images, channels, height, width, outputs, kernel, stride, padding, dilation, **options))
 
 
-class TestGradient:
+class TestInputGradient:
     @pytest.mark.parametrize("size", [(1, 1), (2, 7), (6, 5), (9, 12), (14, 15)])
     @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3)])
-    def test_transposed(self, size: Pair, kernel: Pair) -> None:
-        """A weight packed `transposed` makes of stride 1 the gradient with respect to the input."""
+    def test_transposed_weight_computes_input_gradient(self, size: Pair, kernel: Pair) -> None:
+        """With stride 1, the convolution with a weight packed as `transposed` is the input gradient."""
         for padding, (channels, outputs) in itertools.product((0, 1, 2), ((3, 17), (33, 64), (100, 1))):
             if not all(padding < k and s + 2 * padding >= k for k, s in zip(kernel, size, strict=True)):
                 continue
             forward = Case(2, channels, *size, outputs, kernel, padding=(padding, padding))
-            operands = Operands.of(forward)
-            grad = rows(torch.randn(2, outputs, *forward.out()) + 1)
-            exact = conv2d_input((2, channels, *size), operands.weight.double(), grad.double(), padding=padding)
+            operands = Operands.random(forward)
+            grad = to_channels_last(torch.randn(2, outputs, *forward.output_size()) + 1)
+            reference = conv2d_input((2, channels, *size), operands.weight.double(), grad.double(), padding=padding)
             weight = operands.weight.transpose(0, 1)
             backward = replace(
                 forward, channels=outputs, outputs=channels, height=grad.shape[2], width=grad.shape[3],
@@ -281,41 +287,44 @@ class TestGradient:
                 _C.set_cpu_isa(isa)
                 packed = PACK(operands.weight, tile != DIRECT, True)
                 ours = Operands(backward, grad, weight, None, None)
-                check(ours, tile, ours.run(tile, packed=packed)[0], exact)
+                check_output(ours, tile, ours.run(tile, packed=packed)[0], reference)
 
 
 class TestStatistics:
     @pytest.mark.parametrize("tile", TILES)
     @pytest.mark.parametrize("isa", ISAS)
     @pytest.mark.parametrize("relu", [False, True])
-    def test_mean_100_deviation_1(self, tile: int, isa: str, relu: bool) -> None:
-        """Of what was written: in float64, the sums about zero would have lost nothing, in float32 all of M2."""
+    def test_partial_statistics_with_large_mean(self, tile: int, isa: str, relu: bool) -> None:
+        """Partial statistics of outputs with mean 100 and standard deviation 1.
+
+        Sums of squares about zero would lose all of M2 in float32.
+        """
         _C.set_cpu_isa(isa)
         shapes = ((1, 5, 1, 1, 3), (1, 9, 2, 1, 17), (3, 33, 7, 7, 33), (2, 17, 13, 30, 65), (1, 300, 6, 7, 300))
         for images, channels, height, width, outputs in shapes:
-            operands = Operands.of(Case(images, channels, height, width, outputs, relu=relu), mean=0)
+            operands = Operands.random(Case(images, channels, height, width, outputs, relu=relu), mean=0)
             assert operands.bias is not None
             operands.bias += 100
             output, partials = operands.run(tile, partials=True)
             assert torch.equal(output, operands.run(tile)[0])
-            exact = output.double()
+            reference = output.double()
             assert partials.shape == (1, 3, outputs) and partials.dtype == torch.float64
             count, mean, m2 = partials[0]
             dims = (0, 2, 3)
-            assert (count == exact[:, 0].numel()).all()
-            torch.testing.assert_close(mean, exact.mean(dims), rtol=1e-6, atol=0)
-            m2_exact = (exact - exact.mean(dims, keepdim=True)).square().sum(dims)
-            torch.testing.assert_close(m2, m2_exact, rtol=1e-4, atol=1e-9)
+            assert (count == reference[:, 0].numel()).all()
+            torch.testing.assert_close(mean, reference.mean(dims), rtol=1e-6, atol=0)
+            m2_reference = (reference - reference.mean(dims, keepdim=True)).square().sum(dims)
+            torch.testing.assert_close(m2, m2_reference, rtol=1e-4, atol=1e-9)
 
-    def test_not_asked_for(self) -> None:
-        assert Operands.of(Case(1, 3, 5, 5, 7)).run(DIRECT)[1].shape == (0,)
+    def test_no_statistics_without_partials(self) -> None:
+        assert Operands.random(Case(1, 3, 5, 5, 7)).run(DIRECT)[1].shape == (0,)
 
 
-class TestNotNumbers:
+class TestNonFinite:
     @staticmethod
     def operands(case: Case) -> Operands:
-        """NaN, inf and -inf, with room between them for outputs that see none or two of them."""
-        operands = Operands.of(case)
+        """Return operands with NaN, inf and -inf, spaced so that some windows contain none and some contain two."""
+        operands = Operands.random(case)
         x, residual = operands.x, operands.residual
         x[0, 1, 2, 3], x[0, 2, 9, 9], x[1, 0, 5, 0] = float("nan"), float("inf"), -float("inf")
         x[1, 3, 6, 2] = float("inf")
@@ -329,32 +338,34 @@ class TestNotNumbers:
     @pytest.mark.parametrize(
         ("kernel", "stride"), [((3, 3), (1, 1)), ((1, 1), (1, 1)), ((5, 3), (2, 1))], ids=["3x3", "1x1", "5x3"]
     )
-    def test_direct_has_them_where_float64_has(self, isa: str, relu: bool, kernel: Pair, stride: Pair) -> None:
+    def test_direct_matches_float64(self, isa: str, relu: bool, kernel: Pair, stride: Pair) -> None:
         _C.set_cpu_isa(isa)
         operands = self.operands(Case(2, 19, 15, 13, 35, kernel, stride, relu=relu))
-        output, exact = operands.run(DIRECT)[0], operands.exact()
-        assert exact.isnan().any() and exact.isinf().any() and exact.isfinite().float().mean() > 0.5
-        assert torch.equal(output.isnan(), exact.isnan())
-        assert torch.equal(output.isposinf(), exact.isposinf()) and torch.equal(output.isneginf(), exact.isneginf())
-        finite = exact.isfinite()
-        torch.testing.assert_close(output[finite], exact[finite].float(), rtol=1e-5, atol=1e-5)
+        output, reference = operands.run(DIRECT)[0], operands.reference()
+        assert reference.isnan().any() and reference.isinf().any() and reference.isfinite().float().mean() > 0.5
+        assert torch.equal(output.isnan(), reference.isnan())
+        assert torch.equal(output.isposinf(), reference.isposinf()) and torch.equal(
+            output.isneginf(), reference.isneginf()
+        )
+        finite = reference.isfinite()
+        torch.testing.assert_close(output[finite], reference[finite].float(), rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("isa", ISAS)
     @pytest.mark.parametrize("relu", [False, True])
     @pytest.mark.parametrize("tile", TILES[1:])
-    def test_winograd_has_no_numbers_there(self, isa: str, relu: bool, tile: int) -> None:
-        """It may have NaN for infinity, and within a tile elsewhere."""
+    def test_winograd_is_non_finite_where_float64_is(self, isa: str, relu: bool, tile: int) -> None:
+        """Winograd may output NaN in place of infinity, and non-finite values elsewhere in the same tile."""
         _C.set_cpu_isa(isa)
         operands = self.operands(Case(2, 19, 15, 13, 35, relu=relu))
-        output, exact = operands.run(tile)[0], operands.exact()
-        assert output[exact.isnan()].isnan().all()
-        pre = replace(operands.case, relu=False)  # a ReLU makes 0 of -inf, and of a NaN none
-        wrong = ~replace(operands, case=pre).exact().isfinite() & exact.isposinf()
-        assert not output[wrong].isfinite().any()
-        seen = F.max_pool2d((~operands.x.isfinite()).any(1, keepdim=True).float(), 2 * tile + 1, 1, tile) > 0
-        clean = exact.isfinite() & ~seen
+        output, reference = operands.run(tile)[0], operands.reference()
+        assert output[reference.isnan()].isnan().all()
+        pre = replace(operands.case, relu=False)  # ReLU maps -inf to 0 and preserves NaN
+        infinite = ~replace(operands, case=pre).reference().isfinite() & reference.isposinf()
+        assert not output[infinite].isfinite().any()
+        affected = F.max_pool2d((~operands.x.isfinite()).any(1, keepdim=True).float(), 2 * tile + 1, 1, tile) > 0
+        clean = reference.isfinite() & ~affected
         assert clean.float().mean() > 0.3
-        torch.testing.assert_close(output[clean], exact[clean].float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output[clean], reference[clean].float(), rtol=1e-4, atol=1e-4)
 
 
 class TestThreads:
@@ -363,14 +374,14 @@ class TestThreads:
         "case",
         [
             Case(2, 17, 33, 30, 65),
-            Case(1, 24, 14, 14, 200),  # few tiles, few pixels: the panels are shared out
-            Case(2, 320, 14, 15, 320),  # a weight beyond the caches
+            Case(1, 24, 14, 14, 200),  # few tiles: the work is partitioned by panels
+            Case(2, 320, 14, 15, 320),  # a weight larger than the caches
         ],
         ids=str,
     )
-    def test_same_bits(self, isa: str, case: Case) -> None:
+    def test_results_are_bitwise_equal_for_any_thread_count(self, isa: str, case: Case) -> None:
         _C.set_cpu_isa(isa)
-        operands = Operands.of(case)
+        operands = Operands.random(case)
         for tile in TILES:
             torch.set_num_threads(1)
             output, partials = operands.run(tile, partials=True)
@@ -378,26 +389,26 @@ class TestThreads:
             for threads in (2, 3):
                 torch.set_num_threads(threads)
                 packed = operands.packed(tile)
-                for got, one in zip(operands.run(tile, partials=True, packed=packed), (output, partials), strict=True):
-                    assert torch.equal(got, one), (tile, threads)
-            check(operands, tile, output, operands.exact())
+                for a, b in zip(operands.run(tile, partials=True, packed=packed), (output, partials), strict=True):
+                    assert torch.equal(a, b), (tile, threads)
+            check_output(operands, tile, output, operands.reference())
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": Tensor.contiguous,
-    "every other channel": lambda t: rows(t.repeat_interleave(2, 1))[:, ::2],
-    "every other row": lambda t: rows(t.repeat_interleave(2, 2))[:, :, ::2],
-    "a part of wider rows": lambda t: rows(F.pad(t, (1, 2)))[..., 1:-2],
-    "transposed": lambda t: rows(t.transpose(2, 3)).transpose(2, 3),
-    "other images between": lambda t: rows(t.repeat_interleave(2, 0))[::2],
+    "every other channel": lambda t: to_channels_last(t.repeat_interleave(2, 1))[:, ::2],
+    "every other row": lambda t: to_channels_last(t.repeat_interleave(2, 2))[:, :, ::2],
+    "cropped rows": lambda t: to_channels_last(F.pad(t, (1, 2)))[..., 1:-2],
+    "transposed": lambda t: to_channels_last(t.transpose(2, 3)).transpose(2, 3),
+    "every other batch element": lambda t: to_channels_last(t.repeat_interleave(2, 0))[::2],
 }
 
 
 class TestLayout:
     @pytest.mark.parametrize("view", VIEWS)
     @pytest.mark.parametrize("tile", TILES)
-    def test_any_strides(self, view: str, tile: int) -> None:
-        operands = Operands.of(Case(3, 6, 9, 7, 35))
+    def test_non_dense_layouts(self, view: str, tile: int) -> None:
+        operands = Operands.random(Case(3, 6, 9, 7, 35))
         assert operands.residual is not None
         output, _ = operands.run(tile)
         viewed = VIEWS[view]
@@ -410,15 +421,15 @@ class TestLayout:
         assert all(map(torch.equal, before, after))
         assert torch.equal(operands.run(tile)[0], output)
 
-    def test_expanded(self) -> None:
-        operands = Operands.of(Case(1, 6, 9, 7, 35, residual=False))
+    def test_expanded_input(self) -> None:
+        operands = Operands.random(Case(1, 6, 9, 7, 35, residual=False))
         output, _ = operands.run(4)
         expanded = replace(operands, x=operands.x.expand(3, -1, -1, -1))
         assert torch.equal(expanded.run(4)[0], output.expand(3, -1, -1, -1))
 
 
-def run_on_guarded_memory() -> None:
-    """In a child: whatever is read, and where it ends or begins, is against a page that must not be touched."""
+def run_with_guard_pages() -> None:
+    """Run the operators in a child process with every operand next to a guard page, after or before it."""
     for isa, at_end, channels, outputs in itertools.product(ISAS, (True, False), (1, 3, 17, 64), (1, 33, 96)):
         _C.set_cpu_isa(isa)
         for kernel, stride, padding, size in (
@@ -430,37 +441,37 @@ def run_on_guarded_memory() -> None:
             ((7, 7), 2, 3, (9, 8)),
         ):
             case = Case(2, channels, *size, outputs, kernel, (stride, stride), (padding, padding))
-            operands = Operands.of(case)
+            operands = Operands.random(case)
             for tile in TILES if kernel == (3, 3) and stride == 1 else (DIRECT,):
                 plain, partials = operands.run(tile, partials=True)
-                given = (operands.x, operands.weight, operands.bias, operands.residual, operands.packed(tile))
-                guards = [Guarded(tensor, at_end) for tensor in given if tensor is not None]
+                tensors = (operands.x, operands.weight, operands.bias, operands.residual, operands.packed(tile))
+                guards = [GuardedTensor(tensor, at_end) for tensor in tensors if tensor is not None]
                 *copies, packed = (guard.copy for guard in guards)
-                again = Operands(case, *copies)
-                assert torch.equal(again.packed(tile), packed)
-                for got, one in zip(again.run(tile, partials=True, packed=packed), (plain, partials), strict=True):
-                    assert torch.equal(got, one)
-                del copies, packed, again
+                guarded = Operands(case, *copies)
+                assert torch.equal(guarded.packed(tile), packed)
+                for a, b in zip(guarded.run(tile, partials=True, packed=packed), (plain, partials), strict=True):
+                    assert torch.equal(a, b)
+                del copies, packed, guarded
                 for guard in guards:
                     guard.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="guards pages with mprotect")
-def test_guarded_memory() -> None:
-    command = [sys.executable, "-c", f"import {__name__} as tests; tests.run_on_guarded_memory()"]
+def test_no_access_outside_operands() -> None:
+    command = [sys.executable, "-c", f"import {__name__} as tests; tests.run_with_guard_pages()"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr}"
 
 
-class TestBadArguments:
-    GOOD = Case(2, 4, 6, 5, 8)
+class TestInvalidArguments:
+    VALID = Case(2, 4, 6, 5, 8)
 
-    def fails(self, match: str, good_tile: int = DIRECT, **changed: Any) -> None:
-        operands = Operands.of(self.GOOD)
+    def check_raises(self, match: str, valid_tile: int = DIRECT, **changed: Any) -> None:
+        operands = Operands.random(self.VALID)
         arguments: dict[str, Any] = {
-            "input": operands.x, "packed": operands.packed(good_tile), "bias": operands.bias,
+            "input": operands.x, "packed": operands.packed(valid_tile), "bias": operands.bias,
             "residual": operands.residual, "outputs": 8, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1),
-            "dilation": (1, 1), "tile": good_tile, "relu": True, "partials": False,
+            "dilation": (1, 1), "tile": valid_tile, "relu": True, "partials": False,
         }  # fmt: skip
         CONVOLVE(**arguments)
         for partials in (False, True):
@@ -502,8 +513,8 @@ class TestBadArguments:
         ],
         ids=str,
     )  # fmt: skip
-    def test_convolve(self, changed: dict[str, Any], match: str) -> None:
-        self.fails(match, **changed)
+    def test_convolve_raises(self, changed: dict[str, Any], match: str) -> None:
+        self.check_raises(match, **changed)
 
     @pytest.mark.parametrize(
         "changed",
@@ -514,39 +525,39 @@ class TestBadArguments:
         ],
         ids=str,
     )  # fmt: skip
-    def test_winograd(self, changed: dict[str, Any]) -> None:
-        self.fails("tile: Winograd is for 3x3 kernels with stride 1", good_tile=4, **changed)
+    def test_winograd_raises(self, changed: dict[str, Any]) -> None:
+        self.check_raises("tile: Winograd supports 3x3 kernels with stride 1", valid_tile=4, **changed)
 
-    def test_lengths(self) -> None:
+    def test_wrong_number_of_dimensions_raises(self) -> None:
         for name in ("kernel_size", "stride", "padding", "dilation"):
-            for wrong in ((1,), (1, 1, 1)):
-                changed: dict[str, Any] = {name: wrong}
-                self.fails(f"{name}: expected two numbers", **changed)
+            for invalid in ((1,), (1, 1, 1)):
+                changed: dict[str, Any] = {name: invalid}
+                self.check_raises(f"{name}: expected two integers", **changed)
 
     @pytest.mark.parametrize(
         ("weight", "winograd", "match"),
         [
             (torch.ones(8, 4, 3), False, "weight: expected"),
             (torch.ones(8, 4, 3, 3, dtype=torch.float64), False, "weight: expected float32"),
-            (torch.ones(8, 4, 5, 5), True, "Winograd is for 3x3"),
-            (torch.ones(8, 4, 1, 9), True, "Winograd is for 3x3"),
+            (torch.ones(8, 4, 5, 5), True, "Winograd supports 3x3"),
+            (torch.ones(8, 4, 1, 9), True, "Winograd supports 3x3"),
         ],
     )
-    def test_pack(self, weight: Tensor, winograd: bool, match: str) -> None:
+    def test_pack_conv_weight_raises(self, weight: Tensor, winograd: bool, match: str) -> None:
         for transposed in (False, True):
             with pytest.raises((ValueError, TypeError), match=match):
                 PACK(weight, winograd, transposed)
 
     @pytest.mark.parametrize("tile", TILES)
-    def test_no_images(self, tile: int) -> None:
-        """Not bad: there is nothing to do, and the statistics are of nothing."""
-        operands = Operands.of(replace(self.GOOD, images=0))
+    def test_empty_batch_is_valid(self, tile: int) -> None:
+        """An empty batch yields an empty output and partial statistics with a count of zero."""
+        operands = Operands.random(replace(self.VALID, images=0))
         output, partials = operands.run(tile, partials=True)
         assert output.shape == (0, 8, 6, 5)
         assert (partials == 0).all() and partials.shape == (1, 3, 8)
 
-    def test_baseline_says_so(self) -> None:
-        operands = Operands.of(self.GOOD)
+    def test_baseline_isa_raises(self) -> None:
+        operands = Operands.random(self.VALID)
         packed = operands.packed(DIRECT)
         _C.set_cpu_isa("baseline")
         with pytest.raises(RuntimeError, match="baseline, has no convolution kernels"):

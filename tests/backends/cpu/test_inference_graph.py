@@ -1,4 +1,4 @@
-"""Blocks in a row as one call on the CPU: where their values lie, and what comes out, against float64."""
+"""Inference graphs on the CPU: the arena plan, outputs compared with float64, and cache invalidation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STRIDED = UnitSpec(stride=(2, 2), padding=(1, 1))
 PROJECTION = UnitSpec(stride=(2, 2), activation="identity")
 BASIC, BOTTLENECK = BlockSpec((THREE, THREE), "identity"), BlockSpec((ONE, THREE, ONE), "identity")
 
-#: blocks, shapes of their weights, image
+#: Blocks, shapes of their weights, input shape (C, H, W).
 CASES: dict[str, tuple[tuple[BlockSpec, ...], list[tuple[int, ...]], tuple[int, ...]]] = {
     "basic": ((BASIC,), [(64, 64, 3, 3)] * 2, (64, 13, 11)),
     "bottleneck": ((BOTTLENECK,), [(32, 96, 1, 1), (32, 32, 3, 3), (96, 32, 1, 1)], (96, 9, 14)),
@@ -47,15 +47,15 @@ CASES: dict[str, tuple[tuple[BlockSpec, ...], list[tuple[int, ...]], tuple[int, 
 }
 
 
-def planned(case: str, images: int, winograd: bool = True) -> Any:
+def plan_case(case: str, batch: int, winograd: bool = True) -> Any:
     from fused_res import _extension
-    from fused_res.backends.cpu import inference_graph as program
+    from fused_res.backends.cpu import inference_graph
 
-    blocks, weights, image = CASES[case]
-    return program.plan(blocks, tuple(weights), (images, *image), winograd, Machine(_extension.cpu_isa()))
+    blocks, weights, shape = CASES[case]
+    return inference_graph.plan(blocks, tuple(weights), (batch, *shape), winograd, Machine(_extension.cpu_isa()))
 
 
-def exact(blocks: tuple[BlockSpec, ...], x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+def float64_reference(blocks: tuple[BlockSpec, ...], x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     tensors = iter(zip(weights, biases, strict=True))
 
     def convolve(x: Tensor, unit: UnitSpec, weight: Tensor, bias: Tensor) -> Tensor:
@@ -63,12 +63,12 @@ def exact(blocks: tuple[BlockSpec, ...], x: Tensor, weights: list[Tensor], biase
 
     x = x.double()
     for block in blocks:
-        own = [next(tensors) for _ in block.convolutions]
+        parameters = [next(tensors) for _ in block.convolutions]
         residual = x if block.shortcut == "identity" else None
         if block.projection is not None:
-            residual = convolve(x, block.projection, *own[-1])
+            residual = convolve(x, block.projection, *parameters[-1])
         for index, unit in enumerate(block.units):
-            x = convolve(x, unit, *own[index])
+            x = convolve(x, unit, *parameters[index])
             if index == len(block.units) - 1 and residual is not None:
                 x = x + residual
             x = x.relu() if unit.relu else x
@@ -77,59 +77,58 @@ def exact(blocks: tuple[BlockSpec, ...], x: Tensor, weights: list[Tensor], biase
     return x
 
 
-@pytest.mark.parametrize("arena", [1, 1 << 16, 1 << 30])  # floats: one image at a time, some, all
-@pytest.mark.parametrize("images", [1, 5])
+@pytest.mark.parametrize("arena", [1, 1 << 16, 1 << 30])  # floats: chunks of one batch element, of some, of all
+@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("case", CASES)
-def test_against_float64(case: str, images: int, arena: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_res.backends.cpu import convolution
-    from fused_res.backends.cpu import inference_graph as program
+def test_graph_matches_float64(case: str, batch: int, arena: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_res.backends.cpu import convolution, inference_graph
 
-    blocks, shapes, image = CASES[case]
-    monkeypatch.setattr(program, "_ARENA", arena)
-    program.plan.cache_clear()
-    plan = planned(case, images)
-    program.plan.cache_clear()
-    generator = torch.Generator().manual_seed(prod(image))
-    x = torch.randn(images, *image, generator=generator) + 1
+    blocks, shapes, input_shape = CASES[case]
+    monkeypatch.setattr(inference_graph, "_MAX_ARENA_FLOATS", arena)
+    inference_graph.plan.cache_clear()
+    plan = plan_case(case, batch)
+    inference_graph.plan.cache_clear()
+    generator = torch.Generator().manual_seed(prod(input_shape))
+    x = torch.randn(batch, *input_shape, generator=generator) + 1
     weights = [torch.randn(shape, generator=generator) / prod(shape[1:]) ** 0.5 for shape in shapes]
     biases = [torch.randn(shape[0], generator=generator) for shape in shapes]
     specs = [spec for block in blocks for spec in block.convolutions]
     packed = [
-        convolution.pack(weight, convolution.TILES[kernel.name], spec.stride)
-        for weight, kernel, spec in zip(weights, plan.kernels, specs, strict=True)
+        convolution.pack(weight, convolution.OUTPUT_TILE[selection.name], spec.stride)
+        for weight, selection, spec in zip(weights, plan.selections, specs, strict=True)
     ]
     output = plan.run(x, packed, biases)
-    expected = exact(blocks, x, weights, biases)
+    expected = float64_reference(blocks, x, weights, biases)
     assert output.shape == expected.shape and output.is_contiguous(memory_format=torch.channels_last)
-    # Every convolution may be off by 3e-6 of its output; a sum of squares over those in a row.
+    # Each convolution has a relative error of up to 3e-6; the errors of consecutive convolutions add in quadrature.
     assert (output - expected).norm() <= 3e-6 * len(shapes) ** 0.5 * expected.norm()
-    kept = output.clone()
+    copied = output.clone()
     plan.run(x * 2, packed, biases)
-    assert torch.equal(output, kept), "an output lies in memory that the next call writes"
+    assert torch.equal(output, copied), "the next call overwrote the output"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_places_of_living_values_do_not_overlap(case: str) -> None:
-    from fused_res.backends.cpu import inference_graph as program
+def test_arena_has_no_overlapping_live_buffers(case: str) -> None:
+    from fused_res.backends.cpu import inference_graph
 
     blocks, _, _ = CASES[case]
-    layers = program._layers(blocks)
-    sizes = [100 + 7 * value for value in range(len(layers) + 1)]
+    nodes = inference_graph._graph_nodes(blocks)
+    sizes = [100 + 7 * value for value in range(len(nodes) + 1)]
     if len(blocks) > 1 or case in ("basic", "bottleneck"):
-        sizes = [100] * len(sizes)  # what is written over by a sum has the sum's size
-    places, arena = program._places(layers, sizes)
-    for index, layer in enumerate(layers):
-        later = layers[index + 1 :]
-        # Alive when layer `index` runs: what it reads, and what a later layer will read; and what it writes.
-        alive = {layer.reads} | {v for other in later for v in (other.reads, other.residual) if v is not None}
-        alive = {value for value in alive if value <= index}
-        if layer.residual is not None and layer.residual in alive and places[layer.residual] == places[index + 1]:
-            assert not any(layer.residual in (other.reads, other.residual) for other in later)
-            alive.discard(layer.residual)  # written over as it is read for the last time
-        spans = sorted((places[v], places[v] + sizes[v]) for v in {*alive, index + 1} if places[v] >= 0)
+        sizes = [100] * len(sizes)  # a residual that is overwritten by a sum must have the sum's size
+    offsets, arena = inference_graph._plan_arena(nodes, sizes)
+    for index, node in enumerate(nodes):
+        later = nodes[index + 1 :]
+        # Live while node `index` runs: its input, every value that a later node reads, and its output.
+        live = {node.input_value} | {v for other in later for v in (other.input_value, other.residual) if v is not None}
+        live = {value for value in live if value <= index}
+        if node.residual is not None and node.residual in live and offsets[node.residual] == offsets[index + 1]:
+            assert not any(node.residual in (other.input_value, other.residual) for other in later)
+            live.discard(node.residual)  # overwritten in place at its last use
+        spans = sorted((offsets[v], offsets[v] + sizes[v]) for v in {*live, index + 1} if offsets[v] >= 0)
         assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
         assert all(end <= arena for _, end in spans)
-        outside = [places[v] for v in {*alive, index + 1} if places[v] < 0]
+        outside = [offsets[v] for v in {*live, index + 1} if offsets[v] < 0]
         assert len(outside) == len(set(outside))
 
 
@@ -141,24 +140,24 @@ def network() -> Any:
 
 
 @torch.inference_mode()
-def test_winograd_off_is_as_exact_as_stock() -> None:
+def test_winograd_disabled_accuracy_vs_stock() -> None:
     model = network()
     x = torch.randn(2, 3, 64, 64)
     expected = fused_res.unfuse(network()).double()(x.double())
-    stock = (fused_res.unfuse(network())(x) - expected).norm()
+    stock_error = (fused_res.unfuse(network())(x) - expected).norm()
     with fused_res.backends.use("auto", winograd=False):
         frozen = fused_res.freeze(model)
-        assert (frozen(x) - expected).norm() <= 2 * stock + 1e-6 * expected.norm()
-        kernels = {m.kernel.name for m in frozen.modules() if getattr(m, "kernel", None)}
-    assert kernels == {"direct"}
+        assert (frozen(x) - expected).norm() <= 2 * stock_error + 1e-6 * expected.norm()
+        algorithms = {m.last_selected.name for m in frozen.modules() if getattr(m, "last_selected", None)}
+    assert algorithms == {"direct"}
     assert (fused_res.freeze(model)(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     with pytest.raises(ValueError, match="winograd must be"):
         fused_res.backends.use("auto", winograd="no")  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
-def test_threads_sizes_and_batches_share_one_model() -> None:
-    """Every caller gets its own answer, whatever the others run at the same time."""
+def test_concurrent_calls_of_one_frozen_model_are_bitwise_equal() -> None:
+    """Threads that call one model with different shapes at the same time do not affect each other's results."""
     frozen = fused_res.freeze(network())
     inputs = [torch.randn(n, 3, size, size) for n, size in ((1, 64), (3, 64), (2, 75), (5, 33))]
     expected = [frozen(x) for x in inputs]
@@ -178,7 +177,7 @@ def test_threads_sizes_and_batches_share_one_model() -> None:
     assert not errors
 
 
-def test_bits_do_not_depend_on_threads() -> None:
+def test_results_are_bitwise_equal_for_any_thread_count() -> None:
     frozen = fused_res.freeze(network())
     x = torch.randn(3, 3, 70, 64)
     before = torch.get_num_threads()
@@ -189,29 +188,29 @@ def test_bits_do_not_depend_on_threads() -> None:
             outputs.append([frozen.layer1(torch.ones(3, 64, 17, 16)), frozen.conv1(x)])
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for one in outputs[1:] for a, b in zip(outputs[0], one, strict=True))
+    assert all(torch.equal(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other, strict=True))
 
 
-def test_a_weight_packed_takes_four_times_its_memory_at_most() -> None:
+def test_packed_weights_use_at_most_four_times_the_memory() -> None:
     frozen = fused_res.freeze(network())
     frozen(torch.randn(1, 3, 64, 64))
     layers = [module for module in frozen.modules() if hasattr(module, "_packed")]
     packed = [(sum(p.tensor.nbytes for p in layer._packed.values()), layer.weight.nbytes) for layer in layers]
-    assert len(packed) == 20 and all(0 < made <= 4.5 * plain for made, plain in packed)
+    assert len(packed) == 20 and all(0 < packed_bytes <= 4.5 * plain for packed_bytes, plain in packed)
 
 
-def test_a_hook_inside_a_stage_is_called() -> None:
+def test_hook_inside_a_stage_is_called() -> None:
     frozen = fused_res.freeze(network())
     x = torch.randn(1, 3, 64, 64)
-    expected, seen = frozen(x), []
+    expected, hook_calls = frozen(x), []
     layer: nn.Module = frozen.layer2[1].conv1
-    handle = layer.register_forward_hook(lambda *_: seen.append(1))
-    assert torch.allclose(frozen(x), expected, rtol=1e-4, atol=1e-5) and seen == [1]
+    handle = layer.register_forward_hook(lambda *_: hook_calls.append(1))
+    assert torch.allclose(frozen(x), expected, rtol=1e-4, atol=1e-5) and hook_calls == [1]
     handle.remove()
-    assert torch.equal(frozen(x), expected) and seen == [1]
+    assert torch.equal(frozen(x), expected) and hook_calls == [1]
 
 
-def test_a_weight_changed_in_place_is_packed_again() -> None:
+def test_weight_changed_in_place_is_repacked() -> None:
     frozen = fused_res.freeze(network())
     x = torch.randn(1, 3, 64, 64)
     before = frozen(x)
@@ -221,8 +220,8 @@ def test_a_weight_changed_in_place_is_packed_again() -> None:
     assert torch.equal(after, frozen(x))
 
 
-def test_calls_are_prepared_for_shapes_and_looked_at_again() -> None:
-    """A stage keeps what it has prepared; replaced tensors, other settings and copies get their own."""
+def test_cached_graphs_are_invalidated() -> None:
+    """Graphs are cached by shape, and rebuilt for replaced tensors and layers, changed settings and copied models."""
     frozen = fused_res.freeze(network())
     small, large = torch.randn(1, 3, 64, 64), torch.randn(2, 3, 96, 64)
     expected = [frozen(small), frozen(large)]
@@ -234,8 +233,8 @@ def test_calls_are_prepared_for_shapes_and_looked_at_again() -> None:
     assert not torch.allclose(frozen(small), expected[0]) and torch.equal(twin(small), expected[0])
     with fused_res.backends.use("auto", winograd=False):
         assert not torch.equal(twin(small), expected[0])
-        assert twin.layer2[1].conv1.kernel.name == "direct"
-    assert torch.equal(twin(small), expected[0]) and twin.layer2[1].conv1.kernel.name.startswith("winograd")
+        assert twin.layer2[1].conv1.last_selected.name == "direct"
+    assert torch.equal(twin(small), expected[0]) and twin.layer2[1].conv1.last_selected.name.startswith("winograd")
     assert torch.equal(other(large), expected[1])
     twin.layer2[1].conv1 = other.layer2[1].conv2
     assert not torch.allclose(twin(small), expected[0])
@@ -252,7 +251,7 @@ def test_calls_are_prepared_for_shapes_and_looked_at_again() -> None:
 
 
 @torch.inference_mode()
-def test_biases_that_are_not_dense() -> None:
+def test_non_contiguous_biases() -> None:
     frozen = fused_res.freeze(network())
     x = torch.randn(1, 3, 64, 64)
     expected = frozen(x)
@@ -262,8 +261,8 @@ def test_biases_that_are_not_dense() -> None:
     torch.testing.assert_close(frozen(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_flops_are_counted() -> None:
-    """By those who look at what reaches the dispatcher: they know ATen's convolution, and not ours."""
+def test_flop_count_with_native_convolutions() -> None:
+    """FlopCounterMode, a dispatch mode, counts ATen's convolutions; they run in place of the native kernels."""
     x = torch.randn(4, 32, 28, 28).to(memory_format=torch.channels_last)
     weight = torch.randn(32, 32, 3, 3, requires_grad=True)
     spec = BlockSpec((THREE,))
@@ -276,4 +275,4 @@ def test_flops_are_counted() -> None:
         fused_res.functional.residual_block(
             x, spec, [weight, None, *norm], training=True, momentum=0.1
         ).sum().backward()
-    assert counter.get_total_flops() == 2 * forward  # and the gradient of the weight
+    assert counter.get_total_flops() == 2 * forward  # the forward and the weight gradient

@@ -1,4 +1,4 @@
-"""The cache that large outputs of the C++ kernels come from (csrc/cpu/output_memory.cpp)."""
+"""The caching allocator for large outputs of the C++ kernels (csrc/cpu/output_allocator.cpp)."""
 
 import gc
 import os
@@ -14,16 +14,16 @@ from fused_res import _extension
 from fused_res.backends.cpu import output_cache_bytes, set_output_cache
 from fused_res.functional import batch_norm_act
 
-# The cache is part of the compiled extension. `make test` and CI insist on having that; a Python-only installation
-# has nothing here to test.
-pytestmark = pytest.mark.skipif(not _extension.loaded, reason=_extension.reason)
+# The cache is part of the compiled extension. `make test` and CI require the extension; a Python-only installation
+# skips these tests.
+pytestmark = pytest.mark.skipif(not _extension.loaded, reason=_extension.unavailable_reason)
 
 MB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
 def cache():
-    """An empty cache of 64 MB, and the usual one afterwards."""
+    """Set an empty cache of 64 MB; restore the configured limit afterwards."""
     gc.collect()
     set_output_cache(0)
     set_output_cache(64)
@@ -33,17 +33,17 @@ def cache():
 
 
 def norm(x):
-    """An output of x's size."""
+    """Return an output of x's size that the C++ kernels allocated."""
     return batch_norm_act(x, None, None, training=True, activation="identity", backend="cpu")
 
 
-def image(megabytes, fill=None):
+def input_of(megabytes, fill=None):
     x = torch.randn(megabytes, 64, 64, 64)
     return x if fill is None else x.fill_(fill)
 
 
-def test_a_freed_output_is_the_next_one_of_its_size():
-    x = image(4)
+def test_freed_output_is_reused_for_same_size():
+    x = input_of(4)
     y = norm(x)
     expected, address = y.clone(), y.data_ptr()
     del y
@@ -55,56 +55,56 @@ def test_a_freed_output_is_the_next_one_of_its_size():
 
 
 def test_live_outputs_never_share_memory():
-    x = image(2)
+    x = input_of(2)
     outputs = [norm(x + index) for index in range(4)]
     del outputs[1]
     outputs += [norm(2 * x), norm(3 * x)]
     assert len({y.data_ptr() for y in outputs}) == len(outputs)
     for y in outputs:
-        torch.testing.assert_close(y, outputs[0], rtol=1e-3, atol=1e-3)  # a norm forgets shift and scale
+        torch.testing.assert_close(y, outputs[0], rtol=1e-3, atol=1e-3)  # batch norm is invariant to shift and scale
 
 
-def test_only_the_same_size_is_given_out():
-    norm(image(4))
-    kept = output_cache_bytes()
-    y = norm(image(3))
-    assert kept == output_cache_bytes() == 4 * MB
+def test_freed_output_is_not_reused_for_other_sizes():
+    norm(input_of(4))
+    cached = output_cache_bytes()
+    y = norm(input_of(3))
+    assert cached == output_cache_bytes() == 4 * MB
     del y
     assert output_cache_bytes() == 7 * MB
 
 
-def test_small_outputs_stay_with_malloc():
+def test_small_outputs_use_malloc():
     norm(torch.randn(4, 8, 16, 16))
     assert output_cache_bytes() == 0
 
 
-def test_no_more_is_kept_than_the_limit_and_the_oldest_goes_first():
+def test_limit_evicts_oldest_outputs_first():
     set_output_cache(10)
-    small, large = image(3), image(6)
+    small, large = input_of(3), input_of(6)
     first, second = norm(small), norm(large)
     recent = second.data_ptr()
     del first, second
     assert output_cache_bytes() == 9 * MB
     del large
-    norm(image(2))  # 11 MB would be kept: the 3 MB, freed first, go
+    norm(input_of(2))  # 11 MB would exceed the limit: the 3 MB, freed first, are evicted
     assert output_cache_bytes() == 8 * MB
-    assert norm(image(6)).data_ptr() == recent
+    assert norm(input_of(6)).data_ptr() == recent
     set_output_cache(1)
     assert output_cache_bytes() == 0
-    norm(image(2))
+    norm(input_of(2))
     assert output_cache_bytes() == 0
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, 1 << 40, "8"])
-def test_another_limit_is_refused(wrong):
-    norm(image(2))
-    with pytest.raises(ValueError, match="megabytes must be a whole number, 0 or more, got"):
+def test_invalid_limit_raises(wrong):
+    norm(input_of(2))
+    with pytest.raises(ValueError, match="megabytes must be a non-negative integer, got"):
         set_output_cache(wrong)
     assert output_cache_bytes() == 2 * MB
 
 
-def test_outputs_are_ordinary_tensors(tmp_path):
-    y = norm(image(2))
+def test_outputs_support_save_share_numpy_clone_and_resize(tmp_path):
+    y = norm(input_of(2))
     torch.save(y, tmp_path / "y")
     torch.testing.assert_close(torch.load(tmp_path / "y"), y, rtol=0, atol=0)
     before = y.clone()
@@ -112,19 +112,19 @@ def test_outputs_are_ordinary_tensors(tmp_path):
     array = y.numpy()
     total = array.sum()
     del y
-    norm(image(2))  # must not get what the array still holds
+    norm(input_of(2))  # must not reuse memory that the array still references
     assert array.sum() == total
-    lazy = torch._lazy_clone(source := norm(image(2)))
+    lazy = torch._lazy_clone(source := norm(input_of(2)))
     lazy += 1
     torch.testing.assert_close(lazy - 1, source)
-    grown = norm(image(2))
-    kept = grown.flatten()[:100].clone()
+    grown = norm(input_of(2))
+    before = grown.flatten()[:100].clone()
     grown.resize_(4, 64, 64, 64)
-    torch.testing.assert_close(grown.flatten()[:100], kept, rtol=0, atol=0)
+    torch.testing.assert_close(grown.flatten()[:100], before, rtol=0, atol=0)
 
 
-def test_threads_do_not_get_in_each_others_way():
-    xs = [image(2) + index for index in range(4)]
+def test_concurrent_threads_do_not_share_outputs():
+    xs = [input_of(2) + index for index in range(4)]
     expected = [norm(x).double().sum() for x in xs]
 
     def work(index):
@@ -137,27 +137,27 @@ def test_threads_do_not_get_in_each_others_way():
     assert output_cache_bytes() <= 64 * MB
 
 
-def test_memory_stays_flat_over_training_steps():
-    x = image(2).requires_grad_()
+def test_cache_size_is_constant_over_training_steps():
+    x = input_of(2).requires_grad_()
     for _ in range(3):
         norm(x).sum().backward()
-    kept = output_cache_bytes()
+    cached = output_cache_bytes()
     for _ in range(10):
         norm(x).sum().backward()
-    assert output_cache_bytes() == kept
+    assert output_cache_bytes() == cached
 
 
-def test_a_forked_child_lives():
-    norm(image(2))
+def test_forked_child_can_allocate():
+    norm(input_of(2))
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
-        ok = norm(image(2)).isfinite().all().item()
+        ok = norm(input_of(2)).isfinite().all().item()
         os._exit(0 if ok else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_the_variable_turns_it_off():
+def test_environment_variable_sets_limit():
     code = (
         "import torch, fused_res\n"
         "from fused_res.backends.cpu import output_cache_bytes\n"
@@ -165,7 +165,7 @@ def test_the_variable_turns_it_off():
         "fused_res.functional.batch_norm_act(x, None, None, training=True)\n"
         "print(output_cache_bytes())"
     )
-    for value, kept in (("0", "0"), ("8", str(2 * MB)), ("1", "0")):
+    for value, cached in (("0", "0"), ("8", str(2 * MB)), ("1", "0")):
         environ = os.environ | {"FUSED_RES_CPU_CACHE": value}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=True)
-        assert done.stdout.strip() == kept
+        assert done.stdout.strip() == cached

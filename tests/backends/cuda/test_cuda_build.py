@@ -1,6 +1,9 @@
-"""The CUDA kernels' build, with no GPU and no torch that knows CUDA: which torch, nvcc and architectures it takes, what
-the compiler says of every kernel, and whether the linked library brings every operator. The kernels have no code that
-depends on the architecture: one is compiled by default, all of them by `make test-full`."""
+"""Build of the CUDA kernels with nvcc, on a machine without a GPU and with a PyTorch built without CUDA.
+
+Checks which versions of PyTorch, nvcc and architectures CMake accepts, the compiler's report for every kernel (spills,
+registers, warnings), and that the linked library registers every operator. The kernels have no architecture-dependent
+code, so one architecture is compiled by default and all of them by ``make test-full``.
+"""
 
 import itertools
 import json
@@ -19,41 +22,49 @@ import torch
 from fused_res import ops
 from fused_res.backends import cuda, registry
 from fused_res.ops import memory_format
-from tools import ptxas_report as ptxas
+from tools import ptxas_report
 
 ROOT = Path(__file__).resolve().parents[3]
-BUILD = ROOT / "build"  # its folders are kept, so that the next session compiles nothing twice
+BUILD = ROOT / "build"  # persistent, so that the next test session compiles incrementally
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 TORCH = Path(torch.__file__).parent
 LIBRARY = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-#: By the name of the build's folder: what TORCH_CUDA_ARCH_LIST says, and what is compiled then.
+#: By name of the build folder: the value of TORCH_CUDA_ARCH_LIST, and the architectures that are compiled for it.
 ARCHITECTURES = {"cuda": ("8.0", ["sm_80"]), "cuda-all": ("", ["sm_80", "sm_90", "sm_100", "sm_120"])}
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc not found")
 
 
 def run(*command: str | Path, fails: bool = False, timeout: int = 60, **variables: str) -> str:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FUSED_RES_", "PYTHON", "CUDA"))}
-    clean.pop("TORCH_CUDA_ARCH_LIST", None)
-    done = subprocess.run(
-        command, env=clean | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout
+    """Run a command in a clean environment plus ``variables``, check whether it fails, and return its output."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("FUSED_RES_", "PYTHON", "CUDA"))
+    }
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)
+    completed = subprocess.run(
+        command,
+        env=environment | variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
     )
-    assert (done.returncode != 0) == fails, done.stdout
-    return done.stdout
+    assert (completed.returncode != 0) == fails, completed.stdout
+    return completed.stdout
 
 
-def tool(name: str) -> str:
-    """Of this environment, which need not be activated."""
+def find_tool(name: str) -> str:
+    """Return the path of a program of this Python environment, which need not be activated."""
     scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     found = shutil.which(name, path=scripts)
     assert found is not None
     return found
 
 
-def pretended(folder: Path, cuda: str | None) -> Path:
-    """A folder for PYTHONPATH with this torch's headers and libraries, said to be built with that CUDA.
+def make_fake_torch(folder: Path, cuda: str | None) -> Path:
+    """Create a ``torch`` package that claims to be built with CUDA version ``cuda``, and return its PYTHONPATH entry.
 
-    Its libc10_cuda is empty.
+    It links to the headers and libraries of the installed PyTorch; its libc10_cuda is empty.
     """
     version = f"{torch.__version__.partition('+')[0]}+cu{cuda}"
     package, metadata = folder / "torch", folder / f"torch-{version}.dist-info"
@@ -65,44 +76,49 @@ def pretended(folder: Path, cuda: str | None) -> Path:
     for name in ("include", "lib/libc10.so", "lib/libtorch_cpu.so"):
         (package / name).unlink(missing_ok=True)
         (package / name).symlink_to(TORCH / name)
-    stub(package, "")
+    build_c10_cuda_stub(package, "")
     return folder
 
 
-def stub(package: Path, code: str) -> None:
-    """A libc10_cuda in place of the real one."""
+def build_c10_cuda_stub(package: Path, code: str) -> None:
+    """Compile ``code`` as the libc10_cuda of a fake ``torch`` package."""
     command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", package / "lib" / "libc10_cuda.so"]
     subprocess.run([*command, "-Wl,-soname,libc10_cuda.so"], input=code, text=True, check=True)
 
 
 def configure(folder: Path, mode: str = "auto", *options: str, **arguments: object) -> str:
-    options += (f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
+    """Run CMake with ``FUSED_RES_CUDA=mode`` in ``folder`` and return its output."""
+    options += (f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}")
     options += (f"-DFUSED_RES_CUDA={mode}",)
-    return run(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", folder, *options, **arguments)
+    return run(find_tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", folder, *options, **arguments)
 
 
-def record(folder: Path) -> dict[str, object]:
+def build_record(folder: Path) -> dict[str, object]:
+    """Return the JSON record that CMake writes: versions and architectures, or why the CUDA backend is skipped."""
     (path,) = folder.glob("_cuda.*.json")
     return json.loads(path.read_text())
 
 
-# --- what the build finds -----------------------------------------------------------------------------------
+# --- configuration ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where CMake configures, again and again."""
+    """Return the folder that the tests of the configuration share."""
     return tmp_path_factory.mktemp("configured")
 
 
 @pytest.fixture
-def another_nvcc(tmp_path: Path) -> Callable[[str], dict[str, str]]:
-    """A CUDA_HOME with an nvcc that does ``unlike`` in place of something, and else what the real one does."""
+def fake_nvcc(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """Return a function that creates a CUDA_HOME whose nvcc differs from the real one.
 
-    def make(unlike: str) -> dict[str, str]:
+    Its argument is a branch of a shell ``case`` on nvcc's arguments: the calls that it overrides.
+    """
+
+    def make(override: str) -> dict[str, str]:
         (tmp_path / "bin").mkdir()
         nvcc = tmp_path / "bin" / "nvcc"
-        nvcc.write_text(f'#!/bin/sh\ncase "$*" in\n{unlike};;\n*) exec {NVCC} "$@";;\nesac\n')
+        nvcc.write_text(f'#!/bin/sh\ncase "$*" in\n{override};;\n*) exec {NVCC} "$@";;\nesac\n')
         nvcc.chmod(0o755)
         return {"CUDA_HOME": str(tmp_path)}
 
@@ -115,121 +131,126 @@ def cuda_version() -> str:
     return found[1]
 
 
-def with_torch(tmp_path: Path, cuda: str | None) -> dict[str, str]:
-    return {"PYTHONPATH": str(pretended(tmp_path / "torch", cuda))}
+def fake_torch_env(tmp_path: Path, cuda: str | None) -> dict[str, str]:
+    return {"PYTHONPATH": str(make_fake_torch(tmp_path / "torch", cuda))}
 
 
-def refused(folder: Path, why: str, **variables: str) -> None:
-    """``auto`` goes without the kernels and records why; ``1`` stops with it."""
+def assert_skipped(folder: Path, why: str, **variables: str) -> None:
+    """Check that ``auto`` skips the CUDA backend and records the reason, and that ``1`` fails with the same reason."""
     configure(folder, **variables)
-    assert re.search(why, str(record(folder)["skipped"]))
+    assert re.search(why, str(build_record(folder)["skipped"]))
     printed = " ".join(configure(folder, "1", fails=True, **variables).split())
     assert "CMake Error" in printed and re.search(f"FUSED_RES_CUDA=1, but .*{why}", printed)
 
 
-def test_torch_without_cuda(folder, tmp_path):
-    refused(folder, "this torch, .*, was built without CUDA", **with_torch(tmp_path, None))
+def test_torch_without_cuda_is_skipped(folder, tmp_path):
+    assert_skipped(folder, "this torch, .*, was built without CUDA", **fake_torch_env(tmp_path, None))
 
 
-def test_switched_off(folder, tmp_path):
-    configure(folder, "0", **with_torch(tmp_path, cuda_version()))
-    assert record(folder) == {"skipped": "FUSED_RES_CUDA=0"}
+def test_fused_res_cuda_0_disables_the_backend(folder, tmp_path):
+    configure(folder, "0", **fake_torch_env(tmp_path, cuda_version()))
+    assert build_record(folder) == {"skipped": "FUSED_RES_CUDA=0"}
 
 
-def test_cuda_of_another_major_version(folder, tmp_path):
+def test_different_cuda_major_version_is_skipped(folder, tmp_path):
     why = rf"nvcc is CUDA {re.escape(cuda_version())} and this torch was built with CUDA 99\.1: the major version"
-    refused(folder, why, **with_torch(tmp_path, "99.1"))
+    assert_skipped(folder, why, **fake_torch_env(tmp_path, "99.1"))
 
 
-def test_cuda_of_another_minor_version(folder, tmp_path):
+def test_different_cuda_minor_version_warns(folder, tmp_path):
     cuda = cuda_version().partition(".")[0] + ".99"
-    printed = " ".join(configure(folder, "1", **with_torch(tmp_path, cuda)).split())
-    assert "CMake Warning" in printed and "which should do" in printed
-    assert record(folder)["cuda"] == cuda
+    printed = " ".join(configure(folder, "1", **fake_torch_env(tmp_path, cuda)).split())
+    assert "CMake Warning" in printed and "which should be compatible" in printed
+    assert build_record(folder)["cuda"] == cuda
 
 
 @pytest.mark.parametrize(
     ("variables", "why"),
     [
-        ({"CUDA_HOME": "/nowhere"}, "CUDA_HOME=/nowhere has no bin/nvcc that runs"),
-        ({"CUDACXX": "/bin/false"}, "CUDACXX=/bin/false is no nvcc that runs"),
-        ({"TORCH_CUDA_ARCH_LIST": "Ampere"}, "'Ampere' is no compute capability; write numbers"),
-        ({"TORCH_CUDA_ARCH_LIST": "8.0 9"}, "'9' is no compute capability"),
+        ({"CUDA_HOME": "/nowhere"}, "CUDA_HOME=/nowhere has no working bin/nvcc"),
+        ({"CUDACXX": "/bin/false"}, "CUDACXX=/bin/false is not a working nvcc"),
+        ({"TORCH_CUDA_ARCH_LIST": "Ampere"}, "'Ampere' is not a compute capability; use numbers"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0 9"}, "'9' is not a compute capability"),
         ({"TORCH_CUDA_ARCH_LIST": "6.0 7.5"}, "the CUDA kernels need 8.0 or newer"),
-        ({"TORCH_CUDA_ARCH_LIST": "8.0;99.0"}, r"nvcc [\d.]+ does not know 99\.0"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;99.0"}, r"nvcc [\d.]+ does not support 99\.0"),
     ],
 )
-def test_what_is_not_there(variables, why, folder, tmp_path):
-    refused(folder, why, **variables, **with_torch(tmp_path, cuda_version()))
+def test_unusable_nvcc_or_architecture_is_skipped(variables, why, folder, tmp_path):
+    assert_skipped(folder, why, **variables, **fake_torch_env(tmp_path, cuda_version()))
 
 
-def test_a_toolkit_that_does_not_compile(folder, tmp_path, another_nvcc):
-    nvcc = another_nvcc('*" -c "*launch.h*) echo "error: unsupported GNU version"; exit 1')
-    refused(
-        folder, "cannot compile with .*: error: unsupported GNU version", **nvcc, **with_torch(tmp_path, cuda_version())
+def test_failing_compiler_probe_is_skipped(folder, tmp_path, fake_nvcc):
+    nvcc = fake_nvcc('*" -c "*launch.h*) echo "error: unsupported GNU version"; exit 1')
+    assert_skipped(
+        folder,
+        "cannot compile with .*: error: unsupported GNU version",
+        **nvcc,
+        **fake_torch_env(tmp_path, cuda_version()),
     )
 
 
-def test_architectures_that_nvcc_does_not_know_are_no_default(folder, tmp_path, another_nvcc):
-    nvcc = another_nvcc("--list-gpu-arch) printf 'compute_70\\ncompute_80\\ncompute_90\\n'")
-    configure(folder, "1", **nvcc, **with_torch(tmp_path, cuda_version()))
-    assert record(folder)["architectures"] == ["sm_80", "sm_90", "compute_90"]
+def test_default_architectures_are_those_that_nvcc_supports(folder, tmp_path, fake_nvcc):
+    nvcc = fake_nvcc("--list-gpu-arch) printf 'compute_70\\ncompute_80\\ncompute_90\\n'")
+    configure(folder, "1", **nvcc, **fake_torch_env(tmp_path, cuda_version()))
+    assert build_record(folder)["architectures"] == ["sm_80", "sm_90", "compute_90"]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "made"),
+    ("arch_list", "expected"),
     [
         ("8.0", ["sm_80"]),
         ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
         ("7.5 8.6, 12.0 8.6", ["sm_86", "sm_120"]),
     ],
 )
-def test_architectures_that_are_asked_for(wanted, made, folder, tmp_path):
-    configure(folder, "1", TORCH_CUDA_ARCH_LIST=wanted, **with_torch(tmp_path, cuda_version()))
-    assert record(folder)["architectures"] == made
-    commands = run(tool("ninja"), "-C", folder, "-t", "commands", "cuda_objects")
+def test_torch_cuda_arch_list(arch_list, expected, folder, tmp_path):
+    configure(folder, "1", TORCH_CUDA_ARCH_LIST=arch_list, **fake_torch_env(tmp_path, cuda_version()))
+    assert build_record(folder)["architectures"] == expected
+    commands = run(find_tool("ninja"), "-C", folder, "-t", "commands", "cuda_objects")
     generated = set(re.findall(r",code=(\w+)", commands))
-    assert generated == set(made)
+    assert generated == set(expected)
 
 
-# --- what it makes ------------------------------------------------------------------------------------------
+# --- kernels and library ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["cuda", pytest.param("cuda-all", marks=pytest.mark.full)])
 def built(request: pytest.FixtureRequest) -> Path:
-    """The build folder with the library linked, for one or all architectures."""
+    """Build and link the library for one or all architectures, and return the build folder."""
     folder = BUILD / request.param
-    torch_folder = pretended(folder / "torch", cuda_version())
-    # One translation unit for all host sources: torch's headers are most of what each one compiles.
+    torch_folder = make_fake_torch(folder / "torch", cuda_version())
+    # One translation unit for all host sources, since torch's headers dominate the compile time of each.
     unity = "-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0"
     configure(folder, "1", *unity, PYTHONPATH=str(torch_folder), TORCH_CUDA_ARCH_LIST=ARCHITECTURES[request.param][0])
-    run(tool("cmake"), "--build", folder, "--target", "cuda_objects", "--parallel", "2", timeout=1500)
+    run(find_tool("cmake"), "--build", folder, "--target", "cuda_objects", "--parallel", "2", timeout=1500)
     objects = list((folder / "CMakeFiles" / "cuda_host.dir").rglob("*.o"))
     missing = set(re.findall(r"\b(_ZNK?3c104cuda\w+)", run("nm", "--undefined-only", *objects)))
-    stub(torch_folder / "torch", "".join(f"void {name}(void) {{ __builtin_trap(); }}\n" for name in sorted(missing)))
-    run(tool("cmake"), "--build", folder, "--target", "_cuda", timeout=120)
+    build_c10_cuda_stub(
+        torch_folder / "torch", "".join(f"void {name}(void) {{ __builtin_trap(); }}\n" for name in sorted(missing))
+    )
+    run(find_tool("cmake"), "--build", folder, "--target", "_cuda", timeout=120)
     return folder
 
 
 @pytest.fixture(scope="module")
-def kernels(built: Path) -> dict[str, list[ptxas.Kernel]]:
-    return ptxas.of_build(built)
+def kernels(built: Path) -> dict[str, list[ptxas_report.KernelResources]]:
+    return ptxas_report.parse_build(built)
 
 
 def test_no_kernel_spills(kernels):
-    wrong = [str(one) for some in kernels.values() for one in some if one.spills]
-    assert not wrong, "\n".join(wrong)
+    spilling = [str(one) for some in kernels.values() for one in some if one.has_spills]
+    assert not spilling, "\n".join(spilling)
 
 
 def test_every_kernel_is_compiled_for_every_architecture(built, kernels):
     for source, some in kernels.items():
-        made = {name: [one.architecture for one in some if one.name == name] for name in {one.name for one in some}}
-        assert made, source
-        for name, architectures in made.items():
+        compiled = {name: [one.architecture for one in some if one.name == name] for name in {one.name for one in some}}
+        assert compiled, source
+        for name, architectures in compiled.items():
             assert sorted(architectures) == sorted(ARCHITECTURES[built.name][1]), f"{source}: {name}"
 
 
-def test_the_compiler_warns_of_nothing(built, kernels):
+def test_no_compiler_warnings(built, kernels):
     for source in kernels:
         assert "warning" not in (built / f"csrc/cuda/{source}.o.log").read_text()
 
@@ -247,34 +268,37 @@ __global__ void tiny(Arguments a) { __shared__ float y[4]; y[threadIdx.x & 3] = 
 """
 
 
-def test_a_kernel_that_spills_is_seen(tmp_path):
+def test_spilling_kernel_is_reported(tmp_path):
     (tmp_path / "spilling.cu").write_text(SPILLING)
     log = run(NVCC, "-arch=sm_90", "-Xptxas=-v", "-c", tmp_path / "spilling.cu", "-o", tmp_path / "spilling.o")
-    spilling, tiny = sorted(ptxas.parse(log), key=lambda one: one.name)
+    spilling, tiny = sorted(ptxas_report.parse(log), key=lambda one: one.name)
     assert (spilling.name, tiny.name) == ("spilling", "tiny")
-    assert spilling.spills and spilling.registers <= 64
-    assert not tiny.spills and tiny.shared == 16
-    made = ptxas.table({"spilling.cu": [spilling, tiny]}, {"tiny": (64, 1024)})
-    assert f"| `tiny` | 64 | 1024 | {tiny.registers} |" in made
+    assert spilling.has_spills and spilling.registers <= 64
+    assert not tiny.has_spills and tiny.static_shared_bytes == 16
+    table = ptxas_report.table({"spilling.cu": [spilling, tiny]}, {"tiny": (64, 1024)})
+    assert f"| `tiny` | 64 | 1024 | {tiny.registers} |" in table
 
 
-#: What a block may have on every architecture: sm_120 has the least.
-SHARED = 99 << 10
-SHAPES = [  # of a bottleneck's convolutions: images, channels, size, outputs
+#: Shared memory of a threadblock that every architecture supports: sm_120 has the least.
+MAX_SHARED = 99 << 10
+SHAPES = [  # convolutions of a bottleneck block: images, channels, size, output channels
     (32, 64, 56, 256),
     (64, 256, 28, 512),
     (2, 256, 16, 128),
     (2, 2048, 7, 512),
-    (3, 35, 9, 20),  # nothing is aligned
+    (3, 35, 9, 20),  # no operand is aligned
 ]
 
 
-def launched() -> Iterator[tuple[str, int, int, bool]]:
-    """Kernel, threads, shared memory and whether it is cooperative, of every operator at real sizes; none is run."""
-    from tools.ptx.nvcc_runner import observed
+def launch_configurations() -> Iterator[tuple[str, int, int, bool]]:
+    """Yield kernel name, threads, shared memory and whether it is cooperative of every launch.
 
-    ours = registry.resolve("cuda", torch.device("cpu"))
-    with observed(lambda launch, argument: None) as launches:
+    All operators are called at realistic sizes; the launches are intercepted and not run.
+    """
+    from tools.ptx.nvcc_runner import intercept_launches
+
+    operators = registry.resolve("cuda", torch.device("cpu"))
+    with intercept_launches(lambda launch, argument: None) as launches:
         for (images, channels, size, outputs), dtype, format, tf32 in itertools.product(
             SHAPES,
             (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -283,45 +307,45 @@ def launched() -> Iterator[tuple[str, int, int, bool]]:
         ):
             torch.backends.cudnn.allow_tf32 = tf32
             x, y = (torch.empty(images, c, size, size, dtype=dtype, memory_format=format) for c in (channels, outputs))
-            wide = ops.stats_dtype(dtype)
+            stats_dtype = ops.stats_dtype(dtype)
             vector, stats, y_stats = (
-                torch.empty(size, dtype=wide) for size in ((outputs,), (5, channels), (5, outputs))
+                torch.empty(size, dtype=stats_dtype) for size in ((outputs,), (5, channels), (5, outputs))
             )
-            mask = torch.empty(memory_format.packed_shape(y), dtype=torch.uint8)
-            ours.batch_norm_act_forward(y, y, None, vector, vector, None, None, True, 1e-5, True, True)
-            ours.batch_norm_act_forward(y, None, None, vector, vector, vector, vector, False, 1e-5, True, True)
-            ours.batch_norm_act_backward(y, y, vector, y_stats, mask, True, True, [True] * 4)
-            ours.add_masked_(y, y, mask)
-            ours.update_running_stats([vector], [vector], [y_stats], [0.1])
-            pooled, indices = ours.max_pool_forward(x, stats, True, [3, 3], [2, 2], [1, 1])
-            ours.max_pool_backward(pooled, indices, x, [3, 3], [2, 2], [1, 1])
+            mask = torch.empty(memory_format.relu_mask_shape(y), dtype=torch.uint8)
+            operators.batch_norm_act_forward(y, y, None, vector, vector, None, None, True, 1e-5, True, True)
+            operators.batch_norm_act_forward(y, None, None, vector, vector, vector, vector, False, 1e-5, True, True)
+            operators.batch_norm_act_backward(y, y, vector, y_stats, mask, True, True, [True] * 4)
+            operators.add_masked_(y, y, mask)
+            operators.update_running_stats([vector], [vector], [y_stats], [0.1])
+            pooled, indices = operators.max_pool_forward(x, stats, True, [3, 3], [2, 2], [1, 1])
+            operators.max_pool_backward(pooled, indices, x, [3, 3], [2, 2], [1, 1])
             if format == torch.contiguous_format or dtype == torch.float64:
                 continue
             weight, geometry = torch.empty(outputs, channels, 1, 1, dtype=dtype), ([1, 1], [0, 0], [1, 1], 1)
-            ours.conv_bias_act(x, weight, vector.to(dtype), y, *geometry, True)
-            ours.conv_bn_stats(x, weight, None, stats, True, *geometry, True)
+            operators.conv_bias_act(x, weight, vector.to(dtype), y, *geometry, True)
+            operators.conv_bn_stats(x, weight, None, stats, True, *geometry, True)
             gradient = y, y, y_stats, mask, False, y_stats[:2], y[:, 0].numel(), weight
-            ours.conv_dgrad(*gradient, x, stats, True)
-            ours.conv_wgrad(*gradient, x, stats, True, [1, 1])
-    names = ptxas.demangled([one.kernel for one in launches])
+            operators.conv_dgrad(*gradient, x, stats, True)
+            operators.conv_wgrad(*gradient, x, stats, True, [1, 1])
+    names = ptxas_report.demangle([one.kernel for one in launches])
     for name, one in zip(names, launches, strict=True):
         yield name, one.threads, one.shared, one.cooperative
 
 
-@pytest.mark.skipif(not cuda.simulating(), reason="the CUDA kernels are not simulated here")
+@pytest.mark.skipif(not cuda.is_simulated(), reason="the CUDA kernels are not simulated here")
 def test_table_of_registers_and_shared_memory(built, kernels, monkeypatch):
-    """It is left in build/cuda. A cooperative launch asks what a block may have; all others have to fit everywhere."""
+    """Write the table to build/cuda. Cooperative launches query the device's limit; all others must fit everywhere."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    most: dict[str, tuple[int, int]] = {}
-    for name, threads, shared, cooperative in launched():
-        assert shared <= SHARED or cooperative, name
-        most[name] = threads, max(shared, most.get(name, (0, 0))[1])
-    assert set(most) <= {one.name for some in kernels.values() for one in some}
-    assert all(any(one.name in most for one in some) for some in kernels.values())
-    (built / "kernels.md").write_text(ptxas.table(kernels, most) + "\n")
+    maxima: dict[str, tuple[int, int]] = {}
+    for name, threads, shared, cooperative in launch_configurations():
+        assert shared <= MAX_SHARED or cooperative, name
+        maxima[name] = threads, max(shared, maxima.get(name, (0, 0))[1])
+    assert set(maxima) <= {one.name for some in kernels.values() for one in some}
+    assert all(any(one.name in maxima for one in some) for some in kernels.values())
+    (built / "kernels.md").write_text(ptxas_report.table(kernels, maxima) + "\n")
 
 
-def test_the_library_says_what_it_needs_but_not_where(built):
+def test_library_dependencies_have_no_absolute_paths(built):
     library = built / LIBRARY
     dynamic = run("readelf", "-d", library)
     major = cuda_version().partition(".")[0]
@@ -329,7 +353,7 @@ def test_the_library_says_what_it_needs_but_not_where(built):
         assert f"[{needed}]" in dynamic
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic and "python" not in dynamic
     for path in (ROOT, TORCH):
-        assert os.fsencode(path) not in library.read_bytes(), "a path of this machine is in the library"
+        assert os.fsencode(path) not in library.read_bytes(), "the library contains a path of this machine"
 
 
 OPERATORS = """
@@ -345,8 +369,8 @@ print(*(name for name in ops.SCHEMAS if not registered(f"fused_res_cuda::{name}"
 """
 
 
-def test_the_library_brings_every_operator(built):
-    """It opens with torch's schemas and CUDA's real run-time library; what it calls of libc10_cuda is a stub."""
+def test_library_registers_every_operator(built):
+    """The library is loaded with the real CUDA runtime; its libc10_cuda is a stub."""
     cudart = re.search(r"\S+libcudart\.so\S*", (built / "build.ninja").read_text())
     assert cudart is not None
     folders = f"{built / 'torch/torch/lib'}:{Path(cudart[0]).parent}"

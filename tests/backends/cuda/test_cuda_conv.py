@@ -1,6 +1,7 @@
-"""What only the convolutions in CUDA C++ have: tiles of several sizes, two ways to load them, split sums, TF32.
+"""Tests specific to the CUDA C++ convolutions: tile sizes, aligned and unaligned loads, split-K, TF32.
 
-Simulated where there is no GPU, see tools/cuda_sim. What all kernels for GPUs have in common is in test_gpu_kernels.
+They run in the simulator (``tools/cuda_sim``) where there is no GPU. Tests that both GPU backends share are in
+``tests/gpu/test_gpu_kernels.py``.
 """
 
 import contextlib
@@ -22,29 +23,29 @@ if "cuda" not in gpu.BACKENDS:
     pytest.skip(str(fused_res.backends.unavailable("cuda")), allow_module_level=True)
 
 kernels = fused_res.backends.resolve("cuda", DEVICE)
-simulated = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the simulator")
+simulator_only = pytest.mark.skipif(DEVICE.type == "cuda", reason="requires the CUDA simulator")
 PLAIN = ([1, 1], [0, 0], [1, 1], 1)
 SAME = ([1, 1], [1, 1], [1, 1], 1)
-#: Relative to the largest value. TF32 has as many digits as float16.
+#: Relative to the largest value. TF32 has the mantissa of float16.
 TOLERANCE = {"float32": 3e-6, "tf32": 2e-3, "float16": 2e-3, "bfloat16": 1.6e-2}
-ARITHMETIC = pytest.mark.parametrize("arithmetic", TOLERANCE)
+MATH_MODES = pytest.mark.parametrize("math_mode", TOLERANCE)
 
 
 @pytest.fixture(autouse=True)
 def tf32(request, monkeypatch):
-    allowed = "arithmetic" in request.fixturenames and request.getfixturevalue("arithmetic") == "tf32"
+    allowed = "math_mode" in request.fixturenames and request.getfixturevalue("math_mode") == "tf32"
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
 
 
 @pytest.fixture
-def run_time():
-    from tools.cuda_sim.simulator import run_time
+def simulator():
+    from tools.cuda_sim.simulator import load_simulator
 
-    return run_time()
+    return load_simulator()
 
 
-def dtype_of(arithmetic):
-    return torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
+def dtype_of(math_mode):
+    return torch.float32 if math_mode == "tf32" else getattr(torch, math_mode)
 
 
 def randn(*shape, seed=0):
@@ -60,15 +61,16 @@ def assert_close(ours, exact, tolerance):
 
 
 def misaligned(x):
-    """The same values, one element behind an address that is a multiple of 16."""
-    values = x.permute(0, 2, 3, 1).flatten()
-    memory = torch.cat([values[:1], values])
+    """Return a copy of ``x`` whose address is one element past a multiple of 16 bytes."""
+    elements = x.permute(0, 2, 3, 1).flatten()
+    memory = torch.cat([elements[:1], elements])
     return memory[1:].view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
 
 
-def case(shape, outputs, window, dtype):
-    x, weight = randn(*shape) + 1, randn(outputs, shape[1], *window, seed=1)
-    weight /= (shape[1] * window[0] * window[1]) ** 0.5
+def conv_operands(shape, outputs, kernel_size, dtype):
+    """Return input, weight and bias."""
+    x, weight = randn(*shape) + 1, randn(outputs, shape[1], *kernel_size, seed=1)
+    weight /= (shape[1] * kernel_size[0] * kernel_size[1]) ** 0.5
     return x.to(dtype), weight.to(dtype), randn(outputs, seed=2).to(dtype)
 
 
@@ -79,54 +81,55 @@ def norm_stats(channels):
     return stats.float()
 
 
-#: Enough rows and columns for tiles of 128 x 128, of 128 x 64, for 64 x 64 and a sum in parts; with edges.
+#: Shape, output channels and kernel size that select each tile size, and split-K. All have partial tiles at the edges.
 SIZES = {
-    "large": ((8, 16, 45, 46), 136, (1, 1)),
-    "tall": ((8, 8, 64, 65), 24, (1, 1)),
-    "small": ((2, 32, 9, 11), 72, (3, 3)),
-    "split": ((1, 512, 3, 3), 40, (1, 1)),
+    "128x128": ((8, 16, 45, 46), 136, (1, 1)),
+    "128x64": ((8, 8, 64, 65), 24, (1, 1)),
+    "64x64": ((2, 32, 9, 11), 72, (3, 3)),
+    "split_k": ((1, 512, 3, 3), 40, (1, 1)),
 }
 
 
-@ARITHMETIC
+@MATH_MODES
 @pytest.mark.parametrize("size", SIZES)
-def test_tiles(size, arithmetic):
-    """Each with every part of prologue and epilogue; and the same of operands that are not aligned."""
-    dtype, (shape, outputs, window) = dtype_of(arithmetic), SIZES[size]
-    x, weight, bias = case(shape, outputs, window, dtype)
-    geometry = PLAIN if window == (1, 1) else SAME
+def test_tile_sizes_with_prologue_and_epilogue(size, math_mode):
+    """Every tile size with every part of prologue and epilogue, for aligned and unaligned operands."""
+    dtype, (shape, outputs, kernel_size) = dtype_of(math_mode), SIZES[size]
+    x, weight, bias = conv_operands(shape, outputs, kernel_size, dtype)
+    geometry = PLAIN if kernel_size == (1, 1) else SAME
     exact = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
     residual = randn(*exact.shape, seed=5).to(dtype)
     stats = norm_stats(shape[1])
-    wanted = F.relu(exact + residual.double())
+    expected = F.relu(exact + residual.double())
     activation = norm.batch_norm_act_apply(x.double(), stats.double(), None, None, True, False)[0].to(dtype)
     exact = F.conv2d(activation.double(), weight.double(), bias.double(), *geometry)
-    means = norm.batch_norm_stats(exact, None, None, None, None, True, 1e-5)
+    exact_stats = norm.batch_norm_stats(exact, None, None, None, None, True, 1e-5)
     loads = [(x, weight, residual)]
-    if size in ("small", "split"):  # of others, only the smallest tile
+    if size in ("64x64", "split_k"):  # unaligned operands only have the smallest tile
         loads += [(misaligned(x), weight, residual), (x, misaligned(weight), misaligned(residual))]
     for x, weight, residual in loads:
         y = kernels.conv_bias_act(x, weight, bias, residual, *geometry, True)
-        assert_close(y, wanted, TOLERANCE[arithmetic])
+        assert_close(y, expected, TOLERANCE[math_mode])
         z, partials = kernels.conv_bn_stats(x, weight, bias, stats, True, *geometry, True)
-        assert_close(z, exact, TOLERANCE[arithmetic])
+        assert_close(z, exact, TOLERANCE[math_mode])
         ours = kernels.merge_stats(partials, None, None, 1e-5, False)
         for row in (ops.MEAN, ops.VAR):
-            assert_close(ours[row], means[row], 10 * TOLERANCE[arithmetic])
+            assert_close(ours[row], exact_stats[row], 10 * TOLERANCE[math_mode])
 
 
-BACKWARD = [(24, 72, 9), (20, 36, 9), (35, 5, 9)]  # channels, outputs, size: aligned for all, for float32, for none
+#: Channels, output channels, size: aligned for every dtype, for float32, for none.
+BACKWARD = [(24, 72, 9), (20, 36, 9), (35, 5, 9)]
 
 
 @pytest.mark.parametrize(
-    ("arithmetic", "channels", "outputs", "size"),
-    [(arithmetic, *sizes) for arithmetic in TOLERANCE for sizes in BACKWARD]
-    # Tiles of 128 x 128 and of 128 x 64, which are only of 16-bit numbers.
+    ("math_mode", "channels", "outputs", "size"),
+    [(math_mode, *sizes) for math_mode in TOLERANCE for sizes in BACKWARD]
+    # Tiles of 128 x 128 and of 128 x 64, which are instantiated for 16-bit dtypes only.
     + [("bfloat16", 136, 64, 128), ("float16", 64, 24, 128)],
 )
-def test_tiles_of_the_backward(channels, outputs, size, arithmetic):
-    """The gradient of the input has as many tiles as the forward; that of the weight few, and split sums."""
-    dtype = dtype_of(arithmetic)
+def test_backward_tile_sizes(channels, outputs, size, math_mode):
+    """The input gradient has as many tiles as the forward; the weight gradient has few, and uses split-K."""
+    dtype = dtype_of(math_mode)
     images = 2 if size > 100 else 3
     x, z = randn(images, channels, size, size).to(dtype), randn(images, outputs, size, size, seed=1).to(dtype)
     dy, weight = randn(*z.shape, seed=2).to(dtype), (randn(outputs, channels, 1, 1, seed=3) / outputs**0.5).to(dtype)
@@ -135,72 +138,74 @@ def test_tiles_of_the_backward(channels, outputs, size, arithmetic):
     added, added_mask = randn(*x.shape, seed=5).to(dtype), norm.pack_mask(randn(*x.shape, seed=6) > 0)
     sums = count * 0.1 * randn(2, outputs).float()
 
-    def wide(tensors):
+    def to_float64(tensors):
         return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
 
     common = dy, z, stats, mask, False, sums, count, weight
-    # Where a formed operand is rounded the other way, the difference is one of its own digits.
-    tolerance = 4 * TOLERANCE[arithmetic]
-    read = (*common, x, x_stats, True, [1, 1])
-    assert_close(kernels.conv_wgrad(*read), reference_wgrad.conv_wgrad(*wide(read)), tolerance)
-    read = (*common, None, None, False, added, added_mask)
-    assert_close(kernels.conv_dgrad(*read)[0], reference_dgrad.conv_dgrad(*wide(read))[0], tolerance)
-    read = (*common, x, x_stats, True)
-    for ours, exact in zip(kernels.conv_dgrad(*read), reference_dgrad.conv_dgrad(*wide(read)), strict=True):
+    # The prologue rounds its operand to the dtype: an operand rounded differently is off by one unit in the last place.
+    tolerance = 4 * TOLERANCE[math_mode]
+    arguments = (*common, x, x_stats, True, [1, 1])
+    assert_close(kernels.conv_wgrad(*arguments), reference_wgrad.conv_wgrad(*to_float64(arguments)), tolerance)
+    arguments = (*common, None, None, False, added, added_mask)
+    assert_close(kernels.conv_dgrad(*arguments)[0], reference_dgrad.conv_dgrad(*to_float64(arguments))[0], tolerance)
+    arguments = (*common, x, x_stats, True)
+    for ours, exact in zip(
+        kernels.conv_dgrad(*arguments), reference_dgrad.conv_dgrad(*to_float64(arguments)), strict=True
+    ):
         assert_close(ours, exact, tolerance)
 
 
-@simulated
-@ARITHMETIC
-def test_every_order_of_threads_and_no_bank_conflicts(arithmetic, run_time):
-    """Whatever the order that threads and blocks run in, the bits are the same; ldmatrix reads every bank once."""
-    dtype = dtype_of(arithmetic)
+@simulator_only
+@MATH_MODES
+def test_results_do_not_depend_on_schedule_and_no_bank_conflicts(math_mode, simulator):
+    """The results are bitwise equal under every schedule of threads and blocks; ldmatrix has no bank conflicts."""
+    dtype = dtype_of(math_mode)
     stats = norm_stats(32)
-    run_time.bank_conflicts()
+    simulator.bank_conflicts()
     results = []
     for schedule in (None, 0, 1, 2, 3):
-        with contextlib.nullcontext() if schedule is None else run_time.schedule(schedule):
+        with contextlib.nullcontext() if schedule is None else simulator.schedule(schedule):
             outputs = []
-            for shape, channels, window in (*list(SIZES.values())[2:], ((2, 35, 5, 5), 20, (3, 3))):
-                x, weight, bias = case(shape, channels, window, dtype)
-                through = norm_stats(shape[1])
-                outputs += kernels.conv_bn_stats(x, weight, bias, through, True, *SAME, True)
+            for shape, channels, kernel_size in (*list(SIZES.values())[2:], ((2, 35, 5, 5), 20, (3, 3))):
+                x, weight, bias = conv_operands(shape, channels, kernel_size, dtype)
+                input_stats = norm_stats(shape[1])
+                outputs += kernels.conv_bn_stats(x, weight, bias, input_stats, True, *SAME, True)
             x, z = randn(2, 32, 8, 8).to(dtype), randn(2, 72, 8, 8).to(dtype)
             common = z, z, norm_stats(72), None, True, None, 0, randn(72, 32, 1, 1).to(dtype), x, stats, True
             outputs += [*kernels.conv_dgrad(*common), kernels.conv_wgrad(*common, [1, 1])]
             results.append(outputs)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    for shape, channels, window in list(SIZES.values())[:2]:
-        x, weight, bias = case((2, *shape[1:]), channels, window, dtype)
+    for shape, channels, kernel_size in list(SIZES.values())[:2]:
+        x, weight, bias = conv_operands((2, *shape[1:]), channels, kernel_size, dtype)
         kernels.conv_bias_act(x, weight, bias, None, *PLAIN, True)
-    assert run_time.bank_conflicts() == 0
+    assert simulator.bank_conflicts() == 0
 
 
-def test_split_sums_equal_whole_ones():
-    """An image among so many that no sum need be split, and the same image alone."""
-    x, weight, bias = case((1, 256, 8, 8), 8, (1, 1), torch.float32)
-    alone = kernels.conv_bias_act(x, weight, bias, None, *PLAIN, False)
-    assert torch.equal(alone, kernels.conv_bias_act(x, weight, bias, None, *PLAIN, False))
-    among = kernels.conv_bias_act(x.expand(256, -1, -1, -1), weight, bias, None, *PLAIN, False)
-    assert torch.equal(among[0], among[-1])
-    assert not torch.equal(alone[0], among[0]), "was either split?"
-    assert_close(alone[0], among[0], 2e-6)
+def test_split_k_agrees_with_unsplit():
+    """A single image uses split-K; in a large batch the same image does not."""
+    x, weight, bias = conv_operands((1, 256, 8, 8), 8, (1, 1), torch.float32)
+    split = kernels.conv_bias_act(x, weight, bias, None, *PLAIN, False)
+    assert torch.equal(split, kernels.conv_bias_act(x, weight, bias, None, *PLAIN, False))
+    unsplit = kernels.conv_bias_act(x.expand(256, -1, -1, -1), weight, bias, None, *PLAIN, False)
+    assert torch.equal(unsplit[0], unsplit[-1])
+    assert not torch.equal(split[0], unsplit[0]), "expected split-K to be used for one of them only"
+    assert_close(split[0], unsplit[0], 2e-6)
 
 
-@pytest.mark.parametrize("images", [1, 40])  # few splits, and more than are added up at once
+@pytest.mark.parametrize("images", [1, 40])  # few splits, and more than kMaxEpilogueSplits
 def test_weight_gradient_of_a_strided_convolution(images):
     x, z = randn(images, 16, 19, 17).float(), randn(images, 24, 10, 6, seed=1).float()
     weight, dy = randn(24, 16, 1, 1).float(), randn(*z.shape, seed=2).float()
     arguments = dy, z, norm_stats(24), None, True, None, 0, weight, x, None, False, [2, 3]
-    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+    float64_arguments = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
     ours = kernels.conv_wgrad(*arguments)
-    assert_close(ours, reference_wgrad.conv_wgrad(*wide), 4e-6)
+    assert_close(ours, reference_wgrad.conv_wgrad(*float64_arguments), 4e-6)
     assert torch.equal(ours, kernels.conv_wgrad(*arguments))
 
 
 def test_tf32_only_where_allowed(monkeypatch):
-    x, weight, _ = case((2, 64, 6, 6), 32, (3, 3), torch.float32)
+    x, weight, _ = conv_operands((2, 64, 6, 6), 32, (3, 3), torch.float32)
     exact = F.conv2d(x.double(), weight.double(), None, *SAME)
 
     def error():
@@ -210,31 +215,31 @@ def test_tf32_only_where_allowed(monkeypatch):
     assert error() < 1e-6
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert 1e-5 < error() < 1e-3
-    # The newer switch, behind which asking for the older one raises.
+    # The newer, per-operator setting. With it set, querying the older one raises.
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     assert error() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_statistics_keep_their_digits(size, dtype):
-    """A bias a thousand times the deviation; and they are of the sums, not of what rounding to bfloat16 makes of it."""
-    shape, outputs, window = SIZES[size]
-    x, weight, _ = case(shape, outputs, window, dtype)
+def test_statistics_of_a_large_mean_are_accurate(size, dtype):
+    """The bias is a thousand times the deviation. The statistics are those of the unrounded float32 accumulators."""
+    shape, outputs, kernel_size = SIZES[size]
+    x, weight, _ = conv_operands(shape, outputs, kernel_size, dtype)
     bias = torch.full((outputs,), 1024.0, device=DEVICE, dtype=dtype)
     _, partials = kernels.conv_bn_stats(x, weight, bias, None, False, *PLAIN, True)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), *PLAIN)
     ours = kernels.merge_stats(partials, None, None, 1e-5, False)
-    wanted = norm.batch_norm_stats(exact, None, None, None, None, True, 1e-5)
-    assert_close(ours[ops.MEAN], wanted[ops.MEAN], 2e-7)
-    # float32 holds a value near 1024 to 6e-5, of either sign.
-    assert_close(ours[ops.VAR], wanted[ops.VAR], 1e-4)
+    expected = norm.batch_norm_stats(exact, None, None, None, None, True, 1e-5)
+    assert_close(ours[ops.MEAN], expected[ops.MEAN], 2e-7)
+    # The rounding error of float32 near 1024 is at most 6e-5.
+    assert_close(ours[ops.VAR], expected[ops.VAR], 1e-4)
 
 
 @pytest.mark.parametrize("groups", [2, 5, 10, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_groups(groups, dtype):
-    """Of 20, 8, 4 and 1 channels, to 12 and to as few outputs as one: also where either is no multiple of 16 bytes."""
+    """Groups of 20, 8, 4 and 1 channels with many and with one output each, also where neither fills 16 bytes."""
     x = (randn(2, 40, 7, 6) + 1).to(dtype)
     stats = norm_stats(40)
     activation = norm.batch_norm_act_apply(x.double(), stats.double(), None, None, True, False)[0].to(dtype)
@@ -246,20 +251,22 @@ def test_groups(groups, dtype):
         assert_close(z, exact, TOLERANCE[str(dtype).removeprefix("torch.")])
 
 
-def test_outputs_are_laid_out_as_their_fakes():
-    x, weight, bias = case((2, 8, 5, 5), 16, (3, 3), torch.float32)
+def test_output_memory_format_matches_fake_implementation():
+    x, weight, bias = conv_operands((2, 8, 5, 5), 16, (3, 3), torch.float32)
     x_contiguous, weight_contiguous = x.contiguous(), weight.contiguous()
-    for rows, w in ((x, weight_contiguous), (x_contiguous, weight), (x_contiguous, weight_contiguous)):
+    for image, w in ((x, weight_contiguous), (x_contiguous, weight), (x_contiguous, weight_contiguous)):
         exact = F.conv2d(x.double(), weight.double(), bias.double(), *SAME)
-        y = kernels.conv_bias_act(rows, w, bias, None, *SAME, False)
-        assert y.is_contiguous(memory_format=torch.channels_last) == memory_format.makes_channels_last(rows, w)
+        y = kernels.conv_bias_act(image, w, bias, None, *SAME, False)
+        assert y.is_contiguous(memory_format=torch.channels_last) == memory_format.conv_output_is_channels_last(
+            image, w
+        )
         assert_close(y, exact, TOLERANCE["float32"])
-        z, partials = kernels.conv_bn_stats(rows, w, bias, None, False, *SAME, True)
-        assert z.is_contiguous(memory_format=torch.channels_last) == memory_format.is_channels_last(rows)
+        z, partials = kernels.conv_bn_stats(image, w, bias, None, False, *SAME, True)
+        assert z.is_contiguous(memory_format=torch.channels_last) == memory_format.is_channels_last(image)
         assert torch.equal(y, z)
         assert partials.shape == (1, 3, 16)
-        assert kernels.conv_bn_stats(rows, w, bias, None, False, *SAME, False)[1].shape == (0,)
-    # A bias of another dtype is read as it is.
+        assert kernels.conv_bn_stats(image, w, bias, None, False, *SAME, False)[1].shape == (0,)
+    # A bias of another dtype is read without conversion.
     assert_close(kernels.conv_bias_act(x, weight, bias.double(), None, *SAME, False), exact, TOLERANCE["float32"])
 
 
@@ -283,8 +290,8 @@ def test_outputs_are_laid_out_as_their_fakes():
         ({"groups": lambda _: 3}, ValueError),
     ],
 )
-def test_what_there_is_no_kernel_for_is_refused(change, error):
-    x, weight, bias = case((2, 8, 5, 5), 16, (3, 3), torch.float32)
+def test_unsupported_forward_arguments_raise(change, error):
+    x, weight, bias = conv_operands((2, 8, 5, 5), 16, (3, 3), torch.float32)
     arguments = {"input": x, "weight": weight, "bias": bias, "residual": randn(2, 16, 5, 5).float()}
     arguments |= dict(zip(("stride", "padding", "dilation", "groups"), SAME, strict=True), relu=True)
     kernels.conv_bias_act(*arguments.values())
@@ -308,7 +315,7 @@ def test_what_there_is_no_kernel_for_is_refused(change, error):
         ({"input": lambda t: t[:, :, 1:]}, ValueError),
     ],
 )
-def test_what_there_is_no_backward_for_is_refused(change, error):
+def test_unsupported_backward_arguments_raise(change, error):
     x, z = randn(2, 8, 5, 5).float(), randn(2, 16, 5, 5).float()
     arguments = {
         "grad_output": z, "output": z, "stats": norm_stats(16), "relu_mask": norm.pack_mask(z > 0), "relu": False,

@@ -1,6 +1,7 @@
-"""What only the norms in CUDA C++ have: one pass with everything on chip, two widths of accesses, masks by ballot.
+"""Tests specific to the CUDA C++ batch norm and max pooling: single pass, vectorized and scalar accesses, masks.
 
-Simulated where there is no GPU, see tools/cuda_sim. What all kernels for GPUs have in common is in test_gpu_kernels.
+They run in the simulator (``tools/cuda_sim``) where there is no GPU. Tests that both GPU backends share are in
+``tests/gpu/test_gpu_kernels.py``.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import torch
 import fused_res
 from fused_res import _extension, env
 from fused_res.backends.reference import batch_norm_act as norm
-from fused_res.backends.reference import batch_norm_sync as halves
+from fused_res.backends.reference import batch_norm_sync as norm_sync
 from fused_res.backends.reference import max_pool as reference_pool
 from tests.support import gpu_backends as gpu
 from tests.support.gpu_backends import DEVICE
@@ -24,14 +25,14 @@ if "cuda" not in gpu.BACKENDS:
     pytest.skip(str(fused_res.backends.unavailable("cuda")), allow_module_level=True)
 
 kernels = fused_res.backends.resolve("cuda", DEVICE)
-simulated = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the simulator")
+simulator_only = pytest.mark.skipif(DEVICE.type == "cuda", reason="requires the CUDA simulator")
 LAST, PLANES = torch.channels_last, torch.contiguous_format
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Relative to the largest value.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-BY_RULE, NEVER, WHEREVER_POSSIBLE = -1, 0, 1
+AUTO, NEVER, FORCED = -1, 0, 1  # arguments of fused_res_cuda_single_pass
 
-CASES = [  # vectors and single elements, one part and several, one block of channels and several
+CASES = [  # vectorized and scalar accesses, one and several parts, one and several channel blocks
     ((3, 72, 9, 11), LAST),
     ((3, 35, 5, 7), LAST),
     ((2, 8, 33, 17), LAST),
@@ -44,38 +45,39 @@ CASES = [  # vectors and single elements, one part and several, one block of cha
 
 @pytest.fixture(autouse=True)
 def _guarded():
-    with gpu.guarded("cuda"):
+    with gpu.guarded_memory("cuda"):
         yield
 
 
 @contextlib.contextmanager
 def single_pass(mode):
+    """Set when the single-pass kernels are used: AUTO, NEVER or FORCED."""
     library = ctypes.CDLL(env.SIMULATOR.read() or str(_extension.cuda_library()[0]))
     library.fused_res_cuda_single_pass(mode)
     try:
         yield
     finally:
-        library.fused_res_cuda_single_pass(BY_RULE)
+        library.fused_res_cuda_single_pass(AUTO)
 
 
 @contextlib.contextmanager
 def cooperative_launches():
-    """How many thread blocks each of them has, in the simulator."""
-    from tools.cuda_sim.simulator import run_time
-    from tools.ptx.nvcc_runner import _OBSERVER
+    """Return a context that collects the number of threadblocks of each cooperative launch in the simulator."""
+    from tools.cuda_sim.simulator import load_simulator
+    from tools.ptx.nvcc_runner import LAUNCH_CALLBACK
 
-    found = []
+    grid_sizes = []
 
     def observe(name, grid, threads, shared, arguments, size, cooperative):
         if cooperative:
-            found.append(grid[0])
+            grid_sizes.append(grid[0])
         return False
 
-    observer = _OBSERVER(observe)
-    library = run_time().library
+    observer = LAUNCH_CALLBACK(observe)
+    library = load_simulator().library
     library.fused_res_sim_observe(observer)
     try:
-        yield found
+        yield grid_sizes
     finally:
         library.fused_res_sim_observe(None)
 
@@ -85,7 +87,7 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
 
 
-def made(shape, format, dtype, seed=0):
+def random_tensor(shape, format, dtype, seed=0):
     return randn(*shape, seed=seed).to(dtype).contiguous(memory_format=format)
 
 
@@ -98,26 +100,26 @@ def assert_close(ours, exact, dtype, factor=1.0):
 
 
 def misaligned(x):
-    """The same values and order of memory, one element behind an address that is a multiple of 16."""
+    """Return a copy of ``x`` with the same strides whose address is one element past a multiple of 16 bytes."""
     memory = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
     return torch.as_strided(memory, x.shape, x.stride(), 1).copy_(x)
 
 
-def norms(shape, format, dtype, place=lambda x: x):
-    """Everything that takes part in forward and backward, each tensor where ``place`` puts it."""
+def norm_operands(shape, format, dtype, copy=lambda x: x):
+    """Return x, residual, dy, weight and bias, with ``copy`` applied to the first three."""
     channels = shape[1]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x, residual, dy = (place(made(shape, format, dtype, seed)) for seed in (0, 2, 5))
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    x, residual, dy = (copy(random_tensor(shape, format, dtype, seed)) for seed in (0, 2, 5))
     x += 20 * randn(channels, seed=1).to(dtype).view(1, -1, *(1,) * (len(shape) - 2))
-    weight, bias = 1 + randn(channels, seed=3).to(wide), randn(channels, seed=4).to(wide)
+    weight, bias = 1 + randn(channels, seed=3).to(parameter_dtype), randn(channels, seed=4).to(parameter_dtype)
     return x, residual, dy, weight, bias
 
 
 def training_step(x, residual, dy, weight, bias):
-    """Every result of training: the kinds of residual, the masks, one norm's backward and two norms'."""
+    """Return the results of all variants of training: each kind of residual and mask, backward of one and two norms."""
     double = x.dtype == torch.float64
-    stats = halves.merge_stats(halves.batch_norm_partials(x), weight, bias, 1e-5, double)
-    residual_stats = halves.merge_stats(halves.batch_norm_partials(residual), bias, weight, 1e-5, double)
+    stats = norm_sync.merge_stats(norm_sync.batch_norm_partials(x), weight, bias, 1e-5, double)
+    residual_stats = norm_sync.merge_stats(norm_sync.batch_norm_partials(residual), bias, weight, 1e-5, double)
     mask = norm.pack_mask(residual > 0)
     batch = weight, bias, None, None, True, 1e-5
     return [
@@ -136,7 +138,7 @@ def training_step(x, residual, dy, weight, bias):
     ]
 
 
-def assert_same_bits(one, other):
+def assert_bitwise_equal(one, other):
     assert len(one) == len(other)
     for index, (a, b) in enumerate(zip(one, other, strict=True)):
         assert a.stride() == b.stride() and torch.equal(a, b), index
@@ -144,81 +146,80 @@ def assert_same_bits(one, other):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "format"), CASES, ids=str)
-def test_single_pass_has_the_bits_of_two_passes(shape, format, dtype):
-    arguments = norms(shape, format, dtype)
+def test_single_pass_is_bitwise_equal_to_two_passes(shape, format, dtype):
+    arguments = norm_operands(shape, format, dtype)
     with single_pass(NEVER):
-        two = training_step(*arguments)
-    watched = cooperative_launches() if DEVICE.type == "cpu" else contextlib.nullcontext([1] * 8)
-    with single_pass(WHEREVER_POSSIBLE), watched as launched:
-        one = training_step(*arguments)
+        two_pass = training_step(*arguments)
+    observed = cooperative_launches() if DEVICE.type == "cpu" else contextlib.nullcontext([1] * 8)
+    with single_pass(FORCED), observed as launched:
+        one_pass = training_step(*arguments)
     assert len(launched) == 8
-    assert_same_bits(one, two)
+    assert_bitwise_equal(one_pass, two_pass)
 
 
-def test_single_pass_has_the_bits_of_two_passes_beside_misaligned_tensors():
-    """What is no part of the statistics has no influence on how they are cut."""
-    x, residual, dy, weight, bias = norms((3, 72, 9, 11), LAST, torch.bfloat16)
+def test_single_pass_is_bitwise_equal_to_two_passes_with_misaligned_operands():
+    """The work partition of the statistics depends only on the tensors that they are computed from."""
+    x, residual, dy, weight, bias = norm_operands((3, 72, 9, 11), LAST, torch.bfloat16)
     found = []
-    for mode in (NEVER, WHEREVER_POSSIBLE):
+    for mode in (NEVER, FORCED):
         with single_pass(mode):
             found.append(training_step(x, misaligned(residual), misaligned(dy), weight, bias))
-    assert_same_bits(*found)
+    assert_bitwise_equal(*found)
 
 
-@simulated
+@simulator_only
 @pytest.mark.parametrize(("shape", "format"), [((3, 192, 11, 23), LAST), ((2, 22, 64, 64), PLANES)], ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3])
 def test_single_pass_in_slices(shape, format, multiprocessors):
-    """More than fits on chip goes slice by slice, several units in a thread block; the bits stay the same."""
-    from tools.cuda_sim.simulator import run_time
+    """Activations larger than the chip are processed in slices of channel blocks; the results stay bitwise equal."""
+    from tools.cuda_sim.simulator import load_simulator
 
-    arguments = norms(shape, format, torch.bfloat16)
+    arguments = norm_operands(shape, format, torch.bfloat16)
     with single_pass(NEVER):
-        two = training_step(*arguments)
+        two_pass = training_step(*arguments)
     with (
-        single_pass(WHEREVER_POSSIBLE),
-        run_time().multiprocessors(multiprocessors),
+        single_pass(FORCED),
+        load_simulator().multiprocessors(multiprocessors),
         cooperative_launches() as launched,
     ):
-        one = training_step(*arguments)
+        one_pass = training_step(*arguments)
     assert len(launched) == 8 and max(launched) <= 8 * multiprocessors
-    assert_same_bits(one, two)
+    assert_bitwise_equal(one_pass, two_pass)
 
 
-@simulated
-def test_single_pass_is_for_what_fits_on_chip():
-    from tools.cuda_sim.simulator import run_time
+@simulator_only
+def test_auto_selects_single_pass_for_activations_that_fit_on_chip():
+    from tools.cuda_sim.simulator import load_simulator
 
-    x, _, _, weight, bias = norms((8, 64, 16, 16), LAST, torch.bfloat16)
+    x, _, _, weight, bias = norm_operands((8, 64, 16, 16), LAST, torch.bfloat16)
     batch = weight, bias, None, None, True, 1e-5
-    for mode, multiprocessors, expected in ((BY_RULE, 4, 1), (BY_RULE, 1, 0), (NEVER, 4, 0), (WHEREVER_POSSIBLE, 4, 1)):
-        with single_pass(mode), run_time().multiprocessors(multiprocessors), cooperative_launches() as launched:
+    for mode, multiprocessors, expected in ((AUTO, 4, 1), (AUTO, 1, 0), (NEVER, 4, 0), (FORCED, 4, 1)):
+        with single_pass(mode), load_simulator().multiprocessors(multiprocessors), cooperative_launches() as launched:
             kernels.batch_norm_act_forward(x, None, None, *batch, True, False)
         assert len(launched) == expected, (mode, multiprocessors)
 
 
-@simulated
-@pytest.mark.parametrize("mode", [NEVER, WHEREVER_POSSIBLE])
+@simulator_only
+@pytest.mark.parametrize("mode", [NEVER, FORCED])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "format"), [((2, 40, 9, 11), LAST), ((2, 3, 17, 13), PLANES)], ids=str)
-def test_all_schedules(shape, format, dtype, mode):
-    """In whatever order threads run."""
-    from tools.cuda_sim.simulator import run_time
+def test_results_do_not_depend_on_schedule(shape, format, dtype, mode):
+    from tools.cuda_sim.simulator import load_simulator
 
-    arguments = norms(shape, format, dtype)
+    arguments = norm_operands(shape, format, dtype)
     found = []
     for schedule in range(3):
-        with run_time().schedule(schedule), single_pass(mode):
+        with load_simulator().schedule(schedule), single_pass(mode):
             found.append(training_step(*arguments))
     for other in found[1:]:
-        assert_same_bits(found[0], other)
+        assert_bitwise_equal(found[0], other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "format"), CASES[:-1], ids=str)
 def test_misaligned_views(shape, format, dtype):
-    """One tensor at a time, and all: elements go one by one, and come out right."""
-    aligned = norms(shape, format, dtype)
+    """Scalar accesses give correct results where one operand, or all of them, are misaligned."""
+    aligned = norm_operands(shape, format, dtype)
     stats = norm.batch_norm_stats(*(t.double() for t in (aligned[0], *aligned[3:])), None, None, True, 1e-5)
     stats = stats.to(aligned[3].dtype)
     exact_arguments = [t.double() for t in aligned]
@@ -233,8 +234,8 @@ def test_misaligned_views(shape, format, dtype):
         assert_close(y, exact, dtype, 2)
         assert_close(ours, stats64, aligned[3].dtype, 4)
         grads = kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, False, [True] * 4)
-        wanted = norm.batch_norm_act_backward(dy64, x64, weight64, stats64, mask, True, False, [True] * 4)
-        for index, (a, b) in enumerate(zip(grads, wanted, strict=True)):
+        expected = norm.batch_norm_act_backward(dy64, x64, weight64, stats64, mask, True, False, [True] * 4)
+        for index, (a, b) in enumerate(zip(grads, expected, strict=True)):
             assert_close(a, b, dtype if index < 2 else aligned[3].dtype, 4)
         into = x.clone() if 0 not in which else misaligned(x)
         kernels.add_masked_(into, dy, mask)
@@ -247,30 +248,30 @@ def test_misaligned_views(shape, format, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", [LAST, PLANES], ids=str)
 def test_masks(format, dtype):
-    """Bits of a byte come from eight threads, from two or from one; rows end within a byte."""
+    """The bits of a mask byte come from eight threads, from two or from one; rows may end within a byte."""
     for size in (35, 8, 100, 4, 1, 257):
         shape = (3, size, 3, 3) if format == LAST else (3, 3, 1, size)
-        x, residual, dy, weight, bias = norms(shape, format, dtype)
+        x, residual, dy, weight, bias = norm_operands(shape, format, dtype)
         stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
         exact, _ = norm.batch_norm_act_apply(x.double(), stats.double(), residual.double(), None, False, False)
         y, mask = kernels.batch_norm_act_apply(x, stats, residual, None, True, True)
-        passed = norm.unpack_mask(mask, y).contiguous(memory_format=format)
-        assert torch.equal(norm.pack_mask(passed), mask), "padding is zero"
-        sure = exact.abs() > 8 * torch.finfo(stats.dtype).eps * exact.abs().max()
-        assert torch.equal(passed[sure], exact[sure] > 0)
-        assert not y[~passed].any() and 0 < passed.double().mean() < 1
+        unmasked = norm.unpack_mask(mask, y).contiguous(memory_format=format)
+        assert torch.equal(norm.pack_mask(unmasked), mask), "expected the padding bits to be zero"
+        certain = exact.abs() > 8 * torch.finfo(stats.dtype).eps * exact.abs().max()
+        assert torch.equal(unmasked[certain], exact[certain] > 0)
+        assert not y[~unmasked].any() and 0 < unmasked.double().mean() < 1
         (_, masked, _, _) = kernels.batch_norm_act_backward(
             dy, x, weight, stats, mask, True, False, [False, True, False, False]
         )
-        assert torch.equal(masked, torch.where(passed, dy, 0))
+        assert torch.equal(masked, torch.where(unmasked, dy, 0))
 
 
-@pytest.mark.parametrize("mode", [NEVER, WHEREVER_POSSIBLE])
+@pytest.mark.parametrize("mode", [NEVER, FORCED])
 @pytest.mark.parametrize("format", [LAST, PLANES], ids=str)
-def test_nan(format, mode):
-    """It stays in its channel, a ReLU leaves it as it is, and lets the gradient through."""
+def test_nan_propagates_within_its_channel(format, mode):
+    """The ReLU preserves NaN, and its gradient mask is set there."""
     nan = float("nan")
-    x, residual, dy, weight, bias = norms((2, 16, 4, 8), format, torch.float32)
+    x, residual, dy, weight, bias = norm_operands((2, 16, 4, 8), format, torch.float32)
     with single_pass(mode):
         x[0, 3, 1, 1] = nan
         y, stats, mask = kernels.batch_norm_act_forward(x, None, None, weight, bias, None, None, True, 1e-5, True, True)
@@ -289,8 +290,8 @@ def test_nan(format, mode):
         assert dresidual[1, 5, 2, 2] == dy[1, 5, 2, 2]
 
 
-def test_statistics_of_channels_that_are_hard():
-    """A part that begins far from its mean, values that hardly differ, a constant channel: several parts each."""
+def test_statistics_of_ill_conditioned_channels():
+    """A part whose first tile is far from its mean, a large mean with a small deviation, a constant channel."""
     x = 1000 + randn(64, 6, 12, 12).float()
     x[:, 1] = 3000.0
     x[:, 2] = 100 + 1e-3 * randn(64, 12, 12).float()
@@ -306,7 +307,7 @@ def test_statistics_of_channels_that_are_hard():
 
 
 def test_parameters_of_any_dtype():
-    x, _, _, weight, bias = norms((3, 24, 5, 5), LAST, torch.float16)
+    x, _, _, weight, bias = norm_operands((3, 24, 5, 5), LAST, torch.float16)
     for dtype in DTYPES:
         others = [t.to(dtype) for t in (weight, bias, bias * 3, weight**2 + 0.5)]
         exact = norm.batch_norm_stats(x.double(), *(t.double() for t in others), False, 1e-5)
@@ -319,13 +320,13 @@ def test_parameters_of_any_dtype():
 
 
 def test_running_statistics_of_many_norms():
-    """More than one launch takes, of any dtype and size, some of them views."""
+    """More norms than one launch processes, of any dtype and size, with strided running statistics."""
     generator = itertools.cycle(DTYPES)
     stats = [
         randn(5, size, seed=size).abs().to(torch.float64 if size % 5 == 0 else torch.float32) for size in range(40)
     ]
     running = [[randn(2 * size, seed=size + k).to(next(generator))[::2] for size in range(40)] for k in (1, 2)]
-    exact = [[t.clone() for t in each] for each in running]
+    exact = [[t.clone() for t in tensors] for tensors in running]
     momentum = [0.01 * size for size in range(40)]
     norm.update_running_stats(*exact, [s.double() for s in stats], momentum)
     kernels.update_running_stats(*running, stats, momentum)
@@ -335,27 +336,31 @@ def test_running_statistics_of_many_norms():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("place", [lambda x: x, misaligned], ids=["aligned", "misaligned"])
-def test_max_pool_by_vectors(dtype, place):
-    """Channels in 16 bytes at once, or one by one; minus infinity has an index, and its gradient, too."""
+@pytest.mark.parametrize("copy", [lambda x: x, misaligned], ids=["aligned", "misaligned"])
+def test_max_pool_vectorized_and_scalar(dtype, copy):
+    """A window of minus infinities has an index and a gradient, too."""
     for channels, window in itertools.product((16, 12, 5), (([3, 3], [2, 2], [1, 1]), ([2, 3], [1, 2], [0, 1]))):
-        x = place(made((2, channels, 7, 9), LAST, dtype))
+        x = copy(random_tensor((2, channels, 7, 9), LAST, dtype))
         x[0, 1, :4, :4] = -float("inf")
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        stats = norm.batch_norm_stats(x.double().nan_to_num(neginf=0), None, None, None, None, True, 1e-5).to(wide)
-        flat = stats.clone()  # close to 1: what is equal when rounded goes to the first
+        stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        stats = norm.batch_norm_stats(x.double().nan_to_num(neginf=0), None, None, None, None, True, 1e-5).to(
+            stats_dtype
+        )
+        flat = stats.clone()  # values close to 1: of those equal after rounding, the first is the maximum
         flat[0], flat[2], flat[3] = 0, 1e-3, 1
-        for through in (None, stats, flat):
-            y, indices = kernels.max_pool_forward(x, through, through is not None, *window)
-            wanted, wanted_indices = reference_pool.max_pool_forward(x, through, through is not None, *window)
-            torch.testing.assert_close(y, wanted)
-            assert torch.equal(indices, wanted_indices)
-            dy = place(made(y.shape, LAST, dtype, seed=3))
+        for input_stats in (None, stats, flat):
+            y, indices = kernels.max_pool_forward(x, input_stats, input_stats is not None, *window)
+            expected, expected_indices = reference_pool.max_pool_forward(
+                x, input_stats, input_stats is not None, *window
+            )
+            torch.testing.assert_close(y, expected)
+            assert torch.equal(indices, expected_indices)
+            dy = copy(random_tensor(y.shape, LAST, dtype, seed=3))
             dx = kernels.max_pool_backward(dy, indices, x, *window)
             torch.testing.assert_close(dx, reference_pool.max_pool_backward(dy, indices, x, *window))
 
 
-def test_empty_tensors_and_results_that_nobody_asked_for():
+def test_empty_tensors_and_output_mask():
     weight, bias = torch.ones(6, device=DEVICE), torch.full((6,), 2.0, device=DEVICE)
     for shape in ((0, 6, 4, 4), (2, 6, 0, 4), (0, 6)):
         x = torch.empty(shape, device=DEVICE)
@@ -373,15 +378,15 @@ def test_empty_tensors_and_results_that_nobody_asked_for():
         kernels.add_masked_(x, x, None)
         kernels.batch_norm_act_inference_(x, None, None, weight, bias, bias, weight, 1e-5, True)
     x = randn(2, 6, 3, 3).float()
-    for mode, wanted in itertools.product((NEVER, WHEREVER_POSSIBLE), itertools.product((False, True), repeat=4)):
+    for mode, output_mask in itertools.product((NEVER, FORCED), itertools.product((False, True), repeat=4)):
         with single_pass(mode):
-            grads = kernels.batch_norm_act_backward(x, x, weight, stats, None, True, True, list(wanted))
+            grads = kernels.batch_norm_act_backward(x, x, weight, stats, None, True, True, list(output_mask))
         shapes = (x.shape, x.shape, (6,), (6,))
-        assert [g.shape for g in grads] == [s if w else (0,) for s, w in zip(shapes, wanted, strict=True)]
+        assert [g.shape for g in grads] == [s if r else (0,) for s, r in zip(shapes, output_mask, strict=True)]
 
 
-def test_odd_layouts():
-    """Views with holes are read through a copy; what is written in place is written back."""
+def test_non_contiguous_views():
+    """Strided views are read through a copy; in-place results are copied back."""
     x, residual = randn(4, 6, 5, 8).float()[::2, :, :, ::2], randn(2, 6, 5, 4, seed=1).float()
     weight, bias = randn(6).float(), randn(6, seed=1).float()
     batch = weight, bias, None, None, True, 1e-5
@@ -396,21 +401,21 @@ def test_odd_layouts():
     for other in (residual, residual.to(memory_format=LAST)):
         dx, dresidual, *_ = pair(residual=other)
         assert dx.stride() == torch.empty_like(x).stride() and dresidual.stride() == other.stride()
-    whole = randn(4, 6, 5, 8).float()
-    into = whole[::2, :, :, ::2]
-    expected = whole.clone()
+    base = randn(4, 6, 5, 8).float()
+    into = base[::2, :, :, ::2]
+    expected = base.clone()
     expected[::2, :, :, ::2] += residual * norm.unpack_mask(mask, residual)
     kernels.add_masked_(into, residual, mask)
-    assert torch.equal(whole, expected)
+    assert torch.equal(base, expected)
 
 
-def test_bad_input_is_refused():
-    x, _, _, weight, bias = norms((2, 6, 4, 4), PLANES, torch.float32)
+def test_invalid_arguments_raise():
+    x, _, _, weight, bias = norm_operands((2, 6, 4, 4), PLANES, torch.float32)
     stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
     batch = weight, bias, None, None, True, 1e-5, True, False
     forward, backward = kernels.batch_norm_act_forward, kernels.batch_norm_act_backward
     flags = True, False, [True] * 4
-    for call, error, words in (
+    for call, error, message in (
         (lambda: forward(x.int(), None, None, *batch), TypeError, "input: expected a floating point"),
         (lambda: forward(x[0, 0, 0], None, None, *batch), ValueError, "input: expected"),
         (lambda: forward(x, x[:1], None, *batch), ValueError, "residual: expected the shape of input"),
@@ -429,17 +434,17 @@ def test_bad_input_is_refused():
         (lambda: kernels.max_pool_forward(x, None, True, [7, 7], [1, 1], [0, 0]), ValueError, "input: expected images"),
         (lambda: kernels.update_running_stats([weight], [bias], [], []), ValueError, "expected as many entries"),
     ):  # fmt: skip
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=message):
             call()
 
 
-def test_vectors_are_written_in_one_access():
-    """nvcc joins the stores of a vector's elements only now and then."""
-    nvcc_kernels = pytest.importorskip("tools.ptx.nvcc_runner")
-    if nvcc_kernels.NVCC is None:
-        pytest.skip("there is no nvcc here")
+def test_vectors_are_stored_in_one_access():
+    """Checks the PTX: nvcc combines the element stores of a vector only sometimes."""
+    nvcc_runner = pytest.importorskip("tools.ptx.nvcc_runner")
+    if nvcc_runner.NVCC is None:
+        pytest.skip("nvcc not found")
     names = r"(apply|dx|add_masked|max_pool_\w+|single_pass_\w+)_kernelI(6__half|13__nv_bfloat16)\w*Li8E"
-    found = {name: ptx for name, ptx in nvcc_kernels._entries().items() if re.search(names, name)}
+    found = {name: ptx for name, ptx in nvcc_runner.kernels_by_name().items() if re.search(names, name)}
     assert len(found) == 22
     for name, ptx in found.items():
         body = ptx[ptx.index(".entry") :]

@@ -1,7 +1,7 @@
-"""What nvcc makes of the CUDA kernels, run by the PTX interpreter under their real host code.
+"""PTX that nvcc compiles from the CUDA kernels, run by the PTX interpreter (``tools/ptx``) under the real host code.
 
-Each operator has to agree with float64, and in every bit with its simulation (tools/cuda_sim), which the other tests
-hold to float64 at many more shapes. Deliberate errors in the PTX have to be found.
+The result of each operator must match float64 within a tolerance, and the simulator (``tools/cuda_sim``) bitwise; other
+tests compare the simulator with float64 at many more shapes. Deliberate errors in the PTX must be detected.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch
 import fused_res
 from fused_res.backends import cuda, registry
 from fused_res.backends.reference import batch_norm_act as norm
-from fused_res.backends.reference import batch_norm_sync as halves
+from fused_res.backends.reference import batch_norm_sync as norm_sync
 
-if not cuda.simulating():
+if not cuda.is_simulated():
     pytest.skip("the CUDA kernels are not simulated here", allow_module_level=True)
 
-from tools.cuda_sim.simulator import run_time
-from tools.ptx import nvcc_runner as nvcc_kernels
+from tools.cuda_sim.simulator import load_simulator
+from tools.ptx import nvcc_runner
 from tools.ptx.memory import Fault
-from tools.ptx.nvcc_runner import interpreted_nvcc
+from tools.ptx.nvcc_runner import interpret_cuda_launches
 
-if nvcc_kernels.NVCC is None:
-    pytest.skip("there is no nvcc here", allow_module_level=True)
+if nvcc_runner.NVCC is None:
+    pytest.skip("nvcc not found", allow_module_level=True)
 
 CPU = torch.device("cpu")
 LAST, PLANES = torch.channels_last, torch.contiguous_format
-#: Relative to the largest value. Where a kernel rounds what it multiplies, sums of it are off by more than float32's.
+#: Relative to the largest value. A kernel that rounds operands to 16 bits has larger errors than float32 accumulation.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 TF32 = 4e-3
 
@@ -46,31 +46,31 @@ def tensors(*values: Any) -> list[torch.Tensor]:
     return [one for one in flat if isinstance(one, torch.Tensor)]
 
 
-def wide(values: Sequence[Any]) -> list[Any]:
-    def one(value: Any) -> Any:
+def to_float64(values: Sequence[Any]) -> list[Any]:
+    def convert(value: Any) -> Any:
         if isinstance(value, list):
-            return [one(item) for item in value]
+            return [convert(item) for item in value]
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    return [one(value) for value in values]
+    return [convert(value) for value in values]
 
 
 def results(backend: str, name: str, arguments: Sequence[Any]) -> list[torch.Tensor]:
-    """What an operator returns, and what it makes of its arguments."""
+    """Return the outputs of an operator followed by its arguments, which it may modify in place."""
     returned = getattr(registry.resolve(backend, CPU), name)(*arguments)
     return tensors(returned) + tensors(*arguments)
 
 
 def interpreted(
     name: str, make: Make, schedule: int = 0, edit: Callable[[str], str] = str
-) -> tuple[list[torch.Tensor], list[nvcc_kernels.Launch]]:
-    with interpreted_nvcc(schedule, edit=edit) as launches:
+) -> tuple[list[torch.Tensor], list[nvcc_runner.Launch]]:
+    with interpret_cuda_launches(schedule, edit=edit) as launches:
         found = results("cuda", name, make())
     return found, launches
 
 
 def assert_exact(name: str, make: Make, ours: list[torch.Tensor], tolerance: float) -> None:
-    for index, (one, exact) in enumerate(zip(ours, results("reference", name, wide(make())), strict=True)):
+    for index, (one, exact) in enumerate(zip(ours, results("reference", name, to_float64(make())), strict=True)):
         assert one.shape == exact.shape, f"{name}, {index}"
         if not one.is_floating_point():
             assert torch.equal(one, exact), f"{name}, {index}"
@@ -79,15 +79,19 @@ def assert_exact(name: str, make: Make, ours: list[torch.Tensor], tolerance: flo
             assert error <= tolerance * exact.abs().max(), f"{name}, {index}: {error:.3g} of {exact.abs().max():.3g}"
 
 
-def check(name: str, make: Make, tolerance: float, schedule: int = 0) -> list[nvcc_kernels.Launch]:
-    """``make`` makes the arguments, the same every time: tensors have to lie where kernels may touch them."""
+def check(name: str, make: Make, tolerance: float, schedule: int = 0) -> list[nvcc_runner.Launch]:
+    """Compare the interpreted PTX of operator ``name`` bitwise with the simulator, and with the float64 reference.
+
+    ``make`` returns equal arguments on every call: each execution needs tensors of its own, in memory that its
+    kernels may access.
+    """
     ours, launches = interpreted(name, make, schedule)
     assert launches
-    with run_time().guarded():
-        simulated = results("cuda", name, make())
-    for index, (one, other) in enumerate(zip(ours, simulated, strict=True)):
+    with load_simulator().guard_allocations():
+        from_simulator = results("cuda", name, make())
+    for index, (one, other) in enumerate(zip(ours, from_simulator, strict=True)):
         torch.testing.assert_close(
-            one, other, rtol=0, atol=0, equal_nan=True, msg=f"{name}, {index}, against simulated"
+            one, other, rtol=0, atol=0, equal_nan=True, msg=f"{name}, {index}, against the simulator"
         )
     assert_exact(name, make, ours, tolerance)
     return launches
@@ -99,7 +103,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 # --- norms --------------------------------------------------------------------------------------------------
 
-NORMS = [  # aligned and not, several parts and blocks of channels
+NORMS = [  # aligned and unaligned, several parts and channel blocks
     ((2, 72, 9, 11), LAST, torch.bfloat16),
     ((3, 35, 5, 3), LAST, torch.float32),
     ((3, 3, 17, 19), PLANES, torch.bfloat16),
@@ -109,18 +113,18 @@ norms = pytest.mark.parametrize(("shape", "format", "dtype"), NORMS, ids=str)
 
 
 def norm_case(shape: tuple[int, ...], format: torch.memory_format, dtype: torch.dtype) -> SimpleNamespace:
-    """Inputs with another mean and deviation in every channel."""
+    """Return operands whose mean and deviation differ between channels."""
     view, channels = (1, -1, 1, 1), shape[1]
     x = randn(*shape) * (randn(channels).abs() + 0.5).view(view) + 10 * randn(channels, seed=1).view(view)
-    laid_out = (
+    activations = (
         one.to(dtype).contiguous(memory_format=format) for one in (x, randn(*shape, seed=2), randn(*shape, seed=5))
     )
-    x, residual, dy = laid_out
+    x, residual, dy = activations
     weight, bias = 1 + randn(channels, seed=3).float(), randn(channels, seed=4).float()
     stats = norm.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
     residual_stats = norm.batch_norm_stats(residual, bias, weight, None, None, True, 1e-5)
     mask = norm.pack_mask(residual > 0)
-    sums = halves.batch_norm_sums(dy, x, stats, mask, False, None, None)
+    sums = norm_sync.batch_norm_sums(dy, x, stats, mask, False, None, None)
     return SimpleNamespace(**{name: value for name, value in locals().items() if isinstance(value, torch.Tensor)})
 
 
@@ -144,7 +148,10 @@ NORM_OPERATORS: dict[str, tuple[str, Callable[[SimpleNamespace], Sequence[Any]]]
         lambda c: ([c.weight, c.bias], [c.weight + 1, c.bias + 1], [c.stats, c.residual_stats], [0.1, 0.3]),
     ),
     "partials": ("batch_norm_partials", lambda c: (c.x,)),
-    "merge": ("merge_stats", lambda c: (torch.cat([halves.batch_norm_partials(c.x)] * 3), c.weight, None, 1e-5, False)),
+    "merge": (
+        "merge_stats",
+        lambda c: (torch.cat([norm_sync.batch_norm_partials(c.x)] * 3), c.weight, None, 1e-5, False),
+    ),
     "sums": ("batch_norm_sums", lambda c: (c.dy, c.x, c.stats, None, True, None, None)),
     "dx": ("batch_norm_act_dx", lambda c: (c.dy, c.x, c.stats, c.mask, False, c.sums, c.x[:, 0].numel())),
 }
@@ -166,12 +173,12 @@ def backward(c: SimpleNamespace) -> Sequence[Any]:
     return c.dy, c.x, c.weight, c.stats, c.mask, True, False, [True] * 4
 
 
-BOTH_PASSES = {"batch_norm_act_forward": forward, "batch_norm_act_backward": backward}
+FORWARD_AND_BACKWARD = {"batch_norm_act_forward": forward, "batch_norm_act_backward": backward}
 
 
 @contextlib.contextmanager
 def single_pass(mode: int) -> Iterator[None]:
-    switch = run_time().library.fused_res_cuda_single_pass
+    switch = load_simulator().library.fused_res_cuda_single_pass
     switch(mode)
     try:
         yield
@@ -181,11 +188,13 @@ def single_pass(mode: int) -> Iterator[None]:
 
 @norms
 @pytest.mark.parametrize("mode", [0, 1])
-@pytest.mark.parametrize("name", BOTH_PASSES)
+@pytest.mark.parametrize("name", FORWARD_AND_BACKWARD)
 def test_forward_and_backward(name, mode, shape, format, dtype):
-    """In several kernels, and in one whose thread blocks wait for each other."""
+    """As several kernels, and as one cooperative kernel with a grid barrier."""
     with single_pass(mode):
-        launches = check(name, lambda: BOTH_PASSES[name](norm_case(shape, format, dtype)), TOLERANCE[dtype], 1 + mode)
+        launches = check(
+            name, lambda: FORWARD_AND_BACKWARD[name](norm_case(shape, format, dtype)), TOLERANCE[dtype], 1 + mode
+        )
     assert [launch.cooperative for launch in launches] == [bool(mode)] * (1 if mode else len(launches))
 
 
@@ -196,15 +205,20 @@ def test_max_pool(format):
     def image(seed, *shape):
         return randn(*shape, seed=seed).bfloat16().contiguous(memory_format=format)
 
-    def made():
+    def forward_arguments():
         stats = norm.batch_norm_stats(image(1, 2, 20, 9, 11) + 1, None, None, None, None, True, 1e-5)
         return image(0, 2, 20, 9, 11), stats, True, *window
 
-    check("max_pool_forward", made, TOLERANCE[torch.bfloat16], 1)
-    indices = registry.resolve("reference", CPU).max_pool_forward(*made())[1]
+    check("max_pool_forward", forward_arguments, TOLERANCE[torch.bfloat16], 1)
+    indices = registry.resolve("reference", CPU).max_pool_forward(*forward_arguments())[1]
     check(
         "max_pool_backward",
-        lambda: (image(2, *indices.shape), indices.clone(memory_format=torch.preserve_format), made()[0], *window),
+        lambda: (
+            image(2, *indices.shape),
+            indices.clone(memory_format=torch.preserve_format),
+            forward_arguments()[0],
+            *window,
+        ),
         TOLERANCE[torch.bfloat16],
         2,
     )
@@ -216,7 +230,7 @@ CONVOLUTIONS = [  # images, channels, height, width, outputs, kernel, stride, pa
     ((2, 64, 5, 6), 40, (3, 3), (2, 2), (1, 1), (1, 1), 1),
     ((2, 35, 4, 5), 20, (1, 1), (1, 1), (0, 0), (1, 1), 1),
     ((1, 16, 6, 6), 24, (3, 2), (1, 2), (2, 0), (2, 1), 2),
-    ((1, 640, 2, 3), 24, (1, 1), (1, 1), (0, 0), (1, 1), 1),  # a split sum
+    ((1, 640, 2, 3), 24, (1, 1), (1, 1), (0, 0), (1, 1), 1),  # split-K
 ]
 convolutions = pytest.mark.parametrize(
     ("shape", "outputs", "kernel", "stride", "padding", "dilation", "groups"), CONVOLUTIONS, ids=str
@@ -265,13 +279,13 @@ def test_convolution(shape, outputs, kernel, stride, padding, dilation, groups, 
 
 
 def assert_some_tiles(name: str, make: Make, elements: int, tolerance: float) -> None:
-    """With the first two thread blocks and the last one alone: what the others would write stays NaN."""
-    with interpreted_nvcc(1, ctas=lambda grid: [0, 1, grid[0] - 1]) as launches:
+    """Run only the first two threadblocks and the last one; the elements of the others stay NaN."""
+    with interpret_cuda_launches(1, ctas=lambda grid: [0, 1, grid[0] - 1]) as launches:
         ours = results("cuda", name, make())[0]
     assert len(launches) == 1
     written = ~ours.isnan()
     assert written.sum() == 3 * elements
-    exact = results("reference", name, wide(make()))[0]
+    exact = results("reference", name, to_float64(make()))[0]
     assert ((ours - exact)[written].abs() <= tolerance * exact.abs().max()).all()
 
 
@@ -280,7 +294,7 @@ LARGE = [("bfloat16", 128, 256), ("tf32", 128, 256), ("float16", 256, 64), ("flo
 
 @pytest.mark.parametrize(("kind", "width", "outputs"), LARGE)
 def test_large_tiles(kind, width, outputs):
-    """As many pixels as it takes until tiles of 128 pixels, by 128 outputs or by 64, are enough of them."""
+    """The number of pixels is large enough that tiles of 128 x 128 or 128 x 64 are chosen."""
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     tolerance = TF32 if kind == "tf32" else TOLERANCE[dtype]
 
@@ -300,34 +314,34 @@ def test_large_tiles(kind, width, outputs):
         assert_some_tiles("conv_dgrad", backward, elements, tolerance)
 
 
-POINTWISE = [(64, 24, 4, 1, True), (35, 20, 3, 1, False), (16, 40, 7, 2, True)]
+CONV1X1 = [(64, 24, 4, 1, True), (35, 20, 3, 1, False), (16, 40, 7, 2, True)]
 
 
 @on_dtypes
-@pytest.mark.parametrize(("channels", "outputs", "size", "stride", "through"), POINTWISE)
-def test_pointwise_backward(channels, outputs, size, stride, through, dtype, tf32):
+@pytest.mark.parametrize(("channels", "outputs", "size", "stride", "has_input_norm"), CONV1X1)
+def test_conv1x1_backward(channels, outputs, size, stride, has_input_norm, dtype, tf32):
     pixels = (size - 1) // stride + 1
-    reached = 2, outputs, pixels, pixels
+    output_shape = 2, outputs, pixels, pixels
 
     def image(*shape, seed=0, mean=0.0):
         return (randn(*shape, seed=seed) + mean).to(dtype).contiguous(memory_format=LAST)
 
     def common():
-        z, dy = image(*reached, seed=1, mean=3.0), image(*reached, seed=2)
+        z, dy = image(*output_shape, seed=1, mean=3.0), image(*output_shape, seed=2)
         stats = norm.batch_norm_stats(z, *randn(2, outputs).float(), None, None, True, 1e-5)
-        mask = norm.pack_mask(image(*reached, seed=4) > 0) if through else None
-        behind = dy, z, stats, mask, not through
-        sums = halves.batch_norm_sums(*behind, None, None) if through else None
-        return *behind, sums, z.numel() // outputs, filters(outputs, channels, 1, 1).to(dtype)
+        mask = norm.pack_mask(image(*output_shape, seed=4) > 0) if has_input_norm else None
+        gradient = dy, z, stats, mask, not has_input_norm
+        sums = norm_sync.batch_norm_sums(*gradient, None, None) if has_input_norm else None
+        return *gradient, sums, z.numel() // outputs, filters(outputs, channels, 1, 1).to(dtype)
 
     def read():
         x = image(2, channels, size, size, mean=1.0)
         return x, norm.batch_norm_stats(x, *randn(2, channels).float(), None, None, True, 1e-5)
 
     tolerance = TF32 if tf32 else TOLERANCE[dtype]
-    through_norm = lambda: (*read(), True) if through else (read()[0], None, False)  # noqa: E731
-    check("conv_wgrad", lambda: (*common(), *through_norm(), [stride, stride]), tolerance, 1)
-    if stride == 1 and through:
+    read_input = lambda: (*read(), True) if has_input_norm else (read()[0], None, False)  # noqa: E731
+    check("conv_wgrad", lambda: (*common(), *read_input(), [stride, stride]), tolerance, 1)
+    if stride == 1 and has_input_norm:
         check("conv_dgrad", lambda: (*common(), *read(), True), tolerance, 2)
     elif stride == 1:
         added = functools.partial(image, 2, channels, size, size, seed=6)
@@ -337,11 +351,11 @@ def test_pointwise_backward(channels, outputs, size, stride, through, dtype, tf3
 # --- deliberate errors --------------------------------------------------------------------------------------
 
 
-def replaced(pattern: str, by: str) -> Callable[[str], str]:
-    """An edit of a kernel's PTX that has to change something, in one of the kernels at least."""
+def replace_in_ptx(pattern: str, replacement: str) -> Callable[[str], str]:
+    """Return an edit of a kernel's PTX that counts its replacements in ``edit.count``."""
 
     def edit(ptx: str) -> str:
-        changed, count = re.subn(pattern, by, ptx)
+        changed, count = re.subn(pattern, replacement, ptx)
         edit.count += count
         return changed
 
@@ -356,22 +370,22 @@ def convolution(dtype: torch.dtype = torch.bfloat16) -> Sequence[Any]:
 
 _MMA = r"(mma\.sync\S+\s+\{[^}]*\}, \{)(%r\d+), (%r\d+), (%r\d+), (%r\d+)(\}, \{)(%r\d+), (%r\d+)"
 _WAIT = r"cp\.async\.wait_group (\d)"
-WRONG = {  # what is changed, and the fault that it is; None: wrong values
-    "rows of the first operand": (_MMA, r"\1\3, \2, \4, \5\6\7, \8", None),
-    "columns of the first operand": (_MMA, r"\1\4, \5, \2, \3\6\7, \8", None),
-    "the second operand": (_MMA, r"\1\2, \3, \4, \5\6\8, \7", None),
+ERRORS = {  # name: pattern, replacement, and the message of the fault, or None where the result is wrong
+    "rows of operand A": (_MMA, r"\1\3, \2, \4, \5\6\7, \8", None),
+    "columns of operand A": (_MMA, r"\1\4, \5, \2, \3\6\7, \8", None),
+    "operand B": (_MMA, r"\1\2, \3, \4, \5\6\8, \7", None),
     "ldmatrix.trans": (r"m8n8\.x4\.shared", "m8n8.x4.trans.shared", None),
     "no wait": (_WAIT, "cp.async.wait_group 3", None),
     "no barrier": (r"bar\.sync\s+0;", "", "no barrier in between"),
-    "behind the end": (r"(st\.global\.\S+\s+\[%rd\d+)(?=\])", r"\1+1024", "outside of every allocation"),
+    "past the end": (r"(st\.global\.\S+\s+\[%rd\d+)(?=\])", r"\1+1024", "outside of every allocation"),
     "misaligned": (r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+)", r"\1+8", "misaligned"),
 }
 
 
-@pytest.mark.parametrize("error", WRONG)
-def test_errors_in_a_convolution(error):
-    pattern, by, fault = WRONG[error]
-    edit = replaced(pattern, by)
+@pytest.mark.parametrize("error", ERRORS)
+def test_error_in_convolution_is_detected(error):
+    pattern, replacement, fault = ERRORS[error]
+    edit = replace_in_ptx(pattern, replacement)
     if fault is not None:
         with pytest.raises(Fault, match=fault):
             interpreted("conv_bias_act", convolution, 0, edit)
@@ -386,17 +400,19 @@ def small() -> Sequence[Any]:
     return forward(norm_case(*NORMS[0]))
 
 
-def test_blocks_that_wait_in_vain():
-    edit = replaced(r"red\.release\.gpu\.global\.add\.u32 \[(%rd\d+)\], 1", r"red.release.gpu.global.add.u32 [\1], 0")
-    with single_pass(1), pytest.raises(Fault, match="waits for what nobody writes"):
+def test_grid_barrier_deadlock_is_detected():
+    edit = replace_in_ptx(
+        r"red\.release\.gpu\.global\.add\.u32 \[(%rd\d+)\], 1", r"red.release.gpu.global.add.u32 [\1], 0"
+    )
+    with single_pass(1), pytest.raises(Fault, match="deadlock: spins on memory that no thread writes"):
         interpreted("batch_norm_act_forward", small, 0, edit)
     assert edit.count
 
 
 @pytest.mark.parametrize("schedule", [1, 2])
-def test_blocks_that_do_not_wait(schedule):
-    """Whoever comes first takes partial sums that are not there yet."""
-    edit = replaced(r"(ld\.acquire[^;]*;[^@]*)@%p\d+ bra", r"\1// ")
+def test_missing_grid_barrier_wait_is_detected(schedule):
+    """The first threadblock reads partial sums that the others have not written yet."""
+    edit = replace_in_ptx(r"(ld\.acquire[^;]*;[^@]*)@%p\d+ bra", r"\1// ")
     with single_pass(1):
         ours, _ = interpreted("batch_norm_act_forward", small, schedule, edit)
     assert edit.count
@@ -404,17 +420,17 @@ def test_blocks_that_do_not_wait(schedule):
         assert_exact("batch_norm_act_forward", small, ours, TOLERANCE[torch.bfloat16])
 
 
-def test_a_tensor_that_no_kernel_may_touch():
+def test_access_outside_of_every_allocation_is_detected():
     outside = small()[0]
     with pytest.raises(Fault, match="outside of every allocation"):
         interpreted("batch_norm_act_forward", lambda: (outside, *small()[1:]))
 
 
-def test_more_threads_than_a_kernel_takes():
-    edit = replaced(r"\.maxntid \d+", ".maxntid 32")
-    with pytest.raises(ValueError, match="threads, and takes 32 at most"):
+def test_launch_with_too_many_threads_is_rejected():
+    edit = replace_in_ptx(r"\.maxntid \d+", ".maxntid 32")
+    with pytest.raises(ValueError, match="threads, expected at most 32"):
         interpreted("batch_norm_act_forward", small, 0, edit)
 
 
-def test_the_backend_is_the_simulated_one():
+def test_cuda_backend_resolves_on_cpu():
     assert fused_res.backends.resolve("cuda", CPU).name == "cuda"

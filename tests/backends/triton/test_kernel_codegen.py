@@ -1,6 +1,9 @@
-"""Checks the machine code of every kernel that ships, with no GPU: no spills, and the instructions that the kernels
-were written for. All variants for sm_80, and one of each kernel and dtype for sm_90 (wgmma) and sm_100 (tcgen05); `make
-test-full` checks all variants for every architecture."""
+"""Checks on the machine code of every kernel in the AOT manifest, without a GPU: spills, shared memory, tensor core
+instructions and vectorised global accesses.
+
+All variants are compiled for sm_80, and one of each kernel and dtype for sm_90 (wgmma) and sm_100 (tcgen05);
+`make test-full` checks all variants for every architecture.
+"""
 
 import os
 import re
@@ -14,30 +17,30 @@ import torch
 pytest.importorskip("triton")
 
 from fused_res import __main__ as command
-from fused_res.backends.triton import aot, shipped
-from fused_res.backends.triton.kernels import batch_norm_act, convolution, max_pool, pointwise_backward
-from fused_res.backends.triton.launch import launch, observed
-from tools.ptx import sample_kernels as samples
-from tools.ptx.compiled_session import compiled
+from fused_res.backends.triton import aot, aot_manifest
+from fused_res.backends.triton.kernels import batch_norm_act, conv1x1_backward, convolution, max_pool
+from fused_res.backends.triton.launch import intercept_launches, launch
+from tools.ptx import sample_kernels
+from tools.ptx.compiled_session import needs_compiled_triton
 
-#: KiB of shared memory that a block may have.
-SHARED = {80: 163, 90: 227, 100: 227, 120: 99}
-MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
-#: Pointers to activations and weights. All others are to masks, and to vectors with one value a channel.
-LARGE = {
+#: KiB of shared memory available to a thread block, by compute capability.
+SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
+TENSOR_CORE_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+#: Pointers to activations and weights; all other pointers are to masks and to per-channel vectors.
+TENSOR_POINTERS = {
     f"{name}_ptr" for name in ("x", "y", "z", "w", "dx", "dy", "dw", "residual", "dresidual", "into", "grad", "added")
 }
 
 
 @cache
-def compiled_for(capability: int, every: bool) -> list[aot.Compiled]:
-    """Kernels compiled for one architecture: every variant, or the first of each kernel, dtype and operand prologue."""
+def compile_manifest(capability: int, every: bool) -> list[aot.KernelReport]:
+    """Compile the manifest for one architecture: every variant, or the first of each kernel, dtype and prologue."""
     if every:
-        return shipped.compile_all(capability)
+        return aot_manifest.compile_all(capability)
     launches: list[tuple] = []
-    with pytest.MonkeyPatch.context() as patch, observed(lambda *one: launches.append(one)):
-        patch.setattr(shipped, "compile_launches", lambda call, capability: call() or [])
-        shipped.compile_all(capability)
+    with pytest.MonkeyPatch.context() as patch, intercept_launches(lambda *launched: launches.append(launched)):
+        patch.setattr(aot_manifest, "compile_launches", lambda call, capability: call() or [])
+        aot_manifest.compile_all(capability)
     first: dict[tuple, tuple] = {}
     for kernel, grid, arguments, options in launches:
         dtype = next(argument.dtype for argument in arguments if isinstance(argument, torch.Tensor))
@@ -54,17 +57,17 @@ def compiled_for(capability: int, every: bool) -> list[aot.Compiled]:
     return aot.compile_launches(call, capability)
 
 
-def accesses(one):
-    """Pointer, opcode and bytes of every access to global memory."""
+def find_accesses(report):
+    """Return pointer argument, opcode and bytes of every global memory access in the PTX."""
     origins: dict[str, set[str]] = {}
     found = set()
-    lines = [line for line in one.ptx.splitlines() if "%rd" in line]
-    for _ in range(2):  # what a loop carries is known the second time
+    lines = [line for line in report.ptx.splitlines() if "%rd" in line]
+    for _ in range(2):  # the second pass resolves loop-carried pointers
         for line in lines:
             if parameter := re.search(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
                 register, number = parameter[1], int(parameter[2])
-                if number < len(one.arguments) and one.arguments[number].type[0] == "*":
-                    origins[register] = {one.arguments[number].name}
+                if number < len(report.arguments) and report.arguments[number].type[0] == "*":
+                    origins[register] = {report.arguments[number].name}
             elif access := re.search(r"(ld|st)\.global\S*?(?:\.v(\d))?\.\w(\d+) .*\[ (%rd\d+)", line):
                 size = int(access[2] or 1) * int(access[3]) // 8
                 found |= {(name, access[1], size) for name in origins.get(access[4], ())}
@@ -76,33 +79,37 @@ def accesses(one):
     return found
 
 
-def narrow(one):
-    """Accesses to large tensors that are less than 16 bytes wide."""
-    return [f"{kind} of {size} bytes at {name}" for name, kind, size in accesses(one) if name in LARGE and size < 16]
+def find_narrow_accesses(report):
+    """Return descriptions of accesses to activations and weights that are less than 16 bytes wide."""
+    return [
+        f"{kind} of {size} bytes at {name}"
+        for name, kind, size in find_accesses(report)
+        if name in TENSOR_POINTERS and size < 16
+    ]
 
 
-def aligned(one):
-    """Whether every row of the large tensors begins at a multiple of 16 bytes."""
-    rows = {"cols"} if "cols" in {argument.name for argument in one.arguments} else {"channels", "out_channels"}
-    return all(argument.divisible for argument in one.arguments if argument.name in rows)
+def has_aligned_rows(report):
+    """Return whether every row of the activations and weights begins at a multiple of 16 bytes."""
+    rows = {"cols"} if "cols" in {argument.name for argument in report.arguments} else {"channels", "out_channels"}
+    return all(argument.divisible for argument in report.arguments if argument.name in rows)
 
 
-def complaints(one):
-    """What is wrong with a compilation."""
-    if one.stack or one.spills:
-        yield f"{one.stack} bytes of stack, {one.spills} spills"
-    # sm_120 runs the same mma.sync pipeline as sm_80 in less shared memory.
-    if one.shared > (SHARED[120] if one.capability == 80 else SHARED[one.capability]) << 10:
-        yield f"{one.shared / 1024:.1f} KiB of shared memory"
-    half = any(argument.type in ("*bf16", "*fp16") for argument in one.arguments)
-    product = "PRECISION" in one.constants
-    if product and half and one.matrix_instructions != (MATRIX[one.capability],):
-        yield f"matrix instructions: {one.matrix_instructions}"
-    if "pool" not in one.name and (half or not product) and aligned(one):
-        yield from narrow(one)
+def find_violations(report):
+    """Yield a description of each violation of the code generation requirements."""
+    if report.stack or report.spills:
+        yield f"{report.stack} bytes of stack, {report.spills} spills"
+    # sm_120 has the mma.sync pipeline of sm_80 and less shared memory, so sm_80 code must fit its limit.
+    if report.shared > (SHARED_KIB[120] if report.capability == 80 else SHARED_KIB[report.capability]) << 10:
+        yield f"{report.shared / 1024:.1f} KiB of shared memory"
+    is_half = any(argument.type in ("*bf16", "*fp16") for argument in report.arguments)
+    is_gemm = "PRECISION" in report.constants
+    if is_gemm and is_half and report.matrix_instructions != (TENSOR_CORE_INSTRUCTIONS[report.capability],):
+        yield f"tensor core instructions: {report.matrix_instructions}"
+    if "pool" not in report.name and (is_half or not is_gemm) and has_aligned_rows(report):
+        yield from find_narrow_accesses(report)
 
 
-@compiled
+@needs_compiled_triton
 @pytest.mark.parametrize(
     ("capability", "every"),
     [
@@ -112,49 +119,59 @@ def complaints(one):
         *(pytest.param(capability, True, marks=pytest.mark.full) for capability in (90, 100, 120)),
     ],
 )
-def test_every_kernel_that_ships(capability, every):
-    made = compiled_for(capability, every)
-    assert len(made) > (100 if every else 25)
-    wrong = [f"{one.name} {one.variant}: {what}" for one in made for what in complaints(one)]
-    assert not wrong, "\n".join(wrong)
+def test_manifest_kernels_have_no_violations(capability, every):
+    reports = compile_manifest(capability, every)
+    assert len(reports) > (100 if every else 25)
+    violations = [
+        f"{report.name} {report.variant}: {violation}" for report in reports for violation in find_violations(report)
+    ]
+    assert not violations, "\n".join(violations)
 
 
-@compiled
-def test_what_ships():
-    """Nothing twice, no kernel and no type is missing, and the checks above have something to look at."""
-    made = compiled_for(80, True)
-    assert len({(one.name, one.variant, one.warps, one.stages) for one in made}) == len(made)
-    assert {one.name for one in made} == {
+@needs_compiled_triton
+def test_manifest_is_complete():
+    """No variant occurs twice, every kernel and dtype occurs, and the checks above find the accesses they examine."""
+    reports = compile_manifest(80, True)
+    assert len({(report.name, report.variant, report.warps, report.stages) for report in reports}) == len(reports)
+    assert {report.name for report in reports} == {
         name
-        for module in (batch_norm_act, convolution, max_pool, pointwise_backward)
+        for module in (batch_norm_act, convolution, max_pool, conv1x1_backward)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
-    assert {"*bf16", "*fp16", "*fp32", "*u8"} <= {argument.type for one in made for argument in one.arguments}
-    for one in made:
-        stored = {name for name, kind, _ in accesses(one) if kind == "st"}
-        loaded = {name for name, kind, _ in accesses(one) if kind != "st"}
-        written = {"y_ptr", "dx_ptr", "dresidual_ptr", "dw_ptr", "into_ptr"} & {a.name for a in one.arguments}
-        assert stored >= written and stored and loaded, one.variant
-    assert sum(aligned(one) and any(name in LARGE for name, _, _ in accesses(one)) for one in made) > 100
-    assert any(one.arguments and not aligned(one) and list(narrow(one)) for one in made)
+    assert {"*bf16", "*fp16", "*fp32", "*u8"} <= {argument.type for report in reports for argument in report.arguments}
+    for report in reports:
+        stored = {name for name, kind, _ in find_accesses(report) if kind == "st"}
+        loaded = {name for name, kind, _ in find_accesses(report) if kind != "st"}
+        written = {"y_ptr", "dx_ptr", "dresidual_ptr", "dw_ptr", "into_ptr"} & {a.name for a in report.arguments}
+        assert stored >= written and stored and loaded, report.variant
+    assert (
+        sum(
+            has_aligned_rows(report) and any(name in TENSOR_POINTERS for name, _, _ in find_accesses(report))
+            for report in reports
+        )
+        > 100
+    )
+    assert any(
+        report.arguments and not has_aligned_rows(report) and list(find_narrow_accesses(report)) for report in reports
+    )
 
 
-@compiled
-def test_a_kernel_that_spills_is_caught():
+@needs_compiled_triton
+def test_spilling_kernel_is_detected():
     a = torch.empty((128, 128), dtype=torch.bfloat16, device="meta")
 
     def spilling():
-        launch(samples.matmul_kernel, (1, 1), a, a, a, 128, 128, 128, 128, 128, 32, num_warps=1)
+        launch(sample_kernels.matmul_kernel, (1, 1), a, a, a, 128, 128, 128, 128, 128, 32, num_warps=1)
 
-    (one,) = aot.compile_launches(spilling, 80)
-    assert any("bytes of stack" in complaint for complaint in complaints(one))
+    (report,) = aot.compile_launches(spilling, 80)
+    assert any("bytes of stack" in violation for violation in find_violations(report))
 
 
-@compiled
-def test_the_command_prints_a_table_and_writes_ptx(tmp_path, monkeypatch, capsys):
-    made = aot.compile_launches(lambda: samples.add(*[torch.empty(4096, device="meta")] * 2), 90)
-    monkeypatch.setattr(shipped, "compile_all", lambda capability: made)
+@needs_compiled_triton
+def test_kernels_command_prints_table_and_writes_ptx(tmp_path, monkeypatch, capsys):
+    reports = aot.compile_launches(lambda: sample_kernels.add(*[torch.empty(4096, device="meta")] * 2), 90)
+    monkeypatch.setattr(aot_manifest, "compile_all", lambda capability: reports)
     command.main(["kernels", "--sm", "90", "--ptx", str(tmp_path / "code")])
     printed = capsys.readouterr().out
     assert "sm_90: 1 kernels" in printed and "none with a stack" in printed and "add_kernel" in printed
@@ -162,7 +179,7 @@ def test_the_command_prints_a_table_and_writes_ptx(tmp_path, monkeypatch, capsys
     assert file.name == "sm_90_001_add_kernel.ptx" and ".target sm_90" in file.read_text()
 
 
-def test_the_command_says_what_it_lacks(monkeypatch, capsys):
+def test_kernels_command_reports_missing_requirements(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="1"):
         command.main(["kernels"])

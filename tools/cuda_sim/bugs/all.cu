@@ -1,4 +1,4 @@
-// One translation unit for all of them: CUDA's headers are most of what each one compiles.
+// One translation unit for all kernels: most of their compile time is CUDA's headers.
 #include "kernels/missing_second_syncthreads.cu"
 #include "kernels/missing_syncthreads.cu"
 #include "kernels/missing_syncwarp.cu"

@@ -1,5 +1,5 @@
-// A kernel with a deliberate bug, and the same kernel without: every file in kernels/ is compiled twice, with
-// BROKEN 0 and 1, into the namespaces `correct` and `broken` (VERSION). main.cpp runs what they registered.
+// Registry of kernels with a deliberate bug. Every file in kernels/ is compiled twice, with BROKEN 0 and 1,
+// into the namespaces `correct` and `broken` (VERSION), and main.cpp runs one of them.
 #pragma once
 
 #include <functional>
@@ -12,7 +12,7 @@
 #define TEXT_OF(name) #name
 #define TEXT(name) TEXT_OF(name)
 
-// By name and version: launches the kernel and says whether its result is right.
+// By name and version: a function that launches the kernel and returns whether its result is correct.
 using Bugs = std::map<std::pair<std::string, std::string>, std::function<bool()>>;
 inline Bugs& bugs() {
   static Bugs all;
@@ -21,8 +21,8 @@ inline Bugs& bugs() {
 
 static constexpr const char* kVersion = TEXT(VERSION);
 
-struct Register {
-  Register(const char* name, const char* version, std::function<bool()> run) {
+struct BugRegistrar {
+  BugRegistrar(const char* name, const char* version, std::function<bool()> run) {
     bugs()[{name, version}] = std::move(run);
   }
 };

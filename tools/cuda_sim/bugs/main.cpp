@@ -1,5 +1,5 @@
-// Runs one version of one bug under all schedules. Exit status 0: right under all, 1: a wrong result, 2: the
-// run time refused to go on, 3: no such bug. Sanitizers have their own.
+// Runs one version of one bug under all schedules. Exit status 0: all results are correct, 1: a wrong result,
+// 2: an error of the runtime, 3: no such bug. Sanitizers exit with a status of their own.
 #include <algorithm>
 #include <cstdio>
 

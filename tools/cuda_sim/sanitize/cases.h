@@ -1,5 +1,5 @@
-// Launches of all kernels, in small odd shapes, on arrays of exactly their size: for programs that are
-// compiled with a sanitizer. What the results are is tested elsewhere; nothing here looks at them.
+// Launches of all kernels in small odd shapes, on arrays of exactly the required size, for programs that are
+// compiled with a sanitizer. Results are not checked here: other tests do that.
 #pragma once
 
 #include <bit>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/operands.h"
+#include "cuda/kernel_args.h"
 
 namespace fused_res::cuda::sanitize {
 
@@ -24,7 +24,7 @@ using Cases = std::vector<Case>;
 void add_norms(Cases& cases);
 void add_max_pools(Cases& cases);
 void add_convolutions(Cases& cases);
-void add_pointwise_backward(Cases& cases);
+void add_conv1x1_backward(Cases& cases);
 
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
 
@@ -37,7 +37,7 @@ inline size_t bytes_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// Arrays that live as long as the case: malloc's, so that AddressSanitizer knows where they end.
+// Arrays with the lifetime of a case, allocated by malloc(), so that AddressSanitizer checks their bounds.
 class Arrays {
  public:
   Arrays() = default;
@@ -47,7 +47,7 @@ class Arrays {
   Arrays(const Arrays&) = delete;
   Arrays& operator=(const Arrays&) = delete;
 
-  // Not written to.
+  // Uninitialised memory.
   void* bytes(size_t count) {
     all_.push_back(std::malloc(count));
     return all_.back();
@@ -55,7 +55,7 @@ class Arrays {
   void* empty(Dtype dtype, int64_t count) { return bytes(bytes_of(dtype) * count); }
   float* floats(int64_t count) { return static_cast<float*>(empty(Dtype::kFloat32, count)); }
 
-  // Of either sign, between 1/2 and 2 in magnitude.
+  // Random values of both signs with magnitudes between 1/2 and 2.
   void* random(Dtype dtype, int64_t count) {
     void* memory = empty(dtype, count);
     for (int64_t i = 0; i < count; ++i) {

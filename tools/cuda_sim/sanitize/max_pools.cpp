@@ -1,16 +1,17 @@
+// Sanitizer cases of max pooling.
 #include "cases.h"
-#include "cuda/cut.h"
 #include "cuda/max_pool.h"
+#include "cuda/work_partition.h"
 
 namespace fused_res::cuda::sanitize {
 namespace {
 
-void max_pool(Dtype dtype, bool channels_last, int64_t channels, bool behind_norm) {
+void max_pool(Dtype dtype, bool channels_last, int64_t channels, bool after_norm) {
   Arrays arrays;
-  const int widest = widest_vector(dtype);
+  const int widest = max_vector_size(dtype);
   MaxPoolArgs args = {};
   args.channels_last = channels_last;
-  args.vector = channels_last && channels % widest == 0 ? widest : 1;
+  args.vector_size = channels_last && channels % widest == 0 ? widest : 1;
   args.images = 2, args.channels = channels, args.height = 7, args.width = 10;
   args.kernel_h = 3, args.kernel_w = 2, args.stride_h = 2, args.stride_w = 1, args.pad_h = args.pad_w = 1;
   args.out_height = 4, args.out_width = 11;
@@ -18,8 +19,8 @@ void max_pool(Dtype dtype, bool channels_last, int64_t channels, bool behind_nor
                 outputs = args.images * channels * args.out_height * args.out_width;
   void *x = arrays.random(dtype, inputs), *y = arrays.empty(dtype, outputs);
   const Dtype stats = dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32;
-  args.stats = behind_norm ? arrays.random(stats, 5 * channels) : nullptr;
-  args.relu = behind_norm;
+  args.stats = after_norm ? arrays.random(stats, 5 * channels) : nullptr;
+  args.relu = after_norm;
   args.x = x, args.y = y;
   args.indices = static_cast<uint8_t*>(arrays.bytes(outputs));
   launch_max_pool_forward(dtype, args, nullptr);

@@ -1,3 +1,4 @@
+// Sanitizer cases of the batch norm kernels: statistics, apply, backward, single pass, running statistics.
 #include "cases.h"
 #include "cuda/single_pass.h"
 
@@ -6,23 +7,23 @@ extern "C" void fused_res_cuda_single_pass(int mode);
 namespace fused_res::cuda::sanitize {
 namespace {
 
-// Few, so that even small activations are cut into several parts.
+// Few work units, so that even small activations have several parts.
 constexpr int64_t kUnits = 12;
 
-struct Norm {
+struct NormCase {
   Arrays arrays;
   Dtype dtype;
-  Activation shape;
+  ActivationShape shape;
   Dtype stats_dtype;
-  Cut work;
+  WorkPartition work;
   void *x, *residual, *dy, *y, *stats, *residual_stats;
   uint8_t* mask;
 
-  Norm(Dtype dtype, Activation shape, int vector)
+  NormCase(Dtype dtype, ActivationShape shape, int vector_size)
       : dtype(dtype),
         shape(shape),
         stats_dtype(dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32),
-        work(cut(shape, vector, kUnits)),
+        work(partition_work(shape, vector_size, kUnits)),
         x(like_x()),
         residual(like_x()),
         dy(like_x()),
@@ -49,7 +50,7 @@ struct Norm {
             .eps = 1e-5};
   }
   ApplyArgs apply_args(bool normalised_residual) {
-    return {.cut = work,
+    return {.partition = work,
             .x = x,
             .y = y,
             .residual = residual,
@@ -61,7 +62,7 @@ struct Norm {
   }
   BackwardArgs backward_args(bool pair) {
     const int rows = pair ? 3 : 2;
-    return {.cut = work,
+    return {.partition = work,
             .dy = dy,
             .x = x,
             .stats = stats,
@@ -80,13 +81,13 @@ struct Norm {
   }
 };
 
-void forward(Norm& norm) {
+void forward(NormCase& norm) {
   MergeArgs merge = norm.merge_args();
   void* partials = norm.channel_sums(4 * norm.work.parts);
-  launch_partials(norm.dtype, {.cut = norm.work, .x = norm.x, .partials = partials}, nullptr);
+  launch_partials(norm.dtype, {.partition = norm.work, .x = norm.x, .partials = partials}, nullptr);
   merge.partials = partials;
   launch_merge(norm.is_double(), norm.is_double(), merge, nullptr);
-  // In groups of three, and these to statistics.
+  // Merge groups of three parts, and then the groups to statistics.
   merge.parts_per_group = 3;
   merge.merged = static_cast<double*>(
       norm.arrays.empty(Dtype::kFloat64, ceil_div(merge.parts, 3) * 3 * norm.shape.channels));
@@ -115,45 +116,47 @@ void forward(Norm& norm) {
   launch_fold(norm.is_double(), folded.fold, nullptr);
 }
 
-void backward(Norm& norm) {
+void backward(NormCase& norm) {
   for (const bool pair : {false, true}) {
     const BackwardArgs args = norm.backward_args(pair);
     launch_sums(norm.dtype, args, nullptr);
-    const AddPartsArgs add = {.partials = args.partials,
-                              .sums = args.sums,
-                              .parts = args.cut.parts,
-                              .parts_per_group = args.cut.parts,
-                              .width = args.sums_rows * norm.shape.channels};
-    launch_add_parts(norm.is_double(), add, nullptr);
+    const SumPartialsArgs add = {.partials = args.partials,
+                                 .sums = args.sums,
+                                 .parts = args.partition.parts,
+                                 .parts_per_group = args.partition.parts,
+                                 .width = args.sums_rows * norm.shape.channels};
+    launch_sum_partials(norm.is_double(), add, nullptr);
     launch_dx(norm.dtype, args, nullptr);
   }
-  const Activation matrix = {norm.shape.rows(), norm.shape.cols(), 1, true};
-  launch_add_masked(
-      norm.dtype,
-      {.cut = cut(matrix, norm.work.vector, kUnits), .into = norm.x, .grad = norm.dy, .mask = norm.mask},
-      nullptr);
+  const ActivationShape matrix = {norm.shape.rows(), norm.shape.cols(), 1, true};
+  launch_add_masked(norm.dtype,
+                    {.partition = partition_work(matrix, norm.work.vector_size, kUnits),
+                     .into = norm.x,
+                     .grad = norm.dy,
+                     .mask = norm.mask},
+                    nullptr);
 }
 
-// All blocks at once, and ThreadSanitizer's time grows with the square of their threads; but more units than
-// one multiprocessor has blocks, so that a block has units of different channels.
-void single_pass(Norm& norm) {
+// All blocks are resident, and ThreadSanitizer's run time grows with the square of their threads. There are
+// more work units than blocks of a multiprocessor, so that a block has units of different channels.
+void single_pass(NormCase& norm) {
   constexpr int64_t kFewUnits = 9;
-  norm.work = cut(norm.shape, norm.work.vector, kFewUnits);
+  norm.work = partition_work(norm.shape, norm.work.vector_size, kFewUnits);
   fused_res_cuda_single_pass(1);
   auto* counter = static_cast<unsigned*>(norm.arrays.bytes(sizeof(unsigned)));
-  if (const auto work = choose_single_pass_forward(norm.dtype, norm.work)) {
+  if (const auto config = choose_single_pass_forward(norm.dtype, norm.work)) {
     launch_single_pass_forward(norm.dtype,
                                {.apply = norm.apply_args(true),
                                 .merge = norm.merge_args(),
                                 .partials = norm.channel_sums(4 * norm.work.parts),
-                                .work = *work,
+                                .config = *config,
                                 .counter = counter},
                                nullptr);
   }
   for (const bool pair : {false, true}) {
-    if (const auto work = choose_single_pass_backward(norm.dtype, norm.work)) {
+    if (const auto config = choose_single_pass_backward(norm.dtype, norm.work)) {
       launch_single_pass_backward(
-          norm.dtype, {.backward = norm.backward_args(pair), .work = *work, .counter = counter}, nullptr);
+          norm.dtype, {.backward = norm.backward_args(pair), .config = *config, .counter = counter}, nullptr);
     }
   }
 }
@@ -178,16 +181,16 @@ void update_running(Dtype dtype) {
 }  // namespace
 
 void add_norms(Cases& cases) {
-  constexpr Activation kShapes[] = {{3, 5, 7, true},  {2, 24, 9, true},  {5, 72, 33, true},
-                                    {3, 5, 7, false}, {2, 3, 24, false}, {3, 2, 1030, false}};
+  constexpr ActivationShape kShapes[] = {{3, 5, 7, true},  {2, 24, 9, true},  {5, 72, 33, true},
+                                         {3, 5, 7, false}, {2, 3, 24, false}, {3, 2, 1030, false}};
   for (const Dtype dtype : kDtypes) {
-    for (const Activation& shape : kShapes) {
-      const int widest = widest_vector(dtype), vector = shape.cols() % widest == 0 ? widest : 1;
+    for (const ActivationShape& shape : kShapes) {
+      const int widest = max_vector_size(dtype), vector_size = shape.cols() % widest == 0 ? widest : 1;
       const std::string name = std::string(name_of(dtype)) + (shape.channels_last ? " nhwc " : " nchw ") +
                                std::to_string(shape.channels);
-      const auto add = [&](const char* what, void (*run)(Norm&)) {
+      const auto add = [&](const char* what, void (*run)(NormCase&)) {
         cases.push_back({what + name, [=] {
-                           Norm norm(dtype, shape, vector);
+                           NormCase norm(dtype, shape, vector_size);
                            run(norm);
                          }});
       };

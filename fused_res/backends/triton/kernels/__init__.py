@@ -1,5 +1,6 @@
-"""Device code. Host code, which chooses tiles and launches, has the same stem one folder up.
+"""Device code of the Triton backend; the host code that selects tile sizes and launches it is one folder up.
 
-Every kernel that touches activations walks *tiles* of a matrix: in channels_last memory the rows are pixels and the
-columns channels; in contiguous memory the rows are the images and the columns the pixels of one channel.
+The batch norm kernels process an activation as *tiles* of a matrix: in channels_last (NHWC) memory rows are pixels and
+columns channels; in contiguous (NCHW) memory rows are images and columns the pixels of one channel. The convolution
+kernels are GEMMs with their operands and output in channels_last memory.
 """

@@ -1,4 +1,8 @@
-"""Statistics, apply, backward sums and backward apply of ``act(bn(x) [+ residual])``."""
+"""Kernels of ``act(bn(x) [+ residual])``: statistics, apply, backward reductions, and dx.
+
+Batch norm: Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167. Partial statistics are merged by the parallel
+algorithm of Chan, Golub and LeVeque (1979). ``stats`` and ``partials`` are defined in :mod:`fused_res.ops.schemas`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,8 @@ from fused_res.backends.triton.kernels.elementwise import (
     mask_at,
     normalise,
     pack_bits,
-    passes,
     relu,
+    relu_grad_mask,
     tile_at,
     unpack_bits,
 )
@@ -22,7 +26,7 @@ from fused_res.backends.triton.kernels.elementwise import (
 
 @triton.jit
 def _values_in(tile, rows, cols, CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """How many values of each of its channels a tile holds."""
+    """Return the number of elements of a tile for each of its channels."""
     if CHANNELS_LAST:
         count = tl.minimum(BLOCK_ROWS, rows - tile * BLOCK_ROWS)
     else:
@@ -35,15 +39,16 @@ def _values_in(tile, rows, cols, CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.con
 @triton.jit
 def partials_kernel(
     x_ptr,         # rows x cols of each block
-    partials_ptr,  # (parts, 4, channels): count, mean, M2, what rounding took from the mean
+    partials_ptr,  # (parts, 4, channels): count, mean, M2, rounding residual of the mean
     rows, cols, channels, blocks, tiles, tiles_per_part,
     CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Sums around a pivot, which is the mean of the part's first tile.
+    """Compute the partial statistics of each part, from sums shifted by a pivot: the mean of the part's first tile.
 
-    Cancellation is bounded: k of a part's n values, with the mean p, alone make up ``M2 >= k (p - mean)^2``, so that
-    what is subtracted, ``n (p - mean)^2``, is at most n / k times the result: the tiles of a part.
+    Cancellation is bounded: the k values of that tile, with the mean p, alone contribute at least ``k (p - mean)^2`` to
+    M2. The subtracted term, ``n (p - mean)^2`` for the n values of the part, is thus at most n / k times the result,
+    and n / k is the number of tiles in the part.
     """
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     if LARGE:
@@ -83,19 +88,22 @@ def partials_kernel(
 
 @triton.jit
 def merge_partials_kernel(
-    partials_ptr,  # (parts, ROWS, channels): 3 in float64, 4 as tiles leave them
+    partials_ptr,  # (parts, ROWS, channels): 3 in float64, 4 from tiles
     merged_ptr,    # (ceil(parts / parts_per_group), 3, channels), or stats (5, channels) where FINAL
     weight_ptr, bias_ptr,  # (channels) or None
     parts, parts_per_group, channels,
     eps: tl.constexpr, FINAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Chan's rule for many parts at once, in float64 and in a fixed order: the mean first, then the deviations."""
+    """Merge a group of partial statistics by Chan's formula, in float64 and in a fixed order.
+
+    A first pass computes the mean of the group, a second one M2 around it. With FINAL the result is ``stats``.
+    """
     group = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     exists = channel < channels
     first = group * parts_per_group
     last = tl.minimum(first + parts_per_group, parts)
-    # Around the first mean, so that the sum stays small.
+    # The sum is shifted by the first mean, so that it stays small.
     pivot = tl.load(partials_ptr + (first * ROWS + 1) * channels + channel, exists, other=0).to(tl.float64)
     count = tl.zeros((BLOCK_CHANNELS,), tl.float64)
     total = tl.zeros((BLOCK_CHANNELS,), tl.float64)
@@ -109,7 +117,7 @@ def merge_partials_kernel(
             mean += tl.load(at + 3 * channels, inside, other=0).to(tl.float64)
         count += tl.sum(n, axis=0)
         total += tl.sum(tl.where(n > 0, n * (mean - pivot[None, :]), 0), axis=0)
-    # A part without values (a process with an empty batch) has no mean; all of them together may have none.
+    # A part without values (a rank with an empty batch) has no mean, and all parts may be empty.
     mean_all = pivot + total / tl.maximum(count, 1)
     m2 = tl.zeros((BLOCK_CHANNELS,), tl.float64)
     for start in range(first, last, BLOCK_PARTS):
@@ -130,7 +138,7 @@ def merge_partials_kernel(
         scale = invstd
         if weight_ptr is not None:
             scale *= tl.load(weight_ptr + channel, exists, other=0).to(tl.float64)
-        # What is lost when mean is rounded would come back in every element, times scale: the shift makes up for it.
+        # The rounding error of the mean would appear in every element, times scale: the shift compensates for it.
         shift = (mean_all.to(TYPE).to(tl.float64) - mean_all) * scale
         if bias_ptr is not None:
             shift += tl.load(bias_ptr + channel, exists, other=0).to(tl.float64)
@@ -150,7 +158,7 @@ def merge_partials_kernel(
 
 @triton.jit
 def load_norm(stats_ptr, channel, exists, channels):
-    """mean, scale and shift of these channels."""
+    """Load mean, scale and shift of the channels."""
     at = stats_ptr + channel
     mean = tl.load(at, exists, other=0)
     scale = tl.load(at + 2 * channels, exists, other=0)
@@ -163,7 +171,7 @@ def _fold_running(
     stats_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, exists, channels, tile,
     eps: tl.constexpr, ACC: tl.constexpr,
 ):
-    """mean, scale and shift from running statistics; one program of each block writes them down."""
+    """Compute mean, scale and shift from running statistics; the first program of each block stores ``stats``."""
     mean = tl.load(mean_ptr + channel, exists, other=0).to(ACC)
     var = tl.load(var_ptr + channel, exists, other=1).to(ACC)
     if tl.float64 == ACC:
@@ -192,7 +200,7 @@ def fold_kernel(
     stats_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, channels,
     eps: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """``stats`` of running statistics, for a norm that is applied where its output is read."""
+    """Compute ``stats`` from running statistics, for a norm that is applied in a consumer's operand prologue."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     _fold_running(
         stats_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, channel < channels, channels, 0, eps, ACC
@@ -203,14 +211,15 @@ def fold_kernel(
 def apply_kernel(
     x_ptr, y_ptr,
     residual_ptr,        # like x, or None
-    residual_stats_ptr,  # (5, channels), or None: the residual is added as it is
-    stats_ptr,           # (5, channels); read, or written where FOLD (None: not even that)
+    residual_stats_ptr,  # (5, channels) to normalise the residual, or None
+    stats_ptr,           # (5, channels): input, or with FOLD output (or None)
     mean_ptr, var_ptr, weight_ptr, bias_ptr,  # FOLD: running statistics, (channels)
     mask_ptr,            # relu_mask, or None
     rows, cols, channels, blocks,
     eps: tl.constexpr, RELU: tl.constexpr, FOLD: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACC: tl.constexpr,
 ):
+    """Normalise one tile, add the residual, apply the ReLU, and store the output and the ReLU mask."""
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     channel, exists = channels_of(block, channels, CHANNELS_LAST, BLOCK_COLS)
     if FOLD:
@@ -229,7 +238,7 @@ def apply_kernel(
         y += residual
     if mask_ptr is not None:
         at, there = mask_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
-        tl.store(mask_ptr + at, pack_bits(passes(y) & inside, BLOCK_ROWS, BLOCK_COLS), there)
+        tl.store(mask_ptr + at, pack_bits(relu_grad_mask(y) & inside, BLOCK_ROWS, BLOCK_COLS), there)
     if RELU:
         y = relu(y)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), inside)
@@ -241,25 +250,27 @@ def _masked_dy(
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACC: tl.constexpr,
 ):
+    """Load a tile of ``dy``, masked by the stored ReLU mask or, with RELU, by the recomputed sign of the output."""
     dy = tl.load(dy_ptr + offsets, inside, other=0).to(ACC)
     if mask_ptr is not None:
         at, there = mask_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
         dy = tl.where(unpack_bits(tl.load(mask_ptr + at, there, other=0), BLOCK_ROWS, BLOCK_COLS), dy, 0)
     elif RELU:
-        dy = tl.where(passes(normalise(x, mean, scale, shift)) & inside, dy, 0)
+        dy = tl.where(relu_grad_mask(normalise(x, mean, scale, shift)) & inside, dy, 0)
     return dy
 
 
 @triton.jit
 def sums_kernel(
     dy_ptr, x_ptr, stats_ptr,
-    residual_ptr, residual_stats_ptr,  # the other norm behind the same addition, or None
+    residual_ptr, residual_stats_ptr,  # residual norm of the same addition, or None
     mask_ptr,
     partials_ptr,                      # (parts, 2, channels): sum dy, sum dy * xhat; a third row for the residual
     rows, cols, channels, blocks, tiles, tiles_per_part,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACC: tl.constexpr,
 ):
+    """Compute the backward reductions of each part: ``sum dy`` and ``sum dy * xhat`` of the masked gradient."""
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     if LARGE:
         part = part.to(tl.int64)
@@ -301,6 +312,7 @@ def merge_sums_kernel(
     parts, parts_per_group, width,
     BLOCK_PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):
+    """Sum a group of partial sums, in float64 and in a fixed order."""
     group = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     first = group * parts_per_group
@@ -315,7 +327,7 @@ def merge_sums_kernel(
 
 @triton.jit
 def load_mean_terms(sums_ptr, row, stats_ptr, channel, exists, channels, count):
-    """What batch statistics take from the gradient: ``dz = scale * (dy - (a + b * (z - mean)))``."""
+    """Load ``a`` and ``b`` of batch norm's input gradient, ``dz = scale * (dy - (a + b * (z - mean)))``."""
     invstd = tl.load(stats_ptr + channels + channel, exists, other=0)
     a = tl.load(sums_ptr + channel, exists, other=0) / count
     b = tl.load(sums_ptr + row * channels + channel, exists, other=0) / count * invstd
@@ -323,23 +335,24 @@ def load_mean_terms(sums_ptr, row, stats_ptr, channel, exists, channels, count):
 
 
 @triton.jit
-def before_norm(dy, z, mean, scale, a, b):
-    """The gradient of the norm's input from the masked gradient behind it."""
+def norm_input_grad(dy, z, mean, scale, a, b):
+    """Return the gradient with respect to the norm's input from the masked gradient of its output."""
     return scale * (dy - tl.fma(z - mean, b, a))
 
 
 @triton.jit
 def dx_kernel(
     dy_ptr, x_ptr, stats_ptr,
-    residual_ptr, residual_stats_ptr,  # the other norm behind the same addition, or None
+    residual_ptr, residual_stats_ptr,  # residual norm of the same addition, or None
     mask_ptr,
     sums_ptr,                          # (2 or 3, channels)
-    dx_ptr, dresidual_ptr,             # None where not wanted
+    dx_ptr, dresidual_ptr,             # None if not requested
     rows, cols, channels, blocks, count,
     RELU: tl.constexpr, TRAINING: tl.constexpr, RESIDUAL_TRAINING: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """Compute one tile of the gradients with respect to the norm's input and the residual."""
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     channel, exists = channels_of(block, channels, CHANNELS_LAST, BLOCK_COLS)
     mean, scale, shift = load_norm(stats_ptr, channel, exists, channels)
@@ -353,7 +366,7 @@ def dx_kernel(
         dx = dy * scale
         if TRAINING:
             a, b = load_mean_terms(sums_ptr, 1, stats_ptr, channel, exists, channels, count)
-            dx = before_norm(dy, x, mean, scale, a, b)
+            dx = norm_input_grad(dy, x, mean, scale, a, b)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), inside)
     if dresidual_ptr is not None:
         dr = dy
@@ -363,7 +376,7 @@ def dx_kernel(
             if RESIDUAL_TRAINING:
                 r = tl.load(residual_ptr + offsets, inside, other=0).to(ACC)
                 a, b = load_mean_terms(sums_ptr, 2, residual_stats_ptr, channel, exists, channels, count)
-                dr = before_norm(dy, r, r_mean, r_scale, a, b)
+                dr = norm_input_grad(dy, r, r_mean, r_scale, a, b)
         tl.store(dresidual_ptr + offsets, dr.to(dresidual_ptr.dtype.element_ty), inside)
 
 
@@ -373,6 +386,7 @@ def add_masked_kernel(
     CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """Add one tile of the masked gradient to ``into`` in place."""
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     offsets, inside = tile_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
     grad = _masked_dy(

@@ -1,4 +1,4 @@
-"""What all kernels share: the one normalise, ReLU and its mask, and where a tile of an activation lies."""
+"""Device functions shared by all kernels: batch norm's normalisation, ReLU and its mask, and tile addressing."""
 
 from __future__ import annotations
 
@@ -8,31 +8,35 @@ import triton.language as tl
 
 @triton.jit
 def normalise(x, mean, scale, shift):
-    """``fma(x - mean, scale, shift)``: forward, prologue and every backward decide the sign by these bits."""
+    """Return ``fma(x - mean, scale, shift)``.
+
+    Forward, prologues and backward use this one formula, so that all of them compute the same sign for the ReLU.
+    """
     return tl.fma(x - mean, scale, shift)
 
 
 @triton.jit
 def relu(y):
-    """NaN stays NaN, as in PyTorch."""
+    """Return ``max(y, 0)``; NaN is propagated, as in PyTorch."""
     return tl.where(y <= 0, 0, y)
 
 
 @triton.jit
-def passes(y):
-    """Where a ReLU lets the gradient through: at NaN, too."""
+def relu_grad_mask(y):
+    """Return where ReLU passes the gradient: where ``y`` is positive or NaN."""
     return (y <= 0) == 0
 
 
 @triton.jit
 def pack_bits(flags, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """``(ROWS, COLS)`` booleans to ``(ROWS, COLS / 8)`` bytes, least significant bit first."""
+    """Pack ``(ROWS, COLS)`` booleans into ``(ROWS, COLS / 8)`` bytes, least significant bit first."""
     bits = tl.reshape(flags.to(tl.int32), (ROWS, COLS // 8, 8))
     return tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
 
 
 @triton.jit
 def unpack_bits(bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Unpack ``(ROWS, COLS / 8)`` bytes into ``(ROWS, COLS)`` booleans, least significant bit first."""
     bits = (bytes.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(bits, (ROWS, COLS)) != 0
 
@@ -42,7 +46,7 @@ def tile_at(
     tile, block, rows, cols, channels, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Offsets, and which of them are inside, of the tile with this number in this block of channels.
+    """Return the element offsets of tile ``tile`` of channel block ``block``, and which of them are within bounds.
 
     A block is ``BLOCK_COLS`` channels in channels_last memory and one channel in contiguous memory.
     """
@@ -65,7 +69,10 @@ def mask_at(
     tile, block, rows, cols, channels, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """The same of the tile's bytes in a ``relu_mask``: its rows are padded to whole bytes."""
+    """Return the byte offsets of the same tile of a ``relu_mask``, and which of them are within bounds.
+
+    The rows of the mask are padded to whole bytes.
+    """
     return tile_at(
         tile, block, rows, (cols + 7) // 8, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS // 8
     )  # fmt: skip
@@ -73,7 +80,7 @@ def mask_at(
 
 @triton.jit
 def channels_of(block, channels, CHANNELS_LAST: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """A block's channels, as a row that goes with its tiles, and which of them exist."""
+    """Return a block's channels, as a row that broadcasts against its tiles, and which of them exist."""
     if CHANNELS_LAST:
         channel = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     else:
@@ -83,7 +90,7 @@ def channels_of(block, channels, CHANNELS_LAST: tl.constexpr, BLOCK_COLS: tl.con
 
 @triton.jit
 def column_sum(x, CHANNELS_LAST: tl.constexpr):
-    """The sum of a tile for each of its channels, as a row."""
+    """Return the sum of a tile over each of its channels, as a row."""
     total = tl.sum(x, axis=0)[None, :]
     if not CHANNELS_LAST:
         total = tl.sum(total, axis=1)[:, None]

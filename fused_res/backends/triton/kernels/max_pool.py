@@ -1,4 +1,7 @@
-"""Max pooling of ``act(bn(x))`` with 1-byte indices, forward and backward."""
+"""Max pooling with an optional batch norm and ReLU prologue, forward and backward.
+
+The forward saves the position in the window of each maximum as one byte; the backward gathers, without atomics.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fused_res.backends.triton.kernels.elementwise import normalise, relu
 
 @triton.jit
 def _position(index, channels, height, width, CHANNELS_LAST: tl.constexpr):
-    """Image, channel, row and column of a place in memory."""
+    """Return image, channel, row and column of the element at offset ``index``."""
     if CHANNELS_LAST:
         channel, pixel = index % channels, index // channels
         image = pixel // (height * width)
@@ -24,7 +27,8 @@ def _position(index, channels, height, width, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _place(image, channel, row, col, channels, height, width, CHANNELS_LAST: tl.constexpr):
+def _offset(image, channel, row, col, channels, height, width, CHANNELS_LAST: tl.constexpr):
+    """Return the offset of an element: the inverse of :func:`_position`."""
     if CHANNELS_LAST:
         return ((image * height + row) * width + col) * channels + channel
     return ((image * channels + channel) * height + row) * width + col
@@ -52,12 +56,12 @@ def max_pool_forward_kernel(
         for s in tl.static_range(S):
             h, w = p * STRIDE_H - PAD_H + r, q * STRIDE_W - PAD_W + s
             inside = exists & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            x = tl.load(x_ptr + _place(image, channel, h, w, channels, H, W, CHANNELS_LAST), inside, other=0).to(ACC)
+            x = tl.load(x_ptr + _offset(image, channel, h, w, channels, H, W, CHANNELS_LAST), inside, other=0).to(ACC)
             if stats_ptr is not None:
                 x = normalise(x, mean, scale, shift)
                 if RELU:
                     x = relu(x)
-            # Rounded first: of values that are equal in the output's type the first one gets the gradient.
+            # Round before comparing: among values that are equal in the output's dtype the first gets the gradient.
             x = x.to(y_ptr.dtype.element_ty).to(ACC)
             better = inside & ((x > best) | (x != x))
             best = tl.where(better, x, best)
@@ -74,7 +78,7 @@ def max_pool_backward_kernel(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Every input position asks the windows that it lies in, in a fixed order."""
+    """Gather, for every input position, the gradients of the windows that contain it, in a fixed order."""
     program = tl.program_id(0)
     if LARGE:
         program = program.to(tl.int64)
@@ -88,7 +92,7 @@ def max_pool_backward_kernel(
             p, q = top // STRIDE_H, left // STRIDE_W
             inside = exists & (top >= 0) & (left >= 0) & (top % STRIDE_H == 0) & (left % STRIDE_W == 0)
             inside &= (p < P) & (q < Q)
-            at = _place(image, channel, p, q, channels, P, Q, CHANNELS_LAST)
+            at = _offset(image, channel, p, q, channels, P, Q, CHANNELS_LAST)
             chosen = tl.load(indices_ptr + at, inside, other=255) == r * S + s
             dx += tl.load(dy_ptr + at, inside & chosen, other=0).to(ACC)
     tl.store(dx_ptr + index, dx.to(dx_ptr.dtype.element_ty), exists)

@@ -1,3 +1,4 @@
+// Bug: no __syncthreads() between the reads of a shared buffer and the writes of the next iteration.
 #include <vector>
 
 #include "../bug.h"
@@ -11,8 +12,8 @@ struct Args {
   int* out;
 };
 
-// Turns tile after tile round, all in the same buffer, which may be written to again only when all have read.
-FUSED_RES_KERNEL(kThreads, 1) turn_tiles(const __grid_constant__ Args args) {
+// Reverses each tile in the same shared buffer, which may be overwritten only after all threads have read it.
+FUSED_RES_KERNEL(kThreads, 1) reverse_tiles(const __grid_constant__ Args args) {
   auto* shared = reinterpret_cast<int*>(shared_memory());
   for (int tile = 0; tile < kTiles; ++tile) {
     const int at = tile * kThreads + threadIdx.x;
@@ -25,13 +26,13 @@ FUSED_RES_KERNEL(kThreads, 1) turn_tiles(const __grid_constant__ Args args) {
   }
 }
 
-static const Register registered("missing_second_syncthreads", kVersion, [] {
+static const BugRegistrar registered("missing_second_syncthreads", kVersion, [] {
   std::vector<int> in(kThreads * kTiles), out(in.size()), expected(in.size());
   for (int i = 0; i < kThreads * kTiles; ++i) {
     in[i] = i;
     expected[i] = i / kThreads * kThreads + kThreads - 1 - i % kThreads;
   }
-  launch(turn_tiles, dim3(1), kThreads, kThreads * sizeof(int), nullptr, Args{in.data(), out.data()});
+  launch(reverse_tiles, dim3(1), kThreads, kThreads * sizeof(int), nullptr, Args{in.data(), out.data()});
   return out == expected;
 });
 

@@ -1,3 +1,4 @@
+// Bug: no __syncthreads() between writing and reading shared memory.
 #include <vector>
 
 #include "../bug.h"
@@ -11,8 +12,8 @@ struct Args {
   int* out;
 };
 
-// Turns the block's numbers round.
-FUSED_RES_KERNEL(kThreads, 1) turn(const __grid_constant__ Args args) {
+// Reverses the values of the block.
+FUSED_RES_KERNEL(kThreads, 1) reverse_block(const __grid_constant__ Args args) {
   auto* shared = reinterpret_cast<int*>(shared_memory());
   shared[threadIdx.x] = args.in[threadIdx.x];
 #if !BROKEN
@@ -21,10 +22,10 @@ FUSED_RES_KERNEL(kThreads, 1) turn(const __grid_constant__ Args args) {
   args.out[threadIdx.x] = shared[kThreads - 1 - threadIdx.x];
 }
 
-static const Register registered("missing_syncthreads", kVersion, [] {
+static const BugRegistrar registered("missing_syncthreads", kVersion, [] {
   std::vector<int> in(kThreads), out(kThreads);
   for (int i = 0; i < kThreads; ++i) in[i] = i;
-  launch(turn, dim3(1), kThreads, kThreads * sizeof(int), nullptr, Args{in.data(), out.data()});
+  launch(reverse_block, dim3(1), kThreads, kThreads * sizeof(int), nullptr, Args{in.data(), out.data()});
   return out == std::vector<int>(in.rbegin(), in.rend());
 });
 

@@ -1,3 +1,4 @@
+// Bug: no __syncwarp() between the shared-memory accesses of the lanes of a warp.
 #include <vector>
 
 #include "../bug.h"
@@ -9,9 +10,9 @@ struct Args {
   int* out;
 };
 
-// Each lane takes what its neighbour left in shared memory. The ballot makes lanes wait for each other, here
-// and most often on a GPU, but orders no memory.
-FUSED_RES_KERNEL(kWarp, 1) take_neighbours(const __grid_constant__ Args args) {
+// Each lane reads the value that its neighbour has stored in shared memory. The ballot synchronizes the
+// lanes, here and usually on a GPU, but does not order memory.
+FUSED_RES_KERNEL(kWarpSize, 1) exchange_neighbours(const __grid_constant__ Args args) {
   auto* shared = reinterpret_cast<int*>(shared_memory());
   const int own = args.in[threadIdx.x];
   shared[threadIdx.x] = own;
@@ -22,13 +23,14 @@ FUSED_RES_KERNEL(kWarp, 1) take_neighbours(const __grid_constant__ Args args) {
   args.out[threadIdx.x] = shared[threadIdx.x ^ 1] + __popc(odd);
 }
 
-static const Register registered("missing_syncwarp", kVersion, [] {
-  std::vector<int> in(kWarp), out(kWarp), expected(kWarp);
-  for (int i = 0; i < kWarp; ++i) {
+static const BugRegistrar registered("missing_syncwarp", kVersion, [] {
+  std::vector<int> in(kWarpSize), out(kWarpSize), expected(kWarpSize);
+  for (int i = 0; i < kWarpSize; ++i) {
     in[i] = i;
-    expected[i] = (i ^ 1) + kWarp / 2;
+    expected[i] = (i ^ 1) + kWarpSize / 2;
   }
-  launch(take_neighbours, dim3(1), kWarp, kWarp * sizeof(int), nullptr, Args{in.data(), out.data()});
+  launch(exchange_neighbours, dim3(1), kWarpSize, kWarpSize * sizeof(int), nullptr,
+         Args{in.data(), out.data()});
   return out == expected;
 });
 

@@ -1,3 +1,4 @@
+// Bug: the last thread's vector load reads beyond the end of an array in global memory.
 #include <cstdlib>
 #include <memory>
 
@@ -12,8 +13,8 @@ struct Args {
   int* out;
 };
 
-// Doubles numbers, four a thread, of which the last thread has two.
-FUSED_RES_KERNEL(kThreads, 1) twice(const __grid_constant__ Args args) {
+// Doubles values, four per thread; the last thread has two.
+FUSED_RES_KERNEL(kThreads, 1) double_values(const __grid_constant__ Args args) {
   const int first = 4 * threadIdx.x;
 #if !BROKEN
   if (first + 4 > kCount) {
@@ -26,12 +27,12 @@ FUSED_RES_KERNEL(kThreads, 1) twice(const __grid_constant__ Args args) {
   for (int i = 0; i < 4 && first + i < kCount; ++i) args.out[first + i] = doubled[i];
 }
 
-static const Register registered("out_of_bounds_global", kVersion, [] {
+static const BugRegistrar registered("out_of_bounds_global", kVersion, [] {
   const std::unique_ptr<int, void (*)(void*)> in(static_cast<int*>(std::malloc(kCount * sizeof(int))),
                                                  std::free);
   int out[kCount];
   for (int i = 0; i < kCount; ++i) in.get()[i] = i;
-  launch(twice, dim3(1), kThreads, 0, nullptr, Args{in.get(), out});
+  launch(double_values, dim3(1), kThreads, 0, nullptr, Args{in.get(), out});
   bool right = true;
   for (int i = 0; i < kCount; ++i) right &= out[i] == 2 * i;
   return right;

@@ -1,3 +1,4 @@
+// Bug: the last thread reads beyond the end of shared memory.
 #include <vector>
 
 #include "../bug.h"
@@ -11,7 +12,7 @@ struct Args {
   int* out;
 };
 
-// Differences of neighbours; the last number has none.
+// Differences of adjacent values; 0 for the last one.
 FUSED_RES_KERNEL(kThreads, 1) differences(const __grid_constant__ Args args) {
   auto* shared = reinterpret_cast<volatile int*>(shared_memory());
   const int thread = threadIdx.x;
@@ -25,7 +26,7 @@ FUSED_RES_KERNEL(kThreads, 1) differences(const __grid_constant__ Args args) {
   args.out[thread] = thread + 1 < kThreads ? next - shared[thread] : 0;
 }
 
-static const Register registered("out_of_bounds_shared", kVersion, [] {
+static const BugRegistrar registered("out_of_bounds_shared", kVersion, [] {
   std::vector<int> in(kThreads), out(kThreads), expected(kThreads, 3);
   for (int i = 0; i < kThreads; ++i) in[i] = 3 * i;
   expected.back() = 0;

@@ -1,3 +1,4 @@
+// Bug: blocks update a value in global memory without an atomic operation.
 #include "../bug.h"
 
 namespace fused_res::cuda::race_between_blocks::VERSION {
@@ -8,7 +9,7 @@ struct Args {
   unsigned* sum;
 };
 
-// One thread of each block adds its number. Here blocks come one after another, on a GPU they do not.
+// One thread per block adds its block index. The simulator runs blocks one after another, a GPU concurrently.
 FUSED_RES_KERNEL(1, 1) add(const __grid_constant__ Args args) {
 #if BROKEN
   *args.sum += blockIdx.x;
@@ -17,7 +18,7 @@ FUSED_RES_KERNEL(1, 1) add(const __grid_constant__ Args args) {
 #endif
 }
 
-static const Register registered("race_between_blocks", kVersion, [] {
+static const BugRegistrar registered("race_between_blocks", kVersion, [] {
   unsigned sum = 0;
   launch(add, dim3(kBlocks), 1, 0, nullptr, Args{&sum});
   return sum == 0 + 1 + 2;

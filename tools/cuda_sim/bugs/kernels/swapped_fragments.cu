@@ -1,3 +1,4 @@
+// Bug: two registers of the A fragment of an mma are swapped.
 #include <utility>
 #include <vector>
 
@@ -8,12 +9,12 @@ namespace fused_res::cuda::swapped_fragments::VERSION {
 constexpr int kRows = 16, kDepth = 16, kColumns = 8;
 
 struct Args {
-  const __half* a;  // rows of the product
-  const __half* b;  // its columns
+  const __half* a;  // row-major
+  const __half* b;  // column-major
   float* out;
 };
 
-FUSED_RES_KERNEL(kWarp, 1) product(const __grid_constant__ Args args) {
+FUSED_RES_KERNEL(kWarpSize, 1) product(const __grid_constant__ Args args) {
   const int group = threadIdx.x / 4, pair = threadIdx.x % 4;
   const auto two_of = [&](const __half* matrix, int row, int half) {
     return *reinterpret_cast<const uint32_t*>(matrix + row * kDepth + 2 * pair + 8 * half);
@@ -27,11 +28,11 @@ FUSED_RES_KERNEL(kWarp, 1) product(const __grid_constant__ Args args) {
   a[2] = first;
 #endif
   float sums[4] = {};
-  ptx::multiply_add<__half>(sums, a, b);
+  ptx::mma_sync<__half>(sums, a, b);
   for (int i = 0; i < 4; ++i) args.out[(group + i / 2 * 8) * kColumns + 2 * pair + i % 2] = sums[i];
 }
 
-static const Register registered("swapped_fragments", kVersion, [] {
+static const BugRegistrar registered("swapped_fragments", kVersion, [] {
   std::vector<__half> a(kRows * kDepth), b(kColumns * kDepth);
   std::vector<float> out(kRows * kColumns), expected(out.size());
   const auto fill = [](std::vector<__half>& matrix, int step) {
@@ -44,7 +45,7 @@ static const Register registered("swapped_fragments", kVersion, [] {
     for (int k = 0; k < kDepth; ++k)
       expected[i] += __half2float(a[i / kColumns * kDepth + k]) * __half2float(b[i % kColumns * kDepth + k]);
   }
-  launch(product, dim3(1), kWarp, 0, nullptr, Args{a.data(), b.data(), out.data()});
+  launch(product, dim3(1), kWarpSize, 0, nullptr, Args{a.data(), b.data(), out.data()});
   return out == expected;
 });
 

@@ -1,3 +1,5 @@
+// Bug: the last iteration of a two-stage pipeline waits for all but the last cp.async group, which is the one
+// it needs.
 #include <vector>
 
 #include "../bug.h"
@@ -11,14 +13,14 @@ struct Args {
   int* out;
 };
 
-// Adds up tiles that are copied one ahead of their use. The last tile has none behind it, so that "all but
-// the last group" would be all but itself.
+// Adds up tiles that are prefetched one iteration ahead. No copy follows the last tile, so "all but the last
+// group" would exclude its own.
 FUSED_RES_KERNEL(kThreads, 1) add_tiles(const __grid_constant__ Args args) {
   auto* shared = reinterpret_cast<int4*>(shared_memory());
   const auto copy = [&](int tile) {
-    ptx::copy_async(shared_address(shared + tile % 2 * kThreads + threadIdx.x),
-                    args.in + tile * kThreads + threadIdx.x, true);
-    ptx::copy_async_commit();
+    ptx::cp_async(shared_address(shared + tile % 2 * kThreads + threadIdx.x),
+                  args.in + tile * kThreads + threadIdx.x, true);
+    ptx::cp_async_commit_group();
   };
   copy(0);
   int sum = 0;
@@ -26,10 +28,10 @@ FUSED_RES_KERNEL(kThreads, 1) add_tiles(const __grid_constant__ Args args) {
     if (tile + 1 < kTiles) copy(tile + 1);
 #if !BROKEN
     if (tile + 1 == kTiles)
-      ptx::copy_async_wait<0>();
+      ptx::cp_async_wait_group<0>();
     else
 #endif
-      ptx::copy_async_wait<1>();
+      ptx::cp_async_wait_group<1>();
     __syncthreads();
     sum += shared[tile % 2 * kThreads + kThreads - 1 - threadIdx.x].x;
     __syncthreads();
@@ -37,7 +39,7 @@ FUSED_RES_KERNEL(kThreads, 1) add_tiles(const __grid_constant__ Args args) {
   args.out[threadIdx.x] = sum;
 }
 
-static const Register registered("wrong_wait_group", kVersion, [] {
+static const BugRegistrar registered("wrong_wait_group", kVersion, [] {
   std::vector<int4> in(kThreads * kTiles);
   std::vector<int> out(kThreads), expected(kThreads);
   for (int i = 0; i < kThreads * kTiles; ++i) {

@@ -1,0 +1,222 @@
+"""AOT manifest: the operator calls of ResNet-18 and ResNet-50, on meta tensors, for ahead-of-time compilation.
+
+The launchers select tiles, warps and stages as they do on a GPU, so :mod:`fused_res.backends.triton.aot` compiles
+exactly the kernels that the networks run. Shapes are those of batch size 256 and of batch size 1. Each call listed here
+compiles to a distinct variant: it differs in flags, tile size, dtype or offset width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fused_res.backends.triton.aot import KernelReport, compile_launches
+from fused_res.backends.triton.batch_norm_act import (
+    add_masked_,
+    batch_norm_act_apply,
+    batch_norm_act_backward,
+    batch_norm_act_backward_pair,
+    batch_norm_act_forward,
+    batch_norm_act_inference_,
+    batch_norm_stats,
+)
+from fused_res.backends.triton.conv_bias_act import conv_bias_act
+from fused_res.backends.triton.conv_bn_stats import conv_bn_stats
+from fused_res.backends.triton.conv_dgrad import conv_dgrad
+from fused_res.backends.triton.conv_wgrad import conv_wgrad
+from fused_res.backends.triton.max_pool import max_pool_backward, max_pool_forward
+from fused_res.ops import stats_dtype
+from fused_res.ops.memory_format import conv_output_shape, relu_mask_shape
+
+_HALF, _SINGLE = torch.float16, torch.float32
+_EPS = 1e-5
+#: Batch size at which 256 x 56 x 56 activations exceed 2^31 elements and offsets need 64 bits.
+_INT64_BATCH = 2752
+
+
+def _meta_nchw(
+    batch: int, channels: int, size: int, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True
+) -> Tensor:
+    """Return a meta tensor ``(batch, channels, size, size)``."""
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((batch, channels, size, size), dtype=dtype, device="meta", memory_format=format)
+
+
+def _stats(x: Tensor) -> Tensor:
+    return x.new_empty((5, x.shape[1]), dtype=stats_dtype(x.dtype))
+
+
+def _mask(x: Tensor) -> Tensor:
+    return x.new_empty(relu_mask_shape(x), dtype=torch.uint8)
+
+
+def _training_norm(x: Tensor) -> None:
+    """Call the norms of a training step: alone, and followed by the addition of an identity shortcut."""
+    stats, vector = _stats(x), _stats(x)[0]
+    batch_norm_act_forward(x, None, None, vector, vector, None, None, True, _EPS, True, False)
+    batch_norm_act_apply(x, stats, x, None, True, True)
+    batch_norm_act_backward(x, x, vector, stats, None, True, True, [True, False, True, True])
+    batch_norm_act_backward(x, x, vector, stats, _mask(x), True, True, [True] * 4)
+
+
+def _projection(x: Tensor) -> None:
+    """Call the dual batch norm of a block with a projection shortcut, whose outputs are added."""
+    stats, vector = _stats(x), _stats(x)[0]
+    batch_norm_act_apply(x, stats, x, stats, True, True)
+    batch_norm_act_backward_pair(x, x, vector, stats, x, vector, stats, _mask(x), True, True, [True] * 6)
+    add_masked_(x, x, _mask(x))
+
+
+def _inference(x: Tensor) -> None:
+    stats, running = _stats(x), [_stats(x)[0]] * 4
+    batch_norm_act_inference_(x, None, None, *running, _EPS, True)
+    batch_norm_act_inference_(x, x, None, *running, _EPS, True)
+    batch_norm_act_inference_(x, x, stats, *running, _EPS, True)
+
+
+def _remaining_norm_flags(x: Tensor) -> None:
+    """Call the remaining combinations of flags: without ReLU, without mask, with running statistics."""
+    stats, mask, vector = _stats(x), _mask(x), _stats(x)[0]
+    running = [vector] * 4
+    batch_norm_stats(x, *running, False, _EPS)
+    batch_norm_act_inference_(x, None, None, *running, _EPS, False)
+    batch_norm_act_apply(x, stats, None, None, False, False)
+    for residual_stats in (None, stats):
+        for relu in (False, True):
+            batch_norm_act_apply(x, stats, x, residual_stats, relu, False)
+        batch_norm_act_forward(x, x, residual_stats, *running, False, _EPS, True, True)
+    batch_norm_act_forward(x, None, None, *running, False, _EPS, True, False)
+    batch_norm_act_backward(x, x, vector, stats, None, True, False, [True] * 4)
+    for relu_mask in (None, mask):
+        batch_norm_act_backward(x, x, vector, stats, relu_mask, False, True, [True] * 4)
+        batch_norm_act_backward_pair(x, x, vector, stats, x, vector, stats, relu_mask, True, False, [True] * 6)
+    batch_norm_act_backward_pair(x, x, vector, stats, x, vector, stats, mask, False, False, [True] * 6)
+    add_masked_(x, x, None)
+
+
+def _max_pool(x: Tensor) -> None:
+    window = [3, 3], [2, 2], [1, 1]
+    max_pool_forward(x, None, False, *window)
+    y, indices = max_pool_forward(x, _stats(x), True, *window)
+    max_pool_backward(y, indices, x, *window)
+
+
+def _norms() -> None:
+    large = _meta_nchw(256, 256, 56)
+    for group in (_training_norm, _projection, _inference, _remaining_norm_flags):
+        group(large)
+    contiguous = _meta_nchw(256, 256, 56, channels_last=False)
+    for group in (_training_norm, _projection, _inference):
+        group(contiguous)
+    _training_norm(_meta_nchw(256, 256, 56, _HALF))
+    _training_norm(_meta_nchw(256, 256, 56, _SINGLE))
+    _inference(_meta_nchw(1, 512, 7))
+    for channels_last in (True, False):
+        _training_norm(_meta_nchw(256, 35, 57, channels_last=channels_last))
+        _training_norm(_meta_nchw(_INT64_BATCH, 256, 56, channels_last=channels_last))
+        _max_pool(_meta_nchw(256, 64, 112, channels_last=channels_last))
+
+
+def _filter(x: Tensor, outputs: int, size: int) -> Tensor:
+    return _meta_nchw(outputs, x.shape[1], size, x.dtype)
+
+
+def _inference_conv(
+    x: Tensor, outputs: int, size: int = 1, stride: int = 1, add: bool = False, relu: bool = True
+) -> None:
+    """Call a convolution with its batch norm folded into weight and bias."""
+    weight, geometry = _filter(x, outputs, size), ([stride] * 2, [size // 2] * 2, [1, 1])
+    residual = _meta_nchw(x.shape[0], outputs, conv_output_shape(x, weight, *geometry)[2], x.dtype) if add else None
+    conv_bias_act(x, weight, x.new_empty(outputs), residual, *geometry, 1, relu)
+
+
+def _training_conv(
+    x: Tensor, outputs: int, size: int = 1, stride: int = 1, input_norm: bool = True, partials: bool = True
+) -> None:
+    """Call a training convolution; with ``input_norm``, its prologue applies the preceding batch norm and ReLU."""
+    stats, geometry = _stats(x) if input_norm else None, ([stride] * 2, [size // 2] * 2, [1, 1])
+    conv_bn_stats(x, _filter(x, outputs, size), None, stats, input_norm, *geometry, 1, partials)
+
+
+def _conv_gradients(
+    x: Tensor,
+    outputs: int,
+    masked: bool,
+    stride: int = 1,
+    input_norm: bool = False,
+    relu: bool = True,
+    training: bool = True,
+    added: bool = False,
+) -> None:
+    """Call both gradients of a 1x1 convolution; with ``added``, dgrad adds the masked gradient of a shortcut."""
+    z = _meta_nchw(x.shape[0], outputs, x.shape[2] // stride, x.dtype)
+    stats, x_stats = _stats(z), _stats(x) if input_norm else None
+    norm_backward_args = z, z, stats, _mask(z) if masked else None, relu, stats[:2] if training else None, 1 << 20
+    conv_wgrad(*norm_backward_args, _filter(x, outputs, 1), x, x_stats, input_norm, [stride] * 2)
+    if stride == 1:
+        shortcut = (x, _mask(x)) if added else (None, None)
+        conv_dgrad(*norm_backward_args, _filter(x, outputs, 1), x, x_stats, input_norm, *shortcut)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    previous, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = previous
+
+
+def _convolutions() -> None:
+    _inference_conv(_meta_nchw(256, 3, 224), 64, 7, 2)
+    _inference_conv(_meta_nchw(256, 64, 56), 64, 3)
+    _inference_conv(_meta_nchw(256, 512, 7), 512, 3, add=True)
+    _inference_conv(_meta_nchw(256, 128, 56), 128, 3, 2)
+    _inference_conv(_meta_nchw(256, 256, 56), 64)
+    _inference_conv(_meta_nchw(256, 64, 56), 256, add=True)
+    _inference_conv(_meta_nchw(256, 256, 56), 512, stride=2, relu=False)
+    _inference_conv(_meta_nchw(_INT64_BATCH, 256, 56), 64)
+    _inference_conv(_meta_nchw(1, 256, 56), 64)
+    _inference_conv(_meta_nchw(1, 64, 56), 64, 3)
+    _inference_conv(_meta_nchw(1, 512, 7), 512, 3, add=True)
+
+    _training_conv(_meta_nchw(256, 256, 56), 64, input_norm=False)
+    _training_conv(_meta_nchw(256, 256, 56), 512, stride=2, input_norm=False)
+    _training_conv(_meta_nchw(256, 64, 56), 64, 3, input_norm=False)
+    _training_conv(_meta_nchw(256, 64, 56), 256)
+    _training_conv(_meta_nchw(256, 64, 56), 256, partials=False)
+    _training_conv(_meta_nchw(256, 64, 56), 64, 3)
+    _training_conv(_meta_nchw(256, 128, 56), 128, 3, 2)
+    _training_conv(_meta_nchw(_INT64_BATCH, 64, 56), 256)
+    _training_conv(_meta_nchw(1, 512, 7), 2048)
+
+    _conv_gradients(_meta_nchw(256, 64, 56), 256, masked=True, input_norm=True)
+    _conv_gradients(_meta_nchw(256, 256, 56), 64, masked=False)
+    _conv_gradients(_meta_nchw(256, 256, 56), 64, masked=False, added=True)
+    _conv_gradients(_meta_nchw(256, 256, 56), 512, masked=True, stride=2)
+    _conv_gradients(_meta_nchw(256, 256, 56), 128, masked=False, relu=False, training=False)
+    _conv_gradients(_meta_nchw(_INT64_BATCH, 64, 56), 256, masked=True, input_norm=True)
+
+    for dtype, tf32 in ((_HALF, True), (_SINGLE, True), (_SINGLE, False)):
+        with _tf32(tf32):
+            _inference_conv(_meta_nchw(256, 64, 56, dtype), 64, 3)
+            _training_conv(_meta_nchw(256, 64, 56, dtype), 256)
+            if dtype == _SINGLE:
+                _conv_gradients(_meta_nchw(256, 64, 56, dtype), 256, masked=True, input_norm=True)
+
+
+def compile_all(capability: int) -> list[KernelReport]:
+    """Compile every kernel of the manifest for one compute capability, and return a report on each.
+
+    Args:
+        capability: compute capability: 80, 90, 100 or 120.
+    """
+
+    def call() -> None:
+        _norms()
+        _convolutions()
+
+    return compile_launches(call, capability)

@@ -1,0 +1,113 @@
+"""Builds a :class:`~fused_res.spec.BlockSpec` from the settings of convolutions; uses no modules and no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fused_res._torch_compat import assume_constant_result
+from fused_res.ops.geometry import same_padding
+from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
+
+#: stride, padding, dilation, groups, padding_mode, weight shape, eps and whether ReLU follows, with the types that the
+#: modules' attributes have.
+UnitKey = tuple[Any, Any, Any, int, str, tuple[int, ...], float, bool]
+
+_specs: dict[tuple[Any, ...], BlockSpec | str] = {}
+
+
+def build_block_spec(keys: tuple[UnitKey, ...], shortcut: str, pool: tuple[Any, ...] | None) -> BlockSpec | str:
+    """Return the BlockSpec for these settings, or the reason why there is none; cached.
+
+    Args:
+        keys: settings of each unit; with a projection, the last key is the projection's.
+        shortcut: "none", "identity" or "projection".
+        pool: kernel_size, stride and padding of the max pooling after the last unit, or None.
+    """
+    if torch.compiler.is_compiling():
+        return getattr(_dynamo_constants, _dynamo_constant_name(keys, shortcut, pool))
+    cache_key = (keys, shortcut, pool)
+    try:
+        if cache_key not in _specs:
+            _specs[cache_key] = _build(keys, shortcut, pool)
+        return _specs[cache_key]
+    except TypeError:  # unhashable: an attribute such as a stride was set to a list
+        return _build(keys, shortcut, pool)
+
+
+class _DynamoConstants:
+    """Specs that compiled code reads as attributes: Dynamo's guards on a growing dictionary would fail."""
+
+
+_dynamo_constants = _DynamoConstants()
+_spec_names: dict[BlockSpec | str, str] = {}
+
+
+@assume_constant_result  # Dynamo guards the arguments where they were read
+def _dynamo_constant_name(keys: tuple[UnitKey, ...], shortcut: str, pool: tuple[Any, ...] | None) -> str:
+    spec = _build(keys, shortcut, pool)
+    name = _spec_names.setdefault(spec, f"spec{len(_spec_names)}")
+    setattr(_dynamo_constants, name, spec)
+    return name
+
+
+def _build(keys: Sequence[UnitKey], shortcut: str, pool: tuple[Any, ...] | None) -> BlockSpec | str:
+    try:
+        units = tuple(_unit_spec(key) for key in keys)
+        pool_spec = None if pool is None else PoolSpec(*map(_pair, pool))
+    except ValueError as error:
+        return str(error)
+    if shortcut == "none":
+        return BlockSpec(units, pool=pool_spec)
+    shapes = [key[5] for key in keys]
+    # `+` broadcasts in the stock forward but not in the fused one: both operands must have the same shape for every
+    # input shape.
+    main = units[:-1] if shortcut == "projection" else units
+    added = units[len(main) :]
+    channels = shapes[-1][0] if added else shapes[0][1] * units[0].groups
+    if channels != shapes[len(main) - 1][0]:
+        return f"the shortcut has {channels} channels, the main path {shapes[len(main) - 1][0]}"
+    if _size_map(main, shapes) != _size_map(added, shapes[len(main) :]):
+        return "the shortcut's spatial size may differ from the main path's"
+    return BlockSpec(main, added[0] if added else "identity")
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, second = value
+    return first, second
+
+
+def _unit_spec(key: UnitKey) -> UnitSpec:
+    stride, padding, dilation, groups, padding_mode, shape, eps, relu = key
+    if len(shape) != 4:
+        raise ValueError(f"a convolution's weight has rank {len(shape)}")
+    if padding_mode != "zeros":
+        raise ValueError(f"a convolution has padding_mode={padding_mode!r}")
+    if padding == "valid":
+        padding = 0
+    elif isinstance(padding, str):  # "same"
+        same = same_padding(shape[2:], _pair(stride), _pair(dilation)) if padding == "same" else None
+        if same is None:
+            raise ValueError(f"a convolution's padding={padding!r} is asymmetric")
+        padding = same
+    return UnitSpec(_pair(stride), _pair(padding), _pair(dilation), groups, eps, "relu" if relu else "identity")
+
+
+def _size_map(units: Sequence[UnitSpec], shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Return (s, a) for each spatial dimension: consecutive `units` map a size n to floor((n + a) / s) + 1.
+
+    Nested floor divisions compose exactly, so two chains have equal output sizes for every n if and only if these
+    numbers are equal.
+    """
+    maps = []
+    for dim in range(2):
+        s, a = 1, -1
+        for unit, shape in zip(units, shapes, strict=False):
+            extent = unit.dilation[dim] * (shape[2 + dim] - 1) + 1
+            s, a = s * unit.stride[dim], a + s * (1 + 2 * unit.padding[dim] - extent)
+        maps.append((s, a))
+    return maps
