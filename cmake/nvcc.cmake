@@ -32,9 +32,9 @@ function(find_nvcc)
   set(CUDA_LIBRARY_DIRS ${libraries} PARENT_SCOPE)
 endfunction()
 
-# Sets ARCHITECTURES, a list of "sm_80" for machine code and "compute_80" for PTX, or NVCC_SKIP_REASON. The default is one
-# architecture per GPU generation, whose machine code later members of the generation run, and PTX of the newest for
-# future generations.
+# Sets ARCHITECTURES, a list of "sm_80" for machine code and "compute_80" for PTX, or NVCC_SKIP_REASON. The
+# default is the lowest architecture of each major compute capability, whose machine code runs on all of its minor
+# revisions, and PTX of the newest for future GPUs.
 function(choose_architectures)
   execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE known)
   string(REGEX MATCHALL "[0-9]+" known "${known}")
@@ -73,8 +73,9 @@ function(choose_architectures)
   set(ARCHITECTURES ${architectures} PARENT_SCOPE)
 endfunction()
 
-# Defines `cuda_objects`, the objects that the library is linked from. The output of ptxas is written to <object>.log. No
-# -lineinfo, which would write this machine's paths into the library; to profile, set NVCC_APPEND_FLAGS=-lineinfo.
+# Adds the target `cuda_objects`, which compiles the device sources, and sets CUDA_OBJECTS, the objects to link. It depends
+# on the target `cuda_host`, which compiles the host sources. The output of ptxas is written to <object>.log. No -lineinfo,
+# which would write this machine's paths into the library; to profile, set NVCC_APPEND_FLAGS=-lineinfo.
 function(compile_cuda)
   foreach(architecture IN LISTS ARCHITECTURES)
     string(REPLACE sm_ compute_ virtual ${architecture})
@@ -82,6 +83,7 @@ function(compile_cuda)
   endforeach()
   foreach(source IN LISTS CUDA_DEVICE)
     set(object ${CMAKE_BINARY_DIR}/${source}.o)
+    # In the shell command, $0 is the log file: it is shown only if nvcc fails.
     add_custom_command(
       OUTPUT ${object}
       COMMAND sh -c [["$@" > "$0" 2>&1 || { cat "$0"; exit 1; }]] ${object}.log
@@ -94,7 +96,7 @@ function(compile_cuda)
     list(APPEND objects ${object})
   endforeach()
   add_library(cuda_host OBJECT EXCLUDE_FROM_ALL ${CUDA_HOST})
-  # A torch without CUDA lacks this configuration file, which only states that its library is shared.
+  # CPU-only torch lacks c10/cuda/impl/cuda_cmake_macros.h, which only defines C10_CUDA_BUILD_SHARED_LIBS.
   target_compile_definitions(cuda_host PRIVATE C10_CUDA_NO_CMAKE_CONFIGURE_FILE)
   target_include_directories(cuda_host PRIVATE csrc)
   target_include_directories(cuda_host SYSTEM PRIVATE ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include
@@ -117,7 +119,7 @@ must be equal, choose another nvcc with CUDA_HOME" PARENT_SCOPE)
     message(WARNING "nvcc is CUDA ${CUDA_VERSION} and this torch was built with CUDA ${TORCH_CUDA}, which should be compatible.")
   endif()
   find_library(C10_CUDA_LIBRARY c10_cuda PATHS ${TORCH_DIR}/lib NO_DEFAULT_PATH REQUIRED)
-  # The shared library, which torch loads. Its wheels contain it, in case the toolkit does not.
+  # Link the shared libcudart, which torch loads too. If the toolkit lacks it, use that of the nvidia-cuda-runtime wheel.
   find_library(CUDART_LIBRARY NAMES libcudart.so libcudart.so.${major} NAMES_PER_DIR NO_DEFAULT_PATH NO_CACHE
     PATHS ${CUDA_LIBRARY_DIRS} ${TORCH_DIR}/../nvidia/cu${major}/lib ${TORCH_DIR}/../nvidia/cuda_runtime/lib)
   set(CUDART_LIBRARY ${CUDART_LIBRARY} PARENT_SCOPE)

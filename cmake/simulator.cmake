@@ -32,7 +32,7 @@ function(configure_simulated_target target)
   target_include_directories(${target} PRIVATE csrc ${SIMULATOR})
   target_include_directories(${target} SYSTEM PRIVATE ${CUDA_INCLUDE})
   target_compile_options(${target} PRIVATE ${SIMULATOR_FLAGS} ${ARGN})
-  # Kernels are looked up by name, so their symbols have to be exported.
+  # dladdr() has to find the names of the kernels, so their symbols are exported.
   set_target_properties(${target} PROPERTIES
     CXX_VISIBILITY_PRESET default VISIBILITY_INLINES_HIDDEN OFF ENABLE_EXPORTS ON EXCLUDE_FROM_ALL ON)
 endfunction()
@@ -75,7 +75,7 @@ target_include_directories(fused_res_sim SYSTEM PRIVATE
   ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include)
 target_link_libraries(fused_res_sim PRIVATE ${TORCH_CPU_LIBRARY} ${C10_LIBRARY} ${CMAKE_DL_LIBS})
 
-# Also without torch: kernels for the unit tests of the simulator itself.
+# The simulator's own unit-test kernels; without torch.
 add_library(fused_res_sim_unit_kernels SHARED ${SIMULATOR}/unit_kernels.cu $<TARGET_OBJECTS:runtime_plain>)
 configure_simulated_target(fused_res_sim_unit_kernels)
 target_link_libraries(fused_res_sim_unit_kernels PRIVATE ${CMAKE_DL_LIBS})

@@ -28,8 +28,8 @@ struct Norm {
                       "running_mean, running_var: expected tensors when not training");
   }
 
-  // Return the arguments that fold the running statistics, or for training on an empty batch, absent ones, to
-  // `stats`.
+  // Return the arguments of launch_fold(). When training on an empty batch there are no running statistics:
+  // mean and variance are absent, which stands for 0.
   FoldArgs fold(const ActivationTensor& x, const Tensor& stats) const {
     return {.active = true,
             .mean = running_mean.get(),
@@ -73,8 +73,9 @@ void apply(const ActivationTensor& x, ApplyArgs args, Stream stream) {
 bool try_single_pass_forward(const ActivationTensor& x, const Norm& norm, ApplyArgs apply,
                              const Tensor& stats, Stream stream) {
   apply.partition = x.partition({apply.y, apply.residual}, kMaxReductionUnits);
-  // The partition depends on the vector size. It must be that of the statistics alone (x and no other
-  // tensor), so that both ways give bitwise the same result.
+  // The partition depends on the vector size. It must equal the vector size that the separate statistics
+  // kernel would use (aligned for x only), so that the single pass and the three kernels give bitwise the
+  // same result.
   if (apply.partition.vector_size != x.partition({}, kMaxReductionUnits).vector_size) return false;
   const auto config = choose_single_pass_forward(x.dtype, apply.partition);
   if (!config) return false;
@@ -165,8 +166,7 @@ void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residu
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
 }
 
-// Run the backward: the gradients of the elements, and, if `reduces`, the sums over the channels. Returns the
-// sums.
+// Compute dx and dresidual where requested and, if `reduces`, the per-channel sums. Returns the sums.
 Tensor run_backward(const ActivationTensor& x, BackwardArgs args, bool reduces, Stream stream) {
   args.count = static_cast<double>(x.shape.images * x.shape.pixels);
   const bool writes = args.dx != nullptr || args.dresidual != nullptr;
@@ -227,14 +227,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   args.training = training && needs_input, args.sums_rows = 2;
   const bool reduces = needs_weight || needs_bias || (needs_input && training);
   const Tensor sums = run_backward(x, args, reduces, device.stream());
-  const auto returned = [&](const Tensor& gradient) {
+  const auto output_or_placeholder = [&](const Tensor& gradient) {
     return gradient.defined() ? restore_strides(gradient, input, x.tensor)
                               : empty_placeholder(input, input.scalar_type());
   };
-  return {returned(dx), returned(dresidual), parameter_gradient(sums, 1, needs_weight, weight, x),
+  return {output_or_placeholder(dx), output_or_placeholder(dresidual),
+          parameter_gradient(sums, 1, needs_weight, weight, x),
           parameter_gradient(sums, 0, needs_bias, weight, x)};
 }
 
+// Backward of act(bn(x) + bn(residual)).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_pair(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
     const Tensor& residual, const OptionalTensor& residual_weight, const Tensor& residual_stats,
@@ -257,11 +259,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backwa
   const bool reduces = needs_weight || needs_bias || needs_residual_weight || needs_residual_bias ||
                        (needs_input && training) || (needs_residual && residual_training);
   const Tensor sums = run_backward(x, args, reduces, device.stream());
-  const auto returned = [&](const Tensor& gradient, const Tensor& of, const Tensor& read) {
-    return gradient.defined() ? restore_strides(gradient, of, read) : empty_placeholder(of, of.scalar_type());
+  const auto output_or_placeholder = [&](const Tensor& gradient, const Tensor& original,
+                                         const Tensor& dense) {
+    return gradient.defined() ? restore_strides(gradient, original, dense)
+                              : empty_placeholder(original, original.scalar_type());
   };
-  return {returned(dx, input, x.tensor),
-          returned(dresidual, residual, other.tensor),
+  return {output_or_placeholder(dx, input, x.tensor),
+          output_or_placeholder(dresidual, residual, other.tensor),
           parameter_gradient(sums, 1, needs_weight, weight, x),
           parameter_gradient(sums, 0, needs_bias, weight, x),
           parameter_gradient(sums, 2, needs_residual_weight, residual_weight, x),
@@ -284,7 +288,7 @@ void add_masked_(const Tensor& self, const Tensor& grad, const OptionalTensor& r
   if (!into.is_same(self)) self.copy_(into);
 }
 
-// Update the running statistics of all norms of a block with one launch per kMaxNorms norms. Non-contiguous
+// Update the running statistics of all given norms with one launch per kMaxNorms norms. Non-contiguous
 // tensors are updated through a contiguous copy.
 void update_running_stats(at::TensorList running_mean, at::TensorList running_var, at::TensorList stats,
                           at::ArrayRef<double> momentum) {
@@ -293,9 +297,9 @@ void update_running_stats(at::TensorList running_mean, at::TensorList running_va
                     "running_mean, running_var, momentum: expected as many entries as stats, ", n);
   if (n == 0) return;
   const DeviceGuard device(stats[0]);
-  std::vector<Tensor> means(n), vars(n), batches(n);
+  std::vector<Tensor> means(n), vars(n), batch_stats(n);
   for (size_t i = 0; i < n; ++i) {
-    batches[i] = stats[i].contiguous();
+    batch_stats[i] = stats[i].contiguous();
     const at::ScalarType type = stats[i].scalar_type();
     check_device(stats[i], stats[0], "stats");
     TORCH_CHECK_VALUE(
@@ -318,11 +322,11 @@ void update_running_stats(at::TensorList running_mean, at::TensorList running_va
                                vars[i].data_ptr(),
                                dtype_of(means[i], "running_mean"),
                                dtype_of(vars[i], "running_var"),
-                               batches[i].const_data_ptr(),
-                               batches[i].scalar_type() == at::kDouble,
-                               batches[i].size(1),
+                               batch_stats[i].const_data_ptr(),
+                               batch_stats[i].scalar_type() == at::kDouble,
+                               batch_stats[i].size(1),
                                momentum[i]};
-      channels = std::max(channels, batches[i].size(1));
+      channels = std::max(channels, batch_stats[i].size(1));
     }
     if (channels > 0) launch_update_running(args, static_cast<int>(last - first), channels, device.stream());
   }

@@ -1,7 +1,7 @@
 // Batch norm + residual + activation, act(bn(x) [+ residual]), forward and backward (batch norm: Ioffe &
 // Szegedy 2015, https://arxiv.org/abs/1502.03167): the kernels' argument structs and their launches. Pointers
-// are to dense memory in one of the two layouts. A is the dtype of an activation's statistics and sums:
-// float64 for float64, else float32.
+// are to dense NCHW or NHWC tensors. A is the dtype of an activation's statistics and sums (Accumulator):
+// float64 for float64, else float32. `stats`, (5, C): mean, invstd, scale, shift, var (StatsRow, merge.cuh).
 #pragma once
 
 #include "cuda/work_partition.h"
@@ -12,8 +12,8 @@ namespace fused_res::cuda {
 struct PartialsArgs {
   WorkPartition partition;
   const void* x;
-  // A (parts, 4, C), the partial statistics of each part: count, mean, M2 (sum of squared deviations from the
-  // mean) and the compensation term of the mean, which is what rounding took from it.
+  // (parts, 4, C) of A, the partial statistics of each part: count, mean, M2 (sum of squared deviations from
+  // the mean) and the rounding error of the mean (exact mean = mean + error).
   void* partials;
 };
 
@@ -29,19 +29,19 @@ struct MergeArgs {
   double eps;
 };
 
-// Second stage of plain sums: (parts, width) to (groups, width).
+// Second stage of the backward sums: (parts, width) to (groups, width).
 struct SumPartialsArgs {
   const void* partials;
   void* sums;
   int64_t parts, parts_per_group, width;
 };
 
-// Fold given mean and variance (running statistics) and the norm's parameters to scale and shift.
+// Compute `stats` from given mean and variance (running statistics), weight and bias.
 struct FoldArgs {
   bool active;
   Parameter mean, var, weight, bias;
   double eps;
-  void* stats;  // output, A (5, C), or null
+  void* stats;  // output, (5, C) of A, or null
   int64_t channels;
 };
 
@@ -49,8 +49,8 @@ struct ApplyArgs {
   WorkPartition partition;
   const void* x;
   void* y;
-  const void *residual, *residual_stats;  // residual of x's shape, statistics A (5, C) of its norm; or null
-  const void* stats;                      // A (5, C); unused if `fold` is active
+  const void *residual, *residual_stats;  // of x's shape; statistics of its norm, (5, C) of A; or null
+  const void* stats;                      // (5, C) of A; unused if `fold` is active
   FoldArgs fold;
   uint8_t* mask;  // output, relu_mask, or null
   bool relu;
@@ -61,12 +61,13 @@ struct BackwardArgs {
   const void *dy, *x, *stats;
   const void *residual, *residual_stats;  // input and statistics of the residual's norm, or null
   const uint8_t* mask;                    // relu_mask, or null
-  bool relu;                              // without a mask: dy is masked by the sign of the normalized x
-  void* partials;                         // A (parts, 2 or 3, C): sum of dy, dy * xhat, dy * residual xhat
-  void* sums;                             // A (2 or 3, C)
+  bool relu;                              // without a mask: dy is masked by the recomputed sign of bn(x)
+  void* partials;                         // (parts, 2 or 3, C) of A: sum of dy, dy * xhat, dy * residual xhat
+  void* sums;                             // (2 or 3, C) of A
   void *dx, *dresidual;                   // outputs, null if not requested
   double count;                           // number of values that the sums are over
-  // Whether x's (the residual's) norm uses batch statistics and the gradient of its input is requested.
+  // training: x's norm uses batch statistics, and dx is requested. residual_training: the residual's norm
+  // uses batch statistics, and dresidual is requested.
   bool training, residual_training;
   int sums_rows;  // 2, or 3 with a normalized residual
 };

@@ -15,7 +15,7 @@ template <class T, int n>
 struct GlobalSource {
   const T* data;
 
-  // `step`: counted within the work unit.
+  // `step`: index of the step within the work unit. Unused here; SharedSource locates the elements by it.
   template <Layout layout>
   __device__ Vector<T, n> operator()(const TileIterator<layout, n>& iterator, int64_t /*step*/) const {
     return load<n>(data + iterator.offset(), iterator.valid());
@@ -23,7 +23,7 @@ struct GlobalSource {
 };
 
 // Per-channel values of a channel block in shared memory: these rows for the norm of x, and again for the
-// norm of the residual.
+// norm of the residual. Rows A and B hold a and b of BackwardMeans: mean(dy) and mean(dy * xhat) * invstd.
 enum ChannelRow { kRowMean, kRowScale, kRowShift, kRowA, kRowB, kChannelRows };
 
 template <class A>
@@ -78,10 +78,11 @@ __device__ inline void normalize_vector(Accumulator<T> (&y)[n], const Vector<T, 
 
 // --- statistics ---
 
-// Compute the partial statistics of a part from sums around a pivot, the mean of the part's first tile.
-// Cancellation is bounded: the k values of that tile, with the mean p, alone contribute M2 >= k (p - mean)^2
-// of the n values of the part, so the subtracted term, n (p - mean)^2, is at most n / k times the result, the
-// number of tiles of a part.
+// Compute the partial statistics of a part by the shifted-data algorithm: sums of deviations from a pivot,
+// the mean of the part's first tile. Let p be the pivot, m the mean of the part, K the number of values of
+// the first tile and N that of the part. The first tile alone gives M2 >= K (m - p)^2, so the term that is
+// subtracted from the sum of squares, N (m - p)^2, is at most N / K times M2: cancellation loses at most a
+// factor of the number of tiles of a part.
 template <class T, Layout layout, int n, class Source>
 __device__ void unit_partials(const WorkPartition& partition, const WorkUnit& unit, const Source& source,
                               void* partials, Accumulator<T>* shared) {
@@ -98,7 +99,7 @@ __device__ void unit_partials(const WorkPartition& partition, const WorkUnit& un
       inside[k] = iterator.valid();
     }
     if (tile == first) {
-      for (int k = 0; k < kStepsPerTile; ++k)  // zeros outside
+      for (int k = 0; k < kStepsPerTile; ++k)  // elements outside of the tensor are zeros
         for (int i = 0; i < n; ++i) pivot[channel_index<layout>(i)] += to_float(x[k][i]);
       block_sum<layout, n>(pivot, partition, shared);
       const A count =
@@ -123,19 +124,21 @@ __device__ void unit_partials(const WorkPartition& partition, const WorkUnit& un
   A* out = static_cast<A*>(partials) + unit.part * 4 * partition.channels + channel;
   for (int j = 0; j < columns; ++j) {
     if (channel + j >= partition.channels) break;
+    // TwoSum (Knuth): the fourth row is the rounding error of mean = pivot + step.
     const A step = sum1[j] / count, mean = pivot[j] + step, taken = mean - pivot[j];
     const A m2 = sum2[j] - sum1[j] * (sum1[j] / count);
     out[j] = count;
     out[j + partition.channels] = mean;
-    out[j + 2 * partition.channels] = m2 < 0 ? A(0) : m2;  // NaN stays
+    out[j + 2 * partition.channels] = m2 < 0 ? A(0) : m2;  // max(m2, 0) would drop NaN
     out[j + 3 * partition.channels] = (pivot[j] - (mean - taken)) + (step - taken);
   }
 }
 
 // --- forward ---
 
-// Fold given statistics and parameters of a channel: fill its rows in shared memory (unless `rows` is null),
-// and write `stats` if `write`.
+// Compute the mean, scale = weight * invstd and shift = bias of a channel from its running statistics and
+// parameters, for y = (x - mean) * scale + shift. Store them in the rows in shared memory (unless `rows` is
+// null) at `column`, the channel within the block, and write `stats` if `write`.
 template <class A>
 __device__ void fold_norm(A* rows, const FoldArgs& fold, int64_t channel, int column, bool write) {
   const A mean = load_parameter(fold.mean, channel, A(0)), var = load_parameter(fold.var, channel, A(0));
@@ -151,8 +154,8 @@ __device__ void fold_norm(A* rows, const FoldArgs& fold, int64_t channel, int co
     write_stats(static_cast<A*>(fold.stats), fold.channels, channel, {mean, invstd, scale, shift}, var);
 }
 
-// Fill the rows of the forward: from `stats`, or folded from running statistics. The first part of a channel
-// block writes the folded `stats`.
+// Fill mean, scale and shift of the norm, from `stats` or folded from running statistics, and, if normalized,
+// of the residual's norm. The first part of a channel block writes the folded `stats`.
 template <class A>
 __device__ inline void fill_forward(A* rows, const ApplyArgs& args, const WorkUnit& unit) {
   const WorkPartition& partition = args.partition;
@@ -167,7 +170,7 @@ __device__ inline void fill_forward(A* rows, const ApplyArgs& args, const WorkUn
 }
 
 // Apply normalization, residual and activation to a work unit. The channel rows must be filled. `tile`:
-// number of steps whose loads are in flight at once.
+// number of steps whose loads are in flight at once, a divisor of kStepsPerTile.
 template <class T, Layout layout, int n, int tile, class Source>
 __device__ void unit_apply(const ApplyArgs& args, const WorkUnit& unit, const Source& source,
                            Accumulator<T>* rows) {
@@ -217,7 +220,7 @@ __device__ inline void mask_gradient(A (&dy)[n], const uint8_t* mask,
   for (int i = 0; i < n; ++i) dy[i] = bits >> i & 1 ? dy[i] : A(0);
 }
 
-// Return dy masked by the ReLU: by the relu_mask, or by the recomputed sign of the normalized x.
+// Compute dy masked by the ReLU, from the relu_mask or else from the recomputed sign of bn(x).
 template <class T, Layout layout, int n>
 __device__ inline void masked_dy(Accumulator<T> (&dy)[n], const Vector<T, n>& loaded, const Vector<T, n>& x,
                                  const BackwardArgs& args, const TileIterator<layout, n>& iterator,
@@ -235,7 +238,8 @@ __device__ inline void masked_dy(Accumulator<T> (&dy)[n], const Vector<T, n>& lo
 }
 
 // Compute the partial backward sums of a part: sum of dy, dy * xhat and, with a normalized residual, dy *
-// residual xhat. The norms' rows must be filled.
+// residual xhat. fill_backward_norms() must have run. The loop sums dy * (x - mean), which invstd multiplies
+// at the end.
 template <class T, Layout layout, int n, int tile, class Source>
 __device__ void unit_sums(const BackwardArgs& args, const WorkUnit& unit, const Source& dy_source,
                           const Source& x_source, Accumulator<T>* rows, Accumulator<T>* shared) {
@@ -289,7 +293,7 @@ __device__ void unit_sums(const BackwardArgs& args, const WorkUnit& unit, const 
   }
 }
 
-// Fill the rows of the backward means from the sums, for the channel of this thread.
+// Fill rows A and B of this thread's channel with mean(dy) and mean(dy * xhat) * invstd, from the sums.
 template <class A>
 __device__ inline void fill_backward_means(A* rows, int norm, A sum_dy, A sum_dy_xhat, const void* stats,
                                            const BackwardArgs& args, int64_t channel) {
@@ -299,6 +303,7 @@ __device__ inline void fill_backward_means(A* rows, int norm, A sum_dy, A sum_dy
   channel_row(rows, norm, kRowB)[threadIdx.x] = terms.b;
 }
 
+// Fill mean, scale and shift of the norm and, if normalized, of the residual's norm.
 template <class A>
 __device__ inline void fill_backward_norms(A* rows, const BackwardArgs& args, const WorkUnit& unit) {
   fill_norm(rows, 0, args.stats, args.partition, unit);
@@ -330,8 +335,8 @@ __device__ inline void store_norm_input_grad(T* out, const Accumulator<T> (&dy)[
   if (iterator.valid()) store_global(out + iterator.offset(), dz);
 }
 
-// Compute dx and the residual gradient of a work unit. The norms' rows must be filled, with batch statistics
-// also those of the backward means.
+// Compute dx and the residual gradient of a work unit. fill_backward_norms() and, with batch statistics,
+// fill_backward_means() must have run, and the threadblock must have synchronized.
 template <class T, Layout layout, int n, int tile, class Source>
 __device__ void unit_dx(const BackwardArgs& args, const WorkUnit& unit, const Source& dy_source,
                         const Source& x_source, Accumulator<T>* rows) {

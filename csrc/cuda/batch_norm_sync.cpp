@@ -1,4 +1,5 @@
-// Host side of the split-phase batch norm operators: statistics, merge, backward reduction and dx.
+// Host side of the SyncBatchNorm operators: partial statistics of this process, merge of those of all
+// processes, backward sums, and dx from the total sums. Also the helpers shared with batch_norm_act.cpp.
 #include "cuda/batch_norm_sync.h"
 
 #include <ATen/ops/zeros.h>
@@ -6,11 +7,11 @@
 namespace fused_res::cuda {
 namespace {
 
-// Maximum number of parts that one launch merges. More parts, as a convolution's tiles may give, are first
-// merged in groups of kGroup.
-constexpr int64_t kMaxPartsPerMerge = 1024, kGroup = 64;
+// Maximum number of parts that one launch merges into one. A convolution epilogue writes one part per row
+// tile, which can be more; those are first merged in groups of kPartsPerGroup.
+constexpr int64_t kMaxPartsPerMerge = 1024, kPartsPerGroup = 64;
 
-int64_t merge_group_size(int64_t parts) { return parts <= kMaxPartsPerMerge ? parts : kGroup; }
+int64_t merge_group_size(int64_t parts) { return parts <= kMaxPartsPerMerge ? parts : kPartsPerGroup; }
 
 MergeArgs merge_args(const Tensor& partials) {
   const int64_t parts = partials.size(0);
@@ -126,7 +127,7 @@ Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const O
   TORCH_CHECK_VALUE(
       partials.dim() == 3 && partials.size(0) > 0 && (partials.size(1) == 3 || partials.size(1) == 4) &&
           (type == at::kFloat || type == at::kDouble),
-      "partials: expected (P, 3, C) of float32 or float64, got ", partials.sizes(), " of ", type);
+      "partials: expected (P, 3 or 4, C) of float32 or float64, got ", partials.sizes(), " of ", type);
   const int64_t channels = partials.size(2);
   const ChannelVector weights(weight, partials, channels, "weight"), biases(bias, partials, channels, "bias");
   if (channels == 0) return at::empty({5, 0}, partials.options().dtype(is_double ? at::kDouble : at::kFloat));
@@ -157,19 +158,20 @@ Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const T
   const DeviceGuard device(input);
   const ActivationTensor x(input);
   const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
-  const Tensor terms = sums && sums->defined() ? sums->contiguous() : Tensor();
-  if (terms.defined()) {
-    check_device(terms, input, "sums");
-    TORCH_CHECK_VALUE(terms.dim() == 2 && terms.size(0) == 2 && terms.size(1) == x.shape.channels &&
-                          terms.scalar_type() == x.stats_type(),
+  const Tensor dense_sums = sums && sums->defined() ? sums->contiguous() : Tensor();
+  if (dense_sums.defined()) {
+    check_device(dense_sums, input, "sums");
+    TORCH_CHECK_VALUE(dense_sums.dim() == 2 && dense_sums.size(0) == 2 &&
+                          dense_sums.size(1) == x.shape.channels &&
+                          dense_sums.scalar_type() == x.stats_type(),
                       "sums: expected (2, ", x.shape.channels, ") of ", x.stats_type(), ", got ",
-                      terms.sizes(), " of ", terms.scalar_type());
+                      dense_sums.sizes(), " of ", dense_sums.scalar_type());
   }
   const Tensor dx = at::empty_like(x.tensor);
   BackwardArgs args = {};
   args.dy = dy.const_data_ptr(), args.x = x.data(), args.stats = saved.const_data_ptr();
   args.mask = checked_mask(relu_mask, x), args.relu = relu;
-  args.sums = mutable_data_or_null(terms), args.training = terms.defined();
+  args.sums = mutable_data_or_null(dense_sums), args.training = dense_sums.defined();
   args.dx = dx.data_ptr(), args.count = static_cast<double>(count);
   if (x.shape.numel() > 0) {
     args.partition = x.partition({args.dy, args.dx}, kMaxElementwiseUnits);

@@ -1,5 +1,5 @@
-// Split-phase batch norm (as SyncBatchNorm): partial statistics, their merge, and partial sums of the
-// backward, for whole norms and for convolutions whose epilogue computes partial statistics or sums.
+// Helpers of the SyncBatchNorm operators: partial statistics, their merge, and partial sums of the backward,
+// for whole norms and for convolutions whose epilogue computes partial statistics or sums.
 #pragma once
 
 #include "cuda/activation_tensor.h"

@@ -91,11 +91,12 @@ constexpr int kBackwardSharedBytes =
     kStages * OperandLoader::kStageBytes > kEpilogueBytes<Shape> ? kStages * OperandLoader::kStageBytes
                                                                  : kEpilogueBytes<Shape>;
 
-// Contribution of one thread's rows to the backward sums of the norm before the convolution: sum of dy and of
-// dy * xhat for each of its n channels.
+// Contribution of one thread's rows to the backward sums of the norm before the convolution: sums of the
+// masked dx and of masked dx * (x - mean) for each of its n channels. invstd multiplies the second one at the
+// end.
 template <int n>
 struct NormBackwardSums {
-  float dy[n] = {}, xhat[n] = {};  // xhat: still to be multiplied by invstd
+  float sum_dy[n] = {}, sum_dy_xmu[n] = {};
 };
 
 // Reduce the sums of the threads that share a column, in a fixed order, and store them as partial sums of the
@@ -103,25 +104,26 @@ struct NormBackwardSums {
 template <class Shape, int n>
 __device__ void store_partial_sums(const DgradArgs& args, const NormBackwardSums<n>& sums, float* shared,
                                    TileCoord coord) {
-  constexpr int kParts = Shape::kThreads * n / Shape::kCols, kPart = 2 * Shape::kCols;
-  float* part = shared + static_cast<int>(threadIdx.x) / (Shape::kCols / n) * kPart + thread_col<Shape, n>();
+  constexpr int kThreadRows = Shape::kThreads * n / Shape::kCols, kThreadRowStride = 2 * Shape::kCols;
+  float* dst =
+      shared + static_cast<int>(threadIdx.x) / (Shape::kCols / n) * kThreadRowStride + thread_col<Shape, n>();
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    part[i] = sums.dy[i];
-    part[Shape::kCols + i] = sums.xhat[i];
+    dst[i] = sums.sum_dy[i];
+    dst[Shape::kCols + i] = sums.sum_dy_xmu[i];
   }
   __syncthreads();
   const int col = static_cast<int>(threadIdx.x);
   if (col >= Shape::kCols || col >= coord.cols) return;
-  float dy = 0, xhat = 0;
-  for (int i = 0; i < kParts; ++i) {
-    dy += shared[i * kPart + col];
-    xhat += shared[i * kPart + Shape::kCols + col];
+  float sum_dy = 0, sum_dy_xmu = 0;
+  for (int i = 0; i < kThreadRows; ++i) {
+    sum_dy += shared[i * kThreadRowStride + col];
+    sum_dy_xmu += shared[i * kThreadRowStride + Shape::kCols + col];
   }
   const int64_t channel = coord.col + col;
   float* out = args.partials + coord.row_tile * 2 * args.channels + channel;
-  out[0] = dy;
-  out[args.channels] = xhat * args.x_stats[args.channels + channel];
+  out[0] = sum_dy;
+  out[args.channels] = sum_dy_xmu * args.x_stats[args.channels + channel];  // row 1: invstd
 }
 
 // Epilogue of dgrad: mask dx by the ReLU of the activation that the convolution read, accumulate the backward
@@ -136,13 +138,13 @@ __device__ void apply_dgrad_epilogue(const DgradArgs& args, float* accumulators,
     auto values = load<n>(accumulators + tile_row * AccumulatorTile<Shape>::kStride + thread_col<Shape, n>());
     if (x != nullptr) {
       const Norm<n> norm(args.x_stats, args.channels, channel);
-      const auto z = load<n>(x + offset);
+      const auto x_values = load<n>(x + offset);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        const float value = to_float(z[i]);
+        const float value = to_float(x_values[i]);
         if (args.x_relu && !relu_grad_mask(norm(value, i))) values[i] = 0;
-        norm_sums.dy[i] += values[i];
-        norm_sums.xhat[i] = fmaf(values[i], value - norm.mean[i], norm_sums.xhat[i]);
+        norm_sums.sum_dy[i] += values[i];
+        norm_sums.sum_dy_xmu[i] = fmaf(values[i], value - norm.mean[i], norm_sums.sum_dy_xmu[i]);
       }
     }
     if (added != nullptr) {

@@ -16,7 +16,7 @@ struct ConvOutputGradArgs {
   const float* stats;   // (5, channels)
   const float* sums;    // (2, channels): sum of dy, of dy * xhat; or null: the statistics are constants
   const uint8_t* mask;  // relu_mask that applies to dy, or null
-  bool relu;            // without a mask: dy is masked by the sign of the normalized z
+  bool relu;            // without a mask: dy is masked by the recomputed sign of bn(z)
   float inv_count;      // 1 / number of values that `sums` are over
   int64_t rows;
   int channels;

@@ -9,12 +9,11 @@
 
 namespace fused_res::cuda {
 
-// The input coordinate of an output pixel's first filter tap: offset of the element in the input, row and
-// column. Rows beyond the GEMM's M have a coordinate outside of every image, so that all their taps are
-// padding.
+// The input coordinate of an output pixel's first filter tap: offset of the element in the input, y and x.
+// GEMM rows beyond M have a coordinate outside of every image, so that all their taps are padding.
 struct alignas(16) WindowOrigin {
   int64_t offset;
-  int row, col;
+  int y, x;
 };
 
 template <class Shape>
@@ -26,42 +25,42 @@ __device__ void compute_window_origins(const ConvolutionArgs& args, int64_t row_
       origins[i] = {0, kOutside, kOutside};
       continue;
     }
-    const int64_t line = row / args.out_width, image = line / args.out_height;
-    const int top = static_cast<int>(line % args.out_height) * args.stride_height - args.pad_height;
+    const int64_t out_row = row / args.out_width, image = out_row / args.out_height;
+    const int top = static_cast<int>(out_row % args.out_height) * args.stride_height - args.pad_height;
     const int left = static_cast<int>(row % args.out_width) * args.stride_width - args.pad_width;
     origins[i] = {((image * args.height + top) * args.width + left) * args.channels, top, left};
   }
 }
 
-// A K index decomposed into filter row, filter column and channel within the group. A K index past the end
-// has a row past the filter's last one.
+// A K index decomposed into filter row r, filter column s and channel within the group. For K indices >=
+// gemm_k, r >= kernel_height.
 struct Tap {
-  int row, col, channel;
+  int r, s, channel;
 
   __device__ Tap(const ConvolutionArgs& args, int index)
-      : row(index / args.group_channels / args.kernel_width),
-        col(index / args.group_channels % args.kernel_width),
+      : r(index / args.group_channels / args.kernel_width),
+        s(index / args.group_channels % args.kernel_width),
         channel(index % args.group_channels) {}
 
   __device__ void advance(const ConvolutionArgs& args, int by) {
     channel += by;
     while (channel >= args.group_channels) {
       channel -= args.group_channels;
-      if (++col < args.kernel_width) continue;
-      col = 0;
-      ++row;
+      if (++s < args.kernel_width) continue;
+      s = 0;
+      ++r;
     }
   }
 
   __device__ bool inside(const ConvolutionArgs& args, const WindowOrigin& origin) const {
-    const int y = origin.row + row * args.dilation_height, x = origin.col + col * args.dilation_width;
-    return row < args.kernel_height && static_cast<unsigned>(y) < static_cast<unsigned>(args.height) &&
+    const int y = origin.y + r * args.dilation_height, x = origin.x + s * args.dilation_width;
+    return r < args.kernel_height && static_cast<unsigned>(y) < static_cast<unsigned>(args.height) &&
            static_cast<unsigned>(x) < static_cast<unsigned>(args.width);
   }
 
   __device__ int64_t offset(const ConvolutionArgs& args) const {
     const int64_t pixels =
-        static_cast<int64_t>(row * args.dilation_height) * args.width + col * args.dilation_width;
+        static_cast<int64_t>(r * args.dilation_height) * args.width + s * args.dilation_width;
     return pixels * args.channels + channel;
   }
 };
@@ -99,12 +98,12 @@ class ImplicitGemmLoader {
     k_index_ += kTileK<T>;
   }
 
-  // Apply the batch norm + ReLU prologue to the input chunks. Padding is skipped: the padding of the
-  // normalized activation is zero, and normalizing a zero would give the shift.
+  // Apply the batch norm + ReLU prologue to the input chunks. Padding is skipped: the convolution pads
+  // the normalized activation with zeros, but bn(0) = shift - mean * scale is not zero.
   __device__ void transform_stage(int stage) {
     if (!aligned || args_.input_stats == nullptr) return;
     unsigned char* tile = stages_ + stage * kStageBytes;
-    if (transform_tap_.row < args_.kernel_height) {
+    if (transform_tap_.r < args_.kernel_height) {
       // Elements transformed at once: less than a chunk, since the accumulators occupy most of the registers.
       constexpr int kTransformWidth = 4;
 #pragma unroll 1
@@ -199,9 +198,9 @@ convolution_kernel(const __grid_constant__ ConvolutionArgs args) {
   // Consecutive threadblocks share a row tile, so that the input, the larger operand, is reused from the L2.
   const int64_t row_tile = blockIdx.x / args.col_tiles;
   const int first_col = static_cast<int>(blockIdx.x % args.col_tiles) * Shape::kCols;
-  const int group = static_cast<int>(blockIdx.y), left = args.group_out_channels - first_col;
+  const int group = static_cast<int>(blockIdx.y), remaining_cols = args.group_out_channels - first_col;
   const TileCoord coord = {row_tile, static_cast<int64_t>(group) * args.group_out_channels + first_col,
-                           left < Shape::kCols ? left : Shape::kCols};
+                           remaining_cols < Shape::kCols ? remaining_cols : Shape::kCols};
 
   WindowOrigin* origins = reinterpret_cast<WindowOrigin*>(shared + kWindowOriginsOffset<T, Shape>);
   compute_window_origins<Shape>(args, row_tile, origins);

@@ -21,12 +21,12 @@ void dispatch_math_mode(MathMode math_mode, const F& f) {
   }
 }
 
-// Call f.template operator()<T, simt, Shape, aligned>(). Only tiles that GemmProblem::max_tile() allows are
-// instantiated.
-template <bool has_prologue, class F>
+// Call f.template operator()<T, simt, Shape, aligned>(). Only tiles for which
+// GemmProblem::is_instantiated() holds are instantiated.
+template <bool grad_prologue, class F>
 void dispatch_tile(MathMode math_mode, TileSize size, bool aligned, const F& f) {
   dispatch_math_mode(math_mode, [&]<class T, bool simt>() {
-    constexpr bool allow_128x64 = !has_prologue || sizeof(T) == 2, allow_128x128 = allow_128x64 && !simt;
+    constexpr bool allow_128x64 = !grad_prologue || sizeof(T) == 2, allow_128x128 = allow_128x64 && !simt;
     if constexpr (allow_128x128) {
       if (size == TileSize::k128x128) return f.template operator()<T, simt, Tile128x128, true>();
     }

@@ -39,9 +39,9 @@ class WarpMmaTensorOp {
  public:
   // Add the product of the operand tiles of one stage to the accumulators.
   __device__ void multiply_accumulate(const unsigned char* a, const unsigned char* b) {
-    constexpr int kSteps = 2;
+    constexpr int kMmaKSteps = kTileKBytes / 32;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < kMmaKSteps; ++step) {
       uint32_t a_fragments[kFragmentsM][4], b_fragments[kFragmentsN][4];
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i)
@@ -122,7 +122,7 @@ class WarpMmaTensorOp {
   float accumulators_[kFragmentsM][2 * kFragmentsN][4] = {};
 };
 
-// Warp-level multiply-accumulate in IEEE float32 on CUDA cores, one FMA at a time. A lane accumulates every
+// Warp-level multiply-accumulate in IEEE float32 on CUDA cores with scalar FMAs. A lane accumulates every
 // eighth row and every fourth column of the warp tile.
 template <class Shape, class A, class B>
 class WarpMmaSimt {
@@ -188,11 +188,12 @@ class WarpMmaSimt {
 template <class T, bool simt, class Shape, class A, class B>
 using WarpMma = std::conditional_t<simt, WarpMmaSimt<Shape, A, B>, WarpMmaTensorOp<T, Shape, A, B>>;
 
-// Minimum number of resident threadblocks per multiprocessor, the second argument of __launch_bounds__. It
-// allows 128 registers per thread, or 168 for SIMT accumulators and for operand prologues. The largest tile
-// keeps 128: with 168 a multiprocessor would hold one threadblock only.
-template <class Shape, bool simt, bool has_prologue>
-constexpr int kMinBlocksPerSM = ((simt || has_prologue ? 384 : 512) + Shape::kThreads - 1) / Shape::kThreads;
+// Minimum number of resident threadblocks per multiprocessor, the second argument of __launch_bounds__. Its
+// 65536 registers give 128 registers to each of 512 resident threads, or 168 to each of 384: for SIMT
+// accumulators and for the prologues of dgrad and wgrad (`grad_prologue`). The forward's prologue is compiled
+// for 128. So is the largest tile: with 168 a multiprocessor would hold one threadblock only.
+template <class Shape, bool simt, bool grad_prologue>
+constexpr int kMinBlocksPerSM = ((simt || grad_prologue ? 384 : 512) + Shape::kThreads - 1) / Shape::kThreads;
 
 constexpr int kStages = 3;
 
@@ -210,16 +211,16 @@ __device__ void gemm_mainloop(WarpMma& mma, OperandLoader& loader, int steps) {
     if (stage < steps) loader.copy_stage_async(stage);
     ptx::cp_async_commit_group();
   }
-  int stage = 0, free = kStages - 1;
+  int stage = 0, free_stage = kStages - 1;
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait_group<kStages - 2>();
     loader.transform_stage(stage);
     __syncthreads();
     // After the barrier all warps have read the previous stage, whose buffer is overwritten next.
-    if (step + kStages - 1 < steps) loader.copy_stage_async(free);
+    if (step + kStages - 1 < steps) loader.copy_stage_async(free_stage);
     ptx::cp_async_commit_group();
     mma.multiply_accumulate(loader.a(stage), loader.b(stage));
-    free = stage;
+    free_stage = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
   ptx::cp_async_wait_group<0>();

@@ -15,6 +15,9 @@ enum class MathMode { kBFloat16, kFloat16, kTf32, kFloat32 };
 // Threadblock tile, M x N, largest first.
 enum class TileSize { k128x128, k128x64, k64x64 };
 
+// Extent of one pipeline stage along K: two k-steps of mma.sync, 32 bytes each.
+constexpr int kTileKBytes = 64;
+
 struct GemmPartition {
   TileSize size;
   int64_t row_tiles, col_tiles;
@@ -30,46 +33,48 @@ struct GemmProblem {
   int64_t m, n, k;
   int64_t groups;  // GEMMs of this shape in one launch
   MathMode math_mode;
-  bool aligned;       // the operands allow 16-byte vectorized loads
-  bool has_prologue;  // an operand is transformed in shared memory (operand_prologue.cuh)
+  bool aligned;        // the operands allow 16-byte vectorized loads
+  bool grad_prologue;  // dgrad or wgrad: operands have the prologues of operand_prologue.cuh
 
   // The largest tile that is instantiated. Unaligned operands only have the smallest one. 4-byte elements
-  // with a prologue, and SIMT accumulators, would exceed the register budget of larger tiles.
+  // with `grad_prologue`, and SIMT accumulators, would exceed the register budget of larger tiles.
   TileSize max_tile() const {
-    if (!aligned || (has_prologue && element_size(math_mode) == 4)) return TileSize::k64x64;
+    if (!aligned || (grad_prologue && element_size(math_mode) == 4)) return TileSize::k64x64;
     return math_mode == MathMode::kFloat32 ? TileSize::k128x64 : TileSize::k128x128;
   }
+  bool is_instantiated(TileSize size) const { return size >= max_tile(); }  // the enum descends in size
 };
 
 // Threadblocks that fill a large GPU. With fewer, a smaller tile is chosen and K is split.
 constexpr int64_t kTargetBlocks = 256;
 
-// Upper bound of the number of splits of K: a split of fewer main loop iterations does not pay for the extra
-// pass over memory.
+// Upper bound of the number of splits of K: a split needs at least kMinStepsPerSplit main loop iterations to
+// pay for the extra pass over memory.
 inline int64_t max_splits(const GemmProblem& problem) {
   constexpr int64_t kMinStepsPerSplit = 8;
-  return std::max<int64_t>(1, ceil_div(problem.k * element_size(problem.math_mode), 64) / kMinStepsPerSplit);
+  return std::max<int64_t>(
+      1, ceil_div(problem.k * element_size(problem.math_mode), kTileKBytes) / kMinStepsPerSplit);
 }
 
-inline GemmPartition make_gemm_partition(const GemmProblem& problem, TileSize size, int64_t max_splits) {
+inline GemmPartition make_gemm_partition(const GemmProblem& problem, TileSize size, int64_t split_limit) {
   const int64_t row_tiles = ceil_div(problem.m, tile_rows(size));
   const int64_t col_tiles = ceil_div(problem.n, tile_cols(size));
-  const int64_t steps = ceil_div(problem.k * element_size(problem.math_mode), 64);
-  const int64_t steps_per_split = ceil_div(steps, std::max<int64_t>(1, max_splits));
+  const int64_t steps = ceil_div(problem.k * element_size(problem.math_mode), kTileKBytes);
+  const int64_t steps_per_split = ceil_div(steps, std::max<int64_t>(1, split_limit));
   const int64_t splits = ceil_div(steps, steps_per_split);
   return {size,   row_tiles,       col_tiles,
           splits, steps_per_split, row_tiles * col_tiles * problem.groups * splits};
 }
 
-// Return the largest allowed tile that the problem fills in both dimensions and that gives at least
-// kTargetBlocks threadblocks with `splits` splits of K.
+// Return the first usable tile of 128x128 (if N > 64), 128x64 (if M > 64) and 64x64. The larger two are
+// usable if they are instantiated and give at least kTargetBlocks threadblocks with `splits` splits of K.
 inline TileSize choose_tile(const GemmProblem& problem, int64_t splits) {
-  const auto fills_gpu = [&](TileSize size) {
-    return problem.max_tile() <= size &&
+  const auto is_usable = [&](TileSize size) {
+    return problem.is_instantiated(size) &&
            make_gemm_partition(problem, size, 1).threadblocks * splits >= kTargetBlocks;
   };
-  if (problem.n > 64 && fills_gpu(TileSize::k128x128)) return TileSize::k128x128;
-  return problem.m > 64 && fills_gpu(TileSize::k128x64) ? TileSize::k128x64 : TileSize::k64x64;
+  if (problem.n > 64 && is_usable(TileSize::k128x128)) return TileSize::k128x128;
+  return problem.m > 64 && is_usable(TileSize::k128x64) ? TileSize::k128x64 : TileSize::k64x64;
 }
 
 // Partition a GEMM whose output is an activation (forward, dgrad). Smaller tiles are preferred to split-K,

@@ -10,8 +10,9 @@
 
 namespace fused_res::cuda {
 
-// Return the relu_mask bits of adjacent channels of a row, at most 8, starting at bit 0. `channel` must be a
-// multiple of the number of channels.
+// Return the relu_mask bits of a row from `channel` on, starting at bit 0: those in the same mask byte.
+// `channel` must be a multiple of the number of bits that the caller uses (1, 2, 4 or 8), so that they lie in
+// one byte.
 __device__ inline uint8_t load_mask_bits(const uint8_t* mask, int64_t row, int channels, int channel) {
   return mask[row * ((channels + 7) / 8) + channel / 8] >> channel % 8;
 }
@@ -24,13 +25,14 @@ class ConvOutputGradTransform {
  public:
   __device__ ConvOutputGradTransform(const ConvOutputGradArgs& args, int channel)
       : norm_(args.stats, args.channels, channel) {
-    if (args.sums == nullptr) return;
+    if (args.sums == nullptr) return;  // running statistics are constants: dz = scale * dy
     const auto invstd = load<n>(args.stats + args.channels + channel);
-    const auto sum_dy = load<n>(args.sums + channel), sum_xhat = load<n>(args.sums + args.channels + channel);
+    const auto sum_dy = load<n>(args.sums + channel),
+               sum_dy_xhat = load<n>(args.sums + args.channels + channel);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const BackwardMeans<float> means = {sum_dy[i] * args.inv_count,
-                                          sum_xhat[i] * args.inv_count * invstd[i]};
+                                          sum_dy_xhat[i] * args.inv_count * invstd[i]};
       a_[i] = means.a;
       b_[i] = means.b;
     }
@@ -45,7 +47,7 @@ class ConvOutputGradTransform {
 
  private:
   Norm<n> norm_;
-  Vector<float, n> a_, b_;  // the BackwardMeans of each channel
+  Vector<float, n> a_, b_;  // BackwardMeans of each channel: mean(dy), mean(dy * xhat) * invstd
 };
 
 // Elements of a chunk that are transformed at once: few, since the accumulators occupy most of the registers.
@@ -183,8 +185,8 @@ class NormActPrologue {
   // Return the input pixel that an output pixel of the (strided) 1x1 convolution reads.
   __device__ int64_t input_pixel(int64_t row) const {
     if (args_.stride_height == 1 && args_.stride_width == 1) return row;
-    const int64_t line = row / args_.out_width, image = line / args_.out_height;
-    const int64_t y = line % args_.out_height * args_.stride_height,
+    const int64_t out_row = row / args_.out_width, image = out_row / args_.out_height;
+    const int64_t y = out_row % args_.out_height * args_.stride_height,
                   x = row % args_.out_width * args_.stride_width;
     return (image * args_.height + y) * args_.width + x;
   }

@@ -5,15 +5,14 @@
 #include <type_traits>
 
 #include "cuda/elementwise.cuh"
+#include "cuda/gemm_partition.h"
 #include "cuda/ptx.cuh"
 
 namespace fused_res::cuda {
 
 constexpr int kChunkBytes = 16;
 
-// Extent of one pipeline stage along K: two k-steps of mma.sync, 32 bytes each.
-constexpr int kTileKBytes = 64;
-
+// Elements of one pipeline stage along K.
 template <class T>
 constexpr int kTileK = kTileKBytes / static_cast<int>(sizeof(T));
 

@@ -9,7 +9,8 @@
 
 namespace fused_res::cuda {
 
-constexpr int kThreads = 256, kHostWarpSize = 32;  // kWarpSize of device.cuh, for code without CUDA headers
+constexpr int kThreads = 256;      // of a threadblock
+constexpr int kHostWarpSize = 32;  // equals kWarpSize of device.cuh, which needs CUDA headers
 // Maximum number of channels of a channel block: one 128-byte cache line of 16-bit channels.
 constexpr int kMaxBlockChannels = 64;
 // Accesses that a thread has in flight before it uses the first one.
@@ -48,11 +49,11 @@ struct ActivationShape {
 struct WorkPartition {
   int64_t images, channels, pixels;
   bool channels_last;
-  int vector_size;  // elements per access
-  // channels_last: threads that share a row of channels, and channels of a channel block. contiguous: 1 each.
-  int threads_per_row, block_channels;
-  // contiguous: accesses per plane, rounded up to full mask bytes, and the stride of a step in images and
-  // accesses.
+  int vector_size;      // elements per access
+  int threads_per_row;  // threads that cover the channels of one pixel; contiguous: 1
+  int block_channels;   // channels of a channel block; contiguous: 1
+  // contiguous only. Accesses per plane, rounded up to full mask bytes. One step advances by step_images
+  // images plus step_accesses accesses: kThreads = step_images * accesses_per_plane + step_accesses.
   int64_t accesses_per_plane, step_images, step_accesses;
   int64_t channel_blocks, tiles, tiles_per_part, parts;
 
@@ -68,6 +69,7 @@ inline WorkPartition partition_work(const ActivationShape& x, int vector_size, i
   const int threads_per_mask_byte = std::max(1, 8 / vector_size);
   int64_t steps;
   if (x.channels_last) {
+    // 8 threads with 16-byte accesses cover a 128-byte cache line.
     const int max_threads = vector_size == 1 ? kHostWarpSize : kMaxBlockChannels / 8;
     const int64_t vectors = ceil_div(x.channels, vector_size);
     partition.threads_per_row = threads_per_mask_byte;

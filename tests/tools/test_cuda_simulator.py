@@ -194,8 +194,8 @@ def test_grid_barrier(launch, schedule):
         (5, "cp.async at 8 in shared memory of 256 bytes, misaligned"),
         (6, "cp.async from a misaligned address"),
         (7, "ldmatrix at 2 in shared memory of 256 bytes, misaligned"),
-        (8, "ldmatrix at 256 in shared memory of 256 bytes"),
-        (9, "cp.async at -16 in shared memory of 256 bytes"),
+        (8, "ldmatrix at 256 in shared memory of 256 bytes, out of bounds"),
+        (9, "cp.async at -16 in shared memory of 256 bytes, out of bounds"),
         (10, "grid barrier in a launch that is not cooperative"),
         (11, "wrote past the end of its shared memory of 256 bytes"),
         (12, r"block \(\d, 0, 0\), thread \d+: (an out-of-bounds access|a misaligned access)"),
@@ -222,9 +222,9 @@ def test_deadlock_at_a_grid_barrier_raises(launch):
     [
         ({"threads": 1025}, "invalid block size, 1025 threads"),
         ({"threads": 0}, "invalid block size, 0 threads"),
-        ({"grid": (0, 1, 1)}, r"a grid of \(0, 1, 1\) blocks"),
-        ({"grid": (1, 65536, 1)}, r"a grid of \(1, 65536, 1\) blocks"),
-        ({"shared": 227 * 1024 + 1}, "232449 bytes of shared memory"),
+        ({"grid": (0, 1, 1)}, r"invalid grid \(0, 1, 1\)"),
+        ({"grid": (1, 65536, 1)}, r"invalid grid \(1, 65536, 1\)"),
+        ({"shared": 227 * 1024 + 1}, "232449 bytes of shared memory exceed the limit of 232448"),
         (
             {"grid": (133, 1, 1), "threads": 1024, "shared": 128 << 10, "cooperative": True},
             "133 blocks cannot be resident at once",

@@ -372,7 +372,7 @@ FAULTS = {
     "no barrier": (REVERSE.replace("bar.sync 0;", ""), "no barrier in between"),
     "a warp's barrier": (REVERSE.replace("bar.sync 0;", "bar.warp.sync -1;"), "no barrier in between"),
     "overwritten before read": (REVERSE + "st.shared.u32 [%r3], %r6;", "no barrier in between"),
-    "outside of shared memory": (REVERSE.replace("508", "512"), "outside of its 512 bytes"),
+    "outside of shared memory": (REVERSE.replace("508", "512"), "outside of the CTA's 512 bytes"),
     "misaligned in shared memory": (REVERSE.replace("508", "506"), "misaligned"),
     "misaligned": (REVERSE.replace("[%rd4]", "[%rd4+2]"), "misaligned"),
     "after the end": (REVERSE.replace("[%rd4]", "[%rd4+4]"), "outside of every allocation"),

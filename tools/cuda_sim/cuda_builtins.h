@@ -23,8 +23,7 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-// --- barriers and votes
-// -------------------------------------------------------------------------------------
+// --- barriers and votes ---
 
 inline void __syncthreads(fused_res::cuda::sim::Site site = fused_res::cuda::sim::Site::current()) {
   fused_res::cuda::sim::block_barrier(fused_res::cuda::sim::Vote::kNone, false, "__syncthreads", site);
@@ -61,8 +60,7 @@ inline int __all_sync(unsigned mask, int value,
   return fused_res::cuda::sim::ballot(mask, value != 0, "__all_sync", site) == mask;
 }
 
-// --- shuffles
-// -----------------------------------------------------------------------------------------------
+// --- shuffles ---
 
 namespace fused_res::cuda::sim {
 
@@ -90,29 +88,28 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32,
   return fused_res::cuda::sim::shuffle(mask, value, lane, "__shfl_sync", site);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int with, int width = 32,
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
                   fused_res::cuda::sim::Site site = fused_res::cuda::sim::Site::current()) {
-  const unsigned own = fused_res::cuda::sim::lane(), other = own ^ static_cast<unsigned>(with);
+  const unsigned own = fused_res::cuda::sim::lane(), other = own ^ static_cast<unsigned>(lane_mask);
   const bool inside = other < fused_res::cuda::sim::segment(width) + width;
   return fused_res::cuda::sim::shuffle(mask, value, inside ? other : own, "__shfl_xor_sync", site);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32,
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
                    fused_res::cuda::sim::Site site = fused_res::cuda::sim::Site::current()) {
   const unsigned own = fused_res::cuda::sim::lane();
-  const bool inside = own + by < fused_res::cuda::sim::segment(width) + width;
-  return fused_res::cuda::sim::shuffle(mask, value, inside ? own + by : own, "__shfl_down_sync", site);
+  const bool inside = own + delta < fused_res::cuda::sim::segment(width) + width;
+  return fused_res::cuda::sim::shuffle(mask, value, inside ? own + delta : own, "__shfl_down_sync", site);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32,
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
                  fused_res::cuda::sim::Site site = fused_res::cuda::sim::Site::current()) {
   const unsigned own = fused_res::cuda::sim::lane();
-  const bool inside = own >= fused_res::cuda::sim::segment(width) + by;
-  return fused_res::cuda::sim::shuffle(mask, value, inside ? own - by : own, "__shfl_up_sync", site);
+  const bool inside = own >= fused_res::cuda::sim::segment(width) + delta;
+  return fused_res::cuda::sim::shuffle(mask, value, inside ? own - delta : own, "__shfl_up_sync", site);
 }
 
-// --- memory
-// -------------------------------------------------------------------------------------------------
+// --- memory ---
 
 template <class T>
 T __ldg(const T* at) {
@@ -149,8 +146,7 @@ T atomicAdd(T* at, std::type_identity_t<T> value) {
   return __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL);
 }
 
-// --- arithmetic
-// ---------------------------------------------------------------------------------------------
+// --- arithmetic ---
 
 using std::fma;
 using std::isfinite;

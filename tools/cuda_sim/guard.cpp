@@ -19,8 +19,8 @@ namespace fused_res::cuda::sim {
 
 namespace {
 
-constexpr size_t kAlignment = 16;  // alignment that kernels require
-constexpr unsigned char kNan = 0xFF;
+constexpr size_t kAlignment = 16;         // alignment that kernels require
+constexpr unsigned char kNanByte = 0xFF;  // this byte repeated is NaN in every floating-point type
 
 size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -56,16 +56,16 @@ GuardedAllocator& guarded_allocator() {
 c10::DataPtr GuardedAllocator::allocate(size_t bytes) {
   const c10::Device device(c10::DeviceType::CPU);
   if (bytes == 0) return {nullptr, nullptr, free, device};
-  const size_t page = sysconf(_SC_PAGESIZE), used = round_up(bytes, kAlignment);
-  const size_t inside = round_up(used, page), mapped_bytes = inside + 2 * page;
+  const size_t page = sysconf(_SC_PAGESIZE), padded_bytes = round_up(bytes, kAlignment);
+  const size_t accessible_bytes = round_up(padded_bytes, page), mapped_bytes = accessible_bytes + 2 * page;
   void* memory = mmap(nullptr, mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   auto* mapped = static_cast<unsigned char*>(memory);
-  TORCH_CHECK(mprotect(mapped + page, inside, PROT_READ | PROT_WRITE) == 0, "mprotect failed");
-  std::memset(mapped + page, kNan, inside);
+  TORCH_CHECK(mprotect(mapped + page, accessible_bytes, PROT_READ | PROT_WRITE) == 0, "mprotect failed");
+  std::memset(mapped + page, kNanByte, accessible_bytes);
   const std::lock_guard lock(mutex_);
   before_upper_guard_ = !before_upper_guard_;
-  unsigned char* begin = mapped + page + (before_upper_guard_ ? inside - used : 0);
+  unsigned char* begin = mapped + page + (before_upper_guard_ ? accessible_bytes - padded_bytes : 0);
   allocations_[begin] = {bytes, mapped, mapped_bytes};
   return {begin, begin, free, device};
 }
@@ -97,7 +97,8 @@ std::string GuardedAllocator::describe(const void* address) {
   const std::lock_guard lock(mutex_);
   for (const auto& [begin, allocation] : allocations_) {
     if (at < allocation.mapped || at >= allocation.mapped + allocation.mapped_bytes) continue;
-    return ", byte " + std::to_string(at - begin) + " of a tensor of " + std::to_string(allocation.bytes);
+    return ", byte " + std::to_string(at - begin) + " of a tensor of " + std::to_string(allocation.bytes) +
+           " bytes";
   }
   return "";
 }

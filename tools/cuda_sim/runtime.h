@@ -15,8 +15,7 @@ namespace fused_res::cuda::sim {
 using Site = std::source_location;
 using Stream = CUstream_st*;
 
-// --- launches
-// -----------------------------------------------------------------------------------------------
+// --- launches ---
 
 struct Launch {
   const void* kernel;
@@ -56,8 +55,8 @@ void launch_cooperative(void (*kernel)(Arguments), dim3 grid, unsigned threads, 
   run(kernel, grid, threads, shared, arguments, true);
 }
 
-// Returns how many blocks can be resident at once on a GPU with fused_res_sim_multiprocessors()
-// multiprocessors and the H200's limits for each of them.
+// Returns how many blocks can be resident at once on a GPU with the number of multiprocessors set by
+// fused_res_sim_multiprocessors() and the H200's limits for each of them.
 int resident_blocks(unsigned threads, size_t shared);
 
 template <class Arguments>
@@ -67,8 +66,7 @@ int resident_blocks(void (*)(Arguments), unsigned threads, size_t shared) {
 
 void fill_zero(void* memory, size_t bytes, Stream);
 
-// --- memory
-// -------------------------------------------------------------------------------------------------
+// --- memory ---
 
 // The shared memory of the current block. An address is an offset from its beginning.
 unsigned char* shared_memory();
@@ -80,24 +78,22 @@ void cp_async(uint32_t shared, const void* global, int bytes);
 void cp_async_commit_group();
 void cp_async_wait_group(int groups);
 
-// --- barriers and warp collectives
-// --------------------------------------------------------------------------
+// --- barriers and warp collectives ---
 
 enum class Vote { kNone, kOr, kAnd, kCount };
 int block_barrier(Vote vote, bool value, const char* what, Site site);
 
-// A barrier of `arrivals` blocks, of each of which one thread arrives.
+// Grid barrier, called by one thread per block: increments `*counter` and waits until it reaches `arrivals`,
+// n * blocks at the n-th barrier.
 void grid_barrier(unsigned* counter, unsigned arrivals, Site site = Site::current());
 
 void warp_barrier(unsigned mask, Site site);
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned source_lane, const char* what, Site site);
 unsigned ballot(unsigned mask, bool value, const char* what, Site site);
-unsigned reduce(unsigned mask, unsigned value, unsigned (*operation)(unsigned, unsigned), const char* what,
-                Site site);
 
 void ldmatrix_x4(uint32_t (&registers)[4], uint32_t shared, bool transposed, Site site = Site::current());
 // D += A B. `type`: "bf16" or "f16" for m16n8k16, or "tf32" for m16n8k8, which ignores the low 13 bits of its
-// operands. Accumulates in double precision and rounds once, which is at least as exact as any GPU.
+// operands. Accumulates in double precision and rounds once, which is at least as accurate as any GPU.
 void mma_sync(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* type,
               Site site = Site::current());
 

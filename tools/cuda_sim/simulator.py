@@ -24,7 +24,7 @@ def build(target: str = "fused_res_sim") -> Path | str:
     """Build a target of cmake/simulator.cmake and return its path.
 
     Returns:
-        The library or program, or a message if it cannot be built here: without CMake or CUDA headers.
+        The library or program, or the reason why it cannot be built here: CMake or the CUDA headers are missing.
 
     Raises:
         RuntimeError: a source does not compile.
@@ -74,7 +74,7 @@ def _cmake(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 class SimulatorLibrary:
-    """A loaded library with the simulator's runtime: that of the operators, or that of the unit-test kernels."""
+    """A loaded library with the simulator's runtime: ``fused_res_sim`` or ``fused_res_sim_unit_kernels``."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -82,7 +82,12 @@ class SimulatorLibrary:
 
     @contextlib.contextmanager
     def schedule(self, number: int) -> Iterator[None]:
-        """Set the order in which threads and blocks run: 0 forward, 1 backward, others pseudo-random with that seed."""
+        """Set the order in which threads and blocks run.
+
+        Args:
+            number: 0 first in, first out, blocks ascending; 1 last in, first out, blocks descending; otherwise the seed
+                of a pseudo-random order.
+        """
         previous = self.library.fused_res_sim_schedule(number)
         try:
             yield
@@ -104,7 +109,7 @@ class SimulatorLibrary:
 
     @contextlib.contextmanager
     def guard_allocations(self) -> Iterator[None]:
-        """Allocate CPU tensors with guard pages and NaN contents in the block.
+        """Within the ``with`` statement, allocate CPU tensors with guard pages and NaN contents.
 
         Alternately, a tensor ends directly before a guard page or begins directly after one.
         """

@@ -8,7 +8,7 @@ struct Args {
   const void* in;
   const void* other;
   void* out;
-  int number;
+  int number;  // a parameter: see each kernel
   unsigned* counter;
 };
 
@@ -19,7 +19,7 @@ FUSED_RES_KERNEL(1024, 1) thread_indices(const __grid_constant__ Args args) {
   static_cast<unsigned*>(args.out)[block * blockDim.x + threadIdx.x] = block << 10 | threadIdx.x;
 }
 
-// Each of 32 lanes shuffles its lane index.
+// Each of 32 lanes shuffles its lane index. `number`: width of the first four shuffles.
 FUSED_RES_KERNEL(32, 1) shuffles(const __grid_constant__ Args args) {
   const int lane = threadIdx.x, width = args.number;
   auto* out = static_cast<double*>(args.out) + lane * 5;
@@ -32,6 +32,7 @@ FUSED_RES_KERNEL(32, 1) shuffles(const __grid_constant__ Args args) {
   out[4] = lane < 16 ? __shfl_xor_sync(half, lane, 1) : __shfl_xor_sync(half, lane, 2);
 }
 
+// `number`: the thread that votes differently from the others, or the number of threads that vote true.
 FUSED_RES_KERNEL(96, 1) votes(const __grid_constant__ Args args) {
   const int odd = threadIdx.x % 2, number = args.number, thread = threadIdx.x;
   auto* out = static_cast<unsigned*>(args.out) + thread * 6;
@@ -43,8 +44,8 @@ FUSED_RES_KERNEL(96, 1) votes(const __grid_constant__ Args args) {
   out[5] = __syncthreads_count(thread < number);
 }
 
-// One m16n8k16 product: cp.async to shared memory, ldmatrix, mma. The matrices are row-major; `number`: b is
-// column-major.
+// One m16n8k16 product: cp.async to shared memory, ldmatrix, mma. The matrices are row-major, b is
+// column-major if `number` is nonzero.
 template <class T>
 FUSED_RES_KERNEL(32, 1)
 product(const __grid_constant__ Args args) {
@@ -69,20 +70,20 @@ product(const __grid_constant__ Args args) {
   for (int i = 0; i < 4; ++i) out[i / 2 * 64 + i % 2] = sums[i];
 }
 
-// One m16n8k8 product of row-major a (16 x 8) and b (8 x 8); `number`: the operands are rounded to TF32
-// first.
+// One m16n8k8 product of row-major a (16 x 8) and b (8 x 8). If `number` is nonzero, the operands are
+// rounded to TF32 first.
 FUSED_RES_KERNEL(32, 1) product_tf32(const __grid_constant__ Args args) {
-  const int lane = threadIdx.x, group = lane / 4, pair = lane % 4;
+  const int lane = threadIdx.x, group = lane / 4, thread_in_group = lane % 4;
   const auto operand = [&](const void* matrix, int row, int column) {
     const float value = static_cast<const float*>(matrix)[row * 8 + column];
     return args.number ? ptx::to_tf32(value) : __float_as_uint(value);
   };
   uint32_t a[4], b[2];
-  for (int i = 0; i < 4; ++i) a[i] = operand(args.in, group + i % 2 * 8, pair + i / 2 * 4);
-  for (int i = 0; i < 2; ++i) b[i] = operand(args.other, pair + i * 4, group);
+  for (int i = 0; i < 4; ++i) a[i] = operand(args.in, group + i % 2 * 8, thread_in_group + i / 2 * 4);
+  for (int i = 0; i < 2; ++i) b[i] = operand(args.other, thread_in_group + i * 4, group);
   float sums[4] = {};
   ptx::mma_sync<uint32_t>(sums, a, b);
-  auto* out = static_cast<float*>(args.out) + group * 8 + pair * 2;
+  auto* out = static_cast<float*>(args.out) + group * 8 + thread_in_group * 2;
   for (int i = 0; i < 4; ++i) out[i / 2 * 64 + i % 2] = sums[i];
 }
 
@@ -124,55 +125,55 @@ FUSED_RES_KERNEL(64, 1) rule_violations(const __grid_constant__ Args args) {
   unsigned char* shared = shared_memory();
   uint32_t registers[4];
   switch (args.number) {
-    case 0:
+    case 0:  // divergent __syncthreads
       if (thread < 32)
         __syncthreads();
       else
         __syncthreads();
       break;
-    case 1:
+    case 1:  // a thread returns without arriving at __syncthreads
       if (thread != 5) __syncthreads();
       break;
-    case 2:
+    case 2:  // a lane of the mask returns without arriving at the shuffle
       if (thread != 40) __shfl_sync(~0u, thread, 0);
       break;
-    case 3:
+    case 3:  // the calling lane is not in the mask
       __ballot_sync(0xFFFF, 1);
       break;
-    case 4:
+    case 4:  // the source lane is not in the mask
       __shfl_sync(0xFFFFFFFF >> (thread % 32 < 16 ? 16 : 0), thread, 20);
       break;
-    case 5:
+    case 5:  // cp.async to a misaligned address
       ptx::cp_async(shared_address(shared + 8), args.in, true);
       break;
-    case 6:
+    case 6:  // cp.async from a misaligned address
       ptx::cp_async(shared_address(shared), static_cast<const char*>(args.in) + 4, true);
       break;
-    case 7:
+    case 7:  // ldmatrix at a misaligned address
       ptx::ldmatrix_x4(registers, shared_address(shared + 2));
       break;
-    case 8:
+    case 8:  // ldmatrix past the end of the shared memory (256 bytes)
       ptx::ldmatrix_x4(registers, shared_address(shared + 256));
       break;
-    case 9:
+    case 9:  // cp.async to before the shared memory
       ptx::cp_async(shared_address(shared) - 16, args.in, true);
       break;
-    case 10:
+    case 10:  // grid barrier in a launch that is not cooperative
       ptx::grid_barrier(args.counter, gridDim.x);
       break;
-    case 11:
+    case 11:  // store past the end of the shared memory
       shared[256 + thread] = 0;
       break;
-    case 12:
+    case 12:  // store to a null pointer
       static_cast<volatile int*>(nullptr)[thread] = 0;
       break;
-    case 13:
+    case 13:  // the lanes of a warp wait at different collectives
       if (thread % 32 == 31)
         ptx::ldmatrix_x4(registers, shared_address(shared));
       else
         __syncwarp();
       break;
-    case 14:
+    case 14:  // grid barrier with more arrivals than blocks
       ptx::grid_barrier(args.counter, gridDim.x + 1);
       break;
   }

@@ -22,9 +22,9 @@ class ArithmeticOp(NamedTuple):
 
 
 _DIRECTED = {"rz", "rm", "rp"}
-#: Modifiers without an effect of their own: .rn is the default, approximate functions are exact here, and
-#: `_apply_modifiers` handles .ftz and .sat.
-_IGNORED_MODIFIERS = {"rn", "approx", "full", "lo", "ftz", "sat", "NaN", "aligned"}
+#: Modifiers that `_simple` and `_multiply` accept. Only .ftz and .sat change the result (`_apply_modifiers`): .rn is
+#: the default, and .approx and .full are computed to full accuracy.
+_SUPPORTED_MODIFIERS = {"rn", "approx", "full", "lo", "ftz", "sat", "NaN", "aligned"}
 
 
 def find_operation(parts: tuple[str, ...]) -> ArithmeticOp | None:
@@ -59,7 +59,8 @@ def _is_float(type_: str) -> bool:
     return "f" in type_
 
 
-_EXACT: dict[str, Callable[..., Array]] = {
+#: float64 results, exact or rounded to odd, so that a second rounding to float32 gives the correctly rounded result.
+_ROUNDED_TO_ODD: dict[str, Callable[..., Array]] = {
     "add": numerics.add_round_to_odd,
     "sub": lambda a, b: numerics.add_round_to_odd(a, -b),
     "mul": lambda a, b: a.astype("f8") * b.astype("f8"),
@@ -68,18 +69,18 @@ _EXACT: dict[str, Callable[..., Array]] = {
 
 
 def _directed(base: str, type_: str, mode: str, flags: set[str]) -> ArithmeticOp | None:
-    """Return arithmetic with directed rounding (.rz, .rm, .rp)."""
-    if type_ != "f32" or base not in _EXACT or flags - _DIRECTED - {"ftz"}:
+    """Return an operation with directed rounding (.rz, .rm, .rp)."""
+    if type_ != "f32" or base not in _ROUNDED_TO_ODD or flags - _DIRECTED - {"ftz"}:
         return None
-    exact, arity = _EXACT[base], 3 if base == "fma" else 2
-    function = _apply_modifiers(lambda *values: numerics.round_directed(mode, exact(*values)), flags, type_)
+    to_odd, arity = _ROUNDED_TO_ODD[base], 3 if base == "fma" else 2
+    function = _apply_modifiers(lambda *values: numerics.round_directed(mode, to_odd(*values)), flags, type_)
     return ArithmeticOp((type_,) * arity, type_, function)
 
 
 def _simple(arity: int, integer: Callable[..., Array] | None, floating: Callable[..., Array] | None) -> Any:
     def rule(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
         function = floating if _is_float(type_) else integer
-        if function is None or not flags <= _IGNORED_MODIFIERS or ("sat" in flags and not _is_float(type_)):
+        if function is None or not flags <= _SUPPORTED_MODIFIERS or ("sat" in flags and not _is_float(type_)):
             return None
         if _is_float(type_):
             function = _apply_modifiers(function, flags, type_)
@@ -119,9 +120,9 @@ def _high(a: Array, b: Array) -> Array:
 
 
 def _multiply(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
-    """Return mul, mad or fma of integers or floats."""
+    """Return the operation of mul, mad or fma, of integers or floats."""
     if _is_float(type_):
-        if not flags <= _IGNORED_MODIFIERS - {"lo"}:
+        if not flags <= _SUPPORTED_MODIFIERS - {"lo"}:
             return None
         if base == "mul":
             return ArithmeticOp((type_,) * 2, type_, _apply_modifiers(operator.mul, flags, type_))
@@ -140,6 +141,7 @@ def _multiply(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
 
 
 def _quotient(a: Array, b: Array) -> Array:
+    """Divide integers: PTX truncates, where numpy floors, and division by zero gives all ones on NVIDIA GPUs."""
     divisor = np.where(b == 0, b.dtype.type(1), b)
     quotient = a // divisor
     quotient += ((a % divisor != 0) & ((a < 0) != (divisor < 0))).astype(a.dtype)
@@ -151,6 +153,7 @@ def _remainder(a: Array, b: Array) -> Array:
 
 
 def _shift(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
+    """Return the operation of shl or shr."""
     bits = BITS[type_]
 
     def left(a: Array, by: Array) -> Array:
@@ -164,6 +167,7 @@ def _shift(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
 
 
 def _funnel(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
+    """Return the operation of shf."""
     if type_ != "b32" or not flags <= {"l", "r", "wrap", "clamp"}:
         return None
 
@@ -176,6 +180,7 @@ def _funnel(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
 
 
 def _extract(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
+    """Return the operation of bfe."""
     bits, wide = BITS[type_], np.dtype(f"u{BITS[type_] // 8}")
 
     def function(a: Array, position: Array, length: Array) -> Array:
@@ -197,6 +202,7 @@ def _low_bits(count: Array, bits: int, dtype: np.dtype[Any]) -> Array:
 
 
 def _insert(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
+    """Return the operation of bfi."""
     bits, dtype = BITS[type_], np.dtype(f"u{BITS[type_] // 8}")
 
     def function(a: Array, into: Array, position: Array, length: Array) -> Array:
@@ -209,6 +215,8 @@ def _insert(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
 
 
 def _permute(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
+    """Return the operation of prmt."""
+
     def function(a: Array, b: Array, selector: Array) -> Array:
         both, result = b.astype("u8") << np.uint64(32) | a, np.zeros_like(a)
         for byte in range(4):
@@ -238,6 +246,7 @@ def _select(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
 
 
 def _count(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
+    """Return the operation of popc or clz."""
     bits = BITS[type_]
 
     def ones(a: Array) -> Array:
@@ -252,6 +261,8 @@ def _count(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
 
 
 def _reverse(base: str, type_: str, flags: set[str]) -> ArithmeticOp | None:
+    """Return the operation of brev."""
+
     def function(a: Array) -> Array:
         reversed_ = np.unpackbits(a.view("u1").reshape(len(a), -1), axis=1, bitorder="little")
         return np.packbits(reversed_, axis=1)[:, ::-1].reshape(-1).view(a.dtype)
@@ -263,10 +274,6 @@ def _through_double(function: Callable[[Array], Array]) -> Callable[[Array], Arr
     return lambda a: function(a.astype("f8")).astype(a.dtype)
 
 
-def _logic_not(a: Array) -> Array:
-    return ~a
-
-
 _COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     **{"lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge},
@@ -276,11 +283,11 @@ _COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def _compare(types: list[str], modifiers: list[str]) -> ArithmeticOp | None:
-    """Return setp. The decoder derives the second result, the negation."""
+    """Return the operation of setp; the decoder negates its result for the second destination."""
     comparison, type_, rest = modifiers[0], types[-1], [part for part in modifiers[1:] if part not in BITS]
     unordered = comparison.removesuffix("u") if comparison.endswith("u") else None
     compare = _COMPARISONS.get(unordered or comparison)
-    join = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}.get(rest[0] if rest else "")
+    combine = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}.get(rest[0] if rest else "")
     if compare is None or not set(rest) <= {"ftz", "and", "or", "xor"}:
         return None
 
@@ -291,9 +298,9 @@ def _compare(types: list[str], modifiers: list[str]) -> ArithmeticOp | None:
         if _is_float(type_) and comparison not in ("num", "nan"):
             nan = np.isnan(a) | np.isnan(b)
             result = result | nan if unordered else result & ~nan
-        return join(result, joined[0]) if join else result
+        return combine(result, joined[0]) if combine else result
 
-    return ArithmeticOp((type_, type_, *(["pred"] if join else [])), "pred", function)
+    return ArithmeticOp((type_, type_, *(["pred"] if combine else [])), "pred", function)
 
 
 _ROUNDED: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
@@ -342,7 +349,7 @@ _RULES: dict[str, Callable[[str, str, set[str]], ArithmeticOp | None]] = {
     "and": _simple(2, operator.and_, None),
     "or": _simple(2, operator.or_, None),
     "xor": _simple(2, operator.xor, None),
-    "not": _simple(1, _logic_not, None),
+    "not": _simple(1, operator.invert, None),
     "copysign": _simple(2, None, lambda sign, a: np.copysign(a, sign)),
     "sqrt": _simple(1, None, np.sqrt),
     "rcp": _simple(1, None, lambda a: a.dtype.type(1) / a),

@@ -22,7 +22,7 @@ def _move(operands: Operands, instruction: Instruction) -> Step:
     return lambda: put(read())
 
 
-def _window(operands: Operands, instruction: Instruction) -> Step:
+def _convert_address(operands: Operands, instruction: Instruction) -> Step:
     """Decode cvta. Only shared memory has generic addresses that differ from those of its state space."""
     target, source = instruction.operands
     type_ = instruction.opcode[-1]
@@ -38,7 +38,7 @@ def _policy(operands: Operands, instruction: Instruction) -> Step:
     return lambda: put(zero)
 
 
-def _shape(instruction: Instruction) -> tuple[str, str, int]:
+def _access_type(instruction: Instruction) -> tuple[str, str, int]:
     """Return state space, item type and vector length of a ld or st."""
     types = [part for part in instruction.opcode if part in BITS]
     vector = [int(part[1:]) for part in instruction.opcode if part in ("v2", "v4", "v8")]
@@ -48,7 +48,7 @@ def _shape(instruction: Instruction) -> tuple[str, str, int]:
 
 def _load(operands: Operands, instruction: Instruction) -> Step:
     target, source = instruction.operands[:2]
-    space, type_, count = _shape(instruction)
+    space, type_, count = _access_type(instruction)
     puts = [operands.raw_writer(one, type_) for one in (target if isinstance(target, tuple) else (target,))]
     item, width = UNSIGNED[BITS[type_]], BITS[type_] // 8 * count
     if len(puts) != count or width > 32:
@@ -88,7 +88,7 @@ def _load_parameter(
 
 def _store(operands: Operands, instruction: Instruction) -> Step:
     target, source = instruction.operands[:2]
-    space, type_, count = _shape(instruction)
+    space, type_, count = _access_type(instruction)
     reads = [operands.raw_reader(one, type_) for one in (source if isinstance(source, tuple) else (source,))]
     width = BITS[type_] // 8 * count
     if len(reads) != count or space == "param":
@@ -118,7 +118,7 @@ def _access(
             inside = addresses >= np.uint64(_SHARED_WINDOW)
             shared = bool(inside.all())
             if inside.any() != shared:
-                raise NotImplementedError("a generic access to two state spaces")
+                raise NotImplementedError("generic access in which threads address both shared and global memory")
             addresses = addresses - np.uint64(_SHARED_WINDOW) if shared else addresses
         memory = machine.shared if shared else machine.parameter_memory if space == "param" else machine.memory
         if values is None:
@@ -136,9 +136,9 @@ def _atomic(operands: Operands, instruction: Instruction) -> Step:
     """Decode red and atom of integers in global memory, executed one thread after another."""
     machine, parts = operands.machine, instruction.opcode
     *result, target, source = instruction.operands
-    space, type_, _ = _shape(instruction)
-    join = next((function for name, function in _ATOMIC_OPS.items() if name in parts), None)
-    if join is None or space not in ("global", "generic") or type_ not in ("u32", "s32", "u64", "s64"):
+    space, type_, _ = _access_type(instruction)
+    combine = next((function for name, function in _ATOMIC_OPS.items() if name in parts), None)
+    if combine is None or space not in ("global", "generic") or type_ not in ("u32", "s32", "u64", "s64"):
         raise unsupported_instruction(instruction)
     address, read = operands.address_reader(target), operands.raw_reader(source, type_)
     put = operands.raw_writer(result[0] if result else "_", type_)
@@ -154,7 +154,7 @@ def _atomic(operands: Operands, instruction: Instruction) -> Step:
         for lane in np.flatnonzero(machine.active):
             address_, one = addresses[lane : lane + 1], np.array([lane])
             old = access(address_, width, one, None).view(dtype)
-            access(address_, width, one, join(old, values[lane : lane + 1].view(dtype)).view(f"V{width}"))
+            access(address_, width, one, combine(old, values[lane : lane + 1].view(dtype)).view(f"V{width}"))
             found[lane] = old.view(found.dtype)[0]
         put(found)
 
@@ -188,7 +188,7 @@ def _copy(operands: Operands, instruction: Instruction) -> Step:
         bytes_ = np.full(len(lanes), width) if source_size is None else source_size()[lanes]
         for count in np.unique(bytes_[bytes_ > 0]):
             if count != width:
-                raise Fault(f"cp.async copies {count} of {width} bytes: expected all or none, as in all kernels here")
+                raise NotImplementedError(f"{instruction.location}: cp.async with a source of {count} of {width} bytes")
             copied = bytes_ == count
             values[copied] = machine.memory.load(addresses[copied], width, lanes[copied]).view("u1").reshape(-1, width)
         machine.async_copies.issue(to()[lanes], values.reshape(-1).view(f"V{width}"), lanes)
@@ -197,6 +197,6 @@ def _copy(operands: Operands, instruction: Instruction) -> Step:
 
 
 DECODERS: dict[str, Callable[[Operands, Instruction], Step]] = {
-    **{"mov": _move, "cvta": _window, "createpolicy": _policy},
+    **{"mov": _move, "cvta": _convert_address, "createpolicy": _policy},
     **{"ld": _load, "ldu": _load, "st": _store, "cp": _copy, "red": _atomic, "atom": _atomic},
 }

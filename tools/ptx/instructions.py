@@ -60,10 +60,8 @@ def _arithmetic(operands: Operands, instruction: Instruction, operation: arithme
     read = [operands.reader(operand, type_) for operand, type_ in zip(sources, operation.source_types, strict=True)]
     function = operation.function
     if isinstance(target, str) and "|" in target:
-        if len(read) > 2:
-            raise unsupported_instruction(
-                instruction
-            )  # the third operand would have to be combined with each of the two results
+        if len(read) > 2:  # the third operand would have to be combined with each of the two results
+            raise unsupported_instruction(instruction)
         first, second = (operands.writer(name.strip(), "pred") for name in target.split("|"))
 
         def both() -> None:
@@ -180,7 +178,8 @@ def _add_with_carry(operands: Operands, instruction: Instruction) -> Step | None
     return step
 
 
-def _sum(operands: Operands, instruction: Instruction) -> Step | None:
+def _add_with_carry_out(operands: Operands, instruction: Instruction) -> Step | None:
+    """Decode add.cc and sub.cc; return None for other additions, which are arithmetic."""
     return _add_with_carry(operands, instruction) if "cc" in instruction.opcode else None
 
 
@@ -189,5 +188,5 @@ _DECODERS: dict[str, Callable[[Operands, Instruction], Step | None]] = {
     **dict.fromkeys(("bar", "barrier"), _barrier),
     **data_movement.DECODERS,
     **collective.DECODERS,
-    **{"add": _sum, "sub": _sum, "addc": _add_with_carry, "subc": _add_with_carry},
+    **{"add": _add_with_carry_out, "sub": _add_with_carry_out, "addc": _add_with_carry, "subc": _add_with_carry},
 }

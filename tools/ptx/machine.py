@@ -62,7 +62,11 @@ def run(
 
 
 class Machine:
-    """The state of the resident CTAs of one launch. A lane is a thread, counted over all resident CTAs."""
+    """The state of the resident CTAs of one launch.
+
+    Here, a lane is the array element of one thread, not its index within the warp: the lanes of all resident CTAs are
+    numbered consecutively, with each CTA padded to full warps.
+    """
 
     def __init__(
         self,
@@ -131,8 +135,10 @@ class Machine:
             pc, stop = group
             while pc < stop:
                 limit -= 1
-                if pc >= end or limit < 0:
-                    raise Fault(f"{self.kernel.name} runs past its last instruction, or does not terminate")
+                if pc >= end:
+                    raise Fault(f"{self.kernel.name} runs past its last instruction")
+                if limit < 0:
+                    raise Fault(f"{self.kernel.name} does not terminate within the limit of instructions")
                 step = steps[pc]
                 if step is None:
                     step = steps[pc] = decode(self.operands, self.kernel.instructions[pc])
@@ -163,7 +169,7 @@ class Machine:
             all threads have returned.
         """
         if self.serialize_ctas:
-            self._open_barriers(self._ctas_at_barrier())
+            self._release_barriers(self._ctas_at_barrier())
         runnable = self.alive & ~self.at_barrier & ~self.spinning
         if not runnable.any():
             if not self.alive.any():
@@ -191,12 +197,12 @@ class Machine:
         )
         return waiting.all(1) & (counters == counters[:, :1]).all(1)
 
-    def _open_barriers(self, complete: Array) -> None:
+    def _release_barriers(self, complete: Array) -> None:
         self.shared.barrier(np.flatnonzero(complete))
         self.at_barrier &= ~complete[self.cta]
 
     def _resolve_stall(self) -> None:
-        """Make threads runnable when none is: open complete barriers, and let spin-wait loops read memory again.
+        """Make threads runnable when none is: release CTAs whose barrier is complete, and spinning threads.
 
         Raises:
             Fault: a barrier is divergent, or all runnable threads spin forever (a deadlock).
@@ -219,5 +225,5 @@ class Machine:
                     Fault("deadlock: spins on memory that no thread writes", lane), int(self.program_counters[lane])
                 )
             )
-        self._open_barriers(complete)
+        self._release_barriers(complete)
         self.spinning[:] = False

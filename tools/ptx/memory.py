@@ -105,7 +105,7 @@ class Memory:
         near = int(np.argmin(distances))
         return (
             f"{address:#x} is outside of every allocation;"
-            f" the nearest one begins {address - self._bases[near]:+} bytes away and has {self._arrays[near][0].size}"
+            f" it is at byte {address - self._bases[near]:+} of the nearest one, of {self._arrays[near][0].size} bytes"
         )
 
     def load(self, addresses: Array, width: int, lanes: Array) -> Array:
@@ -162,15 +162,16 @@ class SharedMemory:
         self._readers = np.zeros_like(self._writers)
 
     def barrier(self, ctas: Array) -> None:
-        """Start a new epoch, in which earlier accesses of these CTAs are no conflicts."""
+        """Start a new epoch: earlier accesses of these CTAs do not conflict with later ones."""
         self._epochs[ctas] += 1
 
     def _index(self, addresses: Array, width: int, lanes: Array) -> Array:
         addresses = addresses.astype("i8")
-        bad = (addresses < 0) | (addresses + width > self._size) | (addresses & (width - 1) != 0)
+        misaligned = addresses & (width - 1) != 0
+        bad = misaligned | (addresses < 0) | (addresses + width > self._size)
         if bad.any():
             one = int(np.flatnonzero(bad)[0])
-            problem = f"is misaligned or outside of its {self._size} bytes"
+            problem = "is misaligned" if misaligned[one] else f"is outside of the CTA's {self._size} bytes"
             raise Fault(f"{width}-byte access to shared memory at {addresses[one]} {problem}", lanes[one])
         return addresses + self._cta[lanes] * self._stride
 
@@ -184,18 +185,20 @@ class SharedMemory:
             row, column = map(int, np.argwhere(conflict)[0])
             other = int(previous[row, column]) & 63
             warps = "several warps" if other == self._SEVERAL_WARPS else f"warp {other}"
-            raise Fault(f"race: {what} shared memory used by {warps}, with no barrier in between", lanes[row])
+            used = "read" if what == "overwrites" else "written"
+            raise Fault(f"race: {what} shared memory {used} by {warps}, with no barrier in between", lanes[row])
 
     def load(self, addresses: Array, width: int, lanes: Array) -> Array:
         index = self._index(addresses, width, lanes)
         if self._tracked:
-            cells, tags = self._tags(index, width, lanes)
-            self._check_race(self._writers[cells], tags, lanes, "reads")
-            before = self._readers[cells]
+            byte_indices, tags = self._tags(index, width, lanes)
+            self._check_race(self._writers[byte_indices], tags, lanes, "reads")
+            before = self._readers[byte_indices]
             shared = (before >> 6 == tags >> 6) & (before != tags)
-            self._readers[cells] = np.where(shared, tags >> 6 << 6 | self._SEVERAL_WARPS, tags)
-            lost = self._readers[cells] != tags
-            self._readers[cells[lost]] = tags[lost] >> 6 << 6 | self._SEVERAL_WARPS
+            self._readers[byte_indices] = np.where(shared, tags >> 6 << 6 | self._SEVERAL_WARPS, tags)
+            # Of several readers in this access, the assignment has kept one per byte: mark their bytes too.
+            lost = self._readers[byte_indices] != tags
+            self._readers[byte_indices[lost]] = tags[lost] >> 6 << 6 | self._SEVERAL_WARPS
         return self._data.view(f"V{width}")[index // width]
 
     def store(self, addresses: Array, values: Array, lanes: Array, poison: bool = False) -> None:
@@ -210,12 +213,12 @@ class SharedMemory:
                 np.ascontiguousarray(one).view("u1").reshape(-1, width) for one in (cells[index // width], values)
             )
             changed = (old != new) | poison
-            bytes_, tags = self._tags(index, width, lanes)
+            byte_indices, tags = self._tags(index, width, lanes)
             rows = np.broadcast_to(np.arange(len(lanes))[:, None], changed.shape)[changed]
-            bytes_, tags = bytes_[changed][:, None], tags[changed][:, None]
-            self._check_race(self._writers[bytes_], tags, lanes[rows], "writes")
-            self._check_race(self._readers[bytes_], tags, lanes[rows], "overwrites")
-            self._writers[bytes_] = tags
+            byte_indices, tags = byte_indices[changed][:, None], tags[changed][:, None]
+            self._check_race(self._writers[byte_indices], tags, lanes[rows], "writes")
+            self._check_race(self._readers[byte_indices], tags, lanes[rows], "overwrites")
+            self._writers[byte_indices] = tags
         cells[index // width] = values
         _check_write_conflict(cells[index // width], values, lanes)
 

@@ -44,11 +44,14 @@ struct Thread {
   const char* what;
   Site site;
   unsigned mask;
-  // Inputs and output of a collective.
+  // Inputs and output of a collective. `value` is also the result of a block barrier.
   uint64_t value;
   unsigned source;
   const void* operand;
   void* result;
+  // The grid barrier that the thread waits at: its counter, and the count that it waits for.
+  const unsigned* grid_counter;
+  unsigned grid_arrivals;
   // Asynchronous copies and their groups.
   CopyQueue* copy_queue;
   uint64_t copies_issued, groups_committed, copies_completed, groups_completed;
@@ -71,12 +74,12 @@ struct SharedMemory;
 
 struct Block {
   uint3 index;
-  unsigned threads;
-  Thread* thread;  // array of `threads`
-  Warp* warp;
+  unsigned thread_count;
+  Thread* threads;
+  Warp* warps;
   unsigned char* shared;
   size_t shared_bytes;
-  const SharedMemory* memory;
+  const SharedMemory* memory;  // the owner of `shared`
   // State of __syncthreads().
   unsigned threads_arrived, barriers;
   unsigned or_of_votes, and_of_votes, count_of_votes;
@@ -90,11 +93,13 @@ extern Thread* current;
 void wait(const char* what, Site site, unsigned mask = 0);
 void wake(Thread& thread);
 
-// --- settings of the scheduler
-// ------------------------------------------------------------------------------
+// --- settings of the scheduler ---
 
-// 0: forward, 1: backward, others: pseudo-random with that seed.
+// 0: first in, first out, blocks ascending; 1: last in, first out, blocks descending; others: pseudo-random
+// with that seed.
 int schedule();
+
+// --- shared memory ---
 
 // Returns the block's memory at an address, after checking that an access of `bytes` is aligned and in
 // bounds.

@@ -15,14 +15,15 @@ namespace fused_res::cuda::sim {
 
 namespace {
 
-// Far more than the registers of a GPU thread. AddressSanitizer surrounds every variable with red zones.
+// Stack size. Kernels have few local variables (a GPU thread has at most 255 registers); AddressSanitizer
+// surrounds each of them with red zones.
 constexpr size_t kStackBytes = kSanitized ? 512 << 10 : 64 << 10;
 // Cache colouring: without an offset the same variable of all threads would map to the same cache set.
 constexpr size_t kColours = 32, kColourBytes = 192;
-// ThreadSanitizer orders the users of a context one after the other, so it reports no race between them. To
-// make this rare for threads of different blocks, it gets the least recently used context, and never one of
-// the last kMinFreeContexts, a prime number. Without it the most recently used context is best: it is in the
-// cache.
+// ThreadSanitizer sees an ordering between successive users of a context, so it misses races between them.
+// Therefore, with ThreadSanitizer, the least recently freed context is reused, and at least this many stay
+// free: a prime, not a multiple of a warp or block size, so that in successive blocks a context belongs to
+// different threads. Otherwise the most recently freed context is reused, which is in the cache.
 constexpr size_t kMinFreeContexts = kThreadSanitizer ? 61 : 0;
 
 unsigned char* map_memory(size_t bytes) {
@@ -71,7 +72,7 @@ static void switch_stack(Context& from, Context& to) {
 static void prepare(Context& context, unsigned char* top, void (*entry)()) {
   constexpr int kSaved = 6;
   auto* words = reinterpret_cast<void**>(top) - 1;
-  *words-- = nullptr;  // entry's return address, which gives the stack the alignment after a call
+  *words-- = nullptr;  // dummy return address: the ABI requires rsp % 16 == 8 at entry
   *words-- = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kSaved; ++i) *words-- = nullptr;
   context.stack_pointer = words + 1;
@@ -144,7 +145,7 @@ Context ContextPool::allocate(void (*entry)()) {
 }
 
 void ContextPool::recycle(Context& context) {
-  unpoison(context.stack, context.stack_bytes);  // frames of a thread that did not return
+  unpoison(context.stack, context.stack_bytes);  // an aborted thread leaves poisoned frames
 #ifdef __SANITIZE_ADDRESS__
   context.sanitizer = nullptr;
 #endif

@@ -73,15 +73,17 @@ void check(const Launch& launch) {
     reject("invalid block size, " + std::to_string(launch.threads) + " threads");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGridYZ ||
       grid.z > kMaxGridYZ)
-    reject("a grid of " + text({grid.x, grid.y, grid.z}) + " blocks");
-  if (launch.shared > kMaxShared) reject(std::to_string(launch.shared) + " bytes of shared memory");
+    reject("invalid grid " + text({grid.x, grid.y, grid.z}));
+  if (launch.shared > kMaxShared) {
+    reject(std::to_string(launch.shared) + " bytes of shared memory exceed the limit of " +
+           std::to_string(kMaxShared));
+  }
   const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z;
   if (launch.cooperative && blocks > static_cast<size_t>(resident_blocks(launch.threads, launch.shared)))
     reject(std::to_string(blocks) + " blocks cannot be resident at once");
 }
 
-// --- one launch
-// ---------------------------------------------------------------------------------------------
+// --- one launch ---
 
 class Machine {
  public:
@@ -98,7 +100,7 @@ class Machine {
   void run_ready();
   void resume(Thread& thread);
   void recycle_contexts();
-  std::string deadlock() const;
+  std::string deadlock_message() const;
 
   const Launch* launch_ = nullptr;
   Context context_;
@@ -170,9 +172,9 @@ void Machine::prepare(unsigned blocks) {
   for (unsigned i = 0; i < blocks; ++i) {
     shared_.push_back(std::make_unique<SharedMemory>(launch_->shared));
     blocks_[i] = {};
-    blocks_[i].threads = threads;
-    blocks_[i].thread = &threads_[static_cast<size_t>(i) * threads];
-    blocks_[i].warp = &warps_[static_cast<size_t>(i) * warps];
+    blocks_[i].thread_count = threads;
+    blocks_[i].threads = &threads_[static_cast<size_t>(i) * threads];
+    blocks_[i].warps = &warps_[static_cast<size_t>(i) * warps];
     blocks_[i].shared_bytes = launch_->shared;
   }
   ready_.start(static_cast<size_t>(blocks) * threads, schedule());
@@ -185,27 +187,27 @@ void Machine::start(Block& block, size_t number) {
   block.index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number % plane / grid.x),
                  static_cast<unsigned>(number / plane)};
   auto& shared = shared_[&block - blocks_.data()];
-  // Memory of its own for ThreadSanitizer, to which reuse by another block would be a race.
+  // With ThreadSanitizer each block gets new memory: reuse by another block would be reported as a race.
   if (kThreadSanitizer) shared = std::make_unique<SharedMemory>(launch_->shared);
   shared->clear();
-  release(&launch_);
+  release(&launch_);  // for ThreadSanitizer: the launch happens before the start of every thread
   block.shared = shared->begin;
   block.memory = shared.get();
   block.threads_arrived = block.barriers = 0;
-  for (unsigned i = 0; i < block.threads; i += kWarpSize) {
-    Warp& warp = block.warp[i / kWarpSize];
+  for (unsigned i = 0; i < block.thread_count; i += kWarpSize) {
+    Warp& warp = block.warps[i / kWarpSize];
     warp.pending_count = 0;
     std::fill_n(warp.barriers, kWarpSize, 0);
   }
-  for (unsigned i = 0; i < block.threads; ++i) {
-    Thread& thread = block.thread[i];
+  for (unsigned i = 0; i < block.thread_count; ++i) {
+    Thread& thread = block.threads[i];
     thread.block = &block;
     thread.index = i;
     thread.state = Thread::State::kNew;
     thread.copies_issued = thread.groups_committed = thread.copies_completed = thread.groups_completed = 0;
     ready_.add(&thread);
   }
-  live_threads_ += block.threads;
+  live_threads_ += block.thread_count;
 }
 
 void Machine::run_ready() {
@@ -220,7 +222,7 @@ void Machine::run_ready() {
     }
     if (error_) return;
   }
-  if (live_threads_ != 0) error_ = std::make_exception_ptr(std::runtime_error(deadlock()));
+  if (live_threads_ != 0) error_ = std::make_exception_ptr(std::runtime_error(deadlock_message()));
 }
 
 void Machine::resume(Thread& thread) {
@@ -244,28 +246,28 @@ void Machine::end(std::exception_ptr error) {
 // kernels own no resources.
 void Machine::recycle_contexts() {
   for (Block& block : blocks_) {
-    for (unsigned i = 0; i < block.threads; ++i) {
-      if (block.thread[i].context.stack != nullptr) contexts_.recycle(block.thread[i].context);
+    for (unsigned i = 0; i < block.thread_count; ++i) {
+      if (block.threads[i].context.stack != nullptr) contexts_.recycle(block.threads[i].context);
     }
   }
 }
 
-// Returns the message of a deadlock: where each thread waits, with adjacent threads of one location combined.
-std::string Machine::deadlock() const {
+// Returns where each thread waits, with adjacent threads of one location combined.
+std::string Machine::deadlock_message() const {
   std::string message = "deadlock:";
   for (const Block& block : blocks_) {
     const auto where = [&](unsigned i) -> std::string {
-      const Thread& thread = block.thread[i];
+      const Thread& thread = block.threads[i];
       if (thread.state == Thread::State::kEnded) return "ended";
       return "wait(s) at " + std::string(thread.what) + ", " + thread.site.file_name() + ":" +
              std::to_string(thread.site.line());
     };
-    const bool ended = std::all_of(block.thread, block.thread + block.threads, [](const Thread& thread) {
-      return thread.state == Thread::State::kEnded;
-    });
+    const bool ended =
+        std::all_of(block.threads, block.threads + block.thread_count,
+                    [](const Thread& thread) { return thread.state == Thread::State::kEnded; });
     if (ended) continue;
-    for (unsigned i = 0, next; i < block.threads; i = next) {
-      for (next = i + 1; next < block.threads && where(next) == where(i);) ++next;
+    for (unsigned i = 0, next; i < block.thread_count; i = next) {
+      for (next = i + 1; next < block.thread_count && where(next) == where(i);) ++next;
       message += "\n  block " + text(block.index) + ", thread(s) " + std::to_string(i) +
                  (next > i + 1 ? "-" + std::to_string(next - 1) : "") + " " + where(i);
     }
@@ -304,8 +306,8 @@ void abort_launch(const std::string& message) {
 
 void run(const Launch& launch) {
   check(launch);
-  if (const Observer observe =
-          observer) {  // before the lock: an observer may acquire others, such as Python's
+  // Before the lock: the callback may take other locks, such as Python's GIL.
+  if (const Observer observe = observer) {
     const unsigned grid[] = {launch.grid.x, launch.grid.y, launch.grid.z};
     if (observe(mangled_name(launch.kernel).c_str(), grid, launch.threads, launch.shared, launch.arguments,
                 launch.arguments_bytes, launch.cooperative))
@@ -326,8 +328,7 @@ int resident_blocks(unsigned threads, size_t shared) {
 
 void fill_zero(void* memory, size_t bytes, Stream) { std::memset(memory, 0, bytes); }
 
-// --- barriers of a block and of the grid
-// --------------------------------------------------------------------
+// --- barriers of a block and of the grid ---
 
 int block_barrier(Vote vote, bool value, const char* what, Site site) {
   Block& block = *current->block;
@@ -346,15 +347,15 @@ int block_barrier(Vote vote, bool value, const char* what, Site site) {
   constexpr unsigned kBlockBarrierToken = 32;
   void* token = block.memory->token(kBlockBarrierToken, block.barriers);
   release(token);
-  if (block.threads_arrived == block.threads) {
+  if (block.threads_arrived == block.thread_count) {
     block.threads_arrived = 0;
     ++block.barriers;
     const int result = vote == Vote::kOr    ? block.or_of_votes
                        : vote == Vote::kAnd ? block.and_of_votes
                                             : block.count_of_votes;
-    for (unsigned i = 0; i < block.threads; ++i) {
-      block.thread[i].value = result;
-      wake(block.thread[i]);
+    for (unsigned i = 0; i < block.thread_count; ++i) {
+      block.threads[i].value = result;
+      wake(block.threads[i]);
     }
   }
   wait(what, site);
@@ -368,12 +369,12 @@ void grid_barrier(unsigned* counter, unsigned arrivals, Site site) {
   if (waiting != nullptr) fail("grid barrier by more than one thread of a block");
   release(counter);
   ++*counter;
-  current->operand = counter;
-  current->source = arrivals;
+  current->grid_counter = counter;
+  current->grid_arrivals = arrivals;
   waiting = current;
   for (Block& block : machine.blocks()) {
     const Thread* thread = block.grid_barrier_waiter;
-    if (thread != nullptr && *static_cast<const unsigned*>(thread->operand) >= thread->source)
+    if (thread != nullptr && *thread->grid_counter >= thread->grid_arrivals)
       wake(*std::exchange(block.grid_barrier_waiter, nullptr));
   }
   wait("grid_barrier", site);
@@ -382,8 +383,7 @@ void grid_barrier(unsigned* counter, unsigned arrivals, Site site) {
 
 }  // namespace fused_res::cuda::sim
 
-// --- for tests
-// ----------------------------------------------------------------------------------------------
+// --- for tests ---
 
 extern "C" {
 

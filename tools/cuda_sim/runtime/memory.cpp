@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kMargin = 128;  // a multiple of the alignment
 constexpr size_t kCopyBytes = 16;
-constexpr unsigned char kNan = 0xFF;  // this byte repeated is NaN in every floating-point type
+constexpr unsigned char kNanByte = 0xFF;  // this byte repeated is NaN in every floating-point type
 
 }  // namespace
 
@@ -32,7 +32,7 @@ SharedMemory::~SharedMemory() {
 
 void SharedMemory::clear() {
   unpoison(mapped_, mapped_bytes_);
-  std::memset(mapped_, kNan, mapped_bytes_);
+  std::memset(mapped_, kNanByte, mapped_bytes_);
   poison(mapped_, kMargin);
   poison(begin + bytes_, kMargin);
 }
@@ -40,7 +40,7 @@ void SharedMemory::clear() {
 bool SharedMemory::overrun() const {
   if (kSanitized) return false;
   unsigned char intact[kMargin];
-  std::memset(intact, kNan, kMargin);
+  std::memset(intact, kNanByte, kMargin);
   return std::memcmp(mapped_, intact, kMargin) != 0 || std::memcmp(begin + bytes_, intact, kMargin) != 0;
 }
 
@@ -55,20 +55,19 @@ unsigned char* shared_at(uint32_t address, size_t bytes, const char* what) {
   if (address % bytes != 0 || address + bytes > block.shared_bytes) {
     fail(std::string(what) + " at " + std::to_string(static_cast<int32_t>(address)) +
          " in shared memory of " + std::to_string(block.shared_bytes) + " bytes" +
-         (address % bytes != 0 ? ", misaligned" : ""));
+         (address % bytes != 0 ? ", misaligned" : ", out of bounds"));
   }
   return block.shared + address;
 }
 
-// --- cp.async
-// -----------------------------------------------------------------------------------------------
+// --- cp.async ---
 
 namespace {
 
 CopyQueue& copy_queue() {
   if (current->copy_queue == nullptr) {
-    // The flags of the stacks: Linux merges adjacent mappings with equal flags, and limits a process to 65530
-    // mappings.
+    // The same flags as the stacks of the fibers, so that Linux merges adjacent mappings: a process may have
+    // at most 65530.
     constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void* memory = mmap(nullptr, sizeof(CopyQueue), PROT_READ | PROT_WRITE, kFlags, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -91,9 +90,9 @@ void cp_async(uint32_t shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(global) % kCopyBytes != 0) fail("cp.async from a misaligned address");
   if (thread.copies_issued - thread.copies_completed == CopyQueue::kCapacity)
     fail("more cp.async in flight than the simulator supports");
-  CopyQueue& all = copy_queue();
-  all.copy[thread.copies_issued++ % CopyQueue::kCapacity] = {global, shared, static_cast<uint32_t>(bytes)};
-  std::memset(destination, kNan, kCopyBytes);
+  CopyQueue& queue = copy_queue();
+  queue.copy[thread.copies_issued++ % CopyQueue::kCapacity] = {global, shared, static_cast<uint32_t>(bytes)};
+  std::memset(destination, kNanByte, kCopyBytes);
   thread.context.engine.copy(destination, kCopyBytes, global, bytes,
                              thread.groups_committed % CopyQueue::kMaxGroups, __builtin_return_address(0));
 }
@@ -108,10 +107,10 @@ void cp_async_commit_group() {
 void cp_async_wait_group(int groups) {
   Thread& thread = *current;
   for (; thread.groups_completed + groups < thread.groups_committed; ++thread.groups_completed) {
-    const CopyQueue& all = *thread.copy_queue;
+    const CopyQueue& queue = *thread.copy_queue;
     const uint64_t group = thread.groups_completed % CopyQueue::kMaxGroups;
-    while (thread.copies_completed < all.groups[group])
-      complete_copy(all.copy[thread.copies_completed++ % CopyQueue::kCapacity]);
+    while (thread.copies_completed < queue.groups[group])
+      complete_copy(queue.copy[thread.copies_completed++ % CopyQueue::kCapacity]);
     thread.context.engine.wait(group);
   }
 }

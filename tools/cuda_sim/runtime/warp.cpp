@@ -39,7 +39,7 @@ void run_collective(Collective collective, unsigned mask, const char* what, Site
   Thread& thread = *current;
   const unsigned lane = thread.index % kWarpSize, bit = 1u << lane;
   if ((mask & bit) == 0) fail(std::string(what) + " with a mask that does not include the calling lane");
-  Warp& warp = thread.block->warp[thread.index / kWarpSize];
+  Warp& warp = thread.block->warps[thread.index / kWarpSize];
   PendingCollective& here = pending_collective(warp, collective, mask, site);
   here.arrived |= bit;
   if (here.arrived != mask) return wait(what, site, mask);
@@ -57,7 +57,7 @@ void run_full_warp_collective(Collective collective, const char* what, Site site
 
 void warp_barrier(unsigned mask, Site site) {
   Thread& thread = *current;
-  Warp& warp = thread.block->warp[thread.index / kWarpSize];
+  Warp& warp = thread.block->warps[thread.index / kWarpSize];
   void* token =
       thread.block->memory->token(thread.index / kWarpSize, warp.barriers[thread.index % kWarpSize]++);
   release(token);
@@ -95,8 +95,7 @@ unsigned ballot(unsigned mask, bool value, const char* what, Site site) {
   return result;
 }
 
-// --- ldmatrix
-// -----------------------------------------------------------------------------------------------
+// --- ldmatrix ---
 
 namespace {
 
@@ -105,15 +104,15 @@ struct LdmatrixOperand {
   bool transposed;
 };
 
-constexpr unsigned kRowBytes = 16, kBanksInRows = 8;  // 8 rows of 16 bytes are read at once
+constexpr unsigned kRowBytes = 16, kBankGroups = 8;  // 32 banks of 4 bytes: 8 groups of 16 bytes
 
 // Rows at different addresses in the same banks are read one after another.
 void count_conflicts(const uint32_t (&addresses)[8]) {
-  unsigned max_rows = 0, in_bank[kBanksInRows] = {};
+  unsigned max_rows = 0, in_bank[kBankGroups] = {};
   for (unsigned i = 0; i < 8; ++i) {
     bool again = false;
     for (unsigned j = 0; j < i; ++j) again |= addresses[j] == addresses[i];
-    if (!again) max_rows = std::max(max_rows, ++in_bank[addresses[i] / kRowBytes % kBanksInRows]);
+    if (!again) max_rows = std::max(max_rows, ++in_bank[addresses[i] / kRowBytes % kBankGroups]);
   }
   bank_conflicts += max_rows - 1;
 }
@@ -148,8 +147,7 @@ void ldmatrix_x4(uint32_t (&registers)[4], uint32_t shared, bool transposed, Sit
   run_full_warp_collective(ldmatrix_collective, "ldmatrix", site);
 }
 
-// --- mma
-// ----------------------------------------------------------------------------------------------------
+// --- mma ---
 
 namespace {
 
@@ -184,7 +182,7 @@ void multiply(const float (&a)[16][depth], const float (&b)[depth][8], double (&
 template <int elements, float (*convert)(uint32_t)>
 void mma_collective(Thread* lanes, unsigned) {
   constexpr int kDepth = 8 * elements, kBits = 32 / elements;
-  constexpr uint32_t kElement = elements == 2 ? 0xFFFF : ~0u;
+  constexpr uint32_t kElementMask = elements == 2 ? 0xFFFF : ~0u;
   float a[16][kDepth], b[kDepth][8];
   double accumulators[16][8];
   const auto coordinates = [](unsigned lane, int i) -> std::pair<int, int> {
@@ -192,12 +190,13 @@ void mma_collective(Thread* lanes, unsigned) {
   };
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     const auto* fragments = static_cast<const Fragments*>(lanes[lane].operand);
-    const int group = lane / 4, pair = lane % 4;
+    const int group = lane / 4, thread_in_group = lane % 4;
     for (int e = 0; e < elements; ++e) {
-      const auto element = [&](uint32_t word) { return convert(word >> e * kBits & kElement); };
+      const auto element = [&](uint32_t word) { return convert(word >> e * kBits & kElementMask); };
       for (int i = 0; i < 4; ++i)
-        a[group + i % 2 * 8][pair * elements + e + i / 2 * kDepth / 2] = element(fragments->a[i]);
-      for (int i = 0; i < 2; ++i) b[pair * elements + e + i * kDepth / 2][group] = element(fragments->b[i]);
+        a[group + i % 2 * 8][thread_in_group * elements + e + i / 2 * kDepth / 2] = element(fragments->a[i]);
+      for (int i = 0; i < 2; ++i)
+        b[thread_in_group * elements + e + i * kDepth / 2][group] = element(fragments->b[i]);
     }
     for (int i = 0; i < 4; ++i) {
       const auto [row, column] = coordinates(lane, i);

@@ -1,5 +1,6 @@
-// Launches of all kernels in small odd shapes, on arrays of exactly the required size, for programs that are
-// compiled with a sanitizer. Results are not checked here: other tests do that.
+// Launches of all kernels at small shapes, most of them not multiples of the tile sizes, on arrays of exactly
+// the required size, for programs that are compiled with a sanitizer. Results are not checked here: other
+// tests do that.
 #pragma once
 
 #include <bit>

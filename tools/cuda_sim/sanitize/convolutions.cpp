@@ -6,7 +6,7 @@ namespace fused_res::cuda::sanitize {
 namespace {
 
 struct Geometry {
-  int channels, outputs, groups, height, width, kernel, stride, padding, dilation;
+  int channels, out_channels, groups, height, width, kernel, stride, padding, dilation;
 };
 
 int output_size(const Geometry& g, int size) {
@@ -20,7 +20,7 @@ void convolution(const Geometry& g, MathMode math_mode, TileSize size, bool alig
   const Dtype dtype = dtype_of(math_mode);
   ConvolutionArgs args = {};
   args.channels = g.channels, args.group_channels = g.channels / g.groups;
-  args.group_out_channels = g.outputs / g.groups, args.groups = g.groups;
+  args.group_out_channels = g.out_channels / g.groups, args.groups = g.groups;
   args.gemm_k = args.group_channels * g.kernel * g.kernel;
   args.height = g.height, args.width = g.width;
   args.out_height = output_size(g, g.height), args.out_width = output_size(g, g.width);
@@ -37,19 +37,19 @@ void convolution(const Geometry& g, MathMode math_mode, TileSize size, bool alig
   args.col_tiles = static_cast<int>(partition.col_tiles);
   args.steps_per_split = static_cast<int>(partition.steps_per_split);
   args.input = arrays.random(dtype, kImages * g.height * g.width * g.channels);
-  args.weight = arrays.random(dtype, static_cast<int64_t>(g.outputs) * args.gemm_k);
-  if (partition.splits > 1) args.split_k_workspace = arrays.floats(partition.splits * rows * g.outputs);
-  args.epilogue.output = arrays.empty(dtype, rows * g.outputs);
+  args.weight = arrays.random(dtype, static_cast<int64_t>(g.out_channels) * args.gemm_k);
+  if (partition.splits > 1) args.split_k_workspace = arrays.floats(partition.splits * rows * g.out_channels);
+  args.epilogue.output = arrays.empty(dtype, rows * g.out_channels);
   args.epilogue.rows = rows;
-  args.epilogue.channels = g.outputs;
+  args.epilogue.channels = g.out_channels;
   args.epilogue.vectorized = args.group_out_channels % (16 / element_size(math_mode)) == 0;
   if (training) {
     args.input_stats = arrays.random_floats(5 * g.channels);
     args.input_relu = true;
-    args.epilogue.partials = arrays.floats(row_tiles * 4 * g.outputs);
+    args.epilogue.partials = arrays.floats(row_tiles * 4 * g.out_channels);
   } else {
-    args.epilogue.bias = {arrays.random(dtype, g.outputs), dtype};
-    args.epilogue.residual = arrays.random(dtype, rows * g.outputs);
+    args.epilogue.bias = {arrays.random(dtype, g.out_channels), dtype};
+    args.epilogue.residual = arrays.random(dtype, rows * g.out_channels);
     args.epilogue.relu = true;
   }
   launch_convolution(args, partition, math_mode, aligned, nullptr);

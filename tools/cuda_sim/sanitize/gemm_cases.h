@@ -24,23 +24,22 @@ inline std::string name_of(MathMode math_mode, TileSize size, bool aligned) {
 }
 
 inline GemmProblem gemm_problem(int64_t m, int64_t n, int64_t k, int64_t groups, MathMode math_mode,
-                                bool aligned, bool has_prologue) {
+                                bool aligned, bool grad_prologue) {
   return {.m = m,
           .n = n,
           .k = k,
           .groups = groups,
           .math_mode = math_mode,
           .aligned = aligned,
-          .has_prologue = has_prologue};
+          .grad_prologue = grad_prologue};
 }
 
 // Calls f(size, aligned) for each tile size and alignment for which there is a kernel.
 template <class F>
-void for_each_tile(MathMode math_mode, bool has_prologue, F f) {
+void for_each_tile(MathMode math_mode, bool grad_prologue, F f) {
   for (const TileSize size : kTileSizes) {
     for (const bool aligned : {true, false}) {
-      if (size < gemm_problem(0, 0, 0, 1, math_mode, aligned, has_prologue).max_tile()) continue;
-      f(size, aligned);
+      if (gemm_problem(0, 0, 0, 1, math_mode, aligned, grad_prologue).is_instantiated(size)) f(size, aligned);
     }
   }
 }

@@ -7,7 +7,7 @@ extern "C" void fused_res_cuda_single_pass(int mode);
 namespace fused_res::cuda::sanitize {
 namespace {
 
-// Few work units, so that even small activations have several parts.
+// Limit of the number of work units, so low that some parts have several tiles.
 constexpr int64_t kUnits = 12;
 
 struct NormCase {
@@ -33,7 +33,7 @@ struct NormCase {
         mask(arrays.random_bits(shape.rows() * shape.mask_cols())) {}
 
   void* like_x() { return arrays.random(dtype, shape.numel()); }
-  void* channel_sums(int64_t rows) { return arrays.empty(stats_dtype, rows * shape.channels); }
+  void* empty_channel_rows(int64_t rows) { return arrays.empty(stats_dtype, rows * shape.channels); }
   Parameter parameter(Dtype of) { return {arrays.random(of, shape.channels), of}; }
   bool is_double() const { return stats_dtype == Dtype::kFloat64; }
 
@@ -49,12 +49,12 @@ struct NormCase {
             .bias = parameter(Dtype::kFloat32),
             .eps = 1e-5};
   }
-  ApplyArgs apply_args(bool normalised_residual) {
+  ApplyArgs apply_args(bool normalized_residual) {
     return {.partition = work,
             .x = x,
             .y = y,
             .residual = residual,
-            .residual_stats = normalised_residual ? residual_stats : nullptr,
+            .residual_stats = normalized_residual ? residual_stats : nullptr,
             .stats = stats,
             .fold = {},
             .mask = mask,
@@ -70,8 +70,8 @@ struct NormCase {
             .residual_stats = pair ? residual_stats : nullptr,
             .mask = pair ? mask : nullptr,
             .relu = true,
-            .partials = channel_sums(rows * work.parts),
-            .sums = channel_sums(rows),
+            .partials = empty_channel_rows(rows * work.parts),
+            .sums = empty_channel_rows(rows),
             .dx = y,
             .dresidual = arrays.empty(dtype, shape.numel()),
             .count = static_cast<double>(shape.images * shape.pixels),
@@ -83,7 +83,7 @@ struct NormCase {
 
 void forward(NormCase& norm) {
   MergeArgs merge = norm.merge_args();
-  void* partials = norm.channel_sums(4 * norm.work.parts);
+  void* partials = norm.empty_channel_rows(4 * norm.work.parts);
   launch_partials(norm.dtype, {.partition = norm.work, .x = norm.x, .partials = partials}, nullptr);
   merge.partials = partials;
   launch_merge(norm.is_double(), norm.is_double(), merge, nullptr);
@@ -100,7 +100,7 @@ void forward(NormCase& norm) {
   merge.stats = norm.stats;
   launch_merge(true, norm.is_double(), merge, nullptr);
 
-  for (const bool normalised : {false, true}) launch_apply(norm.dtype, norm.apply_args(normalised), nullptr);
+  for (const bool normalized : {false, true}) launch_apply(norm.dtype, norm.apply_args(normalized), nullptr);
   ApplyArgs folded = norm.apply_args(false);
   folded.residual = nullptr;
   folded.mask = nullptr;
@@ -137,18 +137,19 @@ void backward(NormCase& norm) {
                     nullptr);
 }
 
-// All blocks are resident, and ThreadSanitizer's run time grows with the square of their threads. There are
-// more work units than blocks of a multiprocessor, so that a block has units of different channels.
+// kFewUnits is small, because all blocks are resident and ThreadSanitizer's run time grows with the square of
+// their threads. It is larger than the number of blocks that are resident on the one multiprocessor of
+// main(), so that a block processes units of different channels.
 void single_pass(NormCase& norm) {
   constexpr int64_t kFewUnits = 9;
   norm.work = partition_work(norm.shape, norm.work.vector_size, kFewUnits);
-  fused_res_cuda_single_pass(1);
+  fused_res_cuda_single_pass(1);  // wherever it is possible
   auto* counter = static_cast<unsigned*>(norm.arrays.bytes(sizeof(unsigned)));
   if (const auto config = choose_single_pass_forward(norm.dtype, norm.work)) {
     launch_single_pass_forward(norm.dtype,
                                {.apply = norm.apply_args(true),
                                 .merge = norm.merge_args(),
-                                .partials = norm.channel_sums(4 * norm.work.parts),
+                                .partials = norm.empty_channel_rows(4 * norm.work.parts),
                                 .config = *config,
                                 .counter = counter},
                                nullptr);
