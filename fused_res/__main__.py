@@ -59,7 +59,7 @@ def _extension_rows() -> str:
             *((f"flags, {isa}", flags) for isa, flags in build["isas"].items() if flags),
         ]
     if _extension.loaded:
-        rows.insert(1, ("instruction set", f"{_extension.cpu_isa()}, of {', '.join(build['isas'])}"))
+        rows.insert(1, ("instruction set", f"{_extension.cpu_isa()} (built: {', '.join(build['isas'])})"))
     return _format_rows(rows)
 
 
@@ -128,7 +128,7 @@ def kernels(capabilities: Iterable[int], ptx: Path | None) -> Iterator[str]:
 
     Args:
         capabilities: compute capabilities, such as 90.
-        ptx: folder for each kernel's PTX, in the table's order; None writes none.
+        ptx: folder for the kernels' PTX files, which are numbered in the table's order; None: they are not written.
 
     Yields:
         A table of the kernels' resources for each compute capability.
@@ -146,17 +146,20 @@ def kernels(capabilities: Iterable[int], ptx: Path | None) -> Iterator[str]:
             for index, kernel in enumerate(compiled, 1):
                 (ptx / f"sm_{capability}_{index:03}_{kernel.name}.ptx").write_text(f"// {kernel.variant}\n{kernel.ptx}")
         registers, shared = max(kernel.registers for kernel in compiled), max(kernel.shared for kernel in compiled)
-        spilling = sum(kernel.stack > 0 for kernel in compiled)
+        with_stack_frame = sum(kernel.stack > 0 for kernel in compiled)
         yield (
             f"sm_{capability}: {len(compiled)} kernels, at most {registers} registers and {shared / 1024:.1f} KiB of"
-            f" shared memory, {spilling or 'none'} with a stack\n{aot.table(compiled)}"
+            f" shared memory, {with_stack_frame or 'none'} with a stack frame\n{aot.table(compiled)}"
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fused_res", description="The state of fused_res on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    about = "what is available on this machine, how it was built, and for missing parts the reason and the command"
+    about = (
+        "what is available on this machine, how it was built, and, for each missing part, the reason and the command"
+        " that builds it"
+    )
     commands.add_parser("info", help=about, description=f"Prints {about}.")
     about = "compiles the Triton kernels ahead of time for NVIDIA GPUs, without needing one"
     kernels_parser = commands.add_parser(
@@ -172,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=CAPABILITIES,
         default=CAPABILITIES,
         metavar="N",
-        help=f"compute capabilities, of {', '.join(map(str, CAPABILITIES))} (default: all)",
+        help=f"compute capabilities, any of {', '.join(map(str, CAPABILITIES))} (default: all)",
     )
     kernels_parser.add_argument(
         "--ptx", type=Path, metavar="DIR", help="also write each kernel's PTX to this folder (default: no PTX)"

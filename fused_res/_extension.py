@@ -46,7 +46,7 @@ def read_build_record(package: Path = _PACKAGE, library: str = _MODULE) -> tuple
         others = sorted(one.name for one in package.glob(f"{library.partition('.')[0]}.*.so") if one != path)
         note = f" (found {', '.join(others)}, for another Python)" if others else ""
         if (installed := _shadowed_package(package, record.name)) is not None:
-            note = f", but the installed {installed} has: start Python in another folder than {package.parent}"
+            note = f", but the package installed in {installed} has one: start Python outside {package.parent}"
         return {}, f"{package} has no {record.name}{note}"
     try:
         build_info = json.loads(record.read_text())
@@ -115,15 +115,15 @@ def set_output_cache(megabytes: int) -> None:
     """Set the capacity of the C++ kernels' cache of freed output buffers; free the buffers beyond it.
 
     Args:
-        megabytes: capacity in MB, a non-negative integer; 0 disables the cache.
+        megabytes: capacity in MiB (2**20 bytes), an integer from 0 to 2**30; 0 disables the cache.
 
     Raises:
-        ValueError: ``megabytes`` is not a non-negative integer.
+        ValueError: ``megabytes`` is not an integer from 0 to 2**30.
         RuntimeError: the C++ extension is not loaded.
     """
     module = _require_module()
     if not isinstance(megabytes, int) or not 0 <= megabytes <= 1 << 30:
-        raise ValueError(f"megabytes must be a non-negative integer, got {megabytes!r}")
+        raise ValueError(f"megabytes must be an integer from 0 to 2**30, got {megabytes!r}")
     module.set_output_cache(megabytes << 20)
 
 

@@ -1,6 +1,7 @@
 """Wrappers for all private and version-dependent PyTorch APIs that fused_res uses, for torch 2.11 and newer.
 
-No other module of the package uses a private name of torch.
+No other module of the package calls a private function of torch. Attributes of tensors and modules (``_version``,
+``_modules``, ``_forward_hooks``, ...) are the exception.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def is_jit_tracing() -> bool:
 
 
 def is_fx_proxy(value: object) -> bool:
-    """Return whether ``value`` is a proxy, so that ``torch.fx.symbolic_trace`` is recording."""
+    """Return whether ``value`` is a ``torch.fx`` proxy, which exists only during ``torch.fx.symbolic_trace``."""
     return isinstance(value, torch.fx.Proxy)
 
 

@@ -67,7 +67,7 @@ CPU_CACHE = Variable(
     "FUSED_RES_CPU_CACHE",
     default="256",
     allowed=(),
-    doc="capacity in MB of the C++ kernels' cache of freed output buffers, which later outputs reuse; 0 disables it",
+    doc="capacity in MiB of the C++ kernels' cache of freed output buffers, which later outputs reuse; 0 disables it",
 )
 CPP = Variable(
     "FUSED_RES_CPP",

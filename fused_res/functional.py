@@ -67,8 +67,8 @@ def batch_norm_act(
 
     Equivalent to ``torch.nn.functional.batch_norm`` followed by an addition and a ReLU, with the same running
     statistics and gradients (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167). The result is rounded to
-    ``input``'s dtype once, at the end. With ``residual_scale`` and ``residual_shift`` the added value is
-    ``residual * residual_scale + residual_shift``.
+    ``input``'s dtype once, at the end. Statistics are computed in float32, in float64 for a float64 input. With
+    ``residual_scale`` and ``residual_shift`` the added value is ``residual * residual_scale + residual_shift``.
 
     Args:
         input: tensor ``(N, C, ...)`` with 2 to 5 dimensions, float32, float64, bfloat16 or float16; any strides,
@@ -88,7 +88,7 @@ def batch_norm_act(
         backend: backend name, see :mod:`fused_res.backends`.
 
     Returns:
-        A tensor of ``input``'s shape, dtype and memory format. Statistics are float32, or float64 for a float64 input.
+        A tensor of ``input``'s shape, dtype and memory format.
 
     Raises:
         ValueError, TypeError: an argument is invalid; no tensor has been modified.
@@ -102,11 +102,11 @@ def batch_norm_act(
     kernels = registry.resolve(backend, input.device)
     relu = activation == "relu"
     tensors = (input, residual, weight, bias, residual_scale, residual_shift)
-    if _needs_reference(tensors):
+    if _needs_reference():
         _check_no_process_group(group)
         norm = input, running_mean, running_var, weight, bias, residual, training, eps, relu
         output, mean, var = reference_norm.batch_norm_act(*norm, residual_scale, residual_shift)
-        stats = torch.stack((mean, mean, mean, mean, var))
+        stats = _mean_var_stats(mean, var)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         output, stats = BatchNormAct.apply(
             *tensors, running_mean, running_var, training, eps, relu, kernels.name, group
@@ -154,8 +154,9 @@ def residual_block(
             recomputes a bottleneck's last 1x1 convolution and the projection's convolution.
         process_group: as in :func:`batch_norm_act`, for all units in training mode.
         backend: backend name, see :mod:`fused_res.backends`.
-        tune: whether to select algorithms by measurement: the first use of a shape times the backend's algorithms for
-            its convolutions and selects the fastest; ``torch.backends.cudnn.benchmark`` has the same effect on CUDA.
+        tune: whether to select algorithms by measurement: on the first call with a shape, the backend's algorithms for
+            each convolution are timed and the fastest is selected; ``torch.backends.cudnn.benchmark`` has the same
+            effect on CUDA.
 
     Returns:
         The block's output ``(N, K, ...)``, of ``input``'s dtype, or of autocast's dtype under autocast.
@@ -191,11 +192,11 @@ def residual_block(
     preference = registry.conv_preference(backend)
     config = BlockConfig(spec, batch_statistics, kernels.name, recompute, preference, group)
     stats: Sequence[Any]
-    if _needs_reference((input, *tensors)):
+    if _needs_reference():
         _check_no_process_group(group)
         plan(config, input, tensors)
         output, means, variances = reference_block.residual_block(input, spec, tensors, batch_statistics)
-        stats = [torch.stack((mean, mean, mean, mean, var)) for mean, var in zip(means, variances, strict=True)]
+        stats = [*map(_mean_var_stats, means, variances)]
     elif torch.compiler.is_compiling():
         output, stats = opaque_residual_block(config, input, tensors)
     else:
@@ -203,13 +204,13 @@ def residual_block(
         if _should_tune(input, tune, preference):
             from fused_res.dispatch import tuning
 
-            measured = (
+            tuned_algorithms = (
                 tuning.tuned_training_algorithms(
                     kernels, unit.problem, unit.input_name != "x", unit.training, input.device
                 )
                 for unit in block_plan.all_units
             )
-            block_plan = plan(config, input, tensors, None, tuple(measured))
+            block_plan = plan(config, input, tensors, None, tuple(tuned_algorithms))
         if block_plan.needs_backward:
             output, *stats = ResidualBlock.apply(block_plan, input, *tensors)
         else:
@@ -286,12 +287,13 @@ def packed_conv_bias_act(
     groups: int,
     activation: str,
     backend: str,
-    get_weight: registry.WeightGetter | None,
+    pack_weight: registry.WeightPacker | None,
 ) -> Tensor:
     """Compute :func:`conv_bias_act` for a caller that caches the packed weight.
 
     Args:
-        get_weight: see :func:`fused_res.backends.registry.dispatch_conv_bias_act`; None packs the weight on every call.
+        pack_weight: see :func:`fused_res.backends.registry.dispatch_conv_bias_act`; None: the weight is packed in every
+            call.
     """
     check_input(input)
     check_activation(activation)
@@ -310,7 +312,7 @@ def packed_conv_bias_act(
     preference, relu = registry.conv_preference(backend), activation == "relu"
     # The arguments are cast already; autocast must not cast the float32 intermediates of the reference.
     with torch.autocast(input.device.type, enabled=False) if dtype is not None else contextlib.nullcontext():
-        if _needs_reference((input, weight, bias, residual)):
+        if _needs_reference():
             reference = registry.resolve("reference", input.device)
             return reference.conv_bias_act(input, weight, bias, residual, *geometry, relu)
         if torch.compiler.is_compiling():
@@ -320,11 +322,11 @@ def packed_conv_bias_act(
             if aten:
                 return convolution.aten_conv_bias_act(input, weight, bias, residual, geometry, relu)
             return kernels.conv_bias_act(input, weight, bias, residual, *geometry, relu)
-        measured: Any = None
+        tune: Any = None
         if _should_tune(input, False, preference):
-            from fused_res.dispatch.tuning import tuned_inference_algorithm as measured
+            from fused_res.dispatch.tuning import tuned_inference_algorithm as tune
         return registry.dispatch_conv_bias_act(
-            kernels, input, weight, bias, residual, geometry, relu, preference, get_weight, measured
+            kernels, input, weight, bias, residual, geometry, relu, preference, pack_weight, tune
         )
 
 
@@ -344,18 +346,26 @@ def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
 
 
 def is_recomputing() -> bool:
-    """Return whether autograd's engine runs this code, so that activation checkpointing recomputes a forward.
+    """Return whether this code runs inside backward, which means that activation checkpointing recomputes a forward.
 
     The original forward has already updated running statistics and batch counters with this batch.
     """
     return not torch.compiler.is_compiling() and _torch_compat.is_in_backward()
 
 
-def _needs_reference(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether a transform is active that opaque kernels do not support, so that plain PyTorch has to run."""
+def _needs_reference() -> bool:
+    """Return whether a ``torch.func`` transform or forward-mode differentiation is active.
+
+    The kernels do not support these: the caller runs the plain PyTorch implementation.
+    """
     if torch.compiler.is_compiling():
         return False
     return _torch_compat.is_transformed()
+
+
+def _mean_var_stats(mean: Tensor, var: Tensor) -> Tensor:
+    """Return ``stats`` for ``update_running_stats``, which reads the rows MEAN and VAR only; the others are filler."""
+    return torch.stack((mean, mean, mean, mean, var))
 
 
 def _check_no_process_group(group: str) -> None:

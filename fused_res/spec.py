@@ -1,8 +1,9 @@
 """Frozen, hashable specifications of residual blocks (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
-A block is a chain of ``n >= 1`` units (convolution, batch norm, activation), an optional shortcut that is added
-before the last activation, and, for the stem of a network, a max pooling after the chain. A specification contains no
-tensors: these are passed separately, as a flat list in the order of :meth:`BlockSpec.tensor_names`.
+A block is a chain of ``n >= 1`` units (convolution, batch norm, activation), which is the main path, an optional
+shortcut that is added before the chain's last activation, and, for the stem of a network, a max pooling after the
+chain. The unit of a projection shortcut is not part of the chain. A specification contains no tensors: these are passed
+separately, as a flat list in the order of :meth:`BlockSpec.tensor_names`.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class PoolSpec:
 
     Args:
         kernel_size, stride: tuples of two positive integers; a window covers at most 255 positions, because the saved
-            indices have one byte.
+            indices are uint8 and 255 is reserved for "no position".
         padding: tuple of two non-negative integers, each at most half of the kernel's size.
 
     Raises:
@@ -123,7 +124,7 @@ class PoolSpec:
             if len(values) != 2:
                 raise ValueError(f"{name} must be two integers, got {values}")
         if self.kernel_size[0] * self.kernel_size[1] > 255:
-            raise ValueError(f"kernel_size may cover at most 255 positions (1-byte indices), got {self.kernel_size}")
+            raise ValueError(f"kernel_size may cover at most 255 positions (uint8 indices), got {self.kernel_size}")
         if any(not 0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel_size, strict=True)):
             raise ValueError(f"padding must be at most half of kernel_size, got {self.padding} of {self.kernel_size}")
 
@@ -164,7 +165,7 @@ class BlockSpec:
         if not isinstance(self.pool, PoolSpec | None):
             raise TypeError(f"pool must be a PoolSpec or None, got {self.pool!r}")
         if self.pool is not None and self.shortcut != "none":
-            raise ValueError("pool must be None unless shortcut is 'none': only stems have a pooling")
+            raise ValueError("pool must be None unless shortcut is 'none': only a stem has a max pooling")
         # Every call looks up its plan by the spec; hashing nested dataclasses each time takes microseconds.
         object.__setattr__(self, "_hash", hash((self.units, self.shortcut, self.pool)))
 

@@ -18,7 +18,10 @@ from fused_res.ops import MEAN, VAR, stats_dtype
 
 
 def affine_stats(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return the ``stats`` of a norm with mean 0 and variance 1, that is an affine map; None without ``scale``."""
+    """Return ``stats`` with which a norm is the affine map ``x * scale + shift``, or None without ``scale``.
+
+    They have mean 0 and invstd 1; VAR is not read.
+    """
     if scale is None or shift is None:
         return None
     scale = scale.to(dtype)
@@ -150,8 +153,9 @@ def _group_backward(
     """
     sums = kernels.batch_norm_sums(grad_output, input, stats, mask, relu, None, None)
     count = input.numel() // max(input.shape[1], 1)
-    global_sums = distributed.total_sums(sums, count, group)
-    return kernels.batch_norm_act_dx(grad_output, input, stats, mask, relu, global_sums, count), sums[1], sums[0]
+    # The global sums times local count / global count: the kernel divides them by the local count.
+    rescaled_sums = distributed.total_sums(sums, count, group)
+    return kernels.batch_norm_act_dx(grad_output, input, stats, mask, relu, rescaled_sums, count), sums[1], sums[0]
 
 
 def _differentiable_backward(

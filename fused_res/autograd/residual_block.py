@@ -19,7 +19,7 @@ from fused_res.backends import registry
 from fused_res.backends.reference.residual_block import residual_block as reference
 from fused_res.block.plan import BlockConfig, Plan
 from fused_res.block.planner import cached_plan, plan, plan_backward
-from fused_res.block.program import NO_SLOT, Slot
+from fused_res.block.program import INPUT_SLOT, NO_SLOT, Slot
 from fused_res.ops import MEAN, VAR, flops
 from fused_res.ops.memory_format import is_channels_last
 from fused_res.spec import BlockSpec, group_by_unit
@@ -144,8 +144,8 @@ def opaque_residual_block(config: BlockConfig, input: Tensor, tensors: Tensors) 
     # The running statistics of a unit with batch statistics are updated after this call: they must not be operands.
     operands = [
         tensor
-        for unit, batch in zip(group_by_unit(tensors), config.training, strict=True)
-        for tensor in (unit._replace(running_mean=None, running_var=None) if batch else unit)
+        for unit, training in zip(group_by_unit(tensors), config.training, strict=True)
+        for tensor in (unit._replace(running_mean=None, running_var=None) if training else unit)
     ]
     present = [t is not None for t in operands]
     flat = [t for t in operands if t is not None]
@@ -170,7 +170,7 @@ def _saved_without_stats(plan: Plan) -> list[Slot]:
 
     An operator must not return one of its inputs; autograd's context saves the input.
     """
-    return [slot for slot in plan.saved_slots if slot != 0 and slot not in plan.stats_slots]
+    return [slot for slot in plan.saved_slots if slot != INPUT_SLOT and slot not in plan.stats_slots]
 
 
 def _block_backward(
@@ -187,7 +187,7 @@ def _block_backward(
     plan = plan_backward(block_args.config(), grad_output, size, block_args.channels_last, flat, flags)
     saved_by_slot = dict(zip((*plan.stats_slots, *_saved_without_stats(plan)), saved, strict=False))
     kernels = registry.resolve(block_args.backend, grad_output.device)
-    values = [input if slot == 0 else saved_by_slot[slot] for slot in plan.saved_slots]
+    values = [input if slot == INPUT_SLOT else saved_by_slot[slot] for slot in plan.saved_slots]
     return [grad for grad in plan.run_backward(kernels, grad_output, flat, values) if grad is not None]
 
 
@@ -199,7 +199,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.present = [t is not None for t in saved]
     present = [t for t in saved if t is not None]
     ctx.count, ctx.size = len(present), input.shape
-    ctx.save_for_backward(input if 0 in block_args.plan(input, flat).saved_slots else None, *present, *output[1:])
+    ctx.save_for_backward(
+        input if INPUT_SLOT in block_args.plan(input, flat).saved_slots else None, *present, *output[1:]
+    )
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:

@@ -18,15 +18,15 @@ _EVIDENCE_MMA_TILE = "estimated: an MMA instruction is 16x8x16, a load is 8 elem
 _EVIDENCE_LAYOUT = "not measured: the kernel would transpose its operands first"
 
 
-def _supports(problem: Problem) -> str | None:
+def _unsupported_reason(problem: Problem) -> str | None:
     if len(problem.weight) != 4:
         return "fused convolutions are 2D only"
     if problem.dtype == torch.float64:
         return "fused convolutions do not support float64"
-    return None if problem.operation == "inference" else supports_fused_training(problem)
+    return None if problem.operation == "inference" else fused_training_unsupported_reason(problem)
 
 
-def supports_fused_training(problem: Problem) -> str | None:
+def fused_training_unsupported_reason(problem: Problem) -> str | None:
     """Return why ``conv_bn_stats``, ``conv_dgrad`` or ``conv_wgrad`` do not support a problem, or None if they do."""
     if len(problem.weight) != 4 or not problem.channels_last:
         return "fused convolutions require channels_last images"
@@ -56,7 +56,7 @@ def _underfills_mma(problem: Problem) -> bool:
 
 IMPLICIT_GEMM = Algorithm(
     "implicit_gemm",
-    supports=_supports,
+    unsupported_reason=_unsupported_reason,
     implementations={
         "inference": "conv_bias_act",
         "forward": "conv_bn_stats",
@@ -77,9 +77,9 @@ IMPLICIT_GEMM = Algorithm(
         ),
         Rule(_underfills_mma, "the channels do not fill MMA tiles and 16-byte loads", _EVIDENCE_MMA_TILE),
     ),
-    describe=lambda problem: "1x1: fused with the adjacent norm, addition and ReLU",
+    selection_reason=lambda problem: "1x1: fused with the adjacent norm, addition and ReLU",
     fused=True,
     returns_partials=True,
-    compact_dgrad=True,
+    compact_input_gradient=True,
 )
 ALGORITHMS = (IMPLICIT_GEMM, *convolution.ALGORITHMS)

@@ -18,9 +18,9 @@ from fused_res.ops import OP_FAMILIES
 from fused_res.ops.geometry import Geometry
 from fused_res.ops.memory_format import conv_output_is_channels_last, is_channels_last
 
-#: Function of a selection, its problem and the input that returns the weight operand, packed if the algorithm requires
-#: it.
-WeightGetter = Callable[[Selection, Problem, Tensor], PackedWeight | Tensor]
+#: Function of a selection, its problem and the input that returns the weight operand of the selected algorithm, packed
+#: if the algorithm requires it.
+WeightPacker = Callable[[Selection, Problem, Tensor], PackedWeight | Tensor]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -207,7 +207,7 @@ def dispatch_conv_bias_act(
     geometry: Geometry,
     relu: bool,
     preference: str,
-    get_weight: WeightGetter | None = None,
+    pack_weight: WeightPacker | None = None,
     tune: Callable[..., Selection | None] | None = None,
 ) -> Tensor:
     """Return ``act(conv(input, weight) + bias [+ residual])``, computed by the selected algorithm.
@@ -221,17 +221,17 @@ def dispatch_conv_bias_act(
         geometry: stride, padding, dilation and groups.
         relu: whether to apply a ReLU.
         preference: as of :func:`select`.
-        get_weight: function that returns the weight operand of the selected algorithm, for a caller that caches packed
+        pack_weight: function that returns the weight operand of the selected algorithm, for a caller that caches packed
             weights. Default: pack in every call where the algorithm requires it.
         tune: function that returns a selection by measured times, or None. Default: no tuning.
     """
-    problem, selected = select(kernels.name, "inference", input, weight, geometry, preference, get_weight is not None)
+    problem, selected = select(kernels.name, "inference", input, weight, geometry, preference, pack_weight is not None)
     if tune is not None:
         selected = tune(kernels, problem, input, weight, bias, residual, geometry, relu) or selected
     algorithm = selected.algorithm
     operand: Tensor | PackedWeight = weight
-    if get_weight is not None:
-        operand = get_weight(selected, problem, input)
+    if pack_weight is not None:
+        operand = pack_weight(selected, problem, input)
     elif algorithm.weight_packing == "always" and algorithm.pack is not None:
         operand = PackedWeight(algorithm.pack(problem, input, weight), problem.weight)
     output: Tensor = kernels.implementation("inference", algorithm)(input, operand, bias, residual, geometry, relu)

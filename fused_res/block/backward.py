@@ -45,7 +45,9 @@ class _OutputGrad:
     mask: Slot = NO_SLOT  # saved bits of the ReLU
     masked: bool = False  # whether the ReLU's backward is already applied to dy
     sums: Slot = NO_SLOT  # (2, C): sums of the masked gradient, and of its product with the normalized input xhat
-    global_sums: Slot = NO_SLOT  # these sums over all processes that share the statistics
+    #: The sums to pass to kernels, which divide them by the local number of values per channel: over all processes that
+    #: share the statistics, times local count / global count.
+    rescaled_sums: Slot = NO_SLOT
     dz: Slot = NO_SLOT  # gradient with respect to the norm's input
 
     def mask_from_sign(self, unit: Unit) -> bool:
@@ -79,8 +81,8 @@ class BackwardBuilder(ForwardBuilder):
         # The gradient of the shortcut with respect to the block's input, and the ReLU mask that is still to be applied.
         self.shortcut_grad = (dy, mask) if self.spec.shortcut == "identity" else (NO_SLOT, NO_SLOT)
         if self.spec.pool is not None:
-            operands, window = (dy, mask, self._forward_value(last.output_name)), pool_window(self.spec.pool)
-            grad = _OutputGrad(self._step("max_pool_backward", *operands, *window, into=(f"grad a{last.index}",)))
+            operands = dy, self.slots["indices"], self._forward_value(last.output_name), *pool_window(self.spec.pool)
+            grad = _OutputGrad(self._step("max_pool_backward", *operands, into=(f"grad a{last.index}",)))
         if projection is not None:
             # The projection has no ReLU of its own; its output gradient is masked by the ReLU after the addition.
             projection_grad = _OutputGrad(dy, mask)
@@ -124,16 +126,16 @@ class BackwardBuilder(ForwardBuilder):
         required = (unit.needs_input_grad, unit.needs_grad.weight, unit.needs_grad.bias)
         names = (name, *self._grad_names(unit, "weight", "bias"))
         if not (required[0] or required[1]):
-            self._step("sum_over_channels", dz, into=names[2:])
+            self._step("sum_per_channel", dz, into=names[2:])
             return None
         # Only the weight gradient reads x. The input gradient needs its shape only, which the raw value has as well.
         x = self._forward_value(unit.input_name if unit.needs_grad.weight else unit.raw_input_name)
-        _, dgrad, wgrad = unit.algorithms
-        calls = [(wgrad if required[1] else dgrad, required)]
-        if required[0] and required[1] and dgrad.algorithm is not wgrad.algorithm:
-            calls = [(dgrad, (True, False, False)), (wgrad, (False, *required[1:]))]
+        _, input_gradient, weight_gradient = unit.algorithms
+        calls = [(weight_gradient if required[1] else input_gradient, required)]
+        if required[0] and required[1] and input_gradient.algorithm is not weight_gradient.algorithm:
+            calls = [(input_gradient, (True, False, False)), (weight_gradient, (False, *required[1:]))]
         for algorithm, output_mask in calls:
-            into = [one if flag else "" for one, flag in zip(names, output_mask, strict=True)]
+            into = [result if flag else "" for result, flag in zip(names, output_mask, strict=True)]
             operands = dz, x, weight, bias, unit.spec.geometry, output_mask
             self._step("convolution_backward", *operands, into=into, algorithm=algorithm)
         if not unit.needs_input_grad:
@@ -145,30 +147,33 @@ class BackwardBuilder(ForwardBuilder):
     def _fused_conv_backward(self, unit: Unit, grad: _OutputGrad, name: str) -> _OutputGrad | None:
         """Append a fused backward, which materializes neither the norm's input gradient nor the normalized input.
 
-        Its kernels compute both in their operand prologues, from the raw outputs and the norms' statistics. The dgrad
-        of a unit after another also returns the sums that the previous norm's backward needs.
+        Its kernels compute both in their operand prologues, from the raw outputs and the norms' statistics. Except for
+        the block's first unit and the projection, the input gradient's kernel also returns the sums that the preceding
+        norm's backward needs.
         """
         z, stats = self._forward_value(unit.output_name), self.slots[stats_name(unit)]
         weight, bias = self.tensors[unit.index][:2]
-        sums, global_sums = self._norm_grad_sums(unit, grad), grad.global_sums if unit.training else NO_SLOT
+        sums, rescaled_sums = self._norm_grad_sums(unit, grad), grad.rescaled_sums if unit.training else NO_SLOT
         count = self.values_per_channel[unit.index]
-        common = (grad.dy, z, stats, grad.mask, grad.mask_from_sign(unit), global_sums, count, weight)
+        common = (grad.dy, z, stats, grad.mask, grad.mask_from_sign(unit), rescaled_sums, count, weight)
         x = self._forward_value(unit.raw_input_name) if unit.needs_input_grad or unit.needs_grad.weight else NO_SLOT
         x_stats, x_relu = self._input_norm(unit)
-        _, dgrad, wgrad = unit.algorithms
+        _, input_gradient, weight_gradient = unit.algorithms
         if unit.needs_grad.weight:
             operands, into = (*common, x, x_stats, x_relu, unit.spec.stride), self._grad_names(unit, "weight")
-            self._step("conv_wgrad", *operands, into=into, algorithm=wgrad)
+            self._step("conv_wgrad", *operands, into=into, algorithm=weight_gradient)
         if unit.needs_grad.bias:
             self._step("conv_bias_gradient", bias, stats, sums, unit.training, into=self._grad_names(unit, "bias"))
         if not unit.needs_input_grad:
             return None
         if x_stats == NO_SLOT:
             addend = self.shortcut_grad if self._adds_shortcut_grad(unit) else (NO_SLOT, NO_SLOT)
-            dx = self._step("conv_dgrad", *common, NO_SLOT, NO_SLOT, False, *addend, into=(name, ""), algorithm=dgrad)
+            dx = self._step(
+                "conv_dgrad", *common, NO_SLOT, NO_SLOT, False, *addend, into=(name, ""), algorithm=input_gradient
+            )
             return _OutputGrad(dx)
         into = name, f"sums{unit.index - 1}"
-        dx = self._step("conv_dgrad", *common, x, x_stats, x_relu, into=into, algorithm=dgrad)
+        dx = self._step("conv_dgrad", *common, x, x_stats, x_relu, into=into, algorithm=input_gradient)
         return _OutputGrad(dx, masked=True, sums=self.slots[into[1]])
 
     def _norm_backward(self, unit: Unit, grad: _OutputGrad) -> Slot:
@@ -179,8 +184,8 @@ class BackwardBuilder(ForwardBuilder):
         name = f"grad {unit.output_name}"
         if grad.masked or grad.sums != NO_SLOT or (self.group and unit.training):
             self._norm_grad_sums(unit, grad)
-            global_sums, count = grad.global_sums if unit.training else NO_SLOT, self.values_per_channel[unit.index]
-            dx_operands = (grad.dy, z, stats, grad.mask, grad.mask_from_sign(unit), global_sums, count)
+            rescaled_sums, count = grad.rescaled_sums if unit.training else NO_SLOT, self.values_per_channel[unit.index]
+            dx_operands = (grad.dy, z, stats, grad.mask, grad.mask_from_sign(unit), rescaled_sums, count)
             return self._step("batch_norm_act_dx", *dx_operands, into=(name,))
         operands = (grad.dy, z, self.tensors[unit.index].norm_weight, stats, grad.mask, unit.training, unit.spec.relu)
         required = [unit.needs_conv_grad, False, unit.needs_grad.norm_weight, unit.needs_grad.norm_bias]
@@ -199,11 +204,11 @@ class BackwardBuilder(ForwardBuilder):
             sums_operands = (grad.dy, z, stats, grad.mask, False, other_z, other_stats)
             sums = self._step("batch_norm_sums", *sums_operands, into=("sums of both",))
             grad.sums, other_grad.sums = self._split(sums, "sums", unit, other)
-            grad.global_sums, other_grad.global_sums = grad.sums, other_grad.sums
+            grad.rescaled_sums, other_grad.rescaled_sums = grad.sums, other_grad.sums
             if self.group:
                 count = self.values_per_channel[unit.index]
-                global_sums = self._step("total_sums", sums, count, self.group, into=("global sums of both",))
-                grad.global_sums, other_grad.global_sums = self._split(global_sums, "global sums", unit, other)
+                rescaled_sums = self._step("total_sums", sums, count, self.group, into=("rescaled sums of both",))
+                grad.rescaled_sums, other_grad.rescaled_sums = self._split(rescaled_sums, "rescaled sums", unit, other)
             return
         weights = (self.tensors[one.index].norm_weight for one in (unit, other))
         norms = ("norm_weight", "norm_bias")
@@ -219,7 +224,7 @@ class BackwardBuilder(ForwardBuilder):
         """Append the split of joint sums of two norms into those of each."""
         names = [f"{name}{unit.index}" for unit in units]
         self._step("split_pair_sums", sums, into=names)
-        return [self.slots[one] for one in names]
+        return [self.slots[result] for result in names]
 
     def _norm_grad_sums(self, unit: Unit, grad: _OutputGrad) -> Slot:
         """Append the reduction of a norm's backward, if it is needed, and the gradients of the norm's parameters.
@@ -234,10 +239,10 @@ class BackwardBuilder(ForwardBuilder):
             z, stats = self._forward_value(unit.output_name), self.slots[stats_name(unit)]
             operands = grad.dy, z, stats, grad.mask, grad.mask_from_sign(unit)
             grad.sums = self._step("batch_norm_sums", *operands, NO_SLOT, NO_SLOT, into=(f"sums{unit.index}",))
-        if unit.training and grad.global_sums == NO_SLOT:
+        if unit.training and grad.rescaled_sums == NO_SLOT:
             options = self.values_per_channel[unit.index], self.group
-            name = (f"global sums{unit.index}",)
-            grad.global_sums = self._step("total_sums", grad.sums, *options, into=name) if self.group else grad.sums
+            name = (f"rescaled sums{unit.index}",)
+            grad.rescaled_sums = self._step("total_sums", grad.sums, *options, into=name) if self.group else grad.sums
         if any(into):
             self._step("norm_parameter_gradients", grad.sums, self.tensors[unit.index].norm_weight, into=into)
         return grad.sums
@@ -249,8 +254,8 @@ class BackwardBuilder(ForwardBuilder):
 
 
 def _has_compact_input_grad(unit: Unit) -> bool:
-    """Return whether a strided 1x1 convolution's input gradient is compact, with the pixels that it read and no others.
+    """Return whether a strided 1x1 convolution's input gradient covers the strided input positions only.
 
-    A full gradient has zeros between those pixels.
+    A full gradient has zeros between those positions.
     """
-    return max(unit.spec.stride) > 1 and unit.algorithms.input_gradient.algorithm.compact_dgrad
+    return max(unit.spec.stride) > 1 and unit.algorithms.input_gradient.algorithm.compact_input_gradient

@@ -73,7 +73,7 @@ class ForwardBuilder:
                 y = self._normalize(unit, z, partials, NO_SLOT, NO_SLOT, f"a{unit.index}")
         z, partials = self._convolve(last, y)
         if self.spec.pool is not None:
-            stats, into = self._statistics(last, z, partials), ("y", "mask" if self.needs_backward else "")
+            stats, into = self._statistics(last, z, partials), ("y", "indices" if self.needs_backward else "")
             return self._step("max_pool_forward", z, stats, last.spec.relu, *pool_window(self.spec.pool), into=into)
         residual, residual_stats = x if self.spec.shortcut == "identity" else NO_SLOT, NO_SLOT
         if self.projection is not None:

@@ -117,7 +117,8 @@ class Plan:
 
     Attributes:
         slot_names: names of all slots: the input, the tensors, then the results of the steps.
-        saved_slots: slots saved for backward: activations and raw outputs, statistics, the ReLU mask.
+        saved_slots: slots saved for backward: the block's input, activations and raw outputs, statistics, and the ReLU
+            mask or the indices of the max pooling.
         stats_slots: slots of every unit's batch norm statistics.
         needs_backward: whether any gradient is required.
     """

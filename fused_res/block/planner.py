@@ -1,7 +1,7 @@
 """Planner: selects the algorithms of a block's convolutions and builds its forward and backward programs.
 
-Planning is a pure, cached function of the tensors' metadata: equal keys give the same plan, nothing is timed and no
-tensor's data is read.
+A plan is a pure, cached function of its :class:`~fused_res.block.plan.PlanKey`: the tensors' metadata, the block's
+options and the settings of the algorithm selection. Planning times nothing and reads no tensor's data.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _units(key: PlanKey) -> tuple[list[Unit], list[int]]:
     flags = key.requires_grad or tuple(bool(meta and meta.requires_grad) for meta in (input, *tensors))
     units: list[Unit] = []
     values_per_channel: list[int] = []
-    for unit_spec, owned, needs_grad in zip(
+    for unit_spec, unit_tensors, needs_grad in zip(
         spec.convolutions, group_by_unit(tensors), group_by_unit(flags[1:]), strict=True
     ):
         index = len(units)
@@ -138,9 +138,9 @@ def _units(key: PlanKey) -> tuple[list[Unit], list[int]]:
         if index == 0 or projection:
             input_name, shape, needs_input_grad = "x", tuple(input.shape), flags[0]
         problem = Problem(
-            "forward", shape, tuple(owned.weight.shape), *unit_spec.geometry, input.dtype, input.device.type,
+            "forward", shape, tuple(unit_tensors.weight.shape), *unit_spec.geometry, input.dtype, input.device.type,
             key.channels_last and (input_name == "x" or shape[1] > 1),
-            weight_channels_last=_is_channels_last_contiguous(owned.weight), projection=projection,
+            weight_channels_last=_is_channels_last_contiguous(unit_tensors.weight), projection=projection,
             under_torch_dispatch=key.under_torch_dispatch, allow_winograd=key.allow_winograd, machine=key.machine,
         )  # fmt: skip
         algorithms = (key.algorithms and key.algorithms[index]) or select_training(
@@ -160,7 +160,7 @@ def _units(key: PlanKey) -> tuple[list[Unit], list[int]]:
                 algorithms,
             )
         )
-        shape = shape[0], owned.weight.shape[0], *problem.output_size
+        shape = shape[0], unit_tensors.weight.shape[0], *problem.output_size
         values_per_channel.append(math.prod((shape[0], *shape[2:])))
         input_name, needs_input_grad = f"a{index}", units[-1].needs_norm_grad
     return units, values_per_channel
@@ -177,9 +177,10 @@ def _saved_slots(
     live_in = {*stats, *(slot for step in backward.steps for slot in step.operands)} - defined
     x = builder.slots["x"]
     live_in = live_in - inputs | ({x} if builder.needs_input_grad or x in live_in else set())
-    # The order must not depend on the algorithms, because fake tensors select other ones. The mask stays last because
-    # graphs in Inductor's on-disk caches have that order, and their key does not include an operator's results.
-    return tuple(sorted(live_in, key=lambda slot: (builder.names[slot] == "mask", builder.names[slot])))
+    # The order must not depend on the algorithms, because fake tensors select other ones. The ReLU mask and the
+    # pooling's indices are last: the key of Inductor's on-disk cache does not cover an operator's results, so graphs
+    # that earlier versions cached rely on this order.
+    return tuple(sorted(live_in, key=lambda slot: (builder.names[slot] in ("mask", "indices"), builder.names[slot])))
 
 
 _cached_check_and_plan = lru_cache(maxsize=4096)(_check_and_plan)

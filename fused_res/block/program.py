@@ -2,8 +2,8 @@
 
 A program is a flat list of steps; a step applies one operator to numbered slots. Every operation of a block is a step:
 fused and unfused convolutions, the statistics and normalization passes of a norm and the collective between them,
-recomputation, gradients. A program contains only numbers, booleans and names, so an interpreter in another language can
-run it as well.
+recomputation, gradients. Apart from a convolution's algorithm, a step contains only numbers, booleans, names and
+sequences of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Slot(int):
     __slots__ = ()
 
 
+#: The block's input.
+INPUT_SLOT = Slot(0)
 #: Placeholder for an absent operand and for a result that is not needed.
 NO_SLOT = Slot(-1)
 
@@ -92,8 +94,8 @@ class Program(NamedTuple):
         return Program(tuple(steps), self.results)
 
 
-#: Operators implemented by a step's algorithm, with the operation that looks up the implementation. One callable
-#: computes both gradients, so the weight gradient's entry stands for both.
+#: Operators that a step's algorithm implements -> the operation whose entry in ``Algorithm.implementations`` is called.
+#: One callable computes both gradients, so ``convolution_backward`` calls the entry of ``"weight_gradient"``.
 CONVOLUTION_OPERATORS = {"convolution": "forward", "convolution_backward": "weight_gradient"}
 
 
@@ -144,8 +146,8 @@ def run(linked: Sequence[LinkedStep], slots: list[Tensor | None]) -> None:
 # Operators implemented with PyTorch's own, for all backends
 
 
-def _sum_over_channels(dz: Tensor) -> Tensor:
-    """Return the gradient of a convolution's bias."""
+def _sum_per_channel(dz: Tensor) -> Tensor:
+    """Return the gradient of a convolution's bias: the sum over the batch and all spatial positions."""
     return dz.sum([0, *range(2, dz.dim())])
 
 
@@ -188,7 +190,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "to_memory_format": to_memory_format,
     "gather_partials": distributed.gather_partials,
     "total_sums": distributed.total_sums,
-    "sum_over_channels": _sum_over_channels,
+    "sum_per_channel": _sum_per_channel,
     "norm_parameter_gradients": _norm_parameter_gradients,
     "conv_bias_gradient": _conv_bias_gradient,
     "split_pair_sums": _split_pair_sums,

@@ -2,9 +2,9 @@
 
 Every backend declares an ordered tuple of :class:`Algorithm`. Its last entry is ATen's convolution, which supports
 everything. :func:`fused_res.dispatch.select` returns the first algorithm that supports a problem and that no heuristic
-excludes. The two are separate: ``Algorithm.supports`` returns the reason why a problem cannot be computed, and a
-:class:`Rule` is a heuristic, a predicate for problems where an algorithm is slower than a later one, together with the
-measurement that justifies it.
+excludes. Support and heuristics are separate: ``Algorithm.unsupported_reason`` returns the reason why a problem cannot
+be computed, and a :class:`Rule` is a heuristic, a predicate for problems where an algorithm is slower than a later one,
+together with the measurement that justifies it.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Algorithm:
     """One convolution algorithm of a backend.
 
     Args:
-        name: the algorithm's name in the literature, such as ``"winograd_f4x4"``.
-        supports: function that returns the reason why a problem cannot be computed, or None.
+        name: short name for printed plans, such as ``"winograd_f4x4"``.
+        unsupported_reason: function that returns the reason why a problem cannot be computed, or None.
         implementations: operation -> callable, or the name of an operator of :mod:`fused_res.ops`. *inference* is
             called with ``(input, weight, bias, residual, geometry, relu)``, where the weight may be a
             :class:`PackedWeight` (see ``weight_packing``). *forward* and the gradients have the signatures of
@@ -138,14 +138,15 @@ class Algorithm:
             gradients. Those of a ``fused`` algorithm are the operators ``conv_bn_stats``, ``conv_dgrad`` and
             ``conv_wgrad``.
         rules: heuristics that exclude the algorithm where a later one is faster.
-        describe: function that returns the algorithm's advantage for a problem, as text for a printed plan.
+        selection_reason: function that returns why the algorithm is fast for a problem, as text for a printed plan;
+            "" for no text.
         fused: whether *forward* has the preceding norm and ReLU as operand prologue, and the gradients have the
             backward of the following norm as operand prologue.
         returns_partials: whether *forward* returns partial statistics of the output.
         special_case: whether the algorithm is for few problems only, so that a plan does not report why it was passed
             over.
-        compact_dgrad: whether the input gradient of a strided 1x1 convolution is compact: of the output's size, for the
-            strided input positions only, without zero stuffing.
+        compact_input_gradient: whether the input gradient of a strided 1x1 convolution is compact: of the output's
+            size, for the strided input positions only, without zero stuffing.
         pack: function that packs a weight, given the problem, the input and the weight.
         pack_key: function that returns, for a problem, the properties that the packed weight depends on, as a cache
             key.
@@ -154,14 +155,14 @@ class Algorithm:
     """
 
     name: str
-    supports: Callable[[Problem], str | None]
+    unsupported_reason: Callable[[Problem], str | None]
     implementations: Mapping[Operation, Callable[..., Any] | str]
     rules: tuple[Rule, ...] = ()
-    describe: Callable[[Problem], str] = field(default=lambda problem: "")
+    selection_reason: Callable[[Problem], str] = field(default=lambda problem: "")
     fused: bool = False
     returns_partials: bool = False
     special_case: bool = False
-    compact_dgrad: bool = False
+    compact_input_gradient: bool = False
     pack: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
     pack_key: Callable[[Problem], Hashable] = field(default=lambda problem: None)
     weight_packing: Literal["always", "cached", "never"] = "never"

@@ -1,4 +1,4 @@
-"""Convolution algorithms of every backend: ATen's convolution, and two GEMM algorithms for small feature maps.
+"""Convolution algorithms that all backends share: ATen's convolution, and two GEMM algorithms for small feature maps.
 
 ``tap_gemm`` is for outputs of one pixel. On a 1x1 feature map a padded 3x3 kernel overlaps the input with its centre
 only, but libraries read all nine filter taps. In the last stage of a ResNet on small images the weight dominates the
@@ -91,7 +91,7 @@ def aten_backward(
 
 ATEN = Algorithm(
     "aten",
-    supports=lambda problem: None,
+    unsupported_reason=lambda problem: None,
     implementations={
         "inference": aten_conv_bias_act,
         "forward": aten_forward,
@@ -160,7 +160,7 @@ def _contributing_taps_of_shape(
     return tuple(((every, every, y, x), (every, every, i, j)) for y, i in overlaps[0] for x, j in overlaps[1])
 
 
-def _gemm_supports(problem: Problem) -> str | None:
+def _gemm_unsupported_reason(problem: Problem) -> str | None:
     if problem.under_torch_dispatch:
         return "a dispatch mode or a tensor subclass requires ATen's operators"
     if len(problem.weight) != 4 or problem.groups > 1:
@@ -170,8 +170,8 @@ def _gemm_supports(problem: Problem) -> str | None:
     return None
 
 
-def _tap_supports(problem: Problem) -> str | None:
-    if reason := _gemm_supports(problem):
+def _tap_unsupported_reason(problem: Problem) -> str | None:
+    if reason := _gemm_unsupported_reason(problem):
         return reason
     if max(problem.input[2:]) > 2:
         return "feature maps of more than 2x2 pixels"
@@ -179,12 +179,12 @@ def _tap_supports(problem: Problem) -> str | None:
     return None if pairs else "more than one output pixel per image"
 
 
-#: With more contributing taps, ATen's single call is faster than the GEMMs.
+#: With more contributing taps, ATen's single call is assumed to be faster than the GEMMs.
 _MAX_TAPS = 4
 
 TAP_GEMM = Algorithm(
     "tap_gemm",
-    supports=_tap_supports,
+    unsupported_reason=_tap_unsupported_reason,
     implementations={"forward": tap_forward, "input_gradient": tap_backward, "weight_gradient": tap_backward},
     rules=(
         Rule(
@@ -192,11 +192,11 @@ TAP_GEMM = Algorithm(
                 len(_contributing_taps_of_shape(problem.input[2:], problem.weight[2:], problem.geometry)) > _MAX_TAPS
             ),
             f"more than {_MAX_TAPS} taps overlap the input",
-            "inherited from an earlier version of this rule, without recorded figures",
+            "not measured",
         ),
     ),
     special_case=True,
-    describe=lambda problem: "one output pixel: reads only the taps that overlap the input",
+    selection_reason=lambda problem: "one output pixel: reads only the taps that overlap the input",
 )
 
 
@@ -258,8 +258,8 @@ def _im2col(input: Tensor, weight: Tensor, geometry: Geometry, output: Sequence[
     return windows.flatten(3).flatten(0, 2)
 
 
-def _im2col_supports(problem: Problem) -> str | None:
-    if reason := _gemm_supports(problem):
+def _im2col_unsupported_reason(problem: Problem) -> str | None:
+    if reason := _gemm_unsupported_reason(problem):
         return reason
     if problem.device != "cpu" or not problem.channels_last or problem.input[0] == 0:
         return "im2col_gemm supports channels_last images on a CPU only"
@@ -268,37 +268,37 @@ def _im2col_supports(problem: Problem) -> str | None:
 
 
 #: `im2col_gemm` is faster from this number of weight elements on, and up to this number of output pixels of all images.
-_LARGE_WEIGHT = 1 << 15
-_FEW_PIXELS, _FEW_PIXELS_POINTWISE = 32, 127
+_MIN_WEIGHT_ELEMENTS = 1 << 15
+_MAX_OUTPUT_PIXELS, _MAX_OUTPUT_PIXELS_1X1 = 32, 127
 
 
-def _many_pixels(problem: Problem) -> bool:
+def _has_many_pixels(problem: Problem) -> bool:
     height, width = problem.output_size
-    limit = _FEW_PIXELS_POINTWISE if set(problem.weight[2:]) == {1} else _FEW_PIXELS
+    limit = _MAX_OUTPUT_PIXELS_1X1 if set(problem.weight[2:]) == {1} else _MAX_OUTPUT_PIXELS
     return problem.input[0] * height * width > limit
 
 
-def _small_weight(problem: Problem) -> bool:
+def _has_small_weight(problem: Problem) -> bool:
     outputs, channels, *taps = problem.weight
-    return outputs * channels * taps[0] * taps[1] < _LARGE_WEIGHT
+    return outputs * channels * taps[0] * taps[1] < _MIN_WEIGHT_ELEMENTS
 
 
-_FEW_PIXELS_MEASURED = (
-    "2 Zen 4 cores, float32, forward and backward, ATen and im2col_gemm in ms: 512 to 512 channels, 3x3, 16 pixels 12.5"
-    " and 6.6; 256 to 256, 64 pixels 2.3 and 2.5; 2048 to 512, 1x1, 16 pixels 4.9 and 2.0; 256 to 1024, 64 pixels 1.16"
-    " and 0.97"
+_EVIDENCE_MANY_PIXELS = (
+    "2 Zen 4 cores, float32, forward and backward, ms of ATen / im2col_gemm: 3x3, 512->512 channels, 16 pixels: 12.5 /"
+    " 6.6; 3x3, 256->256, 64 pixels: 2.3 / 2.5; 1x1, 2048->512, 16 pixels: 4.9 / 2.0; 1x1, 256->1024, 64 pixels: 1.16 /"
+    " 0.97"
 )
 
 IM2COL_GEMM = Algorithm(
     "im2col_gemm",
-    supports=_im2col_supports,
+    unsupported_reason=_im2col_unsupported_reason,
     implementations={"forward": im2col_forward, "input_gradient": im2col_backward, "weight_gradient": im2col_backward},
     rules=(
-        Rule(_small_weight, "a small weight", _FEW_PIXELS_MEASURED),
-        Rule(_many_pixels, "many output pixels", _FEW_PIXELS_MEASURED),
+        Rule(_has_small_weight, "a small weight", "not measured: the smallest measured weight has 262144 elements"),
+        Rule(_has_many_pixels, "many output pixels", _EVIDENCE_MANY_PIXELS),
     ),
     special_case=True,
-    describe=lambda problem: "few output pixels: reads the weight once, without reordering",
+    selection_reason=lambda problem: "few output pixels: reads the weight once, without reordering",
 )
 
 #: Every backend's list is its own algorithms followed by these.

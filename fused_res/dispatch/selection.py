@@ -30,22 +30,26 @@ class Selection(NamedTuple):
 
 def candidates(algorithms: tuple[Algorithm, ...], problem: Problem) -> list[Algorithm]:
     """Return the algorithms of the list that support the problem, in order."""
-    return [one for one in algorithms if problem.operation in one.implementations and one.supports(problem) is None]
+    return [
+        algorithm
+        for algorithm in algorithms
+        if problem.operation in algorithm.implementations and algorithm.unsupported_reason(problem) is None
+    ]
 
 
 def select_uncached(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Selection:
     """Implement :func:`select` without its cache."""
     if preference == "aten":
-        return Selection(algorithms[-1], "FUSED_RES_CONVOLUTION or backends.use()")
-    excluded = ""
+        return Selection(algorithms[-1], "requested by FUSED_RES_CONVOLUTION or backends.use()")
+    skipped = ""
     for algorithm in algorithms:
         if problem.operation not in algorithm.implementations:
             continue
-        reason = algorithm.supports(problem) or _exclusion_reason(algorithm, problem, preference)
+        reason = algorithm.unsupported_reason(problem) or _exclusion_reason(algorithm, problem, preference)
         if reason is None:
-            return Selection(algorithm, algorithm.describe(problem) or excluded)
+            return Selection(algorithm, algorithm.selection_reason(problem) or skipped)
         if not algorithm.special_case:
-            excluded = reason
+            skipped = f"{algorithm.name} not selected: {reason}"
     raise AssertionError("the last algorithm of a list supports everything")
 
 
@@ -89,7 +93,7 @@ class TrainingAlgorithms(NamedTuple):
         return self.weight_gradient.algorithm.fused
 
     def __str__(self) -> str:
-        if len(set(names := [one.name for one in self])) == 1:
+        if len(set(names := [selection.name for selection in self])) == 1:
             return str(self.forward)
         gradients = f"input gradient {names[1]}, weight gradient {names[2]}"
         return f"forward {self.forward}, {gradients}"
@@ -104,5 +108,5 @@ def select_training(algorithms: tuple[Algorithm, ...], problem: Problem, prefere
         preference: as of :func:`select`.
     """
     return TrainingAlgorithms(
-        *(select(algorithms, problem._replace(operation=one), preference) for one in TRAINING_OPERATIONS)
+        *(select(algorithms, problem._replace(operation=operation), preference) for operation in TRAINING_OPERATIONS)
     )

@@ -54,12 +54,12 @@ def tuned_training_algorithms(
         training: whether the following norm uses the statistics of the batch.
         device: device to time on.
     """
-    case = _TuningKey(kernels.name, _name(device), problem, normalizes_input, training)
-    if case not in _training_cache and _can_measure(device):
+    key = _TuningKey(kernels.name, _name(device), problem, normalizes_input, training)
+    if key not in _training_cache and _can_measure(device):
         with _lock:
-            if case not in _training_cache:
-                _training_cache[case] = _measure(case, kernels, device)
-    return _training_cache.get(case)
+            if key not in _training_cache:
+                _training_cache[key] = _measure(key, kernels, device)
+    return _training_cache.get(key)
 
 
 def tuned_inference_algorithm(
@@ -75,12 +75,16 @@ def tuned_inference_algorithm(
     """
     key = kernels.name, _name(input.device), problem
     if key not in _inference_cache and _can_measure(input.device):
-        names = {one.name: one for one in candidates(kernels.algorithms, problem) if one.weight_packing == "never"}
-        functions = {name: kernels.implementation("inference", one) for name, one in names.items()}
+        algorithms = {
+            algorithm.name: algorithm
+            for algorithm in candidates(kernels.algorithms, problem)
+            if algorithm.weight_packing == "never"
+        }
+        functions = {name: kernels.implementation("inference", algorithm) for name, algorithm in algorithms.items()}
         calls = {name: partial(function, input, weight, *arguments) for name, function in functions.items()}
         seconds = {name: _median_time(call, input.device) for name, call in calls.items()}
         best = min(seconds, key=seconds.__getitem__)
-        _inference_cache[key] = Selection(names[best], _format_timings(seconds))
+        _inference_cache[key] = Selection(algorithms[best], _format_timings(seconds))
     return _inference_cache.get(key)
 
 
@@ -95,20 +99,20 @@ def _can_measure(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def _measure(case: _TuningKey, kernels: Kernels, device: torch.device) -> TrainingAlgorithms:
+def _measure(key: _TuningKey, kernels: Kernels, device: torch.device) -> TrainingAlgorithms:
     """Return the fastest combination of forward and two gradients, where both gradients are fused or neither is."""
-    calls = _TimedCalls(case, kernels, device)
+    calls = _TimedCalls(key, kernels, device)
     found: dict[Operation, dict[Algorithm, float]] = {
         operation: {
-            one: _median_time(calls.call_for(operation, one), device)
-            for one in candidates(kernels.algorithms, case.problem._replace(operation=operation))
+            algorithm: _median_time(calls.call_for(operation, algorithm), device)
+            for algorithm in candidates(kernels.algorithms, key.problem._replace(operation=operation))
         }
         for operation in TRAINING_OPERATIONS
     }
-    apply = _median_time(calls.activation, device) if case.normalizes_input else 0.0
+    apply = _median_time(calls.activation, device) if key.normalizes_input else 0.0
 
     def fastest(operation: Operation, fused: bool) -> tuple[float, Algorithm | None]:
-        times = ((seconds, one) for one, seconds in found[operation].items() if one.fused == fused)
+        times = ((seconds, algorithm) for algorithm, seconds in found[operation].items() if algorithm.fused == fused)
         return min(times, key=itemgetter(0), default=(math.inf, None))
 
     options = []
@@ -116,10 +120,10 @@ def _measure(case: _TuningKey, kernels: Kernels, device: torch.device) -> Traini
         fastest_of_each = [*map(fastest, TRAINING_OPERATIONS, (forward, backward, backward))]
         # A fused forward does not write the activation, and an unfused backward has to recompute it.
         total = sum(seconds for seconds, _ in fastest_of_each) + (apply if forward and not backward else 0)
-        options.append((total, [one for _, one in fastest_of_each if one is not None]))
+        options.append((total, [algorithm for _, algorithm in fastest_of_each if algorithm is not None]))
     _, best = min(options, key=itemgetter(0))
     timings = (
-        _format_timings({one.name: seconds for one, seconds in found[operation].items()})
+        _format_timings({algorithm.name: seconds for algorithm, seconds in found[operation].items()})
         for operation in TRAINING_OPERATIONS
     )
     return TrainingAlgorithms(*map(Selection, best, timings))
@@ -133,14 +137,15 @@ def _format_timings(seconds: dict[str, float]) -> str:
 class _TimedCalls:
     """Calls to time, on random tensors of the problem's shapes.
 
-    A forward call goes from the raw output of the preceding convolution to the raw output of this one, with partial
-    statistics. A gradient call goes the same way back. So the norms' work, which a fused algorithm does in its prologue
-    and epilogue, is timed for all algorithms.
+    A timed forward computes this convolution's raw output and its partial statistics from the preceding convolution's
+    raw output. A timed input gradient includes the elementwise backward of the following norm and the reduction of the
+    preceding norm's backward. So every algorithm is charged for the norms' work, which a fused algorithm does in its
+    prologue and epilogue.
     """
 
-    def __init__(self, case: _TuningKey, kernels: Kernels, device: torch.device) -> None:
-        self.case, self.kernels = case, kernels
-        problem = self.problem = case.problem
+    def __init__(self, key: _TuningKey, kernels: Kernels, device: torch.device) -> None:
+        self.key, self.kernels = key, kernels
+        problem = self.problem = key.problem
 
         def images(shape: Sequence[int]) -> Tensor:
             x = torch.randn(tuple(shape), device=device).to(problem.dtype)
@@ -150,9 +155,9 @@ class _TimedCalls:
         self.z = images((problem.input[0], problem.weight[0], *problem.output_size))
         self.dy = torch.randn_like(self.z)
         none = (None,) * 4
-        self.x_stats = kernels.batch_norm_stats(self.x, *none, True, 1e-5) if case.normalizes_input else None
+        self.x_stats = kernels.batch_norm_stats(self.x, *none, True, 1e-5) if key.normalizes_input else None
         self.stats = kernels.batch_norm_stats(self.z, *none, True, 1e-5)
-        self.norm = (self.dy, self.z, self.stats, None, True, torch.zeros_like(self.stats[:2]))
+        self.norm_dx_operands = (self.dy, self.z, self.stats, None, True, torch.zeros_like(self.stats[:2]))
         self.count = self.z.numel() // max(self.z.shape[1], 1)
 
     def activation(self) -> Tensor:
@@ -166,7 +171,7 @@ class _TimedCalls:
         """Return the call to time for one operation of one algorithm."""
         run = self.kernels.implementation(operation, algorithm)
         kernels, problem = self.kernels, self.problem
-        x, weight, x_stats, training = self.x, self.weight, self.x_stats, self.case.training
+        x, weight, x_stats, training = self.x, self.weight, self.x_stats, self.key.training
 
         def forward() -> None:
             if algorithm.fused:
@@ -178,13 +183,13 @@ class _TimedCalls:
 
         def fused_gradient() -> None:
             if operation == "weight_gradient":
-                run(*self.norm, self.count, weight, x, x_stats, True, problem.stride)
+                run(*self.norm_dx_operands, self.count, weight, x, x_stats, True, problem.stride)
             else:
-                run(*self.norm, self.count, weight, x if x_stats is not None else None, x_stats, True)
+                run(*self.norm_dx_operands, self.count, weight, x if x_stats is not None else None, x_stats, True)
 
         def gradient() -> None:
             is_dgrad = operation == "input_gradient"
-            dz = kernels.batch_norm_act_dx(*self.norm, self.count) if is_dgrad else self.dy
+            dz = kernels.batch_norm_act_dx(*self.norm_dx_operands, self.count) if is_dgrad else self.dy
             dx, *_ = run(dz, x, weight, None, problem.geometry, (is_dgrad, not is_dgrad, False))
             if x_stats is not None and is_dgrad and dx.shape == x.shape:
                 kernels.batch_norm_sums(dx, x, x_stats, None, True, None, None)

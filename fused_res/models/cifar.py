@@ -17,14 +17,15 @@ class CifarResNet(ResidualNetwork):
     A 3x3 convolution, three stages of n basic blocks with ``width``, 2 and 4 times ``width`` channels at full, half
     and quarter resolution, global average pooling and a linear classifier: ``(N, 3, H, W)`` to ``(N, num_classes)``.
     Where the shape changes, the shortcut is a projection (a 1x1 convolution and a norm, the paper's option B). The
-    paper's CIFAR networks use option A, zero padding, which has a few thousand parameters less.
+    paper's CIFAR networks use option A, zero padding, which has a few thousand fewer parameters.
 
     Args:
         depth: number of weighted layers, 6n + 2; 20, 32, 44, 56 and 110 in the paper.
         num_classes: number of outputs of the classifier, default 10.
         plain: True omits all shortcuts and projections, as in the paper's plain networks. Default False.
         width: channels of the first stage, default 16.
-        zero_init_residual: initialise every block's last norm weight to zero, so that blocks start as their shortcut.
+        zero_init_residual: initialise every block's last norm weight to zero, so that every block initially
+            outputs ``relu(shortcut(x))``.
         norm_layer: constructs a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
         backend, recompute: see :func:`fused_res.functional.residual_block`.
 

@@ -44,8 +44,8 @@ class ResidualNetwork(FusableModule):
         stem: the first convolution.
         pool: pooling after the stem's ReLU, or None.
         num_classes: number of outputs of the classifier.
-        zero_init_residual: initialise every block's last norm weight to zero, so that blocks start as their shortcut
-            (Goyal et al. 2017, https://arxiv.org/abs/1706.02677).
+        zero_init_residual: initialise every block's last norm weight to zero, so that every block initially
+            outputs ``relu(shortcut(x))`` (Goyal et al. 2017, https://arxiv.org/abs/1706.02677).
         groups, width_per_group: number and width of the groups of the bottlenecks' 3x3 convolution.
         norm_layer: constructs a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
         plain: omit all shortcuts, including projections.
@@ -113,9 +113,9 @@ class ResidualNetwork(FusableModule):
                 downsample = nn.Sequential(
                     nn.Conv2d(self.inplanes, outplanes, 1, stride, bias=False), self._norm_layer(outplanes)
                 )
-            shape = self.inplanes, stage.planes, stride, downsample, self.groups, self.base_width, dilation
+            arguments = self.inplanes, stage.planes, stride, downsample, self.groups, self.base_width, dilation
             options: dict[str, Any] = {"shortcut": not self.plain, "backend": self.backend, "recompute": self.recompute}
-            blocks.append(block(*shape, self._norm_layer, **options))
+            blocks.append(block(*arguments, self._norm_layer, **options))
             self.inplanes = outplanes
         return nn.Sequential(*blocks)
 

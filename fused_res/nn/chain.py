@@ -2,9 +2,9 @@
 
 Hooks, parametrisations, another norm class or frozen layers may be added to the children at any time, so nothing is
 cached between calls. Each call walks the modules and returns either a :class:`Chain`, which holds their tensors, or an
-:class:`Unsupported`, the reason why the stock forward has to run, which calls the modules one by one, unfused. The walk
-is the only overhead of a fused module, which is why it reads module dictionaries instead of going through
-``nn.Module.__getattr__``.
+:class:`Unsupported`, the reason why the stock forward has to run. The *stock* modules are
+the unmodified PyTorch modules; the stock forward calls the modules one by one, unfused. The walk is the only overhead
+of a fused module, which is why it reads module dictionaries instead of going through ``nn.Module.__getattr__``.
 """
 
 from __future__ import annotations
@@ -38,11 +38,20 @@ norm_types: set[type[nn.Module]] = {BatchNorm2d, nn.SyncBatchNorm}
 
 
 class Unsupported(NamedTuple):
-    """The reason why the stock forward runs, and the module responsible, if the reason is a module."""
+    """The reason why the stock forward runs.
+
+    Functions of this module that return ``Unsupported | None`` return None if the fused forward supports their
+    arguments.
+
+    Args:
+        reason: a predicate whose subject is ``module``, such as "has a hook"; a full clause if ``module`` is None.
+        module: the module that is unsupported, or None.
+        transient: whether the reason may disappear before a later call without a change of architecture.
+    """
 
     reason: str
     module: nn.Module | None = None
-    transient: bool = False  # the reason may disappear before a later call without a change of architecture
+    transient: bool = False
 
 
 def has_no_hooks(state: dict[str, Any]) -> bool:
@@ -70,7 +79,10 @@ def inspect_stock_module(module: Any, kind: type[nn.Module]) -> Unsupported | No
 
 
 class Chain:
-    """The tensors and settings of the matched units, as flat lists for :func:`fused_res.functional.residual_block`."""
+    """The tensors and settings of all matched units, as flat lists for :func:`fused_res.functional.residual_block`.
+
+    The units of the main path come first, then the projection, if there is one.
+    """
 
     __slots__ = ("keys", "momentum", "norms", "num_batches_tracked", "process_groups", "spec", "tensors", "training")
 
@@ -90,7 +102,8 @@ class Chain:
         conv, norm = unit[0], unit[1]
         kind = type(norm)
         if type(conv) is not Conv2d or kind not in norm_types:
-            return inspect_stock_module(conv, Conv2d) or inspect_stock_module(norm, BatchNorm2d)
+            unsupported_norm = Unsupported(f"is {kind.__name__}, not exactly BatchNorm2d or SyncBatchNorm", norm)
+            return inspect_stock_module(conv, Conv2d) or unsupported_norm
         conv_state, norm_state = conv.__dict__, norm.__dict__
         if not (has_no_hooks(conv_state) and has_no_hooks(norm_state)):
             return inspect_stock_module(conv, Conv2d) or inspect_stock_module(norm, kind)
@@ -214,7 +227,7 @@ def _add_projection(chain: Chain, projection: nn.Module) -> Unsupported | None:
 def match_chain(
     units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
 ) -> Chain | Unsupported:
-    """Return the modules as a chain, or the first reason, apart from the input, why they are unsupported."""
+    """Return the modules as a chain, or the first reason why they are unsupported, regardless of the input."""
     chain = Chain()
     for unit in units:
         unsupported = chain.add(unit)
@@ -242,7 +255,7 @@ def match_chain(
 
 
 def unsupported_context() -> Unsupported | None:
-    """Return the reason, apart from modules and input, why the stock forward has to run, or None."""
+    """Return the reason why the stock forward has to run, regardless of modules and input, or None."""
     if _torch_compat.has_global_module_hooks():
         return Unsupported("a hook on all modules is registered")
     if torch.compiler.is_compiling():
@@ -255,6 +268,7 @@ def unsupported_context() -> Unsupported | None:
 
 
 def inspect_input(input: Tensor) -> Unsupported | None:
+    """Return Unsupported unless `input` is a plain, strided tensor ``(N, C, H, W)`` of a supported dtype."""
     if type(input) is not Tensor and type(input) is not Parameter:
         return Unsupported(f"the input is a {type(input).__name__}")
     if input.dim() != 4 or input.layout is not torch.strided:
@@ -366,7 +380,7 @@ def apply_norm(
 def find_unsupported(
     units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
 ) -> Unsupported | None:
-    """Return the reason, apart from the input, why :func:`run_fused` would return None; None if there is none."""
+    """Return the first reason why :func:`run_fused` would return None, regardless of the input, or None."""
     chain = match_chain(units, shortcut, pool)
     return chain if isinstance(chain, Unsupported) else None
 

@@ -1,6 +1,6 @@
 """The inference modules that :func:`fused_res.freeze` creates: convolutions with their batch norm folded in.
 
-Weights are packed once and cached; consecutive frozen modules run as one inference graph where the backend has one.
+Weights are packed once and cached; consecutive frozen modules run as one inference graph if the backend supports it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class FrozenModule(Unscriptable, nn.Module):
     def train(self: Any, mode: bool = True) -> Any:
         if mode:
             raise RuntimeError(
-                "frozen for inference, the batch norms are folded into the convolutions; train the original model"
+                "this module is frozen for inference: its batch norms are folded into the convolutions; train the"
+                " original model"
             )
         return nn.Module.train(self, False)
 
@@ -104,9 +105,9 @@ class FrozenConv(FrozenModule):
             if output is not None:
                 return output
         self._check_input(input)
-        weight_packer = None if compiling or type(input) is not Tensor else self._weight_operand
+        pack_weight = None if compiling or type(input) is not Tensor else self._pack_weight
         output = functional.packed_conv_bias_act(
-            input, self.weight, self.bias, residual, *spec.geometry, spec.activation, self.backend, weight_packer
+            input, self.weight, self.bias, residual, *spec.geometry, spec.activation, self.backend, pack_weight
         )
         return self._max_pool(output)
 
@@ -131,14 +132,14 @@ class FrozenConv(FrozenModule):
         return _cached_block_spec((self.spec,), "none", self.pool)
 
     def _aten_forward(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """Compute the convolution with ATen operators only, for graphs exported from this process."""
+        """Compute the convolution with ATen operators only: traced and exported graphs must not need fused_res."""
         spec = self.spec
         y = F.conv2d(input, self.weight, self.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
         if residual is not None:
             y = y + residual.to(y.dtype)
         return F.relu(y) if spec.relu else y
 
-    def _weight_operand(self, selected: Selection, problem: Problem, input: Tensor) -> PackedWeight | Tensor:
+    def _pack_weight(self, selected: Selection, problem: Problem, input: Tensor) -> PackedWeight | Tensor:
         self.last_selected = selected
         if selected.algorithm.pack is None:
             return self.weight
@@ -158,7 +159,7 @@ class FrozenConv(FrozenModule):
         return entry
 
     def is_current(self, entry: PackedWeightEntry) -> bool:
-        """Return whether `entry` is still cached and its weight unchanged: :meth:`to`, for one, replaces the weight."""
+        """Return whether `entry` is still cached and its weight unchanged; :meth:`to`, for example, replaces it."""
         source = entry.source
         return (
             self._buffers["weight"] is source

@@ -85,7 +85,7 @@ class FusableModule(Unscriptable, nn.Module):
         self.backend, self.recompute, self.fused, self.tune = backend, recompute, fused, tune
 
     def unsupported_reason(self) -> Unsupported | None:
-        """Return the reason, apart from the input, why `forward` would run unfused, or None."""
+        """Return the reason why `forward` would run unfused, regardless of the input, or None."""
         return None
 
     def fused_children(self) -> tuple[str, ...]:

@@ -65,13 +65,13 @@ def _build(keys: Sequence[UnitKey], shortcut: str, pool: tuple[Any, ...] | None)
     # `+` broadcasts in the stock forward but not in the fused one: both operands must have the same shape for every
     # input shape.
     main = units[:-1] if shortcut == "projection" else units
-    added = units[len(main) :]
-    channels = shapes[-1][0] if added else shapes[0][1] * units[0].groups
+    shortcut_units = units[len(main) :]
+    channels = shapes[-1][0] if shortcut_units else shapes[0][1] * units[0].groups
     if channels != shapes[len(main) - 1][0]:
         return f"the shortcut has {channels} channels, the main path {shapes[len(main) - 1][0]}"
-    if _size_map(main, shapes) != _size_map(added, shapes[len(main) :]):
+    if _size_map(main, shapes) != _size_map(shortcut_units, shapes[len(main) :]):
         return "the shortcut's spatial size may differ from the main path's"
-    return BlockSpec(main, added[0] if added else "identity")
+    return BlockSpec(main, shortcut_units[0] if shortcut_units else "identity")
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -47,7 +47,8 @@ class SyncBatchNorm(BatchNorm):
             return super().forward(input)
         norm_args = chain.read_norm(self.__dict__)
         if isinstance(norm_args, str):
-            raise RuntimeError(f"a synchronised batch norm that {norm_args} cannot run")
+            reason = norm_args
+            raise RuntimeError(f"a synchronised batch norm that {reason} cannot run")
         return chain.apply_norm(input, self, norm_args, None, "identity", "auto")
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -100,8 +101,9 @@ def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = No
     for name, norm in norms.items():
         if type(norm) not in _SYNCHRONISED:
             raise TypeError(
-                f"{name or 'model'} is a {type(norm).__module__}.{type(norm).__qualname__}: conversion would drop"
-                " everything that class does besides normalising; its library may have a conversion"
+                f"{name or 'model'} is a {type(norm).__module__}.{type(norm).__qualname__}: converting it would lose"
+                " whatever this class does in addition to batch norm; look for a SyncBatchNorm conversion in the"
+                " library that defines it"
             )
     for norm in norms.values():
         norm.__class__ = _SYNCHRONISED[type(norm)]  # type: ignore[assignment]

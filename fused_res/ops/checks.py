@@ -24,7 +24,7 @@ def check_input(input: Tensor) -> None:
     check_is_tensor("input", input)
     if input.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"input must be one of {names}, got {input.dtype}")
+        raise TypeError(f"input's dtype must be one of {names}, got {input.dtype}")
     if input.layout is not torch.strided:
         raise TypeError(f"input must be a strided tensor, got one of layout {input.layout}")
 
@@ -148,14 +148,14 @@ def _check_per_channel(input: Tensor, name: str, tensor: Tensor | None) -> None:
         raise TypeError(f"{name} must be of input's dtype {input.dtype}{or_float32(input.dtype)}, got {tensor.dtype}")
 
 
-def is_parameter_dtype(dtype: torch.dtype, input: torch.dtype) -> bool:
+def is_parameter_dtype(dtype: torch.dtype, input_dtype: torch.dtype) -> bool:
     """Return whether a norm of this input dtype accepts parameters and running statistics of `dtype`, as in PyTorch."""
-    return dtype == input or (dtype == torch.float32 and input != torch.float64)
+    return dtype == input_dtype or (dtype == torch.float32 and input_dtype != torch.float64)
 
 
-def or_float32(input: torch.dtype) -> str:
+def or_float32(input_dtype: torch.dtype) -> str:
     """Return the part of an error message that names float32, where it is accepted besides the input's dtype."""
-    return "" if input in (torch.float32, torch.float64) else " or float32"
+    return "" if input_dtype in (torch.float32, torch.float64) else " or float32"
 
 
 # Convolution with its epilogue
@@ -214,31 +214,32 @@ def _check_convolution(
     dilation: Size,
     groups: int,
 ) -> SpatialGeometry:
-    (shape, dtype, device), filters = input, weight[0]
+    (shape, dtype, device), weight_shape = input, weight[0]
     rank = len(shape) - 2
     if not 1 <= rank <= 3:
         raise ValueError(f"input must have 3 to 5 dimensions (N, C, ...), got {rank + 2}")
-    if len(filters) != rank + 2:
-        raise ValueError(f"weight must have {rank + 2} dimensions like input, got {len(filters)}")
+    if len(weight_shape) != rank + 2:
+        raise ValueError(f"weight must have {rank + 2} dimensions like input, got {len(weight_shape)}")
+    out_channels, group_channels, kernel_size = *weight_shape[:2], weight_shape[2:]
     strides, dilations = _expand_size(stride, rank, "stride", 1), _expand_size(dilation, rank, "dilation", 1)
     if isinstance(padding, str):
-        paddings = _resolve_padding(padding, strides, dilations, filters[2:])
+        paddings = _resolve_padding(padding, strides, dilations, kernel_size)
     else:
         paddings = _expand_size(padding, rank, "padding", 0)
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be a positive integer, got {groups!r}")
-    if filters[1] * groups != shape[1]:
+    if group_channels * groups != shape[1]:
         raise ValueError(
-            f"input must have {filters[1] * groups} channels for weight {tuple(filters)} and groups={groups},"
+            f"input must have {group_channels * groups} channels for weight {tuple(weight_shape)} and groups={groups},"
             f" got {shape[1]}"
         )
-    if filters[0] % groups:
-        raise ValueError(f"weight has {filters[0]} output channels, which groups={groups} does not divide")
-    sizes = conv_output_sizes(shape[2:], filters[2:], strides, paddings, dilations)
+    if out_channels % groups:
+        raise ValueError(f"weight has {out_channels} output channels, which groups={groups} does not divide")
+    sizes = conv_output_sizes(shape[2:], kernel_size, strides, paddings, dilations)
     if any(size < 1 for size in sizes):
-        raise ValueError(f"input of size {tuple(shape[2:])} is too small for a kernel of {tuple(filters[2:])}")
-    output = (shape[0], filters[0], *sizes)
-    operands = (("weight", weight, filters), ("bias", bias, filters[:1]), ("residual", residual, output))
+        raise ValueError(f"input of size {tuple(shape[2:])} is too small for a kernel of {tuple(kernel_size)}")
+    output = (shape[0], out_channels, *sizes)
+    operands = (("weight", weight, weight_shape), ("bias", bias, weight_shape[:1]), ("residual", residual, output))
     for name, meta, expected in operands:
         if meta is None:
             continue

@@ -78,11 +78,15 @@ def conv_output_shape(
 
 
 def conv_output_is_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """Return whether a convolution's output is channels_last: as in ATen, if either operand unambiguously is."""
+    """Return whether a convolution's output is channels_last, as ATen decides.
+
+    It is if the strides of either operand are channels_last and not also contiguous, or if the weight is in oneDNN's
+    blocked format.
+    """
     return weight.is_mkldnn or _has_channels_last_strides(input) or _has_channels_last_strides(weight)
 
 
 def _has_channels_last_strides(tensor: Tensor) -> bool:
-    # With a single channel the strides are ambiguous; and oneDNN's bfloat16 is wrong for volumes of one channel that
-    # are labelled channels_last.
+    # With a single channel the strides are ambiguous. Besides, oneDNN's bfloat16 convolution returns wrong results for
+    # 3D inputs with one channel and channels_last_3d strides.
     return tensor.dim() > 3 and tensor.shape[1] > 1 and tensor.stride(1) == 1 and not tensor.is_contiguous()

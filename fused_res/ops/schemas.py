@@ -10,8 +10,8 @@ Below, each entry of :data:`SCHEMAS` has a comment with its formula, its argumen
 all of them share:
 
 **Notation.** ``N`` images (or rows), ``C`` channels and ``S`` pixels per image; ``M = N * S`` values per channel. ``K``
-output channels of a convolution. ``x`` is the input, ``y`` the output, ``dy`` the gradient with respect to ``y``.
-Vectors of shape ``(C,)`` are broadcast along dimension 1.
+is the number of output channels of a convolution. ``x`` is the input, ``y`` the output, ``dy`` the gradient with
+respect to ``y``. Vectors of shape ``(C,)`` are broadcast along dimension 1.
 
 **Batch norm** (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167)::
 
@@ -32,8 +32,8 @@ Vectors of shape ``(C,)`` are broadcast along dimension 1.
 
 Every kernel of every backend evaluates the norm as ``fma(x - mean, scale, shift)``: forward, recomputation, prologues
 and backward, so that a recomputed ReLU mask is bitwise equal to the forward one. The usual form,
-``fma(x, scale, bias - mean * scale)``, loses as many digits as the mean is larger than the standard deviation, whereas
-``x - mean`` is the difference of two close numbers, which is exact.
+``fma(x, scale, bias - mean * scale)``, loses about ``log2(|mean| / std)`` bits to cancellation. ``x - mean`` does not:
+it is exact where ``x`` is within a factor of two of the mean (Sterbenz lemma) and correctly rounded elsewhere.
 
 **Partial statistics.** ``partials`` is float64 of shape ``(P, 3, C)``: count, mean and ``M2 = sum (x - mean)^2`` of
 ``P`` disjoint parts of the batch. Operators return one part (``P = 1``); the ranks of a process group stack theirs.
@@ -41,8 +41,9 @@ and backward, so that a recomputed ReLU mask is bitwise equal to the forward one
 hold.
 
 **Gradient sums.** ``sums`` has the dtype of ``stats`` and the shape ``(2, C)``: ``sum dy'`` and ``sum dy' * xhat``,
-with ``dy'`` the gradient with respect to the ReLU's input. Over the ranks of a process group they are added. Given the
-sums, the backward of a batch norm is elementwise::
+with ``dy'`` the gradient with respect to the ReLU's input. Over the ranks of a process group they are added and
+multiplied by local count / global count (``total_sums`` in :mod:`fused_res.distributed`), because every rank passes its
+local ``count`` with them. Given the sums, the backward of a batch norm is elementwise::
 
     dx = scale * (dy' - sums[0] / count - xhat * sums[1] / count)    batch statistics of `count` values per channel
     dx = scale * dy'                                                 constant statistics (evaluation): `sums` is None
@@ -140,8 +141,9 @@ SCHEMAS = {
     # shape is (3, C): the third row is sum dy' * xhat with the xhat of the residual; sum dy' is common to both norms.
     "batch_norm_sums": "(Tensor grad_output, Tensor input, Tensor stats, Tensor? relu_mask, bool relu,"
     " Tensor? residual, Tensor? residual_stats) -> Tensor",
-    # grad_input of a norm, elementwise, from `sums` (2, C) and `count`, the number of values per channel, both over all
-    # ranks. `sums` None: the statistics are constants.
+    # grad_input of a norm, elementwise, from `sums` (2, C) and `count`; only sums / count enters. `count` is the number
+    # of values per channel of this rank. `sums` is as of `batch_norm_sums`; with a process group, the global sums times
+    # local count / global count. `sums` None: the statistics are constants.
     "batch_norm_act_dx": "(Tensor grad_output, Tensor input, Tensor stats, Tensor? relu_mask, bool relu, Tensor? sums,"
     " int count) -> Tensor",
     # --- convolutions ----------------------------------------------------------------------------------------------
@@ -164,11 +166,11 @@ SCHEMAS = {
     # size of `output`, channels_last; for a stride other than 1 that is the compact gradient at the strided input
     # positions. Its epilogue is one of two:
     #   with `input` and `input_stats` (5, C): the backward of the prologue's ReLU and the reduction of the prologue's
-    #       norm. grad_input is grad, if `input_relu` masked by the sign of norm(input); `sums` (2, C) are the gradient
+    #       norm. grad_input is grad, with zeros where norm(input) <= 0 if `input_relu`; `sums` (2, C) are the gradient
     #       sums of grad_input with the xhat of `input`. `added` is None.
-    #   without them: grad_input = grad [+ `added` * `added_mask`], which accumulates the gradient of a shortcut.
-    #       `added` has the shape of grad_input, `added_mask` is its relu_mask in channels_last layout, or None; `sums`
-    #       has the shape (0,).
+    #   without them: grad_input = grad [+ `added` * `added_mask`]. `added` is the gradient of a shortcut, in the shape
+    #       of grad_input, and `added_mask` the relu_mask to apply to it, in channels_last layout, or None; `sums` has
+    #       the shape (0,).
     "conv_dgrad": "(Tensor grad_output, Tensor output, Tensor stats, Tensor? relu_mask, bool relu, Tensor? sums,"
     " int count, Tensor weight, Tensor? input, Tensor? input_stats, bool input_relu, Tensor? added=None,"
     " Tensor? added_mask=None) -> (Tensor grad_input, Tensor sums)",
@@ -179,9 +181,9 @@ SCHEMAS = {
     " int count, Tensor weight, Tensor input, Tensor? input_stats, bool input_relu, int[] stride) -> Tensor",
     # --- max pooling -----------------------------------------------------------------------------------------------
     # output = max_pool2d(prologue(input)), floor mode, without dilation; the prologue is act(norm(input)) if `stats` is
-    # given. `indices` is uint8 in the output's shape: the position i * kernel_w + j of the maximum inside its window,
-    # so a window has at most 255 positions. Ties and NaN are resolved as in PyTorch. Padding is at most half the
-    # kernel.
+    # given. `indices` is uint8 in the output's shape: the position i * kernel_w + j of the maximum inside its window.
+    # 255 is reserved for "no position", so a window has at most 255 positions. Ties and NaN are resolved as in PyTorch.
+    # Padding is at most half the kernel.
     "max_pool_forward": "(Tensor input, Tensor? stats, bool relu, int[2] kernel_size, int[2] stride, int[2] padding)"
     " -> (Tensor output, Tensor indices)",
     # grad_input of the pooling: for each input pixel, the sum of grad_output over the windows whose maximum it is. Of
@@ -212,23 +214,25 @@ OP_FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 #: Building blocks of the CPU backend's ``conv_*`` families: float32 images in channels_last memory, and packed weights.
-#: Not part of the interface between backends; without fake implementations.
+#: They are not part of the interface that all backends share and have no fake implementations.
 CPU_SCHEMAS = {
-    # Pack `weight` (K, C, kh, kw) into the panels that the kernels read. winograd: 0 for direct convolution, or the
-    # stride (1 or 2) of a Winograd convolution, for its transformed filter. transposed: the weight of the input
+    # Pack `weight` (K, C, kh, kw) into the panels that the kernels read. winograd: 0 for direct convolution; the
+    # stride (1 or 2) of a Winograd convolution, whose filter is transformed first. transposed: the weight of the input
     # gradient, with filter positions reversed, and input and output channels exchanged.
     "pack_conv_weight": "(Tensor weight, int winograd, bool transposed) -> Tensor",
-    # act(conv(input) + bias [+ residual]) from a packed weight. outputs: output channels. tile: outputs per side of a
-    # Winograd tile, m of F(m x m, 3 x 3), or 0 for direct convolution. partials: also return the partial statistics
-    # (1, 3, outputs) of the output.
+    # act(conv(input) + bias [+ residual]) from a packed weight. outputs: number of output channels. tile: output pixels
+    # per side of a Winograd tile, m of F(m x m, 3 x 3), or 0 for direct convolution. partials: also return the partial
+    # statistics (1, 3, outputs) of the output.
     "convolve": "(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int outputs, int[2] kernel_size,"
     " int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu, bool partials)"
     " -> (Tensor output, Tensor partials)",
-    # Weight gradient, in the shape of `weight`, of a convolution without groups.
+    # Weight gradient, in the shape of `weight`, of a convolution without groups. winograd: whether to use a Winograd
+    # algorithm.
     "conv_weight_gradient": "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding,"
     " int[2] dilation, bool winograd) -> Tensor",
     # Run an inference graph: convolutions and max poolings with intermediate values in an arena. steps: the graph in
-    # the format of csrc/cpu/conv_program.h. arena: its floats per image. chunk: images per pass over the graph.
+    # the format of csrc/cpu/conv_program.h. arena: size of the arena in floats per image. chunk: number of images
+    # processed at a time.
     "conv_program": "(Tensor input, Tensor[] packed, Tensor[] bias, int[] steps, int arena, int chunk,"
     " int[] output_size) -> Tensor",
 }

@@ -96,6 +96,14 @@ def test_recompute_level_determines_recomputed_steps_and_saved_slots(recompute):
     assert saved == {"x", "mask", "stats0", "stats1", "stats2"} | activations | raw
 
 
+def test_mask_and_pooling_indices_are_saved_last():
+    """Graphs in Inductor's on-disk cache rely on the order, which its key does not cover."""
+    for name, last in (("stem", "indices"), ("identity", "mask")):
+        plan = make_plan(SPECS[name], "reference")
+        saved = [plan.slot_names[slot] for slot in plan.saved_slots]
+        assert saved == [*sorted(set(saved) - {last}), last]
+
+
 def test_plan_text_contains_collectives_and_fused_operators():
     text = str(make_plan(SPECS["projection"], "reference", preference="fused", group="group"))
     for operator in ("conv_bn_stats", "conv_dgrad", "conv_wgrad", "gather_partials", "total_sums", "add_strided_"):

@@ -423,7 +423,7 @@ def test_invalid_tensor_raises_without_side_effects(index, value, error, message
     ("change", "error", "message"),
     [
         ({"input": torch.randn(2, 8, 7)}, ValueError, "input must have 4 dimensions"),
-        ({"input": torch.ones(2, 8, 7, 7).int()}, TypeError, "input must be one of"),
+        ({"input": torch.ones(2, 8, 7, 7).int()}, TypeError, "input's dtype must be one of"),
         ({"input": torch.ones(1, 8, 1, 1).double()}, ValueError, "Expected more than 1 value per channel"),
         ({"tensors": []}, ValueError, "tensors must have 18 entries"),
         ({"training": (True, False)}, ValueError, r"training must be one value or 3 \(one per unit\), got 2"),

@@ -418,7 +418,7 @@ class TestModuleBehaviour:
     def test_train_raises_without_side_effects(self, model: nn.Module) -> None:
         model.fc = nn.Sequential(nn.Dropout(0.5), model.fc)
         frozen = freeze(model)
-        with pytest.raises(RuntimeError, match="frozen for inference, .* train the original model"):
+        with pytest.raises(RuntimeError, match="frozen for inference: .* train the original model"):
             frozen.train()
         assert not any(module.training for module in frozen.modules())
         assert frozen.eval() is frozen and frozen.train(False) is frozen

@@ -581,7 +581,7 @@ V = torch.ones(3)
     ("change", "error", "message"),
     [
         ({"input": torch.randn(3)}, ValueError, "input must have 2 to 5 dimensions"),
-        ({"input": X.int()}, TypeError, "input must be one of float32"),
+        ({"input": X.int()}, TypeError, "input's dtype must be one of float32"),
         ({"input": "x"}, TypeError, "input must be a torch.Tensor"),
         ({"weight": torch.ones(4)}, ValueError, r"weight must have the shape \(3,\), got \(4,\)"),
         ({"running_var": torch.ones(2)}, ValueError, "running_var must have the shape"),

@@ -178,14 +178,14 @@ class TestPackedWeights:
         input, weight = tensors["input"], tensors["weight"]
         rank = input.dim() - 2
 
-        def get_weight(selected: Selection, problem: Problem, input: Tensor) -> PackedWeight:
+        def pack_weight(selected: Selection, problem: Problem, input: Tensor) -> PackedWeight:
             if selected.algorithm.pack is None:
                 pytest.skip(f"oneDNN does not support {dtype} on this machine")
             return PackedWeight(selected.algorithm.pack(problem, input, weight), weight.shape)
 
         geometry = [options.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
         for residual in (None, tensors["residual"]):
-            arguments = (tensors["bias"], residual, *geometry, options.get("groups", 1), "relu", "cpu", get_weight)
+            arguments = (tensors["bias"], residual, *geometry, options.get("groups", 1), "relu", "cpu", pack_weight)
             output = fused_res.functional.packed_conv_bias_act(input, weight, *arguments)
             operands = tensors | {"residual": residual}
             exact = stock(**{name: t if t is None else t.double() for name, t in operands.items()}, **options)
@@ -298,7 +298,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
     ("changes", "error", "message"),
     [
         ({"input": [1.0]}, TypeError, "input must be a torch.Tensor, got list"),
-        ({"input": torch.ones(2, 4, 6, 6, dtype=torch.int32)}, TypeError, "input must be one of float32"),
+        ({"input": torch.ones(2, 4, 6, 6, dtype=torch.int32)}, TypeError, "input's dtype must be one of float32"),
         ({"input": torch.ones(2, 4)}, ValueError, r"input must have 3 to 5 dimensions \(N, C, ...\), got 2"),
         ({"input": torch.ones(2, 4, 6)}, ValueError, "weight must have 3 dimensions like input, got 4"),
         ({"input": torch.ones(2, 3, 6, 6)}, ValueError, r"input must have 4 channels .* groups=1, got 3"),

@@ -148,7 +148,7 @@ def test_reason_names_the_installed_package_that_the_sources_shadow(python_only:
     (installed / "fused_res").mkdir(parents=True)
     (installed / "fused_res" / _extension._MODULE).with_suffix(".json").write_text("{}")
     printed = run(sys.executable, "-m", "fused_res", "info", cwd=python_only.parent, PYTHONPATH=str(installed))
-    assert f"the installed {installed / 'fused_res'} has: start Python in another folder than {tmp_path}" in printed
+    assert f"the package installed in {installed / 'fused_res'} has one: start Python outside {tmp_path}" in printed
 
 
 def test_info_does_not_open_an_extension_for_another_torch(python_only: Path) -> None:

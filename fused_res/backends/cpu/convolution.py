@@ -101,7 +101,7 @@ def _backward(
 # Supported problems
 
 
-def _supports(problem: Problem) -> str | None:
+def _unsupported_reason(problem: Problem) -> str | None:
     if problem.under_torch_dispatch:
         return "a dispatch mode or a tensor subclass requires ATen's operators"
     if problem.dtype != torch.float32 or not problem.channels_last or len(problem.weight) != 4:
@@ -113,8 +113,8 @@ def _supports(problem: Problem) -> str | None:
     return "the CPU backend's convolutions require AVX2" if problem.machine.isa == "baseline" else None
 
 
-def _winograd_supports(problem: Problem) -> str | None:
-    if reason := _supports(problem):
+def _winograd_unsupported_reason(problem: Problem) -> str | None:
+    if reason := _unsupported_reason(problem):
         return reason
     if not _extension.cpp.winograd_supports(problem.weight[2:], problem.stride, problem.dilation):
         return _describe_shape(problem)
@@ -125,8 +125,8 @@ def _winograd_supports(problem: Problem) -> str | None:
     return None
 
 
-def _direct_supports(problem: Problem) -> str | None:
-    if reason := _supports(problem):
+def _direct_unsupported_reason(problem: Problem) -> str | None:
+    if reason := _unsupported_reason(problem):
         return reason
     if problem.operation != "input_gradient" or problem.pointwise:
         return None
@@ -235,10 +235,10 @@ _REASON_FITS_ALLOCATOR = "ATen is as fast where the output is small enough for m
 
 def _native_algorithm(
     name: str,
-    supports: Callable[[Problem], str | None],
+    unsupported_reason: Callable[[Problem], str | None],
     rules: tuple[Rule, ...],
     training: bool,
-    describe: Callable[[Problem], str],
+    selection_reason: Callable[[Problem], str],
 ) -> Algorithm:
     tile = OUTPUT_TILE[name]
     implementations: dict[Operation, Callable[..., Any] | str] = {"inference": partial(_inference, tile)}
@@ -248,12 +248,12 @@ def _native_algorithm(
     packed_format = "winograd" if tile else "direct"
     return Algorithm(
         name,
-        supports,
+        unsupported_reason,
         implementations,
         rules,
-        describe,
+        selection_reason,
         returns_partials=True,
-        compact_dgrad=True,
+        compact_input_gradient=True,
         weight_packing="always",
         pack=lambda problem, input, weight: pack(weight, tile, problem.stride),
         pack_key=lambda problem: packed_format,
@@ -262,7 +262,7 @@ def _native_algorithm(
 
 WINOGRAD_F4X4 = _native_algorithm(
     "winograd_f4x4",
-    _winograd_supports,
+    _winograd_unsupported_reason,
     (
         Rule(_f4x4_needs_more_macs, _REASON_SMALL, _EVIDENCE_MACS, ("inference",)),
         _FEW_PIXELS,
@@ -273,14 +273,14 @@ WINOGRAD_F4X4 = _native_algorithm(
 )
 WINOGRAD_F2X2 = _native_algorithm(
     "winograd_f2x2",
-    _winograd_supports,
+    _winograd_unsupported_reason,
     (Rule(_f2x2_needs_more_macs, _REASON_SMALL, _EVIDENCE_MACS),),
     False,
     lambda problem: "small feature map: reads less of the weight than F(4x4)",
 )
 DIRECT = _native_algorithm(
     "direct",
-    _direct_supports,
+    _direct_unsupported_reason,
     (
         _FEW_PIXELS,
         Rule(_aten_forward_is_faster, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("forward",)),
@@ -297,7 +297,7 @@ DIRECT = _native_algorithm(
 )
 ONEDNN = Algorithm(
     "onednn",
-    supports=onednn.supports,
+    unsupported_reason=onednn.unsupported_reason,
     implementations={"inference": onednn.conv_bias_act},
     rules=(
         Rule(

@@ -31,7 +31,7 @@ def dtypes() -> tuple[torch.dtype, ...]:
     return _dtypes() if _torch_compat.mkldnn_enabled() else ()
 
 
-def supports(problem: Problem) -> str | None:
+def unsupported_reason(problem: Problem) -> str | None:
     if problem.under_torch_dispatch:
         return "a dispatch mode or a tensor subclass requires ATen's operators"
     if problem.dtype not in problem.machine.onednn_dtypes or len(problem.input) < 4 or 0 in problem.input:

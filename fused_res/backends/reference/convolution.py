@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
-from fused_res.backends.implicit_gemm import IMPLICIT_GEMM, supports_fused_training
+from fused_res.backends.implicit_gemm import IMPLICIT_GEMM, fused_training_unsupported_reason
 from fused_res.dispatch import TRAINING_OPERATIONS, Rule, convolution
 
 REFERENCE_ALGORITHM = replace(
     IMPLICIT_GEMM,
     name="reference",
-    supports=lambda problem: None if problem.operation == "inference" else supports_fused_training(problem),
+    unsupported_reason=lambda problem: (
+        None if problem.operation == "inference" else fused_training_unsupported_reason(problem)
+    ),
     rules=(
         Rule(
             lambda problem: True,
@@ -17,6 +19,6 @@ REFERENCE_ALGORITHM = replace(
             TRAINING_OPERATIONS,
         ),
     ),
-    describe=lambda problem: "plain PyTorch",
+    selection_reason=lambda problem: "plain PyTorch",
 )
 ALGORITHMS = (REFERENCE_ALGORITHM, *convolution.ALGORITHMS)

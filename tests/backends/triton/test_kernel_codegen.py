@@ -174,7 +174,7 @@ def test_kernels_command_prints_table_and_writes_ptx(tmp_path, monkeypatch, caps
     monkeypatch.setattr(aot_manifest, "compile_all", lambda capability: reports)
     command.main(["kernels", "--sm", "90", "--ptx", str(tmp_path / "code")])
     printed = capsys.readouterr().out
-    assert "sm_90: 1 kernels" in printed and "none with a stack" in printed and "add_kernel" in printed
+    assert "sm_90: 1 kernels" in printed and "none with a stack frame" in printed and "add_kernel" in printed
     (file,) = (tmp_path / "code").iterdir()
     assert file.name == "sm_90_001_add_kernel.ptx" and ".target sm_90" in file.read_text()
 
