@@ -1,18 +1,18 @@
-// Normalize and ReLU mask. The forward, the recomputation, the prologue of max pooling and every backward use
-// these two functions with the same saved scale and shift, so that a recomputed ReLU mask is bitwise equal to
-// that of the forward.
+// Normalization and ReLU mask. The forward, the recomputation, the prologue of max pooling and every backward
+// use these two functions with the same saved scale and shift, so that a recomputed ReLU mask is bitwise
+// equal to that of the forward.
 #pragma once
 
 #include "common/statistics.h"
 
 namespace fused_res {
 
-// The normalized value of `centred` = x - mean. The difference of two close numbers is exact, whereas
-// x * scale + (bias - mean * scale) loses as many digits as the mean exceeds the deviation. V: a scalar or a
+// The normalized value of `centered` = x - mean. The difference of two close numbers is exact, whereas
+// x * scale + (bias - mean * scale) loses log10(|mean| / standard deviation) digits. V: a scalar or a
 // SIMD vector, whose `fma` is found by argument-dependent lookup.
 template <class V>
-FUSED_RES_INLINE V normalize(V centred, V scale, V shift) {
-  return fma(centred, scale, shift);
+FUSED_RES_INLINE V normalize(V centered, V scale, V shift) {
+  return fma(centered, scale, shift);
 }
 
 // The ReLU mask is !(v <= 0): NaN propagates, forward and backward, as in PyTorch.

@@ -1,8 +1,8 @@
 // Arithmetic of batch statistics, one channel at a time: functions that the CPU and CUDA kernels share.
 //
 // Partial statistics are (count, mean, M2) with M2 = sum (x - mean)^2. They are merged pairwise in a fixed
-// order (Chan, Golub & LeVeque 1979). E[x^2] - E[x]^2 is never used: at mean 100 and deviation 1 it loses all
-// but three digits in float32.
+// order (Chan, Golub & LeVeque 1979). E[x^2] - E[x]^2 is never used: at mean 100 and standard deviation 1 it
+// loses all but three digits in float32.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -33,16 +33,16 @@ FUSED_RES_INLINE MergeFactors merge_factors(double count_a, double count_b) {
 }
 
 // Chan's merge. If the means are equal, the result is exactly that mean, so a constant channel has variance
-// 0. If a mean is infinite or NaN, their difference would turn infinity into NaN; adding the means gives what
-// a sum over the values gives.
+// 0. If a mean is infinite, inf - inf would give NaN even if the mean over all values is infinite; the means
+// are added instead.
 FUSED_RES_INLINE Moments merge(Moments a, Moments b, MergeFactors factors) {
   const double delta = b.mean - a.mean;
   const bool finite = delta - delta == 0.0;
   return {finite ? a.mean + delta * factors.mean : a.mean + b.mean, a.m2 + b.m2 + delta * delta * factors.m2};
 }
 
-// Moments from the sums of d = x - pivot and d^2. Accurate only if the pivot is near the mean, in units of
-// the deviation.
+// Moments from the sums of d = x - pivot and d^2. Accurate only if the pivot is within a few standard
+// deviations of the mean.
 FUSED_RES_INLINE Moments moments_from_sums(double pivot, double sum, double sum_of_squares, double count) {
   const double shift = sum / count;
   const double m2 = sum_of_squares - sum * shift;
@@ -59,12 +59,14 @@ struct ChannelStats {
 template <class T>
 FUSED_RES_INLINE ChannelStats<T> channel_stats(double mean, double invstd, double weight, double bias) {
   const T rounded = static_cast<T>(mean);
-  const double scale = weight * invstd, lost = static_cast<double>(rounded) - mean;
-  return {rounded, static_cast<T>(invstd), static_cast<T>(scale), static_cast<T>(bias + lost * scale)};
+  const double scale = weight * invstd, rounding_error = static_cast<double>(rounded) - mean;
+  return {rounded, static_cast<T>(invstd), static_cast<T>(scale),
+          static_cast<T>(bias + rounding_error * scale)};
 }
 
 // Training: dx = scale * (dy - mean(dy) - xhat * mean(dy * xhat)) = scale * dy + slope * (x - mean) + offset.
-// Not folded into slope * x + offset', which loses accuracy where the deviation is small against the mean.
+// Not folded into slope * x + offset', which loses accuracy if the standard deviation is small compared
+// with the mean.
 template <class T>
 struct BackwardCoefficients {
   T slope, offset;

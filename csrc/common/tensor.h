@@ -66,14 +66,14 @@ inline bool is_channels_last(const Tensor& input) {
 
 // `input` in channels_last memory format, or contiguous; the same tensor if it already is.
 inline Tensor to_memory_format(const Tensor& input, bool channels_last) {
-  const bool has_rows = channels_last && input.dim() > 3;
-  return input.contiguous(has_rows ? channels_last_of(input.dim()) : at::MemoryFormat::Contiguous);
+  const bool use_channels_last = channels_last && input.dim() > 3;
+  return input.contiguous(use_channels_last ? channels_last_of(input.dim()) : at::MemoryFormat::Contiguous);
 }
 
-// `output` with the strides that PyTorch gives an output for `input`. Differs from `output` only if the
-// kernels read a copy of `input`. `read`: the tensor that they read.
-inline Tensor restore_strides(const Tensor& output, const Tensor& input, const Tensor& read) {
-  return read.is_same(input) ? output : at::empty_like(input).copy_(output);
+// Returns `output` with the strides that PyTorch gives an output for `input`: copied to the strides of
+// `input` if the kernels read a copy of it, else unchanged. `kernel_input`: the tensor that the kernels read.
+inline Tensor restore_strides(const Tensor& output, const Tensor& input, const Tensor& kernel_input) {
+  return kernel_input.is_same(input) ? output : at::empty_like(input).copy_(output);
 }
 
 }  // namespace fused_res

@@ -16,11 +16,11 @@ struct NormBackward {
   Tensor x, stats, dx, coefficients, dweight, dbias;
   at::ScalarType weight_type;
 
-  // `read`: the norm's input in the memory format of all operands, as the kernels read it.
-  NormBackward(const ActivationTensor& like, const Tensor& read, const Tensor& saved, const char* name,
+  // `norm_input`: the norm's input, converted to the memory format of the other operands.
+  NormBackward(const ActivationTensor& like, const Tensor& norm_input, const Tensor& saved, const char* name,
                const OptionalTensor& weight, bool training, bool needs_input_grad, bool needs_weight_grad,
                bool needs_bias_grad)
-      : x(read), stats(checked_stats(saved, like, name)) {
+      : x(norm_input), stats(checked_stats(saved, like, name)) {
     const int64_t channels = like.shape.channels;
     const at::ScalarType dtype = stats_type(x);
     weight_type = weight && weight->defined() ? weight->scalar_type() : dtype;

@@ -36,16 +36,16 @@ Tensor batch_norm_partials(const Tensor& input) {
 // Merges P partial statistics, (P, 3, C): count, mean and M2, from a convolution's epilogue or from several
 // processes.
 Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const OptionalTensor& bias,
-                   double eps, bool wide) {
+                   double eps, bool is_double) {
   TORCH_CHECK_VALUE(partials.dim() == 3 && partials.size(0) > 0 && partials.size(1) == 3 &&
                         partials.scalar_type() == at::kDouble && partials.is_cpu(),
                     "partials: expected (P, 3, C) of float64 on the CPU, got ", partials.sizes(), " of ",
                     partials.scalar_type());
   const Tensor parts = partials.contiguous();
   const int64_t channels = parts.size(2);
-  const auto type = wide ? at::kDouble : at::kFloat;
-  const Tensor scale = channel_vector(weight, channels, type, "weight");
-  const Tensor shift = channel_vector(bias, channels, type, "bias");
+  const auto type = is_double ? at::kDouble : at::kFloat;
+  const Tensor weights = channel_vector(weight, channels, type, "weight");
+  const Tensor biases = channel_vector(bias, channels, type, "bias");
   Tensor stats = at::detail::empty_cpu({kStatsRows, channels}, type);
   if (channels == 0) return stats;
   const auto moments = make_uninitialized(2 * channels);
@@ -61,9 +61,9 @@ Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const O
     }
     count += part[0];
   }
-  const AffineArgs params = {data_or_null(scale), data_or_null(shift), eps};
-  kernels().finalize_stats[wide](stats.data_ptr(), moments.get(), std::max(count, 1.0), params, channels, 0,
-                                 channels);
+  const AffineArgs params = {data_or_null(weights), data_or_null(biases), eps};
+  kernels().finalize_stats[is_double](stats.data_ptr(), moments.get(), std::max(count, 1.0), params, channels,
+                                      0, channels);
   return stats;
 }
 
@@ -81,7 +81,7 @@ Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Ten
   const Tensor dy = x.checked_like(grad_output, "grad_output");
   const bool pair = residual && residual->defined();
   TORCH_CHECK_VALUE(pair == (residual_stats && residual_stats->defined()),
-                    "residual: expected residual_stats with it");
+                    "residual: expected together with residual_stats");
   const Tensor inputs[2] = {x.tensor, pair ? x.checked_like(*residual, "residual") : Tensor()};
   const Tensor saved[2] = {checked_stats(stats, x, "stats"),
                            pair ? checked_stats(*residual_stats, x, "residual_stats") : Tensor()};
@@ -139,9 +139,9 @@ Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const T
                                       .dweight = nullptr,
                                       .dbias = nullptr};
     // The kernel expects sum dy * (x - mean), which is sum dy * xhat / invstd.
-    const Tensor wide = sums->to(at::kDouble).contiguous();
-    const Tensor sum_dy_xmu = wide[1].div(saved[kInvstd]);
-    kernels().finalize_backward[stats_index(x.tensor)](out, wide.const_data_ptr<double>(),
+    const Tensor sums_f64 = sums->to(at::kDouble).contiguous();
+    const Tensor sum_dy_xmu = sums_f64[1].div(saved[kInvstd]);
+    kernels().finalize_backward[stats_index(x.tensor)](out, sums_f64.const_data_ptr<double>(),
                                                        sum_dy_xmu.const_data_ptr<double>(),
                                                        static_cast<double>(count), channels, 0, channels);
   }

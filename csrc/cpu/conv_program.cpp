@@ -16,8 +16,10 @@ class GraphExecutor {
   GraphExecutor(at::IntArrayRef steps, at::TensorList packed, at::TensorList bias, int64_t arena,
                 int64_t chunk)
       : packed_(packed), bias_(bias), arena_(arena), chunk_(chunk) {
-    TORCH_CHECK_VALUE(steps.size() % kStepSize == 0 && !steps.empty() && packed.size() == bias.size(),
-                      "steps: expected ", kStepSize, " integers each");
+    TORCH_CHECK_VALUE(steps.size() % kStepSize == 0 && !steps.empty(),
+                      "steps: expected a positive multiple of ", kStepSize, " integers, got ", steps.size());
+    TORCH_CHECK_VALUE(packed.size() == bias.size(), "bias: expected as many tensors as packed weights, ",
+                      packed.size(), ", got ", bias.size());
     steps_ = {reinterpret_cast<const Step*>(steps.data()), steps.size() / kStepSize};
   }
 
@@ -26,19 +28,21 @@ class GraphExecutor {
     Tensor output = empty_output(sizes, at::kFloat, at::MemoryFormat::ChannelsLast);
     const int64_t images = x.size(0);
     if (output.numel() == 0) return output;
-    const int64_t chunk = std::min(chunk_, images), in = x.numel() / images, out = output.numel() / images;
+    const int64_t chunk = std::min(chunk_, images), input_floats = x.numel() / images,
+                  output_floats = output.numel() / images;
     // Chunks of images of nearly equal size.
     const int64_t chunks = ceil_div(images, chunk), largest = ceil_div(images, chunks);
     int64_t scratch = 0;
     for (const Step& step : steps_) {
-      check_bounds(step, in, out);
+      check_bounds(step, input_floats, output_floats);
       scratch = std::max(scratch, scratch_floats(step, largest));
     }
     Scratch memory(arena_ * largest + scratch);
     for (int64_t i = 0; i < chunks; ++i) {
       const Range part = balanced_range(images, i, chunks);
-      Buffers buffers = {float_data(x, "input") + part.begin * in,
-                         output.data_ptr<float>() + part.begin * out, memory.data(), part.end - part.begin};
+      Buffers buffers = {float_data(x, "input") + part.begin * input_floats,
+                         output.data_ptr<float>() + part.begin * output_floats, memory.data(),
+                         part.end - part.begin};
       for (const Step& step : steps_) run(step, images, buffers, memory.data() + arena_ * largest);
     }
     return output;
@@ -51,8 +55,10 @@ class GraphExecutor {
     float* arena;
     int64_t images;
 
-    const float* read(int64_t location) const { return location == kInput ? input : write(location); }
-    float* write(int64_t location) const {
+    const float* input_pointer(int64_t location) const {
+      return location == kInput ? input : output_pointer(location);
+    }
+    float* output_pointer(int64_t location) const {
       return location == kNoOperand ? nullptr : location == kOutput ? output : arena + location * images;
     }
   };
@@ -65,7 +71,8 @@ class GraphExecutor {
     check_conv_args(args, packed_[step.weight].numel());
     args.packed = float_data(packed_[step.weight], "packed");
     TORCH_CHECK_VALUE(bias_[step.weight].numel() == step.out_channels && bias_[step.weight].is_contiguous(),
-                      "bias: expected ", step.out_channels, " elements");
+                      "bias: expected ", step.out_channels, " contiguous elements, got ",
+                      bias_[step.weight].sizes(), " with strides ", bias_[step.weight].strides());
     args.bias = float_data(bias_[step.weight], "bias");
     return args;
   }
@@ -80,7 +87,7 @@ class GraphExecutor {
     return args;
   }
 
-  void check_bounds(const Step& step, int64_t in, int64_t out) const {
+  void check_bounds(const Step& step, int64_t input_floats, int64_t output_floats) const {
     int64_t written;
     if (step.kind == kConvolution) {
       TORCH_CHECK_VALUE(step.weight >= 0 && step.weight < static_cast<int64_t>(packed_.size()),
@@ -92,7 +99,10 @@ class GraphExecutor {
       written = args.channels * args.out_height * args.out_width;
     }
     const auto room = [&](int64_t location) {
-      return location == kInput ? in : location == kOutput ? out : location >= 0 ? arena_ - location : -1;
+      return location == kInput    ? input_floats
+             : location == kOutput ? output_floats
+             : location >= 0       ? arena_ - location
+                                   : -1;
     };
     TORCH_CHECK_VALUE(step.channels * step.height * step.width <= room(step.input) &&
                           written <= room(step.output) && step.output != kInput &&
@@ -110,7 +120,7 @@ class GraphExecutor {
   void run(const Step& step, int64_t images, const Buffers& buffers, float* scratch) const {
     if (step.kind == kMaxPool) {
       PoolArgs args = pool(step, buffers.images);
-      args.x = buffers.read(step.input), args.y = buffers.write(step.output);
+      args.x = buffers.input_pointer(step.input), args.y = buffers.output_pointer(step.output);
       const auto forward =
           kernels().max_pool[static_cast<int>(Dtype::kFloat32)][static_cast<int>(Layout::kNhwc)].forward;
       const int64_t rows = args.images * args.out_height;
@@ -119,8 +129,8 @@ class GraphExecutor {
       return;
     }
     ConvolutionArgs args = convolution(step, buffers.images);
-    args.x = buffers.read(step.input), args.y = buffers.write(step.output),
-    args.residual = buffers.read(step.residual);
+    args.x = buffers.input_pointer(step.input), args.y = buffers.output_pointer(step.output),
+    args.residual = buffers.input_pointer(step.residual);
     args.stream = use_streaming_stores(args, step.output == kOutput ? images : buffers.images);
     dispatch_tasks(args, [&](const auto& tasks) {
       tasks.run(convolution_kernels(), scratch, DynamicParallel(args), {});
@@ -134,8 +144,10 @@ class GraphExecutor {
 
 Tensor conv_program(const Tensor& input, at::TensorList packed, at::TensorList bias, at::IntArrayRef steps,
                     int64_t arena, int64_t chunk, at::IntArrayRef sizes) {
-  TORCH_CHECK_VALUE(input.dim() == 4 && sizes.size() == 4 && chunk > 0 && arena >= 0,
-                    "input: expected (N, C, H, W), got ", input.sizes());
+  TORCH_CHECK_VALUE(input.dim() == 4, "input: expected (N, C, H, W), got ", input.sizes());
+  TORCH_CHECK_VALUE(sizes.size() == 4, "output_size: expected (N, C, H, W), got ", sizes);
+  TORCH_CHECK_VALUE(chunk > 0, "chunk: expected a positive integer, got ", chunk);
+  TORCH_CHECK_VALUE(arena >= 0, "arena: expected a non-negative integer, got ", arena);
   return GraphExecutor(steps, packed, bias, arena, chunk).run(input, sizes);
 }
 

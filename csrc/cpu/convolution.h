@@ -12,7 +12,8 @@ namespace fused_res::cpu {
 namespace {  // anonymous, as in tiles.h, because classes have members of its types
 
 inline int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
-// Part `index` of [0, n), divided into `parts` parts of nearly equal size (oneDNN's balance211).
+// Part `index` of [0, n), divided into `parts` parts whose sizes differ by at most one, as by oneDNN's
+// balance211, but with the larger parts interleaved.
 inline Range balanced_range(int64_t n, int64_t index, int64_t parts) {
   return {n * index / parts, n * (index + 1) / parts};
 }
@@ -31,6 +32,8 @@ inline bool supports_winograd(const ConvolutionArgs& args) {
 // True if the Winograd kernels support the output tile size m = `tile`.
 constexpr bool supports_winograd_tile(int64_t tile) { return tile >= 2 && tile <= 4; }
 
+// A chunk is a range of output pixels or tiles; in the arguments of the kernels, `block` is this range.
+//
 // Memory for the partial statistics of a convolution's output, doubles (mean, M2)[out_channels] for each
 // chunk; null if they are not requested.
 struct ChunkMoments {
@@ -40,14 +43,14 @@ struct ChunkMoments {
   }
 };
 
-// Direct convolution: a task is a block of output pixels and a group of panels.
+// im2col + GEMM (isa/direct.h): a task is a chunk of output pixels and a group of panels.
 class DirectTasks {
  public:
   explicit DirectTasks(const ConvolutionArgs& args)
       : args_(args), rows_(args.images * args.out_height * args.out_width), k_(gemm_k(args)) {
-    // The im2col rows of a block stay in L2 while the panels are streamed.
-    const int64_t block = std::clamp<int64_t>(kBlockFloats / k_, kMinRows, kMaxRows);
-    chunks_ = ceil_div(rows_, block);
+    // The im2col rows of a chunk stay in L2 while the panels are streamed.
+    const int64_t chunk_pixels = std::clamp<int64_t>(kChunkFloats / k_, kMinRows, kMaxRows);
+    chunks_ = ceil_div(rows_, chunk_pixels);
   }
 
   int64_t chunks() const { return chunks_; }
@@ -60,8 +63,8 @@ class DirectTasks {
   template <class Parallel>
   void run(const ConvolutionKernels& k, float* scratch, const Parallel& parallel,
            ChunkMoments moments) const {
-    // More than one group of panels only where there are too few blocks of pixels for the threads, because
-    // im2col is repeated for each group. The blocks of a group are consecutive tasks, so that a thread reads
+    // More than one group of panels only where there are too few chunks for the threads, because im2col is
+    // repeated for each group. The chunks of a group are consecutive tasks, so that a thread reads
     // only its own part of the weight.
     const int64_t panels = num_panels(args_.out_channels), target = kTasksPerThread * parallel.threads();
     const int64_t groups = chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_));
@@ -77,7 +80,7 @@ class DirectTasks {
   }
 
  private:
-  static constexpr int64_t kBlockFloats = 65536, kMinRows = 14, kMaxRows = 56, kTasksPerThread = 4;
+  static constexpr int64_t kChunkFloats = 65536, kMinRows = 14, kMaxRows = 56, kTasksPerThread = 4;
 
   int64_t im2col_floats() const { return ceil_div(rows_, chunks_) * padded_row_stride(k_); }
 
@@ -85,9 +88,9 @@ class DirectTasks {
   int64_t rows_, k_, chunks_;
 };
 
-// Winograd convolution, in one of two schedules. Fused: a task takes a block of tiles through input
+// Winograd convolution, in one of two schedules. Fused: a task takes a chunk of tiles through input
 // transform, GEMMs and output transform; used where the transformed filter U stays in the caches. Staged: the
-// input transforms of a few blocks come first, then tasks of one panel each, which read their part of U once;
+// input transforms of a few chunks come first, then tasks of one panel each, which read their part of U once;
 // used where U does not stay in the caches, or where there are few tiles.
 class WinogradTasks {
  public:
@@ -95,8 +98,8 @@ class WinogradTasks {
       : args_(args), tiles_(args), total_(args.images * tiles_.per_image()) {
     const int64_t side = args.tile + 2;
     const int64_t weight = num_panels(args.out_channels) * kPanelWidth * args.channels * side * side;
-    staged_ = total_ < (weight > kSmallWeight ? kFewTiles : 3 * kFusedBlock) || weight > kCachedWeight;
-    chunks_ = ceil_div(total_, staged_ ? kStagedBlock / args.stride_h : kFusedBlock);
+    staged_ = total_ < (weight > kSmallWeight ? kFewTiles : 3 * kFusedChunk) || weight > kCachedWeight;
+    chunks_ = ceil_div(total_, staged_ ? kStagedChunk / args.stride_h : kFusedChunk);
   }
 
   int64_t chunks() const { return chunks_; }
@@ -111,7 +114,7 @@ class WinogradTasks {
     return count;
   }
   int64_t scratch(int64_t threads) const {
-    return staged_ ? kBlocksPerStage * v_floats() + threads * m_floats()
+    return staged_ ? kChunksPerStage * v_floats() + threads * m_floats()
                    : threads * (v_floats() + m_floats());
   }
 
@@ -131,10 +134,10 @@ class WinogradTasks {
       });
       return;
     }
-    float* const m = scratch + kBlocksPerStage * v_floats();
-    for (int64_t first = 0; first < chunks_; first += kBlocksPerStage) {
-      const int64_t blocks = std::min(kBlocksPerStage, chunks_ - first);
-      parallel(blocks * kTransformTasks, [&](int64_t begin, int64_t end) {
+    float* const m = scratch + kChunksPerStage * v_floats();
+    for (int64_t first = 0; first < chunks_; first += kChunksPerStage) {
+      const int64_t chunks = std::min(kChunksPerStage, chunks_ - first);
+      parallel(chunks * kTransformTasks, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const Range block = balanced_range(total_, first + task / kTransformTasks, chunks_);
           const Range part = balanced_range(block.end - block.begin, task % kTransformTasks, kTransformTasks);
@@ -142,11 +145,11 @@ class WinogradTasks {
                                      scratch + task / kTransformTasks * v_floats());
         }
       });
-      parallel(panels * blocks, [&](int64_t begin, int64_t end) {
+      parallel(panels * chunks, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t panel = task / blocks, chunk = first + task % blocks;
+          const int64_t panel = task / chunks, chunk = first + task % chunks;
           k.winograd.gemm_output_transform(args_, balanced_range(total_, chunk, chunks_), {panel, panel + 1},
-                                           scratch + task % blocks * v_floats(),
+                                           scratch + task % chunks * v_floats(),
                                            m + parallel.thread() * m_floats(),
                                            moments.of(chunk, args_.out_channels));
         }
@@ -156,10 +159,10 @@ class WinogradTasks {
 
  private:
   static constexpr int64_t kSmallWeight = 1 << 20, kCachedWeight = 3 << 20;                    // floats
-  static constexpr int64_t kFusedBlock = 14, kStagedBlock = 112, kFewTiles = 8 * kFusedBlock;  // tiles
-  static constexpr int64_t kBlocksPerStage = 4, kTransformTasks = 28;
+  static constexpr int64_t kFusedChunk = 14, kStagedChunk = 112, kFewTiles = 8 * kFusedChunk;  // tiles
+  static constexpr int64_t kChunksPerStage = 4, kTransformTasks = 28;
 
-  // The rows of V and M of a block, and the size of V and of one panel of M, in floats.
+  // The rows of V and M of a chunk, and the size of V and of one panel of M, in floats.
   int64_t rows() const { return ceil_div(total_, chunks_) * tiles_.transform_elements(); }
   int64_t v_floats() const { return rows() * padded_row_stride(args_.channels); }
   int64_t m_floats() const { return rows() * kPanelWidth; }

@@ -18,7 +18,7 @@ struct Shape {
 
   int64_t numel() const { return images * channels * spatial; }
   int64_t values_per_channel() const { return images * spatial; }
-  // The rows and columns of a mask. Its rows are padded to whole bytes.
+  // The activation as a matrix. A mask has the same rows, padded to whole bytes.
   int64_t rows() const { return layout == Layout::kNhwc ? images * spatial : images * channels; }
   int64_t cols() const { return layout == Layout::kNhwc ? channels : spatial; }
 };
@@ -45,7 +45,7 @@ class Partition {
   // `bytes`: size of one element, summed over all operands that both passes read.
   Partition(const Shape& shape, int64_t bytes, int64_t threads) : shape_(shape) {
     const int64_t channel_bytes = std::max<int64_t>(shape.values_per_channel() * bytes, 1);
-    const int64_t cached = kCacheBytes / channel_bytes;
+    const int64_t cached_channels = kCacheBytes / channel_bytes;
     if (shape.layout == Layout::kNhwc) {
       // A power of two, so that threads get equal shares. Chunks are long enough that there are few partial
       // statistics.
@@ -61,10 +61,10 @@ class Partition {
       chunks_ = (shape.images + images_per_chunk_ - 1) / images_per_chunk_ * chunks_per_image_;
       // With enough channels, each thread runs both passes of its own groups: there is no barrier between the
       // passes, and a group stays in the thread's L2.
-      group_per_thread_ = shape.channels >= 2 * threads && cached >= threads;
+      group_per_thread_ = shape.channels >= 2 * threads && cached_channels >= threads;
       group_channels_ = group_per_thread_
                             ? std::min(kThreadCacheBytes / channel_bytes, shape.channels / (2 * threads))
-                            : cached;
+                            : cached_channels;
     }
     group_channels_ = std::clamp<int64_t>(group_channels_, 1, std::max<int64_t>(shape.channels, 1));
   }
@@ -123,19 +123,19 @@ class Partition {
 template <class Parallel, class First, class Between, class Second>
 void two_passes(const Partition& partition, const Parallel& parallel, const First& first,
                 const Between& between, const Second& second) {
-  const auto forwards = [&](ChannelRange group, int64_t begin, int64_t end) {
+  const auto run_first_pass = [&](ChannelRange group, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) first(partition.block(group, task), partition.chunk(task));
   };
-  const auto backwards = [&](ChannelRange group, int64_t begin, int64_t end) {
+  const auto run_second_pass_reversed = [&](ChannelRange group, int64_t begin, int64_t end) {
     for (int64_t task = end; task-- > begin;) second(partition.block(group, task));
   };
   if (partition.group_per_thread()) {
     parallel(partition.groups(), [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
         const ChannelRange group = partition.group(index);
-        forwards(group, 0, partition.tasks(group));
+        run_first_pass(group, 0, partition.tasks(group));
         between(group);
-        backwards(group, 0, partition.tasks(group));
+        run_second_pass_reversed(group, 0, partition.tasks(group));
       }
     });
     return;
@@ -143,9 +143,9 @@ void two_passes(const Partition& partition, const Parallel& parallel, const Firs
   for (int64_t index = 0; index < partition.groups(); ++index) {
     const ChannelRange group = partition.group(index);
     const int64_t tasks = partition.tasks(group);
-    parallel(tasks, [&](int64_t begin, int64_t end) { forwards(group, begin, end); });
+    parallel(tasks, [&](int64_t begin, int64_t end) { run_first_pass(group, begin, end); });
     between(group);
-    parallel(tasks, [&](int64_t begin, int64_t end) { backwards(group, begin, end); });
+    parallel(tasks, [&](int64_t begin, int64_t end) { run_second_pass_reversed(group, begin, end); });
   }
 }
 
@@ -174,9 +174,10 @@ inline void merge_chunks(const Kernels& k, const Partition& partition, double* p
   const int64_t channels = partition.shape().channels;
   double count = partition.count(0);
   for (int64_t i = 1; i < partition.chunks(); ++i) {
-    const double more = partition.count(i);
-    k.merge_partials(partial, partial + i * 2 * channels, count, more, channels, group.begin, group.end);
-    count += more;
+    const double chunk_count = partition.count(i);
+    k.merge_partials(partial, partial + i * 2 * channels, count, chunk_count, channels, group.begin,
+                     group.end);
+    count += chunk_count;
   }
 }
 // Adds partial[chunks][rows][C] of all chunks into partial[0] for the channels of a group.

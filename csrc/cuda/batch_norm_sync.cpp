@@ -142,7 +142,7 @@ Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Ten
   const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
   const Residual added(x, residual, residual_stats);
   TORCH_CHECK_VALUE(added.tensor.defined() == added.stats.defined(),
-                    "residual: expected residual_stats with it");
+                    "residual: expected together with residual_stats");
   BackwardArgs args = {};
   args.dy = dy.const_data_ptr(), args.x = x.data(), args.stats = saved.const_data_ptr();
   args.residual = data_or_null(added.tensor), args.residual_stats = data_or_null(added.stats);

@@ -131,7 +131,7 @@ def test_invalid_kernel_arguments_raise():
     for call, message in (
         (
             lambda: kernels.batch_norm_sums(x, x, stats, None, True, x, None),
-            "residual: expected residual_stats with it",
+            "residual: expected together with residual_stats",
         ),
         (lambda: kernels.batch_norm_sums(x, x, stats[:4], None, True, None, None), r"stats: expected \(5, 3\)"),
         (lambda: kernels.batch_norm_act_dx(x, x, stats, None, True, torch.randn(3, 3), 32), r"sums: expected \(2, 3\)"),

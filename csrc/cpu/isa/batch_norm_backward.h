@@ -16,10 +16,10 @@ namespace {
 enum class ReluMask { kNone, kStored, kRecompute };
 
 template <ReluMask kMask, class Part, class V>
-inline V apply_relu_mask(Part part, V dy, V centred, V scale, V shift, const uint8_t* mask, int64_t i) {
+inline V apply_relu_mask(Part part, V dy, V centered, V scale, V shift, const uint8_t* mask, int64_t i) {
   if constexpr (kMask == ReluMask::kStored) return maskz(V::from_bits(load_bits<V>(mask + i / 8, part)), dy);
   if constexpr (kMask == ReluMask::kRecompute)
-    return maskz(relu_active(normalize(centred, scale, shift)), dy);
+    return maskz(relu_active(normalize(centered, scale, shift)), dy);
   return dy;
 }
 
@@ -128,15 +128,15 @@ struct NormBackward {
         dx(static_cast<T*>(a.dx) + (a.dx ? start : 0)) {}
 
   template <class Part>
-  Vec<S> centred(Part part, int64_t i) const {
-    return norm.centred(part, part.load(x + i), i);
+  Vec<S> centered(Part part, int64_t i) const {
+    return norm.centered(part, part.load(x + i), i);
   }
   template <class Part>
-  void write(Part part, Vec<S> g, Vec<S> centred, int64_t i, bool stream) const {
+  void write(Part part, Vec<S> g, Vec<S> centered, int64_t i, bool stream) const {
     if (!dx) return;
     Vec<S> d = g * norm.scale.at(part, i);
     if (has_coefficients)
-      d = fma(g, norm.scale.at(part, i), fma(centred, slope.at(part, i), offset.at(part, i)));
+      d = fma(g, norm.scale.at(part, i), fma(centered, slope.at(part, i), offset.at(part, i)));
     store_or_stream(part, dx + i, d, stream);
   }
 };
@@ -154,12 +154,12 @@ struct ElementwiseBackward {
         const uint8_t* mask = kMask == ReluMask::kStored ? a.mask + mask_start : nullptr;
         T* dresidual = static_cast<T*>(a.dresidual) + (a.dresidual ? start : 0);
         for_each_vector<V>(n, [&](auto part, int64_t i) {
-          const V centred = first.centred(part, i);
-          const V g = apply_relu_mask<kMask>(part, part.load(dy + i), centred, first.norm.scale.at(part, i),
+          const V centered = first.centered(part, i);
+          const V g = apply_relu_mask<kMask>(part, part.load(dy + i), centered, first.norm.scale.at(part, i),
                                              first.norm.shift.at(part, i), mask, i);
-          first.write(part, g, centred, i, stream);
+          first.write(part, g, centered, i, stream);
           if constexpr (N == 2) {
-            second.write(part, g, second.centred(part, i), i, stream);
+            second.write(part, g, second.centered(part, i), i, stream);
           } else if (dresidual) {
             store_or_stream(part, dresidual + i, g, stream);
           }

@@ -150,12 +150,12 @@ struct Norm {
         shift{static_cast<const S*>(a.shift) + channel} {}
 
   template <class Part>
-  Vec<S> centred(Part part, Vec<S> v, int64_t i) const {
+  Vec<S> centered(Part part, Vec<S> v, int64_t i) const {
     return v - mean.at(part, i);
   }
   template <class Part>
   Vec<S> operator()(Part part, Vec<S> v, int64_t i) const {
-    return normalize(centred(part, v, i), scale.at(part, i), shift.at(part, i));
+    return normalize(centered(part, v, i), scale.at(part, i), shift.at(part, i));
   }
 };
 

@@ -29,8 +29,8 @@ inline void gemm_panel(Range channels, const float* v, int64_t v_stride, const f
 
 constexpr int kChannelBlock = 16;  // channels of a cache line
 
-// Scatters values[tap][kChannelBlock][kPanelWidth] of a few input channels into dweight, which has any
-// strides.
+// Scatters values[tap][kChannelBlock][kPanelWidth] of a few input channels into dweight, whose strides are
+// arbitrary.
 inline void store_dweight(const WeightGradientArgs& args, int64_t panel, int64_t c, int64_t channels,
                           int64_t first_tap, int64_t taps, const float* values) {
   const auto& shape = args.convolution;
@@ -63,10 +63,11 @@ void direct_wgrad_im2col(const WeightGradientArgs& args, Range block, Range part
 
 void direct_wgrad_pack_dz(const WeightGradientArgs& args, Range block, Range part, float* dz) {
   if (!args.pack_dz) return;
-  const int64_t out_channels = args.convolution.out_channels, panel = (block.end - block.begin) * kPanelWidth;
+  const int64_t out_channels = args.convolution.out_channels,
+                panel_floats = (block.end - block.begin) * kPanelWidth;
   for (int64_t row = part.begin; row < part.end; ++row) {
     float* to = dz + (row - block.begin) * kPanelWidth;
-    for (int64_t o = 0; o < out_channels; o += kPanelWidth, to += panel) {
+    for (int64_t o = 0; o < out_channels; o += kPanelWidth, to += panel_floats) {
       const int64_t n = min(kPanelWidth, out_channels - o);
       copy_floats(to, args.dz + row * out_channels + o, n);
       clear_floats(to + n, kPanelWidth - n);
@@ -77,27 +78,27 @@ void direct_wgrad_pack_dz(const WeightGradientArgs& args, Range block, Range par
 void direct_wgrad_gemm(const WeightGradientArgs& args, Range block, Range panels, Range channels,
                        const float* v, const float* dz, bool overwrite, float* acc) {
   const auto& shape = args.convolution;
-  const int64_t field = gemm_k(shape), rows = block.end - block.begin;
+  const int64_t k = gemm_k(shape), rows = block.end - block.begin;
   const float* from = shape.needs_im2col ? v : shape.x + block.begin * shape.channels;
-  const int64_t stride = shape.needs_im2col ? padded_row_stride(field) : shape.channels;
+  const int64_t stride = shape.needs_im2col ? padded_row_stride(k) : shape.channels;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const float* columns = args.pack_dz ? dz + panel * rows * kPanelWidth
                                         : args.dz + block.begin * shape.out_channels + panel * kPanelWidth;
     gemm_panel(channels, from, stride, columns, args.pack_dz ? kPanelWidth : shape.out_channels, rows,
-               overwrite, acc + panel * field * kPanelWidth);
+               overwrite, acc + panel * k * kPanelWidth);
   }
 }
 
 void direct_wgrad_reduce(const WeightGradientArgs& args, Range panels, Range channels, const float* acc,
                          int64_t parts, int64_t stride) {
   const auto& shape = args.convolution;
-  const int64_t field = gemm_k(shape);
+  const int64_t k = gemm_k(shape);
   float values[kChannelBlock * kPanelWidth];
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t tap = 0; tap < shape.kernel_h * shape.kernel_w; ++tap) {
       for (int64_t c = channels.begin; c < channels.end; c += kChannelBlock) {
         const int64_t n = min(kChannelBlock, channels.end - c);
-        const float* from = acc + (panel * field + tap * shape.channels + c) * kPanelWidth;
+        const float* from = acc + (panel * k + tap * shape.channels + c) * kPanelWidth;
         for (int64_t i = 0; i < n * kPanelWidth; i += Vec<float>::lanes) {
           store(values + i, reduce_split_k(from + i, parts, stride));
         }
@@ -118,8 +119,9 @@ void winograd_wgrad_input_transform(const WeightGradientArgs& args, Range block,
 
 // A dz A^T of one tile for one vector of output channels. Gradients of outputs outside of the image are zero.
 template <int S, int MY, int MX, class Part>
-inline void grad_output_transform_tile(Part part, const float* dz, int64_t row, int64_t column, int64_t rows,
-                                       int64_t columns, float* const* to, int64_t at) {
+inline void grad_output_transform_tile(Part part, const float* dz, int64_t row_stride, int64_t column_stride,
+                                       int64_t valid_rows, int64_t valid_columns, float* const* to,
+                                       int64_t at) {
   using V = Vec<float>;
   constexpr int NY = alpha(S, MY), NX = alpha(S, MX);
   V t[NY][MX];
@@ -128,7 +130,8 @@ inline void grad_output_transform_tile(Part part, const float* dz, int64_t row, 
     V d[MY], u[NY];
 #pragma GCC unroll 4
     for (int i = 0; i < MY; ++i) {
-      d[i] = i < rows && j < columns ? part.load(dz + i * row + j * column) : V::zero();
+      d[i] = i < valid_rows && j < valid_columns ? part.load(dz + i * row_stride + j * column_stride)
+                                                 : V::zero();
     }
     transform_grad_output<S, MY>(d, u);
 #pragma GCC unroll 9
@@ -147,7 +150,7 @@ void winograd_wgrad_dz_transform(const WeightGradientArgs& args, Range block, Ra
   const auto& shape = args.convolution;
   const TileGrid tiles(shape);
   const TransformLayout layout(tiles, block);
-  const int64_t panel = layout.total_rows() * kPanelWidth;
+  const int64_t panel_floats = layout.total_rows() * kPanelWidth;
   const TransformPointers<float> pointers(tiles, layout, dz, kPanelWidth);
   for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int tile_class, int64_t index) {
     dispatch_tile_class(tiles, tile_class, [&](auto s, auto my, auto mx) {
@@ -155,7 +158,7 @@ void winograd_wgrad_dz_transform(const WeightGradientArgs& args, Range block, Ra
       const float* corner =
           args.dz + ((image * shape.out_height + y) * shape.out_width + x) * shape.out_channels;
       for_each_vector<Vec<float>>(shape.out_channels, [&](auto part, int64_t o) {
-        const int64_t at = o / kPanelWidth * panel + index * kPanelWidth + o % kPanelWidth;
+        const int64_t at = o / kPanelWidth * panel_floats + index * kPanelWidth + o % kPanelWidth;
         grad_output_transform_tile<s.value, my.value, mx.value>(
             part, corner + o, shape.out_width * shape.out_channels, shape.out_channels, shape.out_height - y,
             shape.out_width - x, pointers.of(tile_class), at);
@@ -188,20 +191,20 @@ void winograd_wgrad_reduce_stride(const WeightGradientArgs& args, Range panels, 
                                   const float* acc, int64_t parts, int64_t stride) {
   using V = Vec<float>;
   const auto& shape = args.convolution;
-  const int64_t point = shape.channels * kPanelWidth;
+  const int64_t point_floats = shape.channels * kPanelWidth;
   float values[kTaps * kTaps][kChannelBlock][kPanelWidth];
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t c = channels.begin; c < channels.end; c += kChannelBlock) {
       const int64_t n = min(kChannelBlock, channels.end - c);
       for (int64_t at = 0; at < n * kPanelWidth; at += V::lanes) {
-        const float* from = acc + panel * kTransformPoints * point + c * kPanelWidth + at;
+        const float* from = acc + panel * kTransformPoints * point_floats + c * kPanelWidth + at;
         V t[kPoints][kTaps];
 #pragma GCC unroll 9
         for (int i = 0; i < kPoints; ++i) {
           V u[kPoints];
 #pragma GCC unroll 9
           for (int j = 0; j < kPoints; ++j)
-            u[j] = reduce_split_k(from + (i * kPoints + j) * point, parts, stride);
+            u[j] = reduce_split_k(from + (i * kPoints + j) * point_floats, parts, stride);
           transform_grad_filter<S>(u, t[i]);
         }
 #pragma GCC unroll 3

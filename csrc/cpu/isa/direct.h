@@ -1,6 +1,7 @@
-// Direct convolution as an implicit GEMM, NHWC: M = output pixels, N = output channels, K = kernel elements x
-// input channels (the receptive field). For a 1x1 kernel with stride 1 and no padding the input itself is A;
-// otherwise im2col copies the receptive fields of a block of pixels into scratch memory first.
+// Convolution as blocked im2col + GEMM (the algorithm `direct`, without Winograd), NHWC: M = output pixels,
+// N = output channels, K = kernel elements x input channels (the receptive field). For a 1x1 kernel with
+// stride 1 and no padding the input itself is A; otherwise im2col copies the receptive fields of a block of
+// pixels into scratch memory first.
 #pragma once
 
 #include "cpu/isa/epilogue.h"
@@ -39,8 +40,8 @@ inline Range valid_taps(int64_t position, int64_t taps, int64_t dilation, int64_
   return {begin, end < begin ? begin : end};
 }
 
-// im2col: copies the receptive field of each output pixel of `rows` into a row of `to`, the rows
-// padded_row_stride(K) apart. Padding is filled with zeros.
+// im2col: copies the receptive field of each output pixel of `rows` into a row of `to`; rows are
+// padded_row_stride(K) floats apart. Padding is filled with zeros.
 inline void im2col(const ConvolutionArgs& args, Range rows, float* to) {
   using V = Vec<float>;
   const int64_t line_floats = args.kernel_w * args.channels,
@@ -137,8 +138,9 @@ inline void micro_kernel_epilogue(const ConvolutionArgs& args, const float* a, i
   }
 }
 
-// The output pixels `rows` of the panels: im2col if needed, then GEMM and epilogue, register block by
-// register block. With `moments`, the output's partial statistics are accumulated as well.
+// Computes the output pixels `rows` for the output channels of `panels`: im2col if needed, then GEMM and
+// epilogue, one register block at a time. With `moments`, the output's partial statistics are accumulated as
+// well.
 void direct_run(const ConvolutionArgs& args, Range rows, Range panels, float* scratch, double* moments) {
   constexpr int kLanes = Vec<float>::lanes;
   const int64_t k = args.kernel_h * args.kernel_w * args.channels;

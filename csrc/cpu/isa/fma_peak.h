@@ -11,8 +11,9 @@ namespace {
 // 16 registers.
 constexpr int kChains = kFmaValues - 2;
 
-// Runs FMAs on registers and returns the FLOP. `values`: the start of every chain, then the two operands; the
-// results are written back. Run-time operands and stored results keep the compiler from removing the loop.
+// Runs FMAs on registers and returns the number of floating-point operations. `values`: the start of every
+// chain, then the two operands; the results are written back. Run-time operands and stored results keep the
+// compiler from removing the loop.
 int64_t fma_loop(int64_t rounds, float* values) {
   using V = Vec<float>;
   V chains[kChains];

@@ -24,11 +24,11 @@ struct Block {
   int64_t s0, s1;
 };
 
-// In the comments, "stats" is a dtype: float, or double for float64 tensors. A "mask" has one bit per
-// element, least significant bit first, with rows (NHWC) or planes (NCHW) padded to whole bytes.
+// In the comments, stats_t is the dtype of statistics: float, or double for float64 tensors. A "mask" has one
+// bit per element, least significant bit first, with rows (NHWC) or planes (NCHW) padded to whole bytes.
 
 struct NormArgs {    // normalized = fma(x - mean, scale, shift)
-  const void* mean;  // stats[C] each
+  const void* mean;  // stats_t[C] each
   const void* scale;
   const void* shift;
 };
@@ -41,14 +41,14 @@ struct ForwardArgs {
   void* y;                 // may be x
   uint8_t* mask;           // or null
   bool relu;
-  bool stream;  // write y with streaming stores, for which its rows are aligned
+  bool stream;  // use streaming stores for y; the caller guarantees aligned rows
 };
 
 struct NormBackwardArgs {  // one norm; training: dx = scale * dy + slope * (x - mean) + offset
   const void* x;
   NormArgs norm;
-  const void* slope;   // stats[C], or null: dx = scale * dy
-  const void* offset;  // stats[C]
+  const void* slope;   // stats_t[C], or null: dx = scale * dy
+  const void* offset;  // stats_t[C]
   void* dx;            // or null
 };
 
@@ -61,22 +61,29 @@ struct BackwardArgs {
   bool stream;
 };
 
-struct AffineArgs {    // the affine parameters of one norm, converted to the stats dtype
-  const void* weight;  // stats[C], or null
-  const void* bias;    // stats[C], or null
+struct AffineArgs {    // the affine parameters of one norm, converted to stats_t
+  const void* weight;  // stats_t[C], or null
+  const void* bias;    // stats_t[C], or null
   double eps;
 };
 
 struct FinalizeBackwardArgs {
-  const void* stats;  // stats[5][C]
-  void* slope;        // the outputs: stats[C] each, or null
+  const void* stats;  // stats_t[5][C]
+  void* slope;        // the outputs: stats_t[C] each, or null
   void* offset;
   void* dweight;
   void* dbias;
 };
 
 // The rows of a stats tensor.
-enum StatsRow { kMean, kInvstd, kScale, kShift, kVar, kStatsRows };
+enum StatsRow {
+  kMean,
+  kInvstd,
+  kScale,  // weight * invstd
+  kShift,  // bias, compensated for the rounding of the mean
+  kVar,    // unbiased variance, for the running statistics; without batch statistics the running variance
+  kStatsRows
+};
 
 // Batch norm + residual add + ReLU. Partial statistics are doubles: forward (mean, M2)[C]; backward sum
 // dy[C], and sum dy * (x - mean)[C] for every norm. Backward kernels: [0] for one norm, [1] for a pair, that
@@ -93,13 +100,13 @@ struct PoolArgs {
   int64_t out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
   const void* x;      // forward: input; backward: gradient of the output
-  const void* mean;   // stats[C]
-  const void* scale;  // stats[C], or null: x is pooled without normalization
-  const void* shift;  // stats[C]
+  const void* mean;   // stats_t[C]
+  const void* scale;  // stats_t[C], or null: x is pooled without normalization
+  const void* shift;  // stats_t[C]
   bool relu;
   void* y;  // forward: output; backward: gradient of the input
-  // Index within the window, in the shape of the output. Null, which only the NHWC forward without a norm
-  // supports: do not compute indices.
+  // Index within the window, in the shape of the output. Null: no indices are computed; NHWC forward without
+  // a norm only.
   uint8_t* indices;
 };
 
@@ -113,7 +120,7 @@ struct MaxPoolKernels {
 
 constexpr int kPanelWidth = 32;  // output channels of a packed panel of the weight
 
-// An unpacked weight with any strides. With reversed taps and swapped channels it is the weight of the
+// An unpacked weight with arbitrary strides. With reversed taps and swapped channels it is the weight of the
 // gradient with respect to the input (dgrad).
 struct WeightView {
   const float* data;
@@ -132,8 +139,8 @@ struct ConvolutionArgs {
   const float* residual;  // like y, or null
   float* y;
   bool relu;
-  bool stream;        // streaming stores: only where every output pixel is a number of aligned cache lines
-  int64_t tile;       // Winograd output tile size m, 2 to 4; 0: direct
+  bool stream;   // streaming stores: only where every output pixel is a whole number of aligned cache lines
+  int64_t tile;  // Winograd output tile size m, 2 to 4; 0: direct
   bool needs_im2col;  // direct: copy receptive fields into rows first, which 1x1 kernels may not need
 };
 
@@ -177,8 +184,8 @@ struct WeightGradientKernels {
   // Pack the rows of `part`, a part of the output pixels or tiles `block` that v and dz are laid out for.
   void (*pack_input)(const WeightGradientArgs&, Range block, Range part, float* v);
   void (*pack_grad_output)(const WeightGradientArgs&, Range block, Range part, float* dz);
-  // acc[panel][transform point][channel][kPanelWidth] = or, unless `overwrite`, += v^T dz. Direct: one point,
-  // and `channel` is an element of the receptive field.
+  // acc[panel][transform point][channel][kPanelWidth]. `overwrite`: acc = v^T dz, else acc += v^T dz. Direct:
+  // one point, and `channel` is an element of the receptive field.
   void (*gemm)(const WeightGradientArgs&, Range block, Range panels, Range channels, const float* v,
                const float* dz, bool overwrite, float* acc);
   // Split-K reduction: adds the accumulators of `parts` parts, which are `stride` floats apart, transforms
@@ -193,11 +200,11 @@ struct ConvolutionKernels {
   WeightGradientKernels direct_wgrad, winograd_wgrad;
 };
 
-constexpr int kFmaValues = 14;  // 12 chains and their two common operands
+constexpr int kFmaValues = 14;  // 12 independent accumulators and their two shared operands
 
 struct Kernels {
   const char* name;
-  const ConvolutionKernels* convolution;  // null for the baseline, where they would not be worth it
+  const ConvolutionKernels* convolution;  // null for the baseline: the kernels require AVX2
   BatchNormActKernels batch_norm_act[kDtypes][kLayouts];
   MaxPoolKernels max_pool[kDtypes][kLayouts];
   // self += mask ? grad : 0, in rows of `cols` elements. A null mask adds all of grad.
@@ -208,14 +215,15 @@ struct Kernels {
                          int64_t c0, int64_t c1);
   // a[rows][C] += b for channels [c0, c1)
   void (*add_partials)(double* a, const double* b, int64_t rows, int64_t channels, int64_t c0, int64_t c1);
-  // stats[5][C] from the merged moments (mean, M2)[C]. [0]: float, [1]: double
+  // stats_t[5][C] from the merged moments (mean, M2)[C]. [0]: float, [1]: double
   void (*finalize_stats[2])(void* stats, const double* moments, double count, const AffineArgs&,
                             int64_t channels, int64_t c0, int64_t c1);
-  // From sum dy[C], sum dy * (x - mean)[C] and stats[5][C]: the backward coefficients slope[C] and offset[C]
-  // of NormBackwardArgs, dweight[C] and dbias[C]. Outputs that are null are skipped.
+  // From sum dy[C], sum dy * (x - mean)[C] and stats_t[5][C]: the backward coefficients slope[C] and
+  // offset[C] of NormBackwardArgs, dweight[C] and dbias[C]. Outputs that are null are skipped.
   void (*finalize_backward[2])(const FinalizeBackwardArgs&, const double* sum_dy, const double* sum_dy_xmu,
                                double count, int64_t channels, int64_t c0, int64_t c1);
-  // Saturates the FMA units and returns the FLOP. `values`: kFmaValues floats, read and written.
+  // Saturates the FMA units and returns the number of floating-point operations. `values`: kFmaValues floats,
+  // read and written.
   int64_t (*fma_loop)(int64_t rounds, float* values);
 };
 

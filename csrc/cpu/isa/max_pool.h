@@ -135,12 +135,12 @@ void max_pool_backward_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
 
 // --- NCHW: rows of one plane, in tiles whose state is on the stack ---
 
-// The most outputs of a tile. A tile also spans at most kSpan input columns, which leaves only a few outputs
-// if the stride exceeds the largest window, 255 columns.
+// Maximum number of outputs per tile. A tile also reads at most kSpan input columns, so a stride above 2
+// leaves fewer outputs. A window has at most 255 columns, because its index is one byte.
 constexpr int64_t kPoolTile = 512;
 
-// Updates best[n] and position[n] with every `Stride`-th value of row; 0: every `stride`-th. With a constant
-// stride the compiler vectorizes the loop.
+// Updates best[n] and position[n] with every `Stride`-th value of row. With a constant stride the compiler
+// vectorizes the loop; `Stride` 0 uses the run-time `stride`.
 template <int Stride, class S>
 inline void update_max(const S* row, int64_t n, int64_t stride, S at, S* best, S* position) {
   if constexpr (Stride != 0) stride = Stride;
@@ -227,8 +227,8 @@ void max_pool_backward_nchw(const PoolArgs& a, int64_t begin, int64_t end) {
         for (int64_t ox = cols.begin; ox < cols.end; ++ox) {
           const int64_t kx = a.indices[out + ox] - first;
           const int64_t i = ox * a.stride_w - a.pad_w + kx - x0;
-          const bool here = (kx >= 0) & (kx < a.kernel_w) & (i >= 0) & (i < n);
-          if (here) sum[i] += load_scalar(static_cast<const T*>(a.x) + out + ox);
+          const bool in_tile = (kx >= 0) & (kx < a.kernel_w) & (i >= 0) & (i < n);
+          if (in_tile) sum[i] += load_scalar(static_cast<const T*>(a.x) + out + ox);
         }
       }
       T* dx = static_cast<T*>(a.y) + row * a.width + x0;

@@ -138,7 +138,7 @@ inline int64_t gemm_rows_per_image(const TileGrid& tiles) {
   return count == 0 ? 0 : TransformLayout(tiles, {0, count}).total_rows();
 }
 
-// K of the implicit GEMM: the elements of an output pixel's receptive field.
+// K of the im2col GEMM: the elements of an output pixel's receptive field.
 inline int64_t gemm_k(const ConvolutionArgs& args) { return args.kernel_h * args.kernel_w * args.channels; }
 
 // The leading dimension of a matrix with this many columns: one cache line more than a multiple of a line, so

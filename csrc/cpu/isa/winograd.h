@@ -1,8 +1,8 @@
-// Winograd convolution of 3x3 kernels with stride 1 or 2 (Lavin & Gray 2015,
-// https://arxiv.org/abs/1509.09308): input transform V = B^T d B, one GEMM M = V U per transform point,
-// output transform Y = A^T M A with the epilogue. The filter transform U = G g G^T is done once, by
-// winograd_pack. The one-dimensional transforms are in winograd_points.h, the row layout of V and M in
-// tiles.h.
+// Winograd convolution of 3x3 kernels, with stride 1 (Lavin & Gray 2015, https://arxiv.org/abs/1509.09308) or
+// stride 2 (split into filters of 2 taps and 1 tap, see winograd_points.h): input transform V = B^T d B, one
+// GEMM M = V U per transform point, output transform Y = A^T M A with the epilogue. The filter transform
+// U = G g G^T is done once, by winograd_pack. The one-dimensional transforms are in winograd_points.h, the
+// row layout of V and M in tiles.h.
 #pragma once
 
 #include "cpu/isa/epilogue.h"
@@ -24,7 +24,8 @@ inline void dispatch_tile_size(int64_t size, F f) {
     f(Int<2>{});
   }
 }
-// Calls f(Int<stride>{}, Int<height>{}, Int<width>{}) for the tiles of a class.
+// Calls f(Int<stride>{}, Int<height>{}, Int<width>{}) for the tiles of a class: interior, right edge, bottom
+// edge or corner, where the edge classes may have fewer outputs (TileGrid).
 template <class F>
 inline void dispatch_tile_class(const TileGrid& tiles, int tile_class, F f) {
   dispatch_tile_size(tiles.height(tile_class), [&](auto my) {
@@ -40,8 +41,8 @@ inline void dispatch_tile_class(const TileGrid& tiles, int tile_class, F f) {
 
 // An input tile: its strides in memory, and the rows and columns of the tile that are within the image.
 struct Window {
-  int64_t row, column;  // strides
-  Range rows, columns;
+  int64_t row_stride, column_stride;
+  Range valid_rows, valid_columns;
 };
 
 // Input transform B^T d B of one tile for one vector of channels. `to`: a pointer for each transform-domain
@@ -55,7 +56,7 @@ inline void input_transform_tile(Part part, const float* x, const Window& window
 #pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) {
 #pragma GCC unroll 8
-      for (int j = NX; j < NX + S * MX; ++j) prefetch(x + i * window.row + j * window.column);
+      for (int j = NX; j < NX + S * MX; ++j) prefetch(x + i * window.row_stride + j * window.column_stride);
     }
   }
   V t[NY][NX];
@@ -64,12 +65,12 @@ inline void input_transform_tile(Part part, const float* x, const Window& window
     V d[NY], u[NY];
 #pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) {
-      const float* p = x + i * window.row + j * window.column;
+      const float* p = x + i * window.row_stride + j * window.column_stride;
       if constexpr (kInside) {
         d[i] = part.load(p);
       } else {
-        const bool inside = i >= window.rows.begin && i < window.rows.end && j >= window.columns.begin &&
-                            j < window.columns.end;
+        const bool inside = i >= window.valid_rows.begin && i < window.valid_rows.end &&
+                            j >= window.valid_columns.begin && j < window.valid_columns.end;
         d[i] = inside ? part.load(p) : V::zero();
       }
     }
@@ -104,7 +105,8 @@ inline void for_each_tile(const TileGrid& tiles, Range range, F f) {
 }
 
 // For each tile class, a pointer to every transform-domain element (a row of V or M) of the class's tile 0.
-// The element of tile `index` is `index` rows further.
+// The element of tile `index` is `index` rows further. With stride 2, a tile has several elements at some
+// transform points (tiles.h).
 template <class T>
 class TransformPointers {
  public:
@@ -285,7 +287,7 @@ void winograd_pack(const WeightView& weight, Range panels, float* packed) {
     if (width < kPanelWidth) memset(g, 0, sizeof(g));
     for (int64_t begin = 0; begin < weight.channels; begin += kChannelBlock) {
       const int64_t channels = min(kChannelBlock, weight.channels - begin);
-      const auto read = [&](int64_t c, int64_t o, int64_t tap) {
+      const auto element_address = [&](int64_t c, int64_t o, int64_t tap) {
         const int64_t y = tap / kTaps, x = tap % kTaps;
         return first + o * weight.output_stride + (begin + c) * weight.channel_stride +
                y * weight.row_stride + x * weight.column_stride;
@@ -293,13 +295,13 @@ void winograd_pack(const WeightView& weight, Range panels, float* packed) {
       if (weight.output_stride == 1) {
         for (int64_t c = 0; c < channels; ++c) {
           for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
-            copy_floats(g[c][tap], read(c, 0, tap), width);
+            copy_floats(g[c][tap], element_address(c, 0, tap), width);
           }
         }
       } else {
         for (int64_t o = 0; o < width; ++o) {
           for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
-            const float* w = read(0, o, tap);
+            const float* w = element_address(0, o, tap);
             for (int64_t c = 0; c < channels; ++c) {
               g[c][tap][o] = w[c * weight.channel_stride];
             }

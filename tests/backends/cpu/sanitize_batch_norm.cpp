@@ -135,14 +135,14 @@ class Norms {
       if (kind_ == kNormalised)
         expect(sums_[2 * channels + c], r_product, sum_tolerance, "residual's dweight", shape_);
       for_channel(c, [&](int64_t i, bool active) {
-        const double centred = load_scalar(x_.get() + i) - mean, r = load_scalar(r_.get() + i);
-        double y = centred * invstd * weight_[c] + bias_[c];
+        const double centered = load_scalar(x_.get() + i) - mean, r = load_scalar(r_.get() + i);
+        double y = centered * invstd * weight_[c] + bias_[c];
         if (kind_ == kAdded) y += r;
         if (kind_ == kNormalised) y += (r - r_mean) * r_invstd * weight_[c] + bias_[c];
         const double magnitude = 1 + std::abs(y);
         expect(load_scalar(y_.get() + i), relu_ && y <= 0 ? 0 : y, tolerance * magnitude, "y", shape_);
         const double g = active ? load_scalar(dy_.get() + i) : 0.0;
-        const double dx = weight_[c] * invstd * (g - sum / count - centred * invstd * product / count);
+        const double dx = weight_[c] * invstd * (g - sum / count - centered * invstd * product / count);
         expect(load_scalar(dx_.get() + i), dx, tolerance * 4, "dx", shape_);
         double dr = g;
         if (kind_ == kNormalised)
