@@ -19,7 +19,6 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-import fused_res
 from fused_res import _extension, env
 
 ROOT = Path(__file__).resolve().parents[2]
