@@ -124,7 +124,9 @@ _NORM_INFERENCE = {"apply": "z > a", "end": "z r > y", "pair": "z zs > y", "pool
 _FUSED_INFERENCE = {"fused conv": "x w r > y", "pool": "a > p i64"}
 _FEWEST_INFERENCE = {"fused conv": "x w r > y", "pool": "a > p"}
 
-_LOWER_BOUND = Selection(Algorithm("fewest", lambda problem: None, {}, fused=True, compact_dgrad=True), "lower bound")
+_LOWER_BOUND = Selection(
+    Algorithm("fewest", lambda problem: None, {}, fused=True, dgrad_at_sampled_positions=True), "lower bound"
+)
 _LOWER_BOUND_ALGORITHMS = TrainingAlgorithms(_LOWER_BOUND, _LOWER_BOUND, _LOWER_BOUND)
 
 

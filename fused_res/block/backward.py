@@ -253,4 +253,4 @@ def _has_compact_input_grad(unit: Unit) -> bool:
 
     A full gradient has zeros between those pixels.
     """
-    return max(unit.spec.stride) > 1 and unit.algorithms.input_gradient.algorithm.compact_dgrad
+    return max(unit.spec.stride) > 1 and unit.algorithms.input_gradient.algorithm.dgrad_at_sampled_positions

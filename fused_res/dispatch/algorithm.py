@@ -144,8 +144,8 @@ class Algorithm:
         returns_partials: whether *forward* returns partial statistics of the output.
         special_case: whether the algorithm is for few problems only, so that a plan does not report why it was passed
             over.
-        compact_dgrad: whether the input gradient of a strided 1x1 convolution is compact: of the output's size, for the
-            strided input positions only, without zero stuffing.
+        dgrad_at_sampled_positions: whether the input gradient of a strided 1x1 convolution has the output's size: it is
+            computed at the sampled input positions only, without zero stuffing.
         pack: function that packs a weight, given the problem, the input and the weight.
         pack_key: function that returns, for a problem, the properties that the packed weight depends on, as a cache
             key.
@@ -161,7 +161,7 @@ class Algorithm:
     fused: bool = False
     returns_partials: bool = False
     special_case: bool = False
-    compact_dgrad: bool = False
+    dgrad_at_sampled_positions: bool = False
     pack: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
     pack_key: Callable[[Problem], Hashable] = field(default=lambda problem: None)
     weight_packing: Literal["always", "cached", "never"] = "never"
