@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "kernels",
         help=about,
         description=f"C{about[1:]}. Prints a table for each architecture: every kernel's registers, shared memory,"
-        " spills and occupancy. Takes minutes.",
+        " local memory accesses (register spills) and occupancy. Takes minutes.",
     )
     kernels_parser.add_argument(
         "--sm",

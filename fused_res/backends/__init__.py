@@ -4,11 +4,11 @@
 - ``"cpu"``: C++, on CPU tensors.
 - ``"triton"``: Triton, on NVIDIA GPUs of compute capability 8.0 and newer; with ``TRITON_INTERPRET=1`` also on the CPU.
 - ``"cuda"``: CUDA C++, on the same GPUs.
-- ``"auto"``: the fastest backend that can run on the input's device, unless :func:`use` or ``FUSED_RES_BACKEND``
-  selects one.
+- ``"auto"``: of the backends that can run on the input's device, the first in the fixed order ``"cuda"``,
+  ``"triton"``, ``"cpu"``, ``"reference"``, unless :func:`use` or ``FUSED_RES_BACKEND`` selects one.
 
-A backend that is selected by name but cannot run raises :class:`BackendUnavailableError`, whose message has the reason
-and a command that helps.
+Selecting a backend by name that cannot run raises :class:`BackendUnavailableError`; the message gives the reason and,
+if there is one, the command that fixes it.
 """
 
 from fused_res.backends.registry import BackendUnavailableError, names, resolve, table, unavailable, use

@@ -1,21 +1,20 @@
 """Convolution algorithms of the GPU backends: implicit GEMM with fused batch norm prologue and epilogue, then ATen's.
 
-That cuDNN is faster except for 1x1 kernels is an assumption from published figures; it was not measured with these
-kernels.
+Assumed from published figures, not measured: cuDNN is faster than these kernels except for 1x1 filters.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fused_res.dispatch import Algorithm, Problem, Rule, convolution
+from fused_res.dispatch import TRAINING_OPERATIONS, Algorithm, Problem, Rule, convolution
 
 _HALF = (torch.bfloat16, torch.float16)
-#: With fewer channels most of a matrix instruction (MMA) is idle.
+#: With fewer channels a large part of each MMA tile is padding.
 _MIN_CHANNELS = 16
 _EVIDENCE_CUDNN = "published figures of cuDNN; not measured with these kernels"
 _EVIDENCE_MMA_TILE = "estimated: an MMA instruction is 16x8x16, a load is 8 elements"
-_EVIDENCE_LAYOUT = "not measured: the kernel would transpose its operands first"
+_EVIDENCE_LAYOUT = "not measured: the operands would have to be converted to channels_last first"
 
 
 def _unsupported_reason(problem: Problem) -> str | None:
@@ -38,15 +37,18 @@ def fused_training_unsupported_reason(problem: Problem) -> str | None:
         return None
     if not problem.pointwise:
         return "the fused backward supports 1x1 convolutions only"
-    # The fused input gradient ignores the stride: it is compact. Only a projection's is scattered into the block's.
+    # conv_dgrad ignores the stride: it computes the gradient at the sampled input positions only, (N, C, P, Q).
+    # Scattering it into the full gradient, (N, C, H, W), is implemented for projections only.
     if problem.stride != (1, 1) and not problem.projection:
         return "the fused backward supports stride 1 only, except for projections"
     return None
 
 
-def _lacks_fused_backward(problem: Problem) -> bool:
-    if problem.operation == "inference":
-        return not problem.pointwise or problem.groups > 1
+def _cudnn_inference_is_faster(problem: Problem) -> bool:
+    return not problem.pointwise or problem.groups > 1
+
+
+def _cudnn_training_is_faster(problem: Problem) -> bool:
     return not problem.pointwise or (problem.stride != (1, 1) and not problem.projection)
 
 
@@ -65,19 +67,23 @@ IMPLICIT_GEMM = Algorithm(
     },
     rules=(
         Rule(lambda problem: not problem.channels_last, "fused convolutions require channels_last", _EVIDENCE_LAYOUT),
+        Rule(_cudnn_inference_is_faster, "cuDNN is faster for this shape", _EVIDENCE_CUDNN, ("inference",)),
         Rule(
-            _lacks_fused_backward,
-            "cuDNN's kernels are faster, and their backward reads the activation",
+            _cudnn_training_is_faster,
+            "cuDNN is faster for this shape, and its weight gradient reads the normalised activation from memory",
             _EVIDENCE_CUDNN,
+            TRAINING_OPERATIONS,
         ),
         Rule(
             lambda problem: problem.dtype not in _HALF,
-            "in float32, fusion gains less than cuDNN's lead",
+            "in float32, cuDNN is faster by more than the fusion saves",
             _EVIDENCE_CUDNN,
         ),
         Rule(_underfills_mma, "the channels do not fill MMA tiles and 16-byte loads", _EVIDENCE_MMA_TILE),
     ),
-    selection_reason=lambda problem: "1x1: fused with the adjacent norm, addition and ReLU",
+    selection_reason=lambda problem: (
+        f"{'x'.join(map(str, problem.weight[2:]))}: fused with the adjacent norm, addition and ReLU"
+    ),
     fused=True,
     returns_partials=True,
     compact_input_gradient=True,

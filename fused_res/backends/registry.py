@@ -52,9 +52,7 @@ def table() -> dict[str, dict[str, str]]:
     """Return, for each operator family and backend, ``"yes"`` or the reason why the backend has no kernels to run."""
 
     def cell(name: str, op_family: str) -> str:
-        absent = (
-            f"backend {name!r} has no kernels for it in this version: ATen's convolution and unfused norms run instead"
-        )
+        absent = f"not implemented by backend {name!r} in this version: unfused operators run instead"
         return unavailable(name) or ("yes" if op_family in op_families(name) else absent)
 
     return {op_family: {name: cell(name, op_family) for name in _BACKENDS} for op_family in OP_FAMILIES}
@@ -70,7 +68,7 @@ def resolve(name: str, device: torch.device) -> Kernels:
     """Return the kernels of the backend that runs on ``device``; their attribute ``name`` is the backend's.
 
     Args:
-        name: one of :func:`names`; ``"auto"`` is the fastest available backend.
+        name: one of :func:`names`; ``"auto"`` is the available backend with the highest priority for ``device``.
         device: device of the input.
 
     Raises:
@@ -110,9 +108,10 @@ def _dynamo_constant_name(name: str, device: str) -> str:
 
 def _resolve(name: str, device: torch.device) -> Kernels:
     if name == "auto":
-        ranks = {one: backend.AUTO_PRIORITY.get(device.type, -1) for one, backend in _BACKENDS.items()}
-        ranked = sorted((one for one in ranks if ranks[one] >= 0), key=ranks.__getitem__, reverse=True)
-        chosen = next((one for one in ranked if unavailable(one) is None), "reference")
+        priorities = {candidate: backend.AUTO_PRIORITY.get(device.type, -1) for candidate, backend in _BACKENDS.items()}
+        supported = (candidate for candidate, priority in priorities.items() if priority >= 0)
+        ranked = sorted(supported, key=priorities.__getitem__, reverse=True)
+        chosen = next((candidate for candidate in ranked if unavailable(candidate) is None), "reference")
     else:
         chosen = name
         reason, devices = unavailable(name), _BACKENDS[name].devices()
@@ -142,7 +141,7 @@ def check_devices(backend: str, devices: set[torch.device]) -> None:
 
 
 def conv_preference(backend: str) -> str:
-    """Return the preference of the algorithm selection for ``backend``: ``"planned"``, ``"aten"`` or ``"fused"``."""
+    """Return the algorithm preference of ``backend``: ``"planned"`` (heuristics), ``"aten"`` or ``"fused"``."""
     if _conv_preference != "auto":
         return _conv_preference
     named = _default_backend if backend == "auto" else backend
@@ -170,7 +169,7 @@ def select(
         input: ``(N, C, ...)``.
         weight: ``(K, C / groups, ...)``.
         geometry: stride, padding, dilation and groups.
-        preference: ``"planned"``, ``"aten"`` or ``"fused"``, see :func:`fused_res.dispatch.select`.
+        preference: ``"planned"`` (heuristics), ``"aten"`` or ``"fused"``, see :func:`fused_res.dispatch.select`.
         prepacked: whether the caller caches the packed weight.
     """
     allowed, machine = selection_settings(name)
@@ -213,7 +212,7 @@ def dispatch_conv_bias_act(
     """Return ``act(conv(input, weight) + bias [+ residual])``, computed by the selected algorithm.
 
     Args:
-        kernels: the backend.
+        kernels: the resolved backend's kernels.
         input: ``(N, C, ...)``.
         weight: ``(K, C / groups, ...)``.
         bias: ``(K,)`` or None.
@@ -256,7 +255,9 @@ def _restore(previous: tuple[str, str, bool]) -> Iterator[None]:
 def use(
     name: str, convolution: str | None = None, winograd: bool | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Set the backend of ``backend="auto"`` for this process, immediately; used as a context manager, until its end.
+    """Set the backend that ``backend="auto"`` resolves to, process-wide and with immediate effect.
+
+    As a context manager, restore the previous settings on exit.
 
     A GPU backend that is selected by name, here or as an argument, computes every convolution that it supports. With
     ``"auto"``, heuristics select the algorithm by shape and dtype.
@@ -266,8 +267,8 @@ def use(
         convolution: selection of convolution algorithms. ``"aten"``: ATen (cuDNN, oneDNN) only; ``"fused"``: fused
             algorithms where supported; ``"planned"``: by heuristics (:mod:`fused_res.dispatch`); ``"auto"``: the
             backend's default. Default: None, unchanged.
-        winograd: whether the CPU backend may use Winograd convolution, which is faster and less exact: its RMS error is
-            up to 3e-6 of the output's. Default: None, unchanged.
+        winograd: whether the CPU backend may use Winograd convolution, which is faster but less accurate: its RMS error
+            is up to 3e-6 of the RMS of the output. Default: None, unchanged.
 
     Raises:
         ValueError: for an unknown value; then nothing is changed.

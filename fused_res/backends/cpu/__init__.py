@@ -37,7 +37,7 @@ def machine() -> Machine:
 
 @cache
 def cache_sizes() -> tuple[int, ...]:
-    """Return the bytes of the first core's L1 data cache, L2 and L3; 0 for a level that Linux does not report."""
+    """Return the sizes in bytes of core 0's L1 data, L2 and L3 cache; 0 for a level that Linux does not report."""
     sizes = {1: 0, 2: 0, 3: 0}
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         level, kind, size = (index.joinpath(name).read_text().strip() for name in ("level", "type", "size"))

@@ -38,7 +38,7 @@ conv_bias_act = ops.register_python_operator("fused_res_cpu", "conv_bias_act", _
 
 
 class PackedConvLayer(Protocol):
-    """A convolution layer that caches its packed weight; :class:`fused_res.nn.frozen.FrozenConv`.
+    """A convolution layer that caches its packed weight, implemented by :class:`fused_res.nn.frozen.FrozenConv`.
 
     ``packed_weight`` returns the cache entry, packing the weight on the first call; ``is_current`` returns whether an
     entry is still valid.

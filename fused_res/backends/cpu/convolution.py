@@ -1,13 +1,15 @@
 """The CPU backend's convolution algorithms and selection rules, in the order in which they are tried.
 
-This library's kernels support float32 inputs ``(N, C, H, W)`` in channels_last memory, without groups: Winograd
-F(4x4, 3x3) and F(2x2, 3x3) for 3x3 kernels with stride 1 or 2 (``csrc/cpu/isa/winograd.h``; Lavin & Gray 2015,
-https://arxiv.org/abs/1509.09308) and direct convolution as a GEMM for all other kernels (``csrc/cpu/isa/direct.h``).
-After them come oneDNN with a fused epilogue, and ATen.
+This library's implementations support float32 inputs ``(N, C, H, W)`` in channels_last memory, without groups: Winograd
+F(4x4, 3x3) and F(2x2, 3x3) for 3x3 filters with stride 1 or 2 (``csrc/cpu/isa/winograd.h``; Lavin & Gray 2015,
+https://arxiv.org/abs/1509.09308), and ``direct``, blocked im2col and GEMM, for filters of any size
+(``csrc/cpu/isa/direct.h``). ``direct`` performs the multiply-adds of the definition; it is not oneDNN's algorithm of
+that name, which has no im2col. After them come oneDNN with a fused epilogue, and ATen.
 
 Inference and training have separate rules. In inference a weight is packed once, and the number of multiply-adds
-decides. In training the weight is packed in every step, gradients are computed, and newly mapped memory costs as much
-as the arithmetic, so the rules are the shapes that were measured faster than ATen.
+decides. In training the weight is packed in every step, gradients are computed, and page faults on newly mapped memory
+take as long as the arithmetic, so the rules select the shapes for which these implementations were measured to be
+faster than ATen.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from fused_res.dispatch import TRAINING_OPERATIONS, Algorithm, Operation, Packed
 from fused_res.dispatch.convolution import Gradients, OutputMask
 from fused_res.ops.geometry import Geometry
 
-#: Output tile size m of the Winograd algorithm F(m x m, 3x3); 0 for the direct convolution.
+#: Output tile size m of the Winograd algorithm F(m x m, 3x3); 0 for ``direct``.
 OUTPUT_TILE = {"winograd_f4x4": 4, "winograd_f2x2": 2, "direct": 0}
 
 
 def pack(weight: Tensor, tile: int, stride: Sequence[int], transposed: bool = False) -> Tensor:
-    """Return the packed weight. Both Winograd tile sizes read the same transformed filter U."""
+    """Return the packed weight.
+
+    F(2x2) uses a subset of the interpolation points of F(4x4), so both read the same transformed filter U.
+    """
     packed: Tensor = pack_conv_weight(weight, stride[0] if tile else 0, transposed)
     return packed
 
@@ -82,15 +87,13 @@ def _backward(
     dx = dweight = dbias = None
     if mask[0]:
         # The input gradient is a stride-1 convolution of grad with the flipped and transposed weight. For a strided 1x1
-        # it has the strided input positions only.
+        # convolution it has the sampled input positions only.
         kernel_size = weight.shape[2:]
         dgrad_padding = tuple(d * (k - 1) - p for k, p, d in zip(kernel_size, padding, dilation, strict=True))
-        transposed, geometry = (
-            (input.shape[1], weight.shape[0], *kernel_size),
-            ((1, 1), dgrad_padding, dilation, groups),
-        )
+        dgrad_weight_shape = (input.shape[1], weight.shape[0], *kernel_size)
+        dgrad_geometry = (1, 1), dgrad_padding, dilation, groups
         # Packed within the call expression: the transposed packed weight is freed before dweight is allocated.
-        dx, _ = _run(tile, grad, pack(weight, tile, stride, transposed=True), None, transposed, geometry)
+        dx, _ = _run(tile, grad, pack(weight, tile, stride, transposed=True), None, dgrad_weight_shape, dgrad_geometry)
     if mask[1]:
         dweight = conv_weight_gradient(grad, input, weight, stride, padding, dilation, tile > 0)
     if mask[2]:
@@ -107,17 +110,22 @@ def _unsupported_reason(problem: Problem) -> str | None:
     if problem.dtype != torch.float32 or not problem.channels_last or len(problem.weight) != 4:
         return "the CPU backend's kernels support float32 (N, C, H, W) in channels_last memory only"
     if problem.operation == "inference" and 0 in problem.input:
-        return "an empty batch"
+        return "empty batch"
     if problem.groups > 1:
-        return "grouped"
+        return "grouped convolution"
     return "the CPU backend's convolutions require AVX2" if problem.machine.isa == "baseline" else None
+
+
+def _is_winograd_shape(problem: Problem) -> bool:
+    supported: bool = _extension.cpp.winograd_supports(problem.weight[2:], problem.stride, problem.dilation)
+    return supported
 
 
 def _winograd_unsupported_reason(problem: Problem) -> str | None:
     if reason := _unsupported_reason(problem):
         return reason
-    if not _extension.cpp.winograd_supports(problem.weight[2:], problem.stride, problem.dilation):
-        return _describe_shape(problem)
+    if not _is_winograd_shape(problem):
+        return "Winograd requires an undilated 3x3 filter with equal strides of 1 or 2"
     if not problem.allow_winograd:
         return "Winograd is disabled"
     if problem.operation == "input_gradient" and (problem.stride != (1, 1) or max(problem.padding) > 2):
@@ -132,18 +140,20 @@ def _direct_unsupported_reason(problem: Problem) -> str | None:
         return None
     dims = zip(problem.weight[2:], problem.padding, problem.dilation, strict=True)
     if problem.stride != (1, 1) or any(d * (k - 1) < p for k, p, d in dims):
-        return "the input gradient of a kernel larger than 1x1 with a stride, or with padding beyond dilation * (k - 1)"
+        return "input gradient of a strided filter larger than 1x1, or of one padded by more than dilation * (k - 1)"
     return None
 
 
-def _describe_shape(problem: Problem) -> str:
+def _describe_direct(problem: Problem) -> str:
+    if _is_winograd_shape(problem):
+        return ""  # the plan prints why Winograd was passed over
     size, stride = "x".join(map(str, problem.weight[2:])), max(problem.stride)
     return f"{size}{f', stride {stride}' * (stride > 1)}{', dilated' * (max(problem.dilation) > 1)}: one GEMM"
 
 
 # Inference rules: the fewest multiply-adds
 
-#: Costs, in multiply-adds, of reading one weight element, packing it for the direct GEMM, transforming and packing it
+#: Costs, in multiply-adds, of reading one weight element, packing it for ``direct``, transforming and packing it
 #: for Winograd, and transforming one element of an input or output tile (per input or output channel).
 _READ_COST, _PACK_DIRECT_COST, _PACK_WINOGRAD_COST, _TRANSFORM_COST = 10, 60, 100, 8
 
@@ -179,22 +189,25 @@ def _f2x2_needs_more_macs(problem: Problem) -> bool:
 _EVIDENCE_MACS = "estimated: multiply-adds, including the cost of reading and transforming the weight"
 _REASON_SMALL = "too few pixels or channels to amortise Winograd's transforms and larger weight"
 
-# Training rules: the shapes measured faster than ATen
+# Training rules: the shapes for which these implementations were measured to be faster than ATen
 
-#: The weight gradient of a 1x1 with stride 1 and more than 128 channels is faster in isolation, but not in a training
-#: step of ResNet-50: 1.80 s at best with ATen's, 1.89 s with this library's. The forward of a 1x1 also returns the
-#: statistics of its output.
-_EVIDENCE_ZEN4 = (
-    "2 Zen 4 cores, AVX-512, the shapes of ResNet-18 and ResNet-50 at batch 16; ms of ATen, fused_res, for forward,"
-    " input gradient, weight gradient: 3x3 by Winograd 17-19, 7-13; 16-17, 6-11; 17-36, 8-11. 3x3, stride 2 9-19, 6-13;"
-    " no kernel; 12-28, 9-17. 1x1 8-22, 9-19; 9-30, 8-17; 10-25, 10-21. 7x7, over 32 MB 33, 24; no kernel; a tie"
-)
+#: Milliseconds of ATen and of fused_res:
+#:
+#: =========================== ================ ================ ================
+#: convolution                 forward          input gradient   weight gradient
+#: =========================== ================ ================ ================
+#: 3x3, by Winograd            17-19 vs 7-13    16-17 vs 6-11    17-36 vs 8-11
+#: 3x3, stride 2               9-19 vs 6-13     not implemented  12-28 vs 9-17
+#: 1x1                         8-22 vs 9-19     9-30 vs 8-17     10-25 vs 10-21
+#: 7x7, output over 32 MB      33 vs 24         not implemented  equal
+#: =========================== ================ ================ ================
+_EVIDENCE_ZEN4 = "measured on 2 Zen 4 cores (AVX-512), shapes of ResNet-18 and ResNet-50 at batch 16"
 #: Fewer channels leave part of every vector register unused.
 _MIN_CHANNELS = 16
 #: Output pixels from which Winograd amortises the filter transform of every training step and the larger weight.
 _MIN_OUTPUT_PIXELS = 128
-#: Elements of a float32 tensor of 32 MB. glibc's malloc maps every larger tensor anew, and its page faults take as long
-#: as a 1x1 convolution; this library's outputs come from its cache of freed outputs.
+#: Elements of a float32 tensor of 32 MB. glibc's malloc serves larger allocations by mmap every time, and the page
+#: faults take as long as a 1x1 convolution; this library's outputs come from its cache of freed outputs.
 _MALLOC_MMAP_FLOATS = 1 << 23
 
 
@@ -206,20 +219,27 @@ def _channels(problem: Problem) -> int:
     return min(problem.weight[:2])
 
 
-def _aten_forward_is_faster(problem: Problem) -> bool:
-    return not _is_wide_pointwise(problem) and _output_pixels(problem) * problem.weight[0] <= _MALLOC_MMAP_FLOATS
+def _prefer_aten_forward(problem: Problem) -> bool:
+    if _is_pointwise_with_full_vectors(problem):  # preferred, because it also computes the output's partial statistics
+        return False
+    return _output_pixels(problem) * problem.weight[0] <= _MALLOC_MMAP_FLOATS
 
 
-def _aten_dgrad_is_faster(problem: Problem) -> bool:
-    small = math.prod(problem.input) <= _MALLOC_MMAP_FLOATS or problem.stride != (1, 1)
-    return not _is_wide_pointwise(problem) and small
+def _prefer_aten_dgrad(problem: Problem) -> bool:
+    if _is_pointwise_with_full_vectors(problem):
+        return False
+    strided = problem.stride != (1, 1)
+    reuses_freed_memory = math.prod(problem.input) <= _MALLOC_MMAP_FLOATS
+    return strided or reuses_freed_memory
 
 
-def _is_wide_pointwise(problem: Problem) -> bool:
+def _is_pointwise_with_full_vectors(problem: Problem) -> bool:
     return problem.pointwise and _channels(problem) >= _MIN_CHANNELS
 
 
 def _aten_wgrad_is_faster(problem: Problem) -> bool:
+    # The weight gradient of a 1x1 convolution with stride 1 and more than 128 channels is faster than ATen's in
+    # isolation, but not in a training step of ResNet-50: 1.80 s at best with ATen's, 1.89 s with this library's.
     channels, kernel_size = problem.weight[1], problem.weight[2:]
     return max(kernel_size) > 3 or channels < _MIN_CHANNELS or (problem.stride == (1, 1) and channels > 128)
 
@@ -230,7 +250,7 @@ _FEW_PIXELS = Rule(
     _EVIDENCE_ZEN4,
     TRAINING_OPERATIONS,
 )
-_REASON_FITS_ALLOCATOR = "ATen is as fast where the output is small enough for malloc to reuse freed memory"
+_REASON_FITS_ALLOCATOR = "direct is no faster where the result is small enough for malloc to reuse freed memory"
 
 
 def _native_algorithm(
@@ -269,7 +289,7 @@ WINOGRAD_F4X4 = _native_algorithm(
         Rule(lambda problem: _channels(problem) < _MIN_CHANNELS, "few channels", _EVIDENCE_ZEN4, TRAINING_OPERATIONS),
     ),
     True,
-    lambda problem: f"{_modelled_macs(problem)[0] / _modelled_macs(problem)[4]:.1f}x fewer operations",
+    lambda problem: f"1/{_modelled_macs(problem)[0] / _modelled_macs(problem)[4]:.1f} of the multiply-adds (modelled)",
 )
 WINOGRAD_F2X2 = _native_algorithm(
     "winograd_f2x2",
@@ -283,17 +303,17 @@ DIRECT = _native_algorithm(
     _direct_unsupported_reason,
     (
         _FEW_PIXELS,
-        Rule(_aten_forward_is_faster, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("forward",)),
-        Rule(_aten_dgrad_is_faster, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("input_gradient",)),
+        Rule(_prefer_aten_forward, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("forward",)),
+        Rule(_prefer_aten_dgrad, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("input_gradient",)),
         Rule(
             _aten_wgrad_is_faster,
-            "ATen's weight gradient measured faster",
+            "ATen's weight gradient was measured to be faster",
             _EVIDENCE_ZEN4,
             ("weight_gradient",),
         ),
     ),
     True,
-    lambda problem: "",
+    _describe_direct,
 )
 ONEDNN = Algorithm(
     "onednn",
@@ -303,7 +323,7 @@ ONEDNN = Algorithm(
         Rule(
             lambda problem: not problem.prepacked and problem.input[0] == 1,
             "batch of 1 with a weight that is not cached in packed form",
-            "inherited from an earlier rule that recorded no measurement",
+            "not measured",
         ),
     ),
     pack=onednn.pack,

@@ -1,4 +1,4 @@
-"""Inference graphs: consecutive blocks as one call, with intermediate values in a preallocated arena.
+"""Inference graphs: consecutive blocks as one call, with all intermediate values in one arena.
 
 :func:`plan` selects the convolution algorithms, assigns every intermediate value an arena offset from its live range
 and encodes the steps for the C++ graph executor (``csrc/cpu``). The executor runs the batch in chunks, each through all
@@ -40,21 +40,23 @@ class InferenceGraph:
     Args:
         selections, problems: algorithm and problem of each convolution, block by block, a block's projection last.
         steps: the encoded steps.
-        arena: floats of the arena per batch element.
-        chunk: batch elements that run through the graph at a time.
-        output: shape of the output.
+        arena_floats: floats of the arena per batch element.
+        chunk_size: batch elements that run through the graph at a time.
+        output_shape: shape of the output.
     """
 
     selections: tuple[Selection, ...]
     problems: tuple[Problem, ...]
     steps: tuple[int, ...]
-    arena: int
-    chunk: int
-    output: Shape
+    arena_floats: int
+    chunk_size: int
+    output_shape: Shape
 
     def run(self, input: Tensor, packed: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
         """Run the graph on `input` with the packed weights and biases of its convolutions."""
-        output: Tensor = conv_program(input, packed, biases, self.steps, self.arena, self.chunk, self.output)
+        output: Tensor = conv_program(
+            input, packed, biases, self.steps, self.arena_floats, self.chunk_size, self.output_shape
+        )
         return output
 
 

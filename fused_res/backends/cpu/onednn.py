@@ -42,8 +42,8 @@ def unsupported_reason(problem: Problem) -> str | None:
 def pack(problem: Problem, input: Tensor, weight: Tensor) -> Tensor:
     """Return `weight` reordered into oneDNN's blocked format for this problem.
 
-    The format depends on the input's shape and the number of threads. With others the result is still correct, but up
-    to 30 times slower.
+    The format depends on the input's shape and the number of threads. With another shape or thread count the result is
+    still correct, but the convolution is up to 30 times slower.
     """
     return _torch_compat.mkldnn_reorder_weight(weight, problem.geometry, problem.input)
 

@@ -43,7 +43,7 @@ def batch_norm_act(
     before the addition; other arguments are as of :func:`fused_res.functional.batch_norm_act`.
     """
     mean, var = moments(input, running_mean, running_var, training)
-    running_var_input = unbiased_var(var, input) if training else var
+    var_for_update = unbiased_var(var, input) if training else var
     x = input.to(mean.dtype)
     y = (x - channels_view(mean, x)) * channels_view(torch.rsqrt(var + eps), x)
     if weight is not None:
@@ -57,7 +57,7 @@ def batch_norm_act(
         y = y + r
     if relu:
         y = torch.relu(y)
-    return y.to(input.dtype), mean.detach(), running_var_input.detach()
+    return y.to(input.dtype), mean.detach(), var_for_update.detach()
 
 
 def moments(
@@ -93,14 +93,14 @@ def batch_norm_stats(
     eps: float,
 ) -> Tensor:
     mean, var = moments(input.double(), running_mean, running_var, training)
-    running_var_input = unbiased_var(var, input) if training else var
-    return build_stats(mean, var, running_var_input, weight, bias, eps, stats_dtype(input.dtype))
+    var_for_update = unbiased_var(var, input) if training else var
+    return build_stats(mean, var, var_for_update, weight, bias, eps, stats_dtype(input.dtype))
 
 
 def build_stats(
     mean: Tensor,
     var: Tensor,
-    running_var_input: Tensor,
+    var_for_update: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -110,7 +110,7 @@ def build_stats(
 
     Args:
         mean, var: mean and biased variance ``(C,)``, for the normalization.
-        running_var_input: variance ``(C,)`` that updates the running variance.
+        var_for_update: variance ``(C,)`` that updates the running variance.
         weight, bias: ``(C,)`` or None.
         eps: added to ``var``.
         dtype: dtype of the result.
@@ -121,7 +121,7 @@ def build_stats(
     shift = (mean.to(dtype) - mean) * scale
     if bias is not None:
         shift = shift + bias
-    return torch.stack([row.to(dtype) for row in (mean, invstd, scale, shift, running_var_input)])
+    return torch.stack([row.to(dtype) for row in (mean, invstd, scale, shift, var_for_update)])
 
 
 def batch_norm_act_forward(
@@ -149,7 +149,7 @@ def batch_norm_act_apply(
     if residual is not None:
         y = y + (residual if residual_stats is None else normalise(residual, residual_stats))
     mask = pack_mask(~(y <= 0), input) if save_mask else input.new_empty(0, dtype=torch.uint8)
-    return apply_epilogue(y, relu, like=input), mask
+    return relu_and_cast(y, relu, like=input), mask
 
 
 def batch_norm_act_inference_(
@@ -179,7 +179,7 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy = relu_backward(grad_output, input, stats, relu_mask, relu)
     needs_input, needs_residual, *needs_weight_bias = output_mask
-    grad_residual = apply_epilogue(dy, relu=False, like=input) if needs_residual else input.new_empty(0)
+    grad_residual = relu_and_cast(dy, relu=False, like=input) if needs_residual else input.new_empty(0)
     grad_input, *rest = _norm_backward(dy, input, weight, stats, training, [needs_input, *needs_weight_bias])
     return grad_input, grad_residual, rest[0], rest[1]
 
@@ -220,7 +220,7 @@ def _norm_backward(
         if training and dy.numel():
             count = dy.numel() // dy.shape[1]
             dx = dy - channels_view(dbias / count, dy) - normalised * channels_view(dweight / count, dy)
-        grad_input = apply_epilogue(dx * channels_view(stats[SCALE], dy), relu=False, like=input)
+        grad_input = relu_and_cast(dx * channels_view(stats[SCALE], dy), relu=False, like=input)
     if output_mask[1]:
         grad_weight = dweight if weight is None else dweight.to(weight.dtype)
     if output_mask[2]:
@@ -283,29 +283,29 @@ def xhat(input: Tensor, stats: Tensor) -> Tensor:
     return (input.to(stats.dtype) - channels_view(stats[MEAN], input)) * channels_view(stats[INVSTD], input)
 
 
-def relu_backward(grad: Tensor, output: Tensor, stats: Tensor, relu_mask: Tensor | None, relu: bool) -> Tensor:
+def relu_backward(grad: Tensor, norm_input: Tensor, stats: Tensor, relu_mask: Tensor | None, relu: bool) -> Tensor:
     """Return the gradient with respect to the ReLU's input, in the dtype of ``stats``.
 
     Args:
         grad: gradient with respect to the ReLU's output.
-        output: input of the norm before the ReLU, which is a convolution's output.
+        norm_input: input of the norm before the ReLU (a convolution's output).
         stats: statistics of that norm.
         relu_mask: packed mask of the ReLU, or None.
-        relu: without a mask, whether to mask by the sign of ``norm(output)``.
+        relu: without a mask, whether to mask by the sign of ``norm(norm_input)``.
     """
     dy = grad.to(stats.dtype)
     if relu_mask is not None:
-        return dy * unpack_mask(relu_mask, output)
-    return torch.where(normalise(output, stats) <= 0, 0, dy) if relu else dy
+        return dy * unpack_mask(relu_mask, norm_input)
+    return torch.where(normalise(norm_input, stats) <= 0, 0, dy) if relu else dy
 
 
 def apply_prologue(input: Tensor, stats: Tensor | None, relu: bool) -> Tensor:
     """Return an operand after its prologue: ``act(norm(input))``, rounded, or ``input`` itself without ``stats``."""
-    return input if stats is None else apply_epilogue(normalise(input, stats), relu, like=input)
+    return input if stats is None else relu_and_cast(normalise(input, stats), relu, like=input)
 
 
-def apply_epilogue(y: Tensor, relu: bool, like: Tensor) -> Tensor:
-    """Return ``y`` after an optional ReLU, with the dtype and strides of ``like``."""
+def relu_and_cast(y: Tensor, relu: bool, like: Tensor) -> Tensor:
+    """Apply an optional ReLU to ``y``, and return the result in the dtype and strides of ``like``."""
     y = torch.relu(y) if relu else y
     return torch.empty_like(like).copy_(y)
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fused_res.backends.reference.batch_norm_act import (
-    apply_epilogue,
     build_stats,
     channels_view,
     moments,
     reduction_dims,
+    relu_and_cast,
     relu_backward,
     xhat,
 )
@@ -27,23 +27,23 @@ def batch_norm_partials(input: Tensor) -> Tensor:
 
 
 def merge_partials(partials: Tensor) -> Tensor:
-    """Merge partial statistics ``(P, 3, C)`` to ``(1, 3, C)``, by Chan, Golub & LeVeque 1979, for all parts at once.
+    """Merge partial statistics ``(P, 3, C)``, rows count, mean and M2, into ``(1, 3, C)``.
 
-    Parts with a count of zero are ignored.
+    This is the multi-way form of the formula of Chan, Golub & LeVeque 1979. Parts with a count of zero are ignored.
     """
     count, mean, m2 = partials.unbind(1)
     total = count.sum(0)
-    merged = torch.where(count > 0, count * mean, 0).sum(0) / total.clamp(min=1)
-    deviations = torch.where(count > 0, m2 + count * (mean - merged) ** 2, 0).sum(0)
-    return torch.stack((total, merged, deviations))[None]
+    merged_mean = torch.where(count > 0, count * mean, 0).sum(0) / total.clamp(min=1)
+    merged_m2 = torch.where(count > 0, m2 + count * (mean - merged_mean) ** 2, 0).sum(0)
+    return torch.stack((total, merged_mean, merged_m2))[None]
 
 
 def merge_stats(partials: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, double: bool) -> Tensor:
     """Merge partial statistics ``(P, 3, C)`` and return ``stats`` ``(5, C)``, float64 if ``double``, else float32."""
-    total, merged, deviations = merge_partials(partials)[0]
+    total, mean, m2 = merge_partials(partials)[0]
     dtype = torch.float64 if double else torch.float32
-    var, unbiased = deviations / total.clamp(min=1), deviations / (total - 1).clamp(min=1)
-    return build_stats(merged, var, unbiased, weight, bias, eps, dtype)
+    var, unbiased = m2 / total.clamp(min=1), m2 / (total - 1).clamp(min=1)
+    return build_stats(mean, var, unbiased, weight, bias, eps, dtype)
 
 
 def batch_norm_sums(
@@ -71,14 +71,14 @@ def batch_norm_act_dx(
     sums: Tensor | None,
     count: int,
 ) -> Tensor:
-    return apply_epilogue(
+    return relu_and_cast(
         norm_input_grad(grad_output, input, stats, relu_mask, relu, sums, count), relu=False, like=input
     )
 
 
 def norm_input_grad(
     grad_output: Tensor,
-    output: Tensor,
+    norm_input: Tensor,
     stats: Tensor,
     relu_mask: Tensor | None,
     relu: bool,
@@ -89,13 +89,14 @@ def norm_input_grad(
 
     Args:
         grad_output: gradient with respect to the output of norm and ReLU.
-        output: the norm's input, which is a convolution's output.
+        norm_input: input of the norm (a convolution's output).
         stats: statistics of the norm.
         relu_mask, relu: the ReLU's mask, as of :func:`relu_backward`.
-        sums: gradient sums ``(2, C)`` over all ranks, or None for constant statistics.
+        sums: backward reductions ``(2, C)`` over all ranks, ``sum dy`` and ``sum dy * xhat``; None if the norm used
+            running statistics.
         count: number of values per channel over all ranks.
     """
-    dz = relu_backward(grad_output, output, stats, relu_mask, relu)
+    dz = relu_backward(grad_output, norm_input, stats, relu_mask, relu)
     if sums is not None:
-        dz = dz - channels_view(sums[0] / count, dz) - xhat(output, stats) * channels_view(sums[1] / count, dz)
+        dz = dz - channels_view(sums[0] / count, dz) - xhat(norm_input, stats) * channels_view(sums[1] / count, dz)
     return dz * channels_view(stats[SCALE], dz)

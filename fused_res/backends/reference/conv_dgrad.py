@@ -33,6 +33,6 @@ def conv_dgrad(
                 added if added_mask is None else added * unpack_mask(added_mask, to_memory_format(added, True))
             )
         return to_memory_format(grad, True), stats.new_empty(0)
-    sums = batch_norm_sums(grad, input, input_stats, None, input_relu, None, None)
+    input_sums = batch_norm_sums(grad, input, input_stats, None, input_relu, None, None)
     grad = relu_backward(grad, input, input_stats, None, input_relu).to(output.dtype)
-    return to_memory_format(grad, True), sums
+    return to_memory_format(grad, True), input_sums

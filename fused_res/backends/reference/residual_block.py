@@ -19,7 +19,9 @@ from fused_res.spec import BlockSpec, group_by_unit
 def residual_block(
     input: Tensor, spec: BlockSpec, tensors: Sequence[Tensor | None], training: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return the block's output and, per unit (the projection last), mean and variance to update running statistics.
+    """Return the block's output, and for each unit the mean and the variance that update its running statistics.
+
+    A unit is a convolution, a norm and an optional ReLU; the projection is the last one.
 
     Args:
         input: ``(N, C, ...)``.
@@ -28,7 +30,7 @@ def residual_block(
         training: for each unit, whether its norm uses the statistics of the batch.
     """
     units = group_by_unit(tensors)
-    used: dict[int, tuple[Tensor, Tensor]] = {}
+    unit_moments: dict[int, tuple[Tensor, Tensor]] = {}
 
     def unit(index: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         unit_spec = spec.convolutions[index]
@@ -56,7 +58,7 @@ def residual_block(
             unit_spec.eps,
             unit_spec.relu,
         )
-        used[index] = moments[0], moments[1]
+        unit_moments[index] = moments[0], moments[1]
         return y
 
     last = len(spec.units) - 1
@@ -69,4 +71,5 @@ def residual_block(
     y = unit(last, y, residual)
     if spec.pool is not None:
         y = F.max_pool2d(y, spec.pool.kernel_size, spec.pool.stride, spec.pool.padding)
-    return y, [used[index][0] for index in sorted(used)], [used[index][1] for index in sorted(used)]
+    ordered = [unit_moments[index] for index in sorted(unit_moments)]
+    return y, [mean for mean, _ in ordered], [var for _, var in ordered]

@@ -59,7 +59,7 @@ class KernelReport:
     stages: int
     registers: int
     stack: int  # bytes per thread
-    spills: int  # local loads and stores in the machine code; dynamically indexed arrays have them, too
+    local_accesses: int  # LDL and STL instructions in the SASS: register spills and dynamically indexed arrays
     shared: int  # bytes per block, static and dynamic
     ptx: str
 
@@ -202,7 +202,7 @@ def analyze_kernel(kernel: Any) -> KernelReport:
         usage = dict(
             re.findall(r"(\w+):(\d+)", _run_tool("cuobjdump", "-res-usage", cubin.name).partition("Function ")[2])
         )
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", _run_tool("nvdisasm", cubin.name))) if int(usage["STACK"]) else 0
+        sass = _run_tool("nvdisasm", cubin.name) if int(usage["STACK"]) else ""
     # From sm_90 on, the reported static shared memory includes the bytes that the driver reserves.
     static = int(usage["SHARED"]) - (_RESERVED_SHARED if metadata.target.arch >= 90 else 0)
     return KernelReport(
@@ -218,7 +218,7 @@ def analyze_kernel(kernel: Any) -> KernelReport:
         stages=metadata.num_stages,
         registers=int(usage["REG"]),
         stack=int(usage["STACK"]),
-        spills=spills,
+        local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared=metadata.shared + max(static, 0),
         ptx=kernel.asm["ptx"],
     )
@@ -230,8 +230,8 @@ def _run_tool(name: str, *arguments: str) -> str:
 
 def table(reports: Sequence[KernelReport]) -> str:
     """Return a human-readable table with one line for each report."""
-    head = ("kernel", "variant", "sm", "warps", "registers", "shared KiB", "stack", "spills", "occupancy", "matrix")
-    rows = [(*head, "16 bytes"), *map(_row, reports)]
+    head = ("kernel", "variant", "sm", "warps", "registers", "shared KiB", "stack", "local accesses", "occupancy")
+    rows = [(*head, "MMA", "16-byte accesses / all"), *map(_row, reports)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -249,7 +249,7 @@ def _row(report: KernelReport) -> tuple[str, ...]:
         report.registers,
         f"{report.shared / 1024:.1f}",
         report.stack,
-        report.spills,
+        report.local_accesses,
     )
     occupancy, matrix = f"{report.occupancy:.0%}", ", ".join(report.matrix_instructions) or "-"
     return report.name, report.variant, *map(str, numbers), occupancy, matrix, ", ".join(wide_shares)

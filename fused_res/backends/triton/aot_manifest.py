@@ -1,8 +1,9 @@
 """AOT manifest: the operator calls of ResNet-18 and ResNet-50, on meta tensors, for ahead-of-time compilation.
 
-The launchers select tiles, warps and stages as they do on a GPU, so :mod:`fused_res.backends.triton.aot` compiles
-exactly the kernels that the networks run. Shapes are those of batch size 256 and of batch size 1. Each call listed here
-compiles to a distinct variant: it differs in flags, tile size, dtype or offset width.
+The launchers select tiles, warps and stages as they do on a GPU, so :mod:`fused_res.backends.triton.aot` compiles the
+kernels that the networks run at batch sizes 256 and 1, and further variants: contiguous memory, float16 and float32,
+unaligned sizes, 64-bit offsets and the remaining flags. Each call listed here compiles to a distinct variant: it
+differs in flags, tile size, dtype or offset width.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _training_norm(x: Tensor) -> None:
 
 
 def _projection(x: Tensor) -> None:
-    """Call the dual batch norm of a block with a projection shortcut, whose outputs are added."""
+    """Call the pair of batch norms of a block with a projection shortcut, whose outputs are added."""
     stats, vector = _stats(x), _stats(x)[0]
     batch_norm_act_apply(x, stats, x, stats, True, True)
     batch_norm_act_backward_pair(x, x, vector, stats, x, vector, stats, _mask(x), True, True, [True] * 6)
@@ -120,45 +121,46 @@ def _norms() -> None:
         _max_pool(_meta_nchw(256, 64, 112, channels_last=channels_last))
 
 
-def _filter(x: Tensor, outputs: int, size: int) -> Tensor:
-    return _meta_nchw(outputs, x.shape[1], size, x.dtype)
+def _filter(x: Tensor, out_channels: int, kernel_size: int) -> Tensor:
+    return _meta_nchw(out_channels, x.shape[1], kernel_size, x.dtype)
 
 
 def _inference_conv(
-    x: Tensor, outputs: int, size: int = 1, stride: int = 1, add: bool = False, relu: bool = True
+    x: Tensor, out_channels: int, kernel_size: int = 1, stride: int = 1, add: bool = False, relu: bool = True
 ) -> None:
     """Call a convolution with its batch norm folded into weight and bias."""
-    weight, geometry = _filter(x, outputs, size), ([stride] * 2, [size // 2] * 2, [1, 1])
-    residual = _meta_nchw(x.shape[0], outputs, conv_output_shape(x, weight, *geometry)[2], x.dtype) if add else None
-    conv_bias_act(x, weight, x.new_empty(outputs), residual, *geometry, 1, relu)
+    weight, geometry = _filter(x, out_channels, kernel_size), ([stride] * 2, [kernel_size // 2] * 2, [1, 1])
+    output_size = conv_output_shape(x, weight, *geometry)[2]
+    residual = _meta_nchw(x.shape[0], out_channels, output_size, x.dtype) if add else None
+    conv_bias_act(x, weight, x.new_empty(out_channels), residual, *geometry, 1, relu)
 
 
 def _training_conv(
-    x: Tensor, outputs: int, size: int = 1, stride: int = 1, input_norm: bool = True, partials: bool = True
+    x: Tensor, out_channels: int, kernel_size: int = 1, stride: int = 1, input_norm: bool = True, partials: bool = True
 ) -> None:
     """Call a training convolution; with ``input_norm``, its prologue applies the preceding batch norm and ReLU."""
-    stats, geometry = _stats(x) if input_norm else None, ([stride] * 2, [size // 2] * 2, [1, 1])
-    conv_bn_stats(x, _filter(x, outputs, size), None, stats, input_norm, *geometry, 1, partials)
+    stats, geometry = _stats(x) if input_norm else None, ([stride] * 2, [kernel_size // 2] * 2, [1, 1])
+    conv_bn_stats(x, _filter(x, out_channels, kernel_size), None, stats, input_norm, *geometry, 1, partials)
 
 
 def _conv_gradients(
     x: Tensor,
-    outputs: int,
+    out_channels: int,
     masked: bool,
     stride: int = 1,
     input_norm: bool = False,
     relu: bool = True,
     training: bool = True,
-    added: bool = False,
+    shortcut_grad: bool = False,
 ) -> None:
-    """Call both gradients of a 1x1 convolution; with ``added``, dgrad adds the masked gradient of a shortcut."""
-    z = _meta_nchw(x.shape[0], outputs, x.shape[2] // stride, x.dtype)
+    """Call both gradients of a 1x1 convolution; with ``shortcut_grad``, dgrad adds a shortcut's masked gradient."""
+    z = _meta_nchw(x.shape[0], out_channels, x.shape[2] // stride, x.dtype)
     stats, x_stats = _stats(z), _stats(x) if input_norm else None
     norm_backward_args = z, z, stats, _mask(z) if masked else None, relu, stats[:2] if training else None, 1 << 20
-    conv_wgrad(*norm_backward_args, _filter(x, outputs, 1), x, x_stats, input_norm, [stride] * 2)
+    conv_wgrad(*norm_backward_args, _filter(x, out_channels, 1), x, x_stats, input_norm, [stride] * 2)
     if stride == 1:
-        shortcut = (x, _mask(x)) if added else (None, None)
-        conv_dgrad(*norm_backward_args, _filter(x, outputs, 1), x, x_stats, input_norm, *shortcut)
+        shortcut = (x, _mask(x)) if shortcut_grad else (None, None)
+        conv_dgrad(*norm_backward_args, _filter(x, out_channels, 1), x, x_stats, input_norm, *shortcut)
 
 
 @contextmanager
@@ -195,7 +197,7 @@ def _convolutions() -> None:
 
     _conv_gradients(_meta_nchw(256, 64, 56), 256, masked=True, input_norm=True)
     _conv_gradients(_meta_nchw(256, 256, 56), 64, masked=False)
-    _conv_gradients(_meta_nchw(256, 256, 56), 64, masked=False, added=True)
+    _conv_gradients(_meta_nchw(256, 256, 56), 64, masked=False, shortcut_grad=True)
     _conv_gradients(_meta_nchw(256, 256, 56), 512, masked=True, stride=2)
     _conv_gradients(_meta_nchw(256, 256, 56), 128, masked=False, relu=False, training=False)
     _conv_gradients(_meta_nchw(_INT64_BATCH, 64, 56), 256, masked=True, input_norm=True)

@@ -1,8 +1,9 @@
-"""Launchers of fused batch norm, addition and ReLU, ``kernels/batch_norm_act.py``, without atomics.
+"""Launchers of the kernels in ``kernels/batch_norm_act.py``: fused batch norm, residual addition and ReLU.
 
-A training forward launches three kernels (partial statistics, merge, apply), and so does a backward (partial sums,
-merge, dx); with running statistics a forward launches one. The separate passes are operators in
-:mod:`fused_res.backends.triton.batch_norm_sync`. Batch norm: Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167.
+A forward pass in training launches three kernels (partial statistics, merge, apply), and so does a backward pass
+(partial sums, merge, dx); a forward pass with running statistics launches one. No kernel uses atomics. The separate
+passes are operators in :mod:`fused_res.backends.triton.batch_norm_sync`. Batch norm: Ioffe and Szegedy (2015),
+https://arxiv.org/abs/1502.03167.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def _apply(
 ) -> tuple[Tensor, Tensor]:
     """Launch the apply pass into ``output``, and return ``output`` and the ReLU mask.
 
-    Without ``running`` statistics ``stats`` is an input; with them the kernel folds them and writes ``stats``, unless
-    it is None.
+    If ``running`` is None, ``stats`` is an input. Otherwise the kernel computes scale and shift from the running
+    statistics, and stores them in ``stats`` if that is not None.
     """
     mask = input.new_empty(relu_mask_shape(input) if save_mask else (0,), dtype=torch.uint8)
     if not input.numel():
@@ -124,10 +125,10 @@ def _apply(
     if residual is not None:
         residual = to_memory_format(residual, is_channels_last(input))
     tiling = choose_tiling(input)
-    *folded, eps = running or (None, None, None, None, 0.0)
+    *running_args, eps = running or (None, None, None, None, 0.0)
     launch(
         kernels.apply_kernel, (tiling.tiles * tiling.blocks,),
-        input, output, residual, residual_stats, stats, *folded, mask if save_mask else None, *tiling.extents,
+        input, output, residual, residual_stats, stats, *running_args, mask if save_mask else None, *tiling.extents,
         eps, relu, running is not None, *tiling.constexprs, accumulator_dtype(input.dtype), **tiling.options,
     )  # fmt: skip
     return output, mask
@@ -224,14 +225,14 @@ def add_masked_(self: Tensor, grad: Tensor, relu_mask: Tensor | None) -> None:
     """Add ``grad`` to ``self`` in place where the mask, in the memory format of ``grad``, is set."""
     if not grad.numel():
         return
-    into = to_memory_format(self, is_channels_last(grad))
+    target = to_memory_format(self, is_channels_last(grad))
     tiling = choose_tiling(grad)
     launch(
         kernels.add_masked_kernel, (tiling.tiles * tiling.blocks,),
-        into, grad, relu_mask, *tiling.extents, *tiling.constexprs, accumulator_dtype(grad.dtype), **tiling.options,
+        target, grad, relu_mask, *tiling.extents, *tiling.constexprs, accumulator_dtype(grad.dtype), **tiling.options,
     )  # fmt: skip
-    if into is not self:
-        self.copy_(into)
+    if target is not self:
+        self.copy_(target)
 
 
 @register_operator

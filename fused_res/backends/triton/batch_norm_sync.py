@@ -1,4 +1,4 @@
-"""Launchers of the separate passes of a split batch norm: statistics and apply, backward reductions and dx.
+"""Launchers of batch norm's passes as separate operators: statistics and their merge, backward reductions, and dx.
 
 Between the passes, synchronised batch norm combines the partial statistics of all ranks. The variances are merged by
 the parallel algorithm of Chan, Golub and LeVeque (1979).
@@ -18,7 +18,8 @@ from fused_res.backends.triton.tiles import accumulator_dtype, choose_tiling
 from fused_res.ops import stats_dtype
 from fused_res.ops.memory_format import is_channels_last, to_dense_layout, to_memory_format
 
-#: Partials that one program merges; more of them, from the tiles of a convolution, are first merged in groups.
+#: Maximum number of partial statistics that one program merges; more, as from a convolution's tiles, are merged in
+#: groups first.
 _MAX_PARTIALS = 1024
 _MIN_GROUP = 64
 _BLOCK = {"BLOCK_PARTS": 64, "BLOCK_CHANNELS": 32}
@@ -34,8 +35,9 @@ def compute_partials(input: Tensor) -> Tensor:
     """Compute the partial statistics of a dense, non-empty input in one pass.
 
     Returns:
-        ``(parts, 4, C)`` in the accumulation dtype: count, mean, M2, and the rounding residual of the mean, which
-        matters for channels with two values that are close to each other.
+        ``(parts, 4, C)`` in the accumulation dtype: count, high part of the mean, M2, and low part of the mean. The
+        mean is high + low: where a channel's values are nearly equal, the rounding error of the high part alone is not
+        small compared with their deviation.
     """
     tiling = choose_tiling(input)
     partials = input.new_empty((tiling.parts, 4, tiling.channels), dtype=stats_dtype(input.dtype))
@@ -56,7 +58,7 @@ def merge_partial_stats(partials: Tensor, max_partials: int = 1) -> Tensor:
     """Merge partial statistics, in float64, until at most ``max_partials`` are left.
 
     Args:
-        partials: ``(parts, 3 or 4, C)``: count, mean, M2, and optionally the rounding residual of the mean.
+        partials: ``(parts, 3 or 4, C)``: count, mean, M2, and optionally the low part of the mean.
         max_partials: largest first dimension of the result. Default: 1.
 
     Returns:

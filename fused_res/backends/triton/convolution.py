@@ -42,8 +42,8 @@ def launch_convolution(
     """Launch the convolution and, with split-K, the reduction and epilogue.
 
     Returns:
-        The output in channels_last memory, and with ``with_partials`` the partial statistics (count, mean, M2, rounding
-        residual of the mean) of its tiles, float32 ``(tiles, 4, channels)``, else shape ``(0,)``.
+        The output in channels_last memory, and with ``with_partials`` the partial statistics (count, mean, M2, low part
+        of the mean) of its tiles, float32 ``(tiles, 4, channels)``, else shape ``(0,)``.
     """
     input, weight = to_memory_format(input, True), to_memory_format(weight, True)
     N, K, P, Q = conv_output_shape(input, weight, stride, padding, dilation)

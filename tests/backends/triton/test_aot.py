@@ -74,7 +74,7 @@ def test_table_has_a_line_per_kernel():
 def make_report(**changes):
     values = {
         **{"name": "k", "constants": {}, "arguments": (), "capability": 80, "warps": 4, "stages": 3},
-        **{"registers": 32, "stack": 0, "spills": 0, "shared": 0, "ptx": ""},
+        **{"registers": 32, "stack": 0, "local_accesses": 0, "shared": 0, "ptx": ""},
     }
     return aot.KernelReport(**values | changes)
 

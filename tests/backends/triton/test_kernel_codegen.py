@@ -28,7 +28,8 @@ SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 TENSOR_CORE_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 #: Pointers to activations and weights; all other pointers are to masks and to per-channel vectors.
 TENSOR_POINTERS = {
-    f"{name}_ptr" for name in ("x", "y", "z", "w", "dx", "dy", "dw", "residual", "dresidual", "into", "grad", "added")
+    f"{name}_ptr"
+    for name in ("x", "y", "z", "w", "dx", "dy", "dw", "residual", "dresidual", "into", "grad", "shortcut_grad")
 }
 
 
@@ -96,8 +97,8 @@ def has_aligned_rows(report):
 
 def find_violations(report):
     """Yield a description of each violation of the code generation requirements."""
-    if report.stack or report.spills:
-        yield f"{report.stack} bytes of stack, {report.spills} spills"
+    if report.stack or report.local_accesses:
+        yield f"{report.stack} bytes of stack, {report.local_accesses} local memory accesses"
     # sm_120 has the mma.sync pipeline of sm_80 and less shared memory, so sm_80 code must fit its limit.
     if report.shared > (SHARED_KIB[120] if report.capability == 80 else SHARED_KIB[report.capability]) << 10:
         yield f"{report.shared / 1024:.1f} KiB of shared memory"

@@ -2,5 +2,6 @@
 
 The batch norm kernels process an activation as *tiles* of a matrix: in channels_last (NHWC) memory rows are pixels and
 columns channels; in contiguous (NCHW) memory rows are images and columns the pixels of one channel. The convolution
-kernels are GEMMs with their operands and output in channels_last memory.
+kernels are GEMMs with their operands and output in channels_last memory. ``LARGE`` is set where element offsets need 64
+bits, ``ACC`` is the accumulation dtype.
 """

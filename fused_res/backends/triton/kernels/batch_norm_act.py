@@ -1,7 +1,9 @@
 """Kernels of ``act(bn(x) [+ residual])``: statistics, apply, backward reductions, and dx.
 
 Batch norm: Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167. Partial statistics are merged by the parallel
-algorithm of Chan, Golub and LeVeque (1979). ``stats`` and ``partials`` are defined in :mod:`fused_res.ops.schemas`.
+algorithm of Chan, Golub and LeVeque (1979). ``stats`` is defined in :mod:`fused_res.ops.schemas`; so are partial
+statistics (count, mean, M2), to which those of tiles add a fourth row, the low part of the mean. To fold running
+statistics (``FOLD``) is to compute ``scale`` and ``shift`` from them.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def _values_in(tile, rows, cols, CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.con
 @triton.jit
 def partials_kernel(
     x_ptr,         # rows x cols of each block
-    partials_ptr,  # (parts, 4, channels): count, mean, M2, rounding residual of the mean
+    partials_ptr,  # (parts, 4, channels): count, mean, M2, low part of the mean
     rows, cols, channels, blocks, tiles, tiles_per_part,
     CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     ACC: tl.constexpr,
@@ -72,6 +74,7 @@ def partials_kernel(
         if not CHANNELS_LAST:
             count += _values_in(tile, rows, cols, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS)
     total = column_sum(sum1, CHANNELS_LAST)
+    # TwoSum (Knuth): mean + rest == pivot + step exactly; rest is the low part of the mean.
     step = total / count
     mean = pivot + step
     taken = mean - pivot
@@ -88,7 +91,7 @@ def partials_kernel(
 
 @triton.jit
 def merge_partials_kernel(
-    partials_ptr,  # (parts, ROWS, channels): 3 in float64, 4 from tiles
+    partials_ptr,  # (parts, ROWS, channels): count, mean, M2; with ROWS = 4, from tiles, also the low part of the mean
     merged_ptr,    # (ceil(parts / parts_per_group), 3, channels), or stats (5, channels) where FINAL
     weight_ptr, bias_ptr,  # (channels) or None
     parts, parts_per_group, channels,
@@ -212,7 +215,7 @@ def apply_kernel(
     x_ptr, y_ptr,
     residual_ptr,        # like x, or None
     residual_stats_ptr,  # (5, channels) to normalise the residual, or None
-    stats_ptr,           # (5, channels): input, or with FOLD output (or None)
+    stats_ptr,           # (5, channels): input; with FOLD an output, or None
     mean_ptr, var_ptr, weight_ptr, bias_ptr,  # FOLD: running statistics, (channels)
     mask_ptr,            # relu_mask, or None
     rows, cols, channels, blocks,
@@ -263,9 +266,9 @@ def _masked_dy(
 @triton.jit
 def sums_kernel(
     dy_ptr, x_ptr, stats_ptr,
-    residual_ptr, residual_stats_ptr,  # residual norm of the same addition, or None
+    residual_ptr, residual_stats_ptr,  # input and stats of the residual's own norm, or None
     mask_ptr,
-    partials_ptr,                      # (parts, 2, channels): sum dy, sum dy * xhat; a third row for the residual
+    partials_ptr,                      # (parts, 2, channels): partial sums dy, dy * xhat; a third row for the residual
     rows, cols, channels, blocks, tiles, tiles_per_part,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACC: tl.constexpr,
@@ -307,7 +310,7 @@ def sums_kernel(
 
 @triton.jit
 def merge_sums_kernel(
-    partials_ptr,  # (parts, width): width is rows times channels
+    partials_ptr,  # (parts, width): partial sums; width is rows times channels
     sums_ptr,      # (ceil(parts / parts_per_group), width)
     parts, parts_per_group, width,
     BLOCK_PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -343,7 +346,7 @@ def norm_input_grad(dy, z, mean, scale, a, b):
 @triton.jit
 def dx_kernel(
     dy_ptr, x_ptr, stats_ptr,
-    residual_ptr, residual_stats_ptr,  # residual norm of the same addition, or None
+    residual_ptr, residual_stats_ptr,  # input and stats of the residual's own norm, or None
     mask_ptr,
     sums_ptr,                          # (2 or 3, channels)
     dx_ptr, dresidual_ptr,             # None if not requested

@@ -40,9 +40,9 @@ def _load_dz(
     """
     col_inside = col < channels
     inside = row_inside[:, None] & col_inside[None, :]
-    at = row[:, None] * channels + col[None, :]
-    z = tl.load(z_ptr + at, inside, other=0).to(tl.float32)
-    dy = tl.load(dy_ptr + at, inside, other=0).to(tl.float32)
+    offsets = row[:, None] * channels + col[None, :]
+    z = tl.load(z_ptr + offsets, inside, other=0).to(tl.float32)
+    dy = tl.load(dy_ptr + offsets, inside, other=0).to(tl.float32)
     mean, scale, shift = load_norm(stats_ptr, col, col_inside, channels)
     if mask_ptr is not None:
         dy = tl.where(_load_relu_mask(mask_ptr, row, row_inside, col, channels, BLOCK_ROWS, BLOCK_COLS), dy, 0)
@@ -64,7 +64,7 @@ def dgrad_kernel(
     dx_ptr,            # (M, channels)
     x_ptr, x_stats_ptr,  # (M, channels), (5, channels): raw input and its norm; or None: the input has no norm
     partials_ptr,      # (tiles of M, 2, channels): partial backward reductions of that norm, or None
-    added_ptr, added_mask_ptr,  # like dx, and its ReLU mask: the gradient of a shortcut; or None
+    shortcut_grad_ptr, shortcut_mask_ptr,  # gradient of the shortcut, (M, channels), and its relu_mask; or None
     M, channels, out_channels, count, tiles_n,
     RELU: tl.constexpr, INPUT_RELU: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -88,24 +88,24 @@ def dgrad_kernel(
         acc = tl.dot(dz, weight, acc, input_precision=PRECISION)
 
     inside = m_inside[:, None] & n_inside[None, :]
-    at = offs_m[:, None] * channels + offs_n[None, :]
+    offsets = offs_m[:, None] * channels + offs_n[None, :]
     if x_ptr is not None:
-        x = tl.load(x_ptr + at, inside, other=0).to(tl.float32)
+        x = tl.load(x_ptr + offsets, inside, other=0).to(tl.float32)
         mean, scale, shift = load_norm(x_stats_ptr, offs_n, n_inside, channels)
         if INPUT_RELU:
             acc = tl.where(relu_grad_mask(normalise(x, mean[None, :], scale[None, :], shift[None, :])) & inside, acc, 0)
         invstd = tl.load(x_stats_ptr + channels + offs_n, n_inside, other=0)
-        xhat = tl.where(inside, x - mean[None, :], 0)
+        centred = tl.where(inside, x - mean[None, :], 0)
         out = partials_ptr + pid_m * 2 * channels + offs_n
         tl.store(out, tl.sum(acc, axis=0), n_inside)
-        tl.store(out + channels, tl.sum(acc * xhat, axis=0) * invstd, n_inside)
-    if added_ptr is not None:
-        added = tl.load(added_ptr + at, inside, other=0).to(tl.float32)
-        if added_mask_ptr is not None:
-            mask = _load_relu_mask(added_mask_ptr, offs_m, m_inside, offs_n, channels, BLOCK_M, BLOCK_N)
-            added = tl.where(mask, added, 0)
-        acc += added
-    tl.store(dx_ptr + at, acc.to(dx_ptr.dtype.element_ty), inside)
+        tl.store(out + channels, tl.sum(acc * centred, axis=0) * invstd, n_inside)
+    if shortcut_grad_ptr is not None:
+        shortcut_grad = tl.load(shortcut_grad_ptr + offsets, inside, other=0).to(tl.float32)
+        if shortcut_mask_ptr is not None:
+            mask = _load_relu_mask(shortcut_mask_ptr, offs_m, m_inside, offs_n, channels, BLOCK_M, BLOCK_N)
+            shortcut_grad = tl.where(mask, shortcut_grad, 0)
+        acc += shortcut_grad
+    tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -152,5 +152,5 @@ def wgrad_kernel(
                 a = relu(a)
             x = tl.where(inside, a, 0).to(x_ptr.dtype.element_ty)
         acc = tl.dot(tl.trans(dz), x, acc, input_precision=PRECISION)
-    at = (split * out_channels + offs_m)[:, None] * channels + offs_n[None, :]
-    tl.store(dw_ptr + at, acc, (offs_m < out_channels)[:, None] & n_inside[None, :])
+    offsets = (split * out_channels + offs_m)[:, None] * channels + offs_n[None, :]
+    tl.store(dw_ptr + offsets, acc, (offs_m < out_channels)[:, None] & n_inside[None, :])

@@ -20,19 +20,19 @@ from fused_res.backends.triton.kernels.elementwise import normalise, relu
 def _store_partials(acc, inside, partials_ptr, pid_m, count, offs_n, out_channels, n_inside):
     """Store the partial statistics of the tile's columns, from two passes over the accumulators.
 
-    They are count, mean, M2 and the rounding residual of the mean.
+    They are count, mean, M2 and the low part of the mean.
     """
     total = tl.sum(tl.where(inside, acc, 0), axis=0)
     mean = total / count
     d = tl.where(inside, acc - mean[None, :], 0)
-    # The mean of the deviations is the rounding residual of the mean.
-    mean_residual = tl.sum(d, axis=0) / count
-    m2 = tl.sum(d * d, axis=0) - mean_residual * mean_residual * count
+    # The mean of the deviations is the low part of the mean.
+    mean_low = tl.sum(d, axis=0) / count
+    m2 = tl.sum(d * d, axis=0) - mean_low * mean_low * count
     out = partials_ptr + pid_m * 4 * out_channels + offs_n
     tl.store(out, tl.zeros_like(mean) + count, n_inside)
     tl.store(out + out_channels, mean, n_inside)
     tl.store(out + 2 * out_channels, m2, n_inside)
-    tl.store(out + 3 * out_channels, mean_residual, n_inside)
+    tl.store(out + 3 * out_channels, mean_low, n_inside)
 
 
 @triton.jit
@@ -47,12 +47,12 @@ def _epilogue(
     if partials_ptr is not None:
         count = tl.minimum(BLOCK_M, M - pid_m * BLOCK_M).to(tl.float32)
         _store_partials(acc, inside, partials_ptr, pid_m, count, offs_n, out_channels, n_inside)
-    at = offs_m[:, None] * out_channels + offs_n[None, :]
+    offsets = offs_m[:, None] * out_channels + offs_n[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + at, inside, other=0).to(acc.dtype)
+        acc += tl.load(residual_ptr + offsets, inside, other=0).to(acc.dtype)
     if RELU:
         acc = relu(acc)
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -76,8 +76,8 @@ def convolution_kernel(
     if LARGE:
         pid_m = pid_m.to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_group = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_n, n_inside = group * group_out_channels + in_group, in_group < group_out_channels
+    offs_n_in_group = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n, n_inside = group * group_out_channels + offs_n_in_group, offs_n_in_group < group_out_channels
     POINTWISE: tl.constexpr = R * S == 1 and STRIDE_H * STRIDE_W == 1 and PAD_H + PAD_W == 0
     PADDED: tl.constexpr = PAD_H + PAD_W > 0
     image, p, q = offs_m // (P * Q), offs_m // Q % P, offs_m % Q
@@ -107,14 +107,14 @@ def convolution_kernel(
                 a = relu(a)
             # Padding is zero after the norm, not before it.
             x = tl.where(inside, a, 0).to(x_ptr.dtype.element_ty)
-        at = offs_n[None, :] * (R * S * group_channels) + tap * group_channels + offs_k[:, None]
-        weight = tl.load(w_ptr + at, k_inside[:, None] & n_inside[None, :], other=0)
+        offsets = offs_n[None, :] * (R * S * group_channels) + tap * group_channels + offs_k[:, None]
+        weight = tl.load(w_ptr + offsets, k_inside[:, None] & n_inside[None, :], other=0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
     if SPLIT_K:
         partial_acc = y_ptr + split.to(tl.int64) * M * out_channels
-        at = offs_m[:, None] * out_channels + offs_n[None, :]
-        tl.store(partial_acc + at, acc, (offs_m < M)[:, None] & n_inside[None, :])
+        offsets = offs_m[:, None] * out_channels + offs_n[None, :]
+        tl.store(partial_acc + offsets, acc, (offs_m < M)[:, None] & n_inside[None, :])
     else:
         _epilogue(
             acc, y_ptr, bias_ptr, residual_ptr, partials_ptr, pid_m, offs_m, M, offs_n, n_inside, out_channels,
@@ -136,11 +136,11 @@ def split_k_epilogue_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (offs_m < M)[:, None] & (offs_n < out_channels)[None, :]
-    at = partial_acc_ptr + offs_m[:, None] * out_channels + offs_n[None, :]
+    ptrs = partial_acc_ptr + offs_m[:, None] * out_channels + offs_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(splits):
-        acc += tl.load(at, inside, other=0)
-        at += tl.cast(M, tl.int64) * out_channels
+        acc += tl.load(ptrs, inside, other=0)
+        ptrs += tl.cast(M, tl.int64) * out_channels
     _epilogue(
         acc, y_ptr, bias_ptr, residual_ptr, partials_ptr, pid_m, offs_m, M, offs_n, offs_n < out_channels, out_channels,
         RELU, BLOCK_M,

@@ -69,7 +69,7 @@ def mask_at(
     tile, block, rows, cols, channels, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Return the byte offsets of the same tile of a ``relu_mask``, and which of them are within bounds.
+    """Return the byte offsets of tile ``tile`` (see :func:`tile_at`) in a ``relu_mask``, and which are within bounds.
 
     The rows of the mask are padded to whole bytes.
     """
@@ -90,7 +90,7 @@ def channels_of(block, channels, CHANNELS_LAST: tl.constexpr, BLOCK_COLS: tl.con
 
 @triton.jit
 def column_sum(x, CHANNELS_LAST: tl.constexpr):
-    """Return the sum of a tile over each of its channels, as a row."""
+    """Return the per-channel sums of a tile, as a row."""
     total = tl.sum(x, axis=0)[None, :]
     if not CHANNELS_LAST:
         total = tl.sum(total, axis=1)[:, None]

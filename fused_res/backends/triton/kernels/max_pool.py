@@ -51,7 +51,7 @@ def max_pool_forward_kernel(
     if stats_ptr is not None:
         mean, scale, shift = load_norm(stats_ptr, channel, exists, channels)
     best = tl.full((BLOCK,), float("-inf"), ACC)
-    at = tl.zeros((BLOCK,), tl.int32)
+    at = tl.zeros((BLOCK,), tl.int32)  # argmax: position of the maximum in the window
     for r in tl.static_range(R):
         for s in tl.static_range(S):
             h, w = p * STRIDE_H - PAD_H + r, q * STRIDE_W - PAD_W + s
