@@ -37,7 +37,7 @@ HELP = "single convolutions with bias, addition and ReLU, and with statistics"
 
 ATEN = "aten"
 ONEDNN = "onednn-fused"
-# The library's precision contract; only Winograd is allowed a larger error.
+# The accuracy criterion; only Winograd is allowed a larger error.
 ERROR_FACTOR = 2.0
 ERROR_FLOOR_ULP = 4
 WINOGRAD_FLOOR = 3e-6
@@ -147,7 +147,7 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
                     t.x, t.weight, t.bias, t.residual, *conv_args, spec.activation, backend=name
                 )
     kernels = backends.resolve(backend, t.x.device)
-    # The CPU has no separate statistics kernel with partial statistics as output.
+    # Backends without both operator families are skipped.
     if {"conv_bn_stats", "batch_norm_sync"} <= kernels.op_families:
 
         def with_statistics() -> tuple[Tensor, Tensor]:

@@ -5,17 +5,18 @@ as ``reads > writes``. A step that is missing from a level's table is computed b
 Per-channel vectors, the loss and its softmax are omitted (below 0.1 %). No cache reuse between kernels is assumed.
 
 ====================  ==============================================================================================
-x, dx                 the elements that a convolution reads from its input, and the gradient of the whole input; dxt:
-                      the gradient of the elements read
+x, dx                 the elements that a convolution reads from its input, and the gradient of the whole input
+dx_read               the gradient of the elements read
 w, dw                 the weight and its gradient
 z, a, y               a convolution's output, the same after norm and ReLU, and the block's output; r: the residual
                       operand; zs: the projection's z
 da, dy, dz, dzs, g    their gradients; g: masked by a ReLU
-di                    gradient of the block's input, from the main branch or from the shortcut; dr: contribution of the
-                      next block's shortcut to dy; carried: gradient of the shortcut where the first convolution's dgrad
-                      adds it, and cmask: the ReLU mask of an identity shortcut's gradient
+block_dx              gradient of the block's input, from the main branch or from the shortcut
+dr                    contribution of the next block's shortcut to dy
+shortcut_grad         gradient of the shortcut where the first convolution's dgrad adds it
+shortcut_mask         the ReLU mask of an identity shortcut's gradient
 mask, p, i8, i64      ReLU mask (one bit per element), max pool output (gradient: dp) and its indices of 1 or 8 bytes
-prev                  x read again in an epilogue that accumulates the reductions of the preceding norm's backward
+x_reread              x read again in an epilogue that accumulates the reductions of the preceding norm's backward
 v, o                  features and logits of the classifier, with gradients
 ====================  ==============================================================================================
 """
@@ -62,8 +63,8 @@ _EAGER = {
     "end dx": "g z > dz",
     "pair sums": "dy y > g; g z >; g zs >",
     "pair dx": "g z > dz; g zs > dzs",
-    "add identity": "di g > di",
-    "add projection": "di di > di",
+    "add identity": "block_dx g > block_dx",
+    "add projection": "block_dx block_dx > block_dx",
 }
 #: As Inductor fuses: elementwise operations are fused into their consumer, a reduction is a separate kernel.
 _COMPILE = {
@@ -94,24 +95,24 @@ _NORM = {
     "end dx": "dy mask z > dz",
     "pair sums": "dy mask z zs >",
     "pair dx": "dy mask z zs > dz dzs",
-    "add identity": "di dy mask > di",
-    "add projection": "di di > di",
+    "add identity": "block_dx dy mask > block_dx",
+    "add projection": "block_dx block_dx > block_dx",
 }
 #: Where the planner selects the backend's fused convolutions: statistics in the epilogue, norm and ReLU in the operand
 #: prologue, dz computed in the operand prologue. Other convolutions as in `_NORM`.
 _FUSED = _NORM | {
     "fused conv": "x w > z",
-    "fused dgrad": "dy mask z w prev carried cmask > dxt",
+    "fused dgrad": "dy mask z w x_reread shortcut_grad shortcut_mask > dx_read",
     "fused wgrad": "dy mask z x > dw",
-    "add fused projection": "dxt dxt > dxt",
+    "add fused projection": "dx_read dx_read > dx_read",
 }
 #: Lower bound, not implemented: all convolutions fused, both gradients in one kernel, reductions in epilogues, no mask.
-_FEWEST = {
+_LOWER_BOUND_RULES = {
     "fused conv": "x w > z",
     "end": "z r > y",
     "pair": "z zs > y",
     "pool": "z > p",
-    "fused backward": "dy z w x carried > dx dw",
+    "fused backward": "dy z w x shortcut_grad > dx dw",
     "fused projection backward": "dy z w x > dw",
     "fused pool backward": "dp z x > dw",
     "optimizer": "masters buffers grads > masters buffers",
@@ -122,10 +123,10 @@ _COMPILE_INFERENCE = {name: _COMPILE[name] for name in ("apply", "end", "pair")}
 _NORM_INFERENCE = {"apply": "z > a", "end": "z r > y", "pair": "z zs > y", "pool": "z > p i8"}
 #: A frozen network: `conv_bias_act` for all convolutions, and PyTorch's pooling.
 _FUSED_INFERENCE = {"fused conv": "x w r > y", "pool": "a > p i64"}
-_FEWEST_INFERENCE = {"fused conv": "x w r > y", "pool": "a > p"}
+_LOWER_BOUND_INFERENCE_RULES = {"fused conv": "x w r > y", "pool": "a > p"}
 
 _LOWER_BOUND = Selection(
-    Algorithm("fewest", lambda problem: None, {}, fused=True, compact_input_gradient=True), "lower bound"
+    Algorithm("lower_bound", lambda problem: None, {}, fused=True, compact_input_gradient=True), "lower bound"
 )
 _LOWER_BOUND_ALGORITHMS = TrainingAlgorithms(_LOWER_BOUND, _LOWER_BOUND, _LOWER_BOUND)
 
@@ -136,7 +137,7 @@ class Level:
 
     Args:
         title: description in the printed tables.
-        conv_source: convolutions used in training: "aten", "planned" (those that the planner selects) or "fused" (the
+        conv_source: convolutions used in training: "aten", "planned" (selected by the planner's rules) or "fused" (the
             lower bound). In inference "planned" fuses all of them.
         training: traffic rules of a training step.
         inference: traffic rules of an inference.
@@ -160,7 +161,12 @@ LEVELS = {
     "compile": Level("norms fused as by Inductor", "aten", _ATEN | _COMPILE, _ATEN | _COMPILE_INFERENCE),
     "norm": Level("batch_norm_act after PyTorch's convolutions", "aten", _ATEN | _NORM, _ATEN | _NORM_INFERENCE),
     "fused": Level("also the convolutions that the planner fuses", "planned", _ATEN | _FUSED, _FUSED_INFERENCE),
-    "fewest": Level("lower bound: each tensor of a convolution once each way", "fused", _FEWEST, _FEWEST_INFERENCE),
+    "fewest": Level(
+        "lower bound: each convolution tensor is read or written once per direction",
+        "fused",
+        _LOWER_BOUND_RULES,
+        _LOWER_BOUND_INFERENCE_RULES,
+    ),
 }
 
 
@@ -268,19 +274,19 @@ class _BlockKernels:
         x_read, y = size * convolution.elements_read, math.prod(self.block.y)
         ends_block = bool(self.kind) and (convolution.residual or unit.output_name == "zs")
         sizes: dict[str, float] = dict.fromkeys(("z", "a", "y", "zs", "da", "dy", "dz", "dzs", "g"), z)
-        sizes |= dict.fromkeys(("x", "dxt"), x_read) | dict.fromkeys(("w", "dw"), size * w)
+        sizes |= dict.fromkeys(("x", "dx_read"), x_read) | dict.fromkeys(("w", "dw"), size * w)
         return (
             sizes
             | dict.fromkeys(("p", "dp"), size * y)
             | {
                 "dx": x,
-                "di": size * math.prod(self.block.x),
+                "block_dx": size * math.prod(self.block.x),
                 "r": z if convolution.residual else 0,
                 "dr": 0 if self.final else size * y,
-                "carried": x if unit in self.shortcut_grad_units else 0,
-                "cmask": x / size / 8 if unit in self.shortcut_grad_units and self.kind == "end" else 0,
+                "shortcut_grad": x if unit in self.shortcut_grad_units else 0,
+                "shortcut_mask": x / size / 8 if unit in self.shortcut_grad_units and self.kind == "end" else 0,
                 "mask": z / size / 8 if ends_block else 0,
-                "prev": x_read if unit.input_name != "x" else 0,
+                "x_reread": x_read if unit.input_name != "x" else 0,
                 "i8": y,
                 "i64": 8 * y,
             }

@@ -197,15 +197,15 @@ def tables(run: dict[str, Any]) -> str:
     header = [
         "configuration",
         "saved MB/image",
-        "vs eager",
-        "hidden",
+        f"saved vs {EAGER_CHANNELS_LAST}",
+        "outside save_for_backward MB/image",
         "live MB/image",
         "peak tensor MB",
         *resident,
         "step ms",
-        "vs eager",
+        f"time vs {EAGER_CHANNELS_LAST}",
     ]
-    title = f"memory: {case['name']}, {report.allocator_title(run)} (vs {EAGER_CHANNELS_LAST})"
+    title = f"memory: {case['name']}, {report.allocator_title(run)}"
     return title + "\n" + report.table(header, rows)
 
 

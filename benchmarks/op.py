@@ -32,7 +32,7 @@ from benchmarks.timing import Workload, clock_of, measure_interleaved
 
 HELP = "batch norm (+ add) + ReLU, forward and backward, at ResNet-50's activation shapes"
 
-# The library's precision contract: at most twice the error of stock PyTorch against float64, and a few ulp of the dtype
+# The accuracy criterion: at most twice the error of stock PyTorch against float64, and a few ulp of the dtype
 # where stock PyTorch is exact.
 ERROR_FACTOR = 2.0
 ERROR_FLOOR_ULP = 4
@@ -235,7 +235,15 @@ def tables(run: dict[str, Any]) -> str:
         phases = [report.milliseconds(value) for value in first["phases_s"].values()]
         rows.append([case["name"], case["count"], *phases, *cells[0], *cells[1]])
     phases = [f"{phase} ms" for phase in cases[0]["providers"][names[0]]["phases_s"]]
-    header = ["case", "count", *phases, "compulsory GB/s", "of copy", "algorithm GB/s", "of copy"]
+    header = [
+        "case",
+        "count",
+        *phases,
+        "compulsory GB/s",
+        "compulsory / copy bandwidth",
+        "algorithm GB/s",
+        "algorithm / copy bandwidth",
+    ]
     title = f"{names[0]}, with a measured copy bandwidth of {copy / 1e9:.1f} GB/s (read + write)"
     return "\n\n".join([report.wide_times(cases), f"{title}\n{report.table(header, rows)}", summary(run)])
 
@@ -258,11 +266,11 @@ def summary(run: dict[str, Any]) -> str:
             rates = [size / seconds / copy for size, seconds in zip(byte_counts, medians, strict=True) if size]
             shares.append(f"{report.geometric_mean(rates):.0%}" if rates else "-")
         rows.append([name, report.milliseconds(network), *map(report.ratio, means), *shares])
-    ours = f"time / {names[0]}"
+    ratio_title = f"time / {names[0]}"
     header = [
         "provider",
         "network ms",
-        f"{ours}, with ReLU",
+        f"{ratio_title}, with ReLU",
         "all",
         "of copy bandwidth: compulsory bytes",
         "algorithm bytes",

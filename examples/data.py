@@ -185,7 +185,7 @@ def load(source: str | Path, image_size: int | None = None, workers: int = 0) ->
         return _load_digits(image_size)
     folder = Path(source)
     if not folder.is_dir():
-        raise DataError(f"--data {source}: expected an existing folder, or digits, the embedded data set")
+        raise DataError(f"--data {source}: expected an existing folder, or digits, which is bundled with scikit-learn")
     found = [variant for variant in CIFAR_VARIANTS if variant.find_folder(folder)]
     if len(found) > 1:
         raise DataError(f"--data {source}: holds {' and '.join(one.folder for one in found)}; choose one of them")

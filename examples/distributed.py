@@ -36,13 +36,13 @@ class DistributedContext:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """All-reduce (sum) `values` in place and return them."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is set in any process. Runs on the CPU to avoid a device synchronization."""
         if self.world_size == 1:
             return flag

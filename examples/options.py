@@ -77,8 +77,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="digits",
         metavar="SET",
-        help="digits (embedded), or a folder: CIFAR's Python files, or images in train/<class>/* and val|test/<class>/*"
-        " (default: %(default)s)",
+        help="digits (bundled with scikit-learn), or a folder: CIFAR's Python files, or images in train/<class>/* and"
+        " val|test/<class>/* (default: %(default)s)",
     )
     group.add_argument(
         "--image-size",
@@ -224,39 +224,41 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
 
 
-def parser(documentation: str) -> argparse.ArgumentParser:
+def build_parser(documentation: str) -> argparse.ArgumentParser:
     summary, _, rest = documentation.partition("\n")
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="train.py", description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for add in (add_data, add_model, add_recipe, add_kernels, add_processes, add_output):
-        add(made)
-    return made
+        add(parser)
+    return parser
 
 
 def parse(documentation: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse and validate the options, their combinations included; exit with status 2 and a message if invalid."""
-    made = parser(documentation)
-    options = made.parse_args(arguments)
+    parser = build_parser(documentation)
+    options = parser.parse_args(arguments)
     if not options.fuse:
         for name in ("backend", "recompute"):
-            if getattr(options, name) != made.get_default(name):
-                made.error(f"--{name} {getattr(options, name)}: applies to fused blocks only; not with --no-fuse")
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name} {getattr(options, name)}: applies to fused blocks only; not with --no-fuse")
     if (options.fsdp or options.ddp) and not distributed.under_torchrun():
         kind = "--fsdp" if options.fsdp else "--ddp"
-        made.error(f"{kind}: start it with torchrun, for example: torchrun --nproc-per-node 2 examples/train.py {kind}")
+        parser.error(
+            f"{kind}: start it with torchrun, for example: torchrun --nproc-per-node 2 examples/train.py {kind}"
+        )
     if options.fsdp and options.compile:
-        made.error("--compile: not supported with --fsdp")
+        parser.error("--compile: not supported with --fsdp")
     if options.warmup_epochs is None:
         options.warmup_epochs = min(2.0, options.epochs / 4)
     if options.warmup_epochs > options.epochs:
-        made.error(f"--warmup-epochs {options.warmup_epochs:g}: exceeds --epochs {options.epochs}")
+        parser.error(f"--warmup-epochs {options.warmup_epochs:g}: exceeds --epochs {options.epochs}")
     if options.resume not in ("auto", "never") and not Path(options.resume).is_file():
-        made.error(f"--resume {options.resume}: expected auto, never or an existing file")
+        parser.error(f"--resume {options.resume}: expected auto, never or an existing file")
     if options.out is None:
         options.out = Path("runs") / f"{options.model.replace('/', '-')}-{Path(options.data).resolve().name}"
     if options.out.exists() and not options.out.is_dir():
-        made.error(f"--out {options.out}: is not a folder")
+        parser.error(f"--out {options.out}: is not a folder")
     return options
 
 

@@ -44,13 +44,13 @@ class StopSignal:
     """A context manager in which SIGTERM and SIGINT only set ``received``.
 
     Args:
-        only_once: whether a second signal terminates the process. False for distributed runs, whose processes receive
-            each signal several times, from the terminal and from torchrun.
+        terminate_on_second_signal: False for distributed runs, whose processes receive each signal several times, from
+            the terminal and from torchrun.
     """
 
-    def __init__(self, only_once: bool) -> None:
+    def __init__(self, terminate_on_second_signal: bool) -> None:
         self.received = False
-        self.only_once = only_once
+        self.terminate_on_second_signal = terminate_on_second_signal
         self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> None:
@@ -63,7 +63,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: object) -> None:
         self.received = True
-        if self.only_once:
+        if self.terminate_on_second_signal:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -97,11 +97,13 @@ class Trainer:
         self.options = options
         self.data = data
         self.processes = processes
-        self.stop_signal = StopSignal(only_once=processes.world_size == 1)
+        self.stop_signal = StopSignal(terminate_on_second_signal=processes.world_size == 1)
 
-        shard_of = processes.rank, processes.world_size
-        self.train_loader = data.train_loader(options.batch_size, options.seed, *shard_of, augment=options.augment)
-        self.test_loader = data.test_loader(options.batch_size, *shard_of)
+        rank_and_world_size = processes.rank, processes.world_size
+        self.train_loader = data.train_loader(
+            options.batch_size, options.seed, *rank_and_world_size, augment=options.augment
+        )
+        self.test_loader = data.test_loader(options.batch_size, *rank_and_world_size)
         self.steps = options.epochs * self.train_loader.steps
         self.warmup_steps = round(options.warmup_epochs * self.train_loader.steps)
         self.settings = trajectory_options(options) | {"data": data.name}
@@ -130,8 +132,8 @@ class Trainer:
         self.model = model
         self.ema_model = None
         if options.ema is not None:
-            # FSDP's parameters (DTensor) and buffers (Tensor) cannot share a multi-tensor update, so FSDP averages them
-            # one by one.
+            # FSDP's parameters (DTensor) and buffers (Tensor) cannot share a multi-tensor update, so under FSDP
+            # they are averaged one by one.
             average_function: Any = (
                 {"avg_fn": get_ema_avg_fn(options.ema)}
                 if options.fsdp
@@ -179,7 +181,7 @@ class Trainer:
         """Run the remaining steps of the current epoch."""
         self.model.train()
         options, steps = self.options, self.train_loader.steps
-        mark = time.perf_counter()
+        previous = time.perf_counter()
         for batch in self.train_loader.batches(self.epoch, self.step - self.epoch * steps):
             self._raise_if_stopped()
             self.pending_sums.append((self._train_step(batch), batch.global_batch_size))
@@ -188,8 +190,9 @@ class Trainer:
                 self._flush_pending_sums()
                 loss, error = self.totals.means()
                 log.progress(self.step, {"train/loss": loss, "train/error": error, "lr": self._lr(self.step - 1)})
-            mark, before = time.perf_counter(), mark
-            self.totals.seconds += mark - before
+            now = time.perf_counter()
+            self.totals.seconds += now - previous
+            previous = now
             if options.checkpoint_every and self.step % options.checkpoint_every == 0 and self.step % steps:
                 self.save()
 
@@ -228,7 +231,7 @@ class Trainer:
             images, labels = self._to_device(batch)
             outputs = self._compute_logits(model, images)
             sums += _loss_and_error_sums(F.cross_entropy(outputs, labels, reduction="sum"), outputs, labels)
-        loss, errors = self.processes.sum(sums).tolist()
+        loss, errors = self.processes.all_reduce_sum(sums).tolist()
         count = len(self.data.test.labels)
         return loss / count, errors / count
 
@@ -259,7 +262,7 @@ class Trainer:
             return model(images).float()
 
     def _raise_if_stopped(self) -> None:
-        if self.processes.any(self.stop_signal.received):
+        if self.processes.any_rank(self.stop_signal.received):
             raise TrainingInterrupted
 
     def _flush_pending_sums(self) -> None:
@@ -267,7 +270,7 @@ class Trainer:
         if not self.pending_sums:
             return
         first = self.step - len(self.pending_sums)
-        sums = self.processes.sum(torch.stack([sums for sums, _ in self.pending_sums])).tolist()
+        sums = self.processes.all_reduce_sum(torch.stack([sums for sums, _ in self.pending_sums])).tolist()
         for step, (loss, errors), (_, count) in zip(range(first, self.step), sums, self.pending_sums, strict=True):
             if not math.isfinite(loss):
                 raise TrainingError(self._divergence_message(f"the loss is {loss}", step))
@@ -279,8 +282,9 @@ class Trainer:
     def _divergence_message(self, what: str, step: int) -> str:
         epoch = step // self.train_loader.steps + 1
         return (
-            f"{what} in epoch {epoch}, step {step + 1}, at a learning rate of {self._lr(step):.4g}: this state is not"
-            " saved; try a lower --lr or a longer --warmup-epochs, with --resume never if earlier steps diverged"
+            f"{what} in epoch {epoch}, step {step + 1}, at a learning rate of {self._lr(step):.4g}: this state was"
+            " not saved; try a lower --lr or a longer --warmup-epochs; if the saved checkpoints have already diverged,"
+            " restart with --resume never"
         )
 
     # Saving and resuming
@@ -297,7 +301,7 @@ class Trainer:
         self.processes.broadcast_buffers(self.model, self.ema_model)
         state = self.state()
         broken = [name for name, value in state["model"].items() if not value.isfinite().all()]
-        if self.processes.any(bool(broken)):
+        if self.processes.any_rank(bool(broken)):
             raise TrainingError(
                 self._divergence_message(f"{broken[0] if broken else 'a weight'} is not finite", self.step - 1)
             )

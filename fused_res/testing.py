@@ -1,4 +1,4 @@
-"""Helpers shared by tests and benchmarks: the precision contract, and imports of an incompatible torchvision."""
+"""Helpers shared by tests and benchmarks: the accuracy criterion, and imports of an incompatible torchvision."""
 
 import importlib.util
 import pathlib
@@ -32,7 +32,7 @@ def stub_torchvision_operators() -> None:
 def assert_within_stock_error(
     name: str, ours: Tensor, stock: Tensor, exact: Tensor, exact_for_stock: Tensor | None = None, floor: float = 0.0
 ) -> None:
-    """Assert the precision contract: the error is at most twice that of stock PyTorch.
+    """Assert the accuracy criterion: the error is at most twice that of stock PyTorch.
 
     Both errors are maxima over all elements against float64, in the same dtype on the same input. The bound adds four
     units in the last place of the largest exact value.

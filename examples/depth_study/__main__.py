@@ -8,7 +8,7 @@ every layer, blocks whose residual branch is zero, and the cost of depth. Writes
     python -m examples.depth_study --section gradients    # one of: degradation, gradients, identity, spectrum
     python -m examples.depth_study --data cifar-10-batches-py --depths 20 56 --epochs 30
 
-The same command resumes a killed study: finished trainings are stored under OUT/trainings, keyed by their settings.
+The same command resumes a killed study: finished training runs are stored under OUT/trainings, keyed by their settings.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("build/depth-study"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--section", nargs="+", choices=SECTIONS, metavar="NAME", help="sections to run (default: all)")
-    parser.add_argument("--quick", action="store_true", help="fewer depths, epochs and seeds, a smaller spectrum")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer depths, epochs and seeds, fewer networks in the spectrum section"
+    )
     parser.add_argument("--data", default="digits", help="digits, or a folder of CIFAR's files or of images")
     parser.add_argument(
         "--image-size", type=positive_int, help="default: the images' own size; 224 for a folder of images"
@@ -93,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", choices=fused_res.backends.names(), default="auto", help="default: %(default)s")
     parser.add_argument(
-        "--jobs", type=positive_int, help="concurrent trainings, each in one thread (default: the number of cores)"
+        "--jobs", type=positive_int, help="concurrent training runs, each in one thread (default: the number of cores)"
     )
     return parser
 
@@ -155,7 +157,7 @@ def main(arguments: list[str]) -> None:
     sections = {name: module for name, module in SECTIONS.items() if name in (parsed.section or SECTIONS)}
     jobs = parsed.jobs or len(os.sched_getaffinity(0))
     try:
-        pool.run(study, [t for module in sections.values() for t in module.trainings(study)], store, jobs)
+        pool.run(study, [t for module in sections.values() for t in module.training_runs(study)], store, jobs)
     except (DataError, DivergedError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from None
     except BrokenProcessPool:

@@ -11,8 +11,9 @@ from examples.depth_study.gradients import first_to_last_ratio
 
 #: Differences of errors up to this many percentage points are negligible: 14 training images of the digits.
 NEGLIGIBLE_POINTS = 1.0
-#: Gradients are called even if their norm changes by less than this factor from the first to the last third of layers.
-EVEN_RATIO = 10.0
+#: Gradients count as uniform when their norm changes by less than this factor from the first to the last third of the
+#: layers.
+UNIFORM_RATIO = 10.0
 
 Measured = dict[str, Any]
 
@@ -46,7 +47,7 @@ class Spread:
         return f"{self.mean:.2f} %" + (f" ({low:.2f} to {high:.2f})" if len(self.values) > 1 else "")
 
     def above(self, other: Spread) -> bool:
-        """Return whether the mean is higher by more than `NEGLIGIBLE_POINTS`, and every seed is above every other's."""
+        """Return whether the mean is higher by more than `NEGLIGIBLE_POINTS` and the ranges do not overlap."""
         return self.mean - other.mean > NEGLIGIBLE_POINTS and min(self.values) > max(other.values)
 
 
@@ -171,7 +172,7 @@ def gradients(measured: Measured) -> list[Claim]:
         Claim(
             "With batch norm, the gradients of plain networks at initialisation do not vanish towards the input: they "
             "explode, and the growth increases with depth.",
-            growth[-1] > EVEN_RATIO and growth == sorted(growth),
+            growth[-1] > UNIFORM_RATIO and growth == sorted(growth),
             listed("initial"),
             figure,
         ),
@@ -179,16 +180,16 @@ def gradients(measured: Measured) -> list[Claim]:
             "Skip connections reduce the change of the gradient norm from the first to the last third of the layers "
             "at every depth.",
             all(
-                _unevenness(ratios["residual", depth, "initial"]) < _unevenness(ratios["plain", depth, "initial"])
+                _change_factor(ratios["residual", depth, "initial"]) < _change_factor(ratios["plain", depth, "initial"])
                 for depth in depths
             ),
-            f"{deepest} layers: a factor of {_unevenness(ratios['residual', deepest, 'initial']):.3g} with skip "
-            f"connections, {_unevenness(ratios['plain', deepest, 'initial']):.3g} without",
+            f"{deepest} layers: a factor of {_change_factor(ratios['residual', deepest, 'initial']):.3g} with skip "
+            f"connections, {_change_factor(ratios['plain', deepest, 'initial']):.3g} without",
             figure,
         ),
         Claim(
             "Without batch norm, the gradients of deep plain networks vanish in all layers.",
-            plain[deepest] < plain[shallowest] / EVEN_RATIO**2,
+            plain[deepest] < plain[shallowest] / UNIFORM_RATIO**2,
             "largest gradient norm of any layer: "
             + ", ".join(f"plain-{depth} {norm:.2g}" for depth, norm in plain.items()),
             figure,
@@ -196,22 +197,22 @@ def gradients(measured: Measured) -> list[Claim]:
         Claim(
             "Without batch norm, shortcuts alone do not stabilise the gradients: in deep residual networks they "
             "explode, because every residual branch increases the variance of the signal.",
-            residual[deepest] > residual[shallowest] * EVEN_RATIO**2,
+            residual[deepest] > residual[shallowest] * UNIFORM_RATIO**2,
             "largest gradient norm of any layer: "
             + ", ".join(f"residual-{d} {norm:.2g}" for d, norm in residual.items()),
             figure,
         ),
         Claim(
-            "After training, the gradients of residual networks are even: their norm changes by less than a factor of "
-            f"{EVEN_RATIO:g} from the first to the last third of the layers.",
-            all(_unevenness(ratios["residual", depth, "trained"]) < EVEN_RATIO for depth in depths),
+            "After training, the gradients of residual networks are uniform: their norm changes by less than a factor "
+            f"of {UNIFORM_RATIO:g} from the first to the last third of the layers.",
+            all(_change_factor(ratios["residual", depth, "trained"]) < UNIFORM_RATIO for depth in depths),
             listed("trained"),
             figure,
         ),
     ]
 
 
-def _unevenness(ratio: float) -> float:
+def _change_factor(ratio: float) -> float:
     return max(ratio, 1 / ratio)
 
 

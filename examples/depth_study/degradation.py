@@ -29,7 +29,7 @@ def by_rate(study: Study) -> list[TrainingConfig]:
     ]
 
 
-def trainings(study: Study) -> list[TrainingConfig]:
+def training_runs(study: Study) -> list[TrainingConfig]:
     return by_depth(study) + by_rate(study)
 
 

@@ -43,7 +43,7 @@ def first_to_last_ratio(norms: list[float]) -> float:
     return math.exp(statistics.fmean(logarithms[:count]) - statistics.fmean(logarithms[-count:]))
 
 
-def trainings(study: Study) -> list[TrainingConfig]:
+def training_runs(study: Study) -> list[TrainingConfig]:
     return [study.training(kind, depth) for depth in study.probed_depths for kind in KINDS]
 
 
@@ -65,7 +65,7 @@ def measure(study: Study, store: Store) -> dict[str, Any]:
         return [float(f"{norm:.5g}") for norm in layer_gradient_norms(model, images, batch.labels)]
 
     curves = []
-    for training in trainings(study):
+    for training in training_runs(study):
         network = training.network
         bare = Network(network.kind, network.depth, network.width, norm=False)
         seeds = range(study.seeds)

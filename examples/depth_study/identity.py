@@ -1,5 +1,7 @@
-"""Blocks whose last norm has zero weight and bias are the identity: alone, in a newly initialised network, and appended
-to the stages of a trained one. Also compares shortcuts that span one, two, three and four layers.
+"""Measure residual blocks whose last norm is zero: they return relu(x), the identity on non-negative inputs.
+
+The blocks are measured alone, in a newly initialised network, and appended to the stages of a trained one. The section
+also compares shortcuts that span one, two, three and four layers.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def by_span(study: Study) -> list[TrainingConfig]:
     return [study.training("plain", SPAN_DEPTH), *spans]
 
 
-def trainings(study: Study) -> list[TrainingConfig]:
+def training_runs(study: Study) -> list[TrainingConfig]:
     return [*by_span(study), *(study.training(kind, study.shallow) for kind in KINDS)]
 
 
@@ -70,7 +72,12 @@ def single_block(span: int, shortcut: str, study: Study) -> dict[str, Any]:
 
 
 def fresh_network(study: Study) -> dict[str, Any]:
-    """Measure how far each block's output is from its input, in a new network with ``zero_init_residual``."""
+    """Measure how far each block's output is from its input, in a new network with ``zero_init_residual``.
+
+    Returns:
+        ``depth``, and ``blocks``: for each block ``projects`` (whether its shortcut is a projection) and
+        ``difference`` (the largest absolute one, or None where the shapes of input and output differ).
+    """
     torch.manual_seed(0)
     model = cifar_resnet(
         study.deep, study.data.classes, width=study.width, zero_init_residual=True, backend=study.backend

@@ -1,4 +1,4 @@
-"""Train in parallel processes of one thread each: faster than one training after the other on all cores."""
+"""Train in parallel processes of one thread each: faster than one training run after the other on all cores."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from examples.depth_study.training import train
 _epochs: Any = None
 
 
-def run(study: Study, trainings: Iterable[TrainingConfig], store: Store, jobs: int) -> None:
-    """Run the trainings that `store` has no result of, `jobs` at a time, the longest first.
+def run(study: Study, runs: Iterable[TrainingConfig], store: Store, jobs: int) -> None:
+    """Execute the training runs that `store` has no result of, `jobs` at a time, the longest first.
 
     The results do not depend on `jobs`.
 
     Raises:
-        Exception: the exception of the first training that failed, after all others have been terminated.
+        Exception: the exception of the first training run that failed, after all others have been terminated.
     """
     images = len(study.data.train.labels)
-    requested = sorted(dict.fromkeys(trainings), key=lambda training: -training.cost(images))
+    requested = sorted(dict.fromkeys(runs), key=lambda training: -training.cost(images))
     missing = [training for training in requested if store.result(training) is None]
     if len(missing) < len(requested):
-        print(f"{len(requested) - len(missing)} of {len(requested)} trainings are already finished")
+        print(f"{len(requested) - len(missing)} of {len(requested)} training runs are already finished")
     if not missing:
         return
     # Not fork: PyTorch's thread pool does not survive it.
@@ -60,7 +60,7 @@ def run(study: Study, trainings: Iterable[TrainingConfig], store: Store, jobs: i
                 f"{futures[future].label}: training error {result['train_error']:.2f} %,"
                 f" test error {result['test_error']:.2f} % ({result['seconds']:.0f} s)"
             )
-            bar.set_postfix_str(f"{done} of {len(missing)} trainings", refresh=False)
+            bar.set_postfix_str(f"{done} of {len(missing)} training runs", refresh=False)
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()

@@ -24,7 +24,7 @@ WARMUP_EPOCHS = 5
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """All settings that determine the result of a training: equal configurations end with equal weights.
+    """All settings that determine the result of a training run: equal configurations end with equal weights.
 
     Args:
         network: the network that is trained.

@@ -48,7 +48,7 @@ FULL = MeasurementSize(("resnet18", "resnet34", "resnet50", "resnet101", "resnet
 QUICK = MeasurementSize(("resnet18", "resnet34", "resnet50"), 2, 32, 3, 0.1)
 
 
-def trainings(study: Study) -> list[TrainingConfig]:
+def training_runs(study: Study) -> list[TrainingConfig]:
     return []
 
 

@@ -1,4 +1,4 @@
-"""Results, weights and resumable states of trainings, in files that are named by a hash of the settings."""
+"""Results, weights and resumable states of training runs, in files that are named by a hash of the settings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from examples.depth_study.settings import TrainingConfig
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of trainings.
+    """A folder of training runs.
 
-    ``<name>.json`` is the result of a finished training, ``.weights`` its final weights, and ``.running`` the state of
+    ``<name>.json`` is the result of a finished run, ``.weights`` its final weights, and ``.running`` the state of
     an unfinished one. Files are written atomically, and a damaged one is treated as missing.
     """
 
     folder: Path
 
     def result(self, training: TrainingConfig) -> dict[str, Any] | None:
-        """Return the result of a training, or None if it has not finished."""
+        """Return the result of a training run, or None if it has not finished."""
         try:
             checkpoint.check(self._path(training, "weights"))
             return json.loads(self._path(training, "json").read_text())
@@ -32,17 +32,17 @@ class Store:
             return None
 
     def weights(self, training: TrainingConfig) -> dict[str, Tensor]:
-        """Return the final weights of a training that has a result."""
+        """Return the final weights of a training run that has a result."""
         return checkpoint.load(self._path(training, "weights"))
 
     def finish(self, training: TrainingConfig, result: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        # The result is written last, so a training that has one also has its weights.
+        # The result is written last, so a run that has one also has its weights.
         checkpoint.save(weights, self._path(training, "weights"))
         write_json(self._path(training, "json"), {"settings": training.as_json(), **result})
         self._path(training, "running").unlink(missing_ok=True)
 
     def load_unfinished(self, training: TrainingConfig) -> dict[str, Any] | None:
-        """Return the state of an unfinished training, as saved by :meth:`save_unfinished`, or None."""
+        """Return the state of an unfinished training run, as saved by :meth:`save_unfinished`, or None."""
         try:
             return checkpoint.load(self._path(training, "running"))
         except checkpoint.CheckpointError:

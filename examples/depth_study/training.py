@@ -16,7 +16,7 @@ from examples.depth_study.settings import MOMENTUM, WARMUP_EPOCHS, WEIGHT_DECAY,
 from examples.depth_study.store import Store
 from examples.schedule import lr_factor
 
-#: Shortest interval between two saved states of an unfinished training.
+#: Shortest interval between two saved states of an unfinished training run.
 SECONDS_BETWEEN_STATES = 10.0
 
 
@@ -25,7 +25,7 @@ class DivergedError(RuntimeError):
 
 
 def train(training: TrainingConfig, data: Data, store: Store, epoch_done: Callable[[int], None]) -> dict[str, Any]:
-    """Train, resuming an interrupted training, and store weights and result.
+    """Train, resuming an interrupted run, and store weights and result.
 
     Args:
         training: settings of the training.

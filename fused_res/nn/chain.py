@@ -312,7 +312,7 @@ def inspect_tensors(tensors: Sequence[Tensor | None], dtype: torch.dtype, autoca
             of_norm = index >= _FIRST_NORM_FIELD
             if (actual is torch.float32 and dtype in _HALF) if of_norm else (autocast and actual in _AUTOCAST_DTYPES):
                 continue
-            return Unsupported(f"a parameter or buffer is {actual} where {dtype} is computed")
+            return Unsupported(f"a parameter or buffer has dtype {actual}, but the block computes in {dtype}")
     return None
 
 

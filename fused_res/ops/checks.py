@@ -26,7 +26,7 @@ def check_input(input: Tensor) -> None:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"input's dtype must be one of {names}, got {input.dtype}")
     if input.layout is not torch.strided:
-        raise TypeError(f"input must be a strided tensor, got one of layout {input.layout}")
+        raise TypeError(f"input must be a strided tensor, got a tensor of layout {input.layout}")
 
 
 def check_activation(activation: str) -> None:
@@ -259,7 +259,8 @@ def _expand_size(value: Size, rank: int, name: str, minimum: int) -> tuple[int, 
         or len(values) != rank
         or any(not isinstance(v, int) or v < minimum for v in values)
     ):
-        raise ValueError(f"{name} must be an integer >= {minimum}, or {rank} of them, got {value!r}")
+        kind = "positive" if minimum == 1 else "non-negative"
+        raise ValueError(f"{name} must be a {kind} integer, or a tuple of {rank}, got {value!r}")
     return values
 
 

@@ -30,7 +30,7 @@ BLOCK_SPECS = {
         [(8, 4, 1), (4, 4, 3), (4, 8, 1)],
     ),
     "plain": (BlockSpec((SAME, UnitSpec(eps=1e-3))), [(8, 6, 3), (6, 5, 1)]),
-    "linear end": (BlockSpec((SAME, UnitSpec(activation="identity")), "identity"), [(8, 6, 3), (6, 8, 1)]),
+    "no final activation": (BlockSpec((SAME, UnitSpec(activation="identity")), "identity"), [(8, 6, 3), (6, 8, 1)]),
     "stem": (BlockSpec((UnitSpec((2, 2), (3, 3)),), pool=PoolSpec()), [(8, 6, 7)]),
     "sequence": (BlockSpec((UnitSpec((1,), (1,), (1,)),), "identity"), [(8, 8, 3)]),
 }
@@ -174,7 +174,7 @@ def test_mixed_memory_formats(backend):
 @pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
 @pytest.mark.parametrize("name", ["bottleneck", "projection", "stem"])
 def test_frozen_tensors(name, recompute):
-    """With any tensors frozen, the other gradients match stock PyTorch, and no more bytes than there are saved."""
+    """With any tensors frozen, the other gradients match stock PyTorch, and no more bytes are saved than by it."""
     spec, x, tensors = make_block_case(name, dtype=torch.float32)
     spec64, x64, tensors64 = make_block_case(name)
     parameters = [i for i, t in enumerate(tensors) if t is not None and i % 6 < 4]
@@ -199,8 +199,8 @@ def test_frozen_tensors(name, recompute):
                 lambda t: residual_block(x32, spec, t, training=True), clone_with_grad(tensors, frozen)
             )
             theirs = count_saved_bytes(lambda t: stock(x32, spec, t), clone_with_grad(tensors, frozen))
-            # On 7x7 feature maps, the masks and the statistics of 5 rows exceed stock PyTorch's two rows; at realistic
-            # sizes both are negligible.
+            # On 7x7 feature maps, the masks and the saved statistics (5 values per channel) are larger than stock
+            # PyTorch's two vectors (mean, invstd); at realistic sizes both are negligible.
             small = sum(5 * 4 * t.shape[0] for t in tensors if t is not None and t.dim() == 1) + x.numel() // 8 * 4
             assert mine <= theirs + small, (frozen, frozen_input)
 
@@ -315,7 +315,7 @@ def test_gradcheck_and_gradgradcheck(name, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_output_is_within_stock_error(dtype):
-    """The precision contract holds, against float64 on the same rounded inputs."""
+    """The accuracy criterion holds, against float64 on the same rounded inputs."""
     for name, training in itertools.product(("bottleneck", "projection"), (True, False)):
         spec, x, tensors = make_block_case(name, dtype, batch=8, size=14)
         tensors = [t if t is None or i % 6 < 2 else t.float() for i, t in enumerate(tensors)]
@@ -404,7 +404,7 @@ def test_max_pool_ties_and_nan():
         (9, torch.nn.ReLU(), TypeError, r"tensors\[9\] \(1.norm_bias\) must be a torch.Tensor, got ReLU"),
         (8, torch.ones(4), TypeError, "1.norm_weight must have the input's dtype torch.float64, got torch.float32"),
         (10, torch.zeros(4).long(), TypeError, "1.running_mean must have the input's dtype"),
-        # If an operand is a meta tensor, the dispatcher runs the fake kernel, which returned uninitialized memory.
+        # If an operand is a meta tensor, the dispatcher runs the fake kernel, which would return uninitialized memory.
         (2, torch.ones(4).double().to("meta"), ValueError, "0.norm_weight must be on the input's device cpu, got meta"),
         (6, torch.ones(4, 4, 3, 3).double().to("meta"), ValueError, "1.weight must be on the input's device cpu"),
     ],
@@ -489,7 +489,7 @@ def test_spec_encoding_and_validation():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_error_names_an_argument_that_is_no_tensor(autocast):
+def test_error_names_an_argument_that_is_not_a_tensor(autocast):
     spec, x, tensors = make_block_case("bottleneck", dtype=torch.float32)
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),

@@ -63,11 +63,11 @@ def test_im2col_gemm_is_as_accurate_as_aten(geometry, bias, dtype):
 
 
 def test_large_outputs_and_small_weights_select_aten():
-    def name(images, channels, size, taps=3):
-        spec = UnitSpec(padding=(taps // 2,) * 2)
+    def name(images, channels, size, kernel_size=3):
+        spec = UnitSpec(padding=(kernel_size // 2,) * 2)
         problem = Problem(
-            "forward", (images, channels, size, size), (channels, channels, taps, taps), *spec.geometry, torch.float32,
-            "cpu", True, weight_channels_last=True,
+            "forward", (images, channels, size, size), (channels, channels, kernel_size, kernel_size), *spec.geometry,
+            torch.float32, "cpu", True, weight_channels_last=True,
         )  # fmt: skip
         return select(convolution.ALGORITHMS, problem, "planned").name
 

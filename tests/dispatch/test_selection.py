@@ -321,7 +321,7 @@ class TestTuning:
 # --- independence of the backends -----------------------------------------------------------------------------
 
 
-def test_code_outside_backends_compares_no_backend_name():
+def test_no_backend_name_is_compared_outside_backends():
     """Outside of `backends/` the name of a backend is passed through only; no line of code compares it."""
     package = Path(fused_res.__file__).parent
     for path in package.rglob("*.py"):

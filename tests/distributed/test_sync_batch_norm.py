@@ -108,10 +108,15 @@ def test_statistics_and_backward(backend, dtype, format, shape):
         for t in (x, residual)
     )
     mask = norm.pack_mask(images() > 20)
-    for relu_mask, relu, dual in ((mask, False, False), (None, True, False), (None, False, False), (mask, False, True)):
-        dual_args = (residual, residual_stats) if dual else (None, None)
-        wide = [None if t is None else t.double() for t in (dy, x, stats, *dual_args)]
-        sums = kernels.batch_norm_sums(dy, x, stats, relu_mask, relu, *dual_args)
+    for relu_mask, relu, pair in (
+        (mask, False, False),
+        (None, True, False),
+        (None, False, False),
+        (mask, False, True),
+    ):
+        pair_args = (residual, residual_stats) if pair else (None, None)
+        wide = [None if t is None else t.double() for t in (dy, x, stats, *pair_args)]
+        sums = kernels.batch_norm_sums(dy, x, stats, relu_mask, relu, *pair_args)
         exact = reference_sync.batch_norm_sums(*wide[:3], relu_mask, relu, *wide[3:])
         assert sums.dtype == accumulated and sums.shape == exact.shape
         scale = 25 * count**0.5 + 1  # magnitude of a sum of `count` values
@@ -268,7 +273,7 @@ def record_collectives(name):
 def test_collective_payloads(two):
     """Each norm communicates (count, mean, M2) in the forward, and two sums and the count in the backward.
 
-    A dual batch norm (the norms of the last unit and of the projection) communicates three sums in the backward.
+    A norm pair (the norms of the last unit and of the projection) communicates three sums in the backward.
     """
     for calls in two.run(record_collectives, "bottleneck"):
         assert calls == [(True, 12), (True, 12), (True, 24), (False, 17), (False, 9), (False, 9)]

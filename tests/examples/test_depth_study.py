@@ -95,9 +95,9 @@ def test_killed_study_resumes_and_results_do_not_depend_on_jobs(tmp_path):
     settings = command_line.build_parser().parse_args([*TINY, "--batch-size", "64", "--out", str(whole)])
     study = command_line.study_of(settings, command_line.build_parser())
     store = Store(study.out / "trainings")
-    assert [store.result(config) for config in degradation.trainings(study)] == [None] * 12
+    assert [store.result(config) for config in degradation.training_runs(study)] == [None] * 12
     same = dataclasses.replace(study, batch_size=128)
-    assert all(store.result(config) for config in degradation.trainings(same))
+    assert all(store.result(config) for config in degradation.training_runs(same))
 
 
 def test_diverging_training_aborts_the_study(tmp_path):

@@ -132,9 +132,8 @@ class TestTimm:
 
     @pytest.mark.parametrize("attention", ["se", "eca", "ese"])
     def test_attention_is_partially_fused(self, attention: str) -> None:
-        fused = check_fused(
-            self.make_resnet(block_args={"attn_layer": attention}), 1 + 5 + 4
-        )  # the stem, blocks, projections
+        # 1 stem, 5 blocks, 4 projections
+        fused = check_fused(self.make_resnet(block_args={"attn_layer": attention}), 1 + 5 + 4)
         assert len(self.partially_fused(fused, "se is ")) == 5
 
     def test_anti_aliasing_is_partially_fused(self) -> None:

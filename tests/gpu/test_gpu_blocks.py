@@ -193,11 +193,11 @@ def test_training_step_of_resnet_matches_reference(backend):
     x = torch.randn(2, 3, 18, 18, device=DEVICE).contiguous(memory_format=torch.channels_last)
     grads = []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        twin = fused_res.fuse(model.to(dtype), backend=name)
+        model = fused_res.fuse(model.to(dtype), backend=name)
         with fused_res.backends.use("auto", "aten" if name == "reference" else "fused"):
-            twin(x.to(dtype)).square().sum().backward()
-        grads.append([p.grad.double() for p in twin.parameters()])
-        twin.zero_grad()
+            model(x.to(dtype)).square().sum().backward()
+        grads.append([p.grad.double() for p in model.parameters()])
+        model.zero_grad()
     for actual, expected in zip(*grads, strict=True):
         assert (actual - expected).norm() <= 1e-3 * expected.norm() + 1e-6
 

@@ -257,8 +257,8 @@ def report(modules: list[str]) -> None:
 def _reason(row: Row) -> str:
     if not row.fused:
         return f"{row.kind} left: {row.why}"
-    pieces = re.search("in pieces: .*", row.why)
-    return f"{row.kind} fused {pieces[0] if pieces else 'as one'}"
+    partially_fused = re.search("in pieces: .*", row.why)
+    return f"{row.kind} fused {partially_fused[0] if partially_fused else 'as one'}"
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ def bitwise_equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def test_concurrent_training_of_separate_models_is_bitwise_equal() -> None:
-    """tests/backends/cpu/test_inference_graph.py tests one frozen model called by several threads."""
+    """Eight threads train one model each; the results equal those of sequential training.
+
+    tests/backends/cpu/test_inference_graph.py tests one frozen model that several threads call.
+    """
     expected = [train(network(seed), seed) for seed in range(8)]
     models = [network(seed) for seed in range(8)]  # created here, because all threads share one random generator
     actual: dict[int, list[Tensor]] = {}
@@ -116,7 +119,7 @@ def test_forked_child_with_one_thread_does_not_hang() -> None:
         assert torch.equal(frozen(x), expected), "the parent's results changed"
 
 
-class Features(Dataset[Tensor]):
+class Logits(Dataset[Tensor]):
     """The logits of a model that is sent to the workers."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -136,14 +139,14 @@ def test_data_loader_workers_run_models(start: str) -> None:
     trained = fused_res.fuse(network().train())
     trained(images(0)).sum().backward()
     for model in (fused_res.freeze(network()), trained.eval()):
-        dataset = Features(model)
+        dataset = Logits(model)
         expected = [dataset[index] for index in range(6)]
         loader = DataLoader(dataset, None, num_workers=2, multiprocessing_context=start, timeout=TIMEOUT_S)
         for actual, reference in zip(loader, expected, strict=True):  # workers have one thread, this process two
             torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-5)
 
 
-def _train_shared(model: nn.Module, barrier: Any, results: Any, rank: int) -> None:
+def _evaluate_shared(model: nn.Module, barrier: Any, results: Any, rank: int) -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
         results.put(
@@ -175,7 +178,7 @@ def test_model_in_shared_memory(frozen: bool) -> None:
         before = model(images(5)).tolist()
     context = mp.get_context("spawn")
     barrier, results = context.Barrier(2), context.SimpleQueue()
-    workers = [context.Process(target=_train_shared, args=(model, barrier, results, rank)) for rank in range(2)]
+    workers = [context.Process(target=_evaluate_shared, args=(model, barrier, results, rank)) for rank in range(2)]
     for worker in workers:
         worker.start()
     received: dict[str, list[Any]] = {"first": [], "again": []}

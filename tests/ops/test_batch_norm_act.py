@@ -331,7 +331,7 @@ def test_relu_masks_of_permuted_inputs(backend):
             batch_norm_checks.check_batch_norm_act(tensors | {"input": x}, running, grad, True, "relu", backend)
 
 
-def other_instruction_sets():
+def instruction_sets_to_test():
     """Return all instruction sets; this machine's own, which the other tests use, is marked `full`."""
     native = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
     for isa in ("baseline", "avx2", "avx512"):
@@ -365,7 +365,7 @@ class TestCpuKernels:
             for a, b in zip(found[0], other, strict=True):
                 assert torch.equal(a, b)
 
-    @pytest.mark.parametrize("isa", other_instruction_sets())
+    @pytest.mark.parametrize("isa", instruction_sets_to_test())
     def test_instruction_sets(self, isa):
         run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
         precision = "(test_precision and (image or matrix) and cpu and (float32 or bfloat16))"
@@ -631,7 +631,11 @@ V = torch.ones(3)
             "residual_scale must be a torch.Tensor, got list",
         ),
         ({"process_group": "world"}, TypeError, "process_group must be a torch.distributed.ProcessGroup or None"),
-        ({"input": X.to_sparse()}, TypeError, "input must be a strided tensor, got one of layout torch.sparse_coo"),
+        (
+            {"input": X.to_sparse()},
+            TypeError,
+            "must be a strided tensor, got a tensor of layout torch.sparse_coo",
+        ),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -100,9 +100,9 @@ class TestPrecision:
     def test_channels_last_and_a_large_mean(self, case: str, dtype: torch.dtype, backend: str) -> None:
         tensors, options = make_conv_case(case, dtype, mean=100.0)
         format = CHANNELS_LAST.get(tensors["input"].dim(), torch.contiguous_format)
-        wide = {name: t.contiguous(memory_format=format) if t.dim() > 1 else t for name, t in tensors.items()}
-        output = check_conv_bias_act(wide, options, backend)
-        assert torch.equal(output, check_conv_bias_act(wide | {"residual": tensors["residual"]}, options, backend))
+        formatted = {name: t.contiguous(memory_format=format) if t.dim() > 1 else t for name, t in tensors.items()}
+        output = check_conv_bias_act(formatted, options, backend)
+        assert torch.equal(output, check_conv_bias_act(formatted | {"residual": tensors["residual"]}, options, backend))
         assert output.is_contiguous(memory_format=format)
 
 
@@ -123,7 +123,10 @@ class TestLayout:
         assert is_channels_last_contiguous(output) == (input or weight) and output.is_contiguous() != (input or weight)
 
     def test_one_channel_with_gaps(self, backend: str) -> None:
-        """A channel of stride 1 is not channels_last: stock bfloat16 is wrong for 3D inputs with such strides."""
+        """A single channel with stride 1 but gaps between pixels must not be treated as channels_last.
+
+        Stock bfloat16 conv3d computes wrong results for such strides.
+        """
         gapped = torch.empty(2, 3, 1, 1, 2, dtype=torch.bfloat16)[..., :1].permute(0, 4, 2, 1, 3)
         x = gapped.copy_(torch.randn(2, 1, 1, 3, 1))
         weight = torch.randn(7, 1, 2, 1, 2).bfloat16()
@@ -313,11 +316,11 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"bias": torch.ones(8).bfloat16()}, TypeError, "bias must have input's dtype torch.float32"),
         ({"residual": torch.ones(2, 8, 1, 4)}, ValueError, r"residual must have the shape \(2, 8, 4, 4\), got"),
         ({"residual": torch.ones(2, 8, 4, 4).half()}, TypeError, "residual must have input's dtype torch.float32"),
-        ({"stride": 0}, ValueError, "stride must be an integer >= 1, or 2 of them, got 0"),
+        ({"stride": 0}, ValueError, "stride must be a positive integer, or a tuple of 2, got 0"),
         ({"stride": (1, 1, 1)}, ValueError, "stride must be"),
         ({"stride": 1.5}, ValueError, "stride must be"),
         ({"dilation": (0, 1)}, ValueError, "dilation must be"),
-        ({"padding": -1}, ValueError, "padding must be an integer >= 0"),
+        ({"padding": -1}, ValueError, "padding must be a non-negative integer"),
         ({"padding": "full"}, ValueError, "padding must be 'same', 'valid' or integers, got 'full'"),
         ({"padding": "same", "stride": 2}, ValueError, "padding='same' must be symmetric"),
         ({"groups": 0}, ValueError, "groups must be a positive integer, got 0"),

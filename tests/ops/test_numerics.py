@@ -66,7 +66,7 @@ def left_border() -> Tensor:
     return x
 
 
-def images_apart() -> Tensor:
+def per_image_offsets() -> Tensor:
     """Return nearly constant images with very different means."""
     return 1e-3 * randn(*SHAPE) + 100 * randn(SHAPE[0], 1, 1, 1, seed=1)
 
@@ -96,7 +96,7 @@ CASES: dict[str, tuple[Callable[[], Tensor], tuple[torch.dtype, ...], tuple[floa
     "an outlier first": (lambda: outlier_first(1e6, -1e10, 1e3), WIDE, (1e-5,)),
     "a border": (border, ALL, (1e-5,)),
     "a left border": (left_border, (torch.float32,), (1e-5,)),
-    "images apart": (images_apart, (torch.float32, torch.float64), (1e-5, 1e-12)),
+    "per-image offsets": (per_image_offsets, (torch.float32, torch.float64), (1e-5, 1e-12)),
     "constant": (constant, ALL, (1e-5, 1e-3, 1e-12, 1e-30)),
     "one differs": (one_differs, ALL, (1e-5, 1e-12)),
     "small": (scaled(1e-10), WIDE, (1e-5, 1e-20)),
@@ -347,7 +347,10 @@ def test_frozen_model_with_extreme_running_statistics() -> None:
 
 @pytest.mark.skipif("cpu" not in FAST_BACKENDS, reason="needs the C++ extension")
 def test_chunk_with_outlying_pivot_is_summed_again() -> None:
-    """With the mean as pivot. Without the second sum, the variance is off by 6 to 14 ulp, and stock's by up to 80."""
+    """A chunk whose pivot is an outlier is summed a second time with its mean as the pivot.
+
+    Without that, the variance is off by 6 to 14 ulp, and stock PyTorch's by up to 80.
+    """
     x = left_border().float().contiguous(memory_format=torch.channels_last)
     exact = x.double().var((0, 2, 3))
     mean, var = torch.zeros(3), torch.ones(3)

@@ -131,9 +131,9 @@ def check_batch_norm_act(
     ]
     given = {k: t.detach().clone() for k, t in (tensors | {"grad": grad}).items() if t is not None}
     results = []
-    for function, its_tensors, its_running in functions:
-        leaves = detach_with_grad(its_tensors, grad_names)
-        state = {k: None if t is None else clone_strided(t) for k, t in its_running.items()}
+    for function, function_tensors, function_running in functions:
+        leaves = detach_with_grad(function_tensors, grad_names)
+        state = {k: None if t is None else clone_strided(t) for k, t in function_running.items()}
         y = function(**leaves, **state, training=training, activation=activation, momentum=momentum, eps=eps)
         y_gradients = gradients(y, leaves, grad)
         for name, value in given.items():

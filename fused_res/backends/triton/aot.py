@@ -94,7 +94,7 @@ class KernelReport:
         return min(limits.warps // self.warps, limits.blocks, by_registers, by_shared) * self.warps / limits.warps
 
     @property
-    def matrix_instructions(self) -> tuple[str, ...]:
+    def tensor_core_instructions(self) -> tuple[str, ...]:
         """Families of tensor core instructions in the PTX: ``mma.sync``, ``wgmma``, ``tcgen05``."""
         families = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
         return tuple(name for name, pattern in families.items() if re.search(pattern, self.ptx))
@@ -251,5 +251,5 @@ def _row(report: KernelReport) -> tuple[str, ...]:
         report.stack,
         report.local_accesses,
     )
-    occupancy, matrix = f"{report.occupancy:.0%}", ", ".join(report.matrix_instructions) or "-"
+    occupancy, matrix = f"{report.occupancy:.0%}", ", ".join(report.tensor_core_instructions) or "-"
     return report.name, report.variant, *map(str, numbers), occupancy, matrix, ", ".join(wide_shares)

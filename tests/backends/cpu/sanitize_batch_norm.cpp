@@ -1,7 +1,8 @@
 // Sanitizer program for the CPU kernels of batch norm (forward and backward, single norms and pairs) and max
 // pooling (test_sanitizers.py). Runs without torch, on std::thread and exact-size allocations, and compares
-// all results with naive loops. With an argument, a fault is injected into the named kernels: partial
-// statistics or outputs are too short and are written by all threads. The sanitizer must report it.
+// all results with naive loops. With an argument, a fault is injected into the named kernels: the buffer of
+// partial statistics or outputs is one element too short, and all threads write to the same part of it. The
+// sanitizer must report it.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -46,7 +47,7 @@ void expect(double got, double expected, double tolerance, const char* what, con
   std::exit(1);
 }
 
-// Partial statistics, one row set for each chunk.
+// Return a buffer for partial statistics: `rows` x channels values per chunk.
 Array<double> partials(const Partition& partition, int64_t rows) {
   const int64_t channels = partition.shape().channels;
   return Array<double>(partition.chunks() * rows * channels - (inject_fault ? 1 : 0));

@@ -279,7 +279,7 @@ def test_input_gradient_of_strided_1x1() -> None:
                 assert relative_error(a, b) <= 2e-6
 
 
-def test_convolution_aten_runs_no_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolution_aten_runs_no_fused_res_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, x, tensors = make_block()
     with fused_res.backends.use("auto", convolution="aten"), record_cpu_conv_calls(monkeypatch) as calls:
         output_and_gradients(lambda x, t: residual_block(x, spec, t, training=True), x, tensors)
@@ -396,7 +396,10 @@ def compare_training_losses(steps: int) -> str:
     def difference(a: list[float], b: list[float]) -> float:
         return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / steps
 
-    report = f"with and without {difference(winograd, direct):.4f}, two seeds {difference(direct, seed_1):.4f}"
+    report = (
+        f"mean loss difference: Winograd vs direct {difference(winograd, direct):.4f},"
+        f" seed 0 vs seed 1 {difference(direct, seed_1):.4f}"
+    )
     assert winograd != direct, "Winograd was not used"
     assert difference(winograd, direct) <= difference(direct, seed_1), report
     return report

@@ -46,6 +46,7 @@ if not ISAS:
 
 CONVOLVE, PACK = torch.ops.fused_res_cpu.convolve, torch.ops.fused_res_cpu.pack_conv_weight
 DIRECT = 0
+#: Values of the argument `tile`: m of the Winograd algorithm F(m x m, 3x3), or 0 for the direct algorithm.
 TILES = (DIRECT, 2, 3, 4)
 CHANNELS = (1, 3, 17, 33, 64, 100)
 
@@ -116,7 +117,8 @@ class Operands:
         )
 
     def packed(self, tile: int) -> Tensor:
-        return PACK(self.weight, self.case.stride[0] if tile != DIRECT else 0, False)
+        winograd_stride = 0 if tile == DIRECT else self.case.stride[0]
+        return PACK(self.weight, winograd_stride, False)
 
     def run(self, tile: int, partials: bool = False, packed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         case = self.case
@@ -285,7 +287,8 @@ class TestInputGradient:
             )  # fmt: skip
             for isa, tile in itertools.product(ISAS, TILES if kernel == (3, 3) else (DIRECT,)):
                 _C.set_cpu_isa(isa)
-                packed = PACK(operands.weight, tile != DIRECT, True)
+                winograd_stride = 0 if tile == DIRECT else 1
+                packed = PACK(operands.weight, winograd_stride, True)
                 ours = Operands(backward, grad, weight, None, None)
                 check_output(ours, tile, ours.run(tile, packed=packed)[0], reference)
 
@@ -526,7 +529,8 @@ class TestInvalidArguments:
         ids=str,
     )  # fmt: skip
     def test_winograd_raises(self, changed: dict[str, Any]) -> None:
-        self.check_raises("tile: Winograd supports 3x3 kernels with stride 1", valid_tile=4, **changed)
+        message = "tile: Winograd supports 3x3 kernels with stride 1 or 2, and tiles of 2 to 4"
+        self.check_raises(message, valid_tile=4, **changed)
 
     def test_wrong_number_of_dimensions_raises(self) -> None:
         for name in ("kernel_size", "stride", "padding", "dilation"):
@@ -535,18 +539,18 @@ class TestInvalidArguments:
                 self.check_raises(f"{name}: expected two integers", **changed)
 
     @pytest.mark.parametrize(
-        ("weight", "winograd", "match"),
+        ("weight", "winograd_stride", "match"),
         [
-            (torch.ones(8, 4, 3), False, "weight: expected"),
-            (torch.ones(8, 4, 3, 3, dtype=torch.float64), False, "weight: expected float32"),
-            (torch.ones(8, 4, 5, 5), True, "Winograd supports 3x3"),
-            (torch.ones(8, 4, 1, 9), True, "Winograd supports 3x3"),
+            (torch.ones(8, 4, 3), 0, "weight: expected"),
+            (torch.ones(8, 4, 3, 3, dtype=torch.float64), 0, "weight: expected float32"),
+            (torch.ones(8, 4, 5, 5), 1, "Winograd supports 3x3"),
+            (torch.ones(8, 4, 1, 9), 1, "Winograd supports 3x3"),
         ],
     )
-    def test_pack_conv_weight_raises(self, weight: Tensor, winograd: bool, match: str) -> None:
+    def test_pack_conv_weight_raises(self, weight: Tensor, winograd_stride: int, match: str) -> None:
         for transposed in (False, True):
             with pytest.raises((ValueError, TypeError), match=match):
-                PACK(weight, winograd, transposed)
+                PACK(weight, winograd_stride, transposed)
 
     @pytest.mark.parametrize("tile", TILES)
     def test_empty_batch_is_valid(self, tile: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fused_res
-from fused_res import _extension, env
+from fused_res import _extension, env, ops
 from fused_res.backends.reference import batch_norm_act as norm
 from fused_res.backends.reference import batch_norm_sync as norm_sync
 from fused_res.backends.reference import max_pool as reference_pool
@@ -26,20 +26,20 @@ if "cuda" not in gpu.BACKENDS:
 
 kernels = fused_res.backends.resolve("cuda", DEVICE)
 simulator_only = pytest.mark.skipif(DEVICE.type == "cuda", reason="requires the CUDA simulator")
-LAST, PLANES = torch.channels_last, torch.contiguous_format
+NHWC, NCHW = torch.channels_last, torch.contiguous_format
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Relative to the largest value.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 AUTO, NEVER, FORCED = -1, 0, 1  # arguments of fused_res_cuda_single_pass
 
 CASES = [  # vectorized and scalar accesses, one and several parts, one and several channel blocks
-    ((3, 72, 9, 11), LAST),
-    ((3, 35, 5, 7), LAST),
-    ((2, 8, 33, 17), LAST),
-    ((3, 5, 24, 24), PLANES),
-    ((3, 3, 17, 21), PLANES),
-    ((70, 2, 3, 5), PLANES),
-    ((300, 24), PLANES),
+    ((3, 72, 9, 11), NHWC),
+    ((3, 35, 5, 7), NHWC),
+    ((2, 8, 33, 17), NHWC),
+    ((3, 5, 24, 24), NCHW),
+    ((3, 3, 17, 21), NCHW),
+    ((70, 2, 3, 5), NCHW),
+    ((300, 24), NCHW),
 ]
 
 
@@ -150,16 +150,17 @@ def test_single_pass_is_bitwise_equal_to_two_passes(shape, format, dtype):
     arguments = norm_operands(shape, format, dtype)
     with single_pass(NEVER):
         two_pass = training_step(*arguments)
-    observed = cooperative_launches() if DEVICE.type == "cpu" else contextlib.nullcontext([1] * 8)
+    observed = cooperative_launches() if DEVICE.type == "cpu" else contextlib.nullcontext()
     with single_pass(FORCED), observed as launched:
         one_pass = training_step(*arguments)
-    assert len(launched) == 8
+    # One launch for each operator of `training_step`; launches are not observable on a GPU.
+    assert launched is None or len(launched) == 8
     assert_bitwise_equal(one_pass, two_pass)
 
 
 def test_single_pass_is_bitwise_equal_to_two_passes_with_misaligned_operands():
     """The work partition of the statistics depends only on the tensors that they are computed from."""
-    x, residual, dy, weight, bias = norm_operands((3, 72, 9, 11), LAST, torch.bfloat16)
+    x, residual, dy, weight, bias = norm_operands((3, 72, 9, 11), NHWC, torch.bfloat16)
     found = []
     for mode in (NEVER, FORCED):
         with single_pass(mode):
@@ -168,10 +169,10 @@ def test_single_pass_is_bitwise_equal_to_two_passes_with_misaligned_operands():
 
 
 @simulator_only
-@pytest.mark.parametrize(("shape", "format"), [((3, 192, 11, 23), LAST), ((2, 22, 64, 64), PLANES)], ids=str)
+@pytest.mark.parametrize(("shape", "format"), [((3, 192, 11, 23), NHWC), ((2, 22, 64, 64), NCHW)], ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3])
 def test_single_pass_in_slices(shape, format, multiprocessors):
-    """Activations larger than the chip are processed in slices of channel blocks; the results stay bitwise equal."""
+    """Activations larger than the total shared memory are processed in slices of channel blocks, bitwise equally."""
     from tools.cuda_sim.simulator import load_simulator
 
     arguments = norm_operands(shape, format, torch.bfloat16)
@@ -191,7 +192,7 @@ def test_single_pass_in_slices(shape, format, multiprocessors):
 def test_auto_selects_single_pass_for_activations_that_fit_on_chip():
     from tools.cuda_sim.simulator import load_simulator
 
-    x, _, _, weight, bias = norm_operands((8, 64, 16, 16), LAST, torch.bfloat16)
+    x, _, _, weight, bias = norm_operands((8, 64, 16, 16), NHWC, torch.bfloat16)
     batch = weight, bias, None, None, True, 1e-5
     for mode, multiprocessors, expected in ((AUTO, 4, 1), (AUTO, 1, 0), (NEVER, 4, 0), (FORCED, 4, 1)):
         with single_pass(mode), load_simulator().multiprocessors(multiprocessors), cooperative_launches() as launched:
@@ -202,7 +203,7 @@ def test_auto_selects_single_pass_for_activations_that_fit_on_chip():
 @simulator_only
 @pytest.mark.parametrize("mode", [NEVER, FORCED])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "format"), [((2, 40, 9, 11), LAST), ((2, 3, 17, 13), PLANES)], ids=str)
+@pytest.mark.parametrize(("shape", "format"), [((2, 40, 9, 11), NHWC), ((2, 3, 17, 13), NCHW)], ids=str)
 def test_results_do_not_depend_on_schedule(shape, format, dtype, mode):
     from tools.cuda_sim.simulator import load_simulator
 
@@ -246,11 +247,11 @@ def test_misaligned_views(shape, format, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", [LAST, PLANES], ids=str)
+@pytest.mark.parametrize("format", [NHWC, NCHW], ids=str)
 def test_masks(format, dtype):
     """The bits of a mask byte come from eight threads, from two or from one; rows may end within a byte."""
     for size in (35, 8, 100, 4, 1, 257):
-        shape = (3, size, 3, 3) if format == LAST else (3, 3, 1, size)
+        shape = (3, size, 3, 3) if format == NHWC else (3, 3, 1, size)
         x, residual, dy, weight, bias = norm_operands(shape, format, dtype)
         stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
         exact, _ = norm.batch_norm_act_apply(x.double(), stats.double(), residual.double(), None, False, False)
@@ -267,7 +268,7 @@ def test_masks(format, dtype):
 
 
 @pytest.mark.parametrize("mode", [NEVER, FORCED])
-@pytest.mark.parametrize("format", [LAST, PLANES], ids=str)
+@pytest.mark.parametrize("format", [NHWC, NCHW], ids=str)
 def test_nan_propagates_within_its_channel(format, mode):
     """The ReLU preserves NaN, and its gradient mask is set there."""
     nan = float("nan")
@@ -298,16 +299,16 @@ def test_statistics_of_ill_conditioned_channels():
     x[:8, 3] -= 2000
     x[:, 4, 0, 0] += 1e4
     exact = norm.batch_norm_stats(x.double(), None, None, None, None, True, 1e-5)
-    for format in (LAST, PLANES):
+    for format in (NHWC, NCHW):
         stats = kernels.batch_norm_stats(x.contiguous(memory_format=format), None, None, None, None, True, 1e-5)
         for row in range(5):
             error = (stats[row] - exact[row]).abs() / exact[row].abs().clamp(min=1e-20)
-            assert error[torch.arange(6) != 1].max() < 1e-5 or row == 3
+            assert error[torch.arange(6) != 1].max() < 1e-5 or row == ops.SHIFT
         assert stats[4, 1] == 0 and stats[0, 1] == 3000
 
 
 def test_parameters_of_any_dtype():
-    x, _, _, weight, bias = norm_operands((3, 24, 5, 5), LAST, torch.float16)
+    x, _, _, weight, bias = norm_operands((3, 24, 5, 5), NHWC, torch.float16)
     for dtype in DTYPES:
         others = [t.to(dtype) for t in (weight, bias, bias * 3, weight**2 + 0.5)]
         exact = norm.batch_norm_stats(x.double(), *(t.double() for t in others), False, 1e-5)
@@ -340,7 +341,7 @@ def test_running_statistics_of_many_norms():
 def test_max_pool_vectorized_and_scalar(dtype, copy):
     """A window of minus infinities has an index and a gradient, too."""
     for channels, window in itertools.product((16, 12, 5), (([3, 3], [2, 2], [1, 1]), ([2, 3], [1, 2], [0, 1]))):
-        x = copy(random_tensor((2, channels, 7, 9), LAST, dtype))
+        x = copy(random_tensor((2, channels, 7, 9), NHWC, dtype))
         x[0, 1, :4, :4] = -float("inf")
         stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         stats = norm.batch_norm_stats(x.double().nan_to_num(neginf=0), None, None, None, None, True, 1e-5).to(
@@ -355,7 +356,7 @@ def test_max_pool_vectorized_and_scalar(dtype, copy):
             )
             torch.testing.assert_close(y, expected)
             assert torch.equal(indices, expected_indices)
-            dy = copy(random_tensor(y.shape, LAST, dtype, seed=3))
+            dy = copy(random_tensor(y.shape, NHWC, dtype, seed=3))
             dx = kernels.max_pool_backward(dy, indices, x, *window)
             torch.testing.assert_close(dx, reference_pool.max_pool_backward(dy, indices, x, *window))
 
@@ -390,7 +391,7 @@ def test_non_contiguous_views():
     x, residual = randn(4, 6, 5, 8).float()[::2, :, :, ::2], randn(2, 6, 5, 4, seed=1).float()
     weight, bias = randn(6).float(), randn(6, seed=1).float()
     batch = weight, bias, None, None, True, 1e-5
-    y, stats, _ = kernels.batch_norm_act_forward(x, residual.to(memory_format=LAST), None, *batch, True, False)
+    y, stats, _ = kernels.batch_norm_act_forward(x, residual.to(memory_format=NHWC), None, *batch, True, False)
     plain = kernels.batch_norm_act_forward(x.contiguous(), residual, None, *batch, True, False)
     assert torch.equal(y, plain[0]) and y.stride() == torch.empty_like(x).stride()
     mask = norm.pack_mask(x.contiguous() > 0)
@@ -398,7 +399,7 @@ def test_non_contiguous_views():
         kernels.batch_norm_act_backward_pair, residual, x, weight, stats, relu_mask=mask, training=True,
         residual_weight=None, residual_stats=stats, residual_training=True, output_mask=[True] * 6,
     )  # fmt: skip
-    for other in (residual, residual.to(memory_format=LAST)):
+    for other in (residual, residual.to(memory_format=NHWC)):
         dx, dresidual, *_ = pair(residual=other)
         assert dx.stride() == torch.empty_like(x).stride() and dresidual.stride() == other.stride()
     base = randn(4, 6, 5, 8).float()
@@ -410,7 +411,7 @@ def test_non_contiguous_views():
 
 
 def test_invalid_arguments_raise():
-    x, _, _, weight, bias = norm_operands((2, 6, 4, 4), PLANES, torch.float32)
+    x, _, _, weight, bias = norm_operands((2, 6, 4, 4), NCHW, torch.float32)
     stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
     batch = weight, bias, None, None, True, 1e-5, True, False
     forward, backward = kernels.batch_norm_act_forward, kernels.batch_norm_act_backward

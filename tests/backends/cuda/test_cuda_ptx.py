@@ -1,4 +1,4 @@
-"""PTX that nvcc compiles from the CUDA kernels, run by the PTX interpreter (``tools/ptx``) under the real host code.
+"""PTX that nvcc generates for the CUDA kernels, run by the PTX interpreter (``tools/ptx``) under the real host code.
 
 The result of each operator must match float64 within a tolerance, and the simulator (``tools/cuda_sim``) bitwise; other
 tests compare the simulator with float64 at many more shapes. Deliberate errors in the PTX must be detected.
@@ -33,7 +33,7 @@ if nvcc_runner.NVCC is None:
     pytest.skip("nvcc not found", allow_module_level=True)
 
 CPU = torch.device("cpu")
-LAST, PLANES = torch.channels_last, torch.contiguous_format
+NHWC, NCHW = torch.channels_last, torch.contiguous_format
 #: Relative to the largest value. A kernel that rounds operands to 16 bits has larger errors than float32 accumulation.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 TF32 = 4e-3
@@ -104,10 +104,10 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 # --- norms --------------------------------------------------------------------------------------------------
 
 NORMS = [  # aligned and unaligned, several parts and channel blocks
-    ((2, 72, 9, 11), LAST, torch.bfloat16),
-    ((3, 35, 5, 3), LAST, torch.float32),
-    ((3, 3, 17, 19), PLANES, torch.bfloat16),
-    ((2, 3, 16, 8), PLANES, torch.float16),
+    ((2, 72, 9, 11), NHWC, torch.bfloat16),
+    ((3, 35, 5, 3), NHWC, torch.float32),
+    ((3, 3, 17, 19), NCHW, torch.bfloat16),
+    ((2, 3, 16, 8), NCHW, torch.float16),
 ]
 norms = pytest.mark.parametrize(("shape", "format", "dtype"), NORMS, ids=str)
 
@@ -198,7 +198,7 @@ def test_forward_and_backward(name, mode, shape, format, dtype):
     assert [launch.cooperative for launch in launches] == [bool(mode)] * (1 if mode else len(launches))
 
 
-@pytest.mark.parametrize("format", [LAST, PLANES], ids=str)
+@pytest.mark.parametrize("format", [NHWC, NCHW], ids=str)
 def test_max_pool(format):
     window = [3, 3], [2, 2], [1, 1]
 
@@ -261,7 +261,7 @@ def test_convolution(shape, outputs, kernel, stride, padding, dilation, groups, 
     ]
 
     def image(*shape, seed=0):
-        return (randn(*shape, seed=seed) + 1).to(dtype).contiguous(memory_format=LAST)
+        return (randn(*shape, seed=seed) + 1).to(dtype).contiguous(memory_format=NHWC)
 
     def operands():
         return image(*shape), filters(outputs, shape[1] // groups, *kernel).to(dtype), randn(outputs).to(dtype)
@@ -278,7 +278,7 @@ def test_convolution(shape, outputs, kernel, stride, padding, dilation, groups, 
     check("conv_bn_stats", with_stats, tolerance, 2)
 
 
-def assert_some_tiles(name: str, make: Make, elements: int, tolerance: float) -> None:
+def assert_three_tiles(name: str, make: Make, elements: int, tolerance: float) -> None:
     """Run only the first two threadblocks and the last one; the elements of the others stay NaN."""
     with interpret_cuda_launches(1, ctas=lambda grid: [0, 1, grid[0] - 1]) as launches:
         ours = results("cuda", name, make())[0]
@@ -299,7 +299,7 @@ def test_large_tiles(kind, width, outputs):
     tolerance = TF32 if kind == "tf32" else TOLERANCE[dtype]
 
     def image(channels, seed=0):
-        return randn(1, channels, 128, width, seed=seed).to(dtype).contiguous(memory_format=LAST)
+        return randn(1, channels, 128, width, seed=seed).to(dtype).contiguous(memory_format=NHWC)
 
     def forward():
         return image(16), filters(outputs, 16, 1, 1).to(dtype), None, None, [1, 1], [0, 0], [1, 1], 1, False
@@ -309,9 +309,9 @@ def test_large_tiles(kind, width, outputs):
         return image(16), image(16, 1), stats, None, True, None, 128 * width, weight, None, None, False
 
     elements = 128 * min(outputs, 128)
-    assert_some_tiles("conv_bias_act", forward, elements, tolerance)
+    assert_three_tiles("conv_bias_act", forward, elements, tolerance)
     if dtype != torch.float32:
-        assert_some_tiles("conv_dgrad", backward, elements, tolerance)
+        assert_three_tiles("conv_dgrad", backward, elements, tolerance)
 
 
 CONV1X1 = [(64, 24, 4, 1, True), (35, 20, 3, 1, False), (16, 40, 7, 2, True)]
@@ -324,7 +324,7 @@ def test_conv1x1_backward(channels, outputs, size, stride, has_input_norm, dtype
     output_shape = 2, outputs, pixels, pixels
 
     def image(*shape, seed=0, mean=0.0):
-        return (randn(*shape, seed=seed) + mean).to(dtype).contiguous(memory_format=LAST)
+        return (randn(*shape, seed=seed) + mean).to(dtype).contiguous(memory_format=NHWC)
 
     def common():
         z, dy = image(*output_shape, seed=1, mean=3.0), image(*output_shape, seed=2)
@@ -334,15 +334,15 @@ def test_conv1x1_backward(channels, outputs, size, stride, has_input_norm, dtype
         sums = norm_sync.batch_norm_sums(*gradient, None, None) if has_input_norm else None
         return *gradient, sums, z.numel() // outputs, filters(outputs, channels, 1, 1).to(dtype)
 
-    def read():
+    def input_and_stats():
         x = image(2, channels, size, size, mean=1.0)
         return x, norm.batch_norm_stats(x, *randn(2, channels).float(), None, None, True, 1e-5)
 
     tolerance = TF32 if tf32 else TOLERANCE[dtype]
-    read_input = lambda: (*read(), True) if has_input_norm else (read()[0], None, False)  # noqa: E731
+    read_input = lambda: (*input_and_stats(), True) if has_input_norm else (input_and_stats()[0], None, False)  # noqa: E731
     check("conv_wgrad", lambda: (*common(), *read_input(), [stride, stride]), tolerance, 1)
     if stride == 1 and has_input_norm:
-        check("conv_dgrad", lambda: (*common(), *read(), True), tolerance, 2)
+        check("conv_dgrad", lambda: (*common(), *input_and_stats(), True), tolerance, 2)
     elif stride == 1:
         added = functools.partial(image, 2, channels, size, size, seed=6)
         check("conv_dgrad", lambda: (*common(), None, None, False, added(), norm.pack_mask(added() > 0)), tolerance, 2)
@@ -364,7 +364,7 @@ def replace_in_ptx(pattern: str, replacement: str) -> Callable[[str], str]:
 
 
 def convolution(dtype: torch.dtype = torch.bfloat16) -> Sequence[Any]:
-    x = randn(1, 64, 4, 4).to(dtype).contiguous(memory_format=LAST)
+    x = randn(1, 64, 4, 4).to(dtype).contiguous(memory_format=NHWC)
     return x, filters(32, 64, 3, 3).to(dtype), None, None, [1, 1], [1, 1], [1, 1], 1, False
 
 
@@ -396,7 +396,7 @@ def test_error_in_convolution_is_detected(error):
     assert edit.count
 
 
-def small() -> Sequence[Any]:
+def small_forward_arguments() -> Sequence[Any]:
     return forward(norm_case(*NORMS[0]))
 
 
@@ -405,7 +405,7 @@ def test_grid_barrier_deadlock_is_detected():
         r"red\.release\.gpu\.global\.add\.u32 \[(%rd\d+)\], 1", r"red.release.gpu.global.add.u32 [\1], 0"
     )
     with single_pass(1), pytest.raises(Fault, match="deadlock: spins on memory that no thread writes"):
-        interpreted("batch_norm_act_forward", small, 0, edit)
+        interpreted("batch_norm_act_forward", small_forward_arguments, 0, edit)
     assert edit.count
 
 
@@ -414,22 +414,22 @@ def test_missing_grid_barrier_wait_is_detected(schedule):
     """The first threadblock reads partial sums that the others have not written yet."""
     edit = replace_in_ptx(r"(ld\.acquire[^;]*;[^@]*)@%p\d+ bra", r"\1// ")
     with single_pass(1):
-        ours, _ = interpreted("batch_norm_act_forward", small, schedule, edit)
+        ours, _ = interpreted("batch_norm_act_forward", small_forward_arguments, schedule, edit)
     assert edit.count
     with pytest.raises(AssertionError, match="batch_norm_act_forward, 0"):
-        assert_exact("batch_norm_act_forward", small, ours, TOLERANCE[torch.bfloat16])
+        assert_exact("batch_norm_act_forward", small_forward_arguments, ours, TOLERANCE[torch.bfloat16])
 
 
 def test_access_outside_of_every_allocation_is_detected():
-    outside = small()[0]
+    outside = small_forward_arguments()[0]
     with pytest.raises(Fault, match="outside of every allocation"):
-        interpreted("batch_norm_act_forward", lambda: (outside, *small()[1:]))
+        interpreted("batch_norm_act_forward", lambda: (outside, *small_forward_arguments()[1:]))
 
 
 def test_launch_with_too_many_threads_is_rejected():
     edit = replace_in_ptx(r"\.maxntid \d+", ".maxntid 32")
     with pytest.raises(ValueError, match="threads, expected at most 32"):
-        interpreted("batch_norm_act_forward", small, 0, edit)
+        interpreted("batch_norm_act_forward", small_forward_arguments, 0, edit)
 
 
 def test_cuda_backend_resolves_on_cpu():

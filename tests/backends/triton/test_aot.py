@@ -31,7 +31,7 @@ def test_matmul_report(capability):
     assert [argument.name for argument in report.arguments] == ["a_ptr", "b_ptr", "c_ptr", "M", "N", "K"]
     assert {argument.type for argument in report.arguments} == {"*bf16", "i32"}
     assert all(argument.divisible for argument in report.arguments)
-    assert report.matrix_instructions == ({90: "wgmma", 100: "tcgen05"}.get(capability, "mma.sync"),)
+    assert report.tensor_core_instructions == ({90: "wgmma", 100: "tcgen05"}.get(capability, "mma.sync"),)
     assert all(size == 16 for _, size in report.global_accesses)
     assert {"cp.async", "st"} <= {kind for kind, _ in report.global_accesses}
     assert 32 <= report.registers <= 255 and report.shared >= 2 * 2 * 64 * 32 * 2

@@ -1,5 +1,5 @@
-"""Checks on the machine code of every kernel in the AOT manifest, without a GPU: spills, shared memory, tensor core
-instructions and vectorised global accesses.
+"""Checks on the PTX and the ptxas report of every kernel in the AOT manifest, without a GPU: spills, shared memory,
+tensor core instructions and vectorised global accesses.
 
 All variants are compiled for sm_80, and one of each kernel and dtype for sm_90 (wgmma) and sm_100 (tcgen05);
 `make test-full` checks all variants for every architecture.
@@ -104,8 +104,8 @@ def find_violations(report):
         yield f"{report.shared / 1024:.1f} KiB of shared memory"
     is_half = any(argument.type in ("*bf16", "*fp16") for argument in report.arguments)
     is_gemm = "PRECISION" in report.constants
-    if is_gemm and is_half and report.matrix_instructions != (TENSOR_CORE_INSTRUCTIONS[report.capability],):
-        yield f"tensor core instructions: {report.matrix_instructions}"
+    if is_gemm and is_half and report.tensor_core_instructions != (TENSOR_CORE_INSTRUCTIONS[report.capability],):
+        yield f"tensor core instructions: {report.tensor_core_instructions}"
     if "pool" not in report.name and (is_half or not is_gemm) and has_aligned_rows(report):
         yield from find_narrow_accesses(report)
 

@@ -171,7 +171,7 @@ def test_backward_reductions_and_dx_match_float64(shape, format):
         for index, pair in enumerate(
             zip(actual, reference.batch_norm_act_backward_pair(*to_float64(*arguments)), strict=True)
         ):
-            assert_close(*pair, f"gradient {index} of a dual batch norm")
+            assert_close(*pair, f"gradient {index} of a norm pair")
 
 
 @needs_compiled_triton
@@ -454,12 +454,12 @@ def test_reductions_and_dx_with_64_bit_offsets(shape, monkeypatch):
 
 
 @needs_compiled_triton
-@pytest.mark.parametrize("taps", [1, 3])
-def test_convolution_with_64_bit_offsets(taps):
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_convolution_with_64_bit_offsets(kernel_size):
     x = torch.empty((1, 64, 1, ROWS), dtype=torch.bfloat16, memory_format=CHANNELS_LAST)
     x[..., -1024:] = random_nchw(1, 64, 1, 1024, mean=1.0)
-    weight, bias = filters(64, 64, taps, taps), randn(64).bfloat16()
-    geometry = (1, 1), (taps // 2, taps // 2), (1, 1), 1
+    weight, bias = filters(64, 64, kernel_size, kernel_size), randn(64).bfloat16()
+    geometry = (1, 1), (kernel_size // 2, kernel_size // 2), (1, 1), 1
     y = run_interpreted(lambda: conv_bias_act(x, weight, bias, None, *geometry, True), ctas=last_cta)
     expected = F.conv2d(*to_float64(x[..., -1024:], weight, bias), *geometry).relu()
     assert_close(y[..., -(ROWS % 128) :], expected[..., -(ROWS % 128) :], "y")
