@@ -42,5 +42,5 @@ def measure(device: str, quick: bool) -> dict[str, float]:
 
 
 def elementwise_max(*measured: dict[str, float]) -> dict[str, float]:
-    """Return the maximum of each ceiling: a noisy neighbour may have lowered one of the measurements."""
+    """Return the maximum of each ceiling: a noisy neighbor may have lowered one of the measurements."""
     return {name: max(one[name] for one in measured) for name in measured[0]}

@@ -94,7 +94,7 @@ class Operands:
 
 
 def operands(layer: Convolution, options: argparse.Namespace) -> Operands:
-    """Return random operands: the output of a ReLU (for the stem, an image), and weights as at initialisation."""
+    """Return random operands: the output of a ReLU (for the stem, an image), and weights as at initialization."""
     generator = torch.Generator(options.device).manual_seed(options.seed)
 
     def normal(*shape: int) -> Tensor:

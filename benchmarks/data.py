@@ -10,7 +10,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 def photographs(batch: int, size: int, seed: int = 0) -> Tensor:
-    """Return random square crops, half of them horizontally flipped, resized and normalised.
+    """Return random square crops, half of them horizontally flipped, resized and normalized.
 
     Returns:
         Images of shape (batch, 3, size, size), float32.

@@ -2,7 +2,7 @@
 
 There are three measurements, because each of them alone is incomplete:
 - `saved_for_backward` counts the tensors that pass through PyTorch's saved-tensor hooks, the number that the library
-  minimises. It also searches the autograd nodes for tensors that are stored elsewhere.
+  minimizes. It also searches the autograd nodes for tensors that are stored elsewhere.
 - `tensor_memory` replays the events of PyTorch's allocator: the bytes that are live at the end of a forward (saved or
   hidden), and the maximum within a step. It is exact and repeatable, but does not include oneDNN's own allocations.
 - `peak_resident` reads the peak resident set size of a fresh process, which is the memory that a machine must have.

@@ -40,7 +40,7 @@ BATCHES = {"cpu": [1, 4, 16], "cuda": [1, 4, 16, 64, 256]}
 
 
 class SynchronizedClock(Clock):
-    """CPU time after synchronisation with the GPU: the latency that a caller observes, launch overhead included."""
+    """CPU time after synchronization with the GPU: the latency that a caller observes, launch overhead included."""
 
     warm_up_calls = 10
 
@@ -185,7 +185,7 @@ def fastest_peer(case: dict[str, Any], first: str) -> str:
 def summary(run: dict[str, Any]) -> str:
     """Return one row per case: latency, images/s, and the time of every other provider relative to the first provider.
 
-    The last column is the fastest peer, of the providers that optimise for inference.
+    The last column is the fastest peer, of the providers that optimize for inference.
     """
     cases = run["cases"]
     first, *others = cases[0]["providers"]

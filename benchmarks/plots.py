@@ -13,7 +13,7 @@ from benchmarks import report
 
 OURS_COLORS = ("#0b6e4f", "#53a987")
 STOCK_COLORS = ("#8d99ae", "#4a5572", "#d9a05b", "#b5651d")
-#: One colour per provider in every chart: fused_res green, eager PyTorch grey, compiled PyTorch brown.
+#: One color per provider in every chart: fused_res green, eager PyTorch grey, compiled PyTorch brown.
 COLORS = {
     OURS_COLORS[0]: ("ours",),
     OURS_COLORS[1]: ("ours+compile", "ours+graph", "ours-packed", "ours-direct"),

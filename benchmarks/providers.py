@@ -97,7 +97,7 @@ INFERENCE_PROVIDERS = by_name(
     ),
     *(Provider(name, runtime=name) for name in peers.NAMES),
 )
-#: Peers: other providers that optimise a network for inference only.
+#: Peers: other providers that optimize a network for inference only.
 INFERENCE_PEERS = ("compile-freezing", *peers.NAMES)
 
 
@@ -106,7 +106,7 @@ def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool
 
     Args:
         activation: final activation.
-        training: whether to normalise with batch statistics.
+        training: whether to normalize with batch statistics.
         cudnn: whether to call cuDNN's batch norm even where PyTorch would not select it; the call fails for operands
             that cuDNN does not support.
     """

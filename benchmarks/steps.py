@@ -27,7 +27,7 @@ def named_tensors(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str,
 def calibrate_batch_norm(model: nn.Module, x: Tensor) -> None:
     """Set the running statistics of all batch norms to the statistics of `x`.
 
-    Otherwise a newly initialised network does not normalise in eval mode, and its activations grow from block to block.
+    Otherwise a newly initialized network does not normalize in eval mode, and its activations grow from block to block.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

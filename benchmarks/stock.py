@@ -18,7 +18,7 @@ MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext
 
 
 def stock_model(name: str) -> nn.Module:
-    """Return a newly initialised model, with weights from PyTorch's global generator."""
+    """Return a newly initialized model, with weights from PyTorch's global generator."""
     if torchvision_models is None:
         return unfuse(getattr(models, name)())
     return getattr(torchvision_models, name)()

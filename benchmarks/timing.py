@@ -1,6 +1,6 @@
 """Interleaved timing: every provider runs once in each round (A B C A B C ...).
 
-Drift of the clock, noisy neighbours and the state of the memory therefore affect all providers alike. On a CPU caches
+Drift of the clock, noisy neighbors and the state of the memory therefore affect all providers alike. On a CPU caches
 are not flushed: a provider finds what the previous one left, as a layer of a network finds what the previous layer
 left. On a GPU a single operator would find all operands in the L2 cache, so it is flushed before every call (`cold`).
 Full networks in several runtimes on a CPU additionally need idle time between samples: see `IDLE_SECONDS`.
@@ -48,7 +48,7 @@ class Clock:
 
 
 class EventClock(Clock):
-    """GPU clock: events in the current stream, synchronised once a whole sample is queued."""
+    """GPU clock: events in the current stream, synchronized once a whole sample is queued."""
 
     warm_up_calls = 10  # algorithms are selected, kernels compiled, the GPU's clock ramps up
 
@@ -98,7 +98,7 @@ class Samples:
 
 
 def quantile(values: list[float], fraction: float) -> float:
-    """Return a quantile, interpolated linearly between neighbours as numpy does by default."""
+    """Return a quantile, interpolated linearly between neighbors as numpy does by default."""
     ordered = sorted(values)
     position = fraction * (len(ordered) - 1)
     low = math.floor(position)

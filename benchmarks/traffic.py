@@ -44,11 +44,11 @@ def fused(n: int, residual: bool, mode: str, relu: bool = True, element_size: in
 def eager(n: int, residual: bool, mode: str, relu: bool = True, device: str = "cpu") -> Traffic:
     """Return the traffic of PyTorch's separate kernels without cache reuse.
 
-    Forward in training: the mean reads x, the variance reads x (on a GPU one kernel computes both), the normalisation
+    Forward in training: the mean reads x, the variance reads x (on a GPU one kernel computes both), the normalization
     reads x and writes (4 n; inference 2 n); the addition in place reads two tensors and writes one (3 r n), the ReLU in
     place reads and writes (2 n). Backward: the ReLU reads dy and y and writes (3 n), the batch norm reads dy and x
     twice and writes dx (5 n); the residual's gradient is the ReLU's output.
     """
     r, a = int(residual), int(relu)
-    normalise = (4 if device == "cpu" else 3) if mode == "train" else 2
-    return Traffic((normalise + 3 * r + 2 * a) * n, (3 * a + 5) * n if mode == "train" else 0.0)
+    normalize = (4 if device == "cpu" else 3) if mode == "train" else 2
+    return Traffic((normalize + 3 * r + 2 * a) * n, (3 * a + 5) * n if mode == "train" else 0.0)

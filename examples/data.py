@@ -69,7 +69,7 @@ class ImageFiles:
 
 
 class Batch(NamedTuple):
-    images: Tensor  #: float32, (n, 3, size, size), normalised
+    images: Tensor  #: float32, (n, 3, size, size), normalized
     labels: Tensor  #: int64, (n,)
     global_batch_size: int  #: number of images of this step over all ranks
 
@@ -83,7 +83,7 @@ class Loader:
 
     Args:
         images: the split.
-        mean, std: per-channel statistics that normalise the images, in pixel units.
+        mean, std: per-channel statistics that normalize the images, in pixel units.
         batch_size: number of images per step over all ranks.
         shuffle: whether each epoch has its own random order.
         shift: largest random shift in pixels, in each direction; the border is filled with zeros.
@@ -321,7 +321,7 @@ def _load_folder(folder: Path, test: str, size: int, workers: int) -> Data:
 
 
 def _decode(path: Path, size: int) -> Tensor:
-    """Return the centre square of the picture, resized: uint8, (3, size, size)."""
+    """Return the center square of the picture, resized: uint8, (3, size, size)."""
     from PIL import Image, ImageOps
 
     try:

@@ -76,7 +76,7 @@ class DistributedContext:
 
 @contextmanager
 def distributed_context(device: str) -> Iterator[DistributedContext]:
-    """Initialise the process group under torchrun, and destroy it when the block ends.
+    """Initialize the process group under torchrun, and destroy it when the block ends.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"`` for a GPU if there is one. Under torchrun, CUDA

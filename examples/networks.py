@@ -72,7 +72,7 @@ def _timm(name: str, classes: int) -> nn.Module:
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the residual blocks of `model`, recognised by the names of their classes."""
+    """Return the residual blocks of `model`, recognized by the names of their classes."""
     # fused_res.fuse and others replace a module's class by a subclass, so the names of base classes count too.
     return [m for m in model.modules() if any(kind.__name__ in BLOCK_CLASS_NAMES for kind in type(m).__mro__)]
 

@@ -154,7 +154,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         type=number(int, 1),
         default=1,
         metavar="PARTS",
-        help="gradient accumulation: micro-batches per optimizer step, for less memory; batch norm normalises each"
+        help="gradient accumulation: micro-batches per optimizer step, for less memory; batch norm normalizes each"
         " micro-batch by itself (default: 1)",
     )
     group.add_argument("--lr", type=number(float, 0), default=0.1, help="peak learning rate (default: %(default)s)")

@@ -78,7 +78,7 @@ __device__ void store_partial_stats(const Epilogue& epilogue, const float* accum
 }
 
 // Return the first of the thread's n columns within the tile. A thread processes the same n columns of
-// several rows; neighbouring threads have neighbouring columns, so that accesses coalesce.
+// several rows; neighboring threads have neighboring columns, so that accesses coalesce.
 template <class Shape, int n>
 __device__ int thread_col() {
   return static_cast<int>(threadIdx.x) % (Shape::kCols / n) * n;

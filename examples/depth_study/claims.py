@@ -170,7 +170,7 @@ def gradients(measured: Measured) -> list[Claim]:
     plain, residual = ({d: largest[kind, d, "initial, no norm"] for d in depths} for kind in ("plain", "residual"))
     return [
         Claim(
-            "With batch norm, the gradients of plain networks at initialisation do not vanish towards the input: they "
+            "With batch norm, the gradients of plain networks at initialization do not vanish towards the input: they "
             "explode, and the growth increases with depth.",
             growth[-1] > UNIFORM_RATIO and growth == sorted(growth),
             listed("initial"),

@@ -18,12 +18,12 @@ from benchmarks.plots import OURS_COLORS as GREEN
 from benchmarks.plots import STOCK_COLORS as GREY
 
 COLORS = {"plain": "#c8591c", "residual": "#1d5f9e"}
-#: Colour ranges from the shallowest network to the deepest.
+#: Color ranges from the shallowest network to the deepest.
 SHADES = {"plain": ("#f4c19c", "#7c2d06"), "residual": ("#a9cdea", "#0b2f57")}
 STATES = {
-    "initial": "at initialisation",
+    "initial": "at initialization",
     "trained": "after training",
-    "initial, no norm": "at initialisation,\nwithout batch norm",
+    "initial, no norm": "at initialization,\nwithout batch norm",
 }
 DPI = 115
 

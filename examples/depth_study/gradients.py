@@ -1,4 +1,4 @@
-"""Gradient norm of each layer, at initialisation and after training, with and without batch norm."""
+"""Gradient norm of each layer, at initialization and after training, with and without batch norm."""
 
 from __future__ import annotations
 

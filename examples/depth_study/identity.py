@@ -1,6 +1,6 @@
 """Measure residual blocks whose last norm is zero: they return relu(x), the identity on non-negative inputs.
 
-The blocks are measured alone, in a newly initialised network, and appended to the stages of a trained one. The section
+The blocks are measured alone, in a newly initialized network, and appended to the stages of a trained one. The section
 also compares shortcuts that span one, two, three and four layers.
 """
 

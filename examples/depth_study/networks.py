@@ -44,7 +44,7 @@ class Network:
         return f"{self.kind}-{self.depth}" + (f"-span-{self.span}" if self.span != 2 else "")
 
     def build(self, classes: int, backend: str = "auto") -> ResidualNetwork:
-        """Build the network with newly initialised weights from PyTorch's global generator."""
+        """Build the network with newly initialized weights from PyTorch's global generator."""
         plain, norm_layer = self.kind == "plain", None if self.norm else nn.Identity
         if self.span == 2:
             return cifar_resnet(self.depth, classes, plain, self.width, norm_layer=norm_layer, backend=backend)

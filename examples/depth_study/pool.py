@@ -78,7 +78,7 @@ def _listen(epochs: Any, bar: tqdm) -> None:
 
 
 def _init_worker(epochs: Any) -> None:
-    """Initialise a worker process."""
+    """Initialize a worker process."""
     global _epochs
     _epochs = epochs
     torch.set_num_threads(1)

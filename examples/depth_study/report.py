@@ -91,7 +91,7 @@ def _gradient_tables(measured: dict[str, Any]) -> list[str]:
         f"Lines show the median of {seeds} seeds, and shading the range from minimum to maximum (after training: one "
         "seed). Jumps of the norm mark the start of a stage, where the shape of the weight changes. Without batch "
         "norm, zero padding contributes to the vanishing gradients: where a 3x3 window covers padding, its output has "
-        "a lower variance than the initialisation of He et al. assumes, and small feature maps consist mostly of such "
+        "a lower variance than the initialization of He et al. assumes, and small feature maps consist mostly of such "
         "positions."
     ]
 

@@ -70,7 +70,7 @@ IMPLICIT_GEMM = Algorithm(
         Rule(_cudnn_inference_is_faster, "cuDNN is faster for this shape", _EVIDENCE_CUDNN, ("inference",)),
         Rule(
             _cudnn_training_is_faster,
-            "cuDNN is faster for this shape, and its weight gradient reads the normalised activation from memory",
+            "cuDNN is faster for this shape, and its weight gradient reads the normalized activation from memory",
             _EVIDENCE_CUDNN,
             TRAINING_OPERATIONS,
         ),

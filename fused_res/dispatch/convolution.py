@@ -1,6 +1,6 @@
 """Convolution algorithms that all backends share: ATen's convolution, and two GEMM algorithms for small feature maps.
 
-``tap_gemm`` is for outputs of one pixel. On a 1x1 feature map a padded 3x3 kernel overlaps the input with its centre
+``tap_gemm`` is for outputs of one pixel. On a 1x1 feature map a padded 3x3 kernel overlaps the input with its center
 only, but libraries read all nine filter taps. In the last stage of a ResNet on small images the weight dominates the
 memory traffic (ResNet-18 on 32x32 images: 33 of 45 MB). The algorithm computes one GEMM per contributing tap, directly
 from the channels_last weight; the gradient of all other taps is zero.

@@ -182,7 +182,7 @@ def _fold(
         return read
     for norm, batch_statistics in zip(read.norms, read.training, strict=True):
         if batch_statistics:
-            return Unsupported("normalises with the statistics of the batch", norm)
+            return Unsupported("normalizes with the statistics of the batch", norm)
     assert read.tensors[0] is not None
     refusal = chain.inspect_tensors(read.tensors, read.tensors[0].dtype, autocast=False)
     if refusal is not None:

@@ -1,4 +1,4 @@
-"""Modules that run one after the other: neighbours that can be one fused call, and the others by themselves."""
+"""Modules that run one after the other: neighbors that can be one fused call, and the others by themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Settings(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Neighbours that may be computed together; `units` is empty for norm and ReLU, or a single module."""
+    """Neighbors that may be computed together; `units` is empty for norm and ReLU, or a single module."""
 
     modules: tuple[nn.Module, ...]
     units: tuple[Unit, ...] = ()

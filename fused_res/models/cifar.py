@@ -24,7 +24,7 @@ class CifarResNet(ResidualNetwork):
         num_classes: number of outputs of the classifier, default 10.
         plain: True omits all shortcuts and projections, as in the paper's plain networks. Default False.
         width: channels of the first stage, default 16.
-        zero_init_residual: initialise every block's last norm weight to zero, so that every block initially
+        zero_init_residual: initialize every block's last norm weight to zero, so that every block initially
             outputs ``relu(shortcut(x))``.
         norm_layer: constructs a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
         backend, recompute: see :func:`fused_res.functional.residual_block`.

@@ -1,4 +1,4 @@
-"""ResidualNetwork, the base class of the ImageNet and CIFAR networks: stages of blocks, initialisation and forward."""
+"""ResidualNetwork, the base class of the ImageNet and CIFAR networks: stages of blocks, initialization and forward."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ResidualNetwork(FusableModule):
     """Residual network: stem, stages of residual blocks, global average pooling and a linear classifier.
 
     Children are created in torchvision's order, on which both the state_dict's order and the random numbers of the
-    initialisation depend.
+    initialization depend.
 
     Args:
         block: the class :class:`fused_res.nn.BasicBlock` or :class:`fused_res.nn.Bottleneck`.
@@ -44,7 +44,7 @@ class ResidualNetwork(FusableModule):
         stem: the first convolution.
         pool: pooling after the stem's ReLU, or None.
         num_classes: number of outputs of the classifier.
-        zero_init_residual: initialise every block's last norm weight to zero, so that every block initially
+        zero_init_residual: initialize every block's last norm weight to zero, so that every block initially
             outputs ``relu(shortcut(x))`` (Goyal et al. 2017, https://arxiv.org/abs/1706.02677).
         groups, width_per_group: number and width of the groups of the bottlenecks' 3x3 convolution.
         norm_layer: constructs a norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
@@ -96,7 +96,7 @@ class ResidualNetwork(FusableModule):
             self.add_module(name, self._make_stage(block, stage))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.inplanes, num_classes)
-        self._initialise(zero_init_residual)
+        self._initialize(zero_init_residual)
 
     def _make_stage(self, block: Block, stage: Stage) -> nn.Sequential:
         stride, first_dilation = stage.stride, self.dilation
@@ -119,8 +119,8 @@ class ResidualNetwork(FusableModule):
             self.inplanes = outplanes
         return nn.Sequential(*blocks)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
-        """Initialise as He et al. 2015, https://arxiv.org/abs/1502.01852, with fan-out scaling."""
+    def _initialize(self, zero_init_residual: bool) -> None:
+        """Initialize as He et al. 2015, https://arxiv.org/abs/1502.01852, with fan-out scaling."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -27,7 +27,7 @@ class ResNet(ResidualNetwork):
         block: the class :class:`fused_res.nn.BasicBlock` or :class:`fused_res.nn.Bottleneck`.
         layers: number of blocks of each of the four stages.
         num_classes: number of outputs of the classifier, default 1000.
-        zero_init_residual: initialise every block's last norm weight to zero, so that every block initially
+        zero_init_residual: initialize every block's last norm weight to zero, so that every block initially
             outputs ``relu(shortcut(x))``.
         groups, width_per_group: number and width of the groups of the bottlenecks' 3x3 convolution, default 1 and 64.
         replace_stride_with_dilation: three bools, for ``layer2`` to ``layer4``: preserve the resolution and dilate
@@ -105,7 +105,7 @@ def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> Re
     Args:
         weights: pretrained weights, a member of one of torchvision's weights enums such as
             ``torchvision.models.ResNet18_Weights.DEFAULT``, downloaded unless cached by torch.hub. Default None: random
-            initialisation.
+            initialization.
         progress: show a progress bar of the download, default True.
         kwargs: arguments of :class:`ResNet` other than ``block`` and ``layers``.
 

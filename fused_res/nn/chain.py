@@ -1,6 +1,6 @@
 """Pattern matching on live modules: consecutive convolution, batch norm and activation modules become a :class:`Chain`.
 
-Hooks, parametrisations, another norm class or frozen layers may be added to the children at any time, so nothing is
+Hooks, parametrizations, another norm class or frozen layers may be added to the children at any time, so nothing is
 cached between calls. Each call walks the modules and returns either a :class:`Chain`, which holds their tensors, or an
 :class:`Unsupported`, the reason why the stock forward has to run. The *stock* modules are
 the unmodified PyTorch modules; the stock forward calls the modules one by one, unfused. The walk is the only overhead
@@ -159,7 +159,7 @@ class Chain:
 
 
 def sync_process_group(state: dict[str, Any]) -> ProcessGroup | None:
-    """Return the process group that a norm with this ``__dict__`` synchronises its batch statistics across, or None."""
+    """Return the process group that a norm with this ``__dict__`` synchronizes its batch statistics across, or None."""
     if "process_group" not in state or not state["training"]:
         return None
     return distributed.multi_process_group(state["process_group"])
@@ -242,7 +242,7 @@ def match_chain(
             return unsupported
     groups = chain.process_groups
     if groups and groups.count(groups[0]) != len(groups):
-        return Unsupported("the norms synchronise their statistics across different process groups")
+        return Unsupported("the norms synchronize their statistics across different process groups")
     unsupported = None if pool is None else inspect_pool(pool)
     if unsupported is not None:
         return unsupported

@@ -1,4 +1,4 @@
-"""Batch norm with statistics synchronised across a process group, on any device."""
+"""Batch norm with statistics synchronized across a process group, on any device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SyncBatchNorm(BatchNorm):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: arguments of
             :class:`torch.nn.BatchNorm2d`. Inputs are ``(N, C, ...)`` with 2 to 5 dimensions.
-        process_group: process group to synchronise across, default None: all processes. With a single process the
+        process_group: process group to synchronize across, default None: all processes. With a single process the
             module is an ordinary batch norm.
 
     Raises:
@@ -48,7 +48,7 @@ class SyncBatchNorm(BatchNorm):
         norm_args = chain.read_norm(self.__dict__)
         if isinstance(norm_args, str):
             reason = norm_args
-            raise RuntimeError(f"a synchronised batch norm that {reason} cannot run")
+            raise RuntimeError(f"a synchronized batch norm that {reason} cannot run")
         return chain.apply_norm(input, self, norm_args, None, "identity", "auto")
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -57,15 +57,15 @@ class SyncBatchNorm(BatchNorm):
 
 
 class SyncBatchNormAct2d(BatchNormAct2d, SyncBatchNorm):
-    """:class:`BatchNormAct2d` with statistics synchronised across a process group.
+    """:class:`BatchNormAct2d` with statistics synchronized across a process group.
 
     Args:
         num_features, activation, backend and the remaining arguments: arguments of :class:`BatchNormAct2d`.
-        process_group: process group to synchronise across, default None: all processes.
+        process_group: process group to synchronize across, default None: all processes.
     """
 
 
-_SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
+_SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: SyncBatchNorm,
     nn.BatchNorm2d: SyncBatchNorm,
     nn.BatchNorm3d: SyncBatchNorm,
@@ -78,7 +78,7 @@ chain.norm_types.add(SyncBatchNorm)
 
 
 def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = None) -> Model:
-    """Synchronise the statistics of every batch norm of `model` across a process group, in place.
+    """Synchronize the statistics of every batch norm of `model` across a process group, in place.
 
     Like ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, but for any device, and :class:`fused_res.nn.BatchNormAct2d`
     retains its activation. Modules remain the same objects, with their parameters, buffers, hooks and state_dict keys.
@@ -86,26 +86,26 @@ def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = No
 
     Args:
         model: any module, including a single batch norm.
-        process_group: process group to synchronise across, default None: all processes at the time of each call.
+        process_group: process group to synchronize across, default None: all processes at the time of each call.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not a module, contains a batch norm of an unsupported class, which may do more than
-            normalise, or `process_group` is not a process group. `model` is unchanged in this case.
+            normalize, or `process_group` is not a process group. `model` is unchanged in this case.
     """
     check_model(model)
     distributed.check_group(process_group)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
     for name, norm in norms.items():
-        if type(norm) not in _SYNCHRONISED:
+        if type(norm) not in _SYNCHRONIZED:
             raise TypeError(
                 f"{name or 'model'} is a {type(norm).__module__}.{type(norm).__qualname__}: converting it would lose"
                 " whatever this class does in addition to batch norm; look for a SyncBatchNorm conversion in the"
                 " library that defines it"
             )
     for norm in norms.values():
-        norm.__class__ = _SYNCHRONISED[type(norm)]  # type: ignore[assignment]
+        norm.__class__ = _SYNCHRONIZED[type(norm)]  # type: ignore[assignment]
         norm.process_group = process_group  # type: ignore[assignment]
     return model

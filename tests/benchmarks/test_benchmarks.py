@@ -179,7 +179,7 @@ def test_photographs() -> None:
     assert images.dtype == torch.float32
     assert torch.equal(images, data.photographs(3, 40, seed=1))
     assert not torch.equal(images, data.photographs(3, 40, seed=2))
-    # Normalised photographs: values in the range of the normalisation, neighbouring pixels similar.
+    # Normalized photographs: values in the range of the normalization, neighboring pixels similar.
     assert -2.2 < images.min() < images.max() < 2.7
     assert (images[..., 1:] - images[..., :-1]).abs().mean() < 0.5 * images.std()
     assert data.labels(5, 10).shape == (5,)

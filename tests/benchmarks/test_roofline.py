@@ -41,7 +41,7 @@ def test_traffic_of_a_hand_counted_case() -> None:
     mask = n / 32
     assert traffic.fused(n, True, "train") == traffic.Traffic(4 * n + mask, 6 * n + 2 * mask)
     assert traffic.fused(n, True, "eval") == traffic.Traffic(3 * n, 0)
-    # mean variance normalise(2) add(3) relu(2) | relu(3) norm(5)
+    # mean variance normalize(2) add(3) relu(2) | relu(3) norm(5)
     assert traffic.eager(n, True, "train") == traffic.Traffic(9 * n, 8 * n)
     assert traffic.eager(n, False, "train", relu=False) == traffic.Traffic(4 * n, 5 * n)
 
@@ -76,14 +76,14 @@ def test_roofline_of_a_hand_counted_bottleneck() -> None:
         return (traffic_bytes - (3 if mode == "train" else 1) * weights) / a
 
     convolutions = (4 + 1) + (1 + 1) + (1 + 4)
-    # mean and variance, normalise, ReLU | addition | ReLU, reductions, dx | the shortcut's gradient
+    # mean and variance, normalize, ReLU | addition | ReLU, reductions, dx | the shortcut's gradient
     eager = convolutions + 2 * (1 + 2 + 2) + (4 + 8 + 12 + 8) + (12 + 8 + 12) + 2 * (3 + 2 + 3) + 2 * convolutions + 12
     assert count("eager", "train") == eager == 138
     compiled = convolutions + 2 * (1 + 2) + (4 + 12) + (20 + 12) + 2 * (3 + 4) + 2 * convolutions
     assert count("compile", "train") == compiled == 104
     norm = convolutions + 2 * (1 + 2) + (4 + 12) + (8 + 12) + 2 * (2 + 3) + 2 * convolutions + 12 + 4 * mask
     assert count("norm", "train") == norm == 101
-    # Forward: statistics of the 3x3 only, normalisation of its input, end of the block. Backward from the end:
+    # Forward: statistics of the 3x3 only, normalization of its input, end of the block. Backward from the end:
     # reductions and both gradients of the last 1x1; dz and both gradients of the 3x3; reductions and both gradients of
     # the first 1x1, which adds the shortcut's gradient.
     fused = convolutions + 1 + 2 + 12 + 8 + (10 + 9) + (3 + 2 + 2) + (2 + (6 + 4) + 6) + 5 * mask

@@ -26,7 +26,7 @@ def test_ceilings_are_the_maximum_of_the_measurements(monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(not _extension.loaded, reason=_extension.unavailable_reason)
 def test_fma_peak_is_plausible() -> None:
-    """No GEMM exceeds it. Noisy neighbours may slow down either, so they are measured in turn."""
+    """No GEMM exceeds it. Noisy neighbors may slow down either, so they are measured in turn."""
     peak = _extension.fma_peak
     with pytest.raises(ValueError, match="threads: expected 1 to"):
         peak(0)

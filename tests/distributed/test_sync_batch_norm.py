@@ -1,4 +1,4 @@
-"""Synchronised batch norm: several processes match one process with the whole batch, for any split of the batch."""
+"""Synchronized batch norm: several processes match one process with the whole batch, for any split of the batch."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_block_accuracy_vs_stock(group, sizes, name):
 @pytest.mark.parametrize("backend", [name for name in ("cuda", "triton") if name in EVERY])
 @pytest.mark.parametrize("name", ["bottleneck", "projection"])
 def test_gpu_kernels_with_operand_prologues(group, sizes, name, backend):
-    """1x1 convolutions with a normalise-ReLU prologue, and gradients with a norm backward prologue."""
+    """1x1 convolutions with a normalize-ReLU prologue, and gradients with a norm backward prologue."""
     spec, x, tensors = make_block_case(name, torch.float16, bias=True, batch=sum(sizes))
     # The biases are frozen: the gradient of a bias before a norm is zero, a sum of large gradients over the ranks, and
     # so consists of rounding errors only.
@@ -238,8 +238,8 @@ def test_requested_gradients(two, frozen):
     assert_all_close(combine_block(parts, "projection", frozen), one)
 
 
-def test_frozen_norms_are_not_synchronised(two):
-    """Units that use running statistics communicate nothing; the other units synchronise as usual."""
+def test_frozen_norms_are_not_synchronized(two):
+    """Units that use running statistics communicate nothing; the other units synchronize as usual."""
     spec, x, tensors = make_block_case("projection", bias=True, batch=8)
     training = (True, False, True, False)
     one = run_forward_backward(lambda x, t: stock_block(x, spec, t, training), x, clone_with_grad(tensors))
@@ -354,7 +354,7 @@ def test_norm_matches_one_process(group, sizes, shape, residual, scaled, format)
 
 
 def network(kind="fused"):
-    """Return a small network with every kind of norm that can be synchronised; kind "stock" has the same weights."""
+    """Return a small network with every kind of norm that can be synchronized; kind "stock" has the same weights."""
     torch.manual_seed(0)
     first = fnn.BatchNormAct2d(3)
     trunk = models.cifar_resnet(8, 10, width=4)
@@ -500,7 +500,7 @@ def subgroup_on_rank():
     mixed = fnn.BasicBlock(3, 3).double()
     fused_res.convert_sync_batchnorm(mixed.bn1)
     fused_res.convert_sync_batchnorm(mixed.bn2, subgroup)
-    assert mixed.unsupported_reason().reason == "the norms synchronise their statistics across different process groups"
+    assert mixed.unsupported_reason().reason == "the norms synchronize their statistics across different process groups"
     assert mixed(x[start : start + 4]).isfinite().all()  # runs unfused
     return [y.detach(), *model.buffers()]
 

@@ -36,7 +36,7 @@ def assert_same_batches(actual: list[Batch], expected: list[Batch]) -> None:
 # Digits
 
 
-def test_digits_are_split_by_class_and_normalised(digits: data.Data) -> None:
+def test_digits_are_split_by_class_and_normalized(digits: data.Data) -> None:
     from sklearn.datasets import load_digits
 
     original = load_digits()
@@ -257,7 +257,7 @@ def write_images(folder: Path, test: str = "val") -> None:
         for label, kind in enumerate(("cat", "dog")):
             (folder / split / kind).mkdir(parents=True)
             for index in range(count):
-                # A wide picture: the centre square has one colour, the sides another.
+                # A wide picture: the center square has one color, the sides another.
                 pixels = np.zeros((30, 50, 3), np.uint8)
                 pixels[:, 6:44] = (100 * label + 20, 10 * index, 200)
                 Image.fromarray(pixels).save(folder / split / kind / f"{index}.png")

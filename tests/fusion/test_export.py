@@ -1,4 +1,4 @@
-"""Fused and frozen models under torch.export, ONNX, TorchScript, torch.fx, quantisation and device moves.
+"""Fused and frozen models under torch.export, ONNX, TorchScript, torch.fx, quantization and device moves.
 
 Each either works or raises an error that names the alternative.
 """
@@ -47,7 +47,7 @@ def images(batch: int = 2) -> Tensor:
 
 @pytest.fixture(params=NETWORKS)
 def stock(request: pytest.FixtureRequest) -> Model:
-    """A network with randomised norms, as after training, in eval mode."""
+    """A network with randomized norms, as after training, in eval mode."""
     torch.manual_seed(0)
     return unfuse(randomize_norms(NETWORKS[request.param]())).eval()
 
@@ -136,7 +136,7 @@ def test_functional_on_meta_device() -> None:
     assert functional.conv_bias_act(x, weight, norm, x).shape == x.shape
 
 
-def test_quantisation_observers_record_same_ranges_as_stock() -> None:
+def test_quantization_observers_record_same_ranges_as_stock() -> None:
     """Observers are hooks, so the observed modules run unfused and record the same ranges as in the stock model."""
     quantization = pytest.importorskip("torch.ao.quantization")
     ranges = []

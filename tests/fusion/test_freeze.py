@@ -276,7 +276,7 @@ class TestNotFrozen:
             ),
             (
                 lambda m: setattr(m.layer1[0], "bn2", nn.BatchNorm2d(8, track_running_stats=False)),
-                "bn2 normalises with the statistics of the batch",
+                "bn2 normalizes with the statistics of the batch",
                 True,
             ),
             (lambda m: parametrizations.weight_norm(m.layer1[0].conv1), "not exactly Conv2d", True),
@@ -331,7 +331,7 @@ def model() -> Any:
     return network("Bottleneck").float()
 
 
-class TestModuleBehaviour:
+class TestModuleBehavior:
     def check_copy(self, frozen: nn.Module, other: nn.Module) -> None:
         assert type(other) is type(frozen)
         x = images(dtype=torch.float32)

@@ -407,7 +407,7 @@ class TestNotFused:
         assert summarize(model).fused == ()
         assert [row.why for row in summarize(model).left] == ["a graph that was captured already"] * 2
 
-    def test_lazy_modules_fuse_after_initialisation(self) -> None:
+    def test_lazy_modules_fuse_after_initialization(self) -> None:
         stock = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
         fuse(stock)(images().float())
         assert type(stock) is nn.Sequential

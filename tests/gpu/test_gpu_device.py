@@ -80,7 +80,7 @@ def test_kernels_run_on_current_stream(backend):
 
 
 def test_training_step_does_not_synchronize(backend):
-    """No call in a training step synchronises the host with the GPU."""
+    """No call in a training step synchronizes the host with the GPU."""
     model, x = fused_blocks(backend), random_channels_last(4, 64, 14, 14, dtype=torch.float32)
     model(x).sum().backward()
     torch.cuda.synchronize()

@@ -150,7 +150,7 @@ class TestNorm:
             assert_close(dx, expected, dtype, "dx")
 
     def test_apply_and_norm_pair_backward(self, kernels, shape, format, dtype):
-        """The apply pass without residual, with it and with a normalised one; the backward of a norm pair."""
+        """The apply pass without residual, with it and with a normalized one; the backward of a norm pair."""
         x, residual, dy, weight, bias = norm_case(shape, format, dtype)
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
         stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)

@@ -110,7 +110,7 @@ def small_timm_resnet(name: str, **options: Any) -> Model:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """A second thread only adds synchronisation overhead to networks of this size."""
+    """A second thread only adds synchronization overhead to networks of this size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -190,7 +190,7 @@ def test_segmentation_models_match_stock(name: str, monkeypatch: pytest.MonkeyPa
     model = build(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
     rows = check_against_stock(model, images((32, 32)))
     # The backbone is an IntermediateLayerGetter, a dictionary of the network's children without the ResNet's forward,
-    # so its stem is not recognised.
+    # so its stem is not recognized.
     left = {row.name: row.why for row in rows if not row.fused}
     assert left.pop("backbone.bn1") == "what surrounds it in IntermediateLayerGetter is not known"
     assert set(left.values()) <= {"what surrounds it in ASPPPooling is not known"}

@@ -27,7 +27,7 @@ def projection(inplanes: int, outplanes: int, stride: int) -> nn.Sequential:
 
 
 def randomize_all_norms(module: nn.Module) -> nn.Module:
-    """Randomise affine parameters and running statistics; the initial ones and zeros would hide errors."""
+    """Randomize affine parameters and running statistics; the initial ones and zeros would hide errors."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             if norm.weight is not None:

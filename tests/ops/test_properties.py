@@ -1,7 +1,7 @@
 """Property-based tests of the public functions: random shapes, strides, dtypes and flags, by Hypothesis.
 
 The accuracy criterion is an error against float64 of at most twice that of stock PyTorch. The suite runs few, fixed
-examples (tests/conftest.py). A search, whose failing examples are saved and minimised:
+examples (tests/conftest.py). A search, whose failing examples are saved and minimized:
 ``python -m pytest tests/ops/test_properties.py --hypothesis-profile=search``.
 """
 

@@ -36,10 +36,10 @@ def float64_reference(
     """Compute the reference in float64.
 
     Args:
-        tensors: input, residual, weight, bias and, for a normalised residual, residual_scale and residual_shift.
+        tensors: input, residual, weight, bias and, for a normalized residual, residual_scale and residual_shift.
         running: running_mean and running_var.
         grad: gradient of the output.
-        training: whether to normalise with batch statistics.
+        training: whether to normalize with batch statistics.
         mask: ReLU mask, or None for no ReLU.
         eps: epsilon of the norm.
 
@@ -111,10 +111,10 @@ def check_batch_norm_act(
     No argument is written to: the running statistics are copied first.
 
     Args:
-        tensors: input, residual, weight, bias and, for a normalised residual, residual_scale and residual_shift.
+        tensors: input, residual, weight, bias and, for a normalized residual, residual_scale and residual_shift.
         running: running_mean and running_var.
         grad: gradient of the output.
-        training: whether to normalise with batch statistics.
+        training: whether to normalize with batch statistics.
         activation: ``"relu"`` or ``"identity"``.
         backend: name of the backend.
         momentum, eps: parameters of the norm.

@@ -70,9 +70,9 @@ def assert_models_match(fused: nn.Module, stock: nn.Module, input: Tensor, steps
 
 
 def randomize_norms(model: nn.Module) -> Any:
-    """Randomise weights, biases and running statistics of all batch norms in place, and return the model.
+    """Randomize weights, biases and running statistics of all batch norms in place, and return the model.
 
-    Newly initialised norms are the identity in evaluation, and timm's zero-initialised last norms hide a block's
+    Newly initialized norms are the identity in evaluation, and timm's zero-initialized last norms hide a block's
     residual branch.
     """
     torch.manual_seed(3)

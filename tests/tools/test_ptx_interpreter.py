@@ -423,7 +423,7 @@ def test_error_names_the_unsupported_instruction(text):
         outputs(text, [], np.zeros(1, "u4"))
 
 
-def test_shared_memory_is_initialised_with_nan():
+def test_shared_memory_is_initialized_with_nan():
     body = "mad.wide.u32 %rd4, %r0, 4, %rd0; ld.shared.b32 %r4, [tile]; st.global.b32 [%rd4], %r4;"
     assert np.isnan(outputs(body, [], np.zeros(32, "f4"))).all()
 

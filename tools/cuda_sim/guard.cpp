@@ -1,5 +1,5 @@
 // A CPU allocator for tensors with guard pages (PROT_NONE) before and after each allocation, which turn
-// out-of-bounds accesses of kernels into faults, and with memory initialised with NaN. Part of the library
+// out-of-bounds accesses of kernels into faults, and with memory initialized with NaN. Part of the library
 // with the operators, because it needs torch.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>

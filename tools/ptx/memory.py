@@ -12,7 +12,7 @@ from tools.ptx.numerics import Array
 
 
 class Fault(Exception):
-    """Undefined behaviour, a race or a deadlock that a GPU would not report, or an error that it would abort with.
+    """Undefined behavior, a race or a deadlock that a GPU would not report, or an error that it would abort with.
 
     Args:
         message: the reason.
@@ -138,7 +138,7 @@ def _bytes(values: Array | torch.Tensor) -> Array:
 
 
 class SharedMemory:
-    """The shared memory of several CTAs, initialised with NaN, with a race detector.
+    """The shared memory of several CTAs, initialized with NaN, with a race detector.
 
     Conflicting accesses of two warps to one byte without a barrier in between are faults. A write that does not change
     the value, as when several warps store the same one, is no conflict.

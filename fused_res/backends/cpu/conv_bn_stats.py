@@ -1,6 +1,6 @@
 """The operator ``conv_bn_stats``: a convolution that also returns the partial statistics of its output.
 
-A separate pass normalises the input first; the CPU algorithms have no operand prologue.
+A separate pass normalizes the input first; the CPU algorithms have no operand prologue.
 """
 
 from __future__ import annotations

@@ -145,9 +145,9 @@ def batch_norm_act_forward(
 def batch_norm_act_apply(
     input: Tensor, stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None, relu: bool, save_mask: bool
 ) -> tuple[Tensor, Tensor]:
-    y = normalise(input, stats)
+    y = normalize(input, stats)
     if residual is not None:
-        y = y + (residual if residual_stats is None else normalise(residual, residual_stats))
+        y = y + (residual if residual_stats is None else normalize(residual, residual_stats))
     mask = pack_mask(~(y <= 0), input) if save_mask else input.new_empty(0, dtype=torch.uint8)
     return relu_and_cast(y, relu, like=input), mask
 
@@ -210,16 +210,16 @@ def _norm_backward(
     dy: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, training: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of a norm's input, weight and bias from the masked ``dy``; ``(0,)`` where not requested."""
-    normalised = xhat(input, stats)
+    normalized = xhat(input, stats)
     dbias = dy.sum(reduction_dims(dy))
-    dweight = (dy * normalised).sum(reduction_dims(dy))
+    dweight = (dy * normalized).sum(reduction_dims(dy))
     empty = input.new_empty(0)
     grad_input, grad_weight, grad_bias = empty, empty, empty
     if output_mask[0]:
         dx = dy
         if training and dy.numel():
             count = dy.numel() // dy.shape[1]
-            dx = dy - channels_view(dbias / count, dy) - normalised * channels_view(dweight / count, dy)
+            dx = dy - channels_view(dbias / count, dy) - normalized * channels_view(dweight / count, dy)
         grad_input = relu_and_cast(dx * channels_view(stats[SCALE], dy), relu=False, like=input)
     if output_mask[1]:
         grad_weight = dweight if weight is None else dweight.to(weight.dtype)
@@ -272,10 +272,10 @@ def _rows(x: Tensor, channels_last: bool) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
 
 
-def normalise(input: Tensor, stats: Tensor) -> Tensor:
+def normalize(input: Tensor, stats: Tensor) -> Tensor:
     """Return ``norm(input) = (input - mean) * scale + shift`` in the dtype of ``stats``."""
-    centred = input.to(stats.dtype) - channels_view(stats[MEAN], input)
-    return torch.addcmul(channels_view(stats[SHIFT], input), centred, channels_view(stats[SCALE], input))
+    centered = input.to(stats.dtype) - channels_view(stats[MEAN], input)
+    return torch.addcmul(channels_view(stats[SHIFT], input), centered, channels_view(stats[SCALE], input))
 
 
 def xhat(input: Tensor, stats: Tensor) -> Tensor:
@@ -296,12 +296,12 @@ def relu_backward(grad: Tensor, norm_input: Tensor, stats: Tensor, relu_mask: Te
     dy = grad.to(stats.dtype)
     if relu_mask is not None:
         return dy * unpack_mask(relu_mask, norm_input)
-    return torch.where(normalise(norm_input, stats) <= 0, 0, dy) if relu else dy
+    return torch.where(normalize(norm_input, stats) <= 0, 0, dy) if relu else dy
 
 
 def apply_prologue(input: Tensor, stats: Tensor | None, relu: bool) -> Tensor:
     """Return an operand after its prologue: ``act(norm(input))``, rounded, or ``input`` itself without ``stats``."""
-    return input if stats is None else relu_and_cast(normalise(input, stats), relu, like=input)
+    return input if stats is None else relu_and_cast(normalize(input, stats), relu, like=input)
 
 
 def relu_and_cast(y: Tensor, relu: bool, like: Tensor) -> Tensor:

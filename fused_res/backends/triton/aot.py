@@ -22,7 +22,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Argument(NamedTuple):
-    """A kernel argument after specialisation: its Triton type, and whether its value is divisible by 16."""
+    """A kernel argument after specialization: its Triton type, and whether its value is divisible by 16."""
 
     name: str
     type: str
@@ -52,7 +52,7 @@ class KernelReport:
     """Resource usage and PTX of one kernel, compiled for one architecture."""
 
     name: str
-    constants: Mapping[str, Any]  # constexprs, and arguments that are specialised to a constant (1, None)
+    constants: Mapping[str, Any]  # constexprs, and arguments that are specialized to a constant (1, None)
     arguments: tuple[Argument, ...]  # arguments that the launch passes, in order
     capability: int
     warps: int
@@ -65,7 +65,7 @@ class KernelReport:
 
     @property
     def variant(self) -> str:
-        """Short description of the specialisation, unique among the compilations of a kernel.
+        """Short description of the specialization, unique among the compilations of a kernel.
 
         Constants that are False are omitted, and those that are None are printed with a minus sign.
         """
@@ -149,7 +149,7 @@ def _use_driver_for(capability: int) -> Iterator[None]:
 def compile_launch(
     kernel: Any, grid: Grid, arguments: tuple[Any, ...], options: dict[str, Any], capability: int
 ) -> Any:
-    """Compile one intercepted launch for ``capability``, with the specialisation that the launch would have.
+    """Compile one intercepted launch for ``capability``, with the specialization that the launch would have.
 
     Returns:
         Triton's ``CompiledKernel``.

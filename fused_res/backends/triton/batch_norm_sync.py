@@ -1,6 +1,6 @@
 """Launchers of batch norm's passes as separate operators: statistics and their merge, backward reductions, and dx.
 
-Between the passes, synchronised batch norm combines the partial statistics of all ranks. The variances are merged by
+Between the passes, synchronized batch norm combines the partial statistics of all ranks. The variances are merged by
 the parallel algorithm of Chan, Golub and LeVeque (1979).
 """
 

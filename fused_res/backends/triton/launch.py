@@ -20,7 +20,7 @@ def launch(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
     """Launch ``kernel`` asynchronously on the device of its first tensor, on that device's current stream.
 
     The compiler must not contract multiplications and additions: kernels call ``fma`` explicitly. Contraction depends
-    on the surrounding code, but the normalised value that a backward recomputes has to equal the forward's bitwise.
+    on the surrounding code, but the normalized value that a backward recomputes has to equal the forward's bitwise.
     """
     options["enable_fp_fusion"] = False
     if _interceptor is not None:

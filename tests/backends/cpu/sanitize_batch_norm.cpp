@@ -73,7 +73,7 @@ Kernels kernel_table() {
   return k;
 }
 
-enum Residual { kNone, kAdded, kNormalised };
+enum Residual { kNone, kAdded, kNormalized };
 
 // Forward and backward of a norm in training, or of a pair of norms joined by the residual add.
 template <class T>
@@ -101,11 +101,11 @@ class Norms {
 
   void run(const Threads& parallel) {
     const auto& kernel = kernels_.per_layout[static_cast<int>(shape_.layout)];
-    if (kind_ == kNormalised) statistics(kernel, r_, r_stats_, parallel, [](const Block&) {});
+    if (kind_ == kNormalized) statistics(kernel, r_, r_stats_, parallel, [](const Block&) {});
     const ForwardArgs args = {.x = x_.get(),
                               .residual = kind_ == kNone ? nullptr : r_.get(),
                               .norm = norm(stats_),
-                              .residual_norm = kind_ == kNormalised ? norm(r_stats_) : NormArgs{},
+                              .residual_norm = kind_ == kNormalized ? norm(r_stats_) : NormArgs{},
                               .y = y_.get(),
                               .mask = mask(),
                               .relu = relu_,
@@ -133,20 +133,20 @@ class Norms {
       const double sum_tolerance = tolerance * (1 + std::sqrt(count));
       expect(sums_[c], sum, sum_tolerance, "dbias", shape_);
       expect(sums_[channels + c], product, sum_tolerance, "dweight", shape_);
-      if (kind_ == kNormalised)
+      if (kind_ == kNormalized)
         expect(sums_[2 * channels + c], r_product, sum_tolerance, "residual's dweight", shape_);
       for_channel(c, [&](int64_t i, bool active) {
         const double centered = load_scalar(x_.get() + i) - mean, r = load_scalar(r_.get() + i);
         double y = centered * invstd * weight_[c] + bias_[c];
         if (kind_ == kAdded) y += r;
-        if (kind_ == kNormalised) y += (r - r_mean) * r_invstd * weight_[c] + bias_[c];
+        if (kind_ == kNormalized) y += (r - r_mean) * r_invstd * weight_[c] + bias_[c];
         const double magnitude = 1 + std::abs(y);
         expect(load_scalar(y_.get() + i), relu_ && y <= 0 ? 0 : y, tolerance * magnitude, "y", shape_);
         const double g = active ? load_scalar(dy_.get() + i) : 0.0;
         const double dx = weight_[c] * invstd * (g - sum / count - centered * invstd * product / count);
         expect(load_scalar(dx_.get() + i), dx, tolerance * 4, "dx", shape_);
         double dr = g;
-        if (kind_ == kNormalised)
+        if (kind_ == kNormalized)
           dr = weight_[c] * r_invstd * (g - sum / count - (r - r_mean) * r_invstd * r_product / count);
         if (kind_ != kNone) expect(load_scalar(dr_.get() + i), dr, tolerance * 4, "dresidual", shape_);
       });
@@ -188,7 +188,7 @@ class Norms {
   }
 
   void backward(const BatchNormActKernels& kernel, const Threads& parallel) {
-    const int64_t channels = shape_.channels, norms = kind_ == kNormalised ? 2 : 1, rows = 1 + norms;
+    const int64_t channels = shape_.channels, norms = kind_ == kNormalized ? 2 : 1, rows = 1 + norms;
     const bool pair = norms == 2;
     S* coefficients = coefficients_.get();
     const BackwardArgs args = {
@@ -278,7 +278,7 @@ void check_norms() {
     for (const Shape& shape : {Shape{1, 1, 2, layout}, Shape{2, 3, 1, layout}, Shape{5, 17, 7, layout},
                                Shape{3, 33, 50, layout}, Shape{7, 9, 131, layout}}) {
       int64_t count = 0;
-      for (const Residual kind : {kNone, kAdded, kNormalised}) {
+      for (const Residual kind : {kNone, kAdded, kNormalized}) {
         for (const bool relu : {false, true}) {
           // A ReLU after a residual add has a stored mask. Without a residual, the mask is alternately stored
           // and recomputed.
@@ -293,9 +293,9 @@ void check_large() {
   // Several chunks and groups in either layout, more channels than kStackChannels, and chunks that are part
   // of an image.
   check_norm<float>({2, 2100, 70, Layout::kNhwc}, kAdded, true, true);
-  check_norm<float>({3, 20, 900, Layout::kNhwc}, kNormalised, true, true);
+  check_norm<float>({3, 20, 900, Layout::kNhwc}, kNormalized, true, true);
   check_norm<float>({2, 3, 40000, Layout::kNchw}, kAdded, true, true);
-  check_norm<float>({3, 40, 900, Layout::kNchw}, kNormalised, true, true);
+  check_norm<float>({3, 40, 900, Layout::kNchw}, kNormalized, true, true);
 }
 
 // --- max pooling ---

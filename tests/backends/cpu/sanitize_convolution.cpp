@@ -193,7 +193,7 @@ void check(const Case& c) {
   // Winograd's error depends on the whole input tile, of which an output at the image's edge may use only a
   // small part.
   const auto field = static_cast<double>(gemm_k(operands.args));
-  // Large outputs are sampled: a few channels of each pixel, different ones for neighbouring pixels.
+  // Large outputs are sampled: a few channels of each pixel, different ones for neighboring pixels.
   const int64_t step = operands.numel() > 40000 ? 997 : 1;
   for (int64_t i = 0; i < operands.numel(); i += step) {
     double magnitude;
@@ -222,7 +222,7 @@ void check_gradient(const Case& c, bool pack) {
   const Operands operands(c);
   const Array<float> dz = random_floats(operands.numel(), 0);
   const Array<float> dweight = run_gradient(c, operands, dz, pack, Threads{3});
-  // Large gradients are sampled: a few elements of each channel, different ones for neighbouring channels.
+  // Large gradients are sampled: a few elements of each channel, different ones for neighboring channels.
   const int64_t taps = c.kernel_h * c.kernel_w, step = dweight.size > 3000 ? 97 : 1;
   for (int64_t n = 0; n < dweight.size; n += step) {
     const int64_t o = n / (c.channels * taps), channel = n / taps % c.channels, i = n % taps / c.kernel_w,

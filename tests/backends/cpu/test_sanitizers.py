@@ -1,4 +1,4 @@
-"""CPU kernels under address, undefined-behaviour and thread sanitizers, in programs without torch.
+"""CPU kernels under address, undefined-behavior and thread sanitizers, in programs without torch.
 
 sanitize_convolution.cpp runs the convolutions and their weight gradients, sanitize_batch_norm.cpp the batch norms and
 max pooling. Every kernel runs under each sanitizer for one instruction set; `make test-full` adds the other sets.
@@ -79,6 +79,6 @@ def test_convolutions_have_no_sanitizer_reports(sanitizer: str, isa: str, tmp_pa
 
 @pytest.mark.parametrize(("sanitizer", "isa"), NORMS)
 def test_norms_and_pools_have_no_sanitizer_reports(sanitizer: str, isa: str, tmp_path: Path) -> None:
-    # -O0: with optimisation its many template instances take four times as long to compile, and it runs for one second.
+    # -O0: with optimization its many template instances take four times as long to compile, and it runs for one second.
     program = build("sanitize_batch_norm.cpp", sanitizer, isa, tmp_path, "-O0")
     check_program(program, sanitizer, "batch norms and poolings are correct\n", ["nhwc", "nchw", "max_pool"])

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation without a GPU: specialisation, and the reports on the compiled kernels."""
+"""Ahead-of-time compilation without a GPU: specialization, and the reports on the compiled kernels."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_matmul_report(capability):
 
 
 @needs_compiled_triton
-def test_arguments_are_specialised():
+def test_arguments_are_specialized():
     def variants(*calls):
         return [[*aot.compile_launches(call, 80)] for call in calls]
 

@@ -1,5 +1,5 @@
 """Checks on the PTX and the ptxas report of every kernel in the AOT manifest, without a GPU: spills, shared memory,
-tensor core instructions and vectorised global accesses.
+tensor core instructions and vectorized global accesses.
 
 All variants are compiled for sm_80, and one of each kernel and dtype for sm_90 (wgmma) and sm_100 (tcgen05);
 `make test-full` checks all variants for every architecture.

@@ -188,7 +188,7 @@ def test_add_masked_matches_float64(shape, format):
 @needs_compiled_triton
 @norms_subset
 def test_relu_sign_is_equal_in_forward_recomputation_and_backward(shape, format):
-    """In every channel, one value of x that many elements share is normalised to zero within rounding."""
+    """In every channel, one value of x that many elements share is normalized to zero within rounding."""
     x = (randn(*shape) * 2 + 100).bfloat16().contiguous(memory_format=format)
     dy, weight = random_nchw(*shape, seed=1, format=format), randn(shape[1], seed=2).float()
     stats = reference.batch_norm_stats(x, weight, None, None, None, True, 1e-5)
@@ -276,7 +276,7 @@ def operand_rounding_slack(operand, other):
 @needs_compiled_triton
 @convolutions
 def test_conv_bn_stats_matches_float64(shape, outputs, kernel, stride, padding, dilation, groups):
-    """The prologue normalises the input and leaves the padding zero; statistics are of the unrounded accumulators."""
+    """The prologue normalizes the input and leaves the padding zero; statistics are of the unrounded accumulators."""
     x, weight = random_nchw(*shape, mean=1.0), filters(outputs, shape[1] // groups, *kernel)
     bias, geometry = randn(outputs, seed=2).bfloat16(), (stride, padding, dilation, groups)
     input_stats = reference.batch_norm_stats(x, None, randn(shape[1], seed=4).float(), None, None, True, 1e-5)
@@ -406,7 +406,7 @@ def tail(x, count):
 
 
 def int64_offsets_case(shape, seed):
-    """Return a tensor that is initialised at its end only, and statistics of all channels and of those at the end."""
+    """Return a tensor that is initialized at its end only, and statistics of all channels and of those at the end."""
     x = torch.empty(shape, dtype=torch.bfloat16)
     end = tail(x, 1024)
     end.copy_(randn(*end.shape, seed=seed) + 1)

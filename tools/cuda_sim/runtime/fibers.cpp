@@ -18,8 +18,8 @@ namespace {
 // Stack size. Kernels have few local variables (a GPU thread has at most 255 registers); AddressSanitizer
 // surrounds each of them with red zones.
 constexpr size_t kStackBytes = kSanitized ? 512 << 10 : 64 << 10;
-// Cache colouring: without an offset the same variable of all threads would map to the same cache set.
-constexpr size_t kColours = 32, kColourBytes = 192;
+// Cache coloring: without an offset the same variable of all threads would map to the same cache set.
+constexpr size_t kColors = 32, kColorBytes = 192;
 // ThreadSanitizer sees an ordering between successive users of a context, so it misses races between them.
 // Therefore, with ThreadSanitizer, the least recently freed context is reused, and at least this many stay
 // free: a prime, not a multiple of a warp or block size, so that in successive blocks a context belongs to
@@ -104,7 +104,7 @@ static void prepare(Context& context, unsigned char* top, void (*entry)()) {
 void switch_context(Context& from, Context& to, bool last) {
 #ifdef FUSED_RES_SIM_THREAD_SANITIZER
   if (from.sanitizer == nullptr) from.sanitizer = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(to.sanitizer, kNoSynchronisation);
+  __tsan_switch_to_fiber(to.sanitizer, kNoSynchronization);
 #endif
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(last ? nullptr : &from.sanitizer, to.stack, to.stack_bytes);
@@ -126,9 +126,9 @@ void finish_context_switch(Context& from) {
 }
 
 Context ContextPool::make() {
-  const size_t bytes = kStackBytes - kColourBytes * kColours;
+  const size_t bytes = kStackBytes - kColorBytes * kColors;
   Context context;
-  context.stack = map_memory(kStackBytes) + kColourBytes * (made_++ % kColours);
+  context.stack = map_memory(kStackBytes) + kColorBytes * (made_++ % kColors);
   context.stack_bytes = bytes / 64 * 64;
 #ifdef FUSED_RES_SIM_THREAD_SANITIZER
   context.sanitizer = __tsan_create_fiber(0);

@@ -35,7 +35,7 @@ constexpr bool kSanitized = false;
 
 #ifdef FUSED_RES_SIM_THREAD_SANITIZER
 constexpr bool kThreadSanitizer = true;
-constexpr unsigned kNoSynchronisation = 1;  // a fiber switch does not order memory
+constexpr unsigned kNoSynchronization = 1;  // a fiber switch does not order memory
 // A happens-before edge from every release() to the following acquire() of the same address.
 inline void release(void* at) { __tsan_release(at); }
 inline void acquire(void* at) { __tsan_acquire(at); }
@@ -53,12 +53,12 @@ class CopyEngine {
     if (fiber_ == nullptr) fiber_ = __tsan_create_fiber(0);
     void* thread = __tsan_get_current_fiber();
     __tsan_release(fiber_);
-    __tsan_switch_to_fiber(fiber_, kNoSynchronisation);
+    __tsan_switch_to_fiber(fiber_, kNoSynchronization);
     __tsan_acquire(fiber_);
     __tsan_write_range_pc(to, bytes, code);
     if (bytes_read != 0) __tsan_read_range_pc(const_cast<void*>(from), bytes_read, code);
     __tsan_release(token(group));
-    __tsan_switch_to_fiber(thread, kNoSynchronisation);
+    __tsan_switch_to_fiber(thread, kNoSynchronization);
   }
   void wait(size_t group) {
     if (fiber_ != nullptr) __tsan_acquire(token(group));

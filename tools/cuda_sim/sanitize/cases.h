@@ -48,7 +48,7 @@ class Arrays {
   Arrays(const Arrays&) = delete;
   Arrays& operator=(const Arrays&) = delete;
 
-  // Uninitialised memory.
+  // Uninitialized memory.
   void* bytes(size_t count) {
     all_.push_back(std::malloc(count));
     return all_.back();

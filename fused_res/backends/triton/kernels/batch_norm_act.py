@@ -15,7 +15,7 @@ from fused_res.backends.triton.kernels.elementwise import (
     channels_of,
     column_sum,
     mask_at,
-    normalise,
+    normalize,
     pack_bits,
     relu,
     relu_grad_mask,
@@ -214,7 +214,7 @@ def fold_kernel(
 def apply_kernel(
     x_ptr, y_ptr,
     residual_ptr,        # like x, or None
-    residual_stats_ptr,  # (5, channels) to normalise the residual, or None
+    residual_stats_ptr,  # (5, channels) to normalize the residual, or None
     stats_ptr,           # (5, channels): input; with FOLD an output, or None
     mean_ptr, var_ptr, weight_ptr, bias_ptr,  # FOLD: running statistics, (channels)
     mask_ptr,            # relu_mask, or None
@@ -222,7 +222,7 @@ def apply_kernel(
     eps: tl.constexpr, RELU: tl.constexpr, FOLD: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACC: tl.constexpr,
 ):
-    """Normalise one tile, add the residual, apply the ReLU, and store the output and the ReLU mask."""
+    """Normalize one tile, add the residual, apply the ReLU, and store the output and the ReLU mask."""
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     channel, exists = channels_of(block, channels, CHANNELS_LAST, BLOCK_COLS)
     if FOLD:
@@ -232,12 +232,12 @@ def apply_kernel(
     else:
         mean, scale, shift = load_norm(stats_ptr, channel, exists, channels)
     offsets, inside = tile_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
-    y = normalise(tl.load(x_ptr + offsets, inside, other=0).to(ACC), mean, scale, shift)
+    y = normalize(tl.load(x_ptr + offsets, inside, other=0).to(ACC), mean, scale, shift)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offsets, inside, other=0).to(ACC)
         if residual_stats_ptr is not None:
             r_mean, r_scale, r_shift = load_norm(residual_stats_ptr, channel, exists, channels)
-            residual = normalise(residual, r_mean, r_scale, r_shift)
+            residual = normalize(residual, r_mean, r_scale, r_shift)
         y += residual
     if mask_ptr is not None:
         at, there = mask_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
@@ -259,7 +259,7 @@ def _masked_dy(
         at, there = mask_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
         dy = tl.where(unpack_bits(tl.load(mask_ptr + at, there, other=0), BLOCK_ROWS, BLOCK_COLS), dy, 0)
     elif RELU:
-        dy = tl.where(relu_grad_mask(normalise(x, mean, scale, shift)) & inside, dy, 0)
+        dy = tl.where(relu_grad_mask(normalize(x, mean, scale, shift)) & inside, dy, 0)
     return dy
 
 

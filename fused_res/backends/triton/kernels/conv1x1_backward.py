@@ -1,6 +1,6 @@
 """GEMM kernels of a 1x1 convolution's backward, between two batch norms: ``conv_dgrad`` and ``conv_wgrad``.
 
-Neither the gradient of the convolution's output nor its normalised input is in memory: operand prologues compute both
+Neither the gradient of the convolution's output nor its normalized input is in memory: operand prologues compute both
 from raw convolution outputs and statistics. ``conv_dgrad`` is also fused with the backward of the input's norm: it
 applies the ReLU mask and computes the partial backward reductions in its epilogue.
 """
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fused_res.backends.triton.kernels.batch_norm_act import load_mean_terms, load_norm, norm_input_grad
-from fused_res.backends.triton.kernels.elementwise import normalise, relu, relu_grad_mask, unpack_bits
+from fused_res.backends.triton.kernels.elementwise import normalize, relu, relu_grad_mask, unpack_bits
 
 # fmt: off
 
@@ -47,7 +47,7 @@ def _load_dz(
     if mask_ptr is not None:
         dy = tl.where(_load_relu_mask(mask_ptr, row, row_inside, col, channels, BLOCK_ROWS, BLOCK_COLS), dy, 0)
     elif RELU:
-        dy = tl.where(relu_grad_mask(normalise(z, mean[None, :], scale[None, :], shift[None, :])), dy, 0)
+        dy = tl.where(relu_grad_mask(normalize(z, mean[None, :], scale[None, :], shift[None, :])), dy, 0)
     if sums_ptr is not None:
         a, b = load_mean_terms(sums_ptr, 1, stats_ptr, col, col_inside, channels, count)
         dz = norm_input_grad(dy, z, mean[None, :], scale[None, :], a[None, :], b[None, :])
@@ -93,12 +93,12 @@ def dgrad_kernel(
         x = tl.load(x_ptr + offsets, inside, other=0).to(tl.float32)
         mean, scale, shift = load_norm(x_stats_ptr, offs_n, n_inside, channels)
         if INPUT_RELU:
-            acc = tl.where(relu_grad_mask(normalise(x, mean[None, :], scale[None, :], shift[None, :])) & inside, acc, 0)
+            acc = tl.where(relu_grad_mask(normalize(x, mean[None, :], scale[None, :], shift[None, :])) & inside, acc, 0)
         invstd = tl.load(x_stats_ptr + channels + offs_n, n_inside, other=0)
-        centred = tl.where(inside, x - mean[None, :], 0)
+        centered = tl.where(inside, x - mean[None, :], 0)
         out = partials_ptr + pid_m * 2 * channels + offs_n
         tl.store(out, tl.sum(acc, axis=0), n_inside)
-        tl.store(out + channels, tl.sum(acc * centred, axis=0) * invstd, n_inside)
+        tl.store(out + channels, tl.sum(acc * centered, axis=0) * invstd, n_inside)
     if shortcut_grad_ptr is not None:
         shortcut_grad = tl.load(shortcut_grad_ptr + offsets, inside, other=0).to(tl.float32)
         if shortcut_mask_ptr is not None:
@@ -147,7 +147,7 @@ def wgrad_kernel(
         x = tl.load(x_ptr + x_pixel[:, None] * channels + offs_n[None, :], inside, other=0)
         if x_stats_ptr is not None:
             mean, scale, shift = load_norm(x_stats_ptr, offs_n, n_inside, channels)
-            a = normalise(x.to(tl.float32), mean[None, :], scale[None, :], shift[None, :])
+            a = normalize(x.to(tl.float32), mean[None, :], scale[None, :], shift[None, :])
             if INPUT_RELU:
                 a = relu(a)
             x = tl.where(inside, a, 0).to(x_ptr.dtype.element_ty)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fused_res.backends.triton.kernels.batch_norm_act import load_norm
-from fused_res.backends.triton.kernels.elementwise import normalise, relu
+from fused_res.backends.triton.kernels.elementwise import normalize, relu
 
 # fmt: off
 
@@ -102,7 +102,7 @@ def convolution_kernel(
         x = tl.load(x_ptr + pixel[:, None] * channels + (group * group_channels + offs_k)[None, :], inside, other=0)
         if input_stats_ptr is not None:
             mean, scale, shift = load_norm(input_stats_ptr, group * group_channels + offs_k, k_inside, channels)
-            a = normalise(x.to(tl.float32), mean[None, :], scale[None, :], shift[None, :])
+            a = normalize(x.to(tl.float32), mean[None, :], scale[None, :], shift[None, :])
             if INPUT_RELU:
                 a = relu(a)
             # Padding is zero after the norm, not before it.

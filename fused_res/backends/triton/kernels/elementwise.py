@@ -1,4 +1,4 @@
-"""Device functions shared by all kernels: batch norm's normalisation, ReLU and its mask, and tile addressing."""
+"""Device functions shared by all kernels: batch norm's normalization, ReLU and its mask, and tile addressing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def normalise(x, mean, scale, shift):
+def normalize(x, mean, scale, shift):
     """Return ``fma(x - mean, scale, shift)``.
 
     Forward, prologues and backward use this one formula, so that all of them compute the same sign for the ReLU.

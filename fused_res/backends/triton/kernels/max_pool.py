@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fused_res.backends.triton.kernels.batch_norm_act import load_norm
-from fused_res.backends.triton.kernels.elementwise import normalise, relu
+from fused_res.backends.triton.kernels.elementwise import normalize, relu
 
 # fmt: off
 
@@ -58,7 +58,7 @@ def max_pool_forward_kernel(
             inside = exists & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             x = tl.load(x_ptr + _offset(image, channel, h, w, channels, H, W, CHANNELS_LAST), inside, other=0).to(ACC)
             if stats_ptr is not None:
-                x = normalise(x, mean, scale, shift)
+                x = normalize(x, mean, scale, shift)
                 if RELU:
                     x = relu(x)
             # Round before comparing: among values that are equal in the output's dtype the first gets the gradient.

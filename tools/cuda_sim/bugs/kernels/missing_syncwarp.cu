@@ -10,9 +10,9 @@ struct Args {
   int* out;
 };
 
-// Each lane reads the value that its neighbour has stored in shared memory. The ballot synchronizes the
+// Each lane reads the value that its neighbor has stored in shared memory. The ballot synchronizes the
 // lanes, here and usually on a GPU, but does not order memory.
-FUSED_RES_KERNEL(kWarpSize, 1) exchange_neighbours(const __grid_constant__ Args args) {
+FUSED_RES_KERNEL(kWarpSize, 1) exchange_neighbors(const __grid_constant__ Args args) {
   auto* shared = reinterpret_cast<int*>(shared_memory());
   const int own = args.in[threadIdx.x];
   shared[threadIdx.x] = own;
@@ -29,7 +29,7 @@ static const BugRegistrar registered("missing_syncwarp", kVersion, [] {
     in[i] = i;
     expected[i] = (i ^ 1) + kWarpSize / 2;
   }
-  launch(exchange_neighbours, dim3(1), kWarpSize, kWarpSize * sizeof(int), nullptr,
+  launch(exchange_neighbors, dim3(1), kWarpSize, kWarpSize * sizeof(int), nullptr,
          Args{in.data(), out.data()});
   return out == expected;
 });
