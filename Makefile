@@ -1,20 +1,20 @@
-# Each command sets up what it needs (.venv, the pinned dependencies, the compiled extension), then does its
-# job; a second run repeats nothing that did not change.
+# Each command first sets up what it needs: .venv, the pinned dependencies, the compiled extension. A second run
+# repeats only what has changed.
 #
-#   make test                     the tests; make test ARGS="-k wheel" for some of them
+#   make test                     the tests; make test ARGS="-k wheel" for a part of them
 #   make test-full                also the tests marked `full`: every architecture, instruction set and shape
-#   make bench                    the selection of benchmarks that ends within ten minutes
-#   make gpu                      on an NVIDIA GPU, with the machine's own Python (it has torch, Triton, pytest; nothing
-#                                 is downloaded): builds in place, tests, benchmarks; make gpu STAGE=test|bench|compile
-#                                 for one of these, each within nine minutes; OUT=folder for the results
-#   make study                    what skip connections are for: trains plain and residual networks, writes
-#                                 docs/depth-study; a quarter of an hour, and a kill loses nothing of it
+#   make bench                    the benchmark suite that takes less than ten minutes
+#   make gpu                      on a machine with an NVIDIA GPU, with its own Python (torch, Triton, pytest; nothing is
+#                                 downloaded): build in place, tests, benchmarks; STAGE=test|bench|compile for one of
+#                                 them, each within nine minutes; OUT=folder for the results
+#   make study                    train plain and residual networks and write docs/depth-study; a quarter of an hour,
+#                                 resumes after an interruption
 #   make docs                     the API pages from the docstrings (Markdown in docs/api, HTML in build/docs/html), and
 #                                 the pages of results from benchmarks/results
-#   make lint                     ruff, clang-format, mypy;  make format  to put right what they can
+#   make lint                     ruff, clang-format, mypy;  make format  fixes what they can fix
 #   make build                    only the set-up
 #   make clean                    remove .venv and everything built
-#   PYTHON=python3.12 make test   with another Python: .venv is made anew if it has a different one
+#   PYTHON=python3.12 make test   with another Python: .venv is recreated if its Python differs
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -81,7 +81,7 @@ $(DEPENDENCIES): $(READY) requirements/dev.txt requirements/peers.txt
 	$(BIN)/python -m pip install --no-deps --requirement requirements/peers.txt
 	@touch $@
 
-# Only a PYTHON that was asked for replaces a .venv that is there.
+# Only an explicit PYTHON replaces an existing .venv.
 ifdef PYTHON
 WHICH := -c 'import sys; print(sys.base_prefix, sys.version)'
 ifneq ($(shell $(PYTHON) $(WHICH)),$(if $(wildcard $(BIN)/python),$(shell $(BIN)/python $(WHICH))))
