@@ -81,9 +81,8 @@ IMPLICIT_GEMM = Algorithm(
         ),
         Rule(_underfills_mma, "the channels do not fill MMA tiles and 16-byte loads", _EVIDENCE_MMA_TILE),
     ),
-    selection_reason=lambda problem: (
-        f"{'x'.join(map(str, problem.weight[2:]))}: fused with the adjacent norm, addition and ReLU"
-    ),
+    # No sizes in the text: torch.compile traces it with symbolic ones.
+    selection_reason=lambda problem: "1x1: " * problem.pointwise + "fused with the adjacent norm, addition and ReLU",
     fused=True,
     returns_partials=True,
     compact_input_gradient=True,

@@ -177,7 +177,7 @@ def test_reference_runs_if_the_extension_does_not_open(python_only: Path) -> Non
 def test_info() -> None:
     printed = run(sys.executable, "-m", "fused_res", "info", cwd=ROOT, FUSED_RES_CPU_ISA="baseline")
     assert torch.__version__ in printed
-    assert re.search(r"status +loaded\n +instruction set +baseline, of baseline", printed)
+    assert re.search(r"status +loaded\n +instruction set +baseline \(built: baseline", printed)
     assert re.search(r"batch_norm_act +yes +yes", printed)
     assert re.search(r"FUSED_RES_CPU_ISA +baseline ", printed)
     assert re.search(r"FUSED_RES_BACKEND +auto \(default\)", printed)
