@@ -139,8 +139,9 @@ struct ConvolutionArgs {
   const float* residual;  // like y, or null
   float* y;
   bool relu;
-  bool stream;   // streaming stores: only where every output pixel is a whole number of aligned cache lines
-  int64_t tile;  // Winograd output tile size m, 2 to 4; 0: direct
+  bool stream;        // streaming stores: only where the channels of an output pixel fill aligned cache lines
+                      // exactly
+  int64_t tile;       // Winograd output tile size m, 2 to 4; 0: direct
   bool needs_im2col;  // direct: copy receptive fields into rows first, which 1x1 kernels may not need
 };
 
