@@ -31,12 +31,12 @@ class Provider:
     backend: str = ""  # fused_res backend; empty: that of the option --backend
     runtime: str = ""  # runtime other than PyTorch, see peers.py
     winograd: bool = True
-    convolution: str = "auto"  # source of the convolutions, see fused_res.backends.use
+    convolution: str = "planned"  # source of the convolutions, see fused_res.backends.use
     opt_in: bool = False  # measured only if named in --providers
 
     def workload(self, workload: Workload) -> Workload:
         """Return `workload` with every phase under this provider's settings of fused_res."""
-        if self.winograd and self.convolution == "auto":
+        if self.winograd and self.convolution == "planned":
             return workload
 
         def under_settings(phase: Callable[[Any], Any]) -> Callable[[Any], Any]:

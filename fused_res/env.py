@@ -46,10 +46,10 @@ BACKEND = Variable(
 )
 CONVOLUTION = Variable(
     "FUSED_RES_CONVOLUTION",
-    default="auto",
-    allowed=("auto", "planned", "aten", "fused"),
-    doc="selection of convolution algorithms: planned by heuristics, aten only, or fused wherever supported; auto is"
-    " fused for a named GPU backend and planned otherwise",
+    default="planned",
+    allowed=("planned", "aten", "fused"),
+    doc="selection of convolution algorithms: planned by heuristics, aten only, or fused wherever supported, which is"
+    " for tests and benchmarks",
 )
 WINOGRAD = Variable(
     "FUSED_RES_WINOGRAD",

@@ -155,8 +155,7 @@ def residual_block(
         process_group: as in :func:`batch_norm_act`, for all units in training mode.
         backend: backend name, see :mod:`fused_res.backends`.
         tune: whether to select algorithms by measurement: on the first call with a shape, the backend's algorithms for
-            each convolution are timed and the fastest is selected; ``torch.backends.cudnn.benchmark`` has the same
-            effect on CUDA.
+            each convolution are timed and the fastest is selected.
 
     Returns:
         The block's output ``(N, K, ...)``, of ``input``'s dtype, or of autocast's dtype under autocast.
@@ -189,7 +188,7 @@ def residual_block(
             t for conv, unit in zip(convolutions, group_by_unit(tensors), strict=True) for t in (*conv, *unit.norm)
         ]
 
-    preference = registry.conv_preference(backend)
+    preference = registry.conv_preference()
     config = BlockConfig(spec, batch_statistics, kernels.name, recompute, preference, group)
     stats: Sequence[Any]
     if _needs_reference():
@@ -201,7 +200,7 @@ def residual_block(
         output, stats = opaque_residual_block(config, input, tensors)
     else:
         block_plan = plan(config, input, tensors)
-        if _should_tune(input, tune, preference):
+        if tune and preference == "planned":
             from fused_res.dispatch import tuning
 
             tuned_algorithms = (
@@ -309,30 +308,22 @@ def packed_conv_bias_act(
                     " torch.inference_mode() or torch.no_grad(), or train with separate convolution and batch norm"
                 )
     kernels = registry.resolve(backend, input.device)
-    preference, relu = registry.conv_preference(backend), activation == "relu"
+    preference, relu = registry.conv_preference(), activation == "relu"
     # The arguments are cast already; autocast must not cast the float32 intermediates of the reference.
     with torch.autocast(input.device.type, enabled=False) if dtype is not None else contextlib.nullcontext():
         if _needs_reference():
             reference = registry.resolve("reference", input.device)
             return reference.conv_bias_act(input, weight, bias, residual, *geometry, relu)
         if torch.compiler.is_compiling():
-            aten = registry.selects_aten(
-                kernels, tuple(weight.shape), geometry, input.dtype, is_channels_last(input), preference
-            )
-            if aten:
+            channels_last, has_residual = is_channels_last(input), residual is not None
+            if registry.selects_aten(
+                kernels, tuple(weight.shape), geometry, input.dtype, channels_last, has_residual, preference
+            ):
                 return convolution.aten_conv_bias_act(input, weight, bias, residual, geometry, relu)
             return kernels.conv_bias_act(input, weight, bias, residual, *geometry, relu)
-        tune: Any = None
-        if _should_tune(input, False, preference):
-            from fused_res.dispatch.tuning import tuned_inference_algorithm as tune
         return registry.dispatch_conv_bias_act(
-            kernels, input, weight, bias, residual, geometry, relu, preference, pack_weight, tune
+            kernels, input, weight, bias, residual, geometry, relu, preference, pack_weight
         )
-
-
-def _should_tune(input: Tensor, tune: bool, preference: str) -> bool:
-    """Return whether a convolution of this input selects its algorithm by measurement."""
-    return (tune or (torch.backends.cudnn.benchmark and input.is_cuda)) and preference == "planned"
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

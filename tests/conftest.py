@@ -5,6 +5,7 @@ Without a GPU, Triton kernels run in Triton's interpreter, and CUDA C++ kernels 
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ LONGEST_FILES = (
     "test_train",
     "test_triton_bf16",
 )
+
+
+@pytest.fixture
+def forced_kernels() -> Iterator[None]:
+    """Run a GPU backend's convolution kernels wherever they are supported, also where cuDNN would be selected."""
+    from fused_res import backends
+
+    with backends.use("auto", convolution="fused"):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,8 +4,12 @@
 - ``"cpu"``: C++, on CPU tensors.
 - ``"triton"``: Triton, on NVIDIA GPUs of compute capability 8.0 and newer; with ``TRITON_INTERPRET=1`` also on the CPU.
 - ``"cuda"``: CUDA C++, on the same GPUs.
-- ``"auto"``: of the backends that can run on the input's device, the first in the fixed order ``"cuda"``,
-  ``"triton"``, ``"cpu"``, ``"reference"``, unless :func:`use` or ``FUSED_RES_BACKEND`` selects one.
+- ``"auto"``: the best backends that can run on the input's device, unless :func:`use` or ``FUSED_RES_BACKEND`` selects
+  one. On a CPU that is ``"cpu"``; on a GPU ``"cuda"`` for norms and pooling with ``"triton"`` for convolutions, or one
+  of the two for everything; ``"reference"`` if there is no other.
+
+Every backend selects the algorithm of a convolution by heuristics, ATen's (cuDNN, oneDNN) included;
+``use(convolution=...)`` overrides them.
 
 Selecting a backend by name that cannot run raises :class:`BackendUnavailableError`; the message gives the reason and,
 if there is one, the command that fixes it.

@@ -1,20 +1,71 @@
 """Convolution algorithms of the GPU backends: implicit GEMM with fused batch norm prologue and epilogue, then ATen's.
 
-Assumed from published figures, not measured: cuDNN is faster than these kernels except for 1x1 filters.
+**Where the fused 1x1 convolution wins.** A 1x1 convolution of ``M`` pixels from ``C`` to ``K`` channels multiplies
+``M * C * K`` pairs and moves ``M * (C + K)`` 16-bit values, so its arithmetic intensity is ``C * K / (C + K)`` FLOP per
+byte. Fusion saves passes of the norms over the same ``M`` pixels, which are bytes. It costs arithmetic: the fused
+kernels multiply at a fraction of cuDNN's rate, and repeat the operand prologue for every column of tiles. At a low
+intensity both convolutions are bound by memory and the saved bytes are the gain; at a high one the fused kernel is
+bound by arithmetic and the saved bytes no longer pay for it. The break-even is thus a share of the ridge point of the
+machine, its FLOP per byte with the instruction that the kernels use. The shares follow from the estimated times, in
+us, of one convolution of ResNet-50 at batch 256 in bfloat16 on an H200 (``cuda``, ``triton``: fused; ``cuDNN``:
+cuDNN's convolution and this library's norm passes):
+
+====================  =========  ============  ==============  ==============  ==================
+1x1                   intensity  training      training        training        inference with add
+                                 ``cuda``      ``triton``      ``cuDNN``       ``cuda`` / cuDNN
+====================  =========  ============  ==============  ==============  ==================
+64 -> 256, 56x56      51         261           160             282 to 297      1.86x
+128 -> 512, 28x28     102        180           130             140 to 154      1.67x
+256 -> 1024, 14x14    205        142           120             88              1.36x
+512 -> 2048, 7x7      410        124           120             63 to 67        1.06x
+====================  =========  ============  ==============  ==============  ==================
+
+Interpolated, training breaks even at an intensity of 70 (``cuda``) and 117 (``triton``), both half of the ridge point
+of their instruction. Inference without an addition saves half of the bytes. The limits are below the break-even,
+because an estimated gain of a few percent is within the estimate's error. None of this has been measured.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache, partial
+
 import torch
 
-from fused_res.dispatch import TRAINING_OPERATIONS, Algorithm, Problem, Rule, convolution
+from fused_res.dispatch import TRAINING_OPERATIONS, Algorithm, Machine, Problem, Rule, convolution
 
 _HALF = (torch.bfloat16, torch.float16)
 #: With fewer channels a large part of each MMA tile is padding.
 _MIN_CHANNELS = 16
+
+#: Ridge point of the instruction that a backend's kernels multiply with: dense 16-bit FLOP per byte of DRAM traffic, by
+#: datasheet. On Hopper, `mma.sync` (cuda) reaches about two thirds of the rate of `wgmma` (triton).
+_RIDGE_POINTS = {
+    ("cuda", "sm_80"): 200.0,
+    ("cuda", "sm_90"): 137.0,
+    ("triton", "sm_80"): 200.0,
+    ("triton", "sm_90"): 206.0,
+    ("triton", "sm_100"): 281.0,
+}
+#: Of any other GPU: lower than that of any GPU with these instructions, so that cuDNN runs in case of doubt.
+_DEFAULT_RIDGE_POINT = 100.0
+
+#: Highest arithmetic intensity of a fused 1x1 convolution, as shares of the ridge point.
+_TRAINING_SHARE, _INFERENCE_SHARE, _INFERENCE_WITH_RESIDUAL_SHARE = 0.47, 0.93, 1.86
+
 _EVIDENCE_CUDNN = "published figures of cuDNN; not measured with these kernels"
+_EVIDENCE_INTENSITY = "estimated from bytes and FLOPs for an H200, see fused_res/backends/implicit_gemm.py"
 _EVIDENCE_MMA_TILE = "estimated: an MMA instruction is 16x8x16, a load is 8 elements"
 _EVIDENCE_LAYOUT = "not measured: the operands would have to be converted to channels_last first"
+
+
+@cache
+def machine() -> Machine:
+    """Return the architecture of the first NVIDIA GPU, such as ``"sm_90"``; "" without a GPU."""
+    if not torch.cuda.is_available():
+        return Machine()
+    major, minor = torch.cuda.get_device_capability(0)
+    return Machine(f"sm_{major}{minor}")
 
 
 def _unsupported_reason(problem: Problem) -> str | None:
@@ -44,18 +95,28 @@ def fused_training_unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def _cudnn_inference_is_faster(problem: Problem) -> bool:
+def _is_not_pointwise(problem: Problem) -> bool:
     return not problem.pointwise or problem.groups > 1
 
 
-def _cudnn_training_is_faster(problem: Problem) -> bool:
-    return not problem.pointwise or (problem.stride != (1, 1) and not problem.projection)
+def _has_strided_gradient(problem: Problem) -> bool:
+    return problem.stride != (1, 1) and not problem.projection
+
+
+def _exceeds_intensity(problem: Problem, backend: str) -> bool:
+    outputs, channels = problem.weight[:2]
+    ridge = _RIDGE_POINTS.get((backend, problem.machine.isa), _DEFAULT_RIDGE_POINT)
+    share = _TRAINING_SHARE
+    if problem.operation == "inference":
+        share = _INFERENCE_WITH_RESIDUAL_SHARE if problem.residual else _INFERENCE_SHARE
+    return outputs * channels / (outputs + channels) > share * ridge
 
 
 def _underfills_mma(problem: Problem) -> bool:
     return min(problem.weight[:2]) < _MIN_CHANNELS or any(channels % 8 for channels in problem.weight[:2])
 
 
+#: The algorithm without its rules, which depend on the speed of a backend's kernels.
 IMPLICIT_GEMM = Algorithm(
     "implicit_gemm",
     unsupported_reason=_unsupported_reason,
@@ -65,11 +126,22 @@ IMPLICIT_GEMM = Algorithm(
         "input_gradient": "conv_dgrad",
         "weight_gradient": "conv_wgrad",
     },
-    rules=(
+    # No sizes in the text: torch.compile traces it with symbolic ones.
+    selection_reason=lambda problem: "1x1: " * problem.pointwise + "fused with the adjacent norm, addition and ReLU",
+    fused=True,
+    returns_partials=True,
+    compact_input_gradient=True,
+)
+
+
+@cache
+def algorithms(backend: str) -> tuple[Algorithm, ...]:
+    """Return the algorithms of a GPU backend, ``"triton"`` or ``"cuda"``."""
+    rules = (
         Rule(lambda problem: not problem.channels_last, "fused convolutions require channels_last", _EVIDENCE_LAYOUT),
-        Rule(_cudnn_inference_is_faster, "cuDNN is faster for this shape", _EVIDENCE_CUDNN, ("inference",)),
+        Rule(_is_not_pointwise, "cuDNN is faster for this shape", _EVIDENCE_CUDNN),
         Rule(
-            _cudnn_training_is_faster,
+            _has_strided_gradient,
             "cuDNN is faster for this shape, and its weight gradient reads the normalized activation from memory",
             _EVIDENCE_CUDNN,
             TRAINING_OPERATIONS,
@@ -79,12 +151,17 @@ IMPLICIT_GEMM = Algorithm(
             "in float32, cuDNN is faster by more than the fusion saves",
             _EVIDENCE_CUDNN,
         ),
+        Rule(
+            lambda problem: problem.dtype == torch.float16,
+            "in float16, cuDNN has the same fused epilogue",
+            _EVIDENCE_CUDNN,
+            ("inference",),
+        ),
         Rule(_underfills_mma, "the channels do not fill MMA tiles and 16-byte loads", _EVIDENCE_MMA_TILE),
-    ),
-    # No sizes in the text: torch.compile traces it with symbolic ones.
-    selection_reason=lambda problem: "1x1: " * problem.pointwise + "fused with the adjacent norm, addition and ReLU",
-    fused=True,
-    returns_partials=True,
-    compact_input_gradient=True,
-)
-ALGORITHMS = (IMPLICIT_GEMM, *convolution.ALGORITHMS)
+        Rule(
+            partial(_exceeds_intensity, backend=backend),
+            "cuDNN is faster at this many FLOP per byte by more than the fusion saves",
+            _EVIDENCE_INTENSITY,
+        ),
+    )
+    return replace(IMPLICIT_GEMM, rules=rules), *convolution.ALGORITHMS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import cast
 
@@ -29,6 +29,13 @@ class BackendUnavailableError(RuntimeError):
 
 _, *_NAMES = env.BACKEND.allowed
 _BACKENDS = {name: cast(Backend, importlib.import_module(f"fused_res.backends.{name}")) for name in _NAMES}
+
+#: Device type -> the backends that ``"auto"`` tries, best first; the reference is the last. On a GPU, norms and
+#: convolutions are resolved separately: a launch from C++ takes less CPU time than one from Python, and Triton's
+#: `tl.dot` compiles to `wgmma` on Hopper, whereas csrc/cuda multiplies with `mma.sync`, at two thirds of its rate.
+_AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_AUTO_CONVOLUTION_ORDER = {"cuda": ("triton", "cuda")}
+_CONVOLUTION_FAMILIES = tuple(op_family for op_family in OP_FAMILIES if op_family.startswith("conv_"))
 
 
 def names() -> tuple[str, ...]:
@@ -67,8 +74,11 @@ def op_families(name: str) -> frozenset[str]:
 def resolve(name: str, device: torch.device) -> Kernels:
     """Return the kernels of the backend that runs on ``device``; their attribute ``name`` is the backend's.
 
+    Where ``"auto"`` takes norms and convolutions from two backends, the name is of the form ``"cuda+triton"``, norms
+    first. This function accepts it, so that a backward runs on the kernels of its forward.
+
     Args:
-        name: one of :func:`names`; ``"auto"`` is the available backend with the highest priority for ``device``.
+        name: one of :func:`names`; ``"auto"`` is the best available backend for ``device``, per operator family.
         device: device of the input.
 
     Raises:
@@ -101,32 +111,44 @@ _dynamo_constants = _DynamoConstants()
 
 @_torch_compat.assume_constant_result  # Dynamo cannot trace the import of kernels
 def _dynamo_constant_name(name: str, device: str) -> str:
-    attribute = f"{name}_{device}"
+    attribute = f"{name}_{device}".replace("+", "_")
     setattr(_dynamo_constants, attribute, _resolve(name, torch.device(device)))
     return attribute
 
 
 def _resolve(name: str, device: torch.device) -> Kernels:
+    chosen = name
     if name == "auto":
-        priorities = {candidate: backend.AUTO_PRIORITY.get(device.type, -1) for candidate, backend in _BACKENDS.items()}
-        supported = (candidate for candidate, priority in priorities.items() if priority >= 0)
-        ranked = sorted(supported, key=priorities.__getitem__, reverse=True)
-        chosen = next((candidate for candidate in ranked if unavailable(candidate) is None), "reference")
-    else:
-        chosen = name
-        reason, devices = unavailable(name), _BACKENDS[name].devices()
+        orders = (_AUTO_ORDER, _AUTO_CONVOLUTION_ORDER)
+        best = [_first_available(order[device.type]) for order in orders if device.type in order]
+        chosen = "+".join(dict.fromkeys(best)) or "reference"
+    for part in chosen.split("+") if name != "auto" else ():
+        reason, devices = unavailable(part), _BACKENDS[part].devices()
         if reason is None and devices is not None and device.type not in devices:
             reason = f"it supports {' and '.join(devices)} tensors, and the input is on {device}"
         if reason is not None:
-            raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
+            raise BackendUnavailableError(f"backend {part!r} is not available: {reason}")
     kernels = _resolve_cache[name, device.type] = _load(chosen)
     return kernels
 
 
+def _first_available(candidates: Iterable[str]) -> str:
+    return next((name for name in candidates if unavailable(name) is None), "reference")
+
+
 @cache
 def _load(name: str) -> Kernels:
-    kernels = _BACKENDS[name].load()
-    kernels.name, kernels.op_families = name, op_families(name)
+    """Load a backend, or with a name of the form ``"cuda+triton"`` the first with the convolutions of the second."""
+    norms, _, convolutions = name.partition("+")
+    if not convolutions:
+        kernels = _BACKENDS[name].load()
+        kernels.op_families = op_families(name)
+    else:
+        kernels, other = Kernels(**vars(_load(norms))), _load(convolutions)
+        kernels.algorithms, kernels.op_families = other.algorithms, kernels.op_families | other.op_families
+        for operator in (operator for family in _CONVOLUTION_FAMILIES for operator in OP_FAMILIES[family]):
+            setattr(kernels, operator, getattr(other, operator))
+    kernels.name = name
     return kernels
 
 
@@ -140,12 +162,9 @@ def check_devices(backend: str, devices: set[torch.device]) -> None:
 # Selection of convolution algorithms
 
 
-def conv_preference(backend: str) -> str:
-    """Return the algorithm preference of ``backend``: ``"planned"`` (heuristics), ``"aten"`` or ``"fused"``."""
-    if _conv_preference != "auto":
-        return _conv_preference
-    named = _default_backend if backend == "auto" else backend
-    return "planned" if named == "auto" else _BACKENDS[named].DEFAULT_PREFERENCE
+def conv_preference() -> str:
+    """Return the algorithm preference: ``"planned"`` (heuristics), ``"aten"`` or ``"fused"``, see :func:`use`."""
+    return _conv_preference
 
 
 def algorithms(name: str) -> tuple[Algorithm, ...]:
@@ -155,11 +174,23 @@ def algorithms(name: str) -> tuple[Algorithm, ...]:
 
 def selection_settings(name: str) -> tuple[bool, Machine]:
     """Return what the selection depends on besides the tensors: whether Winograd is allowed, and the machine."""
-    return _winograd_allowed, _BACKENDS[name].machine()
+    return _winograd_allowed, _machine(name.rpartition("+")[2])
+
+
+@_torch_compat.assume_constant_result
+def _machine(name: str) -> Machine:
+    return _BACKENDS[name].machine()
 
 
 def select(
-    name: str, operation: Operation, input: Tensor, weight: Tensor, geometry: Geometry, preference: str, prepacked: bool
+    name: str,
+    operation: Operation,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    preference: str,
+    prepacked: bool,
+    residual: bool = False,
 ) -> tuple[Problem, Selection]:
     """Describe a convolution of these tensors as a problem, and select the backend's algorithm for it.
 
@@ -171,13 +202,14 @@ def select(
         geometry: stride, padding, dilation and groups.
         preference: ``"planned"`` (heuristics), ``"aten"`` or ``"fused"``, see :func:`fused_res.dispatch.select`.
         prepacked: whether the caller caches the packed weight.
+        residual: whether a residual is added in the epilogue. Default: False.
     """
     allowed, machine = selection_settings(name)
     channels_last = conv_output_is_channels_last(input, weight) if operation == "inference" else is_channels_last(input)
     problem = Problem(
         operation, tuple(input.shape), tuple(weight.shape), *geometry, input.dtype, input.device.type, channels_last,
-        prepacked=prepacked, under_torch_dispatch=_torch_compat.has_torch_dispatch_mode(), allow_winograd=allowed,
-        machine=machine,
+        prepacked=prepacked, residual=residual, under_torch_dispatch=_torch_compat.has_torch_dispatch_mode(),
+        allow_winograd=allowed, machine=machine,
     )  # fmt: skip
     return problem, dispatch.select(algorithms(name), problem, preference)
 
@@ -188,12 +220,14 @@ def selects_aten(
     geometry: Geometry,
     dtype: torch.dtype,
     channels_last: bool,
+    residual: bool,
     preference: str,
 ) -> bool:
     """Return whether compiled code calls ATen's convolution; decided without the input's size, which may be dynamic."""
     if preference == "aten" or kernels.selects_per_call:
         return preference == "aten"
-    problem = Problem("inference", (), weight, *geometry, dtype, "", channels_last)
+    machine = selection_settings(kernels.name)[1]
+    problem = Problem("inference", (), weight, *geometry, dtype, "", channels_last, residual=residual, machine=machine)
     return dispatch.select_uncached(kernels.algorithms, problem, preference).name == "aten"
 
 
@@ -207,7 +241,6 @@ def dispatch_conv_bias_act(
     relu: bool,
     preference: str,
     pack_weight: WeightPacker | None = None,
-    tune: Callable[..., Selection | None] | None = None,
 ) -> Tensor:
     """Return ``act(conv(input, weight) + bias [+ residual])``, computed by the selected algorithm.
 
@@ -222,11 +255,9 @@ def dispatch_conv_bias_act(
         preference: as of :func:`select`.
         pack_weight: function that returns the weight operand of the selected algorithm, for a caller that caches packed
             weights. Default: pack in every call where the algorithm requires it.
-        tune: function that returns a selection by measured times, or None. Default: no tuning.
     """
-    problem, selected = select(kernels.name, "inference", input, weight, geometry, preference, pack_weight is not None)
-    if tune is not None:
-        selected = tune(kernels, problem, input, weight, bias, residual, geometry, relu) or selected
+    prepacked, has_residual = pack_weight is not None, residual is not None
+    problem, selected = select(kernels.name, "inference", input, weight, geometry, preference, prepacked, has_residual)
     algorithm = selected.algorithm
     operand: Tensor | PackedWeight = weight
     if pack_weight is not None:
@@ -259,14 +290,12 @@ def use(
 
     As a context manager, restore the previous settings on exit.
 
-    A GPU backend that is selected by name, here or as an argument, computes every convolution that it supports. With
-    ``"auto"``, heuristics select the algorithm by shape and dtype.
-
     Args:
         name: one of :func:`names`.
-        convolution: selection of convolution algorithms. ``"aten"``: ATen (cuDNN, oneDNN) only; ``"fused"``: fused
-            algorithms where supported; ``"planned"``: by heuristics (:mod:`fused_res.dispatch`); ``"auto"``: the
-            backend's default. Default: None, unchanged.
+        convolution: selection of convolution algorithms, for every backend. ``"planned"``: by heuristics
+            (:mod:`fused_res.dispatch`); ``"aten"``: ATen (cuDNN, oneDNN) only; ``"fused"``: the fused algorithms of a
+            GPU backend wherever they are supported, which is slower and is for tests and benchmarks. Default: None,
+            unchanged.
         winograd: whether the CPU backend may use Winograd convolution, which is faster but less accurate: its RMS error
             is up to 3e-6 of the RMS of the output. Default: None, unchanged.
 

@@ -26,7 +26,7 @@ class Machine(NamedTuple):
     """Properties of the processor that the selection of an algorithm depends on.
 
     Args:
-        isa: instruction set of the backend's kernels, such as ``"avx2"``.
+        isa: instruction set of the backend's kernels, such as ``"avx2"``, or a GPU's architecture, such as ``"sm_90"``.
         onednn_dtypes: dtypes for which oneDNN has native kernels.
         cache_sizes: bytes of the L1 data, L2 and L3 cache per core; 0 for an unknown size.
     """
@@ -52,6 +52,7 @@ class Problem(NamedTuple):
         weight_channels_last: whether the weight is in channels_last memory.
         prepacked: whether the caller packs the weight once and caches it, instead of packing it in every call.
         projection: whether the convolution is a block's projection shortcut.
+        residual: whether the epilogue of ``"inference"`` adds a residual.
         under_torch_dispatch: whether a torch_dispatch mode or a tensor subclass intercepts the call. Only ATen's
             operators are visible to it.
         allow_winograd: whether Winograd algorithms may be selected.
@@ -71,6 +72,7 @@ class Problem(NamedTuple):
     weight_channels_last: bool = False
     prepacked: bool = False
     projection: bool = False
+    residual: bool = False
     under_torch_dispatch: bool = False
     allow_winograd: bool = True
     machine: Machine = Machine()

@@ -53,14 +53,6 @@ class Backend(Protocol):
     def OP_FAMILIES(self) -> tuple[str, ...]:
         """Operator families that the backend has kernels for, whether or not they can run on this machine."""
 
-    @property
-    def AUTO_PRIORITY(self) -> dict[str, int]:
-        """Device type -> priority of the backend for ``backend="auto"``; the highest priority is tried first."""
-
-    @property
-    def DEFAULT_PREFERENCE(self) -> str:
-        """Preference of the algorithm selection for ``backend=<name>``: ``"planned"`` (heuristics) or ``"fused"``."""
-
     def devices(self) -> tuple[str, ...] | None:
         """Return the device types that the kernels can run on, on this machine; None for every type."""
 

@@ -1,6 +1,6 @@
 """Autotuning: on first use, time a backend's algorithms for a convolution and select the fastest.
 
-``fuse(..., tune=True)`` or ``torch.backends.cudnn.benchmark`` request it. Only algorithms that support the problem are
+``fuse(..., tune=True)`` requests it. Only algorithms that support the problem are
 timed; their rules are ignored. Nothing is timed during CUDA graph capture and compilation, nor under
 ``torch.use_deterministic_algorithms``, because two runs may select different algorithms.
 """
@@ -11,10 +11,9 @@ import importlib.util
 import math
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import product
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +37,6 @@ class _TuningKey(NamedTuple):
 
 
 _training_cache: dict[_TuningKey, TrainingAlgorithms] = {}
-_inference_cache: dict[tuple[str, str, Problem], Selection] = {}
 _lock = threading.Lock()
 
 
@@ -60,32 +58,6 @@ def tuned_training_algorithms(
             if key not in _training_cache:
                 _training_cache[key] = _measure(key, kernels, device)
     return _training_cache.get(key)
-
-
-def tuned_inference_algorithm(
-    kernels: Kernels, problem: Problem, input: Tensor, weight: Tensor, *arguments: Any
-) -> Selection | None:
-    """Return the fastest algorithm of ``conv_bias_act`` for these arguments, or None where timing is not possible.
-
-    Args:
-        kernels: the backend.
-        problem: the convolution.
-        input, weight: its operands.
-        arguments: bias, residual, geometry and relu.
-    """
-    key = kernels.name, _name(input.device), problem
-    if key not in _inference_cache and _can_measure(input.device):
-        algorithms = {
-            algorithm.name: algorithm
-            for algorithm in candidates(kernels.algorithms, problem)
-            if algorithm.weight_packing == "never"
-        }
-        functions = {name: kernels.implementation("inference", algorithm) for name, algorithm in algorithms.items()}
-        calls = {name: partial(function, input, weight, *arguments) for name, function in functions.items()}
-        seconds = {name: _median_time(call, input.device) for name, call in calls.items()}
-        best = min(seconds, key=seconds.__getitem__)
-        _inference_cache[key] = Selection(algorithms[best], _format_timings(seconds))
-    return _inference_cache.get(key)
 
 
 def _name(device: torch.device) -> str:

@@ -281,7 +281,7 @@ class InferenceGraphCache:
             tensor.requires_grad for tensor in (x, *[t for layer in layers for t in (layer.weight, layer.bias)])
         ):
             return None
-        preference = registry.conv_preference(backend)
+        preference = registry.conv_preference()
         key = (x.shape, preference, *registry.selection_settings(kernels.name))
         prepared = self._graphs.get(key)
         if prepared is None or not prepared.is_current(layers):

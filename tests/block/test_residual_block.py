@@ -38,9 +38,9 @@ BLOCK_SPECS = {
 
 @pytest.fixture
 def backend(request):
-    """The backend's name; for "NAME, fused" with fused convolution algorithms wherever supported."""
+    """The backend's name; for "NAME, fused" with fused convolution algorithms wherever supported, as for a GPU's."""
     name, _, convolution = request.param.partition(", ")
-    with fused_res.backends.use("auto", convolution or "auto"):
+    with fused_res.backends.use("auto", convolution or ("fused" if name == "cuda" else "planned")):
         yield name
 
 
@@ -273,7 +273,7 @@ def test_opaque_operators_pass_opcheck(backend):
         ints, eps = spec.encode()
         flags = [True, *present]
         args = (x.requires_grad_(), flat, present, ints, eps, [True] * len(eps), flags, False, "norm", backend)
-        args += (fused_res.backends.registry.conv_preference(backend), "")
+        args += (fused_res.backends.registry.conv_preference(), "")
         torch.library.opcheck(torch.ops.fused_res.block_forward.default, args, test_utils="test_schema")
         torch.library.opcheck(torch.ops.fused_res.block_forward.default, args, test_utils="test_faketensor")
         torch.library.opcheck(torch.ops.fused_res.block_forward.default, args, test_utils="test_autograd_registration")

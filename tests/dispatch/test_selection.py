@@ -8,8 +8,7 @@ import torch
 
 import fused_res
 from fused_res import BlockSpec, UnitSpec, dispatch, functional, models
-from fused_res.backends import registry
-from fused_res.backends.implicit_gemm import ALGORITHMS as GPU
+from fused_res.backends import implicit_gemm, registry
 from fused_res.backends.reference.convolution import ALGORITHMS as REFERENCE
 from fused_res.block.plan import BlockConfig
 from fused_res.block.planner import plan
@@ -33,6 +32,9 @@ def names(algorithms, preference="planned", **changes):
     return made.forward.name, made.input_gradient.name, made.weight_gradient.name, made.forward.reason
 
 
+HOPPER = {"device": "cuda", "machine": Machine("sm_90")}
+
+
 @pytest.mark.parametrize(
     ("changes", "forward", "backward", "reason"),
     [
@@ -48,6 +50,8 @@ def names(algorithms, preference="planned", **changes):
         ({"spec": UnitSpec(groups=2), "preference": "fused"}, "aten", "aten", "grouped"),
         ({"weight": (64, 12, 1, 1)}, "aten", "aten", "channels"),
         ({"weight": (100, 64, 1, 1)}, "aten", "aten", "channels"),
+        ({"weight": (512, 128, 1, 1)}, "aten", "aten", "FLOP per byte"),
+        ({"weight": (512, 128, 1, 1), "preference": "fused"}, "implicit_gemm", "implicit_gemm", "1x1"),
         ({"weight": (1, 64, 1, 1), "preference": "fused"}, "aten", "aten", "single channel"),
         ({"channels_last": False, "preference": "fused"}, "aten", "aten", "channels_last"),
         ({"preference": "aten"}, "aten", "aten", "FUSED_RES_CONVOLUTION"),
@@ -57,10 +61,54 @@ def names(algorithms, preference="planned", **changes):
     ids=str,
 )
 def test_gpu_and_reference_selection(changes, forward, backward, reason):
-    algorithms = REFERENCE if "list" in changes else GPU
-    made = names(algorithms, **{name: value for name, value in changes.items() if name != "list"})
+    algorithms = REFERENCE if "list" in changes else implicit_gemm.algorithms("triton")
+    made = names(algorithms, **HOPPER | {name: value for name, value in changes.items() if name != "list"})
     assert made[:3] == (forward, backward, backward)
     assert reason in made[3]
+
+
+#: A bottleneck's reducing and expanding 1x1 weight in each layer of ResNet-50, and its arithmetic intensity.
+LAYERS = [((planes, 4 * planes, 1, 1), (4 * planes, planes, 1, 1)) for planes in (64, 128, 256, 512)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "machine", "training", "reducing", "expanding"),
+    [
+        ("cuda", "sm_90", 1, 2, 3),
+        ("triton", "sm_90", 1, 2, 3),
+        ("cuda", "sm_80", 1, 2, 3),
+        ("triton", "sm_100", 2, 3, 4),
+        ("cuda", "sm_100", 0, 1, 2),
+        ("cuda", "", 0, 1, 2),
+    ],
+)
+def test_fused_layers_of_resnet50(backend, machine, training, reducing, expanding):
+    """The number of layers, from the first, whose 1x1 convolutions are fused: in training, and in inference."""
+
+    def fused_layers(operation, index, residual=False):
+        selected = [
+            dispatch.select(
+                implicit_gemm.algorithms(backend),
+                problem(weight=layer[index], machine=Machine(machine), device="cuda")._replace(
+                    operation=operation, residual=residual
+                ),
+                "planned",
+            ).name
+            for layer in LAYERS
+        ]
+        count = selected.count("implicit_gemm")
+        assert selected == ["implicit_gemm"] * count + ["aten"] * (4 - count)
+        return count
+
+    for operation, index in ((operation, index) for operation in dispatch.TRAINING_OPERATIONS for index in (0, 1)):
+        assert fused_layers(operation, index) == training
+    assert fused_layers("inference", 0) == reducing
+    assert fused_layers("inference", 1, residual=True) == expanding
+
+
+def test_float16_inference_runs_the_epilogue_of_cudnn():
+    half = problem(dtype=torch.float16, **HOPPER)._replace(operation="inference")
+    assert dispatch.select(implicit_gemm.algorithms("triton"), half, "planned").name == "aten"
 
 
 WINOGRAD = {"spec": SPATIAL, "weight": (64, 64, 3, 3)}
@@ -142,7 +190,7 @@ def test_override_is_undone_when_its_context_exits():
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
 
     def algorithms():
-        preference = registry.conv_preference("reference")
+        preference = registry.conv_preference()
         made = plan(BlockConfig(BLOCK, (True,) * 3, "reference", preference=preference), x, block_tensors())
         return [(unit.algorithms.forward.name, unit.algorithms.weight_gradient.name) for unit in made.units]
 
@@ -150,9 +198,6 @@ def test_override_is_undone_when_its_context_exits():
     with fused_res.backends.use("reference", convolution="fused"):
         assert algorithms() == [("reference", "reference"), ("reference", "aten"), ("reference", "reference")]
     assert algorithms() == [("aten", "aten")] * 3
-    assert registry.conv_preference("triton") == "fused" and registry.conv_preference("auto") == "planned"
-    with fused_res.backends.use("auto", convolution="planned"):
-        assert registry.conv_preference("triton") == "planned"
     with pytest.raises(ValueError, match="convolution must be one of"):
         fused_res.backends.use("auto", convolution="cudnn")
 
@@ -300,7 +345,8 @@ class TestTuning:
         exact = residual_block(x.double(), spec, wide, training=True, backend="reference")
         assert (found - exact).norm() <= 1e-5 * exact.norm()
 
-    def test_nothing_is_timed_without_request_or_under_deterministic_algorithms(self):
+    def test_nothing_is_timed_without_request_or_under_deterministic_algorithms(self, monkeypatch):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
         self.run()
         with fused_res.backends.use("reference", convolution="aten"):
             self.run(tune=True)
@@ -316,6 +362,43 @@ class TestTuning:
         with pytest.raises(ValueError, match=r"0\.weight"):
             residual_block(x, BLOCK, block_tensors(), training=True, backend="reference", tune=True)
         assert not tuning._training_cache
+
+
+# --- "auto" on a GPU ------------------------------------------------------------------------------------------
+
+
+def auto_name(monkeypatch, available):
+    monkeypatch.setattr(registry, "unavailable", lambda name: None if name in available else "not here")
+    monkeypatch.setattr(registry, "_resolve_cache", {})
+    return registry.resolve("auto", torch.device("cuda")).name
+
+
+@pytest.mark.skipif(not {"cuda", "triton"} <= {*BACKENDS}, reason="needs both GPU backends")
+def test_auto_takes_norms_from_cuda_and_convolutions_from_triton(monkeypatch):
+    assert auto_name(monkeypatch, ("triton", "cuda")) == "cuda+triton"
+    assert auto_name(monkeypatch, ("triton",)) == "triton"
+    assert auto_name(monkeypatch, ("cuda",)) == "cuda"
+    assert auto_name(monkeypatch, ()) == "reference"
+
+
+@pytest.mark.skipif(not {"cuda", "triton"} <= {*BACKENDS}, reason="needs both GPU backends")
+def test_block_on_kernels_of_two_backends_matches_float64():
+    kernels = registry.resolve("cuda+triton", torch.device("cpu"))
+    cuda, triton = (registry.resolve(name, torch.device("cpu")) for name in ("cuda", "triton"))
+    assert kernels.conv_bn_stats is triton.conv_bn_stats and kernels.algorithms is triton.algorithms
+    assert kernels.batch_norm_sums is cuda.batch_norm_sums and cuda.conv_bn_stats is not triton.conv_bn_stats
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    results = []
+    for backend, dtype in (("cuda+triton", torch.float32), ("reference", torch.float64)):
+        torch.manual_seed(1)
+        tensors = [t if t is None else t.to(dtype).requires_grad_(t.dim() == 4) for t in block_tensors()]
+        with fused_res.backends.use("auto", convolution="fused"):
+            y = residual_block(x.to(dtype), BLOCK, tensors, training=True, backend=backend)
+            y.square().sum().backward()
+        results.append([y, *(t.grad for t in tensors if t is not None and t.requires_grad)])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 # --- independence of the backends -----------------------------------------------------------------------------

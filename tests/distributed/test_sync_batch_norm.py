@@ -165,7 +165,7 @@ def block_on_rank(name, sizes, recompute, backend, channels_last, dtype=torch.fl
             x, spec, tensors, training=training, recompute=recompute, backend=backend, process_group=dist.group.WORLD
         )
 
-    with fused_res.backends.use("auto", convolution or "auto"):
+    with fused_res.backends.use("auto", convolution or ("fused" if backend == "cuda" else "planned")):
         return run_forward_backward(ours, x, clone_with_grad(tensors, frozen), grad)
 
 

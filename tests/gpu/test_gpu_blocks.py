@@ -15,6 +15,7 @@ from tests.ops.test_conv_bias_act import check_conv_bias_act, make_conv_case
 from tests.support import gpu_backends as gpu
 from tests.support.gpu_backends import DEVICE
 
+pytestmark = pytest.mark.usefixtures("forced_kernels")
 on_all = pytest.mark.parametrize("backend", gpu.BACKENDS)
 BLOCKS_2D = [name for name, (spec, _) in BLOCK_SPECS.items() if len(spec.units[0].stride) == 2]
 

@@ -11,7 +11,7 @@ from tests.support import gpu_backends as gpu
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-pytestmark = pytest.mark.parametrize("backend", gpu.BACKENDS)
+pytestmark = [pytest.mark.parametrize("backend", gpu.BACKENDS), pytest.mark.usefixtures("forced_kernels")]
 
 
 def random_channels_last(*shape, dtype=torch.bfloat16, device="cuda"):

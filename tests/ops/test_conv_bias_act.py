@@ -76,6 +76,9 @@ def is_channels_last_contiguous(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
 
 
+pytestmark = pytest.mark.usefixtures("forced_kernels")
+
+
 @pytest.fixture(autouse=True)
 def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

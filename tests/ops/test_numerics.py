@@ -260,6 +260,7 @@ def ill_conditioned_convolutions() -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+@pytest.mark.usefixtures("forced_kernels")
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("case", ill_conditioned_convolutions())

@@ -17,8 +17,6 @@ from fused_res.dispatch.backend import Kernels
 __all__ = ["output_cache_bytes", "set_output_cache"]
 
 OP_FAMILIES = ("batch_norm_act", "batch_norm_sync", "max_pool", "conv_bias_act", "conv_bn_stats")
-AUTO_PRIORITY = {"cpu": 1}
-DEFAULT_PREFERENCE = "planned"
 
 
 def devices() -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def _conv_bias_act(
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     kernels = registry.resolve("cpu", input.device)
     return registry.dispatch_conv_bias_act(
-        kernels, input, weight, bias, residual, geometry, relu, registry.conv_preference("cpu")
+        kernels, input, weight, bias, residual, geometry, relu, registry.conv_preference()
     )
 
 

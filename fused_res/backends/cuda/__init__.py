@@ -10,13 +10,11 @@ import os
 import torch
 
 from fused_res import _extension, env, ops
-from fused_res.dispatch import Machine
+from fused_res.backends import implicit_gemm
 from fused_res.dispatch.backend import Kernels
 
 OP_FAMILIES = tuple(ops.OP_FAMILIES)
-machine = Machine
-AUTO_PRIORITY = {"cuda": 2}
-DEFAULT_PREFERENCE = "fused"
+machine = implicit_gemm.machine
 #: Lowest compute capability that the kernels support: they use ``cp.async`` and bfloat16 ``mma.sync``.
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
@@ -54,8 +52,6 @@ def _gpu_missing() -> str | None:
 
 
 def load() -> Kernels:
-    from fused_res.backends import implicit_gemm
-
     ops.define(namespace())
     torch.ops.load_library(env.SIMULATOR.read() or str(_extension.cuda_library()[0]))
-    return Kernels(algorithms=implicit_gemm.ALGORITHMS, **ops.operator_overloads(namespace(), OP_FAMILIES))
+    return Kernels(algorithms=implicit_gemm.algorithms("cuda"), **ops.operator_overloads(namespace(), OP_FAMILIES))

@@ -11,8 +11,6 @@ from fused_res.dispatch.backend import Kernels, import_operators
 
 OP_FAMILIES = tuple(ops.OP_FAMILIES)
 machine = Machine
-AUTO_PRIORITY = {"cpu": 0, "cuda": 0}
-DEFAULT_PREFERENCE = "planned"
 
 
 def devices() -> None:

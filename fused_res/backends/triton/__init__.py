@@ -14,13 +14,11 @@ from functools import cache
 import torch
 
 from fused_res import ops
-from fused_res.dispatch import Machine
+from fused_res.backends import implicit_gemm
 from fused_res.dispatch.backend import Kernels, import_operators
 
 OP_FAMILIES = tuple(ops.OP_FAMILIES)
-machine = Machine
-AUTO_PRIORITY = {"cuda": 1}
-DEFAULT_PREFERENCE = "fused"
+machine = implicit_gemm.machine
 MIN_TRITON_VERSION = (3, 6)
 
 
@@ -51,6 +49,4 @@ def unavailable() -> str | None:
 
 
 def load() -> Kernels:
-    from fused_res.backends import implicit_gemm
-
-    return Kernels(algorithms=implicit_gemm.ALGORITHMS, **import_operators(__name__, OP_FAMILIES))
+    return Kernels(algorithms=implicit_gemm.algorithms("triton"), **import_operators(__name__, OP_FAMILIES))
