@@ -145,8 +145,8 @@ def predict_ours(name: str, events: Sequence[Event], gpu: Gpu, resources: Resour
 
 
 def provider_name(backend: str, preference: str) -> str:
-    """Return the name of a provider of ours: ``ours-triton`` is planned, ``ours-triton-aten`` only fuses the norms."""
-    return f"ours-{backend}" + ("" if preference == "planned" else f"-{preference}")
+    """Return the name of a provider of ours: ``ours-cuda`` is planned, ``ours-cuda-norms`` has ATen's convolutions."""
+    return f"ours-{backend}" + {"planned": "", "aten": "-norms", "fused": "-fused"}[preference]
 
 
 def wave_failures(predictions: Sequence[Prediction]) -> list[Prediction]:

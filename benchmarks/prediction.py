@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import conv, launches
-from benchmarks import options as common
 from benchmarks.cases import ModelCase, OpCase, resnet50_op_cases
 from benchmarks.events import Event
 from benchmarks.gpu_model import GPUS, Gpu, predict_all
@@ -27,33 +26,32 @@ from benchmarks.network import Convolution
 from benchmarks.providers import stock_batch_norm_act
 from benchmarks.recording import Recorder
 from benchmarks.resources import Resources
+from fused_res import backends
 from fused_res.functional import batch_norm_act, conv_bias_act
 
 FILE = Path(__file__).parent / "results" / "predictions-h200.json"
 MODEL, SIZE, DTYPE = "resnet50", 224, "bfloat16"
 TRAIN_BATCHES = (1, 32, 64, 256)
 INFER_BATCHES = (1, 32, 256)
-#: Batch sizes of the cases of single operators, whose names do not contain it.
-OPERATOR_BATCHES = (128, 256)
+#: Batch size of the cases of single operators, whose names do not contain it: that of `make gpu`.
+OPERATOR_BATCH = 256
+#: Backend that ``ours`` selects where both are available.
+DEFAULT_BACKEND = "cuda"
 
 Milliseconds = dict[str, dict[str, float]]
 
 
-def predicted(kind: str, case: str, provider: str, batch: int | None = None) -> float | None:
+def predicted(kind: str, case: str, provider: str) -> float | None:
     """Return the predicted milliseconds of one provider on an H200; None if there is no prediction.
 
     Args:
-        kind: ``"op"`` (forward and backward, each with cold caches), ``"conv"``, ``"train"`` or ``"infer"``.
+        kind: ``"op"`` (forward and backward, each with cold caches), ``"conv"``, both at batch size 256, ``"train"`` or
+            ``"infer"``.
         case: name of the case, as the benchmark of that kind prints it.
-        provider: name of the provider: ``eager-channels-last``, ``compile-channels-last``, ``ours-triton`` (planned),
-            ``ours-triton-aten`` (norms only), ``ours-triton-fused``, likewise ``ours-cuda``; of convolutions also
-            ``aten`` and ``aten-unfused``. With ``+graph``: in a CUDA graph, where launches cost no CPU time.
-        batch: batch size of an ``"op"`` or ``"conv"`` case. Default: the benchmarks' default on a GPU.
+        provider: name of the provider, as the benchmark of that kind prints it. With ``+graph``: in a CUDA graph, where
+            launches cost no CPU time.
     """
-    cases = _load()["milliseconds"].get(kind, {})
-    if kind in ("op", "conv"):
-        cases = cases.get(str(batch or common.DEFAULT_BATCHES["cuda"]), {})
-    value: float | None = cases.get(case, {}).get(provider)
+    value: float | None = _load()["milliseconds"].get(kind, {}).get(case, {}).get(provider)
     return value
 
 
@@ -102,25 +100,37 @@ class _Builder:
         def name(batch: int) -> str:
             return ModelCase(MODEL, "train", batch, SIZE).name
 
-        return {name(batch): self._network(launches.record_training, batch) for batch in TRAIN_BATCHES}
+        return {
+            name(batch): self._network(
+                launches.record_training, batch, ("compile-channels-last", "compile-reduce-overhead")
+            )
+            for batch in TRAIN_BATCHES
+        }
 
     def infer(self) -> Milliseconds:
         def name(batch: int) -> str:
             return InferCase(MODEL, batch, SIZE, DTYPE, "cuda").name
 
-        return {name(batch): self._network(launches.record_inference, batch) for batch in INFER_BATCHES}
+        return {
+            name(batch): self._network(launches.record_inference, batch, ("compile-freezing",))
+            for batch in INFER_BATCHES
+        }
 
-    def _network(self, record: Callable[..., list[Event]], batch: int) -> dict[str, float]:
+    def _network(
+        self, record: Callable[..., list[Event]], batch: int, compiled_names: Sequence[str]
+    ) -> dict[str, float]:
         stock = record(MODEL, batch)
-        providers = [launches.predict_stock(stock, self.gpu)]
+        providers = {"eager-channels-last": launches.predict_stock(stock, self.gpu)}
         for backend in launches.BACKENDS:
             for preference in launches.PREFERENCES:
                 events = self._compiled(record(MODEL, batch, backend, preference))
                 name = launches.provider_name(backend, preference)
-                providers.append(launches.predict_ours(name, events, self.gpu, self.resources))
-        compiled = launches.predict_compiled(stock, self.gpu)
-        seconds = {one.name: one.eager_seconds for one in providers} | {compiled.name: compiled.gpu_seconds}
-        seconds |= {f"{one.name}+graph": one.gpu_seconds for one in providers}
+                providers[name] = launches.predict_ours(name, events, self.gpu, self.resources)
+        for suffix in ("", "-norms"):
+            providers[f"ours{suffix}"] = providers[f"ours-{DEFAULT_BACKEND}{suffix}"]
+        seconds = {name: one.eager_seconds for name, one in providers.items()}
+        seconds |= {f"{name}+graph": one.gpu_seconds for name, one in providers.items()}
+        seconds |= dict.fromkeys(compiled_names, launches.predict_compiled(stock, self.gpu).gpu_seconds)
         return _milliseconds(seconds)
 
     def _compiled(self, events: list[Event]) -> list[Event]:
@@ -128,11 +138,8 @@ class _Builder:
         self.used += events
         return events
 
-    def op(self) -> dict[str, Milliseconds]:
-        return {
-            str(batch): {case.name: self._operator(case) for case in resnet50_op_cases(batch, SIZE)}
-            for batch in OPERATOR_BATCHES
-        }
+    def op(self) -> Milliseconds:
+        return {case.name: self._operator(case) for case in resnet50_op_cases(OPERATOR_BATCH, SIZE)}
 
     def _operator(self, case: OpCase) -> dict[str, float]:
         stock, output = _record_norm(case)
@@ -146,30 +153,44 @@ class _Builder:
             phases, _ = _record_norm(case, backend)
             self._compiled([*chain.from_iterable(phases)])
             seconds[f"ours-{backend}"] = self._seconds(phases)
+        seconds["ours"] = seconds[f"ours-{DEFAULT_BACKEND}"]
         return _milliseconds(seconds)
 
-    def conv(self) -> dict[str, Milliseconds]:
-        result = {}
-        for batch in OPERATOR_BATCHES:
-            options = argparse.Namespace(model=[MODEL], batch=batch, size=SIZE, quick=False, cases=None, device="cuda")
-            result[str(batch)] = {case.name: self._convolution(case.layer) for case in conv.select_cases(options)}
-        return result
+    def conv(self) -> Milliseconds:
+        options = argparse.Namespace(
+            model=[MODEL], batch=OPERATOR_BATCH, size=SIZE, quick=False, cases=None, device="cuda"
+        )
+        return {case.name: self._convolution(case.layer) for case in conv.select_cases(options)}
 
     def _convolution(self, layer: Convolution) -> dict[str, float]:
+        spec, t = layer.spec, _operands(layer)
+        geometry = spec.stride, spec.padding, spec.dilation, spec.groups
+
+        def fused() -> None:
+            conv_bias_act(t.x, t.weight, t.bias, t.residual, *geometry, spec.activation)
+
+        def with_statistics() -> None:
+            kernels = backends.resolve("auto", t.x.device)
+            kernels.conv_bn_stats(t.x, t.weight, None, None, False, *geometry, True)
+
+        def aten_with_statistics() -> None:
+            backends.resolve("auto", t.x.device).batch_norm_partials(conv.aten(t, layer))
+
+        calls: dict[str, tuple[Callable[[], Any], str | None, str]] = {
+            "aten": (lambda: conv.aten(t, layer), None, ""),
+            "aten-unfused": (lambda: conv.aten_unfused(t, layer), None, ""),
+            "ours": (fused, DEFAULT_BACKEND, "planned"),
+            "aten+stats": (aten_with_statistics, DEFAULT_BACKEND, "planned"),
+        }
+        for backend in launches.BACKENDS:  # the benchmark forces the kernels of a named backend
+            calls[f"ours-{backend}"] = fused, backend, "fused"
+            calls[f"ours-{backend}+stats"] = with_statistics, backend, "fused"
         seconds = {}
-        for name, call in (("aten", conv.aten), ("aten-unfused", conv.aten_unfused)):
-            with Recorder() as recorder, torch.no_grad():
-                call(_operands(layer), layer)
-            seconds[name] = self._seconds([recorder.events])
-        spec = layer.spec
-        geometry = (spec.stride, spec.padding, spec.dilation, spec.groups, spec.activation)
-        for backend in launches.BACKENDS:
-            for preference in ("planned", "fused"):
-                t = _operands(layer)
-                with Recorder(backend, preference) as recorder, torch.no_grad():
-                    conv_bias_act(t.x, t.weight, t.bias, t.residual, *geometry)
-                self._compiled(recorder.events)
-                seconds[launches.provider_name(backend, preference)] = self._seconds([recorder.events])
+        for name, (call, backend, preference) in calls.items():
+            with Recorder(backend, preference) as recorder, torch.no_grad():
+                call()
+            seconds[name] = self._seconds([self._compiled(recorder.events)])
+        seconds["ours+stats"] = seconds[f"ours-{DEFAULT_BACKEND}+stats"]
         return _milliseconds(seconds)
 
     def _seconds(self, phases: Sequence[list[Event]], norm: str = "native") -> float:
