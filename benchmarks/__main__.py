@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from benchmarks import block, compare, conv, infer, memory, model, op, options, roofline, runner, suite
+from benchmarks import block, compare, conv, infer, launches, memory, model, op, options, roofline, runner, suite
 
 SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "op": op,
@@ -13,9 +13,10 @@ SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "infer": infer,
     "conv": conv,
     "roofline": roofline,
+    "launches": launches,
 }
 #: Subcommands that calculate instead of measuring, and therefore take no measurement options.
-CALCULATED = ("roofline",)
+CALCULATED = ("roofline", "launches")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -154,6 +154,22 @@ def roofline_times(document: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def predicted_times(document: dict[str, Any], path: Path) -> None:
+    """Draw the predicted GPU time of each provider, in one panel per case."""
+    (run,) = document["runs"]
+    figure, axes = plt.subplots(1, len(run["cases"]), figsize=(6, 3), squeeze=False, layout="constrained")
+    for axis, case in zip(axes[0], run["cases"], strict=True):
+        names = list(case["providers"])
+        axis.barh(names, [case["providers"][name]["gpu_s"] * 1e3 for name in names])
+        axis.invert_yaxis()
+        axis.set_title(case["name"], fontsize=9)
+        axis.set_xlabel("predicted ms of GPU time")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"predicted for {run['device']}", fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def time_against_memory(document: dict[str, Any], path: Path) -> None:
     """Draw each training configuration as a point: bytes saved for backward, and time of a step."""
     figure, pairs = panels(document, 5)
