@@ -77,19 +77,19 @@ std::optional<SinglePassConfig> choose_single_pass_backward(Dtype dtype, const W
 }
 
 void launch_single_pass_forward(Dtype dtype, const SinglePassForwardArgs& args, Stream stream) {
+  const dim3 grid = checked_grid(args.config.grid);
   fill_zero(args.counter, sizeof(unsigned), stream);
   dispatch_layout(dtype, args.apply.partition, [&]<class T, Layout layout, int n>() {
-    launch_cooperative(single_pass_forward_kernel<T, layout, n>,
-                       dim3(static_cast<unsigned>(args.config.grid)), kThreads, args.config.shared, stream,
+    launch_cooperative(single_pass_forward_kernel<T, layout, n>, grid, kThreads, args.config.shared, stream,
                        args);
   });
 }
 
 void launch_single_pass_backward(Dtype dtype, const SinglePassBackwardArgs& args, Stream stream) {
+  const dim3 grid = checked_grid(args.config.grid);
   fill_zero(args.counter, sizeof(unsigned), stream);
   dispatch_layout(dtype, args.backward.partition, [&]<class T, Layout layout, int n>() {
-    launch_cooperative(single_pass_backward_kernel<T, layout, n>,
-                       dim3(static_cast<unsigned>(args.config.grid)), kThreads, args.config.shared, stream,
+    launch_cooperative(single_pass_backward_kernel<T, layout, n>, grid, kThreads, args.config.shared, stream,
                        args);
   });
 }
