@@ -58,8 +58,9 @@ def read_build_record(package: Path = _PACKAGE, library: str = _MODULE) -> tuple
         return build_info, f"{package} has no {path.name}"
     if _public_version(build_info["torch"]) != _public_version(torch.__version__):
         return (build_info, f"it was built for torch {build_info['torch']}, but this is torch {torch.__version__}")
-    if (cuda := build_info.get("cuda", torch.version.cuda)) != torch.version.cuda:
-        return build_info, f"it was built for CUDA {cuda}, but this torch was built for CUDA {torch.version.cuda}"
+    if "cuda" in build_info and _major_version(build_info["cuda"]) != _major_version(torch.version.cuda):
+        this = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+        return build_info, f"it was built for CUDA {build_info['cuda']}, but this torch was built {this}"
     return build_info, ""
 
 
@@ -78,6 +79,11 @@ def _public_version(version: str) -> str:
     2.13.0+cpu and 2.13.0+cu130 have the same C++ ABI for the CPU.
     """
     return version.partition("+")[0]
+
+
+def _major_version(version: str | None) -> str | None:
+    """Return the major version of CUDA, within which libraries are compatible; None for None."""
+    return version and version.partition(".")[0]
 
 
 def _load() -> tuple[Any, dict[str, Any], str]:
@@ -163,5 +169,28 @@ def cuda_library() -> tuple[Path | None, str]:
     """
     _, reason = read_build_record(library=CUDA_LIBRARY)
     if reason:
-        return None, f"the library of CUDA kernels is unavailable: {reason}. To build it: {build_command(env.CUDA)}"
+        return None, _cuda_library_unavailable(reason)
     return _PACKAGE / CUDA_LIBRARY, ""
+
+
+def cuda_code_missing(capability: tuple[int, int]) -> str:
+    """Return the reason why the library of CUDA kernels has no code for a GPU, "" if it has.
+
+    Machine code (``sm_80``) runs on GPUs of the same major compute capability and an equal or higher minor one; PTX
+    (``compute_80``) on all of an equal or higher compute capability.
+
+    Args:
+        capability: compute capability of the GPU.
+    """
+    architectures = read_build_record(library=CUDA_LIBRARY)[0]["architectures"]
+    for architecture in architectures:
+        kind, _, number = architecture.partition("_")
+        major, minor = divmod(int(number), 10)
+        if (kind == "compute" or major == capability[0]) and (major, minor) <= capability:
+            return ""
+    major, minor = capability
+    return _cuda_library_unavailable(f"it contains code for {', '.join(architectures)}, this GPU is sm_{major}{minor}")
+
+
+def _cuda_library_unavailable(reason: str) -> str:
+    return f"the library of CUDA kernels is unavailable: {reason}. To build it: {build_command(env.CUDA)}"

@@ -69,6 +69,13 @@ CPU_CACHE = Variable(
     allowed=(),
     doc="capacity in MiB of the C++ kernels' cache of freed output buffers, which later outputs reuse; 0 disables it",
 )
+SINGLE_PASS = Variable(
+    "FUSED_RES_SINGLE_PASS",
+    default="0",
+    allowed=("0", "1", "auto"),
+    doc="batch norm training in one cooperative kernel per direction, backend cuda: 1 wherever it is possible, auto for"
+    " small activations; the results are bitwise equal",
+)
 CPP = Variable(
     "FUSED_RES_CPP",
     default="auto",
@@ -89,7 +96,7 @@ SIMULATOR = Variable(
     doc="for tests: library of the CUDA kernels compiled for the CPU (tools/cuda_sim), which implements backend cuda",
     path=True,
 )
-VARIABLES = (BACKEND, CONVOLUTION, WINOGRAD, CPU_ISA, CPU_CACHE, CPP, CUDA, SIMULATOR)
+VARIABLES = (BACKEND, CONVOLUTION, WINOGRAD, CPU_ISA, CPU_CACHE, SINGLE_PASS, CPP, CUDA, SIMULATOR)
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:

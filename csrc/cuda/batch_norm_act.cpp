@@ -1,6 +1,6 @@
 // Host side of batch norm + residual + activation, act(bn(x) [+ residual]). Training launches three kernels
-// forward and three backward, or one cooperative kernel each (single_pass.h); running statistics need one
-// kernel forward.
+// forward and three backward, or, if FUSED_RES_SINGLE_PASS allows it, one cooperative kernel each
+// (single_pass.h); running statistics need one kernel forward.
 #include <ATen/ops/zeros.h>
 
 #include <array>
@@ -69,7 +69,7 @@ void apply(const ActivationTensor& x, ApplyArgs args, Stream stream) {
   launch_apply(x.dtype, args, stream);
 }
 
-// Run the forward as a single pass if that is possible and estimated to be faster. Returns whether it ran.
+// Run the forward as a single pass if choose_single_pass_forward() selects it. Returns whether it ran.
 bool try_single_pass_forward(const ActivationTensor& x, const Norm& norm, ApplyArgs apply,
                              const Tensor& stats, Stream stream) {
   apply.partition = x.partition({apply.y, apply.residual}, kMaxReductionUnits);

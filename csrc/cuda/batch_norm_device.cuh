@@ -36,15 +36,37 @@ __device__ inline A* channel_row(A* rows, int norm, int row) {
   return rows + (norm * kChannelRows + row) * kMaxBlockChannels;
 }
 
-// Load this thread's channels of a row. The memory barrier keeps the compiler from hoisting the load and
-// holding the values in registers.
+// A thread's `columns` channels of a row, in chunks of one access each. The i-th chunks of all threads are
+// adjacent, so that load_channels has no bank conflicts.
+template <class A, int columns>
+struct ChannelChunks {
+  static constexpr int kSize = columns < 16 / static_cast<int>(sizeof(A)) ? columns : 16 / sizeof(A);
+  static constexpr int kCount = columns / kSize, kStride = kMaxBlockChannels / kCount;
+
+  // Position in a row of a channel, counted from the first one of the channel block.
+  static __device__ int position(int channel) {
+    const int thread = channel / columns, j = channel % columns;
+    return j / kSize * kStride + thread * kSize + j % kSize;
+  }
+};
+
+// Return the position in a row of the channel with index threadIdx.x in the channel block.
+template <class A>
+__device__ inline int channel_position(const WorkPartition& partition) {
+  const int channel = static_cast<int>(threadIdx.x);
+  return partition.vector_size == 8 ? ChannelChunks<A, 8>::position(channel) : channel;
+}
+
+// Load this thread's channels of a row, from its channel `first` of the channel block on. The memory barrier
+// keeps the compiler from hoisting the load and holding the values in registers.
 template <int columns, class A>
-__device__ inline void load_channels(A (&values)[columns], const A* row) {
+__device__ inline void load_channels(A (&values)[columns], const A* row, int first) {
   ptx::compiler_memory_barrier();
-  constexpr int n = columns < 16 / static_cast<int>(sizeof(A)) ? columns : 16 / sizeof(A);
-  for (int j = 0; j < columns; j += n) {
-    const Vector<A, n> some = load<n>(row + j);
-    for (int i = 0; i < n; ++i) values[j + i] = some[i];
+  using Chunks = ChannelChunks<A, columns>;
+  for (int i = 0; i < Chunks::kCount; ++i) {
+    const Vector<A, Chunks::kSize> chunk =
+        load<Chunks::kSize>(row + i * Chunks::kStride + first / Chunks::kCount);
+    for (int k = 0; k < Chunks::kSize; ++k) values[i * Chunks::kSize + k] = chunk[k];
   }
 }
 
@@ -55,9 +77,10 @@ __device__ inline void fill_norm(A* rows, int norm, const void* stats, const Wor
   const int64_t channel = unit.first_channel(partition) + threadIdx.x;
   if (static_cast<int>(threadIdx.x) >= partition.block_channels || channel >= partition.channels) return;
   const A* at = static_cast<const A*>(stats) + channel;
-  channel_row(rows, norm, kRowMean)[threadIdx.x] = at[kMean * partition.channels];
-  channel_row(rows, norm, kRowScale)[threadIdx.x] = at[kScale * partition.channels];
-  channel_row(rows, norm, kRowShift)[threadIdx.x] = at[kShift * partition.channels];
+  const int position = channel_position<A>(partition);
+  channel_row(rows, norm, kRowMean)[position] = at[kMean * partition.channels];
+  channel_row(rows, norm, kRowScale)[position] = at[kScale * partition.channels];
+  channel_row(rows, norm, kRowShift)[position] = at[kShift * partition.channels];
 }
 
 // Normalize n elements with the rows of one norm. `first`: the thread's first channel within the channel
@@ -67,9 +90,9 @@ __device__ inline void normalize_vector(Accumulator<T> (&y)[n], const Vector<T, 
                                         int norm, int first) {
   constexpr int columns = kChannelsPerThread<layout, n>;
   Accumulator<T> mean[columns], scale[columns], shift[columns];
-  load_channels(mean, channel_row(rows, norm, kRowMean) + first);
-  load_channels(scale, channel_row(rows, norm, kRowScale) + first);
-  load_channels(shift, channel_row(rows, norm, kRowShift) + first);
+  load_channels(mean, channel_row(rows, norm, kRowMean), first);
+  load_channels(scale, channel_row(rows, norm, kRowScale), first);
+  load_channels(shift, channel_row(rows, norm, kRowShift), first);
   for (int i = 0; i < n; ++i) {
     const int j = channel_index<layout>(i);
     y[i] = batch_normalize(to_float(x[i]), mean[j], scale[j], shift[j]);
@@ -138,17 +161,17 @@ __device__ void unit_partials(const WorkPartition& partition, const WorkUnit& un
 
 // Compute the mean, scale = weight * invstd and shift = bias of a channel from its running statistics and
 // parameters, for y = (x - mean) * scale + shift. Store them in the rows in shared memory (unless `rows` is
-// null) at `column`, the channel within the block, and write `stats` if `write`.
+// null) at `position`, and write `stats` if `write`.
 template <class A>
-__device__ void fold_norm(A* rows, const FoldArgs& fold, int64_t channel, int column, bool write) {
+__device__ void fold_norm(A* rows, const FoldArgs& fold, int64_t channel, int position, bool write) {
   const A mean = load_parameter(fold.mean, channel, A(0)), var = load_parameter(fold.var, channel, A(0));
   const A invstd = A(1) / sqrt(var + static_cast<A>(fold.eps));
   const A scale = invstd * load_parameter(fold.weight, channel, A(1));
   const A shift = load_parameter(fold.bias, channel, A(0));
   if (rows != nullptr) {
-    channel_row(rows, 0, kRowMean)[column] = mean;
-    channel_row(rows, 0, kRowScale)[column] = scale;
-    channel_row(rows, 0, kRowShift)[column] = shift;
+    channel_row(rows, 0, kRowMean)[position] = mean;
+    channel_row(rows, 0, kRowScale)[position] = scale;
+    channel_row(rows, 0, kRowShift)[position] = shift;
   }
   if (write && fold.stats != nullptr)
     write_stats(static_cast<A*>(fold.stats), fold.channels, channel, {mean, invstd, scale, shift}, var);
@@ -164,7 +187,7 @@ __device__ inline void fill_forward(A* rows, const ApplyArgs& args, const WorkUn
   } else {
     const int64_t channel = unit.first_channel(partition) + threadIdx.x;
     if (static_cast<int>(threadIdx.x) < partition.block_channels && channel < partition.channels)
-      fold_norm(rows, args.fold, channel, threadIdx.x, unit.part == 0);
+      fold_norm(rows, args.fold, channel, channel_position<A>(partition), unit.part == 0);
   }
   if (args.residual_stats != nullptr) fill_norm(rows, 1, args.residual_stats, partition, unit);
 }
@@ -262,14 +285,14 @@ __device__ void unit_sums(const BackwardArgs& args, const WorkUnit& unit, const 
     for (int k = 0; k < tile; ++k, use.next()) {
       A dy[n], mean[columns];
       masked_dy(dy, loaded[k], x[k], args, use, rows);
-      load_channels(mean, channel_row(rows, 0, kRowMean) + own);
+      load_channels(mean, channel_row(rows, 0, kRowMean), own);
       for (int i = 0; i < n; ++i) {
         const int j = channel_index<layout>(i);
         sum_dy[j] += dy[i];
         sum_dyx[j] = fma(dy[i], to_float(x[k][i]) - mean[j], sum_dyx[j]);
       }
       if (args.residual == nullptr) continue;
-      load_channels(mean, channel_row(rows, 1, kRowMean) + own);
+      load_channels(mean, channel_row(rows, 1, kRowMean), own);
       for (int i = 0; i < n; ++i) {
         const int j = channel_index<layout>(i);
         sum_dyr[j] = fma(dy[i], to_float(r[k][i]) - mean[j], sum_dyr[j]);
@@ -299,8 +322,9 @@ __device__ inline void fill_backward_means(A* rows, int norm, A sum_dy, A sum_dy
                                            const BackwardArgs& args, int64_t channel) {
   const A invstd = static_cast<const A*>(stats)[kInvstd * args.partition.channels + channel];
   const BackwardMeans<A> terms = backward_means(sum_dy, sum_dy_xhat, static_cast<A>(args.count), invstd);
-  channel_row(rows, norm, kRowA)[threadIdx.x] = terms.a;
-  channel_row(rows, norm, kRowB)[threadIdx.x] = terms.b;
+  const int position = channel_position<A>(args.partition);
+  channel_row(rows, norm, kRowA)[position] = terms.a;
+  channel_row(rows, norm, kRowB)[position] = terms.b;
 }
 
 // Fill mean, scale and shift of the norm and, if normalized, of the residual's norm.
@@ -318,13 +342,13 @@ __device__ inline void store_norm_input_grad(T* out, const Accumulator<T> (&dy)[
   using A = Accumulator<T>;
   constexpr int columns = kChannelsPerThread<layout, n>;
   A scale[columns];
-  load_channels(scale, channel_row(rows, norm, kRowScale) + own);
+  load_channels(scale, channel_row(rows, norm, kRowScale), own);
   Vector<T, n> dz;
   if (training) {
     A mean[columns], a[columns], b[columns];
-    load_channels(mean, channel_row(rows, norm, kRowMean) + own);
-    load_channels(a, channel_row(rows, norm, kRowA) + own);
-    load_channels(b, channel_row(rows, norm, kRowB) + own);
+    load_channels(mean, channel_row(rows, norm, kRowMean), own);
+    load_channels(a, channel_row(rows, norm, kRowA), own);
+    load_channels(b, channel_row(rows, norm, kRowB), own);
     for (int i = 0; i < n; ++i) {
       const int j = channel_index<layout>(i);
       dz[i] = from_float<T>(norm_input_grad(dy[i], to_float(z[i]), mean[j], scale[j], a[j], b[j]));

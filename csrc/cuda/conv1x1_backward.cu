@@ -8,7 +8,7 @@ namespace fused_res::cuda {
 
 void launch_dgrad(const DgradArgs& args, const GemmPartition& partition, MathMode math_mode, bool aligned,
                   Stream stream) {
-  const dim3 grid(static_cast<unsigned>(partition.row_tiles * partition.col_tiles));
+  const dim3 grid = checked_grid(partition.row_tiles * partition.col_tiles);
   dispatch_tile<true>(math_mode, partition.size, aligned,
                       [&]<class T, bool simt, class Shape, bool is_aligned>() {
                         launch(dgrad_kernel<T, simt, Shape, is_aligned>, grid, Shape::kThreads,
@@ -18,8 +18,7 @@ void launch_dgrad(const DgradArgs& args, const GemmPartition& partition, MathMod
 
 void launch_wgrad(const WgradArgs& args, const GemmPartition& partition, MathMode math_mode, bool aligned,
                   Stream stream) {
-  const dim3 grid(static_cast<unsigned>(partition.row_tiles * partition.col_tiles), 1,
-                  static_cast<unsigned>(partition.splits));
+  const dim3 grid = checked_grid(partition.row_tiles * partition.col_tiles, 1, partition.splits);
   dispatch_tile<true>(math_mode, partition.size, aligned,
                       [&]<class T, bool simt, class Shape, bool is_aligned>() {
                         launch(wgrad_kernel<T, simt, Shape, is_aligned>, grid, Shape::kThreads,

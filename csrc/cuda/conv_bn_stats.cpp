@@ -8,8 +8,8 @@
 namespace fused_res::cuda {
 namespace {
 
-// Normalizes the input in the operand prologue, and computes the output's partial statistics from the
-// accumulators.
+// Normalizes the input in the operand prologue, and computes the partial statistics of the output, rounded as
+// it is stored, in the epilogue.
 std::tuple<Tensor, Tensor> conv_bn_stats(const Tensor& input, const Tensor& weight,
                                          const OptionalTensor& bias, const OptionalTensor& input_stats,
                                          bool input_relu, at::IntArrayRef stride, at::IntArrayRef padding,

@@ -10,8 +10,8 @@ void launch_convolution(const ConvolutionArgs& args, const GemmPartition& partit
                         bool aligned, Stream stream) {
   dispatch_tile<false>(
       math_mode, partition.size, aligned, [&]<class T, bool simt, class Shape, bool is_aligned>() {
-        const dim3 grid(static_cast<unsigned>(partition.row_tiles * partition.col_tiles),
-                        static_cast<unsigned>(args.groups), static_cast<unsigned>(partition.splits));
+        const dim3 grid =
+            checked_grid(partition.row_tiles * partition.col_tiles, args.groups, partition.splits);
         launch(convolution_kernel<T, simt, Shape, is_aligned>, grid, Shape::kThreads,
                kConvolutionSharedBytes<T, Shape>, stream, args);
       });
@@ -25,7 +25,7 @@ void launch_split_k_reduce(MathMode math_mode, const float* workspace, int64_t s
   const int64_t row_tiles = ceil_div(epilogue.rows, Tile64x64::kRows);
   const int64_t col_tiles = ceil_div(epilogue.channels, Tile64x64::kCols);
   dispatch_math_mode(math_mode, [&]<class T, bool simt>() {
-    launch(split_k_reduce_kernel<T>, dim3(static_cast<unsigned>(row_tiles * col_tiles)), Tile64x64::kThreads,
+    launch(split_k_reduce_kernel<T>, checked_grid(row_tiles * col_tiles), Tile64x64::kThreads,
            kEpilogueBytes<Tile64x64>, stream, SplitKReduceArgs{workspace, splits, col_tiles, epilogue});
   });
 }

@@ -1,5 +1,5 @@
 // GEMM epilogue on a tile of float32 accumulators in shared memory: bias, residual, ReLU and the store of the
-// output; and the partial statistics of accumulator + bias, before the rounding to the output's dtype.
+// output; and the partial statistics of the output as it is stored.
 #pragma once
 
 #include "cuda/epilogue.h"
@@ -27,10 +27,11 @@ template <class Shape>
 constexpr int kEpilogueBytes =
     AccumulatorTile<Shape>::kBytes + 2 * Shape::kThreads * static_cast<int>(sizeof(float));
 
-// Store the partial statistics of each column: count, mean, M2 (sum of squared deviations) and the
-// compensation term of the mean. Two passes over the tile: the mean, then the deviations from it. Several
-// threads share a column, each with a range of consecutive rows; their results are added in a fixed order.
-template <class Shape>
+// Store the partial statistics of each column of the output, rounded to its dtype T: count, mean, M2 (sum of
+// squared deviations) and the compensation term of the mean. Two passes over the tile: the mean, then the
+// deviations from it. Several threads share a column, each with a range of consecutive rows; their results
+// are added in a fixed order.
+template <class T, class Shape>
 __device__ void store_partial_stats(const Epilogue& epilogue, const float* accumulators, TileCoord coord) {
   constexpr int kParts = Shape::kThreads / Shape::kCols, kPartRows = Shape::kRows / kParts;
   const int col = static_cast<int>(threadIdx.x) % Shape::kCols,
@@ -48,7 +49,7 @@ __device__ void store_partial_stats(const Epilogue& epilogue, const float* accum
   const auto for_each_value = [&](auto&& f) {
     const int last = rows < (part + 1) * kPartRows ? rows : (part + 1) * kPartRows;
     for (int row = part * kPartRows; row < last; ++row)
-      f(accumulators[row * AccumulatorTile<Shape>::kStride + col] + bias);
+      f(to_float(from_float<T>(accumulators[row * AccumulatorTile<Shape>::kStride + col] + bias)));
   };
 
   float total = 0;
@@ -121,10 +122,11 @@ __device__ void store_output(const Epilogue& epilogue, const float* accumulators
   });
 }
 
-// Apply the epilogue. `accumulators`: the tile in shared memory, visible to all threads.
+// Apply the epilogue. `accumulators`: the tile in shared memory, visible to all threads. The partial
+// statistics are those of accumulator + bias: with them there is neither a residual nor a ReLU.
 template <class T, class Shape>
 __device__ void apply_epilogue(const Epilogue& epilogue, const float* accumulators, TileCoord coord) {
-  if (epilogue.partials != nullptr) store_partial_stats<Shape>(epilogue, accumulators, coord);
+  if (epilogue.partials != nullptr) store_partial_stats<T, Shape>(epilogue, accumulators, coord);
   if (epilogue.vectorized) {
     store_output<T, Shape, kVector<T>>(epilogue, accumulators, coord);
   } else {

@@ -8,7 +8,7 @@ namespace {
 
 dim3 grid_for(const MaxPoolArgs& args, int64_t pixels) {
   const int64_t accesses = args.images * args.channels * pixels / args.vector_size;
-  return dim3(static_cast<unsigned>(ceil_div(accesses, kThreads)));
+  return checked_grid(ceil_div(accesses, kThreads));
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 // Launches of the kernels of single_pass.cuh, and the heuristic that selects them.
 #include <atomic>
+#include <cstdlib>
+#include <string_view>
 
 #include "cuda/dispatch.cuh"
 #include "cuda/launch.h"
@@ -8,8 +10,14 @@
 namespace fused_res::cuda {
 namespace {
 
+// The values of FUSED_RES_SINGLE_PASS (fused_res/env.py): auto, 0 and 1. Python rejects other values.
 enum Mode { kAuto = -1, kNever, kForced };
-std::atomic<int> mode = kAuto;
+
+std::atomic<int> mode = [] {
+  const char* variable = std::getenv("FUSED_RES_SINGLE_PASS");
+  const std::string_view value = variable == nullptr ? "" : variable;
+  return value == "auto" ? kAuto : value == "1" ? kForced : kNever;
+}();
 
 // Whether the single pass is estimated to be faster. Forward, bytes moved through HBM for an activation of X
 // bytes in P parts and C channels:
@@ -77,27 +85,27 @@ std::optional<SinglePassConfig> choose_single_pass_backward(Dtype dtype, const W
 }
 
 void launch_single_pass_forward(Dtype dtype, const SinglePassForwardArgs& args, Stream stream) {
+  const dim3 grid = checked_grid(args.config.grid);
   fill_zero(args.counter, sizeof(unsigned), stream);
   dispatch_layout(dtype, args.apply.partition, [&]<class T, Layout layout, int n>() {
-    launch_cooperative(single_pass_forward_kernel<T, layout, n>,
-                       dim3(static_cast<unsigned>(args.config.grid)), kThreads, args.config.shared, stream,
+    launch_cooperative(single_pass_forward_kernel<T, layout, n>, grid, kThreads, args.config.shared, stream,
                        args);
   });
 }
 
 void launch_single_pass_backward(Dtype dtype, const SinglePassBackwardArgs& args, Stream stream) {
+  const dim3 grid = checked_grid(args.config.grid);
   fill_zero(args.counter, sizeof(unsigned), stream);
   dispatch_layout(dtype, args.backward.partition, [&]<class T, Layout layout, int n>() {
-    launch_cooperative(single_pass_backward_kernel<T, layout, n>,
-                       dim3(static_cast<unsigned>(args.config.grid)), kThreads, args.config.shared, stream,
+    launch_cooperative(single_pass_backward_kernel<T, layout, n>, grid, kThreads, args.config.shared, stream,
                        args);
   });
 }
 
 }  // namespace fused_res::cuda
 
-// For tests and tuning: -1 selects the single pass by the heuristic above, 0 never, 1 wherever it is
-// possible.
-extern "C" __attribute__((visibility("default"))) void fused_res_cuda_single_pass(int mode) {
-  fused_res::cuda::mode = mode;
+// For tests: set the mode that FUSED_RES_SINGLE_PASS has set when the library was loaded, -1 for auto, and
+// return the previous one.
+extern "C" __attribute__((visibility("default"))) int fused_res_cuda_single_pass(int mode) {
+  return fused_res::cuda::mode.exchange(mode);
 }

@@ -112,9 +112,10 @@ single_pass_forward_kernel(const __grid_constant__ SinglePassForwardArgs args) {
             reinterpret_cast<double*>(room));
         if (owns_channel(partition, unit)) {
           const ChannelStats<A> norm = batch_stats<A>(merged, args.merge, channel);
-          channel_row(rows, 0, kRowMean)[threadIdx.x] = norm.mean;
-          channel_row(rows, 0, kRowScale)[threadIdx.x] = norm.scale;
-          channel_row(rows, 0, kRowShift)[threadIdx.x] = norm.shift;
+          const int position = channel_position<A>(partition);
+          channel_row(rows, 0, kRowMean)[position] = norm.mean;
+          channel_row(rows, 0, kRowScale)[position] = norm.scale;
+          channel_row(rows, 0, kRowShift)[position] = norm.shift;
           if (unit.part == 0)
             write_stats(static_cast<A*>(args.merge.stats), partition.channels, channel, norm,
                         static_cast<A>(unbiased_variance(merged)));

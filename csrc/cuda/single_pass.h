@@ -33,8 +33,8 @@ struct SinglePassBackwardArgs {
 };
 
 // Return the launch configuration on the current device for an activation partitioned for a reduction (at
-// most kMaxReductionUnits work units), or nullopt if not even one channel block fits on chip, or if the
-// multi-pass kernels are estimated to be faster.
+// most kMaxReductionUnits work units), or nullopt if not even one channel block fits on chip, or if
+// FUSED_RES_SINGLE_PASS selects the multi-pass kernels, which is the default.
 std::optional<SinglePassConfig> choose_single_pass_forward(Dtype dtype, const WorkPartition& partition);
 std::optional<SinglePassConfig> choose_single_pass_backward(Dtype dtype, const WorkPartition& partition);
 

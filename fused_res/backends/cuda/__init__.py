@@ -44,10 +44,13 @@ def unavailable() -> str | None:
 def _gpu_missing() -> str | None:
     if not torch.cuda.is_available():
         return "no NVIDIA GPU is available to this PyTorch"
-    found = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    if found < MIN_COMPUTE_CAPABILITY:
-        needed, has = (".".join(map(str, version)) for version in (MIN_COMPUTE_CAPABILITY, found))
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    newest = max(capabilities)
+    if newest < MIN_COMPUTE_CAPABILITY:
+        needed, has = (".".join(map(str, version)) for version in (MIN_COMPUTE_CAPABILITY, newest))
         return f"the kernels require a GPU of compute capability {needed} or newer, got {has}"
+    if all(_extension.cuda_code_missing(capability) for capability in capabilities):
+        return _extension.cuda_code_missing(newest)
     return None
 
 

@@ -242,6 +242,24 @@ def test_no_kernel_spills(kernels):
     assert not spilling, "\n".join(spilling)
 
 
+#: Threads, and resident threadblocks per multiprocessor, of the tiles in bfloat16: resident_wgrad_blocks().
+WGRAD_TILES = {"128, 128": (256, 2), "128, 64": (128, 3), "64, 64": (128, 4)}
+
+
+def test_registers_allow_the_resident_threadblocks_of_the_partition(kernels):
+    """csrc/cuda/gemm_partition.h assumes them for the weight gradients; a multiprocessor has 65536 registers."""
+    for tile, (threads, blocks) in WGRAD_TILES.items():
+        (name,) = {
+            one.name
+            for one in kernels["conv1x1_backward.cu"]
+            if one.name.startswith(f"wgrad_kernel<__nv_bfloat16, false, TileShape<{tile},")
+            and one.name.endswith("true>")
+        }
+        for one in kernels["conv1x1_backward.cu"]:
+            if one.name == name:
+                assert 65536 // (-(-one.registers // 8) * 8 * threads) == blocks, one
+
+
 def test_every_kernel_is_compiled_for_every_architecture(built, kernels):
     for source, some in kernels.items():
         compiled = {name: [one.architecture for one in some if one.name == name] for name in {one.name for one in some}}

@@ -223,17 +223,56 @@ def test_tf32_only_where_allowed(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_statistics_of_a_large_mean_are_accurate(size, dtype):
-    """The bias is a thousand times the deviation. The statistics are those of the unrounded float32 accumulators."""
+    """The bias is a thousand times the deviation. The statistics are those of the output as it is stored."""
     shape, outputs, kernel_size = SIZES[size]
     x, weight, _ = conv_operands(shape, outputs, kernel_size, dtype)
     bias = torch.full((outputs,), 1024.0, device=DEVICE, dtype=dtype)
-    _, partials = kernels.conv_bn_stats(x, weight, bias, None, False, *PLAIN, True)
-    exact = F.conv2d(x.double(), weight.double(), bias.double(), *PLAIN)
+    z, partials = kernels.conv_bn_stats(x, weight, bias, None, False, *PLAIN, True)
     ours = kernels.merge_stats(partials, None, None, 1e-5, False)
-    expected = norm.batch_norm_stats(exact, None, None, None, None, True, 1e-5)
+    assert_statistics_of_output(ours, z)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_statistics_are_those_of_the_rounded_output(size):
+    """With mean 100 and deviation 0.1, most of a bfloat16 output's variance is rounding: its spacing there is 0.5."""
+    shape, outputs, kernel_size = SIZES[size]
+    x, weight, _ = conv_operands(shape, outputs, kernel_size, torch.bfloat16)
+    x -= 1
+    scale = 0.1 / F.conv2d(x.double(), weight.double()).std()
+    bias = (100 + 0.25 * torch.rand(outputs, generator=torch.Generator().manual_seed(0))).to(DEVICE)
+    z, partials = kernels.conv_bn_stats(x, (weight * scale).bfloat16(), bias, None, False, *PLAIN, True)
+    ours = kernels.merge_stats(partials, None, None, 1e-5, False)
+    assert_statistics_of_output(ours, z)
+
+
+def assert_statistics_of_output(ours, z):
+    expected = norm.batch_norm_stats(z.double(), None, None, None, None, True, 1e-5)
     assert_close(ours[ops.MEAN], expected[ops.MEAN], 2e-7)
-    # The rounding error of float32 near 1024 is at most 6e-5.
     assert_close(ours[ops.VAR], expected[ops.VAR], 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_per_channel_vectors(dtype):
+    """A bias of stride 0 or 3 and transposed statistics are read as their values; guard pages check the bounds."""
+    with gpu.guarded_memory("cuda"):
+        x, weight, bias = conv_operands((2, 16, 5, 5), 24, (1, 1), dtype)
+        z, dy = randn(2, 24, 5, 5).to(dtype), randn(2, 24, 5, 5, seed=7).to(dtype)
+        stats, x_stats, sums = norm_stats(24), norm_stats(16), randn(2, 24).float()
+
+        def results(bias, stats, x_stats, sums):
+            gradient = dy, z, stats, None, True, sums, 50, weight
+            return [
+                kernels.conv_bias_act(x, weight, bias, z, *PLAIN, True),
+                *kernels.conv_bn_stats(x, weight, bias, x_stats, True, *PLAIN, True),
+                *kernels.conv_dgrad(*gradient, x, x_stats, True),
+                kernels.conv_wgrad(*gradient, x, x_stats, True, [1, 1]),
+            ]
+
+        for spread in (lambda v: v[:1].expand(v.numel()), lambda v: v.repeat_interleave(3)[::3]):
+            strided = [spread(bias), *(t.t().contiguous().t() for t in (stats, x_stats, sums))]
+            assert not any(t.is_contiguous() for t in strided)
+            dense = results(*(t.contiguous() for t in strided))
+            assert all(torch.equal(one, other) for one, other in zip(results(*strided), dense, strict=True))
 
 
 @pytest.mark.parametrize("groups", [2, 5, 10, 40])

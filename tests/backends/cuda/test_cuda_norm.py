@@ -8,7 +8,10 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,11 +56,11 @@ def _guarded():
 def single_pass(mode):
     """Set when the single-pass kernels are used: AUTO, NEVER or FORCED."""
     library = ctypes.CDLL(env.SIMULATOR.read() or str(_extension.cuda_library()[0]))
-    library.fused_res_cuda_single_pass(mode)
+    previous = library.fused_res_cuda_single_pass(mode)
     try:
         yield
     finally:
-        library.fused_res_cuda_single_pass(AUTO)
+        library.fused_res_cuda_single_pass(previous)
 
 
 @contextlib.contextmanager
@@ -201,6 +204,19 @@ def test_auto_selects_single_pass_for_activations_that_fit_on_chip():
 
 
 @simulator_only
+@pytest.mark.parametrize(("value", "mode"), [(None, NEVER), ("", NEVER), ("0", NEVER), ("auto", AUTO), ("1", FORCED)])
+def test_single_pass_is_off_by_default(value, mode):
+    """The library reads FUSED_RES_SINGLE_PASS when it is loaded."""
+    environment = {name: text for name, text in os.environ.items() if name != env.SINGLE_PASS.name}
+    if value is not None:
+        environment[env.SINGLE_PASS.name] = value
+    code = "import ctypes, sys, torch\nprint(ctypes.CDLL(sys.argv[1]).fused_res_cuda_single_pass(0))"
+    command = [sys.executable, "-c", code, env.SIMULATOR.read()]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert int(printed) == mode and env.SINGLE_PASS.default == "0"
+
+
+@simulator_only
 @pytest.mark.parametrize("mode", [NEVER, FORCED])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "format"), [((2, 40, 9, 11), NHWC), ((2, 3, 17, 13), NCHW)], ids=str)
@@ -318,6 +334,42 @@ def test_parameters_of_any_dtype():
         trained = kernels.batch_norm_stats(x, *others[:2], None, None, True, 1e-5)
         wide = [t.double() for t in others[:2]]
         assert_close(trained, norm.batch_norm_stats(x.double(), *wide, None, None, True, 1e-5), torch.float32)
+
+
+@pytest.mark.parametrize("spread", [lambda v: v[:1].expand(v.numel()), lambda v: v.repeat_interleave(3)[::3]])
+def test_strided_parameters(spread):
+    """A per-channel vector of stride 0 (``expand``) or 3 is read as its values; guard pages check the bounds."""
+    x, residual, dy, weight, bias = norm_operands((3, 24, 5, 5), NHWC, torch.bfloat16)
+    dense = [spread(v).contiguous() for v in (weight, bias, bias * 3, weight**2 + 0.5)]
+    strided = [spread(v) for v in (weight, bias, bias * 3, weight**2 + 0.5)]
+    assert all(not v.is_contiguous() and torch.equal(v, d) for v, d in zip(strided, dense, strict=True))
+
+    def results(vectors, transpose):
+        stats = kernels.batch_norm_stats(x, *vectors[:2], None, None, True, 1e-5)
+        sums = kernels.batch_norm_sums(dy, x, stats, None, True, None, None)
+        stats, sums = (t.t().contiguous().t() if transpose else t for t in (stats, sums))
+        partials = kernels.batch_norm_partials(x).transpose(1, 2).contiguous().transpose(1, 2)
+        flags = True, True, [True] * 4
+        into = x.clone()
+        kernels.batch_norm_act_inference_(into, residual, None, *vectors, 1e-5, True)
+        return [
+            stats,
+            into,
+            kernels.merge_stats(partials, *vectors[:2], 1e-5, False),
+            *kernels.batch_norm_act_forward(x, residual, stats, *vectors[:2], None, None, True, 1e-5, True, True),
+            *kernels.batch_norm_act_forward(x, None, None, *vectors, False, 1e-5, True, False),
+            *kernels.batch_norm_act_apply(x, stats, residual, stats, True, True),
+            *kernels.batch_norm_act_backward(dy, x, vectors[0], stats, None, *flags),
+            *kernels.batch_norm_act_backward_pair(
+                dy, x, vectors[0], stats, residual, vectors[1], stats, None, True, True, [True] * 6
+            ),
+            kernels.batch_norm_act_dx(dy, x, stats, None, True, sums, 75),
+            *kernels.max_pool_forward(x, stats, True, [3, 3], [2, 2], [1, 1]),
+        ]
+
+    assert_bitwise_equal(
+        [t.contiguous() for t in results(strided, True)], [t.contiguous() for t in results(dense, False)]
+    )
 
 
 def test_running_statistics_of_many_norms():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ if not cuda.is_simulated():
     pytest.skip("the CUDA kernels are not simulated here", allow_module_level=True)
 
 from tools.cuda_sim.simulator import load_simulator
-from tools.ptx import nvcc_runner
+from tools.ptx import machine, nvcc_runner
 from tools.ptx.memory import Fault
 from tools.ptx.nvcc_runner import interpret_cuda_launches
 
@@ -165,6 +166,61 @@ def test_norm(operator, shape, format, dtype):
     check(name, lambda: arguments(norm_case(shape, format, dtype)), TOLERANCE[dtype], schedule)
 
 
+@contextlib.contextmanager
+def count_wavefronts() -> Iterator[tuple[Callable[[str], str], dict[str, list[int]]]]:
+    """Count the wavefronts of shared memory accesses by kernel, and those that bank conflicts add.
+
+    An access of 4 bytes per lane takes one wavefront per warp, one of 8 bytes two for half a warp each, one of 16 bytes
+    four; each takes more where lanes address different words of one of the 32 banks.
+
+    Yields:
+        The ``edit`` for :func:`interpret_cuda_launches`, and the counts ``[all, conflicts]`` by kernel.
+    """
+    counts: dict[str, list[int]] = {}
+    current: list[list[int]] = []
+
+    def edit(ptx: str) -> str:
+        name = re.search(r"\.entry \w*?cuda\d+([a-z_]+_kernel)", ptx)
+        assert name is not None
+        current[:] = [counts.setdefault(name[1], [0, 0])]
+        return ptx
+
+    def count(addresses: Any, width: int, lanes: Any) -> None:
+        words = max(1, width // 4)
+        groups: dict[int, set[int]] = {}
+        for address, lane in zip(addresses.tolist(), lanes.tolist(), strict=True):
+            groups.setdefault(lane * words // 32, set()).update(address // 4 + i for i in range(words))
+        for group in groups.values():
+            banks = Counter(word % 32 for word in group)
+            current[0][0] += max(banks.values())
+            current[0][1] += max(banks.values()) - 1
+
+    class CountingMemory(machine.SharedMemory):
+        def load(self, addresses: Any, width: int, lanes: Any) -> Any:
+            count(addresses, width, lanes)
+            return super().load(addresses, width, lanes)
+
+        def store(self, addresses: Any, values: Any, lanes: Any, poison: bool = False) -> None:
+            count(addresses, values.itemsize, lanes)
+            super().store(addresses, values, lanes, poison)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "SharedMemory", CountingMemory)
+        yield edit, counts
+
+
+def test_wavefronts_of_norm_kernels():
+    """No loop has bank conflicts in shared memory, and one block_sum of 64 channels needs 146 wavefronts."""
+    with count_wavefronts() as (edit, counts):
+        for name in ("partials", "apply", "sums", "dx"):
+            operator, arguments = NORM_OPERATORS[name]
+            interpreted(operator, lambda a=arguments: a(norm_case((1, 64, 8, 8), NHWC, torch.bfloat16)), 0, edit)
+    # Of two warps that fill rows, once per threadblock: three rows of each norm, two more in dx.
+    for kernel, conflicts in {"partials": 0, "apply": 12, "sums": 6, "dx": 10}.items():
+        assert counts[f"{kernel}_kernel"][1] <= conflicts, counts
+    assert counts["partials_kernel"][0] == 3 * 146, counts
+
+
 def forward(c: SimpleNamespace) -> Sequence[Any]:
     return c.x, c.residual, None, c.weight, c.bias, None, None, True, 1e-5, True, True
 
@@ -179,11 +235,11 @@ FORWARD_AND_BACKWARD = {"batch_norm_act_forward": forward, "batch_norm_act_backw
 @contextlib.contextmanager
 def single_pass(mode: int) -> Iterator[None]:
     switch = load_simulator().library.fused_res_cuda_single_pass
-    switch(mode)
+    previous = switch(mode)
     try:
         yield
     finally:
-        switch(-1)
+        switch(previous)
 
 
 @norms

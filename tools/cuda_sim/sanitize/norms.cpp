@@ -2,7 +2,7 @@
 #include "cases.h"
 #include "cuda/single_pass.h"
 
-extern "C" void fused_res_cuda_single_pass(int mode);
+extern "C" int fused_res_cuda_single_pass(int mode);
 
 namespace fused_res::cuda::sanitize {
 namespace {
