@@ -315,7 +315,7 @@ def merge_sums_kernel(
     parts, parts_per_group, width,
     BLOCK_PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):
-    """Sum a group of partial sums, in float64 and in a fixed order."""
+    """Sum a group of partial sums, or of split-K accumulators, in float64 and in a fixed order."""
     group = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     first = group * parts_per_group

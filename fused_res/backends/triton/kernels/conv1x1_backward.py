@@ -113,7 +113,7 @@ def wgrad_kernel(
     dy_ptr, z_ptr,       # (pixels, out_channels): gradient of the norm's output, raw convolution output
     stats_ptr, mask_ptr, sums_ptr,
     x_ptr, x_stats_ptr,  # (N, H, W, channels); (5, channels) of the prologue's norm, or None
-    dw_ptr,              # (splits, out_channels, channels): partial accumulators
+    dw_ptr,              # (out_channels, channels), or with split-K partial accumulators: (splits, ...)
     pixels, channels, out_channels, count, H, W, P, Q, tiles_n, pixels_per_split,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     RELU: tl.constexpr, INPUT_RELU: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr,
@@ -121,7 +121,7 @@ def wgrad_kernel(
 ):
     """Compute one tile of ``dw = dz.T @ x``: M runs over output channels, N over input channels, K over pixels.
 
-    With split-K each split stores its partial accumulators.
+    With split-K each split stores its partial accumulators; ``merge_sums_kernel`` adds them.
     """
     pid_m, pid_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     split = tl.program_id(1)
@@ -153,4 +153,4 @@ def wgrad_kernel(
             x = tl.where(inside, a, 0).to(x_ptr.dtype.element_ty)
         acc = tl.dot(tl.trans(dz), x, acc, input_precision=PRECISION)
     offsets = (split * out_channels + offs_m)[:, None] * channels + offs_n[None, :]
-    tl.store(dw_ptr + offsets, acc, (offs_m < out_channels)[:, None] & n_inside[None, :])
+    tl.store(dw_ptr + offsets, acc.to(dw_ptr.dtype.element_ty), (offs_m < out_channels)[:, None] & n_inside[None, :])
