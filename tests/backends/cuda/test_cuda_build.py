@@ -353,9 +353,17 @@ def launch_configurations() -> Iterator[tuple[str, int, int, bool]]:
 @pytest.mark.skipif(not cuda.is_simulated(), reason="the CUDA kernels are not simulated here")
 def test_table_of_registers_and_shared_memory(built, kernels, monkeypatch):
     """Write the table to build/cuda. Cooperative launches query the device's limit; all others must fit everywhere."""
+    from tools.cuda_sim.simulator import load_simulator
+
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     maxima: dict[str, tuple[int, int]] = {}
-    for name, threads, shared, cooperative in launch_configurations():
+    single_pass = load_simulator().library.fused_res_cuda_single_pass
+    previous = single_pass(-1)  # auto
+    try:
+        launches = list(launch_configurations())
+    finally:
+        single_pass(previous)
+    for name, threads, shared, cooperative in launches:
         assert shared <= MAX_SHARED or cooperative, name
         maxima[name] = threads, max(shared, maxima.get(name, (0, 0))[1])
     assert set(maxima) <= {one.name for some in kernels.values() for one in some}

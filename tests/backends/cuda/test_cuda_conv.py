@@ -124,8 +124,8 @@ BACKWARD = [(24, 72, 9), (20, 36, 9), (35, 5, 9)]
 @pytest.mark.parametrize(
     ("math_mode", "channels", "outputs", "size"),
     [(math_mode, *sizes) for math_mode in TOLERANCE for sizes in BACKWARD]
-    # Tiles of 128 x 128 and of 128 x 64, which are instantiated for 16-bit dtypes only.
-    + [("bfloat16", 136, 64, 128), ("float16", 64, 24, 128)],
+    # Tiles of 128 x 128 and of 128 x 64, which are instantiated for 16-bit dtypes only: dgrad, then wgrad.
+    + [("bfloat16", 136, 64, 128), ("float16", 64, 24, 128), ("bfloat16", 136, 72, 9), ("float16", 136, 72, 25)],
 )
 def test_backward_tile_sizes(channels, outputs, size, math_mode):
     """The input gradient has as many tiles as the forward; the weight gradient has few, and uses split-K."""
