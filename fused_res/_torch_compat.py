@@ -1,4 +1,7 @@
-"""Wrappers for all private and version-dependent PyTorch APIs that fused_res uses, for torch 2.11 and newer.
+"""Wrappers for all private and version-dependent PyTorch APIs that fused_res uses.
+
+The supported versions of torch are those of the dependency in ``pyproject.toml``. ``make gpu-env`` tests the oldest,
+``requirements/gpu.txt``, and ``make test`` the newest, ``requirements/dev.txt``.
 
 No other module of the package calls a private function of torch. Attributes of tensors and modules (``_version``,
 ``_modules``, ``_forward_hooks``, ...) are the exception.
@@ -79,6 +82,15 @@ def assume_constant_result(function: F) -> F:
     return function
 
 
+def copy_to_new(new: Tensor, source: Tensor) -> Tensor:
+    """Return ``new``, an uninitialized tensor that nothing else refers to, with the values of ``source``.
+
+    If an autograd Function that is compiled writes in place to a new tensor in its forward, and returns it, torch 2.11
+    computes gradients of zero: its backward receives zeros instead of the gradient of the output.
+    """
+    return torch.ops.aten.copy(new, source) if torch.compiler.is_compiling() else new.copy_(source)
+
+
 # Distributed
 
 
@@ -118,6 +130,15 @@ def mkldnn_enabled() -> bool:
 def mkldnn_supports_bf16() -> bool:
     """Return whether oneDNN supports bfloat16 on this processor."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def mkldnn_supports_bf16_depthwise_volumes() -> bool:
+    """Return whether oneDNN computes bfloat16 convolutions of volumes with one channel per group.
+
+    That of torch 2.11, oneDNN 3.10.2, leaves the output uninitialized if the volume has depth 1 and padding in depth;
+    that of torch 2.13, oneDNN 3.12.0, does not.
+    """
+    return torch.__version__ >= "2.13"
 
 
 def mkldnn_supports_fp16() -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_res import _torch_compat
 from fused_res.ops import INVSTD, MEAN, SCALE, SHIFT, VAR, stats_dtype
 from fused_res.ops.memory_format import is_channels_last
 
@@ -307,7 +308,7 @@ def apply_prologue(input: Tensor, stats: Tensor | None, relu: bool) -> Tensor:
 def relu_and_cast(y: Tensor, relu: bool, like: Tensor) -> Tensor:
     """Apply an optional ReLU to ``y``, and return the result in the dtype and strides of ``like``."""
     y = torch.relu(y) if relu else y
-    return torch.empty_like(like).copy_(y)
+    return _torch_compat.copy_to_new(torch.empty_like(like), y)
 
 
 def channels_view(per_channel: Tensor, like: Tensor) -> Tensor:

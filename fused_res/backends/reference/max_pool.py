@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_res import _torch_compat
 from fused_res.backends.reference.batch_norm_act import apply_prologue
 
 
@@ -20,7 +21,7 @@ def max_pool_forward(
     # PyTorch's index is h * W + w in the input. Here it is the position inside the window, which fits into a byte.
     top, left = _window_origins(output, stride, padding)
     window = (flat // input.shape[3] - top) * kernel_size[1] + (flat % input.shape[3] - left)
-    return output, torch.empty_like(output, dtype=torch.uint8).copy_(window)
+    return output, _torch_compat.copy_to_new(torch.empty_like(output, dtype=torch.uint8), window)
 
 
 def max_pool_backward(
@@ -31,7 +32,7 @@ def max_pool_backward(
     flat = (window // kernel_size[1] + top) * input.shape[3] + window % kernel_size[1] + left
     grad = torch.zeros((*input.shape[:2], input.shape[2] * input.shape[3]), dtype=input.dtype, device=input.device)
     grad.scatter_add_(2, flat.flatten(2), grad_output.flatten(2))
-    return torch.empty_like(input).copy_(grad.view(input.shape))
+    return _torch_compat.copy_to_new(torch.empty_like(input), grad.view(input.shape))
 
 
 def _window_origins(output: Tensor, stride: list[int], padding: list[int]) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,9 @@ def compile_launches(call: Callable[[], None], capability: int) -> list[KernelRe
     with ThreadPoolExecutor(2) as pool:
         with triton.AsyncCompileMode(pool), intercept_launches(interceptor):
             call()
-        return list(pool.map(analyze_kernel, {kernel.hash: kernel for kernel in kernels}.values()))
+        # The mode returns kernels that were compiled before, and futures, which hide their kernel before Triton 3.7.
+        compiled = [kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels]
+        return list(pool.map(analyze_kernel, {kernel.hash: kernel for kernel in compiled}.values()))
 
 
 def analyze_kernel(kernel: Any) -> KernelReport:

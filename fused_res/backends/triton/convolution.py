@@ -18,11 +18,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: ``BLOCK_M, BLOCK_N`` of the split-K reduction and epilogue.
 _SPLIT_K_EPILOGUE_BLOCK = 32, 64
+#: Largest second dimension of a CUDA grid, which is the number of groups. The first, output tiles, is at most 2^31 - 1:
+#: their output would have 10^12 elements. The third is at most the number of splits.
+_MAX_GROUPS = 65535
 
 
 def supports(input: Tensor, weight: Tensor) -> bool:
     """Return whether the kernels support this convolution: 2-d, 16- or 32-bit floating point, not empty."""
-    return input.dim() == 4 and input.dtype in DTYPES and input.numel() > 0 and weight.numel() > 0
+    if input.dim() != 4 or input.dtype not in DTYPES or input.numel() == 0 or weight.numel() == 0:
+        return False
+    return input.shape[1] // weight.shape[1] <= _MAX_GROUPS
 
 
 def launch_convolution(

@@ -1,4 +1,4 @@
-"""Work partition of the weight gradient: wave efficiency, resource usage of its tiles, and split-K against float64."""
+"""Grids, and the work partition of the weight gradient: wave efficiency, resource usage, split-K against float64."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ import torch
 pytest.importorskip("triton")
 
 from fused_res.backends.triton import aot, conv_wgrad, is_interpreted
+from fused_res.backends.triton.conv_bias_act import conv_bias_act
+from fused_res.backends.triton.conv_bn_stats import conv_bn_stats
 from fused_res.backends.triton.gemm_config import SMS, WGRAD_TILES, GemmConfig, wgrad_config
+from fused_res.backends.triton.launch import intercept_launches
 from tools.ptx.compiled_session import needs_compiled_triton
 from tools.ptx.triton_runner import run_interpreted
 
@@ -62,6 +65,16 @@ def test_wgrad_partition_covers_every_pixel_once(dtype: torch.dtype) -> None:
                 assert k_blocks <= config.splits * config.k_blocks_per_split and config.splits <= 512
                 assert (config.tiles_m - 1) * config.block_m < m <= config.tiles_m * config.block_m
                 assert (config.tiles_n - 1) * config.block_n < n <= config.tiles_n * config.block_n
+
+
+def test_more_groups_than_a_grid_can_have_are_not_launched() -> None:
+    x, weight = torch.randn(1, 65_536, 1, 1), torch.randn(65_536, 1, 1, 1)
+    geometry = [1, 1], [0, 0], [1, 1], 65_536
+    with intercept_launches(lambda *launched: pytest.fail(f"launched {launched[:2]}")):
+        y = conv_bias_act(x, weight, None, None, *geometry, False)
+        z, _ = conv_bn_stats(x, weight, None, None, False, *geometry, True)
+    torch.testing.assert_close(y, x * weight.view_as(x))
+    torch.testing.assert_close(z, x * weight.view_as(x))
 
 
 def wgrad_args(

@@ -18,7 +18,7 @@ from fused_res.backends.triton.kernels.elementwise import normalize, relu
 
 @triton.jit
 def _store_partials(acc, inside, partials_ptr, pid_m, count, offs_n, out_channels, n_inside):
-    """Store the partial statistics of the tile's columns, from two passes over the accumulators.
+    """Store the partial statistics of the tile's columns, from two passes over its registers.
 
     They are count, mean, M2 and the low part of the mean.
     """
@@ -45,6 +45,8 @@ def _epilogue(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, n_inside, other=0).to(acc.dtype)[None, :]
     if partials_ptr is not None:
+        # The statistics are those of the output as it is stored: the norm is applied to it, not to the accumulators.
+        acc = acc.to(y_ptr.dtype.element_ty).to(acc.dtype)
         count = tl.minimum(BLOCK_M, M - pid_m * BLOCK_M).to(tl.float32)
         _store_partials(acc, inside, partials_ptr, pid_m, count, offs_n, out_channels, n_inside)
     offsets = offs_m[:, None] * out_channels + offs_n[None, :]
