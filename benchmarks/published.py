@@ -1,7 +1,7 @@
 """Published timings of others' kernels, which the model of gpu_model.py must predict within 15 %.
 
-Each timing is marked as fitted, if a constant of the model was adjusted to it, or as held out. Timings that were found
-and are not predicted are listed in docs/predictions.md with the reason.
+Each timing is marked as fitted, if a constant of the model was adjusted to it, or as held out. All were known when the
+constants were chosen. Timings that were found and are not predicted are listed in docs/predictions.md with the reason.
 """
 
 from __future__ import annotations
@@ -148,16 +148,16 @@ TIMINGS = (
     Timing("float32 ReLU6 in place, 2^30 elements", "h20", "pass", 2.046e-3, False, _GEMS + "6514",
            _passes(*[4 * _G] * 2)),
     Timing("ResNet-50 fp16 inference, batch 256, TensorRT, 17,364 images/s", "a100", "step", 256 / 17364, True,
-           "shared/anchors.md, Figures", _inference(256)),
+           "project notes (AITemplate's and NVIDIA's published results)", _inference(256)),
     Timing("ResNet-50 fp16 inference, batch 256, AITemplate, 15,445 images/s", "a100", "step", 256 / 15445, True,
-           "shared/anchors.md, Figures", _inference(256)),
+           "project notes (AITemplate's and NVIDIA's published results)", _inference(256)),
     Timing("ResNet-50 fp16 inference, batch 32, AITemplate, 13,351 images/s", "a100", "step", 32 / 13351, False,
-           "shared/anchors.md, Figures", _inference(32)),
+           "project notes (AITemplate's and NVIDIA's published results)", _inference(32)),
     Timing("ResNet-50 AMP training, batch 256, PyTorch, 2,470 images/s", "a100", "step", 256 / 2470, False,
-           "NVIDIA DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5 (shared/anchors.md)",
+           "NVIDIA DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5",
            _step(256, "cudnn")),
     Timing("ResNet-50 fp16 training, batch 256, PyTorch, 2,790 images/s", "h100-pcie", "step", 256 / 2790, False,
-           "NVIDIA NGC 22.10 (shared/anchors.md); form factor not stated, PCIe assumed", _step(256, "cudnn")),
+           "NVIDIA NGC 22.10; form factor not stated, PCIe assumed", _step(256, "cudnn")),
 )  # fmt: skip
 
 

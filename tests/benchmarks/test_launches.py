@@ -241,6 +241,11 @@ def test_committed_predictions_are_what_the_code_predicts(
         assert times == pytest.approx(committed[case], rel=1e-3), f"{prediction.FILE.name} is out of date"
 
 
+def test_tables_of_the_page_are_generated() -> None:
+    page = prediction.PAGE.read_text()
+    assert prediction.BEGIN + prediction.tables() + prediction.END in page
+
+
 def test_predicted_looks_up_a_case() -> None:
     step = prediction.predicted("train", "resnet50 train 256x224x224", "eager-channels-last+graph")
     assert step is not None and 20 < step < 100
