@@ -121,6 +121,7 @@ def _inference(batch: int) -> Callable[[Gpu], float]:
 
 _E, _G = 1 << 24, 1 << 30
 _CONVOLUTION_PR = "https://github.com/gabrieldemarmiesse/torch-mojo-backend/pull/387"
+_MACHINE = "a machine of the kind that `make gpu` is for, 2026-10-28"
 _CCCL = "https://github.com/NVIDIA/cccl/pull/"
 _GEMS = "https://github.com/flagos-ai/FlagGems/pull/"
 TIMINGS = (
@@ -132,6 +133,9 @@ TIMINGS = (
            lambda gpu: _seconds(_bias(gpu), gpu)),
     Timing("bf16 product 4224x2048x8192, 780 TFLOP/s", "h100", "product", 181.7e-6, True,
            "https://gist.github.com/Chillee/2ec89696db8b7ed1c24461159e325405", _product(4224, 2048, 8192)),
+    Timing("bf16 product 8192^3, random data, 788 TFLOP/s", "h200", "product", 2 * 8192**3 / 788e12, True, _MACHINE,
+           _product(8192, 8192, 8192)),
+    Timing("copy of 4.3 GB, PyTorch, 4.3 TB/s", "h200", "pass", 2.0e-3, False, _MACHINE, _passes(*[4_300_000_000] * 2)),
     Timing("16-bit product 2048^3", "h100", "product", 32.77e-6, False, _GEMS + "1288", _product(2048, 2048, 2048)),
     Timing("float32 a = b + s c, 2^28 elements", "h200", "pass", 730.7e-6, True, _CCCL + "6921",
            _passes(16 * _E * 4, 16 * _E * 4, 16 * _E * 4)),
