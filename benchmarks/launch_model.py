@@ -35,8 +35,8 @@ _POOL_INSTRUCTIONS = {"max_pool_forward_kernel": 9 * 25, "max_pool_backward_kern
 #: the ReLU, and the copy to shared memory. Counted in the source.
 _FORMED_INSTRUCTIONS = 10
 #: Shared memory wavefronts of the epilogue for each element of the output tile, by backend, without and with partial
-#: statistics. CUDA C++: 2,800 wavefronts for 128x128 with statistics (shared/gpu-audit.md); without, float32 is written
-#: and read once. Triton: 16-bit values are written and read once; two reductions over rows.
+#: statistics. CUDA C++: 2,800 wavefronts for 128x128 with statistics (estimated by reading epilogue.cuh); without,
+#: float32 is written and read once. Triton: 16-bit values are written and read once; two reductions over rows.
 _EPILOGUE_WAVEFRONTS = {"cuda": (1024 / 16384, 2800 / 16384), "triton": (512 / 16384, 900 / 16384)}
 #: Share of cuDNN's rate that implicit GEMMs in Triton reach: 0.69 to 0.71 of it, FlagGems #5625 (fp16, H20).
 _TRITON_IM2COL = 0.7

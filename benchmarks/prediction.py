@@ -30,6 +30,8 @@ from fused_res import backends
 from fused_res.functional import batch_norm_act, conv_bias_act
 
 FILE = Path(__file__).parent / "results" / "predictions-h200.json"
+PAGE = Path(__file__).parents[1] / "docs" / "predictions.md"
+BEGIN, END = "<!-- predicted -->\n", "<!-- /predicted -->\n"
 MODEL, SIZE, DTYPE = "resnet50", 224, "bfloat16"
 TRAIN_BATCHES = (1, 32, 64, 256)
 INFER_BATCHES = (1, 32, 256)
@@ -67,10 +69,48 @@ def known_resources() -> Resources:
 
 
 def write() -> None:
-    """Regenerate the committed file; variants of kernels that it does not contain are compiled."""
+    """Regenerate the committed file and the tables of docs/predictions.md; new variants of kernels are compiled."""
     text = json.dumps(build(known_resources()), indent=1, sort_keys=True) + "\n"
     FILE.write_text(text)
     _load.cache_clear()
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + tables() + END + rest.partition(END)[2])
+
+
+def tables() -> str:
+    """Return the generated tables of docs/predictions.md: published timings, then the predicted steps."""
+    from benchmarks.published import TIMINGS
+
+    published = [
+        [
+            one.name, GPUS[one.gpu].peak.name, _text(one.seconds), _text(one.predicted), f"{one.error:+.0%}",
+            "fitted" if one.fitted else "held out", one.source,
+        ]
+        for one in TIMINGS
+    ]  # fmt: skip
+    parts = [
+        _markdown(["published timing", "GPU", "published", "predicted", "error", "", "source"], published),
+        *(_steps(kind) for kind in ("train", "infer")),
+    ]
+    return "\n".join(parts)
+
+
+def _steps(kind: str) -> str:
+    cases: Milliseconds = _load()["milliseconds"][kind]
+    cases = dict(sorted(cases.items(), key=lambda case: (len(case[0]), case[0])))
+    names = [name for name in cases[next(iter(cases))] if name not in ("compile-reduce-overhead", "ours", "ours-norms")]
+    names = [name for name in names if not name.startswith(("ours+", "ours-norms+"))]
+    rows = [[name, *(f"{times[name]:.2f}" for times in cases.values())] for name in sorted(names)]
+    return _markdown(["H200, predicted ms", *cases], rows)
+
+
+def _text(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds > 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def build(resources: Resources, kinds: Sequence[str] = ("op", "conv", "train", "infer")) -> dict[str, Any]:

@@ -301,6 +301,8 @@ def _recording_kernels(name: str) -> Kernels:
             raise RuntimeError(f"the launches of the CUDA C++ backend need the simulator: {library}")
         with mock.patch.dict(os.environ, {"FUSED_RES_SIMULATOR": str(library)}):
             kernels = registry._load(name)
+        if kernels.batch_norm_stats.namespace != "fused_res_sim":
+            raise RuntimeError("the CUDA C++ library is loaded in this process: record launches in another one")
     else:
         kernels = registry._load(name)
 

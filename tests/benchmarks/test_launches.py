@@ -25,10 +25,11 @@ from tests.support.benchmark_cli import assert_report_files, run_benchmark
 from tools.cuda_sim.simulator import build
 
 H200 = GPUS["h200"]
-BACKENDS = [
-    "triton",
-    pytest.param("cuda", marks=pytest.mark.skipif(isinstance(build(), str), reason="the simulator cannot be built")),
-]
+#: On a machine with a GPU the backend's library is loaded, not the simulator's.
+needs_simulator = pytest.mark.skipif(
+    isinstance(build(), str) or torch.cuda.is_available(), reason="the simulator cannot be built, or a GPU is available"
+)
+BACKENDS = ["triton", pytest.param("cuda", marks=needs_simulator)]
 
 
 class CommittedResources(Resources):
@@ -225,12 +226,11 @@ def test_compiled_norm_has_the_passes_counted_by_hand() -> None:
 # Predictions
 
 
+@needs_simulator
 @pytest.mark.parametrize("kind", ["op", "conv", "train", "infer"])
 def test_committed_predictions_are_what_the_code_predicts(
     kind: str, resources: CommittedResources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if isinstance(build(), str):
-        pytest.skip("the simulator cannot be built")
     # One batch size of each kind is enough to see a change, and quick.
     monkeypatch.setattr(prediction, "TRAIN_BATCHES", (256,))
     monkeypatch.setattr(prediction, "INFER_BATCHES", (1,))
@@ -239,6 +239,11 @@ def test_committed_predictions_are_what_the_code_predicts(
     assert built
     for case, times in built.items():
         assert times == pytest.approx(committed[case], rel=1e-3), f"{prediction.FILE.name} is out of date"
+
+
+def test_tables_of_the_page_are_generated() -> None:
+    page = prediction.PAGE.read_text()
+    assert prediction.BEGIN + prediction.tables() + prediction.END in page
 
 
 def test_predicted_looks_up_a_case() -> None:
@@ -310,7 +315,7 @@ def test_predicted_step_of_resnet50() -> None:
     assert compiled / ours >= MIN_SPEEDUP
 
 
-@pytest.mark.skipif(isinstance(build(), str), reason="the simulator cannot be built")
+@needs_simulator
 def test_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = run_benchmark("launches", "--batch", "256", "--preference", "aten", out=tmp_path)
     assert_report_files(tmp_path, "launches")
