@@ -95,7 +95,8 @@ def main() -> None:
     only = [name for name in options.only.split(",") if name]
     if unknown := set(only) - {stage.name for stage in plan.PLANS[options.plan]}:
         parser.error(f"--only: unknown stage {', '.join(sorted(unknown))}; choose from {_names(options.plan)}")
-    raise SystemExit(run(options.plan, options.out, options.seconds, options.rehearse, only))
+    seconds = options.seconds * (plan.REHEARSAL_FACTOR if options.rehearse else 1)
+    raise SystemExit(run(options.plan, options.out, seconds, options.rehearse, only))
 
 
 def _names(name: str) -> str:

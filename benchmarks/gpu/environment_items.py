@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.gpu.errors import Unavailable
 from benchmarks.gpu.journal import Record
 from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.worker import Unavailable
 
 
 def items(settings: Settings) -> list[str]:

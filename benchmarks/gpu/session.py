@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.gpu import archive, library, summary
 from benchmarks.gpu.host import Host
 from benchmarks.gpu.journal import Record
-from benchmarks.gpu.plan import ENVIRONMENT, FEATURES, LIBRARY, RESERVE_SECONDS, Stage, build_stage
+from benchmarks.gpu.plan import ENVIRONMENT, FEATURES, LIBRARY, REHEARSAL_FACTOR, RESERVE_SECONDS, Stage, build_stage
 from benchmarks.gpu.stage_run import LeftOut, StageRun
 
 POLL_SECONDS = 0.1
@@ -100,7 +100,7 @@ class Session:
                 if stage.quiet and any(run.stage.uses_gpu for run in self.background):
                     return  # the results of what compiles there save this stage more than the wait costs
                 self.pending.remove(stage)
-                run = self._start(stage, min(stage.seconds, left))
+                run = self._start(stage, min(stage.seconds * (REHEARSAL_FACTOR if self.rehearse else 1), left))
                 if not stage.background:
                     self.foreground = run
                     return
@@ -109,7 +109,8 @@ class Session:
     def _start(self, stage: Stage, seconds: float) -> StageRun:
         self.note(f"{stage.name} starts, {seconds:.0f} s at most")
         if self.rehearse:
-            stage = replace(stage, settings=replace(stage.settings, rehearse=True))
+            settings = replace(stage.settings, rehearse=True)
+            stage = replace(stage, settings=settings, item_seconds=REHEARSAL_FACTOR * stage.item_seconds)
         return StageRun(self.host, stage, self.folder, self.environment, seconds)
 
     def _finish(self, run: StageRun) -> None:

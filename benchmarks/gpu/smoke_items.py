@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 import fused_res
 from benchmarks.check import ResultsDifferError, check_results, relative_error
+from benchmarks.gpu.errors import CheckFailed
 from benchmarks.gpu.journal import Record
 from benchmarks.gpu.kernel_calls import CALLS, Operands
 from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.worker import CheckFailed
 from benchmarks.steps import capture_cuda_graph
 from fused_res import backends
 from fused_res.nn import BasicBlock, Bottleneck
 
-# Relative errors in the Euclidean norm. Rounding to bfloat16 has one of 1.7e-3 (2^-8 / sqrt(5)); operands that are
-# rounded as well add as much again. Sums and statistics are accumulated in float32. A wrong index or a missing term has
-# one above 0.05.
+# Relative errors in the Euclidean norm. Rounding to bfloat16 has one of 1.7e-3, and results whose operands are rounded
+# as well have up to 3.5e-3 (in the simulator). Sums and statistics are accumulated in float32. A missing tile or term
+# has one above 0.05.
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float32: 1e-3, torch.float64: 1e-3}
 # Sums that come out of an epilogue are of operands that were rounded to bfloat16, with cancellation.
-SUMS_TOLERANCE = 2e-2
+SUMS_TOLERANCE = 1e-2
 EPILOGUE_SUMS = ("conv_bn_stats", "conv_dgrad")
 # Of the bytes of masks and positions: signs and maxima within rounding of a tie.
 DIFFERENT_BYTES = 1e-2

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from benchmarks.gpu.errors import Unavailable
 from benchmarks.gpu.journal import Record
 from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.worker import Unavailable
 from benchmarks.providers import NETWORK_PROVIDERS, build_module
 from benchmarks.steps import ModelStep
 from benchmarks.stock import stock_model

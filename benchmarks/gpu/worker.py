@@ -12,16 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from benchmarks.gpu.errors import CheckFailed, Unavailable
 from benchmarks.gpu.journal import Journal, Record
 from benchmarks.gpu.settings import Settings
-
-
-class Unavailable(Exception):
-    """An item cannot run here; the message has the reason."""
-
-
-class CheckFailed(Exception):
-    """A result is wrong; the process can go on."""
 
 
 class Kind(Protocol):

@@ -207,12 +207,16 @@ def _ended(pid: int) -> bool:
 
 
 def test_session_of_real_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """One stage of real workers, and one whose worker ends by a signal."""
+    """A stage of real workers, one of a backend that is unavailable, and one whose process ends by a signal."""
     crash = plan.Stage("crash", needs=("gpu",), command=(sys.executable, "-c", "import os; os.abort()"))
-    monkeypatch.setitem(plan.PLANS, "first-hour", (plan.ENVIRONMENT, crash))
+    variables = {"FUSED_RES_SIMULATOR": "/missing"}
+    settings = Settings(only=("cuda",))
+    unavailable = plan.Stage("unavailable", "environment", 60, 60, settings, ("gpu",), environment=variables)
+    monkeypatch.setitem(plan.PLANS, "first-hour", (plan.ENVIRONMENT, unavailable, crash))
     assert command_line.run("first-hour", tmp_path / "out", 120, rehearse=True) == 0
     printed = capsys.readouterr().out
     assert "left out: crash: ended by signal 6" in printed
+    assert "left out: unavailable: cuda: FUSED_RES_SIMULATOR: /missing does not exist\n" in printed
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert {record["feature"] for record in records if "feature" in record} >= {"gpu", "fused_res", *BACKENDS}
     assert (tmp_path / "out" / "results.tar.gz").stat().st_size > 0
