@@ -66,9 +66,10 @@ def run(
     for file in ("results.jsonl", "summary.txt", "progress.txt", "results.tar.gz"):
         (out / file).unlink(missing_ok=True)
     environment = _rehearsal_environment() if rehearse else {}
-    session = Session(host or LocalHost(), out, folder, seconds, {**ENVIRONMENT, **environment}, rehearse)
-    if not rehearse and (reason := library.install()):
-        session.note(f"the carried libraries are not used: {reason}")
+    unused = "this is a rehearsal" if rehearse else library.install()
+    session = Session(host or LocalHost(), out, folder, seconds, {**ENVIRONMENT, **environment}, not unused, rehearse)
+    if unused:
+        session.note(f"the carried libraries are not used: {unused}")
     stages = [stage for stage in plan.PLANS[name] if not only or stage.name in only or stage is plan.ENVIRONMENT]
     session.run(stages)
     return int(bool(session.features.get("gpu", "not checked")))

@@ -73,14 +73,12 @@ def install(carried: Path = CARRIED, package: Path = PACKAGE) -> str:
     return ""
 
 
-def remove(package: Path = PACKAGE) -> bool:
-    """Delete this Python's libraries from the package, and return whether there were any."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    libraries = [file for name in ("_C", "_cuda") if (file := package / f"{name}{suffix}").exists()]
-    for file in libraries:
-        file.unlink()
+def remove(package: Path = PACKAGE) -> None:
+    """Delete this Python's libraries from the package."""
+    for name in ("_C", "_cuda"):
+        file = package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        file.unlink(missing_ok=True)
         file.with_suffix(".json").unlink(missing_ok=True)
-    return bool(libraries)
 
 
 def main() -> None:

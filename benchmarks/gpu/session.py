@@ -26,6 +26,7 @@ class Session:
         folder: folder of the workers' files: logs, journals, profiles.
         seconds: length of the session.
         environment: variables of the workers.
+        carried: whether the libraries in the package are the carried ones.
         rehearse: whether the workers run tiny tensors on the CPU, with stand-ins for the GPU.
     """
 
@@ -36,11 +37,13 @@ class Session:
         folder: Path,
         seconds: float,
         environment: Mapping[str, str],
+        carried: bool = False,
         rehearse: bool = False,
     ) -> None:
         self.host = host
         self.out = out
         self.folder = folder
+        self.carried = carried
         self.rehearse = rehearse
         self.started_at = host.now()
         self.end = self.started_at + seconds - RESERVE_SECONDS
@@ -66,9 +69,6 @@ class Session:
 
     def _run_stages(self) -> None:
         while self.pending or self.foreground or self.background:
-            if self.host.now() >= self.end:
-                self._stop("the session's time was over")
-                break
             self._poll()
             if self.foreground is None:
                 self._start_ready_stages()
@@ -100,6 +100,7 @@ class Session:
                 if stage.quiet and any(run.stage.uses_gpu for run in self.background):
                     return  # the results of what compiles there save this stage more than the wait costs
                 self.pending.remove(stage)
+                # No stage outlives the session, so that it ends in time.
                 run = self._start(stage, min(stage.seconds * (REHEARSAL_FACTOR if self.rehearse else 1), left))
                 if not stage.background:
                     self.foreground = run
@@ -137,17 +138,23 @@ class Session:
         whole = reasons.get("")  # the process did not start
         for feature in FEATURES:
             self.features.setdefault(feature, reasons.get(feature) or whole or "its check did not finish")
-        if self.features["fused_res"] and not self.rehearse and library.remove():
+        if self.features["fused_res"] and self.carried:
+            self._remove_carried()
             self.note(f"without the compiled libraries, because of them: {self.features['fused_res']}")
             self.features.clear()
             self.pending.insert(0, ENVIRONMENT)
-        elif self.features["cuda"] and run.stage.name == "environment" and not self.rehearse:
-            # Otherwise backend="auto" would open it in every stage.
-            library.remove()
-            if not self.features["gpu"]:
+        elif self.features["cuda"] and not self.features["gpu"] and run.stage.name == "environment":
+            self._remove_carried()
+            if not self.rehearse:
                 architecture = next((str(r["architecture"]) for r in self.results if "architecture" in r), "9.0")
                 self.note(f"the library of CUDA kernels does not load ({self.features.pop('cuda')}), building it")
                 self.pending.insert(0, build_stage(architecture))
+
+    def _remove_carried(self) -> None:
+        """Delete carried libraries that do not load: otherwise backend="auto" would open them in every stage."""
+        if self.carried:
+            library.remove()
+        self.carried = False
 
     def _check_build(self, run: StageRun) -> None:
         if run.left_out:
@@ -189,13 +196,6 @@ class Session:
                 file.write(line + "\n")
         except OSError:  # a full disk must not end the session: all of it is printed, too
             pass
-
-    def _stop(self, reason: str) -> None:
-        for run in self._running():
-            for record in run.poll():
-                self._result(run.stage, record)
-            run.stop(reason)
-            self._finish(run)
 
     def _conclude(self) -> None:
         text = summary.text(self.results, list(map(str, self.left_out)))

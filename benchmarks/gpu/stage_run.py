@@ -98,6 +98,8 @@ class _Worker:
                 self._leave_out("", f"{_exit(code)}: {self._last_line()}")
         elif code == 0 or (self.items and not self.current and not self._remaining()):
             self.finished = True
+            if code and self.run.stage.prefix:  # a tool found errors in items that passed
+                self._leave_out("", f"{_exit(code)}: {self._last_line()}")
         else:
             self._replace(f"{_exit(code)}: {self._last_line()}")
 
