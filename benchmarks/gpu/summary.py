@@ -1,18 +1,32 @@
 """The text of a session: a line per result as it comes, and the table at its end, against the predictions."""
 
+import json
 import math
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.journal import Record
 
-try:
-    from benchmarks.prediction import predicted
-except ImportError:
+#: The committed predictions, milliseconds by kind, case and provider. They are read as data, because
+#: benchmarks/prediction.py, which writes them, imports torch and fused_res.
+PREDICTIONS = Path(__file__).resolve().parents[1] / "results" / "predictions-h200.json"
 
-    def predicted(kind: str, case: str, provider: str) -> float | None:
-        """Return the predicted milliseconds, or None without a prediction."""
-        return None
+
+@cache
+def predictions() -> dict[str, dict[str, dict[str, float]]]:
+    """Return the predicted milliseconds by kind, case and provider; empty without a readable file."""
+    try:
+        milliseconds = json.loads(PREDICTIONS.read_text())["milliseconds"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return milliseconds if isinstance(milliseconds, dict) else {}
+
+
+def predicted(kind: str, case: str, provider: str) -> float | None:
+    """Return the predicted milliseconds, or None without a prediction."""
+    return predictions().get(kind, {}).get(case, {}).get(provider)
 
 
 #: The providers to which others are compared.

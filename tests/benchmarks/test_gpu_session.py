@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import __main__ as command_line
-from benchmarks.gpu import archive, journal, library, plan
+from benchmarks.gpu import archive, journal, library, plan, summary
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.stage_run import LOG_BYTES
 
@@ -492,6 +492,39 @@ def test_more_runs_what_takes_longer(host: FakeHost, tmp_path: Path) -> None:
     assert host.stages() == [stage.name for stage in plan.MORE]
     sanitizer = next(command for _, stage, command in host.started if stage == "memcheck-cuda")
     assert sanitizer[0] == "compute-sanitizer" and "benchmarks.gpu.worker" in sanitizer and "pytest" not in sanitizer
+
+
+@pytest.fixture
+def predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(summary, "PREDICTIONS", tmp_path / "predictions.json")
+    summary.predictions.cache_clear()
+    yield tmp_path / "predictions.json"
+    summary.predictions.cache_clear()
+
+
+def test_results_are_printed_against_the_predictions(
+    host: FakeHost, tmp_path: Path, predictions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"resnet50 train 256x224x224": {"ours+graph": 24.0}}
+    milliseconds = {
+        "train": train,
+        "op": {"stem": {"eager-channels-last": 4.0}, "layer1": {"eager-channels-last": 1.0}},
+    }
+    predictions.write_text(json.dumps({"milliseconds": milliseconds}))
+    assert rehearse(host, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "resnet50 train 256x224x224, ours+graph: 30.000 ms (predicted 24.000, 1.25x)" in printed
+    rows = [row.split() for row in printed.splitlines()]
+    case = ["resnet50", "train", "256x224x224"]
+    assert [*case, "ours+graph", "30.00", "8000", "1.00x", "24.00", "1.25", "nan"] in rows
+    # Two cases, each twice in the network, of 2 ms; ratios of 0.5 and 2.
+    assert ["eager-channels-last", "2", "8.000", "1.000", "1.000", "2.00", "layer1"] in rows
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"milliseconds": []}'])
+def test_unreadable_predictions_are_no_predictions(text: str, predictions: Path) -> None:
+    predictions.write_text(text)
+    assert summary.predicted("op", "stem", "cudnn") is None
 
 
 # Parts
