@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from benchmarks.gpu import __main__ as command_line
 from benchmarks.gpu import archive, journal, library, plan, summary
+from benchmarks.gpu import host as host_module
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.stage_run import LOG_BYTES
 
@@ -541,6 +544,12 @@ def test_archive_leaves_out_the_least_valuable_files(tmp_path: Path, monkeypatch
     with tarfile.open(tmp_path / "out.tar.gz") as packed:
         assert packed.getnames() == ["results", "summary", "profile"]
     assert (tmp_path / "out.tar.gz").stat().st_size <= 40_000
+
+
+def test_session_imports_only_the_standard_library() -> None:
+    """A broken torch, or an extension that crashes when it is imported, ends a worker and not the session."""
+    code = "import benchmarks.gpu.__main__, sys; assert not {'torch', 'numpy', 'fused_res'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=host_module.ROOT, check=True)
 
 
 def test_journal_of_parallel_writers(tmp_path: Path) -> None:
