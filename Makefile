@@ -4,9 +4,14 @@
 #   make test                     the tests; make test ARGS="-k wheel" for a part of them
 #   make test-full                also the tests marked `full`: every architecture, instruction set and shape
 #   make bench                    the benchmark suite that takes less than ten minutes
-#   make gpu                      on a machine with an NVIDIA GPU, with its own Python (torch, Triton, pytest; nothing is
-#                                 downloaded): build in place, tests, benchmarks; STAGE=test|bench|compile for one of
-#                                 them, each within nine minutes; OUT=folder for the results
+#   make gpu                      on a machine with an NVIDIA GPU, with its own Python (torch, Triton; nothing is downloaded):
+#                                 check every kernel, then benchmark, within nine minutes; OUT=folder for the results,
+#                                 ARGS="--only op,conv" for some of the stages
+#   make gpu-more                 likewise, what takes longer: test suite, compute-sanitizer, max-autotune, timm
+#   make gpu-rehearsal            all of `make gpu` on this machine, on tiny tensors, without a GPU
+#   make gpu-library              compile the kernels for that machine here: GPU_ENV=folder of a virtual environment with its
+#                                 Python and torch. The call of the device tool that runs `make gpu` there:
+#                                 run(command='make gpu OUT="$OUT"', carry=["build/gpu-library"], timeout_s=590)
 #   make study                    train plain and residual networks and write docs/depth-study; a quarter of an hour,
 #                                 resumes after an interruption
 #   make docs                     the API pages from the docstrings (Markdown in docs/api, HTML in build/docs/html), and
@@ -30,8 +35,9 @@ ARGS :=
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder
 GPU_PYTHON := python3
+GPU_ENV := build/gpu-env
 
-.PHONY: test test-full bench study docs gpu lint format build clean FORCE
+.PHONY: test test-full bench study docs gpu gpu-more gpu-rehearsal gpu-library lint format build clean FORCE
 
 test: $(BUILT)
 	$(PYTEST) $(ARGS)
@@ -53,7 +59,16 @@ docs: $(BUILT)
 	$(BIN)/python -m benchmarks.readme
 
 gpu:
-	$(GPU_PYTHON) benchmarks/on_gpu.py $(STAGE) $(if $(OUT),--out "$(OUT)")
+	$(GPU_PYTHON) -m benchmarks.gpu first-hour $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+gpu-more:
+	$(GPU_PYTHON) -m benchmarks.gpu more $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+gpu-rehearsal: $(BUILT)
+	$(BIN)/python -m benchmarks.gpu first-hour --rehearse $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+gpu-library:
+	$(GPU_ENV)/bin/python -m benchmarks.gpu.library
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@ accurate to 1e-7. The tolerance is therefore `factor` times the error of stock P
 for rounding where stock PyTorch happens to be exact.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,33 @@ def check_results(
             )
         largest = max(largest, error / tolerance)
     return largest
+
+
+@contextlib.contextmanager
+def recorded(name: str, failures: dict[str, str] | None) -> Iterator[None]:
+    """Record in `failures` why the provider `name` cannot be measured, instead of raising it.
+
+    Args:
+        name: name of the provider.
+        failures: reasons by provider; None: raise.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if failures is None or is_sticky(error):
+            raise
+        failures[name] = f"{type(error).__name__}: {error}"
+
+
+def is_sticky(error: Exception) -> bool:
+    """Return whether an error leaves this process unable to use the GPU, for example an illegal access."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def is_supported(name: str, call: Callable[[], Any]) -> bool:

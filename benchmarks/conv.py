@@ -2,7 +2,8 @@
 
 The providers are PyTorch's bare convolution (`aten`), PyTorch's convolution with separate kernels for addition and ReLU
 (`aten-unfused`), and fused_res with bias, addition and ReLU fused into the epilogue. Where the backend supports it, the
-output's batch statistics are measured as well (`...+stats`): as a separate kernel, or accumulated in the epilogue.
+output's batch statistics are measured as well (`...+stats`): as a separate kernel, or accumulated in the epilogue. On a
+GPU, `ours` is what the heuristics select, and `ours-triton` and `ours-cuda` are the fused kernels.
 
 The baseline is `aten`, as PyTorch runs it (cuDNN, oneDNN); it does less work than the others. `ours-packed` is a layer
 of a frozen network, whose weight is packed once into the layout of the backend; on a CPU its peer is `onednn-fused`,
@@ -14,7 +15,7 @@ float64, in the Euclidean norm.
 import argparse
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from torch import Tensor
 
 from benchmarks import options as common
 from benchmarks import plots, progress, report
-from benchmarks.check import check_results, is_supported, relative_error
+from benchmarks.check import check_results, is_supported, recorded, relative_error
 from benchmarks.network import Convolution, build_network
 from benchmarks.roofline import MODELS
-from benchmarks.timing import Workload, clock_of, measure_interleaved
+from benchmarks.timing import Clock, Workload, clock_of, measure_interleaved
 from fused_res import backends
 from fused_res.functional import conv_bias_act
 from fused_res.nn.frozen import FrozenConv
@@ -37,6 +38,7 @@ HELP = "single convolutions with bias, addition and ReLU, and with statistics"
 
 ATEN = "aten"
 ONEDNN = "onednn-fused"
+GPU_BACKENDS = ("triton", "cuda")
 # The accuracy criterion; only Winograd is allowed a larger error.
 ERROR_FACTOR = 2.0
 ERROR_FLOOR_ULP = 4
@@ -141,11 +143,7 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
     if t.x.is_cuda:
         if is_supported("cudnn-fused", cudnn := lambda: cudnn_fused(t, layer)):
             calls["cudnn-fused"] = cudnn
-        for name in ("triton", "cuda"):
-            if backends.unavailable(name) is None:
-                calls[f"ours-{name}"] = lambda name=name: conv_bias_act(
-                    t.x, t.weight, t.bias, t.residual, *conv_args, spec.activation, backend=name
-                )
+        calls |= forced(t, layer)
     kernels = backends.resolve(backend, t.x.device)
     # Backends without both operator families are skipped.
     if {"conv_bn_stats", "batch_norm_sync"} <= kernels.op_families:
@@ -156,6 +154,27 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
 
         calls["aten+stats"] = with_statistics
         calls["ours+stats"] = lambda: kernels.conv_bn_stats(t.x, t.weight, None, None, False, *conv_args, True)
+    return calls
+
+
+def forced(t: Operands, layer: Convolution) -> dict[str, Callable[[], Any]]:
+    """Return calls of the fused kernels of every available GPU backend, also where the heuristics select cuDNN."""
+    spec = layer.spec
+    conv_args = (spec.stride, spec.padding, spec.dilation, spec.groups)
+
+    def with_epilogue(name: str) -> Tensor:
+        with backends.use(name, "fused"):
+            return conv_bias_act(t.x, t.weight, t.bias, t.residual, *conv_args, spec.activation, backend=name)
+
+    def with_statistics(name: str) -> tuple[Tensor, Tensor]:
+        kernels = backends.resolve(name, t.x.device)
+        return kernels.conv_bn_stats(t.x, t.weight, None, None, False, *conv_args, True)
+
+    calls: dict[str, Callable[[], Any]] = {}
+    for name in GPU_BACKENDS:
+        if backends.unavailable(name) is None:
+            calls[f"ours-{name}"] = functools.partial(with_epilogue, name)
+            calls[f"ours-{name}+stats"] = functools.partial(with_statistics, name)
     return calls
 
 
@@ -192,32 +211,48 @@ def onednn_fused(t: Operands, layer: Convolution) -> Callable[[], Tensor]:
 
 
 def check(
-    calls: dict[str, Callable[[], Any]], t: Operands, layer: Convolution, name: str, options: argparse.Namespace
+    calls: dict[str, Callable[[], Any]],
+    t: Operands,
+    layer: Convolution,
+    name: str,
+    options: argparse.Namespace,
+    failures: dict[str, str] | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the error of each provider and, for the fused ones, the largest error as a fraction of its tolerance."""
-    exact = {"conv": aten(t.double(), layer), "conv + epilogue": aten_unfused(t.double(), layer)}
+    """Return the error of each provider and, for the fused ones, the largest error as a fraction of its tolerance.
+
+    Args:
+        calls: call of each provider.
+        t: operands.
+        layer: the convolution.
+        name: name of the case.
+        options: options of the command line.
+        failures: receives why a provider is left out, by name; None: such an error is raised.
+    """
+    with torch.backends.cudnn.flags(benchmark=False):  # many slow algorithms for float64
+        exact = {"conv": aten(t.double(), layer), "conv + epilogue": aten_unfused(t.double(), layer)}
     dtype = t.x.dtype
     floor = max(ERROR_FLOOR_ULP * torch.finfo(dtype).eps, WINOGRAD_FLOOR if dtype == torch.float32 else 0.0)
     errors, checks = {}, {}
     stock: dict[str, Tensor] = {}
     for provider, call in progress.details(calls.items(), f"{name}: check"):
-        result = call()
-        statistics = isinstance(result, tuple)
-        kind = "conv" if statistics or provider == ATEN else "conv + epilogue"
-        values = {"output": result[0] if statistics else result}
-        expected, baseline = {"output": exact[kind]}, {"output": stock.setdefault(kind, values["output"])}
-        if statistics:
-            # Statistics are compared with the float64 statistics of the provider's own output, so that the error of the
-            # output itself is not counted twice.
-            for index, part in enumerate(merge_moments(result[1])):
-                values[f"moment {index + 1}"] = part
-            for index, part in enumerate(reference_moments(result[0])):
-                expected[f"moment {index + 1}"] = baseline[f"moment {index + 1}"] = part
-        errors[provider] = relative_error(values["output"], expected["output"])
-        if provider.startswith("ours") or provider == ONEDNN:
-            checks[provider] = check_results(
-                f"{provider}, {name}", values, expected, [baseline], factor=ERROR_FACTOR, floor=floor
-            )
+        with recorded(provider, failures):
+            result = call()
+            statistics = isinstance(result, tuple)
+            kind = "conv" if statistics or provider == ATEN else "conv + epilogue"
+            values = {"output": result[0] if statistics else result}
+            expected, baseline = {"output": exact[kind]}, {"output": stock.setdefault(kind, values["output"])}
+            if statistics:
+                # Statistics are compared with the float64 statistics of the provider's own output, so that the error of
+                # the output itself is not counted twice.
+                for index, part in enumerate(merge_moments(result[1])):
+                    values[f"moment {index + 1}"] = part
+                for index, part in enumerate(reference_moments(result[0])):
+                    expected[f"moment {index + 1}"] = baseline[f"moment {index + 1}"] = part
+            errors[provider] = relative_error(values["output"], expected["output"])
+            if provider.startswith("ours") or provider == ONEDNN:
+                checks[provider] = check_results(
+                    f"{provider}, {name}", values, expected, [baseline], factor=ERROR_FACTOR, floor=floor
+                )
     return errors, checks
 
 
@@ -241,27 +276,45 @@ def reference_moments(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     clock = clock_of(options.device, cold=True)
-    measured = []
-    for case in progress.cases(select_cases(options), "conv"):
-        t = operands(case.layer, options)
-        with torch.inference_mode():
-            calls = build(t, case.layer, options.backend)
-            errors, checks = check(calls, t, case.layer, case.name, options)
-            workloads: dict[str, Workload] = {
-                name: {"forward": lambda _, call=call: call()} for name, call in calls.items()
-            }
-            samples = measure_interleaved(workloads, **common.timing(options), label=case.name, clock=clock)
-        measured.append(
-            {
-                "name": case.name,
-                "count": case.count,
-                "flops": case.layer.flops,
-                "dtype": common.dtype_name(options),
-                "share_of_allowed_error": checks,
-                "providers": {name: {**values.summary(), "error": errors[name]} for name, values in samples.items()},
-            }
-        )
-    return {"cases": measured}
+    cases = progress.cases(select_cases(options), "conv")
+    return {"cases": [measure_case(case, options, clock) for case in cases]}
+
+
+def measure_case(
+    case: ConvCase,
+    options: argparse.Namespace,
+    clock: Clock,
+    providers: Container[str] | None = None,
+    failures: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Check and time one case; return it as plain data.
+
+    Args:
+        case: the case.
+        options: options of the command line.
+        clock: clock of the device.
+        providers: names of the providers; default: all.
+        failures: receives why a provider is left out, by name; None: such an error is raised.
+    """
+    t = operands(case.layer, options)
+    with torch.inference_mode():
+        calls = build(t, case.layer, options.backend)
+        if providers is not None:
+            calls |= forced(t, case.layer)
+            calls = {name: call for name, call in calls.items() if name in providers}
+        errors, checks = check(calls, t, case.layer, case.name, options, failures)
+        workloads: dict[str, Workload] = {
+            name: {"forward": lambda _, call=calls[name]: call()} for name in errors if name not in (failures or ())
+        }
+        samples = measure_interleaved(workloads, **common.timing(options), label=case.name, clock=clock)
+    return {
+        "name": case.name,
+        "count": case.count,
+        "flops": case.layer.flops,
+        "dtype": common.dtype_name(options),
+        "share_of_allowed_error": checks,
+        "providers": {name: {**values.summary(), "error": errors[name]} for name, values in samples.items()},
+    }
 
 
 def tables(run: dict[str, Any]) -> str:

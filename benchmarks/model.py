@@ -82,7 +82,8 @@ def check_and_build(
     checks = {}
     exact = None if dtype == torch.float32 else step(EAGER, torch.float32).results()
     for provider, candidate in progress.details(steps.items(), f"{case.name}: check"):
-        results[provider] = candidate.results()
+        with provider.settings():
+            results[provider] = candidate.results()
         if provider not in (EAGER, EAGER_CHANNELS_LAST):
             checks[provider.name] = check_results(
                 f"{provider.name}, {case.name}",
@@ -92,7 +93,11 @@ def check_and_build(
                 factor=ERROR_FACTOR,
                 floor=ERROR_FLOOR,
             )
-    return {provider.name: provider.workload(steps[provider].workload()) for provider in providers}, checks
+    workloads = {}
+    for provider in providers:
+        with provider.settings():  # a CUDA graph is captured here
+            workloads[provider.name] = provider.workload(steps[provider].workload())
+    return workloads, checks
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

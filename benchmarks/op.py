@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import options as common
 from benchmarks import plots, progress, report, traffic
 from benchmarks.cases import Mode, OpCase, quick_op_cases, resnet50_op_cases
-from benchmarks.check import Results, check_results, is_supported
+from benchmarks.check import Results, check_results, is_supported, recorded
 from benchmarks.providers import (
     EAGER,
     EAGER_CHANNELS_LAST,
@@ -28,7 +28,7 @@ from benchmarks.providers import (
     build_batch_norm_act,
     stock_batch_norm_act,
 )
-from benchmarks.timing import Workload, clock_of, measure_interleaved
+from benchmarks.timing import Clock, Workload, clock_of, measure_interleaved
 
 HELP = "batch norm (+ add) + ReLU, forward and backward, at ResNet-50's activation shapes"
 
@@ -150,9 +150,16 @@ def workload(run: BatchNormAct, arguments: tuple[Any, ...], grad_output: Tensor,
 
 
 def check_and_build(
-    providers: list[Provider], case: OpCase, options: argparse.Namespace
+    providers: list[Provider], case: OpCase, options: argparse.Namespace, failures: dict[str, str] | None = None
 ) -> tuple[dict[str, Workload], dict[str, float]]:
-    """Check the results of each provider; return its workload, and its largest error as a fraction of the tolerance."""
+    """Check the results of each provider; return its workload, and its largest error as a fraction of the tolerance.
+
+    Args:
+        providers: measured providers.
+        case: the case.
+        options: options of the command line.
+        failures: receives why a provider is left out, by name; None: such an error is raised.
+    """
     mode: Mode = options.mode
     dtype = common.dtype_of(options)
     inputs = Inputs(case, options.seed, options.device, dtype)
@@ -170,17 +177,18 @@ def check_and_build(
     baselines = [results(stock, *operands(provider), mode) for provider in (EAGER, EAGER_CHANNELS_LAST)]
     workloads, checks = {}, {}
     for provider in progress.details(providers, f"{case.name}: check"):
-        run = build_batch_norm_act(provider, case.activation, mode == "train", options.backend)
-        arguments, grad_output = operands(provider)
-        checks[provider.name] = check_results(
-            f"{provider.name}, {case.name}",
-            results(run, arguments, grad_output, mode),
-            reference,
-            baselines,
-            factor=ERROR_FACTOR,
-            floor=ERROR_FLOOR_ULP * torch.finfo(dtype).eps,
-        )
-        workloads[provider.name] = workload(run, arguments, grad_output, mode)
+        with recorded(provider.name, failures):
+            run = build_batch_norm_act(provider, case.activation, mode == "train", options.backend)
+            arguments, grad_output = operands(provider)
+            checks[provider.name] = check_results(
+                f"{provider.name}, {case.name}",
+                results(run, arguments, grad_output, mode),
+                reference,
+                baselines,
+                factor=ERROR_FACTOR,
+                floor=ERROR_FLOOR_ULP * torch.finfo(dtype).eps,
+            )
+            workloads[provider.name] = workload(run, arguments, grad_output, mode)
     return workloads, checks
 
 
@@ -198,28 +206,35 @@ def supported_providers(providers: list[Provider], options: argparse.Namespace) 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     providers = supported_providers(common.select_providers(options, NORM_PROVIDERS), options)
-    dtype = common.dtype_of(options)
     clock = clock_of(options.device, cold=True)
-    measured = []
-    for case in progress.cases(select_cases(options), "op"):
-        torch._dynamo.reset()  # each case compiles for its own shape
-        workloads, checks = check_and_build(providers, case, options)
-        samples = measure_interleaved(workloads, **common.timing(options), label=case.name, clock=clock)
-        n = dtype.itemsize * math.prod(case.shape)
-        relu = case.activation == "relu"
-        fused = traffic.fused(n, case.residual, options.mode, relu, dtype.itemsize).total(options.mode)
-        eager = traffic.eager(n, case.residual, options.mode, relu, options.device).total(options.mode)
-        measured.append(
-            {
-                **asdict(case),
-                "dtype": common.dtype_name(options),
-                "fewest_bytes": traffic.compulsory(n, case.residual).total(options.mode),
-                "moved_bytes": {p.name: fused if p.fused else eager for p in providers if p.fused or not p.compiled},
-                "share_of_allowed_error": checks,
-                "providers": {name: values.summary() for name, values in samples.items()},
-            }
-        )
-    return {"cases": measured}
+    cases = progress.cases(select_cases(options), "op")
+    return {"cases": [measure_case(case, providers, options, clock) for case in cases]}
+
+
+def measure_case(
+    case: OpCase,
+    providers: list[Provider],
+    options: argparse.Namespace,
+    clock: Clock,
+    failures: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Check and time one case; return it as plain data. `failures` is that of `check_and_build`."""
+    torch._dynamo.reset()  # each case compiles for its own shape
+    workloads, checks = check_and_build(providers, case, options, failures)
+    samples = measure_interleaved(workloads, **common.timing(options), label=case.name, clock=clock)
+    dtype = common.dtype_of(options)
+    n = dtype.itemsize * math.prod(case.shape)
+    relu = case.activation == "relu"
+    fused = traffic.fused(n, case.residual, options.mode, relu, dtype.itemsize).total(options.mode)
+    eager = traffic.eager(n, case.residual, options.mode, relu, options.device).total(options.mode)
+    return {
+        **asdict(case),
+        "dtype": common.dtype_name(options),
+        "fewest_bytes": traffic.compulsory(n, case.residual).total(options.mode),
+        "moved_bytes": {p.name: fused if p.fused else eager for p in providers if p.fused or not p.compiled},
+        "share_of_allowed_error": checks,
+        "providers": {name: values.summary() for name, values in samples.items()},
+    }
 
 
 def tables(run: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """The measured providers: fused_res and stock PyTorch in the configurations that users run, with equal weights."""
 
+import contextlib
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -34,14 +35,20 @@ class Provider:
     convolution: str = "planned"  # source of the convolutions, see fused_res.backends.use
     opt_in: bool = False  # measured only if named in --providers
 
+    def settings(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context with this provider's settings of fused_res."""
+        if self.winograd and self.convolution == "planned":
+            return contextlib.nullcontext()
+        return backends.use(self.backend or "auto", self.convolution, self.winograd)
+
     def workload(self, workload: Workload) -> Workload:
-        """Return `workload` with every phase under this provider's settings of fused_res."""
+        """Return `workload` with every phase under this provider's settings."""
         if self.winograd and self.convolution == "planned":
             return workload
 
         def under_settings(phase: Callable[[Any], Any]) -> Callable[[Any], Any]:
             def run(value: Any) -> Any:
-                with backends.use("auto", self.convolution, self.winograd):
+                with self.settings():
                     return phase(value)
 
             return run
@@ -57,11 +64,24 @@ def by_name(*providers: Provider) -> dict[str, Provider]:
     return {provider.name: provider for provider in providers}
 
 
+def with_graph(provider: Provider) -> Provider:
+    return replace(provider, name=f"{provider.name}+graph", cuda_graph=True, opt_in=True)
+
+
+def _gpu_backends() -> Iterator[Provider]:
+    """Yield each GPU backend with the planned convolutions, with ATen's only, and with its own wherever possible."""
+    for backend in ("triton", "cuda"):
+        for suffix, convolution in (("", "planned"), ("-norms", "aten"), ("-fused", "fused")):
+            yield Provider(
+                f"ours-{backend}{suffix}", fused=True, channels_last=True, backend=backend, convolution=convolution,
+                opt_in=True,
+            )  # fmt: skip
+
+
 PROVIDERS = by_name(
     Provider("ours", fused=True, channels_last=True),
     Provider("ours+compile", fused=True, compiled=True, channels_last=True),
-    Provider("ours-triton", fused=True, channels_last=True, backend="triton", opt_in=True),
-    Provider("ours-cuda", fused=True, channels_last=True, backend="cuda", opt_in=True),
+    *_gpu_backends(),
     Provider("eager", channels_last=False),
     Provider("eager-channels-last", channels_last=True),
     # Ablations: fused_res without one of its components.
@@ -70,13 +90,16 @@ PROVIDERS = by_name(
     Provider("compile", compiled=True),
     Provider("compile-channels-last", compiled=True, channels_last=True),
     Provider("compile-max-autotune", compiled=True, channels_last=True, compile_mode="max-autotune", opt_in=True),
+    Provider("compile-reduce-overhead", compiled=True, channels_last=True, compile_mode="reduce-overhead", opt_in=True),
 )
 #: Providers of single batch norms.
 NORM_PROVIDERS = PROVIDERS | {"cudnn": Provider("cudnn", channels_last=True, cudnn=True, opt_in=True)}
 #: Providers of full networks; the additional ones need a GPU.
 NETWORK_PROVIDERS = PROVIDERS | by_name(
-    Provider("ours+graph", fused=True, channels_last=True, cuda_graph=True, opt_in=True),
-    Provider("eager-channels-last+graph", channels_last=True, cuda_graph=True, opt_in=True),
+    *(
+        with_graph(PROVIDERS[name])
+        for name in ("ours", "ours-norms", *(one.name for one in _gpu_backends()), "eager-channels-last")
+    )
 )
 EAGER = PROVIDERS["eager"]
 EAGER_CHANNELS_LAST = PROVIDERS["eager-channels-last"]

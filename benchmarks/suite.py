@@ -1,8 +1,8 @@
 """`all` (run by `make bench`): a suite of the other subcommands that ends within ten minutes on two cores.
 
 Compiling a ResNet-50 training step takes two minutes on two cores, so the suite has compiled providers only in `infer`
-and in two cases of `op`. With `--device cuda` (run by `make gpu`, after the tests) there are two suites, without and
-with compiled providers. Each of them ends within nine minutes, even if a benchmark fails or hangs. The single
+and in two cases of `op`. With `--device cuda` (run by `make gpu-more`) there are two suites, without and with compiled
+providers. Each of them ends within nine minutes, even if a benchmark fails or hangs. The single
 subcommands measure what the suites omit.
 """
 

@@ -5,6 +5,7 @@ Without a GPU, Triton kernels run in Triton's interpreter, and CUDA C++ kernels 
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,25 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         record_selected_tests(session.items)
 
 
-if not torch.cuda.is_available():
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """End this process if the test has left a CUDA error, which would fail every later test.
+
+    An error of a kernel is asynchronous and sticky. pytest-xdist replaces the process, reports this test as the one
+    that ended it, and goes on with the next.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{item.nodeid} left a CUDA error, this process ends: {error}", file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+
+if torch.cuda.is_available():
+    torch.backends.cudnn.deterministic = True  # some tests compare bits
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
     with contextlib.suppress(ImportError):  # without Triton its tests are skipped, with the reason
         _patch_language_once_per_launch()

@@ -75,7 +75,7 @@ def test_block_and_model(name: str, tmp_path: Path, capfd: pytest.CaptureFixture
     [
         (
             ["op", "--providers", "ours,theirs"],
-            "unknown provider 'theirs'; choose from ours, ours+compile, ours-triton, ours-cuda, eager",
+            "unknown provider 'theirs'; choose from ours, ours+compile, ours-triton, ours-triton-norms, ",
         ),
         (["op", "--providers", ""], "unknown provider ''"),
         (["op", "--threads", "0"], "expected a positive integer, got '0'"),

@@ -1,14 +1,13 @@
 """`all`, on the CPU and on a GPU: a suite of the subcommands that ends in time even if some of them fail."""
 
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import conv, headline, on_gpu, report, runner, suite, traffic
+from benchmarks import conv, headline, report, runner, suite, traffic
 from tests.support.benchmark_cli import QUICK_OPTIONS
 
 
@@ -81,16 +80,6 @@ def test_failed_gpu_entries_are_listed_and_the_others_run(
     printed = capsys.readouterr().out
     assert "failed:\npython -m benchmarks op" in printed and "exceeded its time limit" in printed
     assert (tmp_path / "summary-bench.txt").read_text().startswith("machine\n")
-
-
-def test_stage_stops_hanging_commands_and_records_their_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_gpu, "STAGE_SECONDS", 2.0)
-    stage = on_gpu.Stage(tmp_path)
-    assert stage.run("quick", [sys.executable, "-c", "print('done')"]) and not stage.failed
-    hanging = "import subprocess, sys; print('started', flush=True); subprocess.run(['sleep', '600'])"
-    assert not stage.run("slow", [sys.executable, "-c", hanging])
-    assert stage.failed[0].startswith("slow: stopped after")
-    assert (tmp_path / "quick.log").read_text() == "done\n" and (tmp_path / "slow.log").read_text() == "started\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")

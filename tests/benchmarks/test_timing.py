@@ -5,10 +5,12 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("tqdm")
 
 from benchmarks import allocator, ceilings, environment, report, timing
+from benchmarks.gpu.stand_in import stand_in
 from fused_res import _extension
 
 
@@ -55,7 +57,7 @@ class FakeClock(timing.Clock):
 class PreparingClock(FakeClock):
     prepared = 0
 
-    def prepare(self) -> None:
+    def prepare(self, lead: float) -> None:
         self.prepared += 1
         self.time += 100.0
 
@@ -138,3 +140,53 @@ def test_allocator_settings_replace_existing_variables() -> None:
     assert allocator.settings_for("warm") == ["warm"]
     assert allocator.settings_for("both", "cuda") == ["as-shipped"]
     assert not set(allocator.VARIABLES) & os.environ.keys(), "the tests themselves use the default allocator"
+
+
+class RecordedOperators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_single_operators_on_a_gpu_are_queued_behind_a_sleep_and_find_a_cold_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cache is flushed by reading: what a write leaves would be written back during the timed call."""
+    slept: list[int] = []
+    with stand_in() as calls:
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (slept.append(cycles), calls.append("sleep")))
+        clock = timing.EventClock(cold=True, device="cpu")
+        assert clock._flush.nbytes == 2 * torch.cuda.get_device_properties().L2_cache_size
+        with RecordedOperators() as operators:
+            clock.prepare(0.001)
+        assert operators.names == ["aten.sum.default"]
+        assert slept == [int(2 * 0.001 * timing.CYCLES_PER_SECOND)]
+        clock.prepare(60.0)
+        assert slept[-1] == int(timing.LONGEST_SLEEP_SECONDS * timing.CYCLES_PER_SECOND)
+
+        calls.clear()
+        slept.clear()
+        step = {"forward": lambda _: time.sleep(0.002), "backward": lambda _: calls.append("backward")}
+        timing.measure_interleaved({"a": step}, repeat=2, min_time=0, label="test", clock=clock)
+        one = ["sleep", "record", "record", "backward", "record", "record"]  # the last phase's end is recorded twice
+        assert calls == (clock.warm_up_calls + 2) * one
+        assert slept[0] == 0 and all(0.002 < cycles / timing.CYCLES_PER_SECOND <= 0.02 for cycles in slept[1:])
+
+        calls.clear()
+        timing.EventClock(cold=False, device="cpu").prepare(0.001)
+        assert calls == [], "networks are timed as they run"
+
+
+def test_rounds_count_the_preparation_of_a_call() -> None:
+    clock = PreparingClock()
+    clock.preparation = lambda lead: 0.098  # type: ignore[method-assign]
+
+    def step(_: None) -> None:
+        clock.time += 0.001
+
+    samples = timing.measure_interleaved({"a": {"forward": step}}, repeat=1, min_time=2.0, label="test", clock=clock)
+    assert samples["a"].summary()["rounds"] == 4  # of five calls that take 0.1 s each
