@@ -28,7 +28,7 @@ from fused_res import freeze, models
 
 HELP = "every launch of a step with its predicted time on a GPU (calculated)"
 
-BACKENDS = ("triton", "cuda")
+BACKENDS = ("cuda+triton", "triton", "cuda")
 PREFERENCES = ("planned", "aten", "fused")
 MODES = ("train", "infer")
 CLASSES = 1000

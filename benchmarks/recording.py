@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.events import Event, Gemm, Touch, convolution_gemm, library_gemm, operator_gemm
 from fused_res import _torch_compat
 from fused_res.backends import registry
+from fused_res.dispatch import Machine
 from fused_res.dispatch.backend import Kernels
 
 #: Operators of PyTorch that allocate, or change metadata only.
@@ -47,6 +48,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, backend: str | None = None, preference: str = "planned") -> None:
         super().__init__()
         self.backend, self.preference = backend, preference
+        self.machine = Machine("sm_90")
         self.events: list[Event] = []
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._next_id = 0
@@ -258,7 +260,9 @@ class Recorder(TorchDispatchMode):
             resolved = {(name, "meta"): kernels for name in ("auto", self.backend)}
             self._stack.enter_context(mock.patch.dict(registry._resolve_cache, resolved))
             self._stack.enter_context(mock.patch.object(registry, "_conv_preference", self.preference))
-            self._stack.enter_context(_intercept(self.backend, self))
+            self._stack.enter_context(mock.patch.object(registry, "_machine", lambda name: self.machine))
+            for name in self.backend.split("+"):
+                self._stack.enter_context(_intercept(name, self))
         super().__enter__()
         return self
 
@@ -293,7 +297,8 @@ def _intercept(backend: str, recorder: Recorder) -> contextlib.AbstractContextMa
 @functools.cache
 def _recording_kernels(name: str) -> Kernels:
     """Return a backend's kernels with every operator replaced by one that reports to the current recorder."""
-    if name == "cuda":
+    norms, _, convolutions = name.partition("+")
+    if "cuda" in (norms, convolutions):
         from tools.cuda_sim.simulator import build
 
         library = build()
@@ -307,9 +312,11 @@ def _recording_kernels(name: str) -> Kernels:
         kernels = registry._load(name)
 
     def wrap(operator_name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+        backend = convolutions if convolutions and operator_name.startswith("conv_") else norms
+
         def call(*arguments: Any) -> Any:
             assert _current is not None, "a recorded program runs outside its recorder"
-            return _current.call(name, operator_name, operator, arguments)
+            return _current.call(backend, operator_name, operator, arguments)
 
         return call
 
