@@ -111,6 +111,7 @@ class Work:
             GPU, because it includes the quantization to tiles.
         instructions: warp instructions of the launch, where they may be the limit.
         bandwidth_share: share of the streaming bandwidth that this kernel's accesses reach.
+        in_flight: bytes that a block has in flight.
         owner: who wrote the kernel: "ours", "cudnn", "pytorch", "inductor".
         source: the recorded event, for tables.
     """
@@ -124,6 +125,7 @@ class Work:
     math_bound: str = "tensor cores"
     instructions: float = 0.0
     bandwidth_share: float = 1.0
+    in_flight: int = _BLOCK_IN_FLIGHT
     owner: str = "pytorch"
     source: object = None
 
@@ -172,7 +174,7 @@ def predict(work: Work, gpu: Gpu, cache: Cache | None = None) -> Prediction:
     missed = (cache or Cache(gpu)).misses(work.touches)
     share = work.bandwidth_share
     if work.blocks > 0:
-        in_flight = min(work.blocks / gpu.multiprocessors, work.resident) * _BLOCK_IN_FLIGHT
+        in_flight = min(work.blocks / gpu.multiprocessors, work.resident) * work.in_flight
         share *= min(1.0, in_flight / _IN_FLIGHT)
     ramp = _RAMP * min(1.0, missed / _RAMP_BYTES)
     times = {
