@@ -1,4 +1,4 @@
-"""Convolution algorithms that all backends share: ATen's convolution, and two GEMM algorithms for small feature maps.
+"""Convolution algorithms that all backends share: ATen's, two GEMMs for small feature maps, one for strided projections.
 
 ``tap_gemm`` is for outputs of one pixel. On a 1x1 feature map a padded 3x3 kernel overlaps the input with its center
 only, but libraries read all nine filter taps. In the last stage of a ResNet on small images the weight dominates the
@@ -8,6 +8,10 @@ from the channels_last weight; the gradient of all other taps is zero.
 ``im2col_gemm`` is for outputs of a few pixels, where the weight dominates the traffic as well and ATen reorders it in
 every call. The algorithm computes forward and both gradients as GEMMs of the im2col matrix of the input and the
 channels_last weight in place, which is a ``(K, taps * C)`` matrix.
+
+``aten_compact`` is for the backward of a strided 1x1 projection. Its input gradient is zero but for the strided
+positions. ATen writes the zeros, and the addition of the chain's gradient reads them again. The algorithm computes the
+gradient at the strided positions only, as that of a convolution with stride 1, and the block adds it there.
 """
 
 from __future__ import annotations
@@ -301,5 +305,39 @@ IM2COL_GEMM = Algorithm(
     selection_reason=lambda problem: "few output pixels: reads the weight once, without reordering",
 )
 
+# aten_compact: the input gradient of a strided projection without its zeros
+
+
+def compact_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_mask: OutputMask
+) -> Gradients:
+    """Compute the gradients with a compact input gradient, of the output's size; signature of :func:`aten_backward`."""
+    stride, *rest = geometry
+    needs_input, *others = output_mask
+    grad_input, gradients = None, (None, None)
+    if needs_input:
+        strided = input[(..., *(slice(None, None, step) for step in stride))]  # only its shape is read
+        dense = ((1,) * len(stride), *rest)
+        grad_input, *_ = aten_backward(grad, strided, weight, bias, dense, (True, False, False))
+    if any(others):
+        _, *gradients = aten_backward(grad, input, weight, bias, geometry, (False, *others))
+    return grad_input, *gradients
+
+
+def _compact_unsupported_reason(problem: Problem) -> str | None:
+    strided = problem.projection and problem.pointwise and max(problem.stride) > 1
+    return None if strided else "only strided 1x1 projections have a compact input gradient"
+
+
+ATEN_COMPACT = Algorithm(
+    "aten_compact",
+    unsupported_reason=_compact_unsupported_reason,
+    implementations={"input_gradient": compact_backward, "weight_gradient": compact_backward},
+    rules=(Rule(lambda problem: problem.device == "cpu", "not faster on a CPU", "not measured on a CPU"),),
+    special_case=True,
+    compact_input_gradient=True,
+    selection_reason=lambda problem: "a strided projection: its input gradient without the zeros",
+)
+
 #: Every backend's list is its own algorithms followed by these.
-ALGORITHMS = (IM2COL_GEMM, TAP_GEMM, ATEN)
+ALGORITHMS = (IM2COL_GEMM, TAP_GEMM, ATEN_COMPACT, ATEN)
