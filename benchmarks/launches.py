@@ -97,8 +97,9 @@ def record_inference(
     network = _meta_model(model, fused=False).eval()
     if backend is not None:
         network = freeze(network)
+    images = _images(batch, size, torch.bfloat16)
     with Recorder(backend, preference) as recorder, torch.no_grad():
-        network(_images(batch, size, torch.bfloat16))
+        network(images)
     return recorder.events
 
 

@@ -102,8 +102,8 @@ class Recorder(TorchDispatchMode):
             inputs = []
         if name == "copy_":
             inputs = inputs[1:]
-        if name == "native_batch_norm" and not args[5]:
-            name = "batch_norm_inference"
+        if name == "native_batch_norm" and not args[5]:  # returns no statistics on a GPU
+            name, outputs = "batch_norm_inference", outputs[:1]
         self.events.append(
             Event(
                 f"aten::{name}",

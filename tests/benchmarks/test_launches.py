@@ -210,6 +210,11 @@ def test_compiled_network_moves_fewer_bytes_than_the_stock_one() -> None:
     assert sum(w.flops for w in compiled) == sum(w.flops for w in stock)
 
 
+def test_compiled_inference_has_one_elementwise_pass_for_each_norm() -> None:
+    works = compiled_works(launches.record_inference("resnet50", 8), H200)
+    assert sum(work.name == "elementwise" for work in works) == 53 - 4  # a projection's norm joins its block's addition
+
+
 def test_compiled_norm_has_the_passes_counted_by_hand() -> None:
     """ReLU of a norm: statistics read x; one pass reads x and writes y. Backward: dy, y, x; then again, and dx."""
     x = _channels_last(64, 64, 56, 56, requires_grad=True)
