@@ -233,7 +233,7 @@ class Recorder(TorchDispatchMode):
                 # Not padding after a 32-bit member, whose other half can be a stale half of an address.
                 if word == base or (base < word < base + size and word & 0xFFFFFFFF > 1 << 16):
                     identity = self._cuda_identities.get(base, tensor)
-                    touches.append(Touch(self.tensor_id(identity), size))
+                    touches.append(Touch(self.tensor_id(identity), base + size - word))
         self.events.append(
             Event(
                 self._operator[-1],

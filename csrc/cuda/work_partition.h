@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "cuda/kernel_args.h"
 
@@ -17,7 +18,10 @@ constexpr int kMaxBlockChannels = 64;
 constexpr int kStepsPerTile = 4;
 // Upper bounds of the number of work units, for a reduction and for an elementwise pass: several threadblocks
 // per multiprocessor of a large GPU.
-constexpr int64_t kMaxReductionUnits = 1024, kMaxElementwiseUnits = 4096;
+constexpr int64_t kMaxReductionUnits = 1056, kMaxElementwiseUnits = 4096;
+// Threadblocks of a norm kernel that run at once on the GPU that work is partitioned for, an H200: 132
+// multiprocessors with two each, by registers. All GPUs use the same partition.
+constexpr int64_t kResidentBlocks = 132 * 2;
 
 // Return the number of elements of a 16-byte access. float64 is not performance-critical and uses scalar
 // accesses.
@@ -60,6 +64,20 @@ struct WorkPartition {
   int64_t units() const { return channel_blocks * parts; }
 };
 
+// Return the number of tiles per part with the shortest run time in whole waves of threadblocks, with at most
+// max(max_units, channel blocks) work units: one that leaves little of the last wave idle.
+inline int64_t choose_tiles_per_part(int64_t tiles, int64_t channel_blocks, int64_t max_units) {
+  const int64_t fewest = ceil_div(tiles, std::max<int64_t>(1, max_units / channel_blocks));
+  const int64_t most = fewest + std::min<int64_t>(fewest, 8);
+  int64_t best = fewest, best_time = std::numeric_limits<int64_t>::max();
+  for (int64_t tiles_per_part = fewest; tiles_per_part <= most; ++tiles_per_part) {
+    const int64_t units = channel_blocks * ceil_div(tiles, tiles_per_part);
+    const int64_t time = ceil_div(units, kResidentBlocks) * tiles_per_part;
+    if (time < best_time) best = tiles_per_part, best_time = time;
+  }
+  return best;
+}
+
 // Partition `x` for accesses of `vector_size` elements into at most max(max_units, channel blocks) work
 // units.
 inline WorkPartition partition_work(const ActivationShape& x, int vector_size, int64_t max_units) {
@@ -87,8 +105,7 @@ inline WorkPartition partition_work(const ActivationShape& x, int vector_size, i
   }
   partition.block_channels = x.channels_last ? partition.threads_per_row * vector_size : 1;
   partition.tiles = ceil_div(steps, kStepsPerTile);
-  partition.tiles_per_part =
-      ceil_div(partition.tiles, std::max<int64_t>(1, max_units / partition.channel_blocks));
+  partition.tiles_per_part = choose_tiles_per_part(partition.tiles, partition.channel_blocks, max_units);
   partition.parts = ceil_div(partition.tiles, partition.tiles_per_part);
   return partition;
 }

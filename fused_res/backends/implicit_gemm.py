@@ -134,6 +134,25 @@ IMPLICIT_GEMM = Algorithm(
 )
 
 
+#: cuDNN's convolution, then bias, addition and ReLU in one pass. ATen makes a pass for each of them in bfloat16.
+ATEN_EPILOGUE = Algorithm(
+    "aten_epilogue",
+    unsupported_reason=lambda problem: (
+        "a dispatch mode or a tensor subclass requires ATen's operators" if problem.under_torch_dispatch else None
+    ),
+    implementations={"inference": "aten_conv_with_epilogue"},
+    rules=(
+        Rule(
+            lambda problem: problem.dtype != torch.bfloat16,
+            "cuDNN has a fused epilogue for this dtype",
+            _EVIDENCE_CUDNN,
+        ),
+    ),
+    special_case=True,
+    selection_reason=lambda problem: "bias, addition and ReLU in one pass after cuDNN's convolution",
+)
+
+
 @cache
 def algorithms(backend: str) -> tuple[Algorithm, ...]:
     """Return the algorithms of a GPU backend, ``"triton"`` or ``"cuda"``."""
@@ -164,4 +183,4 @@ def algorithms(backend: str) -> tuple[Algorithm, ...]:
             _EVIDENCE_INTENSITY,
         ),
     )
-    return replace(IMPLICIT_GEMM, rules=rules), *convolution.ALGORITHMS
+    return replace(IMPLICIT_GEMM, rules=rules), ATEN_EPILOGUE, *convolution.ALGORITHMS

@@ -228,7 +228,7 @@ def selects_aten(
         return preference == "aten"
     machine = selection_settings(kernels.name)[1]
     problem = Problem("inference", (), weight, *geometry, dtype, "", channels_last, residual=residual, machine=machine)
-    return dispatch.select_uncached(kernels.algorithms, problem, preference).name == "aten"
+    return not dispatch.select_uncached(kernels.algorithms, problem, preference).algorithm.fused
 
 
 def dispatch_conv_bias_act(

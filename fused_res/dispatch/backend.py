@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from fused_res.dispatch.algorithm import Algorithm, Machine, Operation
+from fused_res.dispatch.convolution import aten_forward
 from fused_res.ops import OP_FAMILIES
+from fused_res.ops.memory_format import conv_output_is_channels_last, to_memory_format
 
 
 class Kernels(SimpleNamespace):
@@ -41,6 +47,42 @@ class Kernels(SimpleNamespace):
         return lambda input, weight, bias, residual, geometry, relu: operator(
             input, weight, bias, residual, *geometry, relu
         )
+
+    def aten_conv_with_epilogue(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        relu: bool,
+    ) -> Tensor:
+        """Compute ``conv_bias_act``: ATen's convolution, then one in-place pass of the backend's norm kernel.
+
+        The pass is a batch norm with mean 0 and variance 1, whose bias is the convolution's.
+        """
+        y, _ = aten_forward(input, weight, None, (tuple(stride), tuple(padding), tuple(dilation), groups), False)
+        y = to_memory_format(y, conv_output_is_channels_last(input, weight))
+        if bias is not None or residual is not None or relu:
+            mean, var = _standard_statistics(y.shape[1], y.device)
+            self.batch_norm_act_inference_(y, residual, None, None, bias, mean, var, 0.0, relu)
+        return y
+
+
+def _standard_statistics(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a mean of 0 and a variance of 1 for each channel."""
+    # A tensor that is created while a CUDA graph is captured must not outlive the graph.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    create = _create_standard_statistics.__wrapped__ if capturing else _create_standard_statistics
+    return create(channels, device)
+
+
+@lru_cache(maxsize=64)
+def _create_standard_statistics(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.zeros(channels, device=device), torch.ones(channels, device=device)
 
 
 class Backend(Protocol):
