@@ -7,6 +7,10 @@
 #   make gpu                      on a machine with an NVIDIA GPU, with its own Python (torch, Triton, pytest; nothing is
 #                                 downloaded): build in place, tests, benchmarks; STAGE=test|bench|compile for one of
 #                                 them, each within nine minutes; OUT=folder for the results
+#   make gpu-env                  on a machine with nvcc 13, without a GPU: build against the oldest supported torch in its
+#                                 CUDA build (7 GB), import, compile the Triton kernels, run the tests (ARGS="-k wheel");
+#                                 GPU_ENV_PYTHON=python3.12 makes the environment build/gpu-env/venv, GPU_ENV=folder
+#                                 uses an existing one, STEPS=build,check for some steps
 #   make study                    train plain and residual networks and write docs/depth-study; a quarter of an hour,
 #                                 resumes after an interruption
 #   make docs                     the API pages from the docstrings (Markdown in docs/api, HTML in build/docs/html), and
@@ -30,8 +34,11 @@ ARGS :=
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder
 GPU_PYTHON := python3
+GPU_ENV_PYTHON := python3.12
+GPU_ENV := build/gpu-env/venv
+STEPS := build,check,compile,test
 
-.PHONY: test test-full bench study docs gpu lint format build clean FORCE
+.PHONY: test test-full bench study docs gpu gpu-env lint format build clean FORCE
 
 test: $(BUILT)
 	$(PYTEST) $(ARGS)
@@ -54,6 +61,14 @@ docs: $(BUILT)
 
 gpu:
 	$(GPU_PYTHON) benchmarks/on_gpu.py $(STAGE) $(if $(OUT),--out "$(OUT)")
+
+gpu-env: $(if $(filter build/%,$(GPU_ENV)),$(GPU_ENV)/.stamp)
+	$(GPU_ENV)/bin/python tools/gpu_env.py --steps $(STEPS) -- $(ARGS)
+
+build/gpu-env/venv/.stamp: requirements/gpu.txt
+	$(GPU_ENV_PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --requirement requirements/gpu.txt
+	@touch $@
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .
