@@ -9,8 +9,12 @@
 #                                 ARGS="--only op,conv" for some of the stages
 #   make gpu-more                 likewise, what takes longer: test suite, compute-sanitizer, max-autotune, timm
 #   make gpu-rehearsal            all of `make gpu` on this machine, on tiny tensors, without a GPU
-#   make gpu-library              compile the kernels for that machine here: GPU_ENV=folder of a virtual environment with its
-#                                 Python and torch. The call of the device tool that runs `make gpu` there:
+#   make gpu-env                  on a machine with nvcc 13, without a GPU: build against the oldest supported torch in its
+#                                 CUDA build (7 GB), import, compile the Triton kernels, run the tests (ARGS="-k wheel");
+#                                 GPU_ENV_PYTHON=python3.12 makes the environment build/gpu-env/venv, GPU_ENV=folder
+#                                 uses an existing one, STEPS=build,check for some steps
+#   make gpu-library              compile the kernels for the GPU machine here, with the same environment. The call of the
+#                                 device tool that runs `make gpu` there:
 #                                 run(command='make gpu OUT="$OUT"', carry=["build/gpu-library"], timeout_s=590)
 #   make study                    train plain and residual networks and write docs/depth-study; a quarter of an hour,
 #                                 resumes after an interruption
@@ -35,9 +39,11 @@ ARGS :=
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder
 GPU_PYTHON := python3
-GPU_ENV := build/gpu-env
+GPU_ENV_PYTHON := python3.12
+GPU_ENV := build/gpu-env/venv
+STEPS := build,check,compile,test
 
-.PHONY: test test-full bench study docs gpu gpu-more gpu-rehearsal gpu-library lint format build clean FORCE
+.PHONY: test test-full bench study docs gpu gpu-more gpu-rehearsal gpu-env gpu-library lint format build clean FORCE
 
 test: $(BUILT)
 	$(PYTEST) $(ARGS)
@@ -67,8 +73,19 @@ gpu-more:
 gpu-rehearsal: $(BUILT)
 	$(BIN)/python -m benchmarks.gpu first-hour --rehearse $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-gpu-library:
+# An environment outside of build/ is the user's own.
+GPU_ENV_READY := $(if $(filter build/%,$(GPU_ENV)),$(GPU_ENV)/.stamp)
+
+gpu-env: $(GPU_ENV_READY)
+	$(GPU_ENV)/bin/python tools/gpu_env.py --steps $(STEPS) -- $(ARGS)
+
+gpu-library: $(GPU_ENV_READY)
 	$(GPU_ENV)/bin/python -m benchmarks.gpu.library
+
+build/gpu-env/venv/.stamp: requirements/gpu.txt
+	$(GPU_ENV_PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --requirement requirements/gpu.txt
+	@touch $@
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .

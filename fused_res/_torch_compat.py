@@ -48,6 +48,14 @@ def is_functorch_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def is_exporting() -> bool:
+    """Return whether ``torch.export`` is active.
+
+    Under ``torch.compile``, torch 2.11 evaluates ``torch.compiler.is_exporting()`` to True.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def is_jit_tracing() -> bool:
     """Return whether ``torch.jit.trace`` is recording."""
     return torch._C._get_tracing_state() is not None

@@ -141,7 +141,7 @@ class Chain:
 
     def run(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor:
         # Activation checkpointing repeats the forward inside the backward; num_batches_tracked counts it once.
-        count = bool(self.num_batches_tracked) and not functional.is_recomputing()
+        count = len(self.num_batches_tracked) > 0 and not functional.is_recomputing()
         output = functional.residual_block(
             input,
             self.spec,
@@ -259,7 +259,7 @@ def unsupported_context() -> Unsupported | None:
     if _torch_compat.has_global_module_hooks():
         return Unsupported("a hook on all modules is registered")
     if torch.compiler.is_compiling():
-        return Unsupported("torch.export is active") if torch.compiler.is_exporting() else None
+        return Unsupported("torch.export is active") if _torch_compat.is_exporting() else None
     if _torch_compat.is_jit_tracing():
         return Unsupported("torch.jit.trace is active")
     if _torch_compat.is_transformed():

@@ -97,7 +97,7 @@ class FrozenConv(FrozenModule):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         spec = self.spec
         compiling = torch.compiler.is_compiling()
-        exporting = torch.compiler.is_exporting() or _torch_compat.is_fx_proxy(input)
+        exporting = _torch_compat.is_exporting() or _torch_compat.is_fx_proxy(input)
         if exporting or (not compiling and _torch_compat.is_jit_tracing()):
             return self._max_pool(self._aten_forward(input, residual))
         if self.pool is not None:

@@ -452,3 +452,13 @@ def test_versions_agree() -> None:
     assert dynamic["version"] == {"attr": "fused_res.__version__"}
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert changelog.index("## [Unreleased]") < changelog.index("### Added")  # the newest section
+
+
+def test_tested_versions_of_torch_are_the_ends_of_the_supported_range() -> None:
+    (requirement,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest, newest = (
+        re.search(r"^torch==(\d+\.\d+)\.", (ROOT / "requirements" / name).read_text(), re.MULTILINE)
+        for name in ("gpu.txt", "dev.txt")
+    )
+    assert oldest and newest and requirement == f"torch>={oldest[1]}"
+    assert tuple(map(int, oldest[1].split("."))) < tuple(map(int, newest[1].split(".")))

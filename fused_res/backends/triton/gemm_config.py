@@ -45,9 +45,9 @@ class WgradTile(NamedTuple):
     resident: int  # by the registers that its variants use on sm_90
 
 
-#: By the operands' size in bytes, the largest tiles that compile without spills for sm_80 to sm_120, and within the
-#: 99 KiB of shared memory of sm_120. A wide tile computes each operand's prologue less often; two programs on an SM
-#: hide each other's latency.
+#: By the operands' size in bytes, the largest tiles that compile without spills for sm_80, sm_90 and sm_120 (on sm_100
+#: one variant of 128x64 spills 8 bytes a thread), within the 99 KiB of shared memory of sm_120. A wide tile computes
+#: each operand's prologue less often; two programs on an SM hide each other's latency.
 WGRAD_TILES = {
     2: (
         WgradTile(128, 128, 32, 3, 1),
