@@ -19,6 +19,7 @@ from benchmarks.gpu import __main__ as command_line
 from benchmarks.gpu import host, kernel_calls, library, plan, smoke_items, stand_in, train_items, worker
 from benchmarks.gpu.journal import Journal, JournalReader, Record
 from benchmarks.gpu.settings import Settings
+from fused_res import backends
 
 if torch.cuda.is_available():
     pytest.skip("a rehearsal of what a GPU runs", allow_module_level=True)
@@ -130,6 +131,14 @@ def test_conv(warm: bool, tmp_path: Path, calls: list[str]) -> None:
 
 def test_training(tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing.EventClock, "warm_up_calls", 1)
+    preferences = []
+
+    class Step(train_items.ModelStep):
+        def step(self) -> torch.Tensor:
+            preferences.append(backends.registry.conv_preference("auto"))
+            return super().step()
+
+    monkeypatch.setattr(train_items, "ModelStep", Step)
     names = ("eager-channels-last+graph", "ours-norms", "compile-reduce-overhead")
     records, failed = work("train", tmp_path, only=names)
     assert failed == []
@@ -137,6 +146,7 @@ def test_training(tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPa
     losses = [record["first_loss"] for record in records]
     assert losses == pytest.approx([losses[0]] * len(names), rel=1e-3), "equal weights and images"
     assert calls.count("capture") == 1 and "replay" in calls
+    assert preferences.count("aten") == 1, "the settings of ours-norms hold for its first step"
     assert [call for call in calls if call.startswith("compile")] == ["compile reduce-overhead"]
     assert "sleep" not in calls, "a network is timed as it runs"
     for record in records:
@@ -157,11 +167,13 @@ def test_training_out_of_memory(tmp_path: Path, calls: list[str], monkeypatch: p
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_profiled_kernels(backend: str, tmp_path: Path, calls: list[str]) -> None:
+def test_profiled_kernels(backend: str, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    on = kernel_calls.Call.on
+    monkeypatch.setattr(kernel_calls.Call, "on", lambda *arguments: calls.append("run") or on(*arguments))
     records, failed = work("profile", tmp_path, backend=backend, only=("norm forward", "weight gradient"))
     assert failed == [] and len(records) == 2
     ranges = [call for call in calls if call != "synchronize"]
-    assert ranges == 2 * ["profiler start", "profiler stop"], "compilation is outside the profiled range"
+    assert ranges == 2 * ["run", "profiler start", "run", "profiler stop"], "kernels are compiled before the range"
 
 
 def test_every_provider_of_the_plans_exists() -> None:
