@@ -38,8 +38,8 @@ _FORMED_INSTRUCTIONS = 10
 #: statistics. CUDA C++: 2,800 wavefronts for 128x128 with statistics (estimated by reading epilogue.cuh); without,
 #: float32 is written and read once. Triton: 16-bit values are written and read once; two reductions over rows.
 _EPILOGUE_WAVEFRONTS = {"cuda": (1024 / 16384, 2800 / 16384), "triton": (512 / 16384, 900 / 16384)}
-#: Share of a GEMM's shared memory that asynchronous copies are in flight to: of three stages, two, of which Triton keeps
-#: a part for operands that it has formed.
+#: Share of a GEMM's shared memory that asynchronous copies are in flight to: of three stages, two, of which Triton
+#: keeps a part for operands that it has formed.
 _PIPELINE_IN_FLIGHT = 0.5
 #: Share of cuDNN's rate that implicit GEMMs in Triton reach: 0.69 to 0.71 of it, FlagGems #5625 (fp16, H20).
 _TRITON_IM2COL = 0.7

@@ -260,7 +260,7 @@ class Recorder(TorchDispatchMode):
             resolved = {(name, "meta"): kernels for name in ("auto", self.backend)}
             self._stack.enter_context(mock.patch.dict(registry._resolve_cache, resolved))
             self._stack.enter_context(mock.patch.object(registry, "_conv_preference", self.preference))
-            self._stack.enter_context(mock.patch.object(registry, "_machine", lambda name: self.machine))
+            self._stack.enter_context(mock.patch.object(registry, "_machine", return_value=self.machine))
             for name in self.backend.split("+"):
                 self._stack.enter_context(_intercept(name, self))
         super().__enter__()

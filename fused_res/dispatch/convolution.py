@@ -1,4 +1,4 @@
-"""Convolution algorithms that all backends share: ATen's, two GEMMs for small feature maps, one for strided projections.
+"""Convolution algorithms that all backends share: ATen's, GEMMs for small feature maps, one for strided projections.
 
 ``tap_gemm`` is for outputs of one pixel. On a 1x1 feature map a padded 3x3 kernel overlaps the input with its center
 only, but libraries read all nine filter taps. In the last stage of a ResNet on small images the weight dominates the
