@@ -312,16 +312,15 @@ def compact_backward(
     grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_mask: OutputMask
 ) -> Gradients:
     """Compute the gradients with a compact input gradient, of the output's size; signature of :func:`aten_backward`."""
-    stride, *rest = geometry
-    needs_input, *others = output_mask
-    grad_input, gradients = None, (None, None)
-    if needs_input:
+    stride, padding, dilation, groups = geometry
+    grad_input = grad_weight = grad_bias = None
+    if output_mask[0]:
         strided = input[(..., *(slice(None, None, step) for step in stride))]  # only its shape is read
-        dense = ((1,) * len(stride), *rest)
-        grad_input, *_ = aten_backward(grad, strided, weight, bias, dense, (True, False, False))
-    if any(others):
-        _, *gradients = aten_backward(grad, input, weight, bias, geometry, (False, *others))
-    return grad_input, *gradients
+        dense = (1,) * len(stride), padding, dilation, groups
+        grad_input, _, _ = aten_backward(grad, strided, weight, bias, dense, (True, False, False))
+    if output_mask[1] or output_mask[2]:
+        _, grad_weight, grad_bias = aten_backward(grad, input, weight, bias, geometry, (False, *output_mask[1:]))
+    return grad_input, grad_weight, grad_bias
 
 
 def _compact_unsupported_reason(problem: Problem) -> str | None:
