@@ -315,7 +315,7 @@ def compact_backward(
     stride, padding, dilation, groups = geometry
     grad_input = grad_weight = grad_bias = None
     if output_mask[0]:
-        strided = input[(..., *(slice(None, None, step) for step in stride))]  # only its shape is read
+        strided = input[(slice(None), slice(None), *(slice(None, None, step) for step in stride))]  # for its shape
         dense = (1,) * len(stride), padding, dilation, groups
         grad_input, _, _ = aten_backward(grad, strided, weight, bias, dense, (True, False, False))
     if output_mask[1] or output_mask[2]:
