@@ -154,8 +154,8 @@ SCHEMAS = {
     "conv_bias_act": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding,"
     " int[] dilation, int groups, bool relu) -> Tensor",
     # Forward of norm-ReLU-convolution with the statistics of the following norm: output = conv(prologue(input), weight)
-    # + bias, and, if `partials`, the partial statistics (1, 3, K) of the output, from the accumulators or from the
-    # rounded output. `input_stats` is (5, C). The output has the layout of `input` (is_channels_last).
+    # + bias, and, if `partials`, the partial statistics (1, 3, K) of the output as it is stored (rounded).
+    # `input_stats` is (5, C). The output has the layout of `input` (is_channels_last).
     "conv_bn_stats": "(Tensor input, Tensor weight, Tensor? bias, Tensor? input_stats, bool input_relu, int[] stride,"
     " int[] padding, int[] dilation, int groups, bool partials) -> (Tensor output, Tensor partials)",
     # Input gradient of the convolution of `conv_bn_stats`, with the backward of the following norm as operand prologue:
