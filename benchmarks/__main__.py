@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from benchmarks import block, compare, conv, infer, memory, model, op, options, roofline, runner, suite
+from benchmarks import block, compare, conv, infer, launch_cost, memory, model, op, options, roofline, runner, suite
 
 SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "op": op,
@@ -12,6 +12,7 @@ SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "memory": memory,
     "infer": infer,
     "conv": conv,
+    "launch-cost": launch_cost,
     "roofline": roofline,
 }
 #: Subcommands that calculate instead of measuring, and therefore take no measurement options.
