@@ -3,7 +3,21 @@
 import argparse
 import sys
 
-from benchmarks import block, compare, conv, infer, launches, memory, model, op, options, roofline, runner, suite
+from benchmarks import (
+    block,
+    compare,
+    conv,
+    infer,
+    launch_cost,
+    launches,
+    memory,
+    model,
+    op,
+    options,
+    roofline,
+    runner,
+    suite,
+)
 
 SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "op": op,
@@ -12,6 +26,7 @@ SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "memory": memory,
     "infer": infer,
     "conv": conv,
+    "launch-cost": launch_cost,
     "roofline": roofline,
     "launches": launches,
 }

@@ -8,7 +8,8 @@ per-channel vectors have shape ``(C,)``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import MutableMapping, Sequence
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from fused_res.ops.checks import (
     check_residual,
 )
 from fused_res.ops.memory_format import is_channels_last
-from fused_res.spec import BlockSpec, group_by_unit
+from fused_res.spec import BlockSpec, UnitTensors
 
 __all__ = ["batch_norm_act", "conv_bias_act", "residual_block"]
 
@@ -138,7 +139,8 @@ def residual_block(
 
     The result is ``activation(bn(conv(... input ...)) + shortcut(input))``, the residual block of He et al. (2015),
     https://arxiv.org/abs/1512.03385, with the units of ``spec``. Under autocast, ``input`` and the convolutions'
-    tensors are cast as the stock modules would cast them; norms keep their float32 parameters.
+    tensors are cast as the stock modules would cast them; norms keep their float32 parameters. It can be captured in a
+    CUDA graph, alone or in a whole training step (see :mod:`fused_res.backends.triton`), but tuning is not captured.
 
     Args:
         input: tensor ``(N, C, ...)``, float32, float64, bfloat16 or float16; channels_last is fastest.
@@ -172,31 +174,53 @@ def residual_block(
     batch_statistics = spec.per_unit(training, "training")
     if batch_statistics.count(True) + batch_statistics.count(False) != len(batch_statistics):
         raise TypeError(f"training must be True or False, or one of them per unit, got {training!r}")
-    check_recompute(recompute)
     momenta = spec.per_unit(momentum, "momentum") if True in batch_statistics else ()
     for value in momenta:
         check_momentum(value)
-    group = distributed.process_group_name(process_group) if True in batch_statistics else ""
+    if process_group is not None:
+        distributed.check_group(process_group)
+    return run_block(input, spec, tensors, batch_statistics, momenta, recompute, process_group, backend, tune)
+
+
+def run_block(
+    input: Tensor,
+    spec: BlockSpec,
+    tensors: Sequence[Tensor | None],
+    training: tuple[bool, ...],
+    momentum: Sequence[float],
+    recompute: str,
+    process_group: ProcessGroup | None,
+    backend: str,
+    tune: bool,
+) -> Tensor:
+    """Compute :func:`residual_block` for a caller that has checked the types of the arguments.
+
+    Args:
+        training: for each unit, whether it uses the statistics of the batch.
+        momentum: for each unit, the weight of the new batch; empty if no unit uses the statistics of the batch.
+        input, spec, tensors, recompute, process_group, backend, tune: as of :func:`residual_block`.
+    """
+    check_recompute(recompute)
+    any_training = True in training
+    group = distributed.process_group_name(process_group) if process_group is not None and any_training else ""
     kernels = registry.resolve(backend, input.device)
-    weight, dtype = tensors[0] if tensors else None, autocast_dtype(input)
-    if dtype is not None or torch.compiler.is_compiling():  # otherwise planning detects non-tensors at no extra cost
+    weight, dtype, compiling = tensors[0] if tensors else None, autocast_dtype(input), torch.compiler.is_compiling()
+    if dtype is not None or compiling:  # otherwise planning detects non-tensors at no extra cost
         check_tensors(spec, tensors)
     if dtype is not None and input.dtype != torch.float64:  # autocast does not cast float64
-        input = input.to(dtype)
-        convolutions = [(t if t is None else t.to(dtype) for t in unit[:2]) for unit in group_by_unit(tensors)]
-        tensors = [
-            t for conv, unit in zip(convolutions, group_by_unit(tensors), strict=True) for t in (*conv, *unit.norm)
-        ]
+        input, tensors = input.to(dtype), list(tensors)
+        for index in range(0, len(tensors), len(UnitTensors._fields)):
+            tensors[index : index + 2] = [t if t is None else t.to(dtype) for t in tensors[index : index + 2]]
 
     preference = registry.conv_preference()
-    config = BlockConfig(spec, batch_statistics, kernels.name, recompute, preference, group)
+    config = BlockConfig(spec, training, kernels.name, recompute, preference, group)
     stats: Sequence[Any]
-    if _needs_reference():
+    if not compiling and _torch_compat.is_transformed():
         _check_no_process_group(group)
         plan(config, input, tensors)
-        output, means, variances = reference_block.residual_block(input, spec, tensors, batch_statistics)
+        output, means, variances = reference_block.residual_block(input, spec, tensors, training)
         stats = [*map(_mean_var_stats, means, variances)]
-    elif torch.compiler.is_compiling():
+    elif compiling:
         output, stats = opaque_residual_block(config, input, tensors)
     else:
         block_plan = plan(config, input, tensors)
@@ -211,23 +235,41 @@ def residual_block(
             )
             block_plan = plan(config, input, tensors, None, tuple(tuned_algorithms))
         if block_plan.needs_backward:
-            output, *stats = ResidualBlock.apply(block_plan, input, *tensors)
+            operands = _torch_compat.unwrap_dead_wrappers((input, *tensors))
+            differentiable = [operands[index] for index in block_plan.differentiable]
+            arguments = block_plan, kernels, operands, *differentiable
+            output, *stats = _torch_compat.apply_function(ResidualBlock, *arguments)
         else:
             slots: list[Any] = block_plan.run_forward(kernels, input, tensors)
             output, *stats = (slots[slot] for slot in (*block_plan.forward.results, *block_plan.stats_slots))
-        last_plan[weight] = block_plan
+        _record_plan(weight, block_plan)
 
-    if True in batch_statistics and (output.numel() or group) and not is_recomputing():
-        per_unit = zip(group_by_unit(tensors), batch_statistics, stats, momenta, strict=True)
-        updated = [unit for unit in per_unit if unit[1] and unit[0].running_mean is not None]
-        if updated:
-            kernels.update_running_stats(
-                [unit.running_mean for unit, *_ in updated],
-                [unit.running_var for unit, *_ in updated],
-                [new for _, _, new, _ in updated],
-                [momentum for *_, momentum in updated],
-            )
+    if any_training and (group or output.numel()) and not is_recomputing():
+        running: list[tuple[Any, Any, Tensor, float]] = []
+        for index, first in enumerate(range(_RUNNING_MEAN, len(tensors), len(UnitTensors._fields))):
+            running_mean = tensors[first]
+            if running_mean is not None and training[index]:
+                running.append((running_mean, tensors[first + 1], stats[index], momentum[index]))
+        if running:
+            kernels.update_running_stats(*map(list, zip(*running, strict=True)))
     return output
+
+
+#: id of a weight -> a reference to it and the plan recorded in `last_plan`, whose own look-up takes ten times as long.
+_recorded: dict[int, tuple[Callable[[], Any], Plan]] = {}
+
+
+def _record_plan(weight: Any, block_plan: Plan) -> None:
+    """Set ``last_plan[weight]``."""
+    reference, recorded = _recorded.get(id(weight), (None, None))
+    if recorded is block_plan and reference is not None and reference() is weight:
+        return
+    last_plan[weight] = block_plan
+    key = id(weight)
+    _recorded[key] = weakref.ref(weight, lambda _: _recorded.pop(key, None)), block_plan
+
+
+_RUNNING_MEAN = UnitTensors._fields.index("running_mean")
 
 
 def conv_bias_act(

@@ -7,7 +7,7 @@ from undoing the recomputation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from fused_res.backends import registry
 from fused_res.backends.reference.residual_block import residual_block as reference
 from fused_res.block.plan import BlockConfig, Plan
 from fused_res.block.planner import cached_plan, plan, plan_backward
-from fused_res.block.program import INPUT_SLOT, NO_SLOT, Slot
+from fused_res.block.program import INPUT_SLOT, Slot
+from fused_res.dispatch.backend import Kernels
 from fused_res.ops import MEAN, VAR, flops
 from fused_res.ops.memory_format import is_channels_last
 from fused_res.spec import BlockSpec, group_by_unit
@@ -31,65 +32,69 @@ class ResidualBlock(Function):
     """Returns the output and the ``stats`` of every unit. The caller updates the running statistics."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, input: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        slots = plan.run_forward(registry.resolve(plan.config.backend, input.device), input, tensors)
-        stats: list[Any] = [slots[slot] for slot in plan.stats_slots]
+    def forward(
+        ctx: Any, plan: Plan, kernels: Kernels, operands: Tensors, *differentiable: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Run the block.
+
+        Args:
+            ctx: autograd's context.
+            plan: the block's plan.
+            kernels: the backend.
+            operands: the input and all tensors. In a list they cost autograd nothing.
+            differentiable: those that get a gradient, :attr:`Plan.differentiable`.
+        """
+        slots: list[Any] = plan.run_forward(kernels, operands[0], operands[1:])  # type: ignore[arg-type]
+        stats = [slots[slot] for slot in plan.stats_slots]
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
-        ctx.save_for_backward(*_without_running_stats(tensors), *[slots[slot] for slot in plan.saved_slots])
-        output: Any = slots[plan.forward.results[0]]
-        return output, *stats
+        ctx.save_for_backward(*[slots[slot] for slot in plan.live_slots])
+        return slots[plan.forward.results[0]], *stats
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        count = len(plan.config.spec.tensor_names())
         if grad_output is None:
-            return (None,) * (2 + count)
-        unpacked = ctx.saved_tensors  # read once: activation checkpointing recomputes them on the first access
-        tensors, saved = unpacked[:count], unpacked[count:]
+            return (None,) * (3 + len(plan.differentiable))
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them on the first access
         if torch.is_grad_enabled():
-            return None, *_differentiable_backward(plan, grad_output, tensors, saved)
+            values = dict(zip(plan.live_slots, saved, strict=True))
+            return None, None, None, *_differentiable_backward(plan, grad_output, values)
         if _torch_compat.has_torch_dispatch_mode() and not plan.key.under_torch_dispatch:
             plan = cached_plan(plan.key._replace(under_torch_dispatch=True))
+        values = dict(zip(plan.live_slots, saved, strict=True))
         kernels = registry.resolve(plan.config.backend, grad_output.device)
-        return None, *plan.run_backward(kernels, grad_output, tensors, saved)
+        return None, None, None, *plan.run_backward(kernels, grad_output, values)
 
 
 def _without_running_stats(tensors: Tensors) -> list[Tensor | None]:
-    """Replace the running statistics by None.
-
-    Backward must not read them, because the next training step changes them; ``stats`` contains the values that forward
-    used.
-    """
+    """Replace the running statistics, which backward must not read, by None."""
     return [tensor for unit in group_by_unit(tensors) for tensor in (*unit.parameters, None, None)]
 
 
-def _differentiable_backward(plan: Plan, grad_output: Tensor, tensors: Tensors, saved: Tensors) -> list[Tensor | None]:
+def _differentiable_backward(plan: Plan, grad_output: Tensor, values: Mapping[Slot, Tensor]) -> Sequence[Tensor]:
     """Return the gradients as a differentiable graph, for double backward.
 
     The graph is that of the block in plain PyTorch, recomputed from the saved input.
     """
     if plan.config.group:
         raise RuntimeError("process_group: double backward is not supported for synchronized statistics")
-    values = {plan.slot_names[slot]: value for slot, value in zip(plan.saved_slots, saved, strict=True)}
-    input = values.get("x")
+    input = values.get(INPUT_SLOT)
     if input is None:
         raise RuntimeError(
             "input: double backward needs the block's input, which is not saved if neither the input nor the first"
             " convolution requires a gradient: set requires_grad=True on the input"
         )
+    by_name = {plan.slot_names[slot]: value for slot, value in values.items()}
+    tensors = [values.get(Slot(at)) for at in range(1, len(plan.key.metas))]
     flat: list[Tensor | None] = []
     for index, unit in enumerate(group_by_unit(tensors)):
-        stats = values[f"stats{index}"]
-        assert stats is not None
+        stats = by_name[f"stats{index}"]
         flat += (*unit.parameters, stats[MEAN], stats[VAR])
-    required = [slot != NO_SLOT for slot in plan.backward.results]
-    sources = [tensor for tensor, flag in zip((input, *tensors), required, strict=True) if flag and tensor is not None]
+    sources = [(input, *tensors)[index] for index in plan.differentiable]
     y, *_ = reference(input, plan.config.spec, flat, plan.config.training)
-    grads = iter(torch.autograd.grad(y, sources, grad_output, create_graph=True))
-    return [next(grads) if flag else None for flag in required]
+    return torch.autograd.grad(y, sources, grad_output, create_graph=True)  # type: ignore[arg-type]
 
 
 # The opaque operators for torch.compile. An operator's list of tensors cannot contain None, so absent tensors are
@@ -185,10 +190,10 @@ def _block_backward(
     flat = block_args.unflatten(tensors)
     flags = tuple(block_args.requires_grad)
     plan = plan_backward(block_args.config(), grad_output, size, block_args.channels_last, flat, flags)
-    saved_by_slot = dict(zip((*plan.stats_slots, *_saved_without_stats(plan)), saved, strict=False))
-    kernels = registry.resolve(block_args.backend, grad_output.device)
-    values = [input if slot == INPUT_SLOT else saved_by_slot[slot] for slot in plan.saved_slots]
-    return [grad for grad in plan.run_backward(kernels, grad_output, flat, values) if grad is not None]
+    values: dict[Slot, Any] = dict(zip((*plan.stats_slots, *_saved_without_stats(plan)), saved, strict=False))
+    values |= {slot: flat[slot - 1] for slot in plan.kept_tensors}
+    values[INPUT_SLOT] = input
+    return plan.run_backward(registry.resolve(block_args.backend, grad_output.device), grad_output, values)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

@@ -9,14 +9,14 @@ prologue.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fused_res.block.program import NO_SLOT, LinkedStep, Program, Slot, Step, link, run
+from fused_res.block.program import NO_SLOT, LinkedProgram, Program, Slot, Step, link
 from fused_res.dispatch import Machine, Problem, TrainingAlgorithms
 from fused_res.dispatch.backend import Kernels
 from fused_res.spec import BlockSpec, UnitSpec, UnitTensors
@@ -132,7 +132,7 @@ class Plan:
     saved_slots: tuple[Slot, ...]
     stats_slots: tuple[Slot, ...]
     needs_backward: bool
-    _linked_programs: dict[str, list[LinkedStep]] = field(default_factory=dict, repr=False)
+    _linked_programs: dict[str, LinkedProgram] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> BlockConfig:
@@ -147,42 +147,68 @@ class Plan:
         """The steps of forward, then those of backward."""
         return self.forward.steps + self.backward.steps
 
+    @cached_property
+    def kept_tensors(self) -> tuple[Slot, ...]:
+        """Slots of the parameters, which backward may need.
+
+        It must not read the running statistics, because the next training step changes them; ``stats`` contains the
+        values that forward used.
+        """
+        names = [name.rpartition(".")[2] for name in self.config.spec.tensor_names()]
+        metas = enumerate(zip(names, self.key.metas[1:], strict=True), start=1)
+        return tuple(Slot(at) for at, (name, meta) in metas if meta is not None and not name.startswith("running_"))
+
+    @cached_property
+    def live_slots(self) -> tuple[Slot, ...]:
+        """The slots whose values autograd's context saves: :attr:`kept_tensors`, then :attr:`saved_slots`."""
+        return self.kept_tensors + self.saved_slots
+
+    @cached_property
+    def differentiable(self) -> tuple[int, ...]:
+        """Indices of the input (0) and the tensors that backward computes gradients of."""
+        return tuple(index for index, slot in enumerate(self.backward.results) if slot != NO_SLOT)
+
+    @cached_property
+    def _dy_slot(self) -> int:
+        return self.slot_names.index("dy")
+
     def run_forward(self, kernels: Kernels, input: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run the forward program.
 
         Returns:
             The values of all slots; index it with ``forward.results``, :attr:`saved_slots` and :attr:`stats_slots`.
         """
-        return self._run("forward", kernels, [input, *tensors])
+        slots: list[Tensor | None] = [input, *tensors]
+        slots += [None] * (len(self.slot_names) - len(slots))
+        self._linked("forward", kernels)(slots)
+        return slots
 
-    def run_backward(
-        self, kernels: Kernels, grad_output: Tensor, tensors: Sequence[Tensor | None], saved: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
+    def run_backward(self, kernels: Kernels, grad_output: Tensor, values: Mapping[Slot, Tensor | None]) -> list[Tensor]:
         """Run the backward program.
 
-        Returns:
-            The gradients of the input and of every tensor, in order; None for those that are not required.
-        """
-        slots = self._run("backward", kernels, [None, *tensors], grad_output, saved)
-        return [None if slot == NO_SLOT else slots[slot] for slot in self.backward.results]
+        Args:
+            kernels: the backend.
+            grad_output: gradient of the output.
+            values: slots of :attr:`kept_tensors` and :attr:`saved_slots` -> their values.
 
-    def _run(
-        self,
-        direction: str,
-        kernels: Kernels,
-        inputs: list[Tensor | None],
-        grad_output: Tensor | None = None,
-        saved: Sequence[Tensor | None] = (),
-    ) -> list[Tensor | None]:
-        if direction not in self._linked_programs:
-            self._linked_programs[direction] = link(getattr(self, direction), kernels)
-        slots = inputs + [None] * (len(self.slot_names) - len(inputs))
-        if grad_output is not None:
-            slots[self.slot_names.index("dy")] = grad_output
-        for slot, value in zip(self.saved_slots, saved, strict=False):
+        Returns:
+            The gradients of :attr:`differentiable`.
+        """
+        slots: list[Any] = [None] * len(self.slot_names)
+        for slot, value in values.items():
             slots[slot] = value
-        run(self._linked_programs[direction], slots)
-        return slots
+        slots[self._dy_slot] = grad_output
+        self._linked("backward", kernels)(slots)
+        return [slots[slot] for slot in self.backward.results if slot != NO_SLOT]
+
+    def _linked(self, direction: str, kernels: Kernels) -> LinkedProgram:
+        linked = self._linked_programs.get(direction)
+        if linked is None:
+            program: Program = getattr(self, direction)
+            live_out = (*self.saved_slots, *self.stats_slots) if direction == "forward" else ()
+            linked = link(program, kernels, live_out, self.key.under_torch_dispatch)
+            self._linked_programs[direction] = linked
+        return linked
 
     def __str__(self) -> str:
         titles = [f"{direction}:" for direction in ("forward", "backward")]

@@ -7,7 +7,7 @@ options and the settings of the algorithm selection. Planning times nothing and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import NoneType
 from typing import Any
@@ -46,18 +46,45 @@ def plan(
     Raises:
         ValueError, TypeError: a tensor does not fit the spec.
     """
-    # This runs for every block of every training step: plain tuples, and one cache lookup.
+    # This runs for every block of every training step. Reading the metadata of all tensors takes most of the time, so
+    # it is compared with that of earlier calls first.
+    recallable = requires_grad is None and algorithms is None
+    settings = registry.selection_settings(config.backend)
     try:
+        if recallable:
+            absent = tuple([t is None for t in tensors])
+            recent_key = config, input.shape, absent, torch.is_grad_enabled(), settings
+            for same, recent in _recent_plans.get(recent_key, ()):
+                if same(input, *[t for t in tensors if t is not None]):
+                    return recent
         metas = (_meta(input), *[None if t is None else _meta(t) for t in tensors])
-    except AttributeError:
+    except (AttributeError, TypeError):
         check_tensors(config.spec, tensors)
         raise
     if requires_grad is None and not torch.is_grad_enabled():
         requires_grad = (False,) * len(metas)
-    under_torch_dispatch, settings = _under_torch_dispatch(input, *tensors), registry.selection_settings(config.backend)
+    under_torch_dispatch = _under_torch_dispatch(input, *tensors)
     key = PlanKey(config, metas, is_channels_last(input), requires_grad, algorithms, under_torch_dispatch, *settings)
     # Fake tensors may have symbolic sizes, which cannot be dictionary keys.
-    return _check_and_plan(key) if isinstance(input, FakeTensor) else _cached_check_and_plan(key)
+    if isinstance(input, FakeTensor):
+        return _check_and_plan(key)
+    found = _cached_check_and_plan(key)
+    if recallable and not under_torch_dispatch:
+        _remember(recent_key, [input, *[t for t in tensors if t is not None]], found)
+    return found
+
+
+#: (options, shape of the input, absent tensors, grad mode, settings) -> plans of recent calls, each with a function
+#: that compares the metadata of tensors with those of that call.
+_recent_plans: dict[tuple[Any, ...], tuple[tuple[Callable[..., bool], Plan], ...]] = {}
+_MAX_RECENT_KEYS, _MAX_RECENT_PLANS = 4096, 8
+
+
+def _remember(key: tuple[Any, ...], tensors: Sequence[Tensor], plan: Plan) -> None:
+    if len(_recent_plans) >= _MAX_RECENT_KEYS:
+        _recent_plans.clear()
+    others = _recent_plans.get(key, ())[: _MAX_RECENT_PLANS - 1]
+    _recent_plans[key] = ((_torch_compat.metadata_check(tensors), plan), *others)
 
 
 def plan_backward(

@@ -99,48 +99,65 @@ class Program(NamedTuple):
 CONVOLUTION_OPERATORS = {"convolution": "forward", "convolution_backward": "weight_gradient"}
 
 
-class LinkedStep(NamedTuple):
-    """A step whose operator is resolved to a callable."""
-
-    function: Callable[..., Any]
-    arguments: list[Any]  # the constants; None at the positions of tensors
-    slot_positions: list[tuple[int, Slot]]  # (index into arguments, slot of the tensor)
-    results: tuple[Slot, ...]
-    last_uses: tuple[Slot, ...]
+#: A program whose operators are resolved: runs in place on a list of all slots.
+LinkedProgram = Callable[[list[Any]], None]
 
 
-def link(program: Program, kernels: Kernels) -> list[LinkedStep]:
-    """Resolve the operators of a program to a backend's kernels."""
-    linked = []
-    for step in program.steps:
+def link(
+    program: Program, kernels: Kernels, live_out: Iterable[Slot] = (), under_torch_dispatch: bool = False
+) -> LinkedProgram:
+    """Resolve the operators of a program to a backend's kernels, and compile it to a Python function.
+
+    Straight-line code with a local variable per slot runs in half the time of a loop over the steps.
+
+    Args:
+        program: the program.
+        kernels: the backend.
+        live_out: slots that outlive the program, in addition to its results; others are not written to the list.
+        under_torch_dispatch: whether the operators must be visible to a dispatch mode or a tensor subclass; otherwise
+            operators written in Python are called without their dispatching wrapper.
+    """
+    namespace: dict[str, Any] = {}
+    body: list[str] = []
+    defined: set[Slot] = set()
+    for index, step in enumerate(program.steps):
         if step.operator in CONVOLUTION_OPERATORS:
             assert step.algorithm is not None
             operation: Any = CONVOLUTION_OPERATORS[step.operator]
             function = kernels.implementation(operation, step.algorithm.algorithm)
         else:
             function = OPERATORS.get(step.operator) or getattr(kernels, step.operator)
-        slot_positions = [(i, arg) for i, arg in enumerate(step.arguments) if type(arg) is Slot and arg != NO_SLOT]
-        arguments = [None if type(arg) is Slot else arg for arg in step.arguments]
-        linked.append(LinkedStep(function, arguments, slot_positions, step.results, step.last_uses))
+        if not under_torch_dispatch:
+            function = getattr(function, "implementation", function)
+        body += [f"s{slot} = slots[{slot}]" for slot in dict.fromkeys(step.operands) if slot not in defined]
+        defined.update(step.operands)
+        arguments = []
+        for position, argument in enumerate(step.arguments):
+            if type(argument) is Slot:
+                arguments.append("None" if argument == NO_SLOT else f"s{argument}")
+            elif argument is None or type(argument) in (bool, int):
+                arguments.append(repr(argument))
+            else:
+                arguments.append(f"c{index}_{position}")
+                namespace[arguments[-1]] = argument
+        namespace[f"f{index}"] = function
+        call = f"f{index}({', '.join(arguments)})"
+        used = [(position, slot) for position, slot in enumerate(step.results) if slot != NO_SLOT]
+        if len(step.results) == 1 and used:
+            body.append(f"s{step.results[0]} = {call}")
+        elif used:
+            body += [f"r = {call}", *(f"s{slot} = r[{position}]" for position, slot in used), "del r"]
+        else:
+            body.append(call)
+        defined.update(slot for _, slot in used)
+        freed = [f"s{slot}" for slot in step.last_uses if slot in defined]
+        body += [f"{name} = None" for name in freed]
+        body += [f"slots[{slot}] = None" for slot in step.last_uses]
+    written = {slot for step in program.steps for slot in step.results if slot != NO_SLOT}
+    body += [f"slots[{slot}] = s{slot}" for slot in dict.fromkeys((*program.results, *live_out)) if slot in written]
+    exec("def run(slots):\n    " + "\n    ".join(body or ["pass"]), namespace)
+    linked: LinkedProgram = namespace["run"]
     return linked
-
-
-def run(linked: Sequence[LinkedStep], slots: list[Tensor | None]) -> None:
-    """Run a linked program, in place on its slots."""
-    for function, template, slot_positions, results, last_uses in linked:
-        arguments = template.copy()
-        for position, slot in slot_positions:
-            arguments[position] = slots[slot]
-        returned = function(*arguments)
-        if len(results) == 1:
-            slots[results[0]] = returned
-        elif results:
-            for slot, value in zip(results, returned, strict=False):
-                if slot != NO_SLOT:
-                    slots[slot] = value
-        arguments = returned = None  # type: ignore[assignment]
-        for slot in last_uses:
-            slots[slot] = None
 
 
 # Operators implemented with PyTorch's own, for all backends
@@ -156,8 +173,9 @@ def _norm_parameter_gradients(sums: Tensor, weight: Tensor | None) -> list[Tenso
 
     Autograd may accumulate into gradients in place, so they must not share memory with ``sums``.
     """
-    dtype = sums.dtype if weight is None else weight.dtype
-    return [sums[1].to(dtype, copy=True), sums[0].to(dtype, copy=True)]
+    if weight is None or weight.dtype == sums.dtype:
+        return [sums[1].clone(), sums[0].clone()]  # takes half the time of `to(copy=True)`
+    return [sums[1].to(weight.dtype), sums[0].to(weight.dtype)]
 
 
 def _conv_bias_gradient(bias: Tensor, stats: Tensor, sums: Tensor | None, training: bool) -> Tensor:

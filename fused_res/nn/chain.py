@@ -20,7 +20,7 @@ from torch.nn import BatchNorm2d, Conv2d, Parameter
 
 from fused_res import _torch_compat, distributed, functional
 from fused_res.nn.spec_builder import UnitKey, build_block_spec
-from fused_res.spec import BlockSpec, UnitTensors, group_by_unit
+from fused_res.spec import BlockSpec, UnitTensors
 
 #: The modules of one conv-BN-act unit: (convolution, norm), or (convolution, norm, activation).
 Unit = tuple[Any, ...]
@@ -30,7 +30,7 @@ Shortcut = Literal["none", "identity"] | nn.Module
 _HALF = (torch.bfloat16, torch.float16)
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_AUTOCAST_DTYPES, torch.float64)
-_FIRST_NORM_FIELD = UnitTensors._fields.index("norm_weight")
+_UNIT_FIELDS, _FIRST_NORM_FIELD = len(UnitTensors._fields), UnitTensors._fields.index("norm_weight")
 
 
 #: Norm classes supported in a chain. fused_res.nn.sync_batch_norm adds its own.
@@ -142,16 +142,16 @@ class Chain:
     def run(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor:
         # Activation checkpointing repeats the forward inside the backward; num_batches_tracked counts it once.
         count = len(self.num_batches_tracked) > 0 and not functional.is_recomputing()
-        output = functional.residual_block(
+        output = functional.run_block(
             input,
             self.spec,
             self.tensors,
-            training=tuple(self.training),
-            momentum=tuple(self.momentum),
-            recompute=recompute,
-            process_group=self.process_groups[0] if self.process_groups else None,
-            tune=tune,
-            backend=backend,
+            tuple(self.training),
+            self.momentum,
+            recompute,
+            self.process_groups[0] if self.process_groups else None,
+            backend,
+            tune,
         )
         if count:
             _torch_compat.foreach_add_(self.num_batches_tracked, 1)
@@ -298,21 +298,19 @@ def inspect_tensors(tensors: Sequence[Tensor | None], dtype: torch.dtype, autoca
         dtype: dtype of the computation.
         autocast: whether autocast casts the convolutions' operands to `dtype`.
     """
-    for unit in group_by_unit(tensors):
-        for index, tensor in enumerate(unit):
-            if tensor is None:
-                continue
-            kind = type(tensor)
-            if kind is not Parameter and kind is not Tensor:
-                return Unsupported(f"a parameter or buffer is a {kind.__name__}")
-            actual = tensor.dtype
-            if actual is dtype:
-                continue
-            # Autocast casts a convolution's operands; batch norm accepts float32 parameters with a 16-bit input.
-            of_norm = index >= _FIRST_NORM_FIELD
-            if (actual is torch.float32 and dtype in _HALF) if of_norm else (autocast and actual in _AUTOCAST_DTYPES):
-                continue
-            return Unsupported(f"a parameter or buffer has dtype {actual}, but the block computes in {dtype}")
+    for index, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
+        kind, actual = type(tensor), tensor.dtype
+        if kind is not Parameter and kind is not Tensor:
+            return Unsupported(f"a parameter or buffer is a {kind.__name__}")
+        if actual is dtype:
+            continue
+        # Autocast casts a convolution's operands; batch norm accepts float32 parameters with a 16-bit input.
+        of_norm = index % _UNIT_FIELDS >= _FIRST_NORM_FIELD
+        if (actual is torch.float32 and dtype in _HALF) if of_norm else (autocast and actual in _AUTOCAST_DTYPES):
+            continue
+        return Unsupported(f"a parameter or buffer has dtype {actual}, but the block computes in {dtype}")
     return None
 
 

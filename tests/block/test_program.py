@@ -8,7 +8,7 @@ import torch
 from fused_res import BlockSpec, PoolSpec, UnitSpec
 from fused_res.block.plan import BlockConfig
 from fused_res.block.planner import plan
-from fused_res.block.program import NO_SLOT, Program, Slot, Step, run
+from fused_res.block.program import NO_SLOT, Program, Slot, Step
 from fused_res.dispatch import Selection
 from tests.support.cpu_backends import FAST_BACKENDS
 
@@ -116,7 +116,7 @@ def test_plan_text_contains_collectives_and_fused_operators():
     assert "saved for backward: " in text and "frees " in text
 
 
-def test_interpreter_passes_slots_and_constants_in_order():
+def test_linked_program_passes_slots_and_constants_in_order():
     slots = [torch.tensor(2.0), torch.tensor(3.0), None, None]
 
     def both(a, factor, absent, b):
@@ -128,7 +128,7 @@ def test_interpreter_passes_slots_and_constants_in_order():
 
     program.OPERATORS["both"] = both
     try:
-        run(program.link(Program((step,), (Slot(2),)), None), slots)
+        program.link(Program((step,), (Slot(2),)), None)(slots)
     finally:
         del program.OPERATORS["both"]
     assert slots[0] is None and slots[1] == 3 and slots[2] == 20 and slots[3] is None

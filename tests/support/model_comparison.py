@@ -113,8 +113,8 @@ def record_fused_calls() -> Iterator[list[str]]:
     """
     calls: list[str] = []
 
-    def spy(name: str) -> Any:
-        original = getattr(functional, name)
+    def spy(function: str, name: str) -> Any:
+        original = getattr(functional, function)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)
@@ -123,8 +123,8 @@ def record_fused_calls() -> Iterator[list[str]]:
         return call
 
     class FunctionalSpy:
-        residual_block = staticmethod(spy("residual_block"))
-        batch_norm_act = staticmethod(spy("batch_norm_act"))
+        run_block = staticmethod(spy("run_block", "residual_block"))
+        batch_norm_act = staticmethod(spy("batch_norm_act", "batch_norm_act"))
         is_recomputing = staticmethod(functional.is_recomputing)
         autocast_dtype = staticmethod(functional.autocast_dtype)
 

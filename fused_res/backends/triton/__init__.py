@@ -2,6 +2,11 @@
 
 Device code is in ``kernels/``. The modules next to this file are host code: they select tile sizes and launch the
 kernels. The operators' contracts are in :mod:`fused_res.ops.schemas`.
+
+At small batch sizes a training step is bound by the CPU time of its launches. A CUDA graph of the whole step has none:
+``torch.cuda.graph`` (forward, backward and optimizer), ``torch.cuda.make_graphed_callables`` (single blocks), and
+``torch.compile(mode="reduce-overhead")``. Blocks need no changes for it. A replay updates running statistics and
+``num_batches_tracked`` once, as a step does; warm-up steps and ``make_graphed_callables`` update them, too.
 """
 
 from __future__ import annotations

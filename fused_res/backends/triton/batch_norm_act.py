@@ -8,25 +8,34 @@ https://arxiv.org/abs/1502.03167.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
 
-from fused_res import _torch_compat, ops
+from fused_res import ops
 from fused_res.backends.reference import batch_norm_act as reference
-from fused_res.backends.triton.batch_norm_sync import batch_norm_sums, compute_partials, launch_dx, merge_stats
-from fused_res.backends.triton.kernels import batch_norm_act as kernels
-from fused_res.backends.triton.launch import launch
-from fused_res.backends.triton.registration import register_operator
-from fused_res.backends.triton.tiles import accumulator_dtype, choose_tiling
-from fused_res.ops import stats_dtype
-from fused_res.ops.memory_format import (
-    is_channels_last,
-    relu_mask_shape,
-    restore_strides,
-    to_dense_layout,
-    to_memory_format,
+from fused_res.backends.triton.batch_norm_sync import (
+    NO_GRADS,
+    ParameterGrads,
+    compute_partials,
+    compute_sums,
+    dense_vector,
+    dx_launch,
+    merge_to_stats,
 )
+from fused_res.backends.triton.kernels import batch_norm_act as kernels
+from fused_res.backends.triton.kernels.channel_vectors import update_running_stats_kernel
+from fused_res.backends.triton.launch import Launch, Queue, queue_of
+from fused_res.backends.triton.registration import register_operator
+from fused_res.backends.triton.tiles import Tiling, accumulator_dtype, dense_tiling, in_layout_of
+from fused_res.ops import stats_dtype
+from fused_res.ops.memory_format import is_channels_last, relu_mask_shape, restore_strides, to_memory_format
+
+#: Running statistics, weight, bias and eps of a norm, from which the apply pass computes scale and shift.
+_Running = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 
 
 @register_operator
@@ -39,17 +48,34 @@ def batch_norm_stats(
     training: bool,
     eps: float,
 ) -> Tensor:
-    if training and input.numel():
-        return merge_stats(compute_partials(to_dense_layout(input)), weight, bias, eps, input.dtype == torch.float64)
+    x, tiling = dense_tiling(input)
     if training:
-        return reference.batch_norm_stats(input, weight, bias, running_mean, running_var, training, eps)
-    channels, block = input.shape[1], 128
-    stats = input.new_empty((5, channels), dtype=stats_dtype(input.dtype))
-    launch(
-        kernels.fold_kernel, (triton.cdiv(channels, block),),
-        stats, running_mean, running_var, weight, bias, channels, eps, accumulator_dtype(input.dtype), block,
-    )  # fmt: skip
+        return _batch_stats(x, tiling, queue_of(x), weight, bias, eps)
+    stats = _new_stats(x, tiling)
+    running = map(dense_vector, (running_mean, running_var, weight, bias))
+    _fold_launch(tiling.channels, x.dtype, eps)(queue_of(x), stats, *running)
     return stats
+
+
+def _batch_stats(
+    x: Tensor, tiling: Tiling, queue: Queue | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Return ``stats`` of the batch, of a dense tensor."""
+    if not tiling.numel:
+        return reference.batch_norm_stats(x, weight, bias, None, None, True, eps)
+    return merge_to_stats(compute_partials(x, tiling, queue), weight, bias, eps, stats_dtype(x.dtype), queue)
+
+
+def _new_stats(x: Tensor, tiling: Tiling) -> Tensor:
+    channels = x.shape[1]
+    return x.new_empty_strided((5, channels), (channels, 1), dtype=stats_dtype(x.dtype))
+
+
+@lru_cache(maxsize=4096)
+def _fold_launch(channels: int, dtype: torch.dtype, eps: float) -> Launch:
+    block = 128
+    scalars = channels, eps, accumulator_dtype(dtype), block
+    return Launch(kernels.fold_kernel, (triton.cdiv(channels, block),), scalars)
 
 
 @register_operator
@@ -65,24 +91,27 @@ def batch_norm_act_forward(
     eps: float,
     relu: bool,
     save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    original, input = input, to_dense_layout(input)
-    running = None
-    if training or not input.numel():
-        stats = batch_norm_stats(input, weight, bias, running_mean, running_var, training, eps)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, tiling = dense_tiling(input)
+    queue, running = queue_of(x), None
+    if training:
+        stats = _batch_stats(x, tiling, queue, weight, bias, eps)
+    elif tiling.numel:
+        stats, running = _new_stats(x, tiling), (running_mean, running_var, weight, bias, eps)
     else:
-        stats = input.new_empty((5, input.shape[1]), dtype=stats_dtype(input.dtype))
-        running = (running_mean, running_var, weight, bias, eps)
-    output, mask = _apply(input, torch.empty_like(input), stats, residual, residual_stats, relu, save_mask, running)
-    return restore_strides(output, original, input), stats, mask
+        stats = reference.batch_norm_stats(x, weight, bias, running_mean, running_var, False, eps)
+    output = torch.empty_like(x)
+    mask = _apply(x, tiling, queue, output, stats, residual, residual_stats, relu, save_mask, running)
+    return restore_strides(output, input, x), stats, mask
 
 
 @register_operator
 def batch_norm_act_apply(
     input: Tensor, stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None, relu: bool, save_mask: bool
-) -> tuple[Tensor, Tensor]:
-    x = to_dense_layout(input)
-    output, mask = _apply(x, torch.empty_like(x), stats, residual, residual_stats, relu, save_mask, None)
+) -> tuple[Tensor, Tensor | None]:
+    x, tiling = dense_tiling(input)
+    output = torch.empty_like(x)
+    mask = _apply(x, tiling, queue_of(x), output, stats, residual, residual_stats, relu, save_mask, None)
     return restore_strides(output, input, x), mask
 
 
@@ -98,40 +127,49 @@ def batch_norm_act_inference_(
     eps: float,
     relu: bool,
 ) -> None:
-    x = to_dense_layout(input)
-    _apply(x, x, None, residual, residual_stats, relu, False, (running_mean, running_var, weight, bias, eps))
+    x, tiling = dense_tiling(input)
+    running = running_mean, running_var, weight, bias, eps
+    _apply(x, tiling, queue_of(x), x, None, residual, residual_stats, relu, False, running)
     if x is not input:
         input.copy_(x)
 
 
 def _apply(
-    input: Tensor,
+    x: Tensor,
+    tiling: Tiling,
+    queue: Queue | None,
     output: Tensor,
     stats: Tensor | None,
     residual: Tensor | None,
     residual_stats: Tensor | None,
     relu: bool,
     save_mask: bool,
-    running: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float] | None,
-) -> tuple[Tensor, Tensor]:
-    """Launch the apply pass into ``output``, and return ``output`` and the ReLU mask.
+    running: _Running | None,
+) -> Tensor | None:
+    """Launch the apply pass into ``output``, and return the ReLU mask, or None if it is not to be saved.
 
     If ``running`` is None, ``stats`` is an input. Otherwise the kernel computes scale and shift from the running
     statistics, and stores them in ``stats`` if that is not None.
     """
-    mask = input.new_empty(relu_mask_shape(input) if save_mask else (0,), dtype=torch.uint8)
-    if not input.numel():
-        return output, mask
+    if not tiling.numel:
+        return x.new_empty(relu_mask_shape(x), dtype=torch.uint8) if save_mask else None
+    mask = x.new_empty(tiling.mask_shape, dtype=torch.uint8) if save_mask else None
     if residual is not None:
-        residual = to_memory_format(residual, is_channels_last(input))
-    tiling = choose_tiling(input)
-    *running_args, eps = running or (None, None, None, None, 0.0)
-    launch(
-        kernels.apply_kernel, (tiling.tiles * tiling.blocks,),
-        input, output, residual, residual_stats, stats, *running_args, mask if save_mask else None, *tiling.extents,
-        eps, relu, running is not None, *tiling.constexprs, accumulator_dtype(input.dtype), **tiling.options,
-    )  # fmt: skip
-    return output, mask
+        residual = in_layout_of(residual, x, tiling)
+    vectors: tuple[Tensor | None, ...] = (None, None, None, None)
+    eps = 0.0
+    if running is not None:
+        *given, eps = running
+        vectors = tuple(map(dense_vector, given))
+    apply = _apply_launch(tiling, x.dtype, eps, relu, running is not None)
+    apply(queue, x, output, residual, residual_stats, stats, *vectors, mask)
+    return mask
+
+
+@lru_cache(maxsize=4096)
+def _apply_launch(tiling: Tiling, dtype: torch.dtype, eps: float, relu: bool, fold: bool) -> Launch:
+    scalars = *tiling.extents, eps, relu, fold, *tiling.constexprs, accumulator_dtype(dtype)
+    return Launch(kernels.apply_kernel, (tiling.tiles * tiling.blocks,), scalars, tiling.options)
 
 
 @register_operator
@@ -144,12 +182,9 @@ def batch_norm_act_backward(
     training: bool,
     relu: bool,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output_mask = [*output_mask, False, False]
-    grads = _backward(
-        grad_output, input, weight, stats, None, None, None, relu_mask, training, False, relu, output_mask
-    )
-    return grads[:4]
+) -> tuple[Tensor | None, ...]:
+    flags = training, False, relu, (*output_mask, False, False)
+    return _backward(grad_output, input, weight, stats, None, None, None, relu_mask, *flags)[:4]
 
 
 @register_operator
@@ -165,11 +200,9 @@ def batch_norm_act_backward_pair(
     training: bool,
     residual_training: bool,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward(
-        grad_output, input, weight, stats, residual, residual_weight, residual_stats, relu_mask, training,
-        residual_training, False, output_mask,
-    )  # fmt: skip
+) -> tuple[Tensor | None, ...]:
+    flags = training, residual_training, False, output_mask
+    return _backward(grad_output, input, weight, stats, residual, residual_weight, residual_stats, relu_mask, *flags)
 
 
 def _backward(
@@ -184,65 +217,88 @@ def _backward(
     training: bool,
     residual_training: bool,
     relu: bool,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    original, input = input, to_dense_layout(input)
-    grad_output = to_memory_format(grad_output, is_channels_last(input))
-    residual_channels_last = is_channels_last(residual if residual is not None else input)
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    x, tiling = dense_tiling(input)
+    queue = queue_of(x)
+    dy = in_layout_of(grad_output, x, tiling)
+    residual_channels_last = tiling.channels_last
     if residual is not None:
-        residual = to_memory_format(residual, is_channels_last(input))
-    grad_input, grad_residual, *parameter_grads = output_mask
-    sums = None
-    if any(parameter_grads) or (grad_input and training) or (grad_residual and residual_training):
-        sums = batch_norm_sums(grad_output, input, stats, relu_mask, relu, residual, residual_stats)
-    dx = torch.empty_like(input) if grad_input else None
-    dresidual = torch.empty_like(input) if grad_residual else None
-    if (grad_input or grad_residual) and input.numel():
-        launch_dx(
-            grad_output, input, stats, residual, residual_stats, relu_mask, sums, dx, dresidual,
-            input.numel() // input.shape[1], relu, training, residual_training,
-        )  # fmt: skip
-
-    def parameter_grad(row: int, requested: bool, like: Tensor | None) -> Tensor:
-        if not requested:
-            return input.new_empty(0)
-        assert sums is not None
-        # A copy, because an operator's outputs must not share memory.
-        return sums[row].to(sums.dtype if like is None else like.dtype, copy=True)
-
+        residual_channels_last = is_channels_last(residual)
+        residual = in_layout_of(residual, x, tiling)
+    grad_input, grad_residual, *parameters = output_mask
+    sums: Tensor | None = None
+    grads: ParameterGrads = NO_GRADS
+    if True in parameters or (grad_input and training) or (grad_residual and residual_training):
+        if True in parameters:
+            likes = weight, weight, residual_weight, residual_weight
+            w, b, rw, rb = [_vector(stats, t) if flag else None for flag, t in zip(parameters, likes, strict=True)]
+            grads = w, b, rw, rb
+        sums = compute_sums(dy, x, tiling, queue, stats, relu_mask, relu, residual, residual_stats, grads)
+    dx = torch.empty_like(x) if grad_input else None
+    dresidual = torch.empty_like(x) if grad_residual else None
+    if (grad_input or grad_residual) and tiling.numel:
+        count = tiling.numel // tiling.channels
+        launch_dx = dx_launch(tiling, x.dtype, count, relu, training, residual_training)
+        launch_dx(queue, dy, x, stats, residual, residual_stats, relu_mask, sums, dx, dresidual)
     return (
-        input.new_empty(0) if dx is None else restore_strides(dx, original, input),
-        input.new_empty(0) if dresidual is None else to_memory_format(dresidual, residual_channels_last),
-        parameter_grad(1, output_mask[2], weight),
-        parameter_grad(0, output_mask[3], weight),
-        parameter_grad(2, output_mask[4], residual_weight),
-        parameter_grad(0, output_mask[5], residual_weight),
+        None if dx is None else restore_strides(dx, input, x),
+        None if dresidual is None else to_memory_format(dresidual, residual_channels_last),
+        *grads,
     )
+
+
+def _vector(stats: Tensor, weight: Tensor | None) -> Tensor:
+    """Return an empty per-channel vector, of the dtype of ``weight``, or of ``stats`` without one."""
+    channels = stats.shape[1]
+    return (stats if weight is None else weight).new_empty_strided((channels,), (1,))
 
 
 @register_operator
 def add_masked_(self: Tensor, grad: Tensor, relu_mask: Tensor | None) -> None:
     """Add ``grad`` to ``self`` in place where the mask, in the memory format of ``grad``, is set."""
-    if not grad.numel():
+    dense, tiling = dense_tiling(grad)
+    if not tiling.numel:
         return
-    target = to_memory_format(self, is_channels_last(grad))
-    tiling = choose_tiling(grad)
-    launch(
-        kernels.add_masked_kernel, (tiling.tiles * tiling.blocks,),
-        target, grad, relu_mask, *tiling.extents, *tiling.constexprs, accumulator_dtype(grad.dtype), **tiling.options,
-    )  # fmt: skip
+    target = in_layout_of(self, dense, tiling)
+    _add_masked_launch(tiling, grad.dtype)(queue_of(target), target, dense, relu_mask)
     if target is not self:
         self.copy_(target)
+
+
+@lru_cache(maxsize=4096)
+def _add_masked_launch(tiling: Tiling, dtype: torch.dtype) -> Launch:
+    scalars = *tiling.extents, *tiling.constexprs, accumulator_dtype(dtype)
+    return Launch(kernels.add_masked_kernel, (tiling.tiles * tiling.blocks,), scalars, tiling.options)
+
+
+#: Norms that one launch updates.
+_MAX_NORMS = 4
 
 
 @register_operator
 def update_running_stats(
     running_mean: list[Tensor], running_var: list[Tensor], stats: list[Tensor], momentum: list[float]
 ) -> None:
-    """Update the running statistics of all units of a block at once."""
-    running = [*running_mean, *running_var]
-    batch = [s[ops.MEAN] for s in stats] + [s[ops.VAR] for s in stats]
-    if any(old.dtype != new.dtype for old, new in zip(running, batch, strict=True)):
+    """Update the running statistics of all norms of a block, four at a time."""
+    # Scalar arguments of kernels are float32.
+    if stats[0].dtype is torch.float64 or False in [r.is_contiguous() for r in (*running_mean, *running_var)]:
         reference.update_running_stats(running_mean, running_var, stats, momentum)
         return
-    _torch_compat.foreach_lerp_(running, batch, [*momentum] * 2)
+    queue = queue_of(stats[0])
+    for start in range(0, len(stats), _MAX_NORMS):
+        norms = slice(start, start + _MAX_NORMS)
+        means, variances, batch = running_mean[norms], running_var[norms], stats[norms]
+        update = _update_launch(tuple([mean.shape for mean in means]), tuple(momentum[norms]))
+        absent = (None,) * (_MAX_NORMS - len(means))
+        update(queue, *means, *absent, *variances, *absent, *batch, *absent)
+
+
+@lru_cache(maxsize=1024)
+def _update_launch(shapes: tuple[tuple[int], ...], momentum: tuple[float, ...]) -> Launch:
+    block, absent = 128, (0,) * (_MAX_NORMS - len(shapes))
+    channels = [shape[0] for shape in shapes]
+    decay, weight = [1.0 - value for value in momentum], map(float, momentum)
+    scalars = *channels, *absent, *decay, *map(float, absent), *weight, *map(float, absent)
+    grid = triton.cdiv(max(channels), block), len(channels)
+    return Launch(update_running_stats_kernel, grid, (*scalars, ops.MEAN, ops.VAR, block))

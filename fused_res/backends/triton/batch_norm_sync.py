@@ -6,52 +6,70 @@ the parallel algorithm of Chan, Golub and LeVeque (1979).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
 
 from fused_res.backends.reference import batch_norm_sync as reference
 from fused_res.backends.triton.kernels import batch_norm_act as kernels
-from fused_res.backends.triton.launch import launch
+from fused_res.backends.triton.kernels.channel_vectors import merge_norm_sums_kernel
+from fused_res.backends.triton.launch import Launch, Queue, launch, queue_of
 from fused_res.backends.triton.registration import register_operator
-from fused_res.backends.triton.tiles import accumulator_dtype, choose_tiling
+from fused_res.backends.triton.tiles import Tiling, accumulator_dtype, dense_tiling, in_layout_of
 from fused_res.ops import stats_dtype
-from fused_res.ops.memory_format import is_channels_last, to_dense_layout, to_memory_format
 
 #: Maximum number of partial statistics that one program merges; more, as from a convolution's tiles, are merged in
 #: groups first.
 _MAX_PARTIALS = 1024
 _MIN_GROUP = 64
-_BLOCK = {"BLOCK_PARTS": 64, "BLOCK_CHANNELS": 32}
+_BLOCK_PARTS, _BLOCK_CHANNELS = 64, 32
+#: Gradients of a norm's weight and bias, then those of the residual's norm; None where not requested.
+ParameterGrads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NO_GRADS: ParameterGrads = (None, None, None, None)
 
 
 @register_operator
 def batch_norm_partials(input: Tensor) -> Tensor:
-    input = to_dense_layout(input)
-    return merge_partial_stats(compute_partials(input)) if input.numel() else reference.batch_norm_partials(input)
+    x, tiling = dense_tiling(input)
+    if not tiling.numel:
+        return reference.batch_norm_partials(x)
+    return merge_partial_stats(compute_partials(x, tiling, queue_of(x)))
 
 
-def compute_partials(input: Tensor) -> Tensor:
-    """Compute the partial statistics of a dense, non-empty input in one pass.
+def compute_partials(x: Tensor, tiling: Tiling, queue: Queue | None) -> Tensor:
+    """Compute the partial statistics of a dense, non-empty tensor in one pass.
 
     Returns:
         ``(parts, 4, C)`` in the accumulation dtype: count, high part of the mean, M2, and low part of the mean. The
         mean is high + low: where a channel's values are nearly equal, the rounding error of the high part alone is not
         small compared with their deviation.
     """
-    tiling = choose_tiling(input)
-    partials = input.new_empty((tiling.parts, 4, tiling.channels), dtype=stats_dtype(input.dtype))
-    launch(
-        kernels.partials_kernel, (tiling.parts * tiling.blocks,),
-        input, partials, *tiling.extents, tiling.tiles, tiling.tiles_per_part, *tiling.constexprs,
-        accumulator_dtype(input.dtype), **tiling.options,
-    )  # fmt: skip
+    shape, strides = (tiling.parts, 4, tiling.channels), (4 * tiling.channels, tiling.channels, 1)
+    # With strides given, an allocation takes two thirds of the time.
+    partials = x.new_empty_strided(shape, strides, dtype=stats_dtype(x.dtype))
+    _partials_launch(tiling, x.dtype)(queue, x, partials)
     return partials
+
+
+@lru_cache(maxsize=4096)
+def _partials_launch(tiling: Tiling, dtype: torch.dtype) -> Launch:
+    scalars = *tiling.extents, tiling.tiles, tiling.tiles_per_part, *tiling.constexprs, accumulator_dtype(dtype)
+    return Launch(kernels.partials_kernel, (tiling.parts * tiling.blocks,), scalars, tiling.options)
 
 
 def _merge_group_size(parts: int) -> int:
     """Return how many partials a program merges; the second dimension of a grid is at most 65535."""
     return parts if parts <= _MAX_PARTIALS else max(_MIN_GROUP, triton.cdiv(parts, 65535))
+
+
+@lru_cache(maxsize=4096)
+def _merge_launch(parts: int, rows: int, channels: int, eps: float, final: bool) -> Launch:
+    group_size = parts if final else _merge_group_size(parts)
+    grid = triton.cdiv(channels, _BLOCK_CHANNELS), triton.cdiv(parts, group_size)
+    scalars = parts, group_size, channels, eps, final, rows, _BLOCK_PARTS, _BLOCK_CHANNELS
+    return Launch(kernels.merge_partials_kernel, grid, scalars)
 
 
 def merge_partial_stats(partials: Tensor, max_partials: int = 1) -> Tensor:
@@ -66,13 +84,9 @@ def merge_partial_stats(partials: Tensor, max_partials: int = 1) -> Tensor:
     """
     while partials.shape[0] > max_partials or partials.shape[1] == 4:
         parts, rows, channels = partials.shape
-        group_size = _merge_group_size(parts)
-        groups = triton.cdiv(parts, group_size)
-        merged = partials.new_empty((groups, 3, channels), dtype=torch.float64)
-        launch(
-            kernels.merge_partials_kernel, (triton.cdiv(channels, _BLOCK["BLOCK_CHANNELS"]), groups),
-            partials, merged, None, None, parts, group_size, channels, 0.0, False, rows, **_BLOCK,
-        )  # fmt: skip
+        merge = _merge_launch(parts, rows, channels, 0.0, False)
+        merged = partials.new_empty((merge.grid[1], 3, channels), dtype=torch.float64)
+        merge(queue_of(partials), partials, merged, None, None)
         partials = merged
     return partials.double()
 
@@ -81,14 +95,23 @@ def merge_partial_stats(partials: Tensor, max_partials: int = 1) -> Tensor:
 def merge_stats(partials: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, double: bool) -> Tensor:
     if partials.shape[0] > _MAX_PARTIALS:
         partials = merge_partial_stats(partials, _MAX_PARTIALS)
-    partials = partials.contiguous()
+    dtype = torch.float64 if double else torch.float32
+    return merge_to_stats(partials.contiguous(), weight, bias, eps, dtype, queue_of(partials))
+
+
+def merge_to_stats(
+    partials: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, queue: Queue | None
+) -> Tensor:
+    """Return ``stats`` of this dtype from at most ``_MAX_PARTIALS`` contiguous partial statistics."""
     parts, rows, channels = partials.shape
-    stats = partials.new_empty((5, channels), dtype=torch.float64 if double else torch.float32)
-    launch(
-        kernels.merge_partials_kernel, (triton.cdiv(channels, _BLOCK["BLOCK_CHANNELS"]), 1),
-        partials, stats, weight, bias, parts, parts, channels, eps, True, rows, **_BLOCK,
-    )  # fmt: skip
+    stats = partials.new_empty_strided((5, channels), (channels, 1), dtype=dtype)
+    _merge_launch(parts, rows, channels, eps, True)(queue, partials, stats, dense_vector(weight), dense_vector(bias))
     return stats
+
+
+def dense_vector(vector: Tensor | None) -> Tensor | None:
+    """Return a per-channel vector without gaps in memory, which kernels require: it may be a column or an expansion."""
+    return None if vector is None else vector.contiguous()
 
 
 @register_operator
@@ -101,22 +124,53 @@ def batch_norm_sums(
     residual: Tensor | None,
     residual_stats: Tensor | None,
 ) -> Tensor:
-    input = to_dense_layout(input)
-    rows = 2 if residual is None else 3
-    if not input.numel():
-        return stats.new_zeros((rows, stats.shape[1]))
-    grad_output = to_memory_format(grad_output, is_channels_last(input))
+    x, tiling = dense_tiling(input)
+    dy = in_layout_of(grad_output, x, tiling)
     if residual is not None:
-        residual = to_memory_format(residual, is_channels_last(input))
-    tiling = choose_tiling(input)
-    partials = stats.new_empty((tiling.parts, rows, tiling.channels))
-    launch(
-        kernels.sums_kernel, (tiling.parts * tiling.blocks,),
-        grad_output, input, stats, residual, residual_stats, relu_mask, partials,
-        *tiling.extents, tiling.tiles, tiling.tiles_per_part, relu, *tiling.constexprs,
-        accumulator_dtype(input.dtype), **tiling.options,
-    )  # fmt: skip
-    return sum_partials(partials)
+        residual = in_layout_of(residual, x, tiling)
+    return compute_sums(dy, x, tiling, queue_of(x), stats, relu_mask, relu, residual, residual_stats, NO_GRADS)[0]
+
+
+def compute_sums(
+    dy: Tensor,
+    x: Tensor,
+    tiling: Tiling,
+    queue: Queue | None,
+    stats: Tensor,
+    relu_mask: Tensor | None,
+    relu: bool,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    parameter_grads: ParameterGrads,
+) -> Tensor:
+    """Compute the operator ``batch_norm_sums`` on tensors of one dense layout; also write the parameters' gradients.
+
+    Returns:
+        ``(parts, rows, C)``, whose first entry are the sums; the others are used up.
+    """
+    rows, channels = 2 if residual is None else 3, tiling.channels
+    if not tiling.numel:
+        for grad in parameter_grads:
+            if grad is not None:
+                grad.zero_()
+        return stats.new_zeros((1, rows, stats.shape[1]))
+    stride = rows * channels
+    partials = stats.new_empty_strided((tiling.parts, rows, channels), (stride, channels, 1))
+    _sums_launch(tiling, x.dtype, relu)(queue, dy, x, stats, residual, residual_stats, relu_mask, partials)
+    _merge_sums_launch(tiling.parts, rows, channels)(queue, partials, *parameter_grads)
+    return partials
+
+
+@lru_cache(maxsize=4096)
+def _sums_launch(tiling: Tiling, dtype: torch.dtype, relu: bool) -> Launch:
+    scalars = *tiling.extents, tiling.tiles, tiling.tiles_per_part, relu, *tiling.constexprs, accumulator_dtype(dtype)
+    return Launch(kernels.sums_kernel, (tiling.parts * tiling.blocks,), scalars, tiling.options)
+
+
+@lru_cache(maxsize=4096)
+def _merge_sums_launch(parts: int, rows: int, channels: int) -> Launch:
+    grid = (triton.cdiv(rows * channels, _BLOCK_CHANNELS),)
+    return Launch(merge_norm_sums_kernel, grid, (parts, channels, rows, _BLOCK_PARTS, _BLOCK_CHANNELS))
 
 
 def sum_partials(partials: Tensor) -> Tensor:
@@ -144,34 +198,20 @@ def batch_norm_act_dx(
     sums: Tensor | None,
     count: int,
 ) -> Tensor:
-    input = to_dense_layout(input)
-    dx = torch.empty_like(input)
-    if not input.numel():
-        return dx
-    grad_output = to_memory_format(grad_output, is_channels_last(input))
-    launch_dx(grad_output, input, stats, None, None, relu_mask, sums, dx, None, count, relu, sums is not None, False)
+    x, tiling = dense_tiling(input)
+    dx = torch.empty_like(x)
+    if tiling.numel:
+        dy = in_layout_of(grad_output, x, tiling)
+        launch_dx = dx_launch(tiling, x.dtype, count, relu, sums is not None, False)
+        launch_dx(queue_of(x), dy, x, stats, None, None, relu_mask, sums, dx, None)
     return dx
 
 
-def launch_dx(
-    grad_output: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    residual: Tensor | None,
-    residual_stats: Tensor | None,
-    relu_mask: Tensor | None,
-    sums: Tensor | None,
-    dx: Tensor | None,
-    dresidual: Tensor | None,
-    count: int,
-    relu: bool,
-    training: bool,
-    residual_training: bool,
-) -> None:
-    """Write ``dx`` and ``dresidual`` if they are not None; all tensors are dense and have the same memory format."""
-    tiling = choose_tiling(input)
-    launch(
-        kernels.dx_kernel, (tiling.tiles * tiling.blocks,),
-        grad_output, input, stats, residual, residual_stats, relu_mask, sums, dx, dresidual, *tiling.extents, count,
-        relu, training, residual_training, *tiling.constexprs, accumulator_dtype(input.dtype), **tiling.options,
-    )  # fmt: skip
+@lru_cache(maxsize=4096)
+def dx_launch(
+    tiling: Tiling, dtype: torch.dtype, count: int, relu: bool, training: bool, residual_training: bool
+) -> Launch:
+    """Return the launch of ``dx_kernel``, whose tensors are dense and have the memory format of ``tiling``."""
+    flags = relu, training, residual_training
+    scalars = *tiling.extents, count, *flags, *tiling.constexprs, accumulator_dtype(dtype)
+    return Launch(kernels.dx_kernel, (tiling.tiles * tiling.blocks,), scalars, tiling.options)

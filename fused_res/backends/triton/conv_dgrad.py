@@ -50,7 +50,7 @@ def conv_dgrad(
     partials = stats.new_empty((config.tiles_m, 2, channels) if input_norm else (0,))
     launch(
         kernels.dgrad_kernel, (config.tiles_m * config.tiles_n,),
-        grad_output, output, stats, relu_mask, sums, weight.flatten(1), grad_input, x,
+        grad_output, output, stats, relu_mask, sums, weight.flatten(1).contiguous(), grad_input, x,
         input_stats if input_norm else None, partials if input_norm else None,
         None if added is None else to_memory_format(added, True), added_mask,
         pixels, channels, out_channels, count, config.tiles_n,

@@ -51,6 +51,7 @@ def launch_convolution(
         of the mean) of its tiles, float32 ``(tiles, 4, channels)``, else shape ``(0,)``.
     """
     input, weight = to_memory_format(input, True), to_memory_format(weight, True)
+    bias = None if bias is None else bias.contiguous()
     N, K, P, Q = conv_output_shape(input, weight, stride, padding, dilation)
     output = torch.empty((N, K, P, Q), dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
     if residual is not None:

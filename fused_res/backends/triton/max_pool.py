@@ -39,7 +39,7 @@ def max_pool_backward(
 ) -> Tensor:
     input = to_dense_layout(input)
     channels_last = is_channels_last(input)
-    grad_output = to_memory_format(grad_output, channels_last)
+    grad_output, indices = to_memory_format(grad_output, channels_last), to_memory_format(indices, channels_last)
     grad_input = torch.empty_like(input)
     if grad_input.numel():
         launch(

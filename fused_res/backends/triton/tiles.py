@@ -6,15 +6,16 @@ Both depend on the shape alone, so that results are bitwise equal on every GPU.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.ops.memory_format import is_channels_last
+from fused_res.ops.memory_format import is_channels_last, to_dense_layout, to_memory_format
 
 #: Programs of a reduction: several for each multiprocessor of a large GPU.
 _TARGET_PROGRAMS = 1024
@@ -28,14 +29,16 @@ _MAX_BLOCK_CHANNELS = 64
 _MAX_BLOCK_PIXELS = 256
 
 
-class Tiling(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Tiling:
     """Tiling of an activation that is viewed as one matrix per channel block.
 
     In channels_last memory, rows are pixels, columns channels, and a block is ``block_cols`` channels. In contiguous
     memory, rows are images, columns the pixels of one channel, and a block is one channel. A reduction has ``parts``
-    parts per block, and one program per part and block.
+    parts per block, and one program per part and block. Tilings are cached, and compared by identity.
     """
 
+    numel: int
     rows: int
     cols: int
     channels: int
@@ -58,20 +61,45 @@ class Tiling(NamedTuple):
         """The kernel arguments ``CHANNELS_LAST, LARGE (int64_offsets), BLOCK_ROWS, BLOCK_COLS``."""
         return self.channels_last, self.int64_offsets, self.block_rows, self.block_cols
 
+    @cached_property
+    def mask_shape(self) -> tuple[int, int]:
+        """Shape of the ``relu_mask``: one row for each row of the channel blocks side by side."""
+        rows = self.rows if self.channels_last else self.rows * self.channels
+        return rows, (self.cols + 7) // 8
+
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": max(1, min(8, self.block_rows * self.block_cols // (32 * _ELEMENTS_PER_THREAD)))}
 
 
-def choose_tiling(x: Tensor) -> Tiling:
-    """Return the tiling of ``x``, which is dense in channels_last or contiguous memory."""
-    return _choose_tiling(tuple(x.shape), is_channels_last(x))
+def dense_tiling(x: Tensor) -> tuple[Tensor, Tiling]:
+    """Return ``x`` as a dense tensor in the layout of :func:`is_channels_last`, copied if necessary, and its tiling."""
+    tiling = _tiling_of(x.shape, x.stride())
+    if tiling is None:
+        x = to_dense_layout(x)
+        tiling = _tiling_of(x.shape, x.stride())
+        assert tiling is not None
+    return x, tiling
+
+
+def in_layout_of(x: Tensor, dense: Tensor, tiling: Tiling) -> Tensor:
+    """Return ``x``, of the shape of ``dense``, in the memory format of ``dense``, whose tiling is given."""
+    return x if x.stride() == dense.stride() else to_memory_format(x, tiling.channels_last)
+
+
+@lru_cache(maxsize=4096)
+def _tiling_of(shape: Sequence[int], strides: Sequence[int]) -> Tiling | None:
+    """Return the tiling of a tensor with this shape and these strides; None if it is not dense."""
+    x = torch.empty_strided(shape, strides, device="meta")
+    return _choose_tiling(tuple(shape), is_channels_last(x)) if to_dense_layout(x) is x else None
 
 
 @lru_cache(maxsize=4096)
 def _choose_tiling(shape: tuple[int, ...], channels_last: bool) -> Tiling:
     images, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     numel = images * channels * pixels
+    if not numel:  # nothing is launched
+        images, channels, pixels = max(images, 1), max(channels, 1), max(pixels, 1)
     if channels_last:
         rows, cols, max_cols = images * pixels, channels, _MAX_BLOCK_CHANNELS
     else:
@@ -86,8 +114,9 @@ def _choose_tiling(shape: tuple[int, ...], channels_last: bool) -> Tiling:
     parts = triton.cdiv(tiles, tiles_per_part)
     int64_offsets = numel >= 2**31
     return Tiling(
-        rows, cols, channels, channels_last, int64_offsets, block_rows, block_cols, blocks, tiles, tiles_per_part, parts
-    )
+        numel, rows, cols, channels, channels_last, int64_offsets, block_rows, block_cols,
+        blocks, tiles, tiles_per_part, parts,
+    )  # fmt: skip
 
 
 def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:

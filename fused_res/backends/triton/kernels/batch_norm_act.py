@@ -38,7 +38,7 @@ def _values_in(tile, rows, cols, CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.con
     return count.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "tiles_per_part"])
 def partials_kernel(
     x_ptr,         # rows x cols of each block
     partials_ptr,  # (parts, 4, channels): count, mean, M2, low part of the mean
@@ -89,7 +89,7 @@ def partials_kernel(
     tl.store(out + 3 * channels, rest, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "parts_per_group"])
 def merge_partials_kernel(
     partials_ptr,  # (parts, ROWS, channels): count, mean, M2; with ROWS = 4, from tiles, also the low part of the mean
     merged_ptr,    # (ceil(parts / parts_per_group), 3, channels), or stats (5, channels) where FINAL
@@ -210,7 +210,7 @@ def fold_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def apply_kernel(
     x_ptr, y_ptr,
     residual_ptr,        # like x, or None
@@ -263,7 +263,7 @@ def _masked_dy(
     return dy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "tiles_per_part"])
 def sums_kernel(
     dy_ptr, x_ptr, stats_ptr,
     residual_ptr, residual_stats_ptr,  # input and stats of the residual's own norm, or None
@@ -308,7 +308,7 @@ def sums_kernel(
         tl.store(out + 2 * channels, column_sum(sum_dyr, CHANNELS_LAST) * r_invstd, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "parts_per_group"])
 def merge_sums_kernel(
     partials_ptr,  # (parts, width): partial sums; width is rows times channels
     sums_ptr,      # (ceil(parts / parts_per_group), width)
@@ -343,7 +343,7 @@ def norm_input_grad(dy, z, mean, scale, a, b):
     return scale * (dy - tl.fma(z - mean, b, a))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "count"])
 def dx_kernel(
     dy_ptr, x_ptr, stats_ptr,
     residual_ptr, residual_stats_ptr,  # input and stats of the residual's own norm, or None
@@ -383,7 +383,7 @@ def dx_kernel(
         tl.store(dresidual_ptr + offsets, dr.to(dresidual_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_masked_kernel(
     into_ptr, grad_ptr, mask_ptr, rows, cols, channels, blocks,
     CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,

@@ -56,7 +56,7 @@ def _load_dz(
     return tl.where(inside, dz, 0).to(dy_ptr.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "count"])
 def dgrad_kernel(
     dy_ptr, z_ptr,     # (M, out_channels): gradient of the norm's output, raw convolution output
     stats_ptr, mask_ptr, sums_ptr,
@@ -108,7 +108,7 @@ def dgrad_kernel(
     tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "count", "H", "W", "P", "Q", "pixels_per_split"])
 def wgrad_kernel(
     dy_ptr, z_ptr,       # (pixels, out_channels): gradient of the norm's output, raw convolution output
     stats_ptr, mask_ptr, sums_ptr,

@@ -57,7 +57,7 @@ def _epilogue(
     tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "k_blocks_per_split"])
 def convolution_kernel(
     x_ptr,            # (N, H, W, channels)
     w_ptr,            # (out_channels, R, S, group_channels)
@@ -124,7 +124,7 @@ def convolution_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def split_k_epilogue_kernel(
     partial_acc_ptr,  # (splits, M, out_channels)
     y_ptr, bias_ptr, residual_ptr, partials_ptr,

@@ -34,7 +34,7 @@ def _offset(image, channel, row, col, channels, height, width, CHANNELS_LAST: tl
     return ((image * channels + channel) * height + row) * width + col
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "H", "W", "P", "Q"])
 def max_pool_forward_kernel(
     x_ptr, stats_ptr, y_ptr, indices_ptr,
     numel, channels, H, W, P, Q,
@@ -70,7 +70,7 @@ def max_pool_forward_kernel(
     tl.store(indices_ptr + index, at.to(tl.uint8), exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "H", "W", "P", "Q"])
 def max_pool_backward_kernel(
     dy_ptr, indices_ptr, dx_ptr,
     numel, channels, H, W, P, Q,
