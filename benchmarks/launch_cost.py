@@ -1,11 +1,12 @@
 """`launch-cost`: CPU time of the host code of a bottleneck's training step on a GPU, ours and stock PyTorch's.
 
-No GPU is needed, and no kernel runs. Tensors are small and on the CPU. Counted: modules, dispatch, autograd and
-allocation; for ours (backend `triton`) also everything that leads to a launch, down to the driver library's launch
-function, which is replaced by one that does nothing (tools/stub_driver). Not counted: kernels, the driver, and the host
-code inside ATen's operators, for both: convolutions, norms, additions and ReLUs only allocate their results
-(noop_kernels.cpp). What cuDNN and ATen do to select and launch a kernel counts for neither, so ours is compared with a
-lower bound of stock's time. Times are CPU times of the process, because other processes may run.
+No GPU is needed, and no kernel runs. Tensors are tiny and on the CPU. Ours is everything that leads to a launch. `ours`
+has the norms of the backend `cuda`, as `backend="auto"` has on a GPU; their launches return at once (tools/cuda_sim).
+`ours-triton` has Triton's, down to the driver library's launch function, which does nothing (tools/stub_driver).
+Convolutions do nothing for all (noop_kernels.cpp). Stock's norms, additions and ReLUs run on the tiny tensors: their
+CPU kernels stand for the host code with which ATen selects and launches a CUDA kernel. `eager-empty` is stock with
+these operators empty as well, which counts dispatch, autograd and allocation only: a lower bound. Times are CPU times
+of the process, because other processes may run.
 """
 
 import argparse
@@ -25,18 +26,19 @@ from benchmarks import allocator, plots, progress, report
 from benchmarks import options as common
 from benchmarks.stock import stock_model
 from benchmarks.timing import Clock, Workload, measure_interleaved
-from fused_res import functional, fuse
+from fused_res import env, functional, fuse
 from fused_res.backends import registry
 
 HELP = "CPU time that leads to the launches of a bottleneck's training step, without a GPU"
 
-OURS, STOCK = "ours", "eager-channels-last"
-#: Name of a bottleneck of ResNet-50, and channels of its input.
-BLOCKS = {"identity": ("layer1.1", 256), "projection": ("layer1.0", 64)}
+OURS, TRITON, STOCK, EMPTY = "ours", "ours-triton", "eager-channels-last", "eager-empty"
+#: Provider -> the backend that it names, and the one that runs.
+BACKENDS = {OURS: ("auto", "cuda+triton"), TRITON: ("triton", "triton")}
+#: Channels of the block's input; its output has 64, its inner convolutions 16.
+BLOCKS = {"identity": 64, "projection": 32}
 PREFERENCES = {"aten": "cuDNN's convolutions", "fused": "fused convolutions"}
 PRECISIONS = {"amp": "bf16 autocast", "bf16": "bf16 parameters"}
-#: A batch so small that allocation takes as long as on a GPU, whose allocator does not clear or map memory.
-BATCH, SIZE = 2, 8
+BATCH, SIZE = 2, 4
 
 
 class CpuClock(Clock):
@@ -54,22 +56,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(device="cpu", allocator=allocator.DEFAULT, threads=1, repeat=50)
 
 
+def load_empty_kernels(name: str, *flags: str) -> None:
+    """Replace ATen's CPU kernels by those of noop_kernels.cpp, for the rest of the process."""
+    from torch.utils.cpp_extension import load
+
+    source, options = str(Path(__file__).with_name("noop_kernels.cpp")), ["-O2", *flags]
+    load(f"fused_res_empty_{name}", [source], extra_cflags=options, is_python_module=False, with_cuda=False)
+
+
 @contextlib.contextmanager
 def stand_in_gpu() -> Iterator[None]:
-    """Run the Triton backend on CPU tensors, without executing kernels, and replace ATen's kernels by empty ones."""
+    """Run the GPU backends on CPU tensors, without executing kernels, and replace ATen's convolutions by empty ones."""
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("launch-cost: unset TRITON_INTERPRET, the interpreter has no launches to measure")
     try:
-        from torch.utils.cpp_extension import load
-
+        from tools.cuda_sim.simulator import build, load_simulator
         from tools.stub_driver.driver import use_stand_in_driver
-    except ImportError as error:
+
+        simulator = load_simulator()
+    except (ImportError, RuntimeError) as error:
         raise SystemExit(f"launch-cost: {error}") from error
-    source = str(Path(__file__).with_name("noop_kernels.cpp"))
-    load("fused_res_noop_kernels", [source], extra_cflags=["-O2"], is_python_module=False, with_cuda=False)
-    with use_stand_in_driver():
-        resolved = {("auto", "cpu"): registry._load("triton"), ("triton", "cpu"): registry._load("triton")}
-        with mock.patch.dict(registry._resolve_cache, resolved):
+    load_empty_kernels("convolutions")
+    with (
+        mock.patch.dict(os.environ, {env.SIMULATOR.name: str(build())}),
+        use_stand_in_driver(),
+        simulator.skip_kernels(),
+    ):
+        resolved = {
+            (name, "cpu"): registry._load(backend)
+            for names in BACKENDS.values()
+            for name, backend in zip(names, names[1:] * 2, strict=True)
+        }
+        with (
+            mock.patch.dict(registry._resolve_cache, resolved),
+            mock.patch.object(registry, "unavailable", return_value=None),
+        ):
             yield
 
 
@@ -77,16 +98,16 @@ def build_step(block: nn.Module, channels: int, provider: str, precision: str) -
     """Return the phases of a training step of a copy of `block`."""
     module: Any = copy.deepcopy(block).train().to(memory_format=torch.channels_last)
     module = module if precision == "amp" else module.bfloat16()
-    if provider == OURS:
-        module = fuse(module)
+    if provider in BACKENDS:
+        module = fuse(module, backend=BACKENDS[provider][0])
     x = torch.randn(BATCH, channels, SIZE, SIZE, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     x.requires_grad_()
     leaves = [x, *module.parameters()]
     grad = torch.empty_like(module(x.float() if precision == "amp" else x), dtype=torch.bfloat16)
 
-    if provider == OURS:
+    if provider in BACKENDS:
         ran = functional.last_plan[next(module.parameters())].config.backend
-        assert ran == "triton", ran
+        assert ran == BACKENDS[provider][1], ran
 
     def forward(_: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp"):
@@ -101,45 +122,48 @@ def build_step(block: nn.Module, channels: int, provider: str, precision: str) -
     return {"forward": forward, "backward": backward}
 
 
+def stock_bottleneck(channels: int) -> nn.Module:
+    """Return torchvision's Bottleneck with 64 output channels."""
+    projection = None if channels == 64 else nn.Sequential(nn.Conv2d(channels, 64, 1, bias=False), nn.BatchNorm2d(64))
+    return type(stock_model("resnet50").get_submodule("layer1.1"))(channels, 16, downsample=projection)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         options.repeat, options.min_time = 2, 0.0
-    model = stock_model("resnet50")
     names = [(p, b, d) for p in PREFERENCES for b in BLOCKS for d in PRECISIONS]
     chosen = [name for name in names if not options.cases or options.cases in ", ".join(name)]
     if not chosen:
         raise SystemExit(f"--cases {options.cases!r} matches none of: {'; '.join(', '.join(name) for name in names)}")
-    cases = []
+    results: dict[str, dict[str, Any]] = {}
     with stand_in_gpu():
-        for preference, block, precision in progress.details(chosen, "launch-cost"):
-            path, channels = BLOCKS[block]
-            with registry.use("auto", convolution=preference):
-                steps = {
-                    name: build_step(model.get_submodule(path), channels, name, precision) for name in (OURS, STOCK)
-                }
-                timing = {"repeat": options.repeat, "min_time": options.min_time}
-                samples = measure_interleaved(steps, **timing, label=f"{preference}, {block}", clock=CpuClock())
-            cases.append(
-                {
-                    "name": ", ".join((preference, block, precision)),
-                    "providers": {name: values.summary() for name, values in samples.items()},
-                }
-            )
-    return {"cases": cases}
+        for providers in ((OURS, TRITON, STOCK), (EMPTY,)):
+            if EMPTY in providers:
+                load_empty_kernels("norms", "-DNOOP_NORMS")
+            for preference, block, precision in progress.details(chosen, "launch-cost"):
+                channels = BLOCKS[block]
+                with registry.use("auto", convolution=preference):
+                    module = stock_bottleneck(channels)
+                    steps = {name: build_step(module, channels, name, precision) for name in providers}
+                    timing = {"repeat": options.repeat, "min_time": options.min_time}
+                    samples = measure_interleaved(steps, **timing, label=f"{preference}, {block}", clock=CpuClock())
+                case = results.setdefault(", ".join((preference, block, precision)), {})
+                case |= {name: values.summary() for name, values in samples.items()}
+    return {"cases": [{"name": name, "providers": providers} for name, providers in results.items()]}
 
 
 def tables(run: dict[str, Any]) -> str:
     rows = []
     for case in run["cases"]:
-        ours, stock = (case["providers"][name] for name in (OURS, STOCK))
-        phases = [f"{one['phases_s'][phase] * 1e6:.0f}" for phase in ("forward", "backward") for one in (ours, stock)]
-        total = [f"{one['median_s'] * 1e6:.0f}" for one in (ours, stock)]
-        rows.append([case["name"], *total, f"{ours['median_s'] / stock['median_s']:.2f}", *phases])
-    header = ["bottleneck", "ours us", "stock us", "ours / stock", "forward", "stock", "backward", "stock"]
+        times = {name: case["providers"][name]["median_s"] for name in (OURS, TRITON, STOCK, EMPTY)}
+        microseconds = [f"{seconds * 1e6:.0f}" for seconds in times.values()]
+        ratios = [f"{times[ours] / times[stock]:.2f}" for ours in (OURS, TRITON) for stock in (STOCK, EMPTY)]
+        rows.append([case["name"], *microseconds, *ratios])
+    header = ["bottleneck", "ours us", "triton us", "stock us", "empty us"]
+    header += ["ours / stock", "ours / empty", "triton / stock", "triton / empty"]
     settings = "; ".join(f"{key}: {text}" for key, text in {**PREFERENCES, **PRECISIONS}.items())
-    return f"launch-cost: median CPU time of a training step without kernels ({settings})\n" + report.table(
-        header, rows
-    )
+    title = f"launch-cost: median CPU time of a training step without kernels ({settings})"
+    return f"{title}\n{report.table(header, rows)}"
 
 
 def summary(run: dict[str, Any]) -> str:

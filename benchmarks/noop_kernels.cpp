@@ -1,4 +1,5 @@
-// CPU kernels of the operators of a residual block that only allocate their results.
+// CPU kernels of the operators of a residual block that only allocate their results: of convolutions, and
+// with NOOP_NORMS of everything else.
 //
 // `launch-cost` loads them in order to time what leads to a kernel instead of the kernel: dispatch, autograd,
 // allocation.
@@ -10,6 +11,8 @@ namespace {
 
 using at::Tensor;
 using std::optional;
+
+#ifndef NOOP_NORMS
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                    c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
@@ -31,6 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, cons
                                                         c10::SymInt, std::array<bool, 3> mask) {
   return {mask[0] ? at::empty_like(input) : Tensor(), mask[1] ? at::empty_like(weight) : Tensor(), Tensor()};
 }
+
+#else
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& input, const optional<Tensor>& weight,
                                               const optional<Tensor>&, const optional<Tensor>& running_mean,
@@ -56,11 +61,15 @@ Tensor threshold_backward(const Tensor& grad, const Tensor&, const at::Scalar&) 
 }
 void foreach_add_(at::TensorList, const at::Scalar&) {}
 
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(aten, CPU, library) {
+#ifndef NOOP_NORMS
   library.impl("convolution", convolution);
   library.impl("convolution_backward", convolution_backward);
+#else
   library.impl("native_batch_norm", batch_norm);
   library.impl("native_batch_norm_backward", batch_norm_backward);
   library.impl("relu", like);
@@ -69,4 +78,5 @@ TORCH_LIBRARY_IMPL(aten, CPU, library) {
   library.impl("add_.Tensor", add_);
   library.impl("threshold_backward", threshold_backward);
   library.impl("_foreach_add_.Scalar", foreach_add_);
+#endif
 }

@@ -21,7 +21,7 @@ COLORS = {
     "#2f7f93": ("ours-cuda",),
     STOCK_COLORS[0]: ("eager", "aten"),
     STOCK_COLORS[1]: ("eager-channels-last", "aten-unfused"),
-    STOCK_COLORS[2]: ("compile", "eager-channels-last+graph", "aten+stats"),
+    STOCK_COLORS[2]: ("compile", "eager-channels-last+graph", "aten+stats", "eager-empty"),
     STOCK_COLORS[3]: ("compile-channels-last",),
     "#e3c567": ("compile-freezing",),
     "#7a4a12": ("compile-max-autotune",),

@@ -11,18 +11,26 @@
 //     the number of rows of all transform-domain GEMMs together, for one image with an output of height x
 //     width and the output tile size `tile`: gemm_rows_per_image() of isa/tiles.h. Raises ValueError if there
 //     are no kernels for `tile` or `stride`;
+//   convolution_backward(grad, input, weight, bias_size, stride, padding, dilation, groups, output_mask)
+//     ATen's operator without the call overhead of torch.ops, which is 10 us: `bias_size` is None or the
+//     number of output channels, and the gradients that are not requested are None;
 //   WINOGRAD_POINTS
 //     the number of transform-domain GEMMs, which is also the number of floats per input and output channel
 //     of a transformed filter;
 //   GRAPH_LOCATIONS, GRAPH_STEP_KINDS, GRAPH_STEP_FIELDS
 //     the encoding of an inference graph (conv_program.h): the locations (input, output, no operand), the
 //     step kinds (convolution, max_pool), and the names of a step's fields in order.
+#include <ATen/ops/convolution_backward.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <cstdint>
 #include <iterator>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "build_info.h"  // written by CMakeLists.txt
@@ -54,6 +62,20 @@ int64_t winograd_gemm_rows(int64_t height, int64_t width, int64_t tile, int64_t 
   return fused_res::cpu::gemm_rows_per_image({stride, tile, height, width});
 }
 
+using Tensor = at::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input,
+                                                        const Tensor& weight,
+                                                        std::optional<int64_t> bias_size,
+                                                        const Integers& stride, const Integers& padding,
+                                                        const Integers& dilation, int64_t groups,
+                                                        std::array<bool, 3> output_mask) {
+  const Integers bias_sizes(bias_size ? 1 : 0, bias_size.value_or(0)), output_padding(stride.size(), 0);
+  return at::convolution_backward(
+      grad, input, weight, bias_size ? at::OptionalIntArrayRef(bias_sizes) : std::nullopt, stride, padding,
+      dilation, /*transposed=*/false, output_padding, groups, output_mask);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -66,6 +88,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd_supports", &winograd_supports, py::arg("kernel"), py::arg("stride"), py::arg("dilation"));
   m.def("winograd_gemm_rows", &winograd_gemm_rows, py::arg("height"), py::arg("width"), py::arg("tile"),
         py::arg("stride"));
+  m.def("convolution_backward", &convolution_backward, py::call_guard<py::gil_scoped_release>());
   using namespace fused_res::cpu;
   m.attr("WINOGRAD_POINTS") = kTransformPoints;
   m.attr("GRAPH_LOCATIONS") = py::make_tuple(int64_t{kInput}, int64_t{kOutput}, int64_t{kNoOperand});

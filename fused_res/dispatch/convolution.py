@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_res import _extension
 from fused_res.dispatch import Algorithm, Problem, Rule
 from fused_res.ops.geometry import Geometry, conv_output_sizes
 from fused_res.ops.memory_format import conv_output_is_channels_last, to_memory_format
@@ -86,6 +87,9 @@ def aten_backward(
         weight, bias, geometry: as of :func:`aten_forward`.
         output_mask: which of the three gradients are requested.
     """
+    if _extension.loaded:
+        bias_size = None if bias is None else bias.shape[0]
+        return _extension.cpp.convolution_backward(grad, input, weight, bias_size, *geometry, output_mask)
     *sizes, groups = geometry
     biases = None if bias is None else [bias.shape[0]]
     return torch.ops.aten.convolution_backward.default(

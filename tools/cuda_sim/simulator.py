@@ -103,6 +103,15 @@ class SimulatorLibrary:
         finally:
             self.library.fused_res_sim_multiprocessors(previous)
 
+    @contextlib.contextmanager
+    def skip_kernels(self) -> Iterator[None]:
+        """Return from every launch without running its kernel, which leaves its outputs uninitialized."""
+        self.library.fused_res_sim_skip_kernels(True)
+        try:
+            yield
+        finally:
+            self.library.fused_res_sim_skip_kernels(False)
+
     def bank_conflicts(self) -> int:
         """Return the number of shared-memory bank conflicts of ``ldmatrix`` since the last call."""
         return int(self.library.fused_res_sim_bank_conflicts())

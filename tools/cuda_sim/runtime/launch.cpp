@@ -44,6 +44,7 @@ std::atomic<int> chosen_schedule = [] {
 // Few, so that the cooperative launches of small tensors have few blocks.
 std::atomic<int> multiprocessors = 4;
 std::atomic<Observer> observer = nullptr;
+std::atomic<bool> skips_kernels = false;
 
 std::string mangled_name(const void* kernel) {
   Dl_info info;
@@ -306,6 +307,7 @@ void abort_launch(const std::string& message) {
 
 void run(const Launch& launch) {
   check(launch);
+  if (skips_kernels) return;
   // Before the lock: the callback may take other locks, such as Python's GIL.
   if (const Observer observe = observer) {
     const unsigned grid[] = {launch.grid.x, launch.grid.y, launch.grid.z};
@@ -391,6 +393,9 @@ extern "C" {
 int fused_res_sim_schedule(int schedule) { return fused_res::cuda::sim::chosen_schedule.exchange(schedule); }
 
 int fused_res_sim_multiprocessors(int count) { return fused_res::cuda::sim::multiprocessors.exchange(count); }
+
+// Sets whether launches return without running their kernel, for measurements of what leads to a launch.
+void fused_res_sim_skip_kernels(bool skip) { fused_res::cuda::sim::skips_kernels = skip; }
 
 // Sets a callback for every launch, which is not simulated if the callback returns true. NULL removes it.
 void fused_res_sim_observe(fused_res::cuda::sim::Observer observe) {
