@@ -106,6 +106,36 @@ def test_fused_layers_of_resnet50(backend, machine, training, reducing, expandin
     assert fused_layers("inference", 1, residual=True) == expanding
 
 
+@pytest.mark.parametrize(("backend", "added"), [("cuda", 3), ("triton", 3)])
+def test_layers_of_resnet50_whose_input_gradient_adds_the_shortcut_gradient(backend, added):
+    """The first layer is fused with its norm; the next ones add in the epilogue; only the input gradient is changed."""
+    algorithms = implicit_gemm.algorithms(backend)
+
+    def selected(preference="planned", **changes):
+        return [
+            tuple(
+                one.name
+                for one in select_training(algorithms, problem(weight=layer[0], **HOPPER | changes), preference)
+            )
+            for layer in LAYERS
+        ]
+
+    chain, gemm = ("aten",) * 3, ("implicit_gemm",) * 3
+    adding = ("aten", "implicit_gemm_add", "aten")
+    assert selected(residual=True) == [gemm] + [adding] * (added - 1) + [chain] * (4 - added)
+    assert selected() == [gemm] + [chain] * 3
+    assert selected("aten", residual=True) == [chain] * 4
+    assert selected("fused", residual=True) == [gemm] * 4
+    for change in (
+        {"dtype": torch.float32}, {"dtype": torch.float64}, {"channels_last": False}, {"spec": UnitSpec((2, 2))},
+        {"spec": UnitSpec(groups=2)}, {"spec": UnitSpec(padding=(1, 1))},
+    ):  # fmt: skip
+        assert selected(residual=True, **change) == [chain] * 4
+    assert not select_training(
+        algorithms, problem(weight=LAYERS[1][0], residual=True, **HOPPER), "planned"
+    ).fused_backward
+
+
 def test_float16_inference_runs_the_epilogue_of_cudnn():
     half = problem(dtype=torch.float16, **HOPPER)._replace(operation="inference")
     assert dispatch.select(implicit_gemm.algorithms("triton"), half, "planned").name == "aten"
