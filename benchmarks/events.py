@@ -122,9 +122,9 @@ def operator_gemm(name: str, arguments: Sequence[Any], returned: Any) -> tuple[G
         strided = gemm.pointwise and max(stride) > 1
         return gemm, (x, math.prod(stride)) if strided else None
     if name == "conv_dgrad":
-        z, weight = arguments[1], arguments[7]
+        dz, weight = arguments[0], arguments[7]
         shape = tuple(first.shape)
-        return convolution_gemm("input_gradient", shape, tuple(weight.shape), tuple(z.shape)), None
+        return convolution_gemm("input_gradient", shape, tuple(weight.shape), tuple(dz.shape)), None
     if name == "conv_wgrad":
         z, weight, x, stride = arguments[1], arguments[7], arguments[8], arguments[11]
         gemm = convolution_gemm("weight_gradient", tuple(x.shape), tuple(weight.shape), tuple(z.shape))

@@ -103,6 +103,7 @@ _NORM = {
 _FUSED = _NORM | {
     "fused conv": "x w > z",
     "fused dgrad": "dy mask z w x_reread shortcut_grad shortcut_mask > dx_read",
+    "adding dgrad": "dz w shortcut_grad shortcut_mask > dx",
     "fused wgrad": "dy mask z x > dw",
     "add fused projection": "dx_read dx_read > dx_read",
 }
@@ -220,6 +221,7 @@ _STEPS = {
     "add_": "add projection",
     "add_strided_": "add fused projection",
 }
+_OUTPUT_ARG_INDEX = 1  # `output` of conv_dgrad, absent without a prologue
 _ADDEND_ARG_INDEX = 11  # `added` and `added_mask` are the last arguments of conv_dgrad
 
 
@@ -266,6 +268,8 @@ class _BlockKernels:
         names = _STEPS.get(step.operator, "").format(apply=kind or "apply", end=end, part=part).split("; ")
         if step.operator == "convolution_backward":
             names = [name for name, slot in zip(names, step.results, strict=False) if slot != NO_SLOT]
+        if step.operator == "conv_dgrad" and step.arguments[_OUTPUT_ARG_INDEX] == NO_SLOT:
+            names = ["adding dgrad"]
         return names
 
     def _sizes(self, unit: Unit, convolution: Convolution) -> dict[str, float]:

@@ -350,7 +350,7 @@ def _finish_operator(
     if name == "conv_bn_stats":
         main.formed, main.statistics = (arguments[3] is not None, False), arguments[9]
     elif name == "conv_dgrad":
-        main.formed, main.statistics = (True, False), arguments[9] is not None
+        main.formed, main.statistics = (arguments[1] is not None, False), arguments[9] is not None
     elif name == "conv_wgrad":
         main.formed = True, arguments[9] is not None
     if strided is not None:

@@ -220,6 +220,13 @@ def _dgrad_added(o: Operands) -> Call:
     return Call("conv_dgrad", (*_gradient(o), None, None, False, added, o.mask(added)))
 
 
+def _dgrad_without_prologue(o: Operands) -> Call:
+    dz, added = o.activation(o.narrow, mean=0), o.activation(o.wide, mean=0)
+    no_prologue = None, None, None, False, None, 0
+    weight = o.weight(o.narrow, o.wide)
+    return Call("conv_dgrad", (dz, *no_prologue, weight, None, None, False, added, o.mask(added)))
+
+
 def _wgrad(o: Operands) -> Call:
     x = o.activation(o.narrow, mean=1)
     return Call("conv_wgrad", (*_gradient(o), x, o.stats(x), True, [1, 1]))
@@ -236,6 +243,7 @@ CALLS: dict[str, Callable[[Operands], Call]] = {
     "norm backward": _norm_backward,
     "conv 1x1 with statistics": _stats_1x1,
     "input gradient with shortcut": _dgrad_added,
+    "input gradient without prologue": _dgrad_without_prologue,
     "norm pair backward": _norm_backward_pair,
     "conv 3x3": _conv_3x3,
     "max pool": _pool_forward,

@@ -10,10 +10,11 @@
 namespace fused_res::cuda {
 
 // The gradient dz with respect to the convolution output z, as arguments of its operand prologue: dz is the
-// backward of the norm (and ReLU) after the convolution, applied to dy.
+// backward of the norm (and ReLU) after the convolution, applied to dy. Without z and stats there is no
+// prologue: dz is dy.
 struct ConvOutputGradArgs {
-  const void *dy, *z;   // (rows, channels): gradient of the norm's output; the norm's input
-  const float* stats;   // (5, channels)
+  const void *dy, *z;   // (rows, channels): gradient of the norm's output; the norm's input, or null
+  const float* stats;   // (5, channels), or null
   const float* sums;    // (2, channels): sum of dy, of dy * xhat; or null: the statistics are constants
   const uint8_t* mask;  // relu_mask that applies to dy, or null
   bool relu;            // without a mask: dy is masked by the recomputed sign of bn(z)

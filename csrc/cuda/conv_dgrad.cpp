@@ -1,4 +1,5 @@
-// Operator conv_dgrad: input gradient of a 1x1 convolution between two batch norms.
+// Operator conv_dgrad: input gradient of a 1x1 convolution between two batch norms, either of which is
+// optional.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -9,41 +10,40 @@ namespace fused_res::cuda {
 namespace {
 
 // Return the gradient of the convolution's input, and the backward sums of the norm before the convolution,
-// from the gradient of the output of the norm after it.
-std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad_output, const Tensor& output, const Tensor& stats,
-                                      const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums,
-                                      int64_t count, const Tensor& weight, const OptionalTensor& input,
-                                      const OptionalTensor& input_stats, bool input_relu,
-                                      const OptionalTensor& added, const OptionalTensor& added_mask) {
-  const DeviceGuard device(output);
+// from the gradient of the output of the norm after it, or, without `output`, of the convolution's output.
+std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad_output, const OptionalTensor& output,
+                                      const OptionalTensor& stats, const OptionalTensor& relu_mask, bool relu,
+                                      const OptionalTensor& sums, int64_t count, const Tensor& weight,
+                                      const OptionalTensor& input, const OptionalTensor& input_stats,
+                                      bool input_relu, const OptionalTensor& added,
+                                      const OptionalTensor& added_mask) {
+  const DeviceGuard device(grad_output);
   const ConvOutputGradOperands gradient(grad_output, output, stats, relu_mask, relu, sums, count, weight);
   const Tensor w = weight.flatten(1).contiguous();
   const int64_t channels = w.size(1);
-  Tensor dx = at::empty({output.size(0), channels, output.size(2), output.size(3)}, output.options(),
-                        at::MemoryFormat::ChannelsLast);
+  Tensor dx = at::empty({grad_output.size(0), channels, grad_output.size(2), grad_output.size(3)},
+                        grad_output.options(), at::MemoryFormat::ChannelsLast);
   Tensor x, x_stats, residual_grad;
   if (input.has_value() && input_stats.has_value()) {
     check_like(*input, dx, "input");
     x = to_memory_format(*input, true);
-    x_stats = aligned_channel_rows(*input_stats, output, 5, channels, "input_stats");
+    x_stats = aligned_channel_rows(*input_stats, dx, 5, channels, "input_stats");
   }
   if (added.has_value()) {
     check_like(*added, dx, "added");
     residual_grad = to_memory_format(*added, true);
   }
 
-  if (output.numel() == 0) {
-    const auto floats = output.options().dtype(at::kFloat);
-    return {dx, x.defined() ? at::zeros({2, channels}, floats) : empty_placeholder(output, at::kFloat)};
-  }
-  const MathMode math_mode = math_mode_of(output);
+  const auto floats = dx.options().dtype(at::kFloat);
+  if (grad_output.numel() == 0)
+    return {dx, x.defined() ? at::zeros({2, channels}, floats) : empty_placeholder(dx, at::kFloat)};
+  const MathMode math_mode = math_mode_of(dx);
   const bool vectorizable = channels * element_size(math_mode) % 16 == 0;
   const bool aligned = vectorizable && gradient.aligned() && is_aligned(w);
   const GemmPartition partition = partition_activation_gemm(
       {gradient.args().rows, channels, gradient.args().channels, 1, math_mode, aligned, true}, false);
   const Tensor partials =
-      x.defined() ? at::empty({partition.row_tiles, 2, channels}, output.options().dtype(at::kFloat))
-                  : empty_placeholder(output, at::kFloat);
+      x.defined() ? at::empty({partition.row_tiles, 2, channels}, floats) : empty_placeholder(dx, at::kFloat);
   DgradArgs args = {};
   args.gradient = gradient.args();
   args.weight = w.const_data_ptr();

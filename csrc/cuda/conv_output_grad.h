@@ -23,13 +23,19 @@ inline const uint8_t* checked_row_mask(const OptionalTensor& mask, const Tensor&
 class ConvOutputGradOperands {
  public:
   // `grad_output`: gradient of the output of the norm after the convolution. `output`: the convolution
-  // output, which is that norm's input.
-  ConvOutputGradOperands(const Tensor& grad_output, const Tensor& output, const Tensor& stats,
-                         const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums,
-                         int64_t count, const Tensor& weight) {
-    check_4d_tensor(output, "output");
+  // output, which is that norm's input. Without `output` and `stats`, `grad_output` is the gradient of the
+  // convolution output itself.
+  ConvOutputGradOperands(const Tensor& grad_output, const OptionalTensor& norm_input,
+                         const OptionalTensor& stats, const OptionalTensor& relu_mask, bool relu,
+                         const OptionalTensor& sums, int64_t count, const Tensor& weight) {
+    const Tensor& output = norm_input.has_value() ? *norm_input : grad_output;
+    check_4d_tensor(output, norm_input.has_value() ? "output" : "grad_output");
     check_4d_tensor(weight, "weight");
     check_like(grad_output, output, "grad_output");
+    TORCH_CHECK_VALUE(norm_input.has_value() == stats.has_value(),
+                      "stats: expected it with output, and only then");
+    TORCH_CHECK_VALUE(norm_input.has_value() || !(relu_mask.has_value() || relu || sums.has_value()),
+                      "output: expected a tensor with relu_mask, relu or sums");
     TORCH_CHECK_VALUE(weight.numel() > 0, "weight: expected at least one element, got ", weight.sizes());
     check_device(weight, output, "weight");
     TORCH_CHECK_TYPE(weight.scalar_type() == output.scalar_type(), "weight: expected the dtype of output, ",
@@ -39,14 +45,16 @@ class ConvOutputGradOperands {
     TORCH_CHECK_VALUE(!relu_mask.has_value() || is_channels_last(output),
                       "relu_mask: expected a channels_last output with it");
     const int64_t channels = output.size(1);
-    z_ = to_memory_format(output, true);
     dy_ = to_memory_format(grad_output, true);
-    stats_ = aligned_channel_rows(stats, output, 5, channels, "stats");
+    if (norm_input.has_value()) {
+      z_ = to_memory_format(output, true);
+      stats_ = aligned_channel_rows(*stats, output, 5, channels, "stats");
+    }
     if (sums.has_value()) sums_ = aligned_channel_rows(*sums, output, 2, channels, "sums");
     TORCH_CHECK_VALUE(!sums.has_value() || count > 0, "count: expected a positive number, got ", count);
     args_.dy = dy_.const_data_ptr();
-    args_.z = z_.const_data_ptr();
-    args_.stats = stats_.const_data_ptr<float>();
+    args_.z = z_.defined() ? z_.const_data_ptr() : nullptr;
+    args_.stats = stats_.defined() ? stats_.const_data_ptr<float>() : nullptr;
     args_.sums = sums_.defined() ? sums_.const_data_ptr<float>() : nullptr;
     args_.mask = checked_row_mask(relu_mask, output, "relu_mask");
     args_.relu = relu;
@@ -56,9 +64,9 @@ class ConvOutputGradOperands {
   }
 
   const ConvOutputGradArgs& args() const { return args_; }
-  const Tensor& output() const { return z_; }
   bool aligned() const {
-    return args_.channels * z_.element_size() % 16 == 0 && is_aligned(dy_) && is_aligned(z_);
+    return args_.channels * dy_.element_size() % 16 == 0 && is_aligned(dy_) &&
+           (!z_.defined() || is_aligned(z_));
   }
 
  private:

@@ -58,7 +58,7 @@ constexpr int kTransformWidth = aligned ? 4 : 1;
 enum class ReductionAxis { kRows, kChannels };
 
 // Operand prologue that computes the gradient with respect to the convolution output. The stage holds two
-// tiles, dy and then z, and the transform overwrites dy with dz.
+// tiles, dy and then z, and the transform overwrites dy with dz. Without z, dy is used as is.
 template <class T, class Tile, class Shape, ReductionAxis reduction_axis, bool aligned>
 class ConvOutputGradPrologue {
  public:
@@ -79,13 +79,16 @@ class ConvOutputGradPrologue {
       const int valid_elements = row < rows_ ? args_.channels - channel : 0;
       copy_chunk<aligned>(tile + ThreadMap::byte_offset(i), static_cast<const T*>(args_.dy), offset,
                           valid_elements);
-      copy_chunk<aligned>(tile + Tile::kBytes + ThreadMap::byte_offset(i), static_cast<const T*>(args_.z),
-                          offset, valid_elements);
+      if (args_.z != nullptr) {
+        copy_chunk<aligned>(tile + Tile::kBytes + ThreadMap::byte_offset(i), static_cast<const T*>(args_.z),
+                            offset, valid_elements);
+      }
     }
     ++copy_stage_;
   }
 
   __device__ void transform_stage(unsigned char* tile) {
+    if (args_.z == nullptr) return;
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < ThreadMap::kIterations; ++i) bits |= bits_[i] << 8 * i;

@@ -23,6 +23,12 @@ cuDNN's convolution and this library's norm passes):
 Interpolated, training breaks even at an intensity of 70 (``cuda``) and 117 (``triton``), both half of the ridge point
 of their instruction. Inference without an addition saves half of the bytes. The limits are below the break-even,
 because an estimated gain of a few percent is within the estimate's error. None of this has been measured.
+
+**The shortcut's gradient in an epilogue.** Where a block's first 1x1 convolution is too intense for that, its input
+gradient can still add the gradient of an identity shortcut in its epilogue (``implicit_gemm_add``), without a prologue.
+This saves one write and one read of the block's input gradient. Per pixel, the kernel reads ``K`` values and the ``C``
+of the addend, writes ``C``, and multiplies ``C * K`` pairs: the bytes and FLOPs of inference with an addition from
+``K`` to ``C`` channels, so the same limit applies.
 """
 
 from __future__ import annotations
@@ -76,6 +82,12 @@ def _unsupported_reason(problem: Problem) -> str | None:
     return None if problem.operation == "inference" else fused_training_unsupported_reason(problem)
 
 
+def _add_unsupported_reason(problem: Problem) -> str | None:
+    if not problem.residual:
+        return "no gradient of an identity shortcut is added"
+    return _unsupported_reason(problem)
+
+
 def fused_training_unsupported_reason(problem: Problem) -> str | None:
     """Return why ``conv_bn_stats``, ``conv_dgrad`` or ``conv_wgrad`` do not support a problem, or None if they do."""
     if len(problem.weight) != 4 or not problem.channels_last:
@@ -103,11 +115,11 @@ def _has_strided_gradient(problem: Problem) -> bool:
     return problem.stride != (1, 1) and not problem.projection
 
 
-def _exceeds_intensity(problem: Problem, backend: str) -> bool:
+def _exceeds_intensity(problem: Problem, backend: str, prologue: bool) -> bool:
     outputs, channels = problem.weight[:2]
     ridge = _RIDGE_POINTS.get((backend, problem.machine.isa), _DEFAULT_RIDGE_POINT)
     share = _TRAINING_SHARE
-    if problem.operation == "inference":
+    if problem.operation == "inference" or not prologue:
         share = _INFERENCE_WITH_RESIDUAL_SHARE if problem.residual else _INFERENCE_SHARE
     return outputs * channels / (outputs + channels) > share * ridge
 
@@ -131,6 +143,15 @@ IMPLICIT_GEMM = Algorithm(
     fused=True,
     returns_partials=True,
     compact_input_gradient=True,
+)
+
+#: ``conv_dgrad`` without its prologue, for the sake of the addition in its epilogue; also without rules.
+IMPLICIT_GEMM_ADD = Algorithm(
+    "implicit_gemm_add",
+    unsupported_reason=_add_unsupported_reason,
+    implementations={"input_gradient": "conv_dgrad"},
+    selection_reason=lambda problem: "1x1: fused with the addition of the shortcut's gradient",
+    special_case=True,
 )
 
 
@@ -177,10 +198,12 @@ def algorithms(backend: str) -> tuple[Algorithm, ...]:
             ("inference",),
         ),
         Rule(_underfills_mma, "the channels do not fill MMA tiles and 16-byte loads", _EVIDENCE_MMA_TILE),
-        Rule(
-            partial(_exceeds_intensity, backend=backend),
-            "cuDNN is faster at this many FLOP per byte by more than the fusion saves",
-            _EVIDENCE_INTENSITY,
-        ),
     )
-    return replace(IMPLICIT_GEMM, rules=rules), ATEN_EPILOGUE, *convolution.ALGORITHMS
+
+    def with_intensity_limit(algorithm: Algorithm) -> Algorithm:
+        exceeds = partial(_exceeds_intensity, backend=backend, prologue=algorithm.fused)
+        reason = "cuDNN is faster at this many FLOP per byte by more than the fusion saves"
+        return replace(algorithm, rules=(*rules, Rule(exceeds, reason, _EVIDENCE_INTENSITY)))
+
+    fused = map(with_intensity_limit, (IMPLICIT_GEMM, IMPLICIT_GEMM_ADD))
+    return *fused, ATEN_EPILOGUE, *convolution.ALGORITHMS

@@ -1,7 +1,8 @@
 """Builder of a block's backward program: recomputation and the gradients of norms, convolutions and the shortcut.
 
 The unfused backward of a unit computes the gradient ``dz`` with respect to the convolution's output (batch norm
-backward), then runs the convolution's two gradients on it. The fused backward never writes ``dz``: the gradient kernels
+backward), then runs the convolution's two gradients on it. The input gradient of a block's first unit may add the
+gradient of an identity shortcut in its epilogue. The fused backward never writes ``dz``: the gradient kernels
 compute it in their operand prologue, from the output gradient, the raw output and the reductions of the norm.
 """
 
@@ -106,9 +107,9 @@ class BackwardBuilder(ForwardBuilder):
                 self._step("add_", dx, addend)
 
     def _adds_shortcut_grad(self, unit: Unit) -> bool:
-        """Return whether the unit's fused dgrad accumulates the shortcut's gradient in its epilogue."""
+        """Return whether the unit's dgrad adds the shortcut's gradient in its epilogue."""
         compact = self.projection is not None and _has_compact_input_grad(self.projection)
-        return unit is self.units[0] and unit.fused_backward and self.shortcut_grad[0] != NO_SLOT and not compact
+        return unit is self.units[0] and unit.adds_in_dgrad and self.shortcut_grad[0] != NO_SLOT and not compact
 
     def _unit_backward(self, unit: Unit, grad: _OutputGrad | None) -> _OutputGrad | None:
         """Append a unit's backward: from the gradient of its norm's output to that of the previous norm's output."""
@@ -125,12 +126,18 @@ class BackwardBuilder(ForwardBuilder):
         weight, bias = self.tensors[unit.index][:2]
         required = (unit.needs_input_grad, unit.needs_grad.weight, unit.needs_grad.bias)
         names = (name, *self._grad_names(unit, "weight", "bias"))
+        _, input_gradient, weight_gradient = unit.algorithms
+        if adds := required[0] and self._adds_shortcut_grad(unit):
+            no_norms = (NO_SLOT, NO_SLOT, NO_SLOT, False, NO_SLOT, 0), (NO_SLOT, NO_SLOT, False)
+            dgrad_operands = dz, *no_norms[0], weight, *no_norms[1], *self.shortcut_grad
+            self._step("conv_dgrad", *dgrad_operands, into=(name, ""), algorithm=input_gradient)
+            required = (False, *required[1:])
         if not (required[0] or required[1]):
-            self._step("sum_per_channel", dz, into=names[2:])
-            return None
+            if required[2]:
+                self._step("sum_per_channel", dz, into=names[2:])
+            return _OutputGrad(self.slots[name]) if adds else None
         # Only the weight gradient reads x. The input gradient needs its shape only, which the raw value has as well.
         x = self._forward_value(unit.input_name if unit.needs_grad.weight else unit.raw_input_name)
-        _, input_gradient, weight_gradient = unit.algorithms
         calls = [(weight_gradient if required[1] else input_gradient, required)]
         if required[0] and required[1] and input_gradient.algorithm is not weight_gradient.algorithm:
             calls = [(input_gradient, (True, False, False)), (weight_gradient, (False, *required[1:]))]

@@ -95,6 +95,12 @@ class Unit:
         """Whether the convolution's gradient kernels compute the norm's input gradient in their operand prologue."""
         return self.algorithms.fused_backward
 
+    @property
+    def adds_in_dgrad(self) -> bool:
+        """Whether the input gradient's kernel can add another gradient in its epilogue."""
+        algorithm = self.algorithms.input_gradient.algorithm
+        return algorithm.fused or algorithm.implementations["input_gradient"] == "conv_dgrad"
+
     @cached_property
     def forward_input_name(self) -> str:
         """Name of the value that the forward convolution reads."""

@@ -168,6 +168,7 @@ def _units(key: PlanKey) -> tuple[list[Unit], list[int]]:
             "forward", shape, tuple(unit_tensors.weight.shape), *unit_spec.geometry, input.dtype, input.device.type,
             key.channels_last and (input_name == "x" or shape[1] > 1),
             weight_channels_last=_is_channels_last_contiguous(unit_tensors.weight), projection=projection,
+            residual=index == 0 and spec.shortcut == "identity" and needs_input_grad,
             under_torch_dispatch=key.under_torch_dispatch, allow_winograd=key.allow_winograd, machine=key.machine,
         )  # fmt: skip
         algorithms = (key.algorithms and key.algorithms[index]) or select_training(

@@ -52,7 +52,8 @@ class Problem(NamedTuple):
         weight_channels_last: whether the weight is in channels_last memory.
         prepacked: whether the caller packs the weight once and caches it, instead of packing it in every call.
         projection: whether the convolution is a block's projection shortcut.
-        residual: whether the epilogue of ``"inference"`` adds a residual.
+        residual: whether the epilogue adds an operand: the residual in ``"inference"``, the gradient of an identity
+            shortcut in ``"input_gradient"``.
         under_torch_dispatch: whether a torch_dispatch mode or a tensor subclass intercepts the call. Only ATen's
             operators are visible to it.
         allow_winograd: whether Winograd algorithms may be selected.
@@ -76,6 +77,10 @@ class Problem(NamedTuple):
     under_torch_dispatch: bool = False
     allow_winograd: bool = True
     machine: Machine = Machine()
+
+    def in_training(self, operation: Operation) -> Problem:
+        """Return the problem of one operation in training; only the input gradient has an addition."""
+        return self._replace(operation=operation, residual=self.residual and operation == "input_gradient")
 
     @property
     def geometry(self) -> Geometry:
@@ -138,7 +143,7 @@ class Algorithm:
             :class:`PackedWeight` (see ``weight_packing``). *forward* and the gradients have the signatures of
             :func:`fused_res.dispatch.convolution.aten_forward` and ``aten_backward``, with one callable for both
             gradients. Those of a ``fused`` algorithm are the operators ``conv_bn_stats``, ``conv_dgrad`` and
-            ``conv_wgrad``.
+            ``conv_wgrad``; that of an algorithm for the addition of a shortcut's gradient is ``conv_dgrad``.
         rules: heuristics that exclude the algorithm where a later one is faster.
         selection_reason: function that returns why the algorithm is fast for a problem, as text for a printed plan;
             "" for no text.

@@ -77,7 +77,7 @@ def _measure(key: _TuningKey, kernels: Kernels, device: torch.device) -> Trainin
     found: dict[Operation, dict[Algorithm, float]] = {
         operation: {
             algorithm: _median_time(calls.call_for(operation, algorithm), device)
-            for algorithm in candidates(kernels.algorithms, key.problem._replace(operation=operation))
+            for algorithm in candidates(kernels.algorithms, key.problem.in_training(operation))
         }
         for operation in TRAINING_OPERATIONS
     }
@@ -111,8 +111,8 @@ class _TimedCalls:
 
     A timed forward computes this convolution's raw output and its partial statistics from the preceding convolution's
     raw output. A timed input gradient includes the elementwise backward of the following norm and the reduction of the
-    preceding norm's backward. So every algorithm is charged for the norms' work, which a fused algorithm does in its
-    prologue and epilogue.
+    preceding norm's backward, or, at the start of a block with an identity shortcut, the addition of its gradient. So
+    every algorithm is charged for the work that a fused algorithm does in its prologue and epilogue.
     """
 
     def __init__(self, key: _TuningKey, kernels: Kernels, device: torch.device) -> None:
@@ -131,6 +131,7 @@ class _TimedCalls:
         self.stats = kernels.batch_norm_stats(self.z, *none, True, 1e-5)
         self.norm_dx_operands = (self.dy, self.z, self.stats, None, True, torch.zeros_like(self.stats[:2]))
         self.count = self.z.numel() // max(self.z.shape[1], 1)
+        self.added = torch.randn_like(self.x) if problem.residual else None
 
     def activation(self) -> Tensor:
         """Return the convolution's input: the raw output of the preceding convolution after norm and ReLU."""
@@ -157,7 +158,12 @@ class _TimedCalls:
             if operation == "weight_gradient":
                 run(*self.norm_dx_operands, self.count, weight, x, x_stats, True, problem.stride)
             else:
-                run(*self.norm_dx_operands, self.count, weight, x if x_stats is not None else None, x_stats, True)
+                input_norm = x if x_stats is not None else None, x_stats, True
+                run(*self.norm_dx_operands, self.count, weight, *input_norm, self.added)
+
+        def adding_gradient() -> None:
+            dz = kernels.batch_norm_act_dx(*self.norm_dx_operands, self.count)
+            run(dz, None, None, None, False, None, 0, weight, None, None, False, self.added)
 
         def gradient() -> None:
             is_dgrad = operation == "input_gradient"
@@ -165,8 +171,14 @@ class _TimedCalls:
             dx, *_ = run(dz, x, weight, None, problem.geometry, (is_dgrad, not is_dgrad, False))
             if x_stats is not None and is_dgrad and dx.shape == x.shape:
                 kernels.batch_norm_sums(dx, x, x_stats, None, True, None, None)
+            if self.added is not None and is_dgrad:
+                kernels.add_masked_(dx, self.added, None)
 
-        return forward if operation == "forward" else fused_gradient if algorithm.fused else gradient
+        if operation == "forward":
+            return forward
+        if algorithm.implementations[operation] == "conv_dgrad" and not algorithm.fused:
+            return adding_gradient
+        return fused_gradient if algorithm.fused else gradient
 
 
 def _median_time(function: Callable[[], object], device: torch.device) -> float:

@@ -70,9 +70,10 @@ def _conv_bn_stats(a: Any) -> tuple[Tensor, Tensor]:
 
 
 def _conv_dgrad(a: Any) -> tuple[Tensor, Tensor]:
-    shape = (a.output.shape[0], a.weight.shape[1], *a.output.shape[2:])
-    sums = a.stats.new_empty((2, a.weight.shape[1]) if a.input_stats is not None else 0)
-    return to_memory_format(a.output.new_empty(shape), True), sums
+    shape = (a.grad_output.shape[0], a.weight.shape[1], *a.grad_output.shape[2:])
+    sums_shape = (2, a.weight.shape[1]) if a.input_stats is not None else (0,)
+    sums = a.grad_output.new_empty(sums_shape, dtype=stats_dtype(a.grad_output.dtype))
+    return to_memory_format(a.grad_output.new_empty(shape), True), sums
 
 
 def _max_pool(a: Any) -> tuple[Tensor, Tensor]:

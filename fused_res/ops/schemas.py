@@ -162,8 +162,10 @@ SCHEMAS = {
     #   dz = batch_norm_act_dx(grad_output, output, stats, relu_mask, relu, sums, count), rounded to the output's dtype,
     #        where `output` (N, K, H, W) is the convolution's raw output, which is the norm's input;
     #   grad[n, c, h, w] = sum over k of dz[n, k, h, w] * weight[k, c], `weight` (K, C, 1, 1).
+    # Without `output` and `stats` (both or neither) there is no prologue: dz is `grad_output`, and `relu_mask`, `relu`
+    # and `sums` are None or false.
     # For 1x1 kernels without padding, dilation or groups. It ignores the stride: grad_input is (N, C, H, W) with the
-    # size of `output`, channels_last; for a stride other than 1 that is the compact gradient at the strided input
+    # size of `grad_output`, channels_last; for a stride other than 1 that is the compact gradient at the strided input
     # positions. Its epilogue is one of two:
     #   with `input` and `input_stats` (5, C): the backward of the prologue's ReLU and the reduction of the prologue's
     #       norm. grad_input is grad, with zeros where norm(input) <= 0 if `input_relu`; `sums` (2, C) are the gradient
@@ -171,7 +173,7 @@ SCHEMAS = {
     #   without them: grad_input = grad [+ `added` * `added_mask`]. `added` is the gradient of a shortcut, in the shape
     #       of grad_input, and `added_mask` the relu_mask to apply to it, in channels_last layout, or None; `sums` has
     #       the shape (0,).
-    "conv_dgrad": "(Tensor grad_output, Tensor output, Tensor stats, Tensor? relu_mask, bool relu, Tensor? sums,"
+    "conv_dgrad": "(Tensor grad_output, Tensor? output, Tensor? stats, Tensor? relu_mask, bool relu, Tensor? sums,"
     " int count, Tensor weight, Tensor? input, Tensor? input_stats, bool input_relu, Tensor? added=None,"
     " Tensor? added_mask=None) -> (Tensor grad_input, Tensor sums)",
     # Weight gradient of the same convolution, with dz as of `conv_dgrad` and the forward convolution's `input`:

@@ -133,6 +133,10 @@ def test_epilogue_pass_after_aten_matches_float64(parts, channels_last):
     assert y.is_contiguous(memory_format=format) and (y - exact).norm() <= 1e-6 * exact.norm()
 
 
+def forget_plans():
+    planner.cached_plan.cache_clear(), planner._cached_check_and_plan.cache_clear(), planner._recent_plans.clear()
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_compact_input_gradient_of_a_projection_matches_aten(monkeypatch, channels_last):
     """The gradient is computed for the strided positions only, and the block adds it there."""
@@ -143,7 +147,7 @@ def test_compact_input_gradient_of_a_projection_matches_aten(monkeypatch, channe
     for rules in ((), convolution.ATEN_COMPACT.rules):
         algorithms = (dataclasses.replace(convolution.ATEN_COMPACT, rules=rules), convolution.ATEN)
         monkeypatch.setattr(registry.resolve("reference", torch.device("cpu")), "algorithms", algorithms)
-        planner.cached_plan.cache_clear(), planner._cached_check_and_plan.cache_clear()
+        forget_plans()
         torch.manual_seed(0)
         x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
         x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -155,9 +159,44 @@ def test_compact_input_gradient_of_a_projection_matches_aten(monkeypatch, channe
         assert selected == ("aten" if rules else "aten_compact")
         y.square().sum().backward()
         gradients.append([x.grad, *(t.grad for t in tensors if t is not None)])
-    planner.cached_plan.cache_clear(), planner._cached_check_and_plan.cache_clear()
+    forget_plans()
     for compact, dense in zip(*gradients, strict=True):
         torch.testing.assert_close(compact, dense)
+
+
+@pytest.mark.parametrize(("backend", "added"), [("cuda", 3), ("triton", 3)])
+def test_layers_of_resnet50_whose_input_gradient_adds_the_shortcut_gradient(backend, added):
+    """The first layer is fused with its norm; the next ones add in the epilogue; only the input gradient is changed."""
+    algorithms = implicit_gemm.algorithms(backend)
+
+    def selected(preference="planned", **changes):
+        return [
+            tuple(
+                one.name
+                for one in select_training(algorithms, problem(weight=layer[0], **HOPPER | changes), preference)
+            )
+            for layer in LAYERS
+        ]
+
+    chain, gemm = ("aten",) * 3, ("implicit_gemm",) * 3
+    adding = ("aten", "implicit_gemm_add", "aten")
+    assert selected(residual=True) == [gemm] + [adding] * (added - 1) + [chain] * (4 - added)
+    assert selected() == [gemm] + [chain] * 3
+    assert selected("aten", residual=True) == [chain] * 4
+    assert selected("fused", residual=True) == [gemm] * 4
+    for change in (
+        {"dtype": torch.float32}, {"dtype": torch.float64}, {"channels_last": False}, {"spec": UnitSpec((2, 2))},
+        {"spec": UnitSpec(groups=2)}, {"spec": UnitSpec(padding=(1, 1))},
+    ):  # fmt: skip
+        assert selected(residual=True, **change) == [chain] * 4
+    assert not select_training(
+        algorithms, problem(weight=LAYERS[1][0], residual=True, **HOPPER), "planned"
+    ).fused_backward
+
+
+def test_float16_inference_runs_the_epilogue_of_cudnn():
+    half = problem(dtype=torch.float16, **HOPPER)._replace(operation="inference")
+    assert dispatch.select(implicit_gemm.algorithms("triton"), half, "planned").name == "aten"
 
 
 WINOGRAD = {"spec": SPATIAL, "weight": (64, 64, 3, 3)}

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fused_res
+from fused_res import BlockSpec, UnitSpec
 from fused_res.backends import cuda
-from fused_res.functional import batch_norm_act, residual_block
+from fused_res.functional import batch_norm_act, last_plan, residual_block
 from tests.block.test_residual_block import BLOCK_SPECS, clone_with_grad, make_block_case, run_forward_backward, stock
 from tests.ops.test_conv_bias_act import check_conv_bias_act, make_conv_case
 from tests.support import gpu_backends as gpu
@@ -167,6 +168,8 @@ def test_operators_pass_opcheck(backend):
     sums = kernels.batch_norm_sums(z, z, stats, None, True, None, None)
     geometry = [1, 1], [0, 0], [1, 1], 1
     common = z, z, stats, None, True, sums, 24, weight
+    no_prologue = None, None, None, False, None, 0
+    torch.library.opcheck(namespace.conv_dgrad.default, (z, *no_prologue, weight, None, None, False, x))
     for name, arguments in {
         "batch_norm_partials": (z,),
         "merge_stats": (partials, None, None, 1e-5, False),
@@ -181,6 +184,38 @@ def test_operators_pass_opcheck(backend):
         "max_pool_forward": (z, stats, True, [2, 2], [2, 2], [0, 0]),
     }.items():
         torch.library.opcheck(getattr(namespace, name).default, arguments)
+
+
+@on_all
+@pytest.mark.parametrize("frozen", ["", "weight", "input"])
+def test_shortcut_gradient_is_added_by_the_input_gradient(frozen, backend):
+    """A block whose first 1x1 is not fused with its norm: all gradients match those of separate additions.
+
+    In float16: without a GPU, Triton interprets bfloat16 incorrectly.
+    """
+    channels, inner = 512, 128
+    torch.manual_seed(0)
+    spec = BlockSpec((UnitSpec(), UnitSpec()), "identity")
+    tensors = []
+    for outputs, inputs in ((inner, channels), (channels, inner)):
+        weight = torch.randn(outputs, inputs, 1, 1, device=DEVICE) / inputs**0.5
+        tensors += [weight.half(), torch.randn(outputs, device=DEVICE).half()]
+        tensors += [torch.rand(outputs, device=DEVICE), torch.randn(outputs, device=DEVICE), None, None]
+    tensors = [t if t is None else t.requires_grad_(not (frozen == "weight" and t is tensors[0])) for t in tensors]
+    x = torch.randn(2, channels, 3, 3, device=DEVICE).half().contiguous(memory_format=torch.channels_last)
+    x.requires_grad_(frozen != "input")
+    results = []
+    for convolution in ("planned", "aten"):
+        with fused_res.backends.use(backend, convolution):
+            y = residual_block(x, spec, tensors, training=True)
+        operators = [step.operator for step in last_plan[tensors[0]].backward.steps]
+        additions = [name for name in operators if name in ("conv_dgrad", "add_masked_")]
+        assert additions == ["conv_dgrad" if convolution == "planned" else "add_masked_"] * (frozen != "input")
+        leaves = [t for t in (x, *tensors) if t is not None and t.requires_grad]
+        results.append(torch.autograd.grad(y.float().square().sum(), leaves))
+    for found, expected in zip(*results, strict=True):
+        # The sum is rounded once instead of twice.
+        assert (found - expected).double().norm() <= 2**-10 * expected.double().norm()
 
 
 @on_all

@@ -317,6 +317,35 @@ def test_conv1x1_backward(kernels, channels, outputs, size, stride, dtype):
             assert_close(dx, expected, dtype, "conv_dgrad with the gradient of a shortcut", 4)
 
 
+NO_PROLOGUE = None, None, None, False, None, 0
+
+
+@on_backends_and_dtypes(torch.float32, *HALF)
+@pytest.mark.parametrize(("channels", "outputs", "size"), [(35, 20, 5), (64, 100, 4), (136, 72, 9)])
+def test_input_gradient_without_prologue(kernels, channels, outputs, size, dtype):
+    """The gradient of the output is an operand as it is; the addition and the input's norm are in the epilogue."""
+    dz, added = channels_last(randn(3, outputs, size, size)).to(dtype), randn(3, channels, size, size, seed=5).to(dtype)
+    weight = (randn(outputs, channels, 1, 1, seed=2) / outputs**0.5).to(dtype)
+    x = channels_last(randn(3, channels, size, size, seed=1) + 1).to(dtype)
+    x_stats = reference.batch_norm_stats(x, randn(channels), randn(channels, seed=3), None, None, True, 1e-5).float()
+    added_mask = reference.pack_mask(channels_last(randn(*added.shape, seed=6)) > 0)
+    for epilogue in (
+        (None, None, False),
+        (None, None, False, added, None),
+        (None, None, False, channels_last(added), added_mask),
+        (x, x_stats, True),
+    ):
+        arguments = dz, *NO_PROLOGUE, weight, *epilogue
+        wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
+        dx, sums = kernels.conv_dgrad(*arguments)
+        expected, expected_sums = reference_dgrad.conv_dgrad(*wide)
+        assert dx.dtype == dtype and dx.is_contiguous(memory_format=torch.channels_last)
+        assert_close(dx, expected, dtype, "conv_dgrad without a prologue")
+        assert sums.shape == expected_sums.shape and sums.dtype == torch.float32
+        if sums.numel():
+            assert_close(sums, expected_sums, dtype, "reductions of conv_dgrad", 4)
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @on_backends_and_dtypes(torch.float32, *HALF)
 def test_max_pool_matches_reference(kernels, dtype, format):
@@ -369,6 +398,7 @@ def test_empty_batch(kernels, dtype):
     common = z, z, stats, None, True, None, 0, weight
     grad, sums = kernels.conv_dgrad(*common, x, x_stats, True)
     assert grad.shape == x.shape and sums.shape == (2, 8) and not sums.any()
+    assert kernels.conv_dgrad(z, *NO_PROLOGUE, weight, None, None, False, x)[0].shape == x.shape
     assert not kernels.conv_wgrad(*common, x, x_stats, True, [1, 1]).any()
     assert not kernels.batch_norm_sums(z, z, stats, None, True, None, None).any()
     y, mask = kernels.batch_norm_act_apply(z, stats, z, None, True, True)

@@ -163,6 +163,13 @@ def _conv_gradients(
         conv_dgrad(*norm_backward_args, _filter(x, out_channels, 1), x, x_stats, input_norm, *shortcut)
 
 
+def _input_gradient_with_shortcut(x: Tensor, out_channels: int) -> None:
+    """Call dgrad without a prologue, in the backward of a unit that is not fused with its norm."""
+    z = _meta_nchw(x.shape[0], out_channels, x.shape[2], x.dtype)
+    no_norm = None, None, None, False, None, 0
+    conv_dgrad(z, *no_norm, _filter(x, out_channels, 1), None, None, False, x, _mask(x))
+
+
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     previous, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
@@ -201,6 +208,8 @@ def _convolutions() -> None:
     _conv_gradients(_meta_nchw(256, 256, 56), 512, masked=True, stride=2)
     _conv_gradients(_meta_nchw(256, 256, 56), 128, masked=False, relu=False, training=False)
     _conv_gradients(_meta_nchw(_INT64_BATCH, 64, 56), 256, masked=True, input_norm=True)
+    _input_gradient_with_shortcut(_meta_nchw(256, 512, 28), 128)
+    _input_gradient_with_shortcut(_meta_nchw(1, 512, 28), 128)
 
     for dtype, tf32 in ((_HALF, True), (_SINGLE, True), (_SINGLE, False)):
         with _tf32(tf32):

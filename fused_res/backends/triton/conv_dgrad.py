@@ -21,8 +21,8 @@ from fused_res.ops.memory_format import to_memory_format
 @register_operator
 def conv_dgrad(
     grad_output: Tensor,
-    output: Tensor,
-    stats: Tensor,
+    output: Tensor | None,
+    stats: Tensor | None,
     relu_mask: Tensor | None,
     relu: bool,
     sums: Tensor | None,
@@ -34,27 +34,29 @@ def conv_dgrad(
     added: Tensor | None = None,
     added_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if not supports(output, weight):
+    if not supports(grad_output, weight):
         norm = grad_output, output, stats, relu_mask, relu, sums, count
         return reference.conv_dgrad(*norm, weight, input, input_stats, input_relu, added, added_mask)
-    output, grad_output = to_memory_format(output, True), to_memory_format(grad_output, True)
+    grad_output, dtype = to_memory_format(grad_output, True), grad_output.dtype
+    output = None if output is None else to_memory_format(output, True)
     out_channels, channels = weight.shape[:2]
-    N, _, P, Q = output.shape
+    N, _, P, Q = grad_output.shape
     pixels = N * P * Q
     grad_input = torch.empty(
-        (N, channels, P, Q), dtype=output.dtype, device=output.device, memory_format=torch.channels_last
+        (N, channels, P, Q), dtype=dtype, device=grad_output.device, memory_format=torch.channels_last
     )
-    config = gemm_config(pixels, channels, out_channels, 1, output.dtype, high_register_pressure=True)
     input_norm = input is not None and input_stats is not None
+    fused_with_norm = output is not None or input_norm
+    config = gemm_config(pixels, channels, out_channels, 1, dtype, high_register_pressure=fused_with_norm)
     x = to_memory_format(input, True) if input_norm else None  # type: ignore[arg-type]
-    partials = stats.new_empty((config.tiles_m, 2, channels) if input_norm else (0,))
+    partials = grad_output.new_empty((config.tiles_m, 2, channels) if input_norm else (0,), dtype=torch.float32)
     launch(
         kernels.dgrad_kernel, (config.tiles_m * config.tiles_n,),
         grad_output, output, stats, relu_mask, sums, weight.flatten(1).contiguous(), grad_input, x,
         input_stats if input_norm else None, partials if input_norm else None,
         None if added is None else to_memory_format(added, True), added_mask,
         pixels, channels, out_channels, count, config.tiles_n,
-        relu, input_relu, max(output.numel(), grad_input.numel()) >= 2**31, input_precision(output.dtype),
+        relu, input_relu, max(grad_output.numel(), grad_input.numel()) >= 2**31, input_precision(dtype),
         *config.block_shape, **config.options,
     )  # fmt: skip
     return grad_input, sum_partials(partials) if input_norm else partials

@@ -148,6 +148,10 @@ def test_backward_tile_sizes(channels, outputs, size, math_mode):
     assert_close(kernels.conv_wgrad(*arguments), reference_wgrad.conv_wgrad(*to_float64(arguments)), tolerance)
     arguments = (*common, None, None, False, added, added_mask)
     assert_close(kernels.conv_dgrad(*arguments)[0], reference_dgrad.conv_dgrad(*to_float64(arguments))[0], tolerance)
+    arguments = (dy, None, None, None, False, None, 0, weight, None, None, False, added, added_mask)
+    exact = reference_dgrad.conv_dgrad(*to_float64(arguments))[0]
+    assert_close(kernels.conv_dgrad(*arguments)[0], exact, TOLERANCE[math_mode])
+    assert_close(kernels.conv_dgrad(misaligned(dy), *arguments[1:])[0], exact, TOLERANCE[math_mode])
     arguments = (*common, x, x_stats, True)
     for ours, exact in zip(
         kernels.conv_dgrad(*arguments), reference_dgrad.conv_dgrad(*to_float64(arguments)), strict=True
@@ -273,6 +277,39 @@ def test_strided_per_channel_vectors(dtype):
             assert not any(t.is_contiguous() for t in strided)
             dense = results(*(t.contiguous() for t in strided))
             assert all(torch.equal(one, other) for one, other in zip(results(*strided), dense, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("channels", "outputs"), [(16, 24), (19, 5)])
+def test_input_gradient_without_prologue_stays_in_bounds(channels, outputs, dtype):
+    """Guard pages check the bounds; without a prologue, z and its statistics are null."""
+    with gpu.guarded_memory("cuda"):
+        dz, weight = randn(2, outputs, 5, 5).to(dtype), randn(outputs, channels, 1, 1, seed=3).to(dtype)
+        added, mask = randn(2, channels, 5, 5, seed=1).to(dtype), norm.pack_mask(randn(2, channels, 5, 5, seed=2) > 0)
+        arguments = dz, None, None, None, False, None, 0, weight, None, None, False, added, mask
+        wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
+        exact = reference_dgrad.conv_dgrad(*wide)[0]
+        tolerance = TOLERANCE[str(dtype).removeprefix("torch.")]
+        assert_close(kernels.conv_dgrad(*arguments)[0], exact, tolerance)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stats": None}, {"output": None}, {"relu_mask": True}, {"relu": True}, {"sums": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_partial_prologue_raises(change):
+    """`output` and `stats` are given both or neither; without them there is nothing to mask by or to subtract."""
+    z, stats = randn(2, 16, 5, 5).float(), norm_stats(16)
+    given = {"relu_mask": norm.pack_mask(z > 0), "sums": stats[:2]}
+    arguments = dict.fromkeys(("output", "stats", "relu_mask", "relu", "sums"))
+    arguments |= {"output": z, "stats": stats} if change.keys() & {"output", "stats"} else {}
+    arguments |= {name: given.get(name, value) if value else value for name, value in change.items()}
+    arguments["relu"] = bool(arguments["relu"])
+    with pytest.raises(ValueError, match="stats" if change.keys() & {"output", "stats"} else "output"):
+        kernels.conv_dgrad(z, *arguments.values(), 50, randn(16, 8, 1, 1).float(), None, None, False)
 
 
 @pytest.mark.parametrize("groups", [2, 5, 10, 40])

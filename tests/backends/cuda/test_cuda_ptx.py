@@ -401,7 +401,10 @@ def test_conv1x1_backward(channels, outputs, size, stride, has_input_norm, dtype
         check("conv_dgrad", lambda: (*common(), *input_and_stats(), True), tolerance, 2)
     elif stride == 1:
         added = functools.partial(image, 2, channels, size, size, seed=6)
-        check("conv_dgrad", lambda: (*common(), None, None, False, added(), norm.pack_mask(added() > 0)), tolerance, 2)
+        epilogue = lambda: (None, None, False, added(), norm.pack_mask(added() > 0))  # noqa: E731
+        check("conv_dgrad", lambda: (*common(), *epilogue()), tolerance, 2)
+        no_prologue = None, None, None, False, None, 0
+        check("conv_dgrad", lambda: (common()[0], *no_prologue, common()[-1], *epilogue()), tolerance, 2)
 
 
 # --- deliberate errors --------------------------------------------------------------------------------------

@@ -372,6 +372,18 @@ def test_conv1x1_backward_matches_float64(channels, outputs, size, stride, maske
 
 
 @needs_compiled_triton
+@pytest.mark.parametrize(("channels", "outputs", "size", "masked"), [(64, 104, 4, True), (35, 20, 5, False)])
+def test_input_gradient_without_prologue_matches_float64(channels, outputs, size, masked):
+    dz, added = random_nchw(3, outputs, size, size, seed=2), random_nchw(3, channels, size, size, seed=5)
+    weight = filters(outputs, channels, 1, 1)
+    mask = reference.pack_mask(added > 0) if masked else None
+    no_norms = (None, None, None, False, None, 0), (None, None, False)
+    dx, _ = run_interpreted(lambda: conv_dgrad(dz, *no_norms[0], weight, *no_norms[1], added, mask), 1)
+    expected = torch.einsum("nkhw,kc->nchw", dz.double(), weight.double().flatten(1))
+    assert_close(dx, expected + (added.clamp(min=0) if masked else added), "conv_dgrad")
+
+
+@needs_compiled_triton
 def test_tf32_follows_pytorch_setting(monkeypatch):
     """Operands are rounded to the 10 mantissa bits of TF32 if PyTorch allows it, else products are exact in float32."""
     x = random_nchw(2, 40, 5, 6, mean=1.0, dtype=torch.float32)

@@ -31,7 +31,9 @@ bool can_vectorize(MathMode math_mode, int channels) {
   return channels % (16 / element_size(math_mode)) == 0;
 }
 
-void dgrad(MathMode math_mode, TileSize size, bool aligned, int out_channels, int channels, bool full) {
+// `output_norm`: without it, there is no prologue.
+void dgrad(MathMode math_mode, TileSize size, bool aligned, int out_channels, int channels, bool full,
+           bool output_norm = true) {
   constexpr int64_t kRows = kImages * kHeight * kWidth;
   ConvOutputGradCase gradient(dtype_of(math_mode), kRows, out_channels, full);
   Arrays& arrays = gradient.arrays;
@@ -39,6 +41,10 @@ void dgrad(MathMode math_mode, TileSize size, bool aligned, int out_channels, in
       make_gemm_partition(gemm_problem(kRows, channels, out_channels, 1, math_mode, aligned, true), size, 1);
   DgradArgs args = {};
   args.gradient = gradient.args;
+  if (!output_norm) {
+    args.gradient.z = nullptr, args.gradient.stats = nullptr, args.gradient.sums = nullptr;
+    args.gradient.mask = nullptr, args.gradient.relu = false;
+  }
   args.weight = arrays.random(gradient.dtype, static_cast<int64_t>(out_channels) * channels);
   args.dx = arrays.empty(gradient.dtype, kRows * channels);
   args.channels = channels;
@@ -93,6 +99,7 @@ void add_conv1x1_backward(Cases& cases) {
       cases.push_back({"dgrad " + name, [=] {
                          dgrad(math_mode, size, aligned, out_channels, channels, false);
                          dgrad(math_mode, size, aligned, channels, out_channels, true);
+                         dgrad(math_mode, size, aligned, channels, out_channels, true, false);
                        }});
       cases.push_back({"wgrad " + name, [=] {
                          wgrad(math_mode, size, aligned, out_channels, channels, 1, 1);

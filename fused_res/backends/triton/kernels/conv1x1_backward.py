@@ -2,7 +2,7 @@
 
 Neither the gradient of the convolution's output nor its normalized input is in memory: operand prologues compute both
 from raw convolution outputs and statistics. ``conv_dgrad`` is also fused with the backward of the input's norm: it
-applies the ReLU mask and computes the partial backward reductions in its epilogue.
+applies the ReLU mask and computes the partial backward reductions in its epilogue. Both of its norms are optional.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _load_dz(
 
 @triton.jit(do_not_specialize=["M", "count"])
 def dgrad_kernel(
-    dy_ptr, z_ptr,     # (M, out_channels): gradient of the norm's output, raw convolution output
+    dy_ptr, z_ptr,     # (M, out_channels): gradient of the norm's output, raw convolution output; or dz and None
     stats_ptr, mask_ptr, sums_ptr,
     w_ptr,             # (out_channels, channels)
     dx_ptr,            # (M, channels)
@@ -79,10 +79,14 @@ def dgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, out_channels, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        dz = _load_dz(
-            dy_ptr, z_ptr, stats_ptr, mask_ptr, sums_ptr, offs_m, m_inside, offs_k, out_channels, count,
-            RELU, BLOCK_M, BLOCK_K,
-        )
+        if z_ptr is not None:
+            dz = _load_dz(
+                dy_ptr, z_ptr, stats_ptr, mask_ptr, sums_ptr, offs_m, m_inside, offs_k, out_channels, count,
+                RELU, BLOCK_M, BLOCK_K,
+            )
+        else:
+            inside = m_inside[:, None] & (offs_k < out_channels)[None, :]
+            dz = tl.load(dy_ptr + offs_m[:, None] * out_channels + offs_k[None, :], inside, other=0)
         inside = (offs_k < out_channels)[:, None] & n_inside[None, :]
         weight = tl.load(w_ptr + offs_k[:, None] * channels + offs_n[None, :], inside, other=0)
         acc = tl.dot(dz, weight, acc, input_precision=PRECISION)
