@@ -166,49 +166,53 @@ void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residu
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
 }
 
-// Compute dx and dresidual where requested and, if `reduces`, the per-channel sums. Returns the sums.
-Tensor run_backward(const ActivationTensor& x, BackwardArgs args, bool reduces, Stream stream) {
+// Compute the requested ones of dx, dresidual and the parameter gradients.
+void run_backward(const ActivationTensor& x, BackwardArgs args, const ParameterGrads& grads, Stream stream) {
+  if (x.shape.numel() == 0) return;
   args.count = static_cast<double>(x.shape.images * x.shape.pixels);
   const bool writes = args.dx != nullptr || args.dresidual != nullptr;
-  if (x.shape.numel() == 0) {
-    return reduces ? at::zeros({args.sums_rows, x.shape.channels}, x.tensor.options().dtype(x.stats_type()))
-                   : Tensor();
-  }
-  Tensor sums;
+  const bool reduces = args.training || args.residual_training || grads.requested();
   args.partition = x.partition({args.dy, args.residual, args.dx, args.dresidual}, kMaxReductionUnits);
   const bool same_partition =
       args.partition.vector_size == x.partition({args.dy, args.residual}, kMaxReductionUnits).vector_size;
   if (const auto config = reduces && writes && same_partition
                               ? choose_single_pass_backward(x.dtype, args.partition)
                               : std::nullopt) {
-    sums = x.empty({args.sums_rows, x.shape.channels}, x.stats_type());
     const Tensor partials = x.empty({args.partition.parts, args.sums_rows, x.shape.channels}, x.stats_type());
     const Tensor counter = x.empty({1}, at::kInt);
-    args.sums = sums.data_ptr(), args.partials = partials.data_ptr();
-    launch_single_pass_backward(
-        x.dtype, {.backward = args, .config = *config, .counter = static_cast<unsigned*>(counter.data_ptr())},
-        stream);
-    return sums;
+    args.partials = partials.data_ptr();
+    launch_single_pass_backward(x.dtype,
+                                {.backward = args,
+                                 .grads = grads,
+                                 .config = *config,
+                                 .counter = static_cast<unsigned*>(counter.data_ptr())},
+                                stream);
+    return;
   }
+  Tensor sums;
   if (reduces) {
-    sums = compute_sums(x, args, stream);
+    sums = compute_sums(x, args, stream, grads);
     args.sums = sums.data_ptr();
   }
   if (writes) {
     args.partition = x.partition({args.dy, args.residual, args.dx, args.dresidual}, kMaxElementwiseUnits);
     launch_dx(x.dtype, args, stream);
   }
-  return sums;
 }
 
-// Return a parameter's gradient: a copy of a row of the sums, since an operator's outputs must not share
-// memory.
-Tensor parameter_gradient(const Tensor& sums, int64_t row, bool requested, const OptionalTensor& weight,
-                          const ActivationTensor& x) {
+// Return the tensor of a parameter's gradient, for run_backward() to fill: zeros if x is empty. Every
+// gradient has memory of its own, since an operator's outputs must not share memory.
+Tensor empty_parameter_grad(bool requested, const OptionalTensor& weight, const ActivationTensor& x) {
   const bool has_weight = weight && weight->defined();
   const at::ScalarType type = has_weight ? weight->scalar_type() : x.stats_type();
   if (!requested) return empty_placeholder(x.tensor, type);
-  return sums.select(0, row).to(type, /*non_blocking=*/false, /*copy=*/true);
+  const auto options = x.tensor.options().dtype(type);
+  return x.shape.numel() == 0 ? at::zeros({x.shape.channels}, options)
+                              : at::empty({x.shape.channels}, options);
+}
+
+ParameterGrad parameter_grad(const Tensor& grad) {
+  return {grad.numel() > 0 ? grad.data_ptr() : nullptr, dtype_of(grad, "weight")};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
@@ -225,15 +229,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   args.mask = checked_mask(relu_mask, x), args.relu = relu;
   args.dx = mutable_data_or_null(dx), args.dresidual = mutable_data_or_null(dresidual);
   args.training = training && needs_input, args.sums_rows = 2;
-  const bool reduces = needs_weight || needs_bias || (needs_input && training);
-  const Tensor sums = run_backward(x, args, reduces, device.stream());
+  const Tensor dweight = empty_parameter_grad(needs_weight, weight, x),
+               dbias = empty_parameter_grad(needs_bias, weight, x);
+  run_backward(x, args, {.weight = parameter_grad(dweight), .bias = parameter_grad(dbias)}, device.stream());
   const auto output_or_placeholder = [&](const Tensor& gradient) {
     return gradient.defined() ? restore_strides(gradient, input, x.tensor)
                               : empty_placeholder(input, input.scalar_type());
   };
-  return {output_or_placeholder(dx), output_or_placeholder(dresidual),
-          parameter_gradient(sums, 1, needs_weight, weight, x),
-          parameter_gradient(sums, 0, needs_bias, weight, x)};
+  return {output_or_placeholder(dx), output_or_placeholder(dresidual), dweight, dbias};
 }
 
 // Backward of act(bn(x) + bn(residual)).
@@ -256,9 +259,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backwa
   args.dx = mutable_data_or_null(dx), args.dresidual = mutable_data_or_null(dresidual);
   args.training = training && needs_input, args.residual_training = residual_training && needs_residual;
   args.sums_rows = 3;
-  const bool reduces = needs_weight || needs_bias || needs_residual_weight || needs_residual_bias ||
-                       (needs_input && training) || (needs_residual && residual_training);
-  const Tensor sums = run_backward(x, args, reduces, device.stream());
+  const Tensor dweight = empty_parameter_grad(needs_weight, weight, x),
+               dbias = empty_parameter_grad(needs_bias, weight, x),
+               dresidual_weight = empty_parameter_grad(needs_residual_weight, residual_weight, x),
+               dresidual_bias = empty_parameter_grad(needs_residual_bias, residual_weight, x);
+  run_backward(x, args,
+               {.weight = parameter_grad(dweight),
+                .bias = parameter_grad(dbias),
+                .residual_weight = parameter_grad(dresidual_weight),
+                .residual_bias = parameter_grad(dresidual_bias)},
+               device.stream());
   const auto output_or_placeholder = [&](const Tensor& gradient, const Tensor& original,
                                          const Tensor& dense) {
     return gradient.defined() ? restore_strides(gradient, original, dense)
@@ -266,10 +276,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backwa
   };
   return {output_or_placeholder(dx, input, x.tensor),
           output_or_placeholder(dresidual, residual, other.tensor),
-          parameter_gradient(sums, 1, needs_weight, weight, x),
-          parameter_gradient(sums, 0, needs_bias, weight, x),
-          parameter_gradient(sums, 2, needs_residual_weight, residual_weight, x),
-          parameter_gradient(sums, 0, needs_residual_bias, residual_weight, x)};
+          dweight,
+          dbias,
+          dresidual_weight,
+          dresidual_bias};
 }
 
 // self += grad where the mask, in grad's memory order, is set.

@@ -98,23 +98,6 @@ fold_kernel(const __grid_constant__ FoldArgs args) {
   if (channel < args.channels) fold_norm<A>(nullptr, args, channel, 0, true);
 }
 
-__device__ inline void store_parameter(void* at, Dtype dtype, int64_t channel, double value) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      static_cast<float*>(at)[channel] = static_cast<float>(value);
-      return;
-    case Dtype::kFloat64:
-      static_cast<double*>(at)[channel] = value;
-      return;
-    case Dtype::kBFloat16:
-      static_cast<__nv_bfloat16*>(at)[channel] = __double2bfloat16(value);
-      return;
-    case Dtype::kFloat16:
-      static_cast<__half*>(at)[channel] = __double2half(value);
-      return;
-  }
-}
-
 // Update the running statistics of several norms; blockIdx.y is the norm.
 FUSED_RES_KERNEL(kThreads, 1) update_running_kernel(const __grid_constant__ UpdateRunningArgs args) {
   const UpdateRunningArgs::Norm& norm = args.norms[blockIdx.y];

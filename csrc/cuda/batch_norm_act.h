@@ -29,11 +29,29 @@ struct MergeArgs {
   double eps;
 };
 
+// Gradient of a per-channel parameter, of any floating-point dtype; `data` is null if it is not requested.
+struct ParameterGrad {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+// Gradients of the parameters of a norm and of the residual's norm: rows of the backward sums.
+struct ParameterGrads {
+  ParameterGrad weight, bias, residual_weight, residual_bias;
+
+  bool requested() const {
+    return weight.data != nullptr || bias.data != nullptr || residual_weight.data != nullptr ||
+           residual_bias.data != nullptr;
+  }
+};
+
 // Second stage of the backward sums: (parts, width) to (groups, width).
 struct SumPartialsArgs {
   const void* partials;
   void* sums;
   int64_t parts, parts_per_group, width;
+  ParameterGrads grads = {};  // outputs, for a single group of sums (2 or 3, channels)
+  int64_t channels = 0;       // unused without gradients
 };
 
 // Compute `stats` from given mean and variance (running statistics), weight and bias.

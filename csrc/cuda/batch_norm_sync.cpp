@@ -58,21 +58,24 @@ Tensor merge_to_stats(Tensor partials, const ChannelVector& weight, const Channe
   return stats;
 }
 
-Tensor sum_partials(const Tensor& partials, Stream stream) {
+Tensor sum_partials(const Tensor& partials, Stream stream, const ParameterGrads& grads) {
   Tensor sums = partials;
   const int64_t rows = partials.size(1), channels = partials.size(2);
-  while (sums.size(0) > 1) {
-    const int64_t parts = sums.size(0), group = merge_group_size(parts);
-    const Tensor merged = at::empty({ceil_div(parts, group), rows, channels}, sums.options());
+  if (partials.size(0) == 1 && !grads.requested()) return partials.view({rows, channels});
+  do {
+    const int64_t parts = sums.size(0), group = merge_group_size(parts), groups = ceil_div(parts, group);
+    const Tensor merged = at::empty({groups, rows, channels}, sums.options());
     launch_sum_partials(is_double(sums),
                         {.partials = sums.const_data_ptr(),
                          .sums = merged.data_ptr(),
                          .parts = parts,
                          .parts_per_group = group,
-                         .width = rows * channels},
+                         .width = rows * channels,
+                         .grads = groups == 1 ? grads : ParameterGrads{},
+                         .channels = channels},
                         stream);
     sums = merged;
-  }
+  } while (sums.size(0) > 1);
   return sums.view({rows, channels});
 }
 
@@ -101,12 +104,13 @@ Tensor compute_partials(const ActivationTensor& x, Stream stream) {
   return partials;
 }
 
-Tensor compute_sums(const ActivationTensor& x, BackwardArgs args, Stream stream) {
+Tensor compute_sums(const ActivationTensor& x, BackwardArgs args, Stream stream,
+                    const ParameterGrads& grads) {
   args.partition = x.partition({args.dy, args.residual}, kMaxReductionUnits);
   const Tensor partials = x.empty({args.partition.parts, args.sums_rows, x.shape.channels}, x.stats_type());
   args.partials = partials.data_ptr();
   launch_sums(x.dtype, args, stream);
-  return sum_partials(partials, stream);
+  return sum_partials(partials, stream, grads);
 }
 
 namespace {

@@ -13,8 +13,8 @@ Tensor merge_partial_stats(const Tensor& partials, Stream stream);
 // Merge partial statistics to `stats` (5, C), with one launch for up to 1024 parts.
 Tensor merge_to_stats(Tensor partials, const ChannelVector& weight, const ChannelVector& bias, double eps,
                       bool is_double, Stream stream);
-// Sum partial sums (P, rows, C) to (rows, C).
-Tensor sum_partials(const Tensor& partials, Stream stream);
+// Sum partial sums (P, rows, C) to (rows, C), and store the requested parameter gradients.
+Tensor sum_partials(const Tensor& partials, Stream stream, const ParameterGrads& grads = {});
 
 // The checked residual that is added before the ReLU: absent, a tensor, or a tensor with the statistics of
 // its own norm.
@@ -29,7 +29,9 @@ const uint8_t* checked_mask(const OptionalTensor& mask, const ActivationTensor& 
 
 // Return the partial statistics (parts, 4, C) of a non-empty activation.
 Tensor compute_partials(const ActivationTensor& x, Stream stream);
-// Run both stages of the backward reduction: the sums of `args`, (args.sums_rows, C).
-Tensor compute_sums(const ActivationTensor& x, BackwardArgs args, Stream stream);
+// Run both stages of the backward reduction: the sums of `args`, (args.sums_rows, C), and the requested
+// parameter gradients.
+Tensor compute_sums(const ActivationTensor& x, BackwardArgs args, Stream stream,
+                    const ParameterGrads& grads = {});
 
 }  // namespace fused_res::cuda

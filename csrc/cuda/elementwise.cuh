@@ -104,6 +104,25 @@ __device__ inline A load_parameter(Parameter parameter, int64_t channel, A defau
   return default_value;
 }
 
+// Store a channel's parameter. float64 is rounded to the 16-bit dtypes by way of float32, as in PyTorch.
+template <class A>
+__device__ inline void store_parameter(void* data, Dtype dtype, int64_t channel, A value) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      static_cast<float*>(data)[channel] = static_cast<float>(value);
+      return;
+    case Dtype::kFloat64:
+      static_cast<double*>(data)[channel] = value;
+      return;
+    case Dtype::kBFloat16:
+      static_cast<__nv_bfloat16*>(data)[channel] = from_float<__nv_bfloat16>(static_cast<float>(value));
+      return;
+    case Dtype::kFloat16:
+      static_cast<__half*>(data)[channel] = from_float<__half>(static_cast<float>(value));
+      return;
+  }
+}
+
 // Batch normalization of one element. The forward, the operand prologues and every backward use this
 // function, so that they agree bitwise on the sign of the result and hence on the ReLU mask.
 template <class A>

@@ -162,6 +162,20 @@ merge_kernel(const __grid_constant__ MergeArgs args) {
   out[2 * args.channels] = merged.m2;
 }
 
+// Store a channel's value of a row of the backward sums to the parameter gradients that equal this row.
+template <class A>
+__device__ inline void store_parameter_grads(const ParameterGrads& grads, int row, int64_t channel, A sum) {
+  const auto store_to = [=](const ParameterGrad& grad) {
+    if (grad.data != nullptr) store_parameter(grad.data, grad.dtype, channel, sum);
+  };
+  if (row == 0) {
+    store_to(grads.bias);
+    store_to(grads.residual_bias);
+  } else {
+    store_to(row == 1 ? grads.weight : grads.residual_weight);
+  }
+}
+
 // Sum groups of parts, 8 columns of one group per threadblock.
 template <class A>
 FUSED_RES_KERNEL(kThreads, 2)
@@ -175,8 +189,11 @@ sum_partials_kernel(const __grid_constant__ SumPartialsArgs args) {
   const auto total = reduce_parts<kMergeChannels, 1>(
       {first, last < args.parts ? last : args.parts}, reinterpret_cast<double*>(shared_memory()),
       [=](int64_t part) { return SumVector<1>{{static_cast<double>(partials[part * width])}}; });
-  if (valid && threadIdx.x < kMergeChannels)
-    static_cast<A*>(args.sums)[group * width + col] = static_cast<A>(total.values[0]);
+  if (!valid || threadIdx.x >= kMergeChannels) return;
+  const A sum = static_cast<A>(total.values[0]);
+  static_cast<A*>(args.sums)[group * width + col] = sum;
+  const int row = col < args.channels ? 0 : col < 2 * args.channels ? 1 : 2;
+  store_parameter_grads(args.grads, row, col - row * args.channels, sum);
 }
 
 }  // namespace fused_res::cuda

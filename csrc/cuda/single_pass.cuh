@@ -179,9 +179,9 @@ single_pass_backward_kernel(const __grid_constant__ SinglePassBackwardArgs args)
           const A dy = static_cast<A>(sums.values[0]), dyx = static_cast<A>(sums.values[1]),
                   dyr = static_cast<A>(sums.values[2]);
           if (unit.part == 0) {
-            A* out = static_cast<A*>(backward.sums) + channel;
-            out[0] = dy, out[channels] = dyx;
-            if (row_count == 3) out[2 * channels] = dyr;
+            store_parameter_grads(args.grads, 0, channel, dy);
+            store_parameter_grads(args.grads, 1, channel, dyx);
+            store_parameter_grads(args.grads, 2, channel, dyr);
           }
           if (backward.training) fill_backward_means(rows, 0, dy, dyx, backward.stats, backward, channel);
           if (backward.residual_training)

@@ -27,7 +27,8 @@ struct SinglePassForwardArgs {
 };
 
 struct SinglePassBackwardArgs {
-  BackwardArgs backward;
+  BackwardArgs backward;  // its `sums` is unused
+  ParameterGrads grads;   // outputs
   SinglePassConfig config;
   unsigned* counter;
 };

@@ -35,6 +35,7 @@ struct NormCase {
   void* like_x() { return arrays.random(dtype, shape.numel()); }
   void* empty_channel_rows(int64_t rows) { return arrays.empty(stats_dtype, rows * shape.channels); }
   Parameter parameter(Dtype of) { return {arrays.random(of, shape.channels), of}; }
+  ParameterGrad grad(Dtype of) { return {arrays.empty(of, shape.channels), of}; }
   bool is_double() const { return stats_dtype == Dtype::kFloat64; }
 
   MergeArgs merge_args() {
@@ -78,6 +79,12 @@ struct NormCase {
             .training = true,
             .residual_training = pair,
             .sums_rows = rows};
+  }
+  ParameterGrads parameter_grads(bool pair) {
+    return {.weight = grad(Dtype::kBFloat16),
+            .bias = grad(Dtype::kFloat32),
+            .residual_weight = pair ? grad(Dtype::kFloat16) : ParameterGrad{},
+            .residual_bias = pair ? grad(Dtype::kFloat64) : ParameterGrad{}};
   }
 };
 
@@ -124,7 +131,9 @@ void backward(NormCase& norm) {
                                  .sums = args.sums,
                                  .parts = args.partition.parts,
                                  .parts_per_group = args.partition.parts,
-                                 .width = args.sums_rows * norm.shape.channels};
+                                 .width = args.sums_rows * norm.shape.channels,
+                                 .grads = norm.parameter_grads(pair),
+                                 .channels = norm.shape.channels};
     launch_sum_partials(norm.is_double(), add, nullptr);
     launch_dx(norm.dtype, args, nullptr);
   }
@@ -156,8 +165,12 @@ void single_pass(NormCase& norm) {
   }
   for (const bool pair : {false, true}) {
     if (const auto config = choose_single_pass_backward(norm.dtype, norm.work)) {
-      launch_single_pass_backward(
-          norm.dtype, {.backward = norm.backward_args(pair), .config = *config, .counter = counter}, nullptr);
+      launch_single_pass_backward(norm.dtype,
+                                  {.backward = norm.backward_args(pair),
+                                   .grads = norm.parameter_grads(pair),
+                                   .config = *config,
+                                   .counter = counter},
+                                  nullptr);
     }
   }
 }
