@@ -193,7 +193,9 @@ def _block_backward(
     values: dict[Slot, Any] = dict(zip((*plan.stats_slots, *_saved_without_stats(plan)), saved, strict=False))
     values |= {slot: flat[slot - 1] for slot in plan.kept_tensors}
     values[INPUT_SLOT] = input
-    return plan.run_backward(registry.resolve(block_args.backend, grad_output.device), grad_output, values)
+    gradients = plan.run_backward(registry.resolve(block_args.backend, grad_output.device), grad_output, values)
+    # The gradients of a norm's weight and bias are rows of one tensor: outputs of an operator must not share memory.
+    return [grad.clone() if grad.dim() == 1 and grad._is_view() else grad for grad in gradients]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

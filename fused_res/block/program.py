@@ -169,13 +169,15 @@ def _sum_per_channel(dz: Tensor) -> Tensor:
 
 
 def _norm_parameter_gradients(sums: Tensor, weight: Tensor | None) -> list[Tensor]:
-    """Return the gradients of a norm's weight and bias, as copies.
+    """Return the gradients of a norm's weight and bias: rows of ``sums``, in the dtype of the weight.
 
-    Autograd may accumulate into gradients in place, so they must not share memory with ``sums``.
+    Autograd may accumulate into gradients in place. The rows do not overlap, and only steps of the same backward, which
+    come before that, read ``sums``.
     """
+    bias_grad, weight_grad = sums.unbind()
     if weight is None or weight.dtype == sums.dtype:
-        return [sums[1].clone(), sums[0].clone()]  # takes half the time of `to(copy=True)`
-    return [sums[1].to(weight.dtype), sums[0].to(weight.dtype)]
+        return [weight_grad, bias_grad]
+    return [weight_grad.to(weight.dtype), bias_grad.to(weight.dtype)]
 
 
 def _conv_bias_gradient(bias: Tensor, stats: Tensor, sums: Tensor | None, training: bool) -> Tensor:

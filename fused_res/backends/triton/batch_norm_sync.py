@@ -22,9 +22,10 @@ from fused_res.ops import stats_dtype
 
 #: Maximum number of partial statistics that one program merges; more, as from a convolution's tiles, are merged in
 #: groups first.
-_MAX_PARTIALS = 1024
+_MAX_PARTIALS = 2048
 _MIN_GROUP = 64
-_BLOCK_PARTS, _BLOCK_CHANNELS = 64, 32
+#: The loop over parts is bound by the latency of its loads: many parts a step, and a sector of channels.
+_BLOCK_PARTS, _BLOCK_CHANNELS = 256, 8
 #: Gradients of a norm's weight and bias, then those of the residual's norm; None where not requested.
 ParameterGrads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NO_GRADS: ParameterGrads = (None, None, None, None)

@@ -48,6 +48,9 @@ def conv_dgrad(
     input_norm = input is not None and input_stats is not None
     fused_with_norm = output is not None or input_norm
     config = gemm_config(pixels, channels, out_channels, 1, dtype, high_register_pressure=fused_with_norm)
+    if fused_with_norm:
+        # Registers leave room for one program on a multiprocessor, which must have 30 KB in flight on its own.
+        config = config._replace(num_stages=4)
     x = to_memory_format(input, True) if input_norm else None  # type: ignore[arg-type]
     partials = grad_output.new_empty((config.tiles_m, 2, channels) if input_norm else (0,), dtype=torch.float32)
     launch(

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from fused_res.ops.memory_format import is_channels_last, to_dense_layout, to_memory_format
 
-#: Programs of a reduction: several for each multiprocessor of a large GPU.
-_TARGET_PROGRAMS = 1024
+#: Most programs of a reduction: several for each multiprocessor of a large GPU.
+_MAX_PROGRAMS = 1584
+#: Programs that run at once on the GPU that reductions are partitioned for, an H200: 132 multiprocessors with two,
+#: three or four each, by the registers of the kernel's variants.
+_RESIDENT_PROGRAMS = 132 * 2, 132 * 3, 132 * 4
 #: Elements of a tile and of a thread: two 16-byte loads of 16-bit values a thread keep enough bytes in flight.
 _TILE_ELEMENTS = 4096
 _SMALL_TILE_ELEMENTS = 1024
@@ -105,18 +108,30 @@ def _choose_tiling(shape: tuple[int, ...], channels_last: bool) -> Tiling:
     else:
         rows, cols, max_cols = images, pixels, _MAX_BLOCK_PIXELS
     block_cols = max(8, min(max_cols, triton.next_power_of_2(cols)))  # a byte of the ReLU mask is 8 elements
-    tile_elements = _TILE_ELEMENTS if numel >= _TARGET_PROGRAMS * _TILE_ELEMENTS else _SMALL_TILE_ELEMENTS
+    tile_elements = _TILE_ELEMENTS if numel >= 1024 * _TILE_ELEMENTS else _SMALL_TILE_ELEMENTS
     block_rows = min(max(1, tile_elements // block_cols), triton.next_power_of_2(rows))
     col_tiles = triton.cdiv(cols, block_cols)
     blocks, tiles = (col_tiles, 1) if channels_last else (channels, col_tiles)
     tiles *= triton.cdiv(rows, block_rows)
-    tiles_per_part = triton.cdiv(tiles, max(1, _TARGET_PROGRAMS // blocks))
+    tiles_per_part = _choose_tiles_per_part(tiles, blocks)
     parts = triton.cdiv(tiles, tiles_per_part)
     int64_offsets = numel >= 2**31
     return Tiling(
         numel, rows, cols, channels, channels_last, int64_offsets, block_rows, block_cols,
         blocks, tiles, tiles_per_part, parts,
     )  # fmt: skip
+
+
+def _choose_tiles_per_part(tiles: int, blocks: int) -> int:
+    """Return the number of tiles per part that leaves the least of the last wave of programs idle."""
+    fewest = -(-tiles // max(1, _MAX_PROGRAMS // blocks))
+
+    def idle(tiles_per_part: int) -> float:
+        programs = blocks * -(-tiles // tiles_per_part)
+        times = (-(-programs // resident) * resident * tiles_per_part for resident in _RESIDENT_PROGRAMS)
+        return max(times) / (blocks * tiles)
+
+    return min(range(fewest, 2 * fewest + 1), key=idle)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
