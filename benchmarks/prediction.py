@@ -37,8 +37,6 @@ TRAIN_BATCHES = (1, 32, 64, 256)
 INFER_BATCHES = (1, 32, 256)
 #: Batch size of the cases of single operators, whose names do not contain it: that of `make gpu`.
 OPERATOR_BATCH = 256
-#: Backend that ``ours`` selects where both are available.
-DEFAULT_BACKEND = "cuda"
 
 Milliseconds = dict[str, dict[str, float]]
 
@@ -98,8 +96,7 @@ def tables() -> str:
 def _steps(kind: str) -> str:
     cases: Milliseconds = _load()["milliseconds"][kind]
     cases = dict(sorted(cases.items(), key=lambda case: (len(case[0]), case[0])))
-    names = [name for name in cases[next(iter(cases))] if name not in ("compile-reduce-overhead", "ours", "ours-norms")]
-    names = [name for name in names if not name.startswith(("ours+", "ours-norms+"))]
+    names = [name for name in cases[next(iter(cases))] if name != "compile-reduce-overhead"]
     rows = [[name, *(f"{times[name]:.2f}" for times in cases.values())] for name in sorted(names)]
     return _markdown(["H200, predicted ms", *cases], rows)
 
@@ -166,8 +163,6 @@ class _Builder:
                 events = self._compiled(record(MODEL, batch, backend, preference))
                 name = launches.provider_name(backend, preference)
                 providers[name] = launches.predict_ours(name, events, self.gpu, self.resources)
-        for suffix in ("", "-norms"):
-            providers[f"ours{suffix}"] = providers[f"ours-{DEFAULT_BACKEND}{suffix}"]
         seconds = {name: one.eager_seconds for name, one in providers.items()}
         seconds |= {f"{name}+graph": one.gpu_seconds for name, one in providers.items()}
         seconds |= dict.fromkeys(compiled_names, launches.predict_compiled(stock, self.gpu).gpu_seconds)
@@ -192,8 +187,7 @@ class _Builder:
         for backend in launches.BACKENDS:
             phases, _ = _record_norm(case, backend)
             self._compiled([*chain.from_iterable(phases)])
-            seconds[f"ours-{backend}"] = self._seconds(phases)
-        seconds["ours"] = seconds[f"ours-{DEFAULT_BACKEND}"]
+            seconds[launches.provider_name(backend, "planned")] = self._seconds(phases)
         return _milliseconds(seconds)
 
     def conv(self) -> Milliseconds:
@@ -219,10 +213,11 @@ class _Builder:
         calls: dict[str, tuple[Callable[[], Any], str | None, str]] = {
             "aten": (lambda: conv.aten(t, layer), None, ""),
             "aten-unfused": (lambda: conv.aten_unfused(t, layer), None, ""),
-            "ours": (fused, DEFAULT_BACKEND, "planned"),
-            "aten+stats": (aten_with_statistics, DEFAULT_BACKEND, "planned"),
+            "ours": (fused, launches.AUTO, "planned"),
+            "ours+stats": (with_statistics, launches.AUTO, "planned"),
+            "aten+stats": (aten_with_statistics, launches.AUTO, "planned"),
         }
-        for backend in launches.BACKENDS:  # the benchmark forces the kernels of a named backend
+        for backend in conv.GPU_BACKENDS:  # the benchmark forces the kernels of a named backend
             calls[f"ours-{backend}"] = fused, backend, "fused"
             calls[f"ours-{backend}+stats"] = with_statistics, backend, "fused"
         seconds = {}
@@ -230,7 +225,6 @@ class _Builder:
             with Recorder(backend, preference) as recorder, torch.no_grad():
                 call()
             seconds[name] = self._seconds([self._compiled(recorder.events)])
-        seconds["ours+stats"] = seconds[f"ours-{DEFAULT_BACKEND}+stats"]
         return _milliseconds(seconds)
 
     def _seconds(self, phases: Sequence[list[Event]], norm: str = "native") -> float:

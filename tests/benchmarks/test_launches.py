@@ -274,28 +274,24 @@ def test_predictions_name_the_cases_and_providers_of_the_benchmarks() -> None:
             assert set(stock) <= {*known, "compile-reduce-overhead"}
 
 
-#: Kernels with launches above 20 us that fill less than 85 % of their waves, by backend, mode and batch size, with the
-#: file of their work partition. A partition that is repaired has to be removed here.
+#: Kernels with launches above 20 us that fill less than 85 % of their waves, by backend, mode and batch size.
 WAVE_FAILURES: dict[tuple[str, str, int], set[str]] = {
-    # csrc/cuda/gemm_partition.h: convolution, dgrad, wgrad, split-K reduction; work_partition.h: partials, sums.
+    # Two convolutions of layer 1, 24 us: 784 threadblocks of 128x64 for 528 slots, every byte read once. 64x64 would
+    # fill the waves, and read the weight twice as often (csrc/cuda/gemm_partition.h).
+    ("cuda", "train", 32): {"convolution_kernel"},
     ("cuda", "infer", 32): {"convolution_kernel"},
-    ("cuda", "infer", 256): {"convolution_kernel"},
-    ("cuda", "train", 1): {"dgrad_kernel"},
-    ("cuda", "train", 32): {"convolution_kernel", "dgrad_kernel", "split_k_reduce_kernel", "wgrad_kernel"},
-    ("cuda", "train", 256): {
-        "convolution_kernel", "dgrad_kernel", "partials_kernel", "split_k_reduce_kernel", "sums_kernel", "wgrad_kernel",
-    },
-    # backends/triton/gemm_config.py: convolution, dgrad, wgrad; tiles.py: sums; batch_norm_sync.py: merge.
-    ("triton", "infer", 256): {"convolution_kernel"},
-    ("triton", "train", 1): {"dgrad_kernel"},
-    ("triton", "train", 32): {"dgrad_kernel", "merge_partials_kernel", "sums_kernel", "wgrad_kernel"},
-    ("triton", "train", 256): {"merge_partials_kernel", "sums_kernel", "wgrad_kernel"},
-}  # fmt: skip
+    # Two weight gradients of layer 1, 256 to 64 channels: one program on each multiprocessor, as the tile's variants are
+    # partitioned for. This variant, without a norm of the input, has the registers for two.
+    ("triton", "train", 32): {"wgrad_kernel"},
+    ("triton", "train", 256): {"wgrad_kernel"},
+    ("cuda+triton", "train", 32): {"wgrad_kernel"},
+    ("cuda+triton", "train", 256): {"wgrad_kernel"},
+}
 
 
 @pytest.mark.parametrize("batch", [1, 32, 256])
 @pytest.mark.parametrize("mode", launches.MODES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param(launches.AUTO, marks=needs_simulator)])
 def test_long_launches_fill_their_waves(backend: str, mode: str, batch: int, resources: CommittedResources) -> None:
     events = launches.RECORD[mode]("resnet50", batch, backend, "planned")
     resources.measure(events)
@@ -304,20 +300,13 @@ def test_long_launches_fill_their_waves(backend: str, mode: str, batch: int, res
     assert {one.work.name for one in failures} == WAVE_FAILURES.get((backend, mode, batch), set()), described
 
 
-#: Speedup over torch.compile's best; the aim is 1.15.
-MIN_SPEEDUP = 1.04
-
-
 def test_predicted_step_of_resnet50() -> None:
-    """At most 33 ms at batch 256, with the better backend's planned selection, and faster than torch.compile's best."""
+    """At most 33 ms at batch 256 with the default selection, and 1.15 times as fast as torch.compile's best."""
     step = "resnet50 train 256x224x224"
-    ours = min(
-        prediction.predicted("train", step, f"ours-{backend}+graph") or math.inf for backend in launches.BACKENDS
-    )
-    compiled = prediction.predicted("train", step, "compile-channels-last")
-    assert compiled is not None
+    ours, compiled = (prediction.predicted("train", step, name) for name in ("ours+graph", "compile-channels-last"))
+    assert ours is not None and compiled is not None
     assert ours <= 33
-    assert compiled / ours >= MIN_SPEEDUP
+    assert compiled / ours >= 1.15
 
 
 @needs_simulator
@@ -326,7 +315,7 @@ def test_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_report_files(tmp_path, "launches")
     (case,) = document["runs"][0]["cases"]
     assert list(case["providers"]) == [
-        "eager-channels-last", "compile-channels-last", "ours-triton-norms", "ours-cuda-norms",
+        "eager-channels-last", "compile-channels-last", "ours-norms", "ours-triton-norms", "ours-cuda-norms",
     ]  # fmt: skip
     ours = case["providers"]["ours-cuda-norms"]
     assert ours["launches"] == len(ours["table"])

@@ -190,7 +190,7 @@ def test_layers_of_resnet50_whose_input_gradient_adds_the_shortcut_gradient(back
     ):  # fmt: skip
         assert selected(residual=True, **change) == [chain] * 4
     assert not select_training(
-        algorithms, problem(weight=LAYERS[1][0], residual=True, **HOPPER), "planned"
+        algorithms, problem(weight=LAYERS[2][0], residual=True, **HOPPER), "planned"
     ).fused_backward
 
 
