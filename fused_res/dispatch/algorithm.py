@@ -53,7 +53,7 @@ class Problem(NamedTuple):
         prepacked: whether the caller packs the weight once and caches it, instead of packing it in every call.
         projection: whether the convolution is a block's projection shortcut.
         residual: whether the epilogue adds an operand: the residual in ``"inference"``, the gradient of an identity
-            shortcut in ``"input_gradient"``.
+            shortcut in ``"input_gradient"``. Without meaning for other operations.
         under_torch_dispatch: whether a torch_dispatch mode or a tensor subclass intercepts the call. Only ATen's
             operators are visible to it.
         allow_winograd: whether Winograd algorithms may be selected.
@@ -77,10 +77,6 @@ class Problem(NamedTuple):
     under_torch_dispatch: bool = False
     allow_winograd: bool = True
     machine: Machine = Machine()
-
-    def in_training(self, operation: Operation) -> Problem:
-        """Return the problem of one operation in training; only the input gradient has an addition."""
-        return self._replace(operation=operation, residual=self.residual and operation == "input_gradient")
 
     @property
     def geometry(self) -> Geometry:

@@ -104,9 +104,9 @@ def select_training(algorithms: tuple[Algorithm, ...], problem: Problem, prefere
 
     Args:
         algorithms: a backend's list, in order of priority.
-        problem: the forward convolution; its ``residual`` is that of the input gradient.
+        problem: the forward convolution, with the ``residual`` of its input gradient.
         preference: as of :func:`select`.
     """
     return TrainingAlgorithms(
-        *(select(algorithms, problem.in_training(operation), preference) for operation in TRAINING_OPERATIONS)
+        *(select(algorithms, problem._replace(operation=operation), preference) for operation in TRAINING_OPERATIONS)
     )

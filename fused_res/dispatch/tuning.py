@@ -77,7 +77,7 @@ def _measure(key: _TuningKey, kernels: Kernels, device: torch.device) -> Trainin
     found: dict[Operation, dict[Algorithm, float]] = {
         operation: {
             algorithm: _median_time(calls.call_for(operation, algorithm), device)
-            for algorithm in candidates(kernels.algorithms, key.problem.in_training(operation))
+            for algorithm in candidates(kernels.algorithms, key.problem._replace(operation=operation))
         }
         for operation in TRAINING_OPERATIONS
     }

@@ -101,7 +101,7 @@ def _plain_name(event: Event) -> str:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("preference", ["aten", "fused"])
+@pytest.mark.parametrize("preference", ["aten", "planned", "fused"])
 def test_recorded_step_has_the_flops_of_the_network(backend: str, preference: str) -> None:
     """Every convolution is computed three times, except for the input gradient of the stem, by whichever kernel."""
     events = launches.record_training("resnet50", 8, backend, preference)
@@ -110,7 +110,10 @@ def test_recorded_step_has_the_flops_of_the_network(backend: str, preference: st
     expected = 3 * sum(layer.flops for layer in convolutions) - convolutions[0].flops + 3 * 2 * 8 * 2048 * 1000
     assert sum(event.gemm.flops for event in events if event.gemm) == pytest.approx(expected, rel=1e-12)
     fused = {event.operator.partition("::")[2] for event in events if event.gemm and event.backend == backend}
-    assert fused == ({"conv_bn_stats", "conv_dgrad", "conv_wgrad"} if preference == "fused" else set())
+    assert fused == (set() if preference == "aten" else {"conv_bn_stats", "conv_dgrad", "conv_wgrad"})
+    formed = [event.formed[0] for event in events if event.operator.endswith("conv_dgrad") and event.gemm]
+    # Where it is planned, the first unit of all but the first block of layers 2 and 3 has no prologue.
+    assert formed.count(False) == (3 + 5 if preference == "planned" else 0)
 
 
 def test_recorded_stock_step_is_stock_pytorch() -> None:

@@ -419,6 +419,18 @@ class TestTuning:
         self.run(tune=True)
         assert all(one.name == "aten" for algorithms in tuning._training_cache.values() for one in algorithms)
 
+    @pytest.mark.skipif("triton" not in BACKENDS, reason="needs the triton backend")
+    def test_addition_of_the_shortcut_gradient_is_timed(self):
+        kernels = registry.resolve("triton", torch.device("cpu"))
+        shapes = {"weight": (16, 32, 1, 1), "input": (1, 32, 2, 2), "dtype": torch.float16}
+        for residual in (False, True):
+            made = tuning.tuned_training_algorithms(
+                kernels, problem(residual=residual, **shapes), False, True, torch.device("cpu")
+            )
+            timed = [set(re.findall(r"([a-z_]+) [0-9]+ us", one.reason)) for one in made]
+            assert timed[0] == timed[2] == {"implicit_gemm", "aten"}
+            assert timed[1] - timed[0] == ({"implicit_gemm_add"} if residual else set())
+
     @needs_cpu
     def test_tuned_cpu_block_is_accurate(self):
         torch.manual_seed(0)
