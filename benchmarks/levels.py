@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.cases import Mode
 from benchmarks.network import Block, Convolution, Network
+from fused_res.backends.implicit_gemm import IMPLICIT_GEMM
 from fused_res.block.plan import Plan, Unit
 from fused_res.block.program import NO_SLOT, Step
 from fused_res.dispatch import Algorithm, Selection, TrainingAlgorithms
@@ -130,6 +131,7 @@ _LOWER_BOUND = Selection(
     Algorithm("lower_bound", lambda problem: None, {}, fused=True, compact_input_gradient=True), "lower bound"
 )
 _LOWER_BOUND_ALGORITHMS = TrainingAlgorithms(_LOWER_BOUND, _LOWER_BOUND, _LOWER_BOUND)
+_FUSED_ALGORITHMS = TrainingAlgorithms(*(Selection(IMPLICIT_GEMM, ""),) * 3)
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ class Level:
 
     Args:
         title: description in the printed tables.
-        conv_source: convolutions used in training: "aten", "planned" (selected by the planner's rules) or "fused" (the
-            lower bound). In inference "planned" fuses all of them.
+        conv_source: convolutions: "aten", "fused" (1x1 fused with their norms in training, all in inference) or "bound"
+            (the lower bound).
         training: traffic rules of a training step.
         inference: traffic rules of an inference.
     """
@@ -150,21 +152,23 @@ class Level:
     inference: dict[str, str]
 
     def plan(self, block: Block, dtype: torch.dtype, mode: Mode, grad_input: bool) -> Plan:
-        fuse_all = self.conv_source == "fused" or (self.conv_source == "planned" and mode == "eval")
-        preference = "aten" if self.conv_source == "aten" else "planned"
-        return block.plan(
-            dtype, mode == "train", grad_input, "triton", preference, _LOWER_BOUND_ALGORITHMS if fuse_all else None
-        )
+        def algorithms(layer: Convolution) -> TrainingAlgorithms | None:
+            if self.conv_source == "bound" or (self.conv_source == "fused" and mode == "eval"):
+                return _LOWER_BOUND_ALGORITHMS
+            return _FUSED_ALGORITHMS if self.conv_source == "fused" and set(layer.weight[2:]) == {1} else None
+
+        per_unit = tuple(map(algorithms, block.convolutions))
+        return block.plan(dtype, mode == "train", grad_input, "triton", "aten", per_unit)
 
 
 LEVELS = {
     "eager": Level("one PyTorch kernel per operator", "aten", _ATEN | _EAGER, _ATEN | _EAGER_INFERENCE),
     "compile": Level("norms fused as by Inductor", "aten", _ATEN | _COMPILE, _ATEN | _COMPILE_INFERENCE),
     "norm": Level("batch_norm_act after PyTorch's convolutions", "aten", _ATEN | _NORM, _ATEN | _NORM_INFERENCE),
-    "fused": Level("also the convolutions that the planner fuses", "planned", _ATEN | _FUSED, _FUSED_INFERENCE),
+    "fused": Level("also 1x1 convolutions fused with their norms", "fused", _ATEN | _FUSED, _FUSED_INFERENCE),
     "fewest": Level(
         "lower bound: each convolution tensor is read or written once per direction",
-        "fused",
+        "bound",
         _LOWER_BOUND_RULES,
         _LOWER_BOUND_INFERENCE_RULES,
     ),

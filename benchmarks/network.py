@@ -91,7 +91,7 @@ class Block:
         grad_input: bool,
         backend: str,
         preference: str,
-        algorithms: TrainingAlgorithms | None = None,
+        algorithms: tuple[TrainingAlgorithms | None, ...] | None = None,
     ) -> Plan:
         """Return the plan for channels_last memory.
 
@@ -101,16 +101,15 @@ class Block:
             grad_input: whether the gradient of the block's input is needed.
             backend: backend name.
             preference: preference of `BlockConfig`.
-            algorithms: algorithms of every convolution, in place of the backend's; default: the backend's.
+            algorithms: algorithms of each convolution; None: those that the backend selects.
         """
         requires_grad = [grad_input, *(t is not None and t.requires_grad for t in self.unit_chain.tensors)]
         count = len(self.convolutions)
         tensors = [None if t is None else t.to(dtype) for t in self.unit_chain.tensors]
         x = _empty(self.x).to(dtype).contiguous(memory_format=torch.channels_last)
         needs_grad = tuple(training and one for one in requires_grad)
-        per_unit = None if algorithms is None else (algorithms,) * count
         config = BlockConfig(self.unit_chain.spec, (training,) * count, backend, preference=preference)
-        return plan(config, x, tensors, needs_grad, per_unit)
+        return plan(config, x, tensors, needs_grad, algorithms)
 
 
 @dataclass(frozen=True)
