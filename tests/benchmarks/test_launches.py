@@ -282,8 +282,8 @@ WAVE_FAILURES: dict[tuple[str, str, int], set[str]] = {
     # fill the waves, and read the weight twice as often (csrc/cuda/gemm_partition.h).
     ("cuda", "train", 32): {"convolution_kernel"},
     ("cuda", "infer", 32): {"convolution_kernel"},
-    # Two weight gradients of layer 1, 256 to 64 channels: one program on each multiprocessor, as all variants of the tile
-    # are partitioned for. This variant, without a norm of the input, has the registers for two.
+    # Two weight gradients of layer 1, 256 to 64 channels: one program on each multiprocessor, as every variant of the
+    # tile is partitioned for. This variant, without a norm of the input, has the registers for two.
     ("triton", "train", 32): {"wgrad_kernel"},
     ("triton", "train", 256): {"wgrad_kernel"},
     ("cuda+triton", "train", 32): {"wgrad_kernel"},

@@ -73,7 +73,7 @@ def make_fake_torch(folder: Path, cuda: str | None) -> Path:
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
     (package / "__init__.py").touch()
     (package / "version.py").write_text(f"cuda = {cuda!r}\n")
-    for name in ("include", "lib/libc10.so", "lib/libtorch_cpu.so"):
+    for name in ("include", "lib/libc10.so", "lib/libtorch_cpu.so", "lib/libtorch_python.so"):
         (package / name).unlink(missing_ok=True)
         (package / name).symlink_to(TORCH / name)
     build_c10_cuda_stub(package, "")
@@ -399,7 +399,7 @@ def test_library_registers_every_operator(built):
     """The library is loaded with the real CUDA runtime; its libc10_cuda is a stub."""
     cudart = re.search(r"\S+libcudart\.so\S*", (built / "build.ninja").read_text())
     assert cudart is not None
-    folders = f"{built / 'torch/torch/lib'}:{Path(cudart[0]).parent}"
+    folders = f"{TORCH / 'lib'}:{built / 'torch/torch/lib'}:{Path(cudart[0]).parent}"
     library = built / LIBRARY
     printed = run(sys.executable, "-c", OPERATORS, library, LD_LIBRARY_PATH=folders, PYTHONPATH=str(ROOT))
     assert printed.split() == []
