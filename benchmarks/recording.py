@@ -26,8 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.events import Event, Gemm, Touch, convolution_gemm, library_gemm, operator_gemm
 from fused_res import _torch_compat
-from fused_res.backends import registry
-from fused_res.dispatch import Machine
+from fused_res.backends import implicit_gemm, registry
 from fused_res.dispatch.backend import Kernels
 
 #: Operators of PyTorch that allocate, or change metadata only.
@@ -48,7 +47,6 @@ class Recorder(TorchDispatchMode):
     def __init__(self, backend: str | None = None, preference: str = "planned") -> None:
         super().__init__()
         self.backend, self.preference = backend, preference
-        self.machine = Machine("sm_90")
         self.events: list[Event] = []
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._next_id = 0
@@ -260,7 +258,7 @@ class Recorder(TorchDispatchMode):
             resolved = {(name, "meta"): kernels for name in ("auto", self.backend)}
             self._stack.enter_context(mock.patch.dict(registry._resolve_cache, resolved))
             self._stack.enter_context(mock.patch.object(registry, "_conv_preference", self.preference))
-            self._stack.enter_context(mock.patch.object(registry, "_machine", return_value=self.machine))
+            self._stack.enter_context(implicit_gemm.assume_machine("sm_90"))
             for name in self.backend.split("+"):
                 self._stack.enter_context(_intercept(name, self))
         super().__enter__()

@@ -34,6 +34,8 @@ of the addend, writes ``C``, and multiplies ``C * K`` pairs: the bytes and FLOPs
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 
@@ -66,9 +68,27 @@ _EVIDENCE_MMA_TILE = "estimated: an MMA instruction is 16x8x16, a load is 8 elem
 _EVIDENCE_LAYOUT = "not measured: the operands would have to be converted to channels_last first"
 
 
-@cache
+_assumed_machine: Machine | None = None
+
+
 def machine() -> Machine:
     """Return the architecture of the first NVIDIA GPU, such as ``"sm_90"``; "" without a GPU."""
+    return _detect_machine() if _assumed_machine is None else _assumed_machine
+
+
+@contextlib.contextmanager
+def assume_machine(isa: str) -> Iterator[None]:
+    """Select and launch as on a GPU of this architecture: for compilation ahead of time, and for predictions."""
+    global _assumed_machine
+    previous, _assumed_machine = _assumed_machine, Machine(isa)
+    try:
+        yield
+    finally:
+        _assumed_machine = previous
+
+
+@cache
+def _detect_machine() -> Machine:
     if not torch.cuda.is_available():
         return Machine()
     major, minor = torch.cuda.get_device_capability(0)

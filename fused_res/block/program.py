@@ -174,6 +174,8 @@ def _norm_parameter_gradients(sums: Tensor, weight: Tensor | None) -> list[Tenso
     Autograd may accumulate into gradients in place. The rows do not overlap, and only steps of the same backward, which
     come before that, read ``sums``.
     """
+    if sums._is_view():
+        sums = sums.clone()  # the gradients would keep the whole of a reduction's buffer
     bias_grad, weight_grad = sums.unbind()
     if weight is None or weight.dtype == sums.dtype:
         return [weight_grad, bias_grad]

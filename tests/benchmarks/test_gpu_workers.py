@@ -135,7 +135,7 @@ def test_training(tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPa
 
     class Step(train_items.ModelStep):
         def step(self) -> torch.Tensor:
-            preferences.append(backends.registry.conv_preference("auto"))
+            preferences.append(backends.registry.conv_preference())
             return super().step()
 
     monkeypatch.setattr(train_items, "ModelStep", Step)

@@ -111,8 +111,10 @@ def test_recorded_step_has_the_flops_of_the_network(backend: str, preference: st
     fused = {event.operator.partition("::")[2] for event in events if event.gemm and event.backend == backend}
     assert fused == (set() if preference == "aten" else {"conv_bn_stats", "conv_dgrad", "conv_wgrad"})
     formed = [event.formed[0] for event in events if event.operator.endswith("conv_dgrad") and event.gemm]
-    # Where it is planned, the first unit of all but the first block of layers 2 and 3 has no prologue.
-    assert formed.count(False) == (3 + 5 if preference == "planned" else 0)
+    # Where it is planned, the first unit of all but the first block of layer 3, and of layer 2 where that is not fused
+    # with its norms, has no prologue.
+    planned = {"triton": 5, "cuda": 3 + 5}[backend]
+    assert formed.count(False) == (planned if preference == "planned" else 0)
 
 
 def test_recorded_stock_step_is_stock_pytorch() -> None:
@@ -284,9 +286,10 @@ WAVE_FAILURES: dict[tuple[str, str, int], set[str]] = {
     ("cuda", "infer", 32): {"convolution_kernel"},
     # Two weight gradients of layer 1, 256 to 64 channels: one program on each multiprocessor, as every variant of the
     # tile is partitioned for. This variant, without a norm of the input, has the registers for two.
-    ("triton", "train", 32): {"wgrad_kernel"},
+    # Four input gradients of layer 2, 24 us: 392 programs for 264 slots.
+    ("triton", "train", 32): {"dgrad_kernel", "wgrad_kernel"},
     ("triton", "train", 256): {"wgrad_kernel"},
-    ("cuda+triton", "train", 32): {"wgrad_kernel"},
+    ("cuda+triton", "train", 32): {"dgrad_kernel", "wgrad_kernel"},
     ("cuda+triton", "train", 256): {"wgrad_kernel"},
 }
 

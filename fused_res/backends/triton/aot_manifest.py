@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fused_res.backends import implicit_gemm
 from fused_res.backends.triton.aot import KernelReport, compile_launches
 from fused_res.backends.triton.batch_norm_act import (
     add_masked_,
@@ -23,6 +24,7 @@ from fused_res.backends.triton.batch_norm_act import (
     batch_norm_act_forward,
     batch_norm_act_inference_,
     batch_norm_stats,
+    update_running_stats,
 )
 from fused_res.backends.triton.conv_bias_act import conv_bias_act
 from fused_res.backends.triton.conv_bn_stats import conv_bn_stats
@@ -61,6 +63,8 @@ def _training_norm(x: Tensor) -> None:
     batch_norm_act_apply(x, stats, x, None, True, True)
     batch_norm_act_backward(x, x, vector, stats, None, True, True, [True, False, True, True])
     batch_norm_act_backward(x, x, vector, stats, _mask(x), True, True, [True] * 4)
+    for norms in (1, 2, 3, 4):
+        update_running_stats([vector] * norms, [vector] * norms, [stats] * norms, [0.1] * norms)
 
 
 def _projection(x: Tensor) -> None:
@@ -227,7 +231,8 @@ def compile_all(capability: int) -> list[KernelReport]:
     """
 
     def call() -> None:
-        _norms()
-        _convolutions()
+        with implicit_gemm.assume_machine(f"sm_{capability}"):
+            _norms()
+            _convolutions()
 
     return compile_launches(call, capability)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_res.backends.implicit_gemm import machine
 from fused_res.backends.reference import conv_dgrad as reference
 from fused_res.backends.triton.batch_norm_sync import sum_partials
 from fused_res.backends.triton.convolution import supports
@@ -48,8 +49,9 @@ def conv_dgrad(
     input_norm = input is not None and input_stats is not None
     fused_with_norm = output is not None or input_norm
     config = gemm_config(pixels, channels, out_channels, 1, dtype, high_register_pressure=fused_with_norm)
-    if fused_with_norm:
-        # Registers leave room for one program on a multiprocessor, which must have 30 KB in flight on its own.
+    if output is not None and not input_norm and machine().isa == "sm_90":
+        # Registers leave room for one program on a multiprocessor, which must have 30 KB in flight on its own. On other
+        # architectures a fourth stage spills, or has not been compiled.
         config = config._replace(num_stages=4)
     x = to_memory_format(input, True) if input_norm else None  # type: ignore[arg-type]
     partials = grad_output.new_empty((config.tiles_m, 2, channels) if input_norm else (0,), dtype=torch.float32)

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from fused_res import __main__ as command
 from fused_res.backends.triton import aot, aot_manifest
-from fused_res.backends.triton.kernels import batch_norm_act, conv1x1_backward, convolution, max_pool
+from fused_res.backends.triton.kernels import batch_norm_act, channel_vectors, conv1x1_backward, convolution, max_pool
 from fused_res.backends.triton.launch import intercept_launches, launch
 from tools.ptx import sample_kernels
 from tools.ptx.compiled_session import needs_compiled_triton
@@ -136,7 +136,7 @@ def test_manifest_is_complete():
     assert len({(report.name, report.variant, report.warps, report.stages) for report in reports}) == len(reports)
     assert {report.name for report in reports} == {
         name
-        for module in (batch_norm_act, convolution, max_pool, conv1x1_backward)
+        for module in (batch_norm_act, channel_vectors, convolution, max_pool, conv1x1_backward)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }

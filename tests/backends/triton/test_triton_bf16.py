@@ -17,7 +17,6 @@ from fused_res.backends.reference import batch_norm_act as reference
 from fused_res.backends.reference import batch_norm_sync as reference_sync
 from fused_res.backends.reference import max_pool as reference_pool
 from fused_res.backends.reference.batch_norm_act import apply_prologue
-from fused_res.backends.triton import batch_norm_sync
 from fused_res.backends.triton.batch_norm_act import (
     add_masked_,
     batch_norm_act_apply,
@@ -28,10 +27,12 @@ from fused_res.backends.triton.batch_norm_act import (
     batch_norm_stats,
 )
 from fused_res.backends.triton.batch_norm_sync import (
+    NO_GRADS,
     batch_norm_act_dx,
     batch_norm_partials,
     batch_norm_sums,
     compute_partials,
+    compute_sums,
     merge_stats,
 )
 from fused_res.backends.triton.conv_bias_act import conv_bias_act
@@ -39,6 +40,7 @@ from fused_res.backends.triton.conv_bn_stats import conv_bn_stats
 from fused_res.backends.triton.conv_dgrad import conv_dgrad
 from fused_res.backends.triton.conv_wgrad import conv_wgrad
 from fused_res.backends.triton.max_pool import max_pool_backward, max_pool_forward
+from fused_res.backends.triton.tiles import dense_tiling
 from tools.ptx.compiled_session import needs_compiled_triton
 from tools.ptx.triton_runner import run_interpreted
 
@@ -425,7 +427,7 @@ def last_cta(grid):
 
 #: Shapes of more than 2^31 elements: channels_last with 64 channels, and contiguous with 2 channels. The last part of a
 #: reduction has only a few tiles, and the last tile is partial.
-ROWS, IMAGES, PIXELS = 2**25 + 37, 16, 2**26 + 100
+ROWS, IMAGES, PIXELS = 2**25 + 17509, 16, 2**26 + 34916
 int64_offsets = pytest.mark.parametrize("shape", [(ROWS, 64), (IMAGES, 2, PIXELS)], ids=["channels last", "contiguous"])
 
 
@@ -460,17 +462,19 @@ def test_apply_with_64_bit_offsets(shape):
 
 @needs_compiled_triton
 @int64_offsets
-def test_reductions_and_dx_with_64_bit_offsets(shape, monkeypatch):
-    monkeypatch.setattr(batch_norm_sync, "sum_partials", lambda partials: partials)
+def test_reductions_and_dx_with_64_bit_offsets(shape):
     (x, stats, tail_stats), (dy, *_) = (int64_offsets_case(shape, seed) for seed in range(2))
-    partials = run_interpreted(lambda: compute_partials(x), ctas=last_cta)[-1, :, -tail_stats.shape[1] :]
+    tiling = dense_tiling(x)[1]
+    partials = run_interpreted(lambda: compute_partials(x, tiling, None), ctas=last_cta)
+    partials = partials[-1, :, -tail_stats.shape[1] :]
     count = int(partials[0, 0]) // (1 if len(shape) == 2 else IMAGES)
     assert 64 < count <= 512
     x_tail, dy_tail = tail(x, count), tail(dy, count)
     expected = reference_sync.batch_norm_partials(x_tail)[0]
     for row, name in enumerate(("count", "mean", "M2")):
         assert_close(partials[row], expected[row], name)
-    sums = run_interpreted(lambda: batch_norm_sums(dy, x, stats, None, True, None, None), ctas=last_cta)[-1]
+    operands = dy, x, tiling, None, stats, None, True, None, None, NO_GRADS
+    sums = run_interpreted(lambda: compute_sums(*operands), ctas=last_cta)[-1]  # merged into the first part
     expected = reference_sync.batch_norm_sums(*to_float64(dy_tail, x_tail, tail_stats), None, True, None, None)
     assert_close(sums[:, -tail_stats.shape[1] :], expected, "sums")
 
