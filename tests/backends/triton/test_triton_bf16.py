@@ -17,6 +17,7 @@ from fused_res.backends.reference import batch_norm_act as reference
 from fused_res.backends.reference import batch_norm_sync as reference_sync
 from fused_res.backends.reference import max_pool as reference_pool
 from fused_res.backends.reference.batch_norm_act import apply_prologue
+from fused_res.backends.triton import batch_norm_sync
 from fused_res.backends.triton.batch_norm_act import (
     add_masked_,
     batch_norm_act_apply,
@@ -462,7 +463,9 @@ def test_apply_with_64_bit_offsets(shape):
 
 @needs_compiled_triton
 @int64_offsets
-def test_reductions_and_dx_with_64_bit_offsets(shape):
+def test_reductions_and_dx_with_64_bit_offsets(shape, monkeypatch):
+    # Only the last part is computed: the merge would read uninitialized memory.
+    monkeypatch.setattr(batch_norm_sync, "_merge_sums_launch", lambda *extents: lambda *tensors: None)
     (x, stats, tail_stats), (dy, *_) = (int64_offsets_case(shape, seed) for seed in range(2))
     tiling = dense_tiling(x)[1]
     partials = run_interpreted(lambda: compute_partials(x, tiling, None), ctas=last_cta)
@@ -474,7 +477,7 @@ def test_reductions_and_dx_with_64_bit_offsets(shape):
     for row, name in enumerate(("count", "mean", "M2")):
         assert_close(partials[row], expected[row], name)
     operands = dy, x, tiling, None, stats, None, True, None, None, NO_GRADS
-    sums = run_interpreted(lambda: compute_sums(*operands), ctas=last_cta)[-1]  # merged into the first part
+    sums = run_interpreted(lambda: compute_sums(*operands), ctas=last_cta)[-1]
     expected = reference_sync.batch_norm_sums(*to_float64(dy_tail, x_tail, tail_stats), None, True, None, None)
     assert_close(sums[:, -tail_stats.shape[1] :], expected, "sums")
 
