@@ -36,7 +36,7 @@ MODES = ("train", "infer")
 CLASSES = 1000
 #: Seconds of CPU time for each launch in eager mode, Python and autograd included. PyTorch: 0.38 ms for a bottleneck's
 #: forward and backward, about 28 operators (estimated by reading the code). Ours: so that a bottleneck takes 1.35 times
-#: stock's time with Triton's norms and 1.25 times with CUDA C++'s, as `launch-cost` measured.
+#: stock's time with Triton's norms and 1.25 times with CUDA C++'s, what `launch-cost` measured on a busy machine.
 CPU_SECONDS = {"aten": 13e-6, "triton": 19e-6, "cuda": 17e-6}
 #: Launches that are predicted to take longer than this must fill their last wave.
 LONG_LAUNCH = 20e-6
