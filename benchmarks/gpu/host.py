@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Seconds within which a killed process must have ended; one that hangs in the driver is left behind.
+#: Seconds within which a killed process must have ended; a process that hangs in the driver is abandoned.
 KILL_SECONDS = 5.0
 
 

@@ -112,7 +112,7 @@ def test_op(warm: bool, tmp_path: Path, calls: list[str]) -> None:
     (record,) = records
     assert record["failures"] == {} and record["kind"] == "op" and record["count"] == 1
     assert set(record["providers"]) == {"eager-channels-last", *(f"ours-{backend}" for backend in BACKENDS)}
-    assert calls.count("sleep") >= 10 * len(record["providers"]), "every call is queued behind a sleep"
+    assert calls.count("sleep") >= 10 * len(record["providers"]), "every call is queued after a sleep"
 
 
 @pytest.mark.parametrize("warm", [True, False])
