@@ -10,6 +10,7 @@ import fused_res
 from fused_res import BlockSpec, PoolSpec, UnitSpec
 from fused_res.functional import residual_block
 from fused_res.testing import assert_within_stock_error
+from tests.support.cpu_backends import BACKENDS as EVERY
 from tests.support.cpu_backends import FAST_BACKENDS
 from tests.support.stock_pytorch import residual_block as stock
 
@@ -496,3 +497,18 @@ def test_error_names_an_argument_that_is_not_a_tensor(autocast):
         pytest.raises(TypeError, match=r"tensors\[1\] \(0.bias\) must be a torch.Tensor, got float"),
     ):
         residual_block(x, spec, [tensors[0], 1.0, *tensors[2:]], training=True)
+
+
+@pytest.mark.parametrize("backend", [*EVERY, "reference, fused"], indirect=True)
+def test_parameter_gradients_are_independent(backend):
+    """Gradients of a norm may share one tensor of two rows, but no element of it, and keep no larger buffer alive."""
+    spec, x, tensors = make_block_case("bottleneck", torch.float32)
+    tensors = clone_with_grad(tensors)
+    with fused_res.backends.use("auto", "fused"):
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        residual_block(x, spec, tensors, training=True, backend=backend).square().sum().backward()
+    for weight, bias in ((tensors[i], tensors[i + 1]) for i in range(2, len(tensors), 6)):
+        assert weight.grad.untyped_storage().nbytes() <= 2 * weight.grad.nbytes
+        before = bias.grad.clone()
+        weight.grad += 1
+        assert torch.equal(bias.grad, before)
