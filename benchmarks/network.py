@@ -131,8 +131,10 @@ def build_network(name: str, batch: int, size: int) -> Network:
         model: ResNet = getattr(models, name)()
     blocks: list[Block] = []
     x: Shape = (batch, 3, size, size)
-    for block_name, parts in _named_blocks(model):
-        unit_chain = chain.match_chain(*parts)
+    for block_name, layers in _named_blocks(model):
+        arguments = layers.arguments()
+        assert not isinstance(arguments, chain.Unsupported), arguments
+        unit_chain = chain.match_chain(*arguments)
         assert isinstance(unit_chain, chain.Chain), unit_chain
         blocks.append(Block(block_name, unit_chain, x))
         x = blocks[-1].y
@@ -140,12 +142,12 @@ def build_network(name: str, batch: int, size: int) -> Network:
     return Network(batch, size, tuple(blocks), model.fc.out_features, parameters)
 
 
-def _named_blocks(model: ResNet) -> Iterator[tuple[str, tuple]]:
-    """Yield name and modules of the stem and of every residual block, as arguments of `match_chain`."""
-    yield "stem", (model._stem_units(), "none", model.maxpool)
+def _named_blocks(model: ResNet) -> Iterator[tuple[str, chain.Layers]]:
+    """Yield name and modules of the stem and of every residual block."""
+    yield "stem", model.layers()
     for name, module in model.named_modules():
         if isinstance(module, ResidualBlock):
-            yield name, module._units_and_shortcut()
+            yield name, module.layers()
 
 
 def _empty(shape: Shape) -> Tensor:

@@ -1,7 +1,3 @@
-"""Fusing, freezing and summarizing models of torchvision, timm and ``nn.Sequential``."""
-
 from fused_res.fusion.convert import fuse, unfuse
-from fused_res.fusion.freeze import freeze
-from fused_res.fusion.summary import Row, Summary, summarize
-
-__all__ = ["Row", "Summary", "freeze", "fuse", "summarize", "unfuse"]
+def freeze(*a): raise NotImplementedError
+def summarize(*a): raise NotImplementedError

@@ -5,34 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from fused_res.backends import registry
-from fused_res.fusion.adapter import Adapter, Fused, base_of, fused_class
-from fused_res.fusion.adapters import adapter_for
-from fused_res.fusion.runs import Settings
-from fused_res.nn.chain import Unsupported
+from fused_res.fusion.fused import Fused, Fusion, Settings, base_class, fused_class
+from fused_res.fusion.graph import build_graph
+from fused_res.fusion.matcher import Segment, find_segments
+from fused_res.fusion.program import Program, Unemittable, generate
+from fused_res.fusion.tracer import Frame, Trace, Untraceable, is_layer, trace
 from fused_res.nn.fusable_module import FusableModule, check_model, check_settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: Captured graphs: their forward is fixed and does not call submodules as modules.
-CLOSED = (torch.jit.ScriptModule, torch.fx.GraphModule)
 
+def fuse(
+    model: Model, backend: str = "auto", recompute: str = "none", tune: bool = False, cache_eval: bool = False
+) -> Model:
+    """Fuse every chain of `model` that a fused operator computes, in place.
 
-def fuse(model: Model, backend: str = "auto", recompute: str = "none", tune: bool = False) -> Model:
-    """Fuse every supported block of `model` in place.
-
-    Supported are the ResNet families of torchvision and timm, adjacent convolutions, batch norms and ReLUs in
-    ``nn.Sequential``, and the modules of :mod:`fused_res.nn`. Parameters (an optimizer stays valid), buffers,
-    ``state_dict`` keys, hooks and ``isinstance`` do not change. A block that does not match exactly, now or at a later
-    call, runs its stock forward; timm's blocks are then partially fused. Calling it again changes the settings.
+    A chain is a convolution, batch norm and ReLU, any number of them, with a residual addition or a max pooling: see
+    :mod:`fused_res.fusion.matcher`. What a module computes decides, not its class: its forward is recorded symbolically
+    and the smallest module that contains a whole chain gets a forward that runs it fused, everything else unchanged and
+    in its order. Parameters (an optimizer stays valid), buffers, ``state_dict`` keys, hooks, class names and
+    ``isinstance`` do not change. The new forward verifies on every call that the module is as it was recorded, and
+    otherwise runs the stock forward. Calling it again changes the settings, and records anew.
 
     Args:
         model: any module.
         backend: name of a backend, see :mod:`fused_res.backends`; default ``"auto"``.
         recompute, tune: see :func:`fused_res.functional.residual_block`; default ``"none"`` and False.
+        cache_eval: in evaluation mode without gradients, run with batch norms folded into packed weights, as
+            :func:`freeze` does; the weights are packed again after they have changed. Default False.
 
     Returns:
         `model`.
@@ -45,14 +48,11 @@ def fuse(model: Model, backend: str = "auto", recompute: str = "none", tune: boo
     check_model(model)
     check_settings(backend, recompute)
     registry.check_devices(backend, {parameter.device for parameter in model.parameters()})
-    for _, module, adapter, refusal in candidates(model):
+    unfuse(model)
+    for module in model.modules():
         if isinstance(module, FusableModule):
             module.configure(backend, recompute, tune=tune)
-        elif isinstance(module, Fused):
-            module._fused_res = Settings(backend, recompute, tune)
-        elif adapter is not None and (refusal is None or refusal.transient):
-            module.__class__ = fused_class(adapter, type(module))
-            module.__dict__["_fused_res"] = Settings(backend, recompute, tune)
+    install(model, Settings(backend, recompute, tune), cache_eval)
     return model
 
 
@@ -74,45 +74,120 @@ def unfuse(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FusableModule):
             module.fused = False
-        elif isinstance(module, Fused):
-            base = base_of(type(module))
-            if base is None:  # another library has replaced the class again
-                module._fused_res = None
-            else:
-                module.__class__ = base  # type: ignore[assignment]
-                module.__dict__.pop("_fused_res", None)
+        if isinstance(module, Fused):
+            module.__dict__.pop("_fused_res", None)
+            # If another library has derived a class from the generated one, its forward finds no program.
+            module.__class__ = base_class(type(module))  # type: ignore[assignment]
     return model
 
 
-Candidate = tuple[str, nn.Module, type[Adapter] | None, Unsupported | None]
+def install(model: nn.Module, settings: Settings, packed: bool) -> None:
+    """Give every module of `model` that contains a segment its generated forward."""
+    programs: dict[nn.Module, list[Program]] = {}
+    for recorded in recordings(model, packed):
+        for module, program in recorded.programs(packed):
+            found = programs.setdefault(module, [])
+            if all(program.key != other.key for other in found):
+                found.append(program)
+    for module, found in programs.items():
+        module.__class__ = fused_class(type(module))
+        module.__dict__["_fused_res"] = Fusion(settings, packed, tuple(found))
 
 
-def candidates(model: nn.Module) -> Iterator[Candidate]:
-    """Yield every module that no other module's chain contains: name, module, adapter, reason why it is unsupported."""
-    check_model(model)
-    seen: set[nn.Module] = set()
+def refuse_module(module: Any) -> None:
+    """Generate the programs of one unpickled module."""
+    fusion: Fusion = module.__dict__["_fused_res"]
+    packed = fusion.packed is not None
+    programs: list[Program] = []
+    for recorded in _record(module, packed):
+        for owner, program in recorded.programs(packed):
+            if owner is module and all(program.key != other.key for other in programs):
+                programs.append(program)
+    fusion.programs = tuple(programs)
 
-    def visit(name: str, module: nn.Module) -> Iterator[Candidate]:
-        if module in seen:
+
+class Recording:
+    """A trace of one module, and the segments in it.
+
+    Args:
+        root: the module.
+        recorded: its trace.
+        inference: whether no gradient is computed.
+    """
+
+    def __init__(self, root: nn.Module, recorded: Trace, inference: bool) -> None:
+        self.root = root
+        self.trace = recorded
+        modules = dict(root.named_modules(remove_duplicate=False))
+        self.graph = build_graph(recorded.graph, modules.__getitem__, recorded.frames)
+        self.segments = find_segments(self.graph, inference)
+        layers = {modules[str(node.target)] for node in recorded.graph.nodes if node.op == "call_module"}
+        opaque = {modules[path] for path in recorded.opaque}
+        #: Modules that need no recording of their own.
+        self.visited = (layers - opaque) | {frame.module for frame in recorded.frames}
+
+    def programs(self, packed: bool) -> Iterator[tuple[nn.Module, Program]]:
+        """Yield every module that gets a forward, and that forward.
+
+        Packed inference runs as much as possible in one call, so every module that contains a segment gets one;
+        otherwise only the smallest module that contains the whole segment, so that hooks around it stay.
+        """
+        owners: dict[Frame, list[Segment]] = {}
+        for segment in self.segments:
+            frame = segment.frame
+            while frame is not None:
+                owners.setdefault(frame, []).append(segment)
+                frame = frame.parent if packed else None
+        pending = list(owners)
+        while pending:
+            frame = pending.pop()
+            try:
+                yield frame.module, self._generate(frame, packed)
+            except Unemittable:
+                if not packed and frame.parent is not None and frame.parent not in owners:
+                    owners[frame.parent] = []
+                    pending.append(frame.parent)
+
+    def _generate(self, owner: Frame, packed: bool) -> Program:
+        """Generate a forward that runs all segments within the calls that it looks into."""
+        inside = [segment for segment in self.segments if segment.frame.within(owner)]
+        if not packed:
+            own = [segment for segment in inside if segment.frame is owner] or inside
+            while True:
+                looked_into = {frame for segment in own for node in segment.nodes for frame in _up_to(node.frame, owner)}
+                more = [segment for segment in inside if segment.frame in looked_into]
+                if len(more) <= len(own):
+                    break
+                own = more
+            inside = own
+        return generate(self.graph, self.trace.frames, owner, inside, packed)
+
+
+def _up_to(frame: Frame, owner: Frame) -> Iterator[Frame]:
+    while frame is not owner:
+        yield frame
+        assert frame.parent is not None
+        frame = frame.parent
+    yield owner
+
+
+def recordings(model: nn.Module, packed: bool) -> Iterator[Recording]:
+    """Record `model`, and each part of it that a recording does not look into, for both training modes if they differ."""
+    visited: set[nn.Module] = set()
+    for module in model.modules():
+        if module in visited or is_layer(module):
+            continue
+        for recorded in _record(module, packed):
+            visited |= recorded.visited
+            yield recorded
+
+
+def _record(module: nn.Module, packed: bool) -> Iterator[Recording]:
+    for training in (module.training, not module.training):
+        try:
+            recorded = trace(module, training, inline_fusable=packed)
+        except Untraceable:
             return
-        seen.add(module)
-        if isinstance(module, CLOSED):
-            yield name, module, None, Unsupported("a graph that was captured already")
+        yield Recording(module, recorded, inference=packed)
+        if not recorded.reads_training:
             return
-        adapter: Any = None  # mypy takes every attribute of a module for a tensor or a module
-        refusal = None
-        covered: tuple[str, ...] = ()
-        if isinstance(module, FusableModule):
-            refusal, covered = module.unsupported_reason(), module.fused_children()
-        else:
-            adapter = module._fused_res_adapter if isinstance(module, Fused) else adapter_for(type(module))
-            if adapter is not None:
-                refusal = adapter.unsupported_reason(module)
-                if refusal is None or refusal.transient or isinstance(module, Fused):
-                    covered = adapter.fused_children(module)
-        yield name, module, adapter, refusal
-        for child_name, child in module.named_children():
-            if child_name not in covered:
-                yield from visit(f"{name}.{child_name}" if name else child_name, child)
-
-    return visit("", model)

@@ -134,26 +134,27 @@ class ResidualNetwork(FusableModule):
                     if isinstance(weight := getattr(last, "weight", None), Tensor):
                         nn.init.zeros_(weight)
 
-    def _stem_units(self) -> list[chain.Unit]:
-        return [(self.conv1, self.bn1, self.relu)]
-
-    def _stem(self, x: Tensor) -> Tensor:
-        units = self._stem_units()
-        if self.fused:
-            output = chain.run_fused(x, units, "none", self.maxpool, self.backend, self.recompute, self.tune)
-            if output is not None:
-                return output
-        return chain.run_stock(x, units, "none", self.maxpool)
+    def layers(self) -> chain.Layers:
+        """Return the modules of the stem."""
+        return chain.Layers([(self.conv1, self.bn1, self.relu)], "none", self.maxpool)
 
     def unsupported_reason(self) -> chain.Unsupported | None:
-        return chain.find_unsupported(self._stem_units(), "none", self.maxpool)
+        return self.layers().find_unsupported()
 
     def fused_children(self) -> tuple[str, ...]:
         stem = ("conv1", "bn1", "relu")
         return stem if self.maxpool is None else (*stem, "maxpool")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._stem(x)
+        output = self.layers().run_fused(x, self.backend, self.recompute, self.tune) if self.fused else None
+        return self.stock_forward(x) if output is None else self._classify(output)
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """Compute the forward with the stem's modules called one by one."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self._classify(x if self.maxpool is None else self.maxpool(x))
+
+    def _classify(self, x: Tensor) -> Tensor:
         for name in self._stage_names:
             x = getattr(self, name)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -53,29 +53,38 @@ class ResidualBlock(FusableModule):
         self.has_shortcut = shortcut != "none"
         self._unit_names = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(pairs) + 1))
 
-    def _units_and_shortcut(self) -> tuple[list[chain.Unit], chain.Shortcut]:
+    def layers(self) -> chain.Layers:
+        """Return the modules of the block."""
         children = self._modules
         relu = children["relu"]
-        units: list[chain.Unit] = [(children[conv], children[norm], relu) for conv, norm in self._unit_names]
+        units = [(children[conv], children[norm], relu) for conv, norm in self._unit_names]
         downsample = children.get("downsample")
-        if downsample is not None:
-            return units, downsample
-        return units, "identity" if self.has_shortcut else "none"
+        return chain.Layers(units, downsample or ("identity" if self.has_shortcut else "none"))
 
     def forward(self, x: Tensor) -> Tensor:
-        units, shortcut = self._units_and_shortcut()
-        if self.fused:
-            output = chain.run_fused(x, units, shortcut, None, self.backend, self.recompute, self.tune)
-            if output is not None:
-                return output
-        return chain.run_stock(x, units, shortcut)
+        output = self.layers().run_fused(x, self.backend, self.recompute, self.tune) if self.fused else None
+        return self.stock_forward(x) if output is None else output
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """Compute the forward by calling the modules one by one."""
+        children = self._modules
+        *first, (last_conv, last_norm) = self._unit_names
+        y = x
+        for conv, norm in first:
+            y = children["relu"](children[norm](children[conv](y)))
+        y = children[last_norm](children[last_conv](y))
+        if self.downsample is not None:
+            y += self.downsample(x)  # in place, which preserves the main path's dtype under autocast
+        elif self.has_shortcut:
+            y += x
+        return children["relu"](y)
 
     def extra_repr(self) -> str:
         shortcut = "projection" if self.downsample is not None else "identity" if self.has_shortcut else "none"
         return f"shortcut={shortcut!r}{self.settings_repr()}"
 
     def unsupported_reason(self) -> chain.Unsupported | None:
-        return chain.find_unsupported(*self._units_and_shortcut())
+        return self.layers().find_unsupported()
 
     def fused_children(self) -> tuple[str, ...]:
         return tuple(self._modules)

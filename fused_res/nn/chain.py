@@ -22,10 +22,24 @@ from fused_res import _torch_compat, distributed, functional
 from fused_res.nn.spec_builder import UnitKey, build_block_spec
 from fused_res.spec import BlockSpec, UnitTensors
 
-#: The modules of one conv-BN-act unit: (convolution, norm), or (convolution, norm, activation).
-Unit = tuple[Any, ...]
-#: "none", "identity", or the projection module: an nn.Sequential of a convolution and a norm.
-Shortcut = Literal["none", "identity"] | nn.Module
+
+
+class Unit(NamedTuple):
+    """The modules of one conv-BN-act unit.
+
+    Args:
+        conv: a convolution with the attributes of ``nn.Conv2d``; None if the norm's input is any tensor.
+        norm: a batch norm.
+        relu: whether a ReLU follows; in the last unit of a residual block, after the addition.
+    """
+
+    conv: Any
+    norm: Any
+    relu: bool
+
+
+#: "none", "identity", or the projection.
+Shortcut = Literal["none", "identity"] | Unit
 
 _HALF = (torch.bfloat16, torch.float16)
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,22 +111,12 @@ class Chain:
         self.process_groups: list[ProcessGroup | None] = []  # one for each norm that uses batch statistics
         self.num_batches_tracked: list[Tensor] = []
 
-    def add(self, unit: Unit) -> Unsupported | None:
-        """Append a unit, or return why it is unsupported and leave the chain unchanged."""
-        conv, norm = unit[0], unit[1]
-        kind = type(norm)
-        if type(conv) is not Conv2d or kind not in norm_types:
-            unsupported_norm = Unsupported(f"is {kind.__name__}, not exactly BatchNorm2d or SyncBatchNorm", norm)
-            return inspect_stock_module(conv, Conv2d) or unsupported_norm
+    def add(self, conv: Any, norm: Any, relu: bool) -> Unsupported | None:
+        """Append a unit, or return why its settings are unsupported and leave the chain unchanged.
+
+        The caller guarantees that both modules run the forward of their stock class, without hooks.
+        """
         conv_state, norm_state = conv.__dict__, norm.__dict__
-        if not (has_no_hooks(conv_state) and has_no_hooks(norm_state)):
-            return inspect_stock_module(conv, Conv2d) or inspect_stock_module(norm, kind)
-        relu = False
-        if len(unit) == 3:
-            activation = unit[2]
-            relu = type(activation) is not nn.Identity
-            if (relu and type(activation) is not nn.ReLU) or not has_no_hooks(activation.__dict__):
-                return inspect_stock_module(activation, nn.ReLU if relu else nn.Identity)
         if norm in self.norms:
             return Unsupported("is used twice in one chain", norm)
         parameters = conv_state["_parameters"]
@@ -197,47 +201,30 @@ def read_norm(state: dict[str, Any]) -> NormArgs | str:
 
 
 def inspect_pool(pool: nn.Module) -> Unsupported | None:
-    """Return Unsupported unless `pool` is a max pooling that the fused forward supports at the end of a chain."""
-    unsupported = inspect_stock_module(pool, nn.MaxPool2d)
-    if unsupported is not None:
-        return unsupported
+    """Return Unsupported unless the fused forward supports the settings of the max pooling `pool`."""
     state = pool.__dict__
     if state["return_indices"] or state["ceil_mode"] or state["dilation"] not in (1, (1, 1)):
         return Unsupported("returns indices, uses ceil_mode or is dilated", pool)
     return None
 
 
-#: Subclasses of nn.Sequential that `fuse` created; their forward computes the same as nn.Sequential's.
-fused_sequential_types: set[type[nn.Module]] = set()
-
-
-def _add_projection(chain: Chain, projection: nn.Module) -> Unsupported | None:
-    kind = type(projection)
-    unsupported = inspect_stock_module(projection, kind if kind in fused_sequential_types else nn.Sequential)
-    if unsupported is not None:
-        return unsupported
-    modules = tuple(
-        [m for m in projection._modules.values() if type(m) is not nn.Identity or not has_no_hooks(m.__dict__)]
-    )
-    if len(modules) != 2:
-        return Unsupported("is not a convolution and a norm", projection)
-    return chain.add(modules)
-
-
 def match_chain(
     units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
 ) -> Chain | Unsupported:
-    """Return the modules as a chain, or the first reason why they are unsupported, regardless of the input."""
+    """Return the modules as a chain, or the first reason why they are unsupported, regardless of the input.
+
+    The caller guarantees that all modules run the forward of their stock class, without hooks.
+    """
     chain = Chain()
     for unit in units:
-        unsupported = chain.add(unit)
+        unsupported = chain.add(*unit)
         if unsupported is not None:
             return unsupported
     form = "projection"
     if isinstance(shortcut, str):
         form = shortcut
     else:
-        unsupported = _add_projection(chain, shortcut)
+        unsupported = chain.add(*shortcut)
         if unsupported is not None:
             return unsupported
     groups = chain.process_groups
@@ -323,7 +310,10 @@ def run_fused(
     recompute: str = "none",
     tune: bool = False,
 ) -> Tensor | None:
-    """Return the output of the fused forward, or None if the stock forward has to run on this call."""
+    """Return the output of the fused forward, or None if the stock forward has to run on this call.
+
+    The caller guarantees that all modules run the forward of their stock class, without hooks.
+    """
     if unsupported_context() or inspect_input(input):
         return None
     dtype_and_autocast = compute_dtype(input, shortcut == "identity")
@@ -375,27 +365,71 @@ def apply_norm(
     return output
 
 
+class Layers(NamedTuple):
+    """The modules of a chain as this package's own modules hold them.
+
+    Args:
+        units: (convolution, norm) or (convolution, norm, activation) modules.
+        shortcut: "none", "identity", or the projection: an ``nn.Sequential`` of a convolution and a norm.
+        pool: max pooling, or None.
+    """
+
+    units: Sequence[tuple[Any, ...]]
+    shortcut: Literal["none", "identity"] | nn.Module = "none"
+    pool: nn.Module | None = None
+
+    def arguments(self) -> tuple[list[Unit], Shortcut, nn.Module | None] | Unsupported:
+        """Return the first arguments of :func:`run_fused`, or the reason why a module's class is unsupported."""
+        units = []
+        for unit in self.units:
+            unsupported = _inspect_unit(unit)
+            if unsupported is not None:
+                return unsupported
+            units.append(Unit(unit[0], unit[1], len(unit) == 3 and type(unit[2]) is nn.ReLU))
+        unsupported = None if self.pool is None else inspect_stock_module(self.pool, nn.MaxPool2d)
+        if unsupported is not None:
+            return unsupported
+        if isinstance(self.shortcut, str):
+            return units, self.shortcut, self.pool
+        unsupported = inspect_stock_module(self.shortcut, nn.Sequential)
+        if unsupported is not None:
+            return unsupported
+        modules = [
+            m for m in self.shortcut._modules.values() if type(m) is not nn.Identity or not has_no_hooks(m.__dict__)
+        ]
+        if len(modules) != 2:
+            return Unsupported("is not a convolution and a norm", self.shortcut)
+        unsupported = _inspect_unit(modules)
+        return (units, Unit(modules[0], modules[1], False), self.pool) if unsupported is None else unsupported
+
+    def run_fused(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor | None:
+        """Return the output of the fused forward, or None if the stock forward has to run on this call."""
+        arguments = self.arguments()
+        return None if isinstance(arguments, Unsupported) else run_fused(input, *arguments, backend, recompute, tune)
+
+    def find_unsupported(self) -> Unsupported | None:
+        """Return the first reason why :meth:`run_fused` would return None, regardless of the input, or None."""
+        arguments = self.arguments()
+        return arguments if isinstance(arguments, Unsupported) else find_unsupported(*arguments)
+
+
+def _inspect_unit(unit: Sequence[Any]) -> Unsupported | None:
+    conv, norm = unit[0], unit[1]
+    unsupported = inspect_stock_module(conv, Conv2d)
+    if unsupported is not None:
+        return unsupported
+    if type(norm) not in norm_types:
+        return Unsupported(f"is {type(norm).__name__}, not exactly BatchNorm2d or SyncBatchNorm", norm)
+    if not has_no_hooks(norm.__dict__):
+        return inspect_stock_module(norm, type(norm))
+    if len(unit) == 2:
+        return None
+    return inspect_stock_module(unit[2], nn.Identity if type(unit[2]) is nn.Identity else nn.ReLU)
+
+
 def find_unsupported(
     units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
 ) -> Unsupported | None:
     """Return the first reason why :func:`run_fused` would return None, regardless of the input, or None."""
     chain = match_chain(units, shortcut, pool)
     return chain if isinstance(chain, Unsupported) else None
-
-
-def run_stock(
-    input: Tensor, units: Sequence[Unit], shortcut: Shortcut = "none", pool: nn.Module | None = None
-) -> Tensor:
-    """Return the chain's output computed by the modules, called one by one."""
-    output = input
-    last = len(units) - 1
-    for index, unit in enumerate(units):
-        output = unit[1](unit[0](output))
-        if index == last and shortcut != "none":
-            added = input if shortcut == "identity" else shortcut(input)
-            # Under autocast the two dtypes may differ. Residual networks add in place, which preserves the main path's
-            # dtype.
-            output = (output + added).to(output.dtype)
-        if len(unit) == 3:
-            output = unit[2](output)
-    return output if pool is None else pool(output)

@@ -54,19 +54,20 @@ class ConvBNAct2d(FusableModule):
         self.act = nn.ReLU() if activation == "relu" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        units = self._units()
-        if self.fused:
-            output = chain.run_fused(x, units, "none", None, self.backend, self.recompute, self.tune)
-            if output is not None:
-                return output
-        return chain.run_stock(x, units)
+        output = self.layers().run_fused(x, self.backend, self.recompute, self.tune) if self.fused else None
+        return self.stock_forward(x) if output is None else output
 
-    def _units(self) -> list[chain.Unit]:
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """Compute the forward by calling the modules one by one."""
+        return self.act(self.bn(self.conv(x)))
+
+    def layers(self) -> chain.Layers:
+        """Return the modules of the unit."""
         children = self._modules
-        return [(children["conv"], children["bn"], children["act"])]
+        return chain.Layers([(children["conv"], children["bn"], children["act"])])
 
     def unsupported_reason(self) -> chain.Unsupported | None:
-        return chain.find_unsupported(self._units())
+        return self.layers().find_unsupported()
 
     def fused_children(self) -> tuple[str, ...]:
         return tuple(self._modules)

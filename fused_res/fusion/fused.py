@@ -1,0 +1,93 @@
+"""The generated subclass of a fused module's class: same object, same children, a forward that runs a program."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fused_res.nn.fusable_module import Unscriptable
+from fused_res.nn.packed import PackedProgram
+
+
+class Settings(NamedTuple):
+    """How a fused module runs; see :func:`fused_res.functional.residual_block`."""
+
+    backend: str = "auto"
+    recompute: str = "none"
+    tune: bool = False
+
+
+class Fusion:
+    """What a fused module holds: its settings, its programs, and the inference graphs that it has prepared.
+
+    Programs hold no modules, so that copies share them. They cannot be pickled: an unpickled module is fused again.
+
+    Args:
+        settings: arguments of the fused operators.
+        packed: whether inference runs with packed weights.
+        programs: generated forwards for the calls that were recorded, tried in order.
+    """
+
+    def __init__(self, settings: Settings, packed: bool, programs: tuple[Any, ...] = ()) -> None:
+        self.settings = settings
+        self.programs = programs
+        self.packed = PackedProgram() if packed else None
+
+    def __deepcopy__(self, memo: Any) -> Fusion:
+        return Fusion(self.settings, self.packed is not None, self.programs)
+
+    def __reduce__(self) -> Any:
+        return Fusion, (self.settings, self.packed is not None)
+
+
+class Fused(Unscriptable):
+    """Base of the generated classes. All names begin with an underscore, because a child may have any other name."""
+
+    _fused_res: Fusion
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        fusion = self.__dict__.get("_fused_res")
+        if fusion is not None:
+            for program in fusion.programs:
+                output = program.forward(self, *args, **kwargs)
+                if output is not NotImplemented:
+                    return output
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Generated classes cannot be pickled by name; an empty module is made from the base.
+        reduced = super().__reduce_ex__(protocol)
+        base = base_class(type(self))
+        return reduced if base is type(self) else (_empty, (base,), *reduced[2:])
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        fusion = self.__dict__.get("_fused_res")
+        if fusion is not None and not fusion.programs:
+            from fused_res.fusion.convert import refuse_module
+
+            refuse_module(self)  # type: ignore[arg-type]
+
+
+_fused_classes: dict[type, type] = {}
+
+
+def fused_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the generated subclass of `base`; always the same class, with `base`'s name."""
+    made = _fused_classes.get(base)
+    if made is None:
+        names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+        made = _fused_classes[base] = type(base.__name__, (Fused, base), names)
+    return made
+
+
+def base_class(cls: type) -> type[nn.Module]:
+    """Return the class that a generated one was made from; `cls` itself if it is not generated."""
+    base = cls.__bases__[-1]
+    return base if _fused_classes.get(base) is cls else cls
+
+
+def _empty(base: type[nn.Module]) -> nn.Module:
+    cls = fused_class(base)
+    return cls.__new__(cls)

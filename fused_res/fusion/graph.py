@@ -1,0 +1,263 @@
+"""The intermediate representation of a module's forward, and its construction from a ``torch.fx`` graph.
+
+One :class:`Node` for each operation. The matcher sees nothing else: what an operation computes (:class:`Op`), the nodes
+that produce its tensor operands, the layer that holds its parameters, and which storages it writes. The graph is
+functional: a read that follows an in-place operation has that operation as its producer, whichever Python name it
+uses. A front end records a ``torch.fx`` graph of ATen-level calls and module calls; :func:`build_graph` is the only
+place that knows their spellings.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fused_res._torch_compat import BatchNorm
+from fused_res.nn import chain
+
+
+class Op(Enum):
+    """What a node computes."""
+
+    CONV = auto()
+    NORM = auto()
+    RELU = auto()
+    CLAMP = auto()  # relu, except that its gradient at 0 is 1
+    ADD = auto()
+    MAX_POOL = auto()
+    IDENTITY = auto()  # returns its operand
+    OTHER = auto()
+
+
+class Node:
+    """One operation.
+
+    Args:
+        source: the node of the ``torch.fx`` graph.
+        index: position in the order of execution.
+        frame: module call that it was recorded in.
+        operands: producers of the tensors that it reads; of an addition, in the order of its arguments.
+        layer, path: module that holds the parameters of a convolution or norm, or the settings of a pooling.
+        in_place: the output is the first operand's storage.
+        returned: whether a module call returns it, or gets it as an argument, without any operation that reads it.
+        storage, writes: storages of the output and of what it writes to, see :meth:`Graph.root`.
+    """
+
+    __slots__ = ("frame", "in_place", "index", "layer", "op", "operands", "path", "returned", "source", "storage", "users", "writes")
+
+    def __init__(self, source: fx.Node, index: int, frame: Any) -> None:
+        self.op = Op.OTHER
+        self.source = source
+        self.index = index
+        self.frame = frame
+        self.operands: tuple[Node, ...] = ()
+        self.layer: Any = None
+        self.path = ""
+        self.in_place = False
+        self.writes: tuple[int, ...] = ()
+        self.storage = -1
+        self.users: list[Node] = []
+        self.returned = False
+
+
+class Graph:
+    """All nodes in the order of execution, and the aliasing of their storages."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.producers: dict[fx.Node, list[Node]] = {}  # of each value: its own node, then those that update it in place
+        self._parents: list[int] = []
+
+    def new_storage(self) -> int:
+        self._parents.append(len(self._parents))
+        return len(self._parents) - 1
+
+    def root(self, storage: int) -> int:
+        while self._parents[storage] != storage:
+            storage = self._parents[storage]
+        return storage
+
+    def alias(self, first: int, second: int) -> None:
+        self._parents[self.root(first)] = self.root(second)
+
+    def is_written_between(self, first: Node, last: Node, read: Sequence[Node], inside: Sequence[Node]) -> bool:
+        """Return whether an operation from `first` to `last` that is not `inside` may write to what is `read`."""
+        storages = {self.root(node.storage) for node in read}
+        written = [node.writes for node in self.nodes[first.index : last.index] if node not in inside]
+        return any(self.root(storage) in storages for writes in written for storage in writes)
+
+
+#: Spellings of functions and methods; (in place, not in place).
+_RELU_FUNCTIONS = {torch.relu: False, F.relu: False, torch.relu_: True, F.relu_: True}
+_CLAMP_FUNCTIONS = {torch.clamp: False, torch.clamp_: True, torch.clamp_min: False, torch.clamp_min_: True}
+_ADD_FUNCTIONS = {torch.add: False, operator.add: False, operator.iadd: True}
+_RELU_METHODS = {"relu": False, "relu_": True}
+_CLAMP_METHODS = {"clamp": False, "clamp_": True, "clamp_min": False, "clamp_min_": True}
+_ADD_METHODS = {"add": False, "add_": True}
+_IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in "add sub mul matmul truediv floordiv mod pow".split()}
+_IN_PLACE_OPERATORS |= {operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.setitem}
+#: Functions that read no tensor data and return no tensor.
+_PURE = {getattr, operator.getitem, *(getattr(operator, name) for name in "add sub mul truediv floordiv mod neg".split())}
+_PURE |= {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+_PURE_METHODS = {"size", "dim", "numel", "stride", "ndimension"}
+
+
+def computes_like(kind: type[nn.Module], stock: type[nn.Module], *methods: str) -> bool:
+    """Return whether instances of `kind` run `stock`'s forward: it is `stock`, or a subclass that overrides nothing."""
+    if kind is stock:
+        return True
+    names = ("forward", "__call__", "__getattr__", "__getattribute__", *methods)
+    return issubclass(kind, stock) and all(getattr(kind, name) is getattr(stock, name) for name in names)
+
+
+def eliminate_dead_reads(graph: fx.Graph, used: set[fx.Node]) -> None:
+    """Erase reads of sizes and attributes that are not in `used`, and would otherwise count as uses of a tensor."""
+    for node in reversed(graph.nodes):
+        pure = (node.op == "call_function" and node.target in _PURE) or (
+            node.op == "call_method" and node.target in _PURE_METHODS
+        )
+        if (pure or node.op == "get_attr") and not node.users and node not in used:
+            graph.erase_node(node)
+
+
+def build_graph(source: fx.Graph, module_of: Callable[[str], nn.Module], frames: Sequence[Any]) -> Graph:
+    """Lower a ``torch.fx`` graph.
+
+    Args:
+        source: the recorded graph. Parameters and buffers are ``get_attr`` nodes; ``meta["frame"]`` is the module call
+            that a node was recorded in.
+        module_of: returns the module at a path.
+        frames: all module calls.
+    """
+    graph = Graph()
+    producers = graph.producers
+    names: dict[Node, list[fx.Node]] = {}  # the values that a node is the current producer of
+    calls = Counter(module_of(str(node.target)) for node in source.nodes if node.op == "call_module")
+    read_from = {str(node.target).rpartition(".")[0] for node in source.nodes if node.op == "get_attr"}
+    inputs = graph.new_storage()  # any two arguments may alias
+    for index, fx_node in enumerate(source.nodes):
+        node = Node(fx_node, index, fx_node.meta["frame"])
+        graph.nodes.append(node)
+        _classify(node, module_of)
+        if node.op is Op.NORM and (calls[node.layer] > 1 or node.path in read_from):
+            node.op = Op.OTHER  # fusion may change the order in which its running statistics are updated and read
+        tensors = fx_node.args[: 2 if node.op is Op.ADD else 1] if node.op is not Op.OTHER else fx_node.all_input_nodes
+        node.operands = tuple([producers[tensor][-1] for tensor in tensors])  # type: ignore[index]
+        for operand in node.operands:
+            operand.users.append(node)
+        node.storage = inputs if fx_node.op == "placeholder" else graph.new_storage()
+        names[node] = [fx_node]
+        producers[fx_node] = []
+        if node.in_place:
+            target = node.operands[0]
+            graph.alias(node.storage, target.storage)
+            node.writes = (target.storage,)
+            names[node] += names.pop(target)
+        elif node.op in (Op.OTHER, Op.IDENTITY):
+            if node.op is Op.OTHER:
+                node.writes = tuple([operand.storage for operand in _written(node, module_of)])
+            for operand in node.operands:  # the output may be a view of any operand
+                graph.alias(node.storage, operand.storage)
+        for name in names[node]:
+            producers[name].append(node)
+    for frame in frames:
+        for value in frame.outputs:
+            if not any(not user.meta["frame"].within(frame) for user in value.users):
+                inside = [node for node in producers[value] if node.frame.within(frame)]
+                (inside or producers[value])[-1].returned = True
+        for value in frame.inputs:
+            if not any(user.meta["frame"].within(frame) for user in value.users):
+                producers[value][-1].returned = True
+    return graph
+
+
+def _classify(node: Node, module_of: Callable[[str], nn.Module]) -> None:
+    source = node.source
+    target, arguments, options = source.target, source.args, source.kwargs
+    if source.op == "call_module":
+        assert isinstance(target, str)
+        module = module_of(target)
+        if len(arguments) != 1 or options or not isinstance(arguments[0], fx.Node):
+            return
+        node.layer, node.path = module, target
+        kind = type(module)
+        if computes_like(kind, nn.Conv2d, "_conv_forward"):
+            node.op = Op.CONV
+        elif kind in chain.norm_types or (isinstance(module, BatchNorm) and computes_like(kind, nn.BatchNorm2d)):
+            node.op = Op.NORM
+        elif kind is nn.ReLU:
+            node.op, node.in_place = Op.RELU, bool(module.inplace)
+        elif kind is nn.MaxPool2d and chain.inspect_pool(module) is None:
+            node.op = Op.MAX_POOL
+        elif kind is nn.Identity:
+            node.op = Op.IDENTITY
+        return
+    if source.op == "call_function":
+        if target is F.conv2d:
+            _classify_functional_conv(node, module_of)
+            return
+        relu, clamp, add = _RELU_FUNCTIONS.get(target), _CLAMP_FUNCTIONS.get(target), _ADD_FUNCTIONS.get(target)
+    elif source.op == "call_method":
+        relu, clamp, add = _RELU_METHODS.get(target), _CLAMP_METHODS.get(target), _ADD_METHODS.get(target)  # type: ignore[arg-type]
+    else:
+        return
+    if not arguments or not isinstance(arguments[0], fx.Node):
+        return
+    if relu is not None:
+        given = dict(zip(("inplace",), arguments[1:], strict=False)) | options
+        if given.keys() <= {"inplace"} and all(isinstance(value, bool) for value in given.values()):
+            node.op, node.in_place = Op.RELU, relu or bool(given.get("inplace"))
+    elif clamp is not None:
+        given = dict(zip(("min", "max"), arguments[1:], strict=False)) | options
+        minimum = given.pop("min", None)
+        if isinstance(minimum, (int, float)) and minimum == 0 and all(value is None for value in given.values()):
+            node.op, node.in_place = Op.CLAMP, clamp
+    elif add is not None and len(arguments) == 2 and isinstance(arguments[1], fx.Node):
+        if not options or (options.keys() == {"alpha"} and options["alpha"] == 1):
+            node.op, node.in_place = Op.ADD, add
+
+
+def _classify_functional_conv(node: Node, module_of: Callable[[str], nn.Module]) -> None:
+    """Recognize ``F.conv2d`` with exactly the arguments that an ``nn.Conv2d`` subclass's forward would pass."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given: dict[str, Any] = dict(zip(names, node.source.args, strict=False)) | dict(node.source.kwargs)
+    weight, bias = given.get("weight"), given.get("bias")
+    if not (isinstance(given.get("input"), fx.Node) and isinstance(weight, fx.Node) and weight.op == "get_attr"):
+        return
+    path, _, name = str(weight.target).rpartition(".")
+    module: Any = module_of(path)
+    if not isinstance(module, nn.Conv2d) or name != "weight" or module.padding_mode != "zeros":
+        return
+    has_bias = isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.target == (f"{path}.bias" if path else "bias")
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    settings = {name: given.get(name, default) for name, default in defaults.items()}
+    pairs = {name: (value, value) if isinstance(value, int) and name != "groups" else value for name, value in settings.items()}
+    expected = {name: getattr(module, name) for name in defaults}
+    if (has_bias or (bias is None and module.bias is None)) and pairs == expected and node.source.args[:1]:
+        node.op, node.layer, node.path = Op.CONV, module, path
+
+
+def _written(node: Node, module_of: Callable[[str], nn.Module]) -> Iterator[Node]:
+    """Yield the operands that an unclassified operation may write to."""
+    source = node.source
+    target: Any = source.target
+    if source.op == "call_module":
+        module: Any = module_of(target)
+        stock = type(module).__module__.startswith("torch.nn.")
+        if not stock or getattr(module, "inplace", False):  # an opaque module may write to its arguments
+            yield from node.operands
+    elif source.op == "call_method":
+        if target.endswith("_") and not target.endswith("__"):
+            yield from node.operands[:1]
+    elif source.op == "call_function":
+        name = getattr(target, "__name__", "")
+        in_place = target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+        if in_place or source.kwargs.get("inplace") or any(value is True for value in source.args) or "out" in source.kwargs:
+            yield from node.operands

@@ -1,0 +1,563 @@
+"""Generated forwards: straight-line Python that verifies its guards, then runs segments fused and the rest unchanged.
+
+A :class:`Program` is the forward of one module, as it was recorded. It holds no module: it reads the module's children
+on every call, so it is shared by copies. Its first lines verify what the recording depended on, and return
+``NotImplemented`` if anything differs; the caller then runs the stock forward. Each segment is followed by the
+operations that it replaces, for inputs that the fused operators do not support.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import linecache
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fused_res.fusion.fused import base_class, fused_class
+from fused_res.fusion.graph import Graph, Node, Op
+from fused_res.fusion.matcher import Segment, Unit
+from fused_res.fusion.tracer import Frame, Read, Size, nodes_in
+from fused_res.nn import chain
+from fused_res.nn.fusable_module import FusableModule
+from fused_res.nn.packed import Block
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NOT_COMPILED = ("class", "global", "cell")  # Dynamo guards the code that it compiles by itself
+
+
+class Unemittable(Exception):
+    """The reason why no forward can be generated for a module, although it was recorded."""
+
+
+class Program:
+    """The generated forward of one module.
+
+    Args:
+        source: text of the module that defines ``forward``.
+        namespace: values that the text refers to.
+        guards: what the first lines verify: a condition of failure and its description.
+        segments: what runs fused; paths of their layers are relative to the module.
+    """
+
+    def __init__(
+        self, source: str, namespace: dict[str, Any], guards: Sequence[tuple[str, str]], segments: Sequence[Segment],
+        prefix: str,
+    ) -> None:  # fmt: skip
+        self.source = source
+        self.segments = tuple(segments)
+        self.prefix = prefix
+        self._namespace = namespace
+        self._guards = guards
+        filename = f"<fused_res {id(self):x}>"
+        linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+        exec(compile(source, filename, "exec"), namespace)
+        self.forward: Callable[..., Any] = namespace["forward"]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal keys are equal programs."""
+        values = {name: value for name, value in self._namespace.items() if not name.startswith("__") and name != "forward"}
+        return self.source, tuple((name, id(value)) for name, value in sorted(values.items()) if name[0] != "k"), repr(
+            [value for name, value in sorted(values.items()) if name[0] == "k"]
+        )
+
+    def relative(self, path: str) -> str:
+        return path.removeprefix(self.prefix + ".") if self.prefix else path
+
+    def norms(self) -> Iterator[str]:
+        """Yield the path of every norm in a segment, relative to the module."""
+        for segment in self.segments:
+            for node in segment.nodes:
+                if node.op is Op.NORM:
+                    yield self.relative(node.path)
+
+    def failing_guard(self, module: nn.Module) -> str | None:
+        """Return what the module's guards find changed, apart from its arguments, or None."""
+        names = {"self": module}
+        for code, description in self._guards:
+            try:
+                if code.startswith("if "):
+                    if eval(code[3:], self._namespace, names):
+                        return description
+                else:
+                    exec(code, self._namespace, names)
+            except (AttributeError, KeyError, TypeError):
+                return description
+        return None
+
+
+def generate(graph: Graph, frames: Sequence[Frame], owner: Frame, segments: Sequence[Segment], packed: bool) -> Program:
+    """Generate the forward of a module.
+
+    Args:
+        graph, frames: the recorded forward of a module that contains the owner.
+        owner: call of the module.
+        segments: all segments within that call. Calls of children without a segment are not looked into.
+        packed: run inference with packed weights, see :class:`fused_res.nn.packed.PackedProgram`.
+
+    Raises:
+        Unemittable: the module's forward cannot be generated.
+    """
+    return _Generator(graph, frames, owner, segments, packed).generate()
+
+
+class _Generator:
+    def __init__(
+        self, graph: Graph, frames: Sequence[Frame], owner: Frame, segments: Sequence[Segment], packed: bool
+    ) -> None:
+        self.graph = graph
+        self.owner = owner
+        self.segments = segments
+        self.packed = packed
+        self.nodes = {node.source: node for node in graph.nodes}
+        self.namespace: dict[str, Any] = {
+            "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
+            "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm, "Unit": chain.Unit, "Block": Block,
+        }  # fmt: skip
+        self.constants: dict[Any, str] = {}
+        self.modules: dict[str, str] = {owner.path: "m0"}
+        #: Lines that verify the arguments, and the module; each with what its failure means.
+        self.argument_guards: list[tuple[str, str]] = []
+        self.guards: list[tuple[str, str]] = [("m0 = self", ""), ("d0 = m0.__dict__", "")]
+        self.within = [frame for frame in frames if frame.within(owner)]
+        self.inlined = self._inlined()
+        self.kept = {value for frame in self.within for value in (*nodes_in(frame.call), *frame.outputs)}
+        #: For each line of the body: indentation, text, and the values that it defines and reads.
+        self.lines: list[tuple[int, str, tuple[fx.Node, ...], tuple[fx.Node, ...]]] = []
+
+    # What is looked into
+
+    def _inlined(self) -> set[Frame]:
+        """Return the calls that the program runs operation by operation."""
+        inlined = {self.owner}
+        for segment in self.segments:
+            for node in segment.nodes:
+                frame: Any = node.frame
+                while frame not in inlined:
+                    inlined.add(frame)
+                    frame = frame.parent
+        for frame in self.within:
+            # A call whose result is an argument or a constant is no call in the graph.
+            if frame.parent in inlined and not self._is_callable(frame):
+                inlined.add(frame)
+        return inlined
+
+    def _is_callable(self, frame: Frame) -> bool:
+        return bool(frame.outputs) and all(node.meta["frame"].within(frame) for node in frame.outputs)
+
+    # Text of values
+
+    def constant(self, value: Any) -> str:
+        if value is None or value is ... or type(value) in (bool, int, str):
+            return repr(value)
+        key = (type(value), value) if type(value) in (float, complex, bytes) else id(value)
+        if key not in self.constants:
+            self.constants[key] = f"k{len(self.constants)}"
+            self.namespace[self.constants[key]] = value
+        return self.constants[key]
+
+    def text(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return f"v{self.nodes[value].index}"
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return f"{self.constant(type(value))}({', '.join(map(self.text, value))})"
+        if isinstance(value, tuple) and not isinstance(value, torch.Size):
+            return f"({''.join(f'{self.text(item)}, ' for item in value)})"
+        if isinstance(value, list):
+            return f"[{', '.join(map(self.text, value))}]"
+        if isinstance(value, dict):
+            made = f"{{{', '.join(f'{self.constant(key)}: {self.text(item)}' for key, item in value.items())}}}"
+            return f"{self.constant(OrderedDict)}({made})" if isinstance(value, OrderedDict) else made
+        if isinstance(value, slice):
+            return f"slice({self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)})"
+        return self.constant(value)
+
+    def arguments(self, positional: Iterable[Any], keywords: dict[str, Any]) -> str:
+        return ", ".join([*map(self.text, positional), *(f"{name}={self.text(v)}" for name, v in keywords.items())])
+
+    # Guards
+
+    def guard(self, failure: str, description: str) -> None:
+        self.guards.append((f"if {failure}", description))
+
+    def relative(self, path: str) -> str:
+        return path.removeprefix(self.owner.path + ".") if self.owner.path else path
+
+    def module(self, path: str) -> str:
+        """Return the variable of a module, which the first lines read from its parent."""
+        if path in self.modules:
+            return self.modules[path]
+        prefix = f"{self.owner.path}." if self.owner.path else ""
+        if not path.startswith(prefix):
+            raise Unemittable(f"it uses the module {path or '(root)'} from outside")
+        parent, _, name = path.rpartition(".")
+        holder = self.module(parent)
+        number = len(self.modules)
+        self.modules[path] = f"m{number}"
+        where = self.relative(path)
+        kind: Any = type(self.owner.module.get_submodule(where))
+        base = base_class(kind)
+        self.guards.append((f"m{number} = d{holder[1:]}['_modules'].get({name!r})", f"{where} is missing"))
+        failure = f"m{number}.__class__ is not {self.constant(base)}"
+        if not kind.__module__.startswith("torch.nn.") or issubclass(kind, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            failure += f" and m{number}.__class__ is not {self.constant(fused_class(base))}"
+        self.guard(failure, f"{where} has another class")
+        self.guards.append((f"d{number} = m{number}.__dict__", ""))
+        return self.modules[path]
+
+    def guard_hooks(self, path: str) -> None:
+        d = "d" + self.module(path)[1:]
+        tests = [*(f"{d}[{name!r}]" for name in _HOOKS), f"'forward' in {d}", f"'_compiled_call_impl' in {d}"]
+        self.guard(" or ".join(tests), f"{self.relative(path)} has a hook, or a forward of its own")
+
+    def guard_read(self, read: Read) -> None:
+        kind, owner, name, value = read
+        is_path = isinstance(owner, str)
+        d = "d" + self.module(owner)[1:] if is_path else self.constant(owner)
+        where = ".".join(filter(None, (self.relative(owner), name))) if is_path else name
+        if kind == "attribute":
+            self.guard(self._differs(f"{d}.get({name!r}, {d})", value), f"{where} has changed")
+        elif kind == "absent":
+            self.guard(f"{name!r} in {d}", f"{where} was set on the module")
+        elif kind == "missing":
+            self.guard(f"hasattr(m{d[1:]}, {name!r})", f"{where} was set on the module")
+        elif kind == "children":
+            self.guard(f"[*{d}['_modules']] != {list(value)!r}", f"the children of {where or 'the module'} have changed")
+        elif kind == "cell":
+            self.guard(f"not is_compiling() and ({self._differs(f'{d}.cell_contents', value)})", f"{name} has changed")
+        elif kind == "global":
+            failure = f"not is_compiling() and ({self._differs(f'{d}.get({name!r})', value)})"
+            self.guard(failure, f"the global variable {name} has changed")
+        elif kind == "class":
+            if isinstance(value, property):
+                self.guard(f"not is_compiling() and {d}.{name} is not {self.constant(value)}", f"{owner.__name__}.{name} has changed")
+            else:
+                failure = f"not is_compiling() and ({self._differs(f'{d}.{name}', value)})"
+                self.guard(failure, f"{owner.__name__}.{name} has changed")
+        else:
+            self.guard(f"{d}[{kind!r}].get({name!r}, {d}) is not None", f"{where} has changed")
+
+    def _differs(self, actual: str, value: Any) -> str:
+        if isinstance(value, (list, dict, set, tuple, int, float, str, torch.Size)) and not isinstance(value, bool):
+            return f"{actual} != {self.constant(copy.copy(value))}"
+        return f"{actual} is not {self.constant(value)}"
+
+    def guard_condition(self, expression: Any, value: Any) -> None:
+        code = self._size_text(expression)
+        if code is not None:
+            self.argument_guards.append((f"if {code} != {self.constant(value)}", ""))
+
+    def _size_text(self, expression: Any) -> str | None:
+        """Return an expression of the arguments' sizes; None if it is implied by their rank and being non-empty."""
+        if isinstance(expression, Size):
+            if expression.tensor in self.owner.inputs:
+                return f"{self.text(expression.tensor)}.{expression.name}"
+            if expression.name in ("ndim", "numel()") and self._is_image(self.nodes[expression.tensor]):
+                return None
+            raise Unemittable("it depends on the size of an intermediate tensor")
+        if type(expression) is tuple and expression and callable(expression[0]):
+            operands = [self._size_text(operand) for operand in expression[1:]]
+            return None if None in operands else f"{self.constant(expression[0])}({', '.join(map(str, operands))})"
+        return self.text(expression)
+
+    def _is_image(self, node: Node) -> bool:
+        """Return whether a result has rank 4 and elements if all arguments have."""
+        while node.source not in self.owner.inputs:
+            if node.op is Op.OTHER:
+                return False
+            node = node.operands[0]
+        return True
+
+    # Lines
+
+    def emit(self, indent: int, text: str, defined: Iterable[fx.Node] = (), read: Iterable[fx.Node] = ()) -> None:
+        self.lines.append((indent, text, tuple(defined), tuple(read)))
+
+    def emit_node(self, node: Node, indent: int) -> None:
+        source = node.source
+        target: Any = source.target
+        if source.op == "get_attr":
+            path, _, name = target.rpartition(".")
+            code = f"{self.module(path)}.{name}"
+        elif source.op == "call_module":
+            code = f"{self.module(target)}({self.arguments(source.args, source.kwargs)})"
+        elif source.op == "call_method":
+            receiver, *rest = source.args
+            code = f"{self.text(receiver)}.{target}({self.arguments(rest, source.kwargs)})"
+        elif target is getattr:
+            code = f"{self.text(source.args[0])}.{source.args[1]}"
+        else:
+            code = f"{self.constant(target)}({self.arguments(source.args, source.kwargs)})"
+        self.emit(indent, f"{self.text(source)} = {code}", (source,), source.all_input_nodes)
+
+    def emit_call(self, frame: Frame, indent: int) -> None:
+        """Call a child module and assign its result to the values that stand for it."""
+        read = nodes_in(frame.call)
+        positional, keywords = frame.call
+        call = f"{self.module(frame.path)}({self.arguments(positional, keywords)})"
+        if isinstance(frame.result, fx.Node):
+            self.emit(indent, f"{self.text(frame.result)} = {call}", (frame.result,), read)
+            return
+        result = f"r{self.modules[frame.path][1:]}"
+        self.emit(indent, f"{result} = {call}", (), read)
+        for code, node in _leaves(result, frame.result):
+            self.emit(indent, f"{self.text(node)} = {code}", (node,))
+
+    def unit(self, unit: Unit, relu: bool) -> str:
+        conv = "None" if unit.conv is None else self.module(unit.conv.path)
+        return f"Unit({conv}, {self.module(unit.norm.path)}, {relu})"
+
+    def values(self, segment: Segment) -> tuple[fx.Node, ...]:
+        """The values that hold a segment's result: more than one if its last operations are in place."""
+        last, sources = segment.last, [node.source for node in segment.nodes]
+        others = [value for value in sources if last in self.graph.producers[value] and value is not last.source]
+        return (last.source, *[value for value in others if value in self.kept or not value.users.keys() <= {*sources}])
+
+    def emit_segment(self, segment: Segment, indent: int) -> None:
+        if segment.shortcut == "tensor" and len(segment.units) > 1:
+            first, last = segment.parts()
+            self.emit_segment(first, indent)
+            conv = segment.units[-1].conv
+            if conv is not None:
+                self.emit_node(conv, indent)
+            self.emit_segment(last, indent)
+            return
+        if segment.shortcut == "tensor" and segment.units[0].conv is not None:
+            self.emit_node(segment.units[0].conv, indent)
+            segment = segment.parts()[0]
+        values = self.values(segment)
+        result = self.text(values[0])
+        replayed = self.replayed(segment)
+        inner = indent
+        if not segment.has_clamp:
+            norm = segment.units[0]
+            relu = norm.relu is not None
+            if norm.conv is None:
+                residual = "None" if segment.residual is None else self.text(segment.residual.source)
+                activation = "relu" if relu else "identity"
+                call = f"run_fused_norm({self.text(segment.input.source)}, {self.module(norm.norm.path)}, {residual}, {activation!r}, settings.backend)"
+            else:
+                call = f"run_fused({self.text(segment.input.source)}, {self.chain(segment)}, *settings)"
+            self.emit(indent, f"{result} = {call}", values, [node.source for node in segment.inputs])
+            self.emit(indent, f"if {result} is None:")
+            inner = indent + 1
+        for node in replayed:
+            self.emit_node(node, inner)
+        if inner > indent:
+            self.emit_names(values, indent)
+
+    def emit_names(self, values: Sequence[fx.Node], indent: int) -> None:
+        for value in values[1:]:
+            self.emit(indent, f"{self.text(value)} = {self.text(values[0])}", (value,), (values[0],))
+
+    def replayed(self, segment: Segment) -> list[Node]:
+        if segment.units[0].conv is None:  # its convolution, if any, has run
+            return [node for node in segment.nodes if node.op is not Op.CONV]
+        return list(segment.nodes)
+
+    def chain(self, segment: Segment) -> str:
+        units = "".join(f"{self.unit(unit, unit.relu is not None)}, " for unit in segment.units)
+        shortcut = segment.shortcut
+        text = repr(shortcut) if isinstance(shortcut, str) else self.unit(shortcut, False)
+        return f"({units}), {text}, {'None' if segment.pool is None else self.module(segment.pool.path)}"
+
+    def emit_group(self, group: Sequence[Segment], indent: int) -> None:
+        """Run consecutive segments with packed weights, or one by one."""
+        if self.packed and group[0].units[0].conv is not None:
+            last = group[-1]
+            blocks = []
+            for segment in group:
+                if segment.shortcut == "tensor" and len(segment.units) > 1:
+                    first = Segment(segment.units[:-1])
+                    blocks.append(f"Block({self.chain(first)})")
+                    segment = Segment(segment.units[-1:], "tensor", segment.add, segment.residual)
+                blocks.append(f"Block({self.chain(segment)})")
+            residual = "None" if last.residual is None else self.text(last.residual.source)
+            values = self.values(last)
+            result = self.text(values[0])
+            code = f"{result} = packed.run({self.text(group[0].input.source)}, ({''.join(f'{b}, ' for b in blocks)}), {residual}, settings.backend)"
+            read = [group[0].input.source] + ([] if last.residual is None else [last.residual.source])
+            self.emit(indent, code, values, read)
+            self.emit(indent, f"if {result} is None:")
+            for segment in group:
+                self.emit_segment(segment, indent + 1)
+            self.emit_names(values, indent)
+            return
+        for segment in group:
+            self.emit_segment(segment, indent)
+
+    def groups(self) -> dict[Node, list[Segment]]:
+        """Return consecutive segments that one packed program runs, by the last node of each group."""
+        groups: dict[Node, list[Segment]] = {}
+        for segment in self.segments:
+            previous = groups.get(segment.input)
+            joins = (
+                self.packed
+                and previous is not None
+                and previous[-1].units[0].conv is not None
+                and segment.units[0].conv is not None
+                and previous[-1].residual is None
+                and not segment.input.returned
+                and all(user in segment.nodes for user in segment.input.users)
+                and segment.residual is not segment.input
+                and not self.graph.is_written_between(previous[0].nodes[0], segment.last, previous[0].inputs, segment.nodes)
+            )
+            if joins and previous is not None:
+                del groups[segment.input]
+                groups[segment.last] = [*previous, segment]
+            else:
+                groups[segment.last] = [segment]
+        return groups
+
+    # The whole
+
+    def generate(self) -> Program:
+        header = self._header()
+        self._emit_guards()
+        groups = self.groups()
+        covered = {node for segment in self.segments for node in segment.nodes}
+        called: set[Frame] = set()
+        for node in self.graph.nodes:
+            if not node.frame.within(self.owner) or node.source in self.owner.inputs:
+                continue
+            frame = node.frame
+            while frame not in self.inlined and frame.parent not in self.inlined:
+                frame = frame.parent
+            if frame not in self.inlined:
+                if frame not in called:
+                    called.add(frame)
+                    self.emit_call(frame, 1)
+            elif node in groups:
+                self.emit_group(groups[node], 1)
+            elif node not in covered:
+                self.emit_node(node, 1)
+        self.emit(1, f"return {self.text(self.owner.result)}", (), self.owner.outputs)
+        body = self._free_and_check()
+        first = [f"    {code}: return NotImplemented" if code.startswith("if ") else f"    {code}" for code, _ in (*self.argument_guards, *self.guards)]
+        source = "\n".join([header, *first, *body]) + "\n"
+        return Program(source, self.namespace, self.guards, self.segments, self.owner.path)
+
+    def _header(self) -> str:
+        """Return the signature, and guard the arguments: tensors where the recording had tensors, equal constants."""
+        module = self.owner.module
+        base: Any = base_class(type(module))
+        forward = base.stock_forward if issubclass(base, FusableModule) else base.forward
+        parameters = []
+        keyword_only = False
+        for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise Unemittable("its forward has a variable number of arguments")
+            if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+                parameters.append("*")
+                keyword_only = True
+            default = "" if parameter.default is parameter.empty else f"={self.constant(parameter.default)}"
+            parameters.append(parameter.name + default)
+        seen: dict[fx.Node, str] = {}
+        for name, value in self.owner.arguments.items():
+            self._guard_argument(name, value, seen)
+        return f"def forward({', '.join(['self', *parameters])}):"
+
+    def _guard_argument(self, code: str, value: Any, seen: dict[fx.Node, str]) -> None:
+        arguments = self.argument_guards
+        if isinstance(value, fx.Node):
+            if value in seen:
+                arguments.append((f"if {code} is not {seen[value]}", ""))
+            else:
+                seen[value] = code
+                arguments.append((f"if type({code}) is not Tensor and type({code}) is not Parameter", ""))
+                arguments.append((f"{self.text(value)} = {code}", ""))
+        elif not nodes_in(value):
+            arguments.append((f"if {self._differs(code, value)}", ""))
+        elif type(value) in (tuple, list):
+            kind = self.constant(type(value))
+            arguments.append((f"if type({code}) is not {kind} or len({code}) != {len(value)}", ""))
+            for index, item in enumerate(value):
+                self._guard_argument(f"{code}[{index}]", item, seen)
+        else:
+            raise Unemittable("an argument of its forward is nested")
+
+    def _emit_guards(self) -> None:
+        """Guard all that the inlined calls depended on, and the layers of the segments."""
+        layers: dict[str, Node] = {}
+        for segment in self.segments:
+            for node in segment.nodes:
+                if node.path or node.layer is not None:
+                    layers.setdefault(node.path, node)
+        frames = [frame for frame in self.within if frame in self.inlined]
+        for frame in frames:
+            if frame is not self.owner and frame.path != self.owner.path:
+                self.guard_hooks(frame.path)
+        for path, node in layers.items():
+            if all(frame.path != path for frame in frames):
+                self.guard_hooks(path)
+            d = "d" + self.module(path)[1:]
+            if node.op is Op.CONV:
+                self.guard(f"'_conv_forward' in {d}", f"{self.relative(path)} has a _conv_forward of its own")
+            kind: Any = type(node.layer)
+            if not kind.__module__.startswith("torch.nn."):
+                self.guard_read(Read("class", kind, "forward", kind.forward))
+        reads: dict[Any, Read] = {}
+        conditions = []
+        for frame in frames:
+            reads |= frame.reads
+            conditions += frame.conditions
+        for read in reads.values():
+            self.guard_read(read)
+        if any(self._size_text(expression) is None for expression, _ in conditions):
+            for node in self.owner.inputs:
+                self.argument_guards.append((f"if {self.text(node)}.ndim != 4 or {self.text(node)}.numel() == 0", ""))
+        for expression, value in conditions:
+            self.guard_condition(expression, value)
+        # The body uses modules that no guard has named yet.
+        for node in self.graph.nodes:
+            if node.frame in self.inlined and node.source.op == "call_module":
+                self.module(str(node.source.target))
+            elif node.frame in self.inlined and node.source.op == "get_attr":
+                self.module(str(node.source.target).rpartition(".")[0])
+        for frame in self.within:
+            if frame.parent in self.inlined and frame not in self.inlined:
+                self.module(frame.path)
+        self.guards.append(("settings = d0['_fused_res'].settings", ""))
+        if self.packed:
+            self.guards.append(("packed = d0['_fused_res'].packed", ""))
+
+    def _free_and_check(self) -> list[str]:
+        """Return the body's lines; a value is released after the last line that reads it, as in the stock forward."""
+        last: dict[fx.Node, int] = {}
+        defined: set[fx.Node] = set(self.owner.inputs)
+        for number, (_, _, defines, reads) in enumerate(self.lines):
+            for value in reads:
+                if value not in defined:
+                    raise Unemittable("a value is used outside of the module that computes it")
+                last[value] = number
+            defined.update(defines)
+            for value in defines:
+                last.setdefault(value, number)
+        dead: dict[int, list[fx.Node]] = {}
+        for value, number in last.items():
+            dead.setdefault(number, []).append(value)
+        body, pending = [], []
+        for number, (indent, text, _, _) in enumerate(self.lines):
+            if indent == 1 and pending and not text.startswith("else"):
+                body.append(f"    {' = '.join(pending)} = None")
+                pending = []
+            body.append("    " * indent + text)
+            pending += [self.text(value) for value in dead.get(number, ())]
+        return body
+
+
+def _leaves(code: str, value: Any) -> Iterator[tuple[str, fx.Node]]:
+    """Yield the expression of every node in the result of a call."""
+    if isinstance(value, fx.Node):
+        yield code, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(f"{code}[{key!r}]", item)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _leaves(f"{code}[{index}]", item)

@@ -1,0 +1,715 @@
+"""The symbolic front end: record a module's forward as a ``torch.fx`` graph, without running it on the module.
+
+The forward runs on a :class:`_Shadow` of the module, which returns shadows of its children and proxies for its tensors,
+so a trace cannot change the module, and no class of ``torch.nn`` is patched. All that the code can reach is safe by
+construction: functions run with :class:`_Globals` in place of their globals, so every read of a global, a closure
+or an attribute returns an immutable value, a shadow, or a recording function, and is noted as a :class:`Read` that the
+generated forward verifies on every call. Anything else makes the module :class:`Untraceable`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import enum
+import functools
+import inspect
+import math
+import operator
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.fx.proxy import Attribute, GraphAppendingTracer
+
+from fused_res.fusion.graph import eliminate_dead_reads
+from fused_res.nn.chain import has_no_hooks
+from fused_res.nn.fusable_module import FusableModule
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+#: Immutable values. A recorded forward may depend on them.
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.memory_format)
+_ATOMS += (torch.layout, torch.Size, enum.Enum, slice, range)
+#: Functions of torch whose result depends on how a forward runs, not on its arguments; eager execution returns False.
+_FALSE_IN_EAGER = ("is_scripting", "is_tracing", "is_in_onnx_export")
+_SAFE_BUILTINS = (
+    "abs all any bool dict divmod enumerate filter float frozenset getattr hasattr int iter list map max min next range"
+    " reversed round set slice sorted str sum tuple zip Ellipsis NotImplemented object"
+    " AssertionError AttributeError Exception IndexError KeyError NotImplementedError RuntimeError StopIteration"
+    " TypeError ValueError"
+).split()
+
+
+class Untraceable(BaseException):
+    """The reason why a forward cannot be recorded. Not an Exception, so that the traced code does not catch it."""
+
+
+class Read(NamedTuple):
+    """A value that the traced code depended on.
+
+    Args:
+        kind: "attribute" (in the ``__dict__`` of the module at path `owner`), "absent" (not in it), "_parameters",
+            "_buffers" or "_modules" (None in there), "missing" (nowhere), "children" (the names), "class" (attribute of
+            a class), "global" (in a dictionary) or "cell" (of a closure).
+        owner: path of the module, or the class, dictionary or cell.
+        name: name of the attribute or global.
+        value: the value read.
+    """
+
+    kind: str
+    owner: Any
+    name: str
+    value: Any
+
+
+class Frame:
+    """One call of a module that was recorded operation by operation.
+
+    Args:
+        path, module: the module that is called.
+        parent: the call that it is a part of, or None.
+        call: its positional and keyword arguments, in which nodes stand for values, as in all attributes.
+    """
+
+    def __init__(self, path: str, module: nn.Module, parent: Frame | None, call: tuple[Any, Any]) -> None:
+        self.path = path
+        self.module = module
+        self.parent = parent
+        self.call = call
+        self.reads: dict[tuple[str, Any, str], Read] = {}
+        self.conditions: list[tuple[Any, Any]] = []  # expressions of sizes, each with the value that the recording assumes
+        self.arguments: dict[str, Any] = {}
+        self.result: Any = None
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The values in the arguments, each once."""
+        return nodes_in(self.arguments)
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The values in the result, each once."""
+        return nodes_in(self.result)
+
+    def within(self, other: Frame) -> bool:
+        frame: Frame | None = self
+        while frame is not None and frame is not other:
+            frame = frame.parent
+        return frame is other
+
+
+class Trace(NamedTuple):
+    """A recorded forward.
+
+    Args:
+        graph: the operations. Nodes carry their :class:`Frame` in ``meta["frame"]``.
+        frames: all recorded module calls, outer before inner; the first is the root's.
+        opaque: the reason why each module that is recorded as one call was not recorded operation by operation.
+        reads_training: whether the recorded code read the training mode of a module.
+    """
+
+    graph: fx.Graph
+    frames: list[Frame]
+    opaque: dict[str, str]
+    reads_training: bool
+
+
+def trace(root: nn.Module, training: bool, inline_fusable: bool = False) -> Trace:
+    """Record the forward of `root`, including all submodules that can be recorded.
+
+    Args:
+        root: any module. Its parameters without a default are tensors.
+        training: the training mode that all modules have in this recording.
+        inline_fusable: record the operations of this package's own modules, too.
+
+    Raises:
+        Untraceable: the forward of `root` itself cannot be recorded.
+    """
+    if reason := opaque_reason(root, inline_fusable):
+        raise Untraceable(reason)
+    tracer = _Tracer(root, training, inline_fusable)
+    forward: Any = type(root).stock_forward if isinstance(root, FusableModule) else type(root).forward
+    channels = next((module.in_channels for module in root.modules() if isinstance(module, nn.Conv2d)), 3)
+    arguments = []
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise Untraceable("its forward has a variable number of arguments")
+        if parameter.default is parameter.empty:
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise Untraceable("its forward has keyword-only arguments")
+            arguments.append(tracer.create_proxy("placeholder", parameter.name, (), {}))
+            arguments[-1].node.meta["channels"] = channels
+    tracer.record("", root, tuple(arguments), {})
+    for argument in arguments:
+        argument.node.meta["frame"] = tracer.frames[0]
+    eliminate_dead_reads(tracer.graph, {node for frame in tracer.frames for node in (*frame.inputs, *frame.outputs)})
+    return Trace(tracer.graph, tracer.frames, tracer.opaque, tracer.reads_training)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Return whether a module is one operation: a forward of ``torch.nn``, and no children."""
+    forward: Any = type(module).forward
+    return getattr(forward, "__module__", "").startswith("torch.nn.") and not module._modules and not isinstance(module, _CONTAINERS)
+
+
+def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
+    """Return why the forward of `module` is not to be recorded operation by operation, or None."""
+    kind: Any = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is compiled by torch.jit"
+    if isinstance(module, FusableModule) and not (inline_fusable and hasattr(module, "stock_forward")):
+        return "is a module of fused_res.nn"
+    if not has_no_hooks(module.__dict__):
+        return "has a hook, or a forward of its own"
+    if kind.__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
+        return "overrides __call__"
+    if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not object.__getattribute__:
+        return "overrides attribute access"
+    if isinstance(module, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
+        return "wraps a model for parallel execution"
+    return None
+
+
+class _Proxy(fx.Proxy):
+    """A value of the recorded forward. In-place operators are recorded as such; a stock proxy turns them into others."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "root", "attr", "_node"):
+            _refuse(f"sets the attribute {name!r} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __len__(self) -> int:
+        _refuse("takes a tensor's length")
+
+
+class _Attribute(Attribute, _Proxy):
+    """An attribute of a tensor, recorded when it is used, or a method, recorded when it is called."""
+
+
+def _define_in_place(name: str) -> None:
+    function = getattr(operator, name)
+
+    def record(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    setattr(_Proxy, f"__{name}__", record)
+
+
+for _name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split():
+    _define_in_place(f"i{_name}")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise Untraceable(reason)
+
+
+class _Tracer(GraphAppendingTracer):
+    def __init__(self, root: nn.Module, training: bool, inline_fusable: bool) -> None:
+        super().__init__(fx.Graph())
+        self.root = root
+        self.training = training
+        self.inline_fusable = inline_fusable
+        self.frames: list[Frame] = []
+        self.frame: Frame | None = None
+        self.opaque: dict[str, str] = {}
+        self.reads_training = False
+        self.failure: Untraceable | None = None
+        self.shadows: dict[str, _Shadow] = {}
+        self.functions: dict[Any, Any] = {}
+        self.globals: dict[int, _Globals] = {}
+
+    # Nodes
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
+        node = super().create_node(*arguments, **options)
+        node.meta["frame"] = self.frame
+        return node
+
+    def create_arg(self, value: Any) -> Any:
+        if isinstance(value, (_Recorder, _Namespace, _Class, _Shadow, types.FunctionType, types.MethodType)):
+            _refuse("passes a function, class or module to an operation")
+        if isinstance(value, (Tensor, nn.Module)):
+            _refuse("uses a tensor that is neither an input, a parameter nor a buffer")
+        try:
+            return super().create_arg(value)
+        except NotImplementedError:
+            _refuse(f"passes a {type(value).__name__} to an operation")
+
+    def to_bool(self, proxy: fx.Proxy) -> bool:
+        expression = _size_expression(proxy.node)
+        return bool(self.assume(expression))
+
+    def assume(self, expression: Any) -> Any:
+        """Evaluate an expression of sizes for an ordinary image; the generated forward verifies it on each call."""
+        assert self.frame is not None
+        value = _evaluate(expression)
+        self.frame.conditions.append((expression, value))
+        return value
+
+    def keys(self, proxy: fx.Proxy) -> Any:
+        _refuse("unpacks a tensor as a mapping")
+
+    # Modules
+
+    def call(self, path: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if is_layer(module):
+            return self.create_proxy("call_module", path, arguments, options)
+        reason = opaque_reason(module, self.inline_fusable)
+        if reason is None:
+            before = self.reads_training, self.frame
+            frames, nodes = len(self.frames), len(self.graph.nodes)
+            try:
+                return self.record(path, module, arguments, options)
+            except Untraceable as failure:
+                reason = str(failure)
+                self.failure, (self.reads_training, self.frame) = None, before
+                del self.frames[frames:]
+                for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - nodes]:
+                    self.graph.erase_node(node)
+        self.opaque[path] = reason
+        return self.create_proxy("call_module", path, arguments, options)
+
+    def record(self, path: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Run the forward of a module with proxies."""
+        call = structure(arguments), structure(options)
+        frame = self.frame = Frame(path, module, self.frame, call)
+        self.frames.append(frame)
+        try:
+            name = "stock_forward" if isinstance(module, FusableModule) else "forward"
+            forward = _read(self.shadow(path, module), name)
+            bound = inspect.signature(getattr(type(module), name)).bind(None, *arguments, **options)
+            bound.apply_defaults()
+            frame.arguments = {key: structure(value) for key, value in list(bound.arguments.items())[1:]}
+            result = forward(*arguments, **options)
+            if self.failure is not None:  # the code has caught it
+                raise self.failure
+            frame.result = structure(result)
+        except Untraceable as failure:
+            self.failure = failure
+            raise
+        except Exception as error:
+            self.failure = Untraceable(f"its forward cannot be recorded ({type(error).__name__}: {error})")
+            raise self.failure from error
+        self.frame = frame.parent
+        return result
+
+    def shadow(self, path: str, module: nn.Module) -> _Shadow:
+        if path not in self.shadows:
+            self.shadows[path] = _Shadow(self, path, module)
+        return self.shadows[path]
+
+    def note(self, kind: str, owner: Any, name: str, value: Any) -> None:
+        assert self.frame is not None
+        key = kind, owner if isinstance(owner, (str, type)) else id(owner), name
+        self.frame.reads[key] = Read(kind, owner, name, value)
+
+    # Values
+
+    def convert(self, value: Any, what: str) -> Any:
+        """Return a value of the traced code's surroundings in a form that the code cannot change."""
+        if isinstance(value, _ATOMS):
+            return value
+        if isinstance(value, tuple):
+            converted = [self.convert(item, what) for item in value]
+            return tuple(converted) if type(value) is tuple else _refuse(f"reads {what}, a {type(value).__name__}")
+        if type(value) is list:
+            return tuple([self.convert(item, what) for item in value])
+        if type(value) in (dict, OrderedDict):
+            return types.MappingProxyType({key: self.convert(item, what) for key, item in value.items()})
+        if type(value) in (set, frozenset) and all(isinstance(item, _ATOMS) for item in value):
+            return frozenset(value)
+        if isinstance(value, functools.partial) and type(value) is functools.partial:
+            arguments = self.convert(value.args, what), self.convert(dict(value.keywords), what)
+            return functools.partial(self.convert(value.func, what), *arguments[0], **arguments[1])
+        if isinstance(value, types.ModuleType) and (_of_torch(value.__name__) or value in (math, operator, functools)):
+            return _Namespace(self, value)
+        if isinstance(value, type):
+            return value if value in (OrderedDict, *_ATOMS[1:6]) else _Class(self, value)
+        if _of_torch(getattr(value, "__module__", None) or "") or isinstance(value, types.BuiltinFunctionType):
+            if callable(value) and getattr(value, "__name__", None) and not isinstance(value, nn.Module):
+                return self.recorder(value, what)
+        if isinstance(value, types.FunctionType):
+            return self.instrument(value)
+        return _refuse(f"reads {what}, a {type(value).__name__}")
+
+    def recorder(self, function: Any, what: str) -> Any:
+        module = getattr(function, "__module__", None) or ""
+        if function.__name__ in _FALSE_IN_EAGER and _of_torch(module):
+            return lambda: False
+        if function is torch._assert:
+            return _assert_now
+        if module in ("math", "_operator", "_functools", "functools"):
+            return function
+        return _Recorder(self, function) if function in _OPERATIONS else _refuse(f"reads {what}")
+
+    def instrument(self, function: types.FunctionType) -> Any:
+        """Return a copy of a function that sees converted globals, closures and defaults."""
+        if function in self.functions:
+            return self.functions[function]
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if not isinstance(value, (*_ATOMS, tuple, types.FunctionType)):
+                _refuse(f"{function.__name__} has a default argument that may change")
+        outer = function.__globals__
+        if id(outer) not in self.globals:
+            self.globals[id(outer)] = _Globals(self, outer)
+        cells = []
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if name == "__class__":
+                cells.append(cell)
+                continue
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                _refuse(f"reads the variable {name} before it is set")
+            self.note("cell", cell, name, value)
+            cells.append(types.CellType(self.convert(value, f"the variable {name} of an outer function")))
+        made = types.FunctionType(
+            function.__code__, self.globals[id(outer)], function.__name__, function.__defaults__, tuple(cells)
+        )
+        made.__kwdefaults__ = function.__kwdefaults__
+        self.functions[function] = made
+        return made
+
+
+def _of_torch(name: str) -> bool:
+    return name == "torch" or name.startswith("torch.")
+
+
+def _assert_now(condition: Any, message: str) -> None:
+    assert condition, message
+
+
+#: Tensor operations of torch: no function that sets or returns a mode or a state.
+_OPERATIONS = {
+    function
+    for module in (torch, F, torch.functional, torch._C._nn, torch.linalg, torch.fft, torch.special)
+    for name, function in vars(module).items()
+    if isinstance(function, types.BuiltinFunctionType | types.FunctionType)
+    and (isinstance(function, types.BuiltinFunctionType) or function.__module__ in ("torch.functional", F.__name__))
+    and not name.startswith(("_", "set_", "get_", "is_"))
+}
+
+
+def structure(value: Any) -> Any:
+    """Return an argument or result of a module call, with nodes in place of proxies."""
+    if isinstance(value, fx.Proxy):
+        return value.node
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(structure, value))
+    if type(value) in (tuple, list):
+        return type(value)([structure(item) for item in value])
+    if type(value) in (dict, OrderedDict):
+        return type(value)({key: structure(item) for key, item in value.items()})
+    return value if isinstance(value, _ATOMS) else _refuse(f"passes a {type(value).__name__} to or from a module")
+
+
+def nodes_in(value: Any) -> tuple[fx.Node, ...]:
+    """Return the nodes in a structure, each once."""
+    if isinstance(value, fx.Node):
+        return (value,)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return tuple(dict.fromkeys(node for item in items for node in nodes_in(item)))
+
+
+class Size(NamedTuple):
+    """A read of a tensor's size: ``shape``, ``ndim`` or ``numel()``."""
+
+    tensor: fx.Node
+    name: str
+
+
+def _size_expression(node: fx.Node) -> Any:
+    """Return a value computed from sizes as a constant, a :class:`Size` or a tuple (function, operands ...)."""
+    target: Any = node.target
+    if node.op == "call_function" and target is getattr and node.args[1] in ("shape", "ndim"):
+        return Size(node.args[0], node.args[1])  # type: ignore[arg-type]
+    if node.op == "call_method" and target == "size":
+        shape = Size(node.args[0], "shape")  # type: ignore[arg-type]
+        return (operator.getitem, shape, node.args[1]) if len(node.args) > 1 else shape
+    if node.op == "call_method" and target in ("dim", "numel", "ndimension"):
+        return Size(node.args[0], "numel()" if target == "numel" else "ndim")  # type: ignore[arg-type]
+    if node.op == "call_function" and getattr(target, "__module__", "") == "_operator":
+        return target, *[_size_expression(value) if isinstance(value, fx.Node) else value for value in node.args]
+    return _refuse("depends on the values of a tensor")
+
+
+def _evaluate(expression: Any) -> Any:
+    if isinstance(expression, Size):
+        if expression.name == "ndim":
+            return 4
+        if expression.name == "numel()":
+            return 1 << 20
+        if expression.tensor.op != "placeholder":
+            _refuse("depends on the size of an intermediate tensor")
+        return torch.Size((32, expression.tensor.meta.get("channels", 3), 224, 224))
+    if type(expression) is tuple and expression and callable(expression[0]):
+        return expression[0](*map(_evaluate, expression[1:]))
+    return expression
+
+
+class _Shadow:
+    """Stands for a module while its forward is recorded. All names but special ones are those of the module."""
+
+    __slots__ = ("_shadowed",)
+
+    def __init__(self, tracer: _Tracer, path: str, module: nn.Module) -> None:
+        object.__setattr__(self, "_shadowed", (tracer, path, module))
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        return type(self._shadowed[2])
+
+    def __getattr__(self, name: str) -> Any:
+        return _read(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _refuse(f"sets the attribute {name!r} of a module")
+
+    def __delattr__(self, name: str) -> None:
+        _refuse(f"deletes the attribute {name!r} of a module")
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        tracer, path, module = self._shadowed
+        return tracer.call(path, module, arguments, options)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Shadow and other._shadowed[2] is self._shadowed[2]
+
+    def __hash__(self) -> int:
+        return hash(self._shadowed[2])
+
+    def __iter__(self) -> Iterator[Any]:
+        return _call_special(self, "__iter__")
+
+    def __len__(self) -> int:
+        return _call_special(self, "__len__")
+
+    def __getitem__(self, key: Any) -> Any:
+        return _call_special(self, "__getitem__", key)
+
+    def __contains__(self, key: Any) -> bool:
+        return _call_special(self, "__contains__", key)
+
+    def __bool__(self) -> bool:
+        return len(self) > 0 if hasattr(type(self._shadowed[2]), "__len__") else True
+
+
+def _read(shadow: _Shadow, name: str) -> Any:
+    """Return an attribute of a shadow, found in the order in which Python and ``nn.Module`` look for it."""
+    tracer, path, module = shadow._shadowed
+    state, kind = module.__dict__, type(module)
+    if name == "training":
+        tracer.reads_training = True
+        tracer.note("attribute", path, name, tracer.training)
+        return tracer.training
+    if name == "_modules":
+        return _children(shadow)
+    if name in ("_parameters", "_buffers", "__dict__"):
+        _refuse(f"reads {name}")
+    found = inspect.getattr_static(kind, name, _MISSING)
+    if isinstance(found, property):
+        tracer.note("class", kind, name, found)
+        return tracer.instrument(found.fget)(shadow)
+    if name in state:
+        value = state[name]
+        tracer.note("attribute", path, name, value)
+        return tracer.convert(value, f"the attribute {name}")
+    if found is not _MISSING:
+        tracer.note("absent", path, name, None)
+        tracer.note("class", kind, name, getattr(kind, name))
+        return _class_attribute(shadow, found, name)
+    full = f"{path}.{name}" if path else name
+    for group in ("_parameters", "_buffers", "_modules"):
+        if name in state[group]:
+            value = state[group][name]
+            if value is None:
+                tracer.note(group, path, name, None)
+                return None
+            return tracer.shadow(full, value) if group == "_modules" else tracer.create_proxy("get_attr", full, (), {})
+    tracer.note("missing", path, name, None)
+    raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
+
+
+def _class_attribute(shadow: _Shadow, found: Any, name: str) -> Any:
+    tracer = shadow._shadowed[0]
+    if isinstance(found, staticmethod):
+        return tracer.convert(found.__func__, f"the attribute {name}")
+    if isinstance(found, classmethod):
+        return _refuse(f"calls the class method {name}")
+    if isinstance(found, types.FunctionType):
+        return types.MethodType(tracer.instrument(found), shadow)
+    return tracer.convert(found, f"the attribute {name}")
+
+
+def _children(shadow: _Shadow) -> dict[str, Any]:
+    tracer, path, module = shadow._shadowed
+    tracer.note("children", path, "", tuple(module._modules))
+    shadows: dict[str, Any] = {}
+    for name, child in module._modules.items():
+        shadows[name] = None if child is None else tracer.shadow(f"{path}.{name}" if path else name, child)
+        if child is None:
+            tracer.note("_modules", path, name, None)
+    return shadows
+
+
+def _call_special(shadow: _Shadow, name: str, *arguments: Any) -> Any:
+    """Call a special method, which Python looks up in the class; those of the containers of ``torch.nn`` are known."""
+    module = shadow._shadowed[2]
+    if isinstance(module, _CONTAINERS) and getattr(type(module), name) in _CONTAINER_METHODS[name]:
+        children = _children(shadow)
+        if isinstance(module, nn.ModuleDict):
+            return _SPECIAL[name](children, *arguments)
+        if arguments and isinstance(arguments[0], slice):
+            _refuse("slices a container of modules")
+        return _SPECIAL[name](list(children.values()), *arguments)
+    return _read(shadow, name)(*arguments)
+
+
+_MISSING = object()
+_SPECIAL: dict[str, Any] = {
+    "__iter__": iter, "__len__": len, "__getitem__": operator.getitem, "__contains__": operator.contains,
+}  # fmt: skip
+_CONTAINER_METHODS = {name: {getattr(kind, name, None) for kind in _CONTAINERS} for name in _SPECIAL}
+
+
+class _Globals(dict):  # type: ignore[type-arg]
+    """Globals of a traced function: a read returns a converted value and is noted. Writes stay in here and refuse."""
+
+    def __init__(self, tracer: _Tracer, outer: dict[str, Any]) -> None:
+        super().__init__(__builtins__=_builtins_for(tracer))
+        self.tracer = tracer
+        self.outer = outer
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.outer:
+            raise KeyError(name)
+        value = self.outer[name]
+        self.tracer.note("global", self.outer, name, value)
+        return self.tracer.convert(value, f"the global variable {name}")
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse(f"sets the global variable {name}")
+
+
+class _Namespace:
+    """Stands for a module of torch: functions record an operation."""
+
+    def __init__(self, tracer: _Tracer, module: types.ModuleType) -> None:
+        self._shadowed = tracer, module
+
+    def __getattr__(self, name: str) -> Any:
+        tracer, module = self._shadowed
+        value = getattr(module, name)
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+            tracer.note("global", vars(module), name, value)
+            return tracer.recorder(value, f"{module.__name__}.{name}")
+        return tracer.convert(value, f"{module.__name__}.{name}")
+
+
+class _Recorder:
+    """A function of torch that records an operation, whatever its arguments are: even torch.rand(3) runs each time."""
+
+    def __init__(self, tracer: _Tracer, function: Any) -> None:
+        self._shadowed = tracer, function
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        tracer, function = self._shadowed
+        return tracer.create_proxy("call_function", function, arguments, options)
+
+
+class _Class:
+    """Stands for a class: for ``isinstance``, for class attributes, and to make a layer without parameters."""
+
+    def __init__(self, tracer: _Tracer, kind: type) -> None:
+        self._shadowed = tracer, kind
+
+    def __getattr__(self, name: str) -> Any:
+        tracer, kind = self._shadowed
+        found = inspect.getattr_static(kind, name, _MISSING)
+        if found is _MISSING:
+            raise AttributeError(name)
+        tracer.note("class", kind, name, found)
+        if isinstance(found, enum.Enum):
+            return found
+        return tracer.convert(getattr(kind, name), f"{kind.__name__}.{name}")
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        kind = self._shadowed[1]
+        if issubclass(kind, BaseException) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+            return kind(*arguments, **options)
+        if kind in (nn.ReLU, nn.Identity) or (kind.__module__ == "torch.nn.modules.activation" and not arguments):
+            layer = kind(*arguments, **options)
+            if not any(True for _ in layer.parameters()):
+                return layer.forward  # it has no state and no hooks
+        return _refuse(f"makes a {kind.__name__}")
+
+
+def _unwrap(kinds: Any) -> Any:
+    if isinstance(kinds, tuple):
+        return tuple([_unwrap(kind) for kind in kinds])
+    return kinds._shadowed[1] if type(kinds) is _Class else kinds
+
+
+def _builtins_for(tracer: _Tracer) -> dict[str, Any]:
+    def safe_isinstance(value: Any, kinds: Any) -> bool:
+        if isinstance(value, fx.Proxy) and not _is_tensor(value.node):
+            _refuse("tests the type of a value that may not be a tensor")
+        kind = Tensor if isinstance(value, fx.Proxy) else value.__class__
+        return issubclass(kind, _unwrap(kinds))
+
+    def safe_callable(value: Any) -> bool:
+        return callable(value) and not isinstance(value, fx.Proxy)
+
+    def safe_len(value: Any) -> int:
+        if not isinstance(value, fx.Proxy):
+            return len(value)
+        shape = _size_expression(value.node)
+        return tracer.assume(Size(shape.tensor, "ndim") if isinstance(shape, Size) else _refuse("takes a tensor's length"))
+
+    def safe_super(*arguments: Any) -> _Super:
+        if arguments:
+            return _Super(tracer, _unwrap(arguments[0]), arguments[1])
+        caller = sys._getframe(1)
+        return _Super(tracer, caller.f_locals["__class__"], caller.f_locals[caller.f_code.co_varnames[0]])
+
+    allowed = {name: getattr(builtins, name) for name in _SAFE_BUILTINS}
+    return allowed | {
+        "isinstance": safe_isinstance, "len": safe_len, "super": safe_super, "callable": safe_callable,
+    }  # fmt: skip
+
+
+class _Super:
+    """``super()`` of a shadow: methods run with converted globals, too."""
+
+    def __init__(self, tracer: _Tracer, kind: type, shadow: Any) -> None:
+        self._shadowed = tracer, kind, shadow
+
+    def __getattr__(self, name: str) -> Any:
+        tracer, kind, shadow = self._shadowed
+        order = type(shadow._shadowed[2]).__mro__
+        for base in order[order.index(kind) + 1 :]:
+            if name in vars(base):
+                tracer.note("class", base, name, getattr(base, name))
+                return _class_attribute(shadow, vars(base)[name], name)
+        raise AttributeError(name)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op == "call_function":
+        return node.target in (torch.cat, torch.relu, torch.add, F.relu)
+    return node.op == "call_module"
