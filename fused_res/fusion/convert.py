@@ -12,7 +12,7 @@ from fused_res.fusion.fused import Fused, Fusion, Settings, base_class, fused_cl
 from fused_res.fusion.graph import build_graph
 from fused_res.fusion.matcher import Segment, find_segments
 from fused_res.fusion.program import Program, Unemittable, generate
-from fused_res.fusion.tracer import Frame, Trace, Untraceable, is_layer, trace
+from fused_res.fusion.tracer import Frame, Trace, Untraceable, is_layer, opaque_reason, trace
 from fused_res.nn.fusable_module import FusableModule, check_model, check_settings
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,9 +81,15 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def install(model: nn.Module, settings: Settings, packed: bool) -> None:
-    """Give every module of `model` that contains a segment its generated forward."""
-    programs: dict[nn.Module, list[Program]] = {}
+def install(model: nn.Module, settings: Settings, packed: bool, frozen: bool = False) -> None:
+    """Give every module of `model` that contains a segment its generated forward.
+
+    Args:
+        model: any module.
+        settings, packed, frozen: see :class:`fused_res.fusion.fused.Fusion`. A frozen model itself always gets a
+            generated class.
+    """
+    programs: dict[nn.Module, list[Program]] = {model: []} if frozen and opaque_reason(model, packed) is None else {}
     for recorded in recordings(model, packed):
         for module, program in recorded.programs(packed):
             found = programs.setdefault(module, [])
@@ -91,7 +97,7 @@ def install(model: nn.Module, settings: Settings, packed: bool) -> None:
                 found.append(program)
     for module, found in programs.items():
         module.__class__ = fused_class(type(module))
-        module.__dict__["_fused_res"] = Fusion(settings, packed, tuple(found))
+        module.__dict__["_fused_res"] = Fusion(settings, packed, frozen, tuple(found))
 
 
 def refuse_module(module: Any) -> None:

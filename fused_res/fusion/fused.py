@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -26,19 +27,22 @@ class Fusion:
     Args:
         settings: arguments of the fused operators.
         packed: whether inference runs with packed weights.
+        frozen: whether the module stays in evaluation mode.
         programs: generated forwards for the calls that were recorded, tried in order.
     """
 
-    def __init__(self, settings: Settings, packed: bool, programs: tuple[Any, ...] = ()) -> None:
+    def __init__(self, settings: Settings, packed: bool, frozen: bool, programs: tuple[Any, ...] = ()) -> None:
         self.settings = settings
-        self.programs = programs
         self.packed = PackedProgram() if packed else None
+        self.frozen = frozen
+        self.programs = programs
+        self.has_warned = False
 
     def __deepcopy__(self, memo: Any) -> Fusion:
-        return Fusion(self.settings, self.packed is not None, self.programs)
+        return Fusion(self.settings, self.packed is not None, self.frozen, self.programs)
 
     def __reduce__(self) -> Any:
-        return Fusion, (self.settings, self.packed is not None)
+        return Fusion, (self.settings, self.packed is not None, self.frozen)
 
 
 class Fused(Unscriptable):
@@ -54,6 +58,18 @@ class Fused(Unscriptable):
                 if output is not NotImplemented:
                     return output
         return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        fusion = self.__dict__.get("_fused_res")
+        if not mode or fusion is None or not fusion.frozen:
+            return super().train(mode)  # type: ignore[misc]
+        if not fusion.has_warned:
+            fusion.has_warned = True
+            warnings.warn(
+                "this model is frozen for inference and stays in evaluation mode: train the model that it was made from",
+                stacklevel=2,
+            )
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Generated classes cannot be pickled by name; an empty module is made from the base.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import linecache
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,14 +21,11 @@ from torch import Tensor, fx, nn
 
 from fused_res.fusion.fused import base_class, fused_class
 from fused_res.fusion.graph import Graph, Node, Op
-from fused_res.fusion.matcher import Segment, Unit
-from fused_res.fusion.tracer import Frame, Read, Size, nodes_in
+from fused_res.fusion.matcher import Segment, Unit, source
+from fused_res.fusion.tracer import Frame, Read, Size, is_layer, nodes_in, stock_forward
 from fused_res.nn import chain
-from fused_res.nn.fusable_module import FusableModule
 from fused_res.nn.packed import Block
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_NOT_COMPILED = ("class", "global", "cell")  # Dynamo guards the code that it compiles by itself
 
 
 class Unemittable(Exception):
@@ -61,10 +59,8 @@ class Program:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal keys are equal programs."""
-        values = {name: value for name, value in self._namespace.items() if not name.startswith("__") and name != "forward"}
-        return self.source, tuple((name, id(value)) for name, value in sorted(values.items()) if name[0] != "k"), repr(
-            [value for name, value in sorted(values.items()) if name[0] == "k"]
-        )
+        constants = {k: v for k, v in self._namespace.items() if k not in ("forward", "__builtins__")}
+        return self.source, tuple((k, v if isinstance(v, (int, float, str)) else id(v)) for k, v in constants.items())
 
     def relative(self, path: str) -> str:
         return path.removeprefix(self.prefix + ".") if self.prefix else path
@@ -115,15 +111,20 @@ class _Generator:
         self.segments = segments
         self.packed = packed
         self.nodes = {node.source: node for node in graph.nodes}
+        #: The values that operations within segments return unchanged, with their operands.
+        self.same = {
+            node.source: source(node).source for segment in segments for node in segment.nodes if node.op is Op.IDENTITY
+        }
         self.namespace: dict[str, Any] = {
-            "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
-            "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm, "Unit": chain.Unit, "Block": Block,
+            "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling, "Block": Block,
+            "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
-        self.modules: dict[str, str] = {owner.path: "m0"}
+        self.modules: dict[str, str] = {owner.path: "self"}
+        self.running: set[str] = set()
         #: Lines that verify the arguments, and the module; each with what its failure means.
         self.argument_guards: list[tuple[str, str]] = []
-        self.guards: list[tuple[str, str]] = [("m0 = self", ""), ("d0 = m0.__dict__", "")]
+        self.guards: list[tuple[str, str]] = []
         self.within = [frame for frame in frames if frame.within(owner)]
         self.inlined = self._inlined()
         self.kept = {value for frame in self.within for value in (*nodes_in(frame.call), *frame.outputs)}
@@ -157,13 +158,14 @@ class _Generator:
             return repr(value)
         key = (type(value), value) if type(value) in (float, complex, bytes) else id(value)
         if key not in self.constants:
-            self.constants[key] = f"k{len(self.constants)}"
+            name = re.sub(r"\W", "_", getattr(value, "__name__", None) or type(value).__name__)
+            self.constants[key] = f"{name}_{len(self.constants)}"
             self.namespace[self.constants[key]] = value
         return self.constants[key]
 
     def text(self, value: Any) -> str:
         if isinstance(value, fx.Node):
-            return f"v{self.nodes[value].index}"
+            return f"v{self.nodes[self.same.get(value, value)].index}"
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return f"{self.constant(type(value))}({', '.join(map(self.text, value))})"
         if isinstance(value, tuple) and not isinstance(value, torch.Size):
@@ -188,59 +190,51 @@ class _Generator:
     def relative(self, path: str) -> str:
         return path.removeprefix(self.owner.path + ".") if self.owner.path else path
 
-    def module(self, path: str) -> str:
-        """Return the variable of a module, which the first lines read from its parent."""
-        if path in self.modules:
-            return self.modules[path]
-        prefix = f"{self.owner.path}." if self.owner.path else ""
-        if not path.startswith(prefix):
-            raise Unemittable(f"it uses the module {path or '(root)'} from outside")
-        parent, _, name = path.rpartition(".")
-        holder = self.module(parent)
-        number = len(self.modules)
-        self.modules[path] = f"m{number}"
-        where = self.relative(path)
-        kind: Any = type(self.owner.module.get_submodule(where))
-        base = base_class(kind)
-        self.guards.append((f"m{number} = d{holder[1:]}['_modules'].get({name!r})", f"{where} is missing"))
-        failure = f"m{number}.__class__ is not {self.constant(base)}"
-        if not kind.__module__.startswith("torch.nn.") or issubclass(kind, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            failure += f" and m{number}.__class__ is not {self.constant(fused_class(base))}"
-        self.guard(failure, f"{where} has another class")
-        self.guards.append((f"d{number} = m{number}.__dict__", ""))
-        return self.modules[path]
+    def module(self, path: str, runs: bool = False) -> str:
+        """Return the variable of a module, which the first lines read from its parent.
 
-    def guard_hooks(self, path: str) -> None:
-        d = "d" + self.module(path)[1:]
-        tests = [*(f"{d}[{name!r}]" for name in _HOOKS), f"'forward' in {d}", f"'_compiled_call_impl' in {d}"]
-        self.guard(" or ".join(tests), f"{self.relative(path)} has a hook, or a forward of its own")
+        Args:
+            path: path from the root of the recording.
+            runs: whether the program computes what the module's forward would, so that no hook may be missed.
+        """
+        if path not in self.modules:
+            prefix = f"{self.owner.path}." if self.owner.path else ""
+            if not path.startswith(prefix):
+                raise Unemittable(f"it uses the module {path or '(root)'} from outside")
+            parent, _, name = path.rpartition(".")
+            holder, where = self.module(parent), self.relative(path)
+            variable = self.modules[path] = "m_" + re.sub(r"\W", "_", where)
+            if list(self.modules.values()).count(variable) > 1:
+                variable = self.modules[path] = f"m{len(self.modules)}"
+            self.guards.append((f"{variable} = {holder}._modules.get({name!r})", f"{where} is missing"))
+            kind: Any = base_class(type(self.owner.module.get_submodule(where)))
+            failure = f"{variable}.__class__ is not {self.constant(kind)}"
+            if not is_layer(self.owner.module.get_submodule(where)):
+                failure += f" and {variable}.__class__ is not {self.constant(fused_class(kind))}"
+            self.guard(failure, f"{where} has another class")
+        variable = self.modules[path]
+        if runs and path != self.owner.path and path not in self.running:
+            self.running.add(path)
+            self.guard(f"not has_no_hooks({variable}.__dict__)", f"{self.relative(path)} has a hook, or a forward of its own")
+        return variable
 
     def guard_read(self, read: Read) -> None:
         kind, owner, name, value = read
-        is_path = isinstance(owner, str)
-        d = "d" + self.module(owner)[1:] if is_path else self.constant(owner)
-        where = ".".join(filter(None, (self.relative(owner), name))) if is_path else name
-        if kind == "attribute":
-            self.guard(self._differs(f"{d}.get({name!r}, {d})", value), f"{where} has changed")
-        elif kind == "absent":
-            self.guard(f"{name!r} in {d}", f"{where} was set on the module")
-        elif kind == "missing":
-            self.guard(f"hasattr(m{d[1:]}, {name!r})", f"{where} was set on the module")
-        elif kind == "children":
-            self.guard(f"[*{d}['_modules']] != {list(value)!r}", f"the children of {where or 'the module'} have changed")
-        elif kind == "cell":
-            self.guard(f"not is_compiling() and ({self._differs(f'{d}.cell_contents', value)})", f"{name} has changed")
-        elif kind == "global":
-            failure = f"not is_compiling() and ({self._differs(f'{d}.get({name!r})', value)})"
-            self.guard(failure, f"the global variable {name} has changed")
-        elif kind == "class":
-            if isinstance(value, property):
-                self.guard(f"not is_compiling() and {d}.{name} is not {self.constant(value)}", f"{owner.__name__}.{name} has changed")
-            else:
-                failure = f"not is_compiling() and ({self._differs(f'{d}.{name}', value)})"
-                self.guard(failure, f"{owner.__name__}.{name} has changed")
-        else:
-            self.guard(f"{d}[{kind!r}].get({name!r}, {d}) is not None", f"{where} has changed")
+        if isinstance(owner, str):
+            module = self.module(owner)
+            where = ".".join(filter(None, (self.relative(owner), name)))
+            failure = {
+                "attribute": self._differs(f"{module}.__dict__.get({name!r}, ...)", value),
+                "absent": f"{name!r} in {module}.__dict__",
+                "missing": f"hasattr({module}, {name!r})",
+                "children": f"[*{module}._modules] != {list(value or ())!r}",
+            }.get(kind) or f"{module}.{kind}.get({name!r}, ...) is not None"
+            self.guard(failure, f"{where or 'the module'} has changed")
+            return
+        holder = self.constant(owner)
+        actual = {"cell": f"{holder}.cell_contents", "global": f"{holder}.get({name!r})"}.get(kind) or f"{holder}.{name}"
+        # Dynamo guards the code that it compiles by itself.
+        self.guard(f"not is_compiling() and {self._differs(actual, value)}", f"{name} has changed")
 
     def _differs(self, actual: str, value: Any) -> str:
         if isinstance(value, (list, dict, set, tuple, int, float, str, torch.Size)) and not isinstance(value, bool):
@@ -276,24 +270,24 @@ class _Generator:
     # Lines
 
     def emit(self, indent: int, text: str, defined: Iterable[fx.Node] = (), read: Iterable[fx.Node] = ()) -> None:
-        self.lines.append((indent, text, tuple(defined), tuple(read)))
+        self.lines.append((indent, text, tuple(defined), tuple([self.same.get(value, value) for value in read])))
 
     def emit_node(self, node: Node, indent: int) -> None:
-        source = node.source
-        target: Any = source.target
-        if source.op == "get_attr":
+        value = node.source
+        target: Any = value.target
+        arguments, options = value.args, value.kwargs
+        if value.op == "get_attr":
             path, _, name = target.rpartition(".")
             code = f"{self.module(path)}.{name}"
-        elif source.op == "call_module":
-            code = f"{self.module(target)}({self.arguments(source.args, source.kwargs)})"
-        elif source.op == "call_method":
-            receiver, *rest = source.args
-            code = f"{self.text(receiver)}.{target}({self.arguments(rest, source.kwargs)})"
+        elif value.op == "call_module":
+            code = f"{self.module(target)}({self.arguments(arguments, options)})"
+        elif value.op == "call_method":
+            code = f"{self.text(arguments[0])}.{target}({self.arguments(arguments[1:], options)})"
         elif target is getattr:
-            code = f"{self.text(source.args[0])}.{source.args[1]}"
+            code = f"{self.text(arguments[0])}.{arguments[1]}"
         else:
-            code = f"{self.constant(target)}({self.arguments(source.args, source.kwargs)})"
-        self.emit(indent, f"{self.text(source)} = {code}", (source,), source.all_input_nodes)
+            code = f"{self.constant(target)}({self.arguments(arguments, options)})"
+        self.emit(indent, f"{self.text(value)} = {code}", (value,), value.all_input_nodes)
 
     def emit_call(self, frame: Frame, indent: int) -> None:
         """Call a child module and assign its result to the values that stand for it."""
@@ -303,14 +297,14 @@ class _Generator:
         if isinstance(frame.result, fx.Node):
             self.emit(indent, f"{self.text(frame.result)} = {call}", (frame.result,), read)
             return
-        result = f"r{self.modules[frame.path][1:]}"
+        result = f"r{self.modules[frame.path][1:]}"  # m_child: r_child
         self.emit(indent, f"{result} = {call}", (), read)
         for code, node in _leaves(result, frame.result):
             self.emit(indent, f"{self.text(node)} = {code}", (node,))
 
     def unit(self, unit: Unit, relu: bool) -> str:
         conv = "None" if unit.conv is None else self.module(unit.conv.path)
-        return f"Unit({conv}, {self.module(unit.norm.path)}, {relu})"
+        return f"({conv}, {self.module(unit.norm.path)}, {relu})"
 
     def values(self, segment: Segment) -> tuple[fx.Node, ...]:
         """The values that hold a segment's result: more than one if its last operations are in place."""
@@ -356,9 +350,9 @@ class _Generator:
             self.emit(indent, f"{self.text(value)} = {self.text(values[0])}", (value,), (values[0],))
 
     def replayed(self, segment: Segment) -> list[Node]:
-        if segment.units[0].conv is None:  # its convolution, if any, has run
-            return [node for node in segment.nodes if node.op is not Op.CONV]
-        return list(segment.nodes)
+        # The convolution of a norm by itself, if any, has run.
+        skipped = (Op.IDENTITY, Op.CONV) if segment.units[0].conv is None else (Op.IDENTITY,)
+        return [node for node in segment.nodes if node.op not in skipped]
 
     def chain(self, segment: Segment) -> str:
         units = "".join(f"{self.unit(unit, unit.relu is not None)}, " for unit in segment.units)
@@ -439,14 +433,12 @@ class _Generator:
         self.emit(1, f"return {self.text(self.owner.result)}", (), self.owner.outputs)
         body = self._free_and_check()
         first = [f"    {code}: return NotImplemented" if code.startswith("if ") else f"    {code}" for code, _ in (*self.argument_guards, *self.guards)]
-        source = "\n".join([header, *first, *body]) + "\n"
-        return Program(source, self.namespace, self.guards, self.segments, self.owner.path)
+        text = "\n".join([header, *first, *body]) + "\n"
+        return Program(text, self.namespace, self.guards, self.segments, self.owner.path)
 
     def _header(self) -> str:
         """Return the signature, and guard the arguments: tensors where the recording had tensors, equal constants."""
-        module = self.owner.module
-        base: Any = base_class(type(module))
-        forward = base.stock_forward if issubclass(base, FusableModule) else base.forward
+        forward = stock_forward(self.owner.module)
         parameters = []
         keyword_only = False
         for parameter in list(inspect.signature(forward).parameters.values())[1:]:
@@ -490,16 +482,11 @@ class _Generator:
                     layers.setdefault(node.path, node)
         frames = [frame for frame in self.within if frame in self.inlined]
         for frame in frames:
-            if frame is not self.owner and frame.path != self.owner.path:
-                self.guard_hooks(frame.path)
+            self.module(frame.path, runs=True)
         for path, node in layers.items():
-            if all(frame.path != path for frame in frames):
-                self.guard_hooks(path)
-            d = "d" + self.module(path)[1:]
-            if node.op is Op.CONV:
-                self.guard(f"'_conv_forward' in {d}", f"{self.relative(path)} has a _conv_forward of its own")
+            self.module(path, runs=True)
             kind: Any = type(node.layer)
-            if not kind.__module__.startswith("torch.nn."):
+            if node.op is Op.IDENTITY or not kind.__module__.startswith("torch.nn."):
                 self.guard_read(Read("class", kind, "forward", kind.forward))
         reads: dict[Any, Read] = {}
         conditions = []
@@ -507,7 +494,8 @@ class _Generator:
             reads |= frame.reads
             conditions += frame.conditions
         for read in reads.values():
-            self.guard_read(read)
+            if (read.kind, read.name) != ("absent", "forward"):  # has_no_hooks
+                self.guard_read(read)
         if any(self._size_text(expression) is None for expression, _ in conditions):
             for node in self.owner.inputs:
                 self.argument_guards.append((f"if {self.text(node)}.ndim != 4 or {self.text(node)}.numel() == 0", ""))
@@ -522,32 +510,35 @@ class _Generator:
         for frame in self.within:
             if frame.parent in self.inlined and frame not in self.inlined:
                 self.module(frame.path)
-        self.guards.append(("settings = d0['_fused_res'].settings", ""))
+        self.guards.append(("settings = self._fused_res.settings", ""))
         if self.packed:
-            self.guards.append(("packed = d0['_fused_res'].packed", ""))
+            self.guards.append(("packed = self._fused_res.packed", ""))
 
     def _free_and_check(self) -> list[str]:
         """Return the body's lines; a value is released after the last line that reads it, as in the stock forward."""
         last: dict[fx.Node, int] = {}
-        defined: set[fx.Node] = set(self.owner.inputs)
-        for number, (_, _, defines, reads) in enumerate(self.lines):
+        depth = dict.fromkeys(self.owner.inputs, 1)  # smallest indentation of a definition
+        for number, (indent, _, defines, reads) in enumerate(self.lines):
             for value in reads:
-                if value not in defined:
+                if value not in depth:
                     raise Unemittable("a value is used outside of the module that computes it")
                 last[value] = number
-            defined.update(defines)
             for value in defines:
+                depth[value] = min(indent, depth.get(value, indent))
                 last.setdefault(value, number)
         dead: dict[int, list[fx.Node]] = {}
         for value, number in last.items():
             dead.setdefault(number, []).append(value)
-        body, pending = [], []
+        body: list[str] = []
+        pending: dict[int, list[str]] = {}
         for number, (indent, text, _, _) in enumerate(self.lines):
-            if indent == 1 and pending and not text.startswith("else"):
-                body.append(f"    {' = '.join(pending)} = None")
-                pending = []
+            for level in sorted(pending, reverse=True):
+                if level >= indent and pending[level]:
+                    body.append("    " * level + " = ".join(pending.pop(level)) + " = None")
             body.append("    " * indent + text)
-            pending += [self.text(value) for value in dead.get(number, ())]
+            for value in dead.get(number, ()):
+                for level in {indent, depth[value]}:
+                    pending.setdefault(level, []).append(self.text(value))
         return body
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.fx.proxy import Attribute, GraphAppendingTracer
 
+from fused_res.fusion.fused import base_class
 from fused_res.fusion.graph import eliminate_dead_reads
 from fused_res.nn.chain import has_no_hooks
 from fused_res.nn.fusable_module import FusableModule
@@ -132,7 +133,7 @@ def trace(root: nn.Module, training: bool, inline_fusable: bool = False) -> Trac
     if reason := opaque_reason(root, inline_fusable):
         raise Untraceable(reason)
     tracer = _Tracer(root, training, inline_fusable)
-    forward: Any = type(root).stock_forward if isinstance(root, FusableModule) else type(root).forward
+    forward = stock_forward(root)
     channels = next((module.in_channels for module in root.modules() if isinstance(module, nn.Conv2d)), 3)
     arguments = []
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
@@ -152,13 +153,19 @@ def trace(root: nn.Module, training: bool, inline_fusable: bool = False) -> Trac
 
 def is_layer(module: nn.Module) -> bool:
     """Return whether a module is one operation: a forward of ``torch.nn``, and no children."""
-    forward: Any = type(module).forward
-    return getattr(forward, "__module__", "").startswith("torch.nn.") and not module._modules and not isinstance(module, _CONTAINERS)
+    is_torch = getattr(base_class(type(module)).forward, "__module__", "").startswith("torch.nn.")
+    return is_torch and not module._modules and not isinstance(module, _CONTAINERS)
+
+
+def stock_forward(module: nn.Module) -> Any:
+    """Return the function that computes the forward of `module` unfused."""
+    kind: Any = base_class(type(module))
+    return kind.stock_forward if isinstance(module, FusableModule) else kind.forward
 
 
 def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
     """Return why the forward of `module` is not to be recorded operation by operation, or None."""
-    kind: Any = type(module)
+    kind: Any = base_class(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
     if isinstance(module, FusableModule) and not (inline_fusable and hasattr(module, "stock_forward")):
@@ -288,9 +295,9 @@ class _Tracer(GraphAppendingTracer):
         frame = self.frame = Frame(path, module, self.frame, call)
         self.frames.append(frame)
         try:
-            name = "stock_forward" if isinstance(module, FusableModule) else "forward"
-            forward = _read(self.shadow(path, module), name)
-            bound = inspect.signature(getattr(type(module), name)).bind(None, *arguments, **options)
+            stock = stock_forward(module)
+            forward = _read(self.shadow(path, module), stock.__name__)
+            bound = inspect.signature(stock).bind(None, *arguments, **options)
             bound.apply_defaults()
             frame.arguments = {key: structure(value) for key, value in list(bound.arguments.items())[1:]}
             result = forward(*arguments, **options)
@@ -470,7 +477,7 @@ class _Shadow:
 
     @property
     def __class__(self) -> Any:  # type: ignore[override]
-        return type(self._shadowed[2])
+        return base_class(type(self._shadowed[2]))
 
     def __getattr__(self, name: str) -> Any:
         return _read(self, name)
@@ -504,13 +511,13 @@ class _Shadow:
         return _call_special(self, "__contains__", key)
 
     def __bool__(self) -> bool:
-        return len(self) > 0 if hasattr(type(self._shadowed[2]), "__len__") else True
+        return len(self) > 0 if hasattr(self.__class__, "__len__") else True
 
 
 def _read(shadow: _Shadow, name: str) -> Any:
     """Return an attribute of a shadow, found in the order in which Python and ``nn.Module`` look for it."""
     tracer, path, module = shadow._shadowed
-    state, kind = module.__dict__, type(module)
+    state, kind = module.__dict__, base_class(type(module))
     if name == "training":
         tracer.reads_training = True
         tracer.note("attribute", path, name, tracer.training)
@@ -568,7 +575,7 @@ def _children(shadow: _Shadow) -> dict[str, Any]:
 def _call_special(shadow: _Shadow, name: str, *arguments: Any) -> Any:
     """Call a special method, which Python looks up in the class; those of the containers of ``torch.nn`` are known."""
     module = shadow._shadowed[2]
-    if isinstance(module, _CONTAINERS) and getattr(type(module), name) in _CONTAINER_METHODS[name]:
+    if isinstance(module, _CONTAINERS) and getattr(base_class(type(module)), name) in _CONTAINER_METHODS[name]:
         children = _children(shadow)
         if isinstance(module, nn.ModuleDict):
             return _SPECIAL[name](children, *arguments)
@@ -699,7 +706,7 @@ class _Super:
 
     def __getattr__(self, name: str) -> Any:
         tracer, kind, shadow = self._shadowed
-        order = type(shadow._shadowed[2]).__mro__
+        order = shadow.__class__.__mro__
         for base in order[order.index(kind) + 1 :]:
             if name in vars(base):
                 tracer.note("class", base, name, getattr(base, name))

@@ -77,6 +77,7 @@ def has_no_hooks(state: dict[str, Any]) -> bool:
         or state["_backward_pre_hooks"]
         or "forward" in state
         or "_compiled_call_impl" in state
+        or "_conv_forward" in state
     )
 
 
@@ -87,7 +88,7 @@ def inspect_stock_module(module: Any, kind: type[nn.Module]) -> Unsupported | No
     state = module.__dict__
     if has_no_hooks(state):
         return None
-    if "forward" in state or "_compiled_call_impl" in state:
+    if "forward" in state or "_conv_forward" in state or "_compiled_call_impl" in state:
         return Unsupported("has a patched forward, or is compiled separately", module)
     return Unsupported("has a hook", module, transient=True)
 
@@ -241,12 +242,28 @@ def match_chain(
     return chain
 
 
+_STOCK_METHODS = tuple(
+    [(kind, "forward", kind.forward) for kind in (Conv2d, BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity)]
+    + [(Conv2d, "_conv_forward", Conv2d._conv_forward), (nn.Module, "__call__", nn.Module.__call__)]
+)
+
+
+def has_patched_layers() -> bool:
+    """Return whether a method of a PyTorch layer was replaced, which changes what its modules compute."""
+    for kind, name, stock in _STOCK_METHODS:
+        if getattr(kind, name) is not stock:
+            return True
+    return False
+
+
 def unsupported_context() -> Unsupported | None:
     """Return the reason why the stock forward has to run, regardless of modules and input, or None."""
     if _torch_compat.has_global_module_hooks():
         return Unsupported("a hook on all modules is registered")
     if torch.compiler.is_compiling():
         return Unsupported("torch.export is active") if _torch_compat.is_exporting() else None
+    if has_patched_layers():
+        return Unsupported("a method of a torch.nn layer was replaced")
     if _torch_compat.is_jit_tracing():
         return Unsupported("torch.jit.trace is active")
     if _torch_compat.is_transformed():
