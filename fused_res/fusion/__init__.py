@@ -1,3 +1,7 @@
+"""Fusing, freezing and summarizing models: chains are recognized by what a forward computes."""
+
 from fused_res.fusion.convert import fuse, unfuse
 from fused_res.fusion.freeze import freeze
-def summarize(*a): raise NotImplementedError
+from fused_res.fusion.summary import Row, Summary, summarize
+
+__all__ = ["Row", "Summary", "freeze", "fuse", "summarize", "unfuse"]

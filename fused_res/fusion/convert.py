@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import nn
@@ -105,10 +106,11 @@ def refuse_module(module: Any) -> None:
     fusion: Fusion = module.__dict__["_fused_res"]
     packed = fusion.packed is not None
     programs: list[Program] = []
-    for recorded in _record(module, packed):
-        for owner, program in recorded.programs(packed):
-            if owner is module and all(program.key != other.key for other in programs):
-                programs.append(program)
+    with suppress(Untraceable):
+        for recorded in _record(module, packed):
+            for owner, program in recorded.programs(packed):
+                if owner is module and all(program.key != other.key for other in programs):
+                    programs.append(program)
     fusion.programs = tuple(programs)
 
 
@@ -177,23 +179,30 @@ def _up_to(frame: Frame, owner: Frame) -> Iterator[Frame]:
     yield owner
 
 
-def recordings(model: nn.Module, packed: bool) -> Iterator[Recording]:
-    """Record `model`, and each part of it that a recording does not look into, for both training modes if they differ."""
+def recordings(model: nn.Module, packed: bool, failures: dict[str, str] | None = None) -> Iterator[Recording]:
+    """Record `model`, and each part of it that a recording does not look into, for both training modes if they differ.
+
+    Args:
+        model: any module.
+        packed: record the modules of :mod:`fused_res.nn`, too.
+        failures: filled with the reason why each module that could not be recorded was not, by name.
+    """
     visited: set[nn.Module] = set()
-    for module in model.modules():
-        if module in visited or is_layer(module):
+    for name, module in model.named_modules():
+        if module in visited or is_layer(module) or (isinstance(module, FusableModule) and not packed):
             continue
-        for recorded in _record(module, packed):
-            visited |= recorded.visited
-            yield recorded
+        try:
+            for recorded in _record(module, packed):
+                visited |= recorded.visited
+                yield recorded
+        except Untraceable as failure:
+            if failures is not None:
+                failures[name] = str(failure)
 
 
 def _record(module: nn.Module, packed: bool) -> Iterator[Recording]:
     for training in (module.training, not module.training):
-        try:
-            recorded = trace(module, training, inline_fusable=packed)
-        except Untraceable:
-            return
+        recorded = trace(module, training, inline_fusable=packed)
         yield Recording(module, recorded, inference=packed)
         if not recorded.reads_training:
             return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain as concatenate
 from typing import Any, NamedTuple
@@ -14,16 +16,14 @@ from fused_res import functional
 from fused_res._torch_compat import NormBase
 from fused_res.backends import registry
 from fused_res.block.plan import Plan
-from fused_res.fusion import runs
-from fused_res.fusion.adapter import BlockAdapter, Fused, Parts, StemAdapter, base_of
-from fused_res.fusion.convert import CLOSED, candidates
-from fused_res.fusion.runs import Settings
-from fused_res.fusion.sequential import Sequential
+from fused_res.fusion.convert import recordings
+from fused_res.fusion.fused import Fused, Settings, base_class
+from fused_res.fusion.matcher import Segment, Unit
+from fused_res.fusion.program import Program
 from fused_res.models.network import ResidualNetwork
-from fused_res.nn import ConvBNAct2d, ResidualBlock, chain
-from fused_res.nn.chain import Unsupported
-from fused_res.nn.frozen import FrozenConv, FrozenModule
-from fused_res.nn.fusable_module import FusableModule
+from fused_res.nn import chain
+from fused_res.nn.batch_norm_act import BatchNormAct2d
+from fused_res.nn.fusable_module import FusableModule, check_model
 
 NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm)
 _NOT_RUN = "algorithms are selected for the first input"
@@ -34,9 +34,9 @@ class Row(NamedTuple):
 
     Args:
         name: qualified name of the module.
-        kind: name of its class before fusing.
+        kind: name of its class.
         fused: whether it runs fused.
-        why: how it runs fused, or the reason why it does not.
+        why: how it runs fused, or the reason why it does not and what would change that.
     """
 
     name: str
@@ -52,10 +52,15 @@ class Summary:
     Args:
         rows: all rows, in the model's order.
         plans: the plan that each block ran last, by the name of its first convolution.
+        norms, norms_fused: number of normalization layers, and of those that run fused.
+        bytes_fused: share of the fused ones in the bytes of all norms' inputs, 0 to 1; None without example inputs.
     """
 
     rows: tuple[Row, ...]
     plans: Mapping[str, Plan] = field(default_factory=dict, compare=False)
+    norms: int = 0
+    norms_fused: int = 0
+    bytes_fused: float | None = None
 
     @property
     def steps(self) -> str:
@@ -85,17 +90,19 @@ class Summary:
             "  ".join((*(cell.ljust(width) for cell, width in zip(line[:4], widths, strict=True)), line[4])).rstrip()
             for line in lines
         ]
-        return "\n".join((*table, f"{len(self.fused)} fused, {len(self.left)} left"))
+        share = "" if self.bytes_fused is None else f", {self.bytes_fused:.0%} of their bytes"
+        return "\n".join((*table, f"{self.norms_fused} of {self.norms} norms run fused{share}"))
 
 
-def summarize(model: nn.Module) -> Summary:
+def summarize(model: nn.Module, *inputs: Any) -> Summary:
     """Summarize which modules of `model` run fused, which do not, and why; ``print`` the result for a table.
 
-    There is one row for each module that :func:`fused_res.fuse` supports, for each module of :mod:`fused_res.nn`, and
-    for each remaining norm. Rows of convolutions name the algorithms of the last call; they depend on the input size.
+    There is one row for each module with a fused forward, for each module of :mod:`fused_res.nn`, and for each remaining
+    norm. Rows of convolutions name the algorithms of the last call; they depend on the input size.
 
     Args:
         model: any module, fused, frozen or stock.
+        inputs: example inputs. With them, one stock forward in evaluation mode measures how many bytes the norms read.
 
     Returns:
         A :class:`fused_res.fusion.Summary`; its ``steps`` list every step of the plans that the blocks ran last.
@@ -103,131 +110,222 @@ def summarize(model: nn.Module) -> Summary:
     Raises:
         TypeError: `model` is not a module.
     """
-    rows = tuple(_rows(model))
+    check_model(model)
+    fused_norms: set[nn.Module] = set()
+    rows = tuple(_rows(model, fused_norms))
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    share = None
+    if inputs:
+        sizes = _norm_bytes(model, norms, inputs)
+        share = sum(sizes[norm] for norm in norms if norm in fused_norms) / max(1, sum(sizes.values()))
     weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
     ran = {name: functional.last_plan.get(one) for name, one in weights.items() if isinstance(one, Tensor)}
-    return Summary(rows, {name: plan for name, plan in ran.items() if plan is not None})
+    plans = {name: plan for name, plan in ran.items() if plan is not None}
+    return Summary(rows, plans, len(norms), sum(norm in fused_norms for norm in norms), share)
 
 
-def _rows(model: nn.Module) -> Iterator[Row]:
-    parents: dict[str, str] = {}
-    left: set[str] = set()
-    frozen: set[str] = set()
-    for name, module, adapter, refusal in candidates(model):
-        parent = name.rpartition(".")[0]
-        kind = type(module)
-        parents[name] = (base_of(kind) or kind).__name__
-        if parent in frozen:
+def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
+    """Yield all rows, and collect the norms that run fused."""
+    names = {module: name for name, module in model.named_modules()}
+    context = chain.unsupported_context()
+    rows: dict[nn.Module, Row] = {}
+    covered: set[nn.Module] = set()  # norms that a row speaks of
+    for module, name in names.items():
+        kind = base_class(type(module)).__name__
+        if isinstance(module, Fused) and module._fused_res.programs:
+            failures = [program.failing_guard(module) for program in module._fused_res.programs]
+            running = [p for p, failure in zip(module._fused_res.programs, failures, strict=True) if failure is None]
+            inside = {module.get_submodule(path) for p in module._fused_res.programs for path in _present(p, module)}
+            covered |= inside
+            why = context.reason if context else failures[0]
+            if context is None and running:
+                why, found = _describe(module, running[0])
+                fused_norms |= found
+                rows[module] = Row(name, kind, bool(found), why)
+            else:
+                rows[module] = Row(name, kind, False, f"runs its stock forward: {why}")
+        elif isinstance(module, FusableModule):
+            unsupported = context or module.unsupported_reason()
+            inside = {child for child in _norms_of(module) if isinstance(child, NORMS)}
+            covered |= inside
+            if unsupported is None and module.fused:
+                fused_norms |= inside
+                rows[module] = Row(name, kind, True, _settings(module, module_settings(module), _chains_of(module)))
+            else:
+                why = _reason(module, unsupported) if unsupported else "switched off"
+                rows[module] = Row(name, kind, False, str(why))
+    remaining = {module for module in names if isinstance(module, NORMS)} - covered - fused_norms
+    reasons = _reasons(model, remaining, names) if remaining else {}
+    for module, name in names.items():
+        if module in rows:
+            yield rows[module]
+        elif module in remaining:
+            yield Row(name, type(module).__name__, False, reasons[module])
+
+
+def _present(program: Program, module: nn.Module) -> Iterator[str]:
+    modules = dict(module.named_modules(remove_duplicate=False))
+    return (path for path in program.norms() if path in modules)
+
+
+def _norms_of(module: FusableModule) -> list[nn.Module]:
+    if isinstance(module, BatchNormAct2d):
+        return [module]
+    names = module.fused_children()
+    return [inner for name, child in module.named_children() if name in names for inner in child.modules()]
+
+
+def _describe(module: Any, program: Program) -> tuple[str, set[nn.Module]]:
+    """Return how a program runs, and the norms that it runs fused."""
+    kinds: Counter[str] = Counter()
+    found: set[nn.Module] = set()
+    refused: list[str] = []
+    chains: list[list[Any]] = []
+    for segment in program.segments:
+        units, shortcut, pool = [_live(module, program, unit) for unit in segment.units], segment.shortcut, segment.pool
+        unsupported: Any = None
+        if units[0][0] is None or shortcut == "tensor":
+            args = chain.read_norm(units[-1][1].__dict__)
+            unsupported = chain.Unsupported(args, units[-1][1]) if isinstance(args, str) else None
+        else:
+            projection = _live(module, program, shortcut) if isinstance(shortcut, Unit) else shortcut
+            live_pool = None if pool is None else module.get_submodule(program.relative(pool.path))
+            unsupported = chain.find_unsupported(units, projection, live_pool)  # type: ignore[arg-type]
+        if unsupported is not None:
+            refused.append(str(_reason(module, unsupported)))
             continue
-        if isinstance(module, FrozenModule):
-            frozen.add(name)
-            yield _frozen_row(name, module)
-        elif _frozen_in_pieces(module, adapter):
-            frozen.add(name)
-            why = _reason(module, module.__dict__["_fused_res_left"])
-            yield Row(name, parents[name], True, f"frozen in pieces: {why}")
-        elif refusal is not None and isinstance(refusal.module, FrozenModule):
-            if isinstance(module, FusableModule):  # what it covers is not visited; of others the stem is a row below
-                yield _frozen_row(f"{name}.conv1" if name else "conv1", refusal.module)
-        elif isinstance(module, Fused | FusableModule):
-            why = _reason(module, refusal)
-            if why is None:
-                why = None if _switched_on(module) else "switched off"
-            yield Row(name, parents[name], why is None, why or _settings(module))
-        elif isinstance(module, CLOSED):
-            yield Row(name, parents[name], False, refusal.reason if refusal else "")
-        elif adapter is Sequential and refusal is not None and refusal.module is None:
-            continue  # a Sequential of other things
-        elif adapter is not None:
-            left.add(name)
-            refusal = refusal or module.__dict__.get("_fused_res_left")
-            yield Row(name, parents[name], False, _reason(module, refusal) or "not fused as yet")
-        elif isinstance(module, NORMS) and parent not in left:
-            yield Row(
-                name, parents[name], False, f"what surrounds it in {parents.get(parent, 'the model')} is not known"
-            )
+        kinds[_name_of(segment)] += 1
+        found |= {module.get_submodule(program.relative(n.path)) for n in segment.nodes if n.path and n.layer in _norm_layers(segment)}
+        chains.append([unit[0] for unit in units if unit[0] is not None])
+    fusion = module._fused_res
+    parts = [f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()]
+    text = "; ".join(parts) or "nothing"
+    how = "packed " if fusion.packed is not None else ""
+    settings = _settings(module, fusion.settings, chains)
+    return f"{how}{text}: {settings}" + "".join(f"; stock: {why}" for why in dict.fromkeys(refused)), found
 
 
-def _frozen_in_pieces(module: nn.Module, adapter: Any) -> bool:
-    """Whether this is a block that :func:`fused_res.freeze` left, with frozen layers in it."""
-    if adapter is None or not issubclass(adapter, BlockAdapter) or "_fused_res_left" not in module.__dict__:
-        return False
-    return any(isinstance(child, FrozenModule) for child in module.children())
+def _norm_layers(segment: Segment) -> list[Any]:
+    projection = (segment.shortcut,) if isinstance(segment.shortcut, Unit) else ()
+    return [unit.norm.layer for unit in (*segment.units, *projection)]
 
 
-def _frozen_row(name: str, module: FrozenModule) -> Row:
-    layers = [(name, child) for name, child in module.named_modules() if isinstance(child, FrozenConv)]
-    ran = [f"{name} {child.last_selected}".strip() for name, child in layers if child.last_selected is not None]
-    how = "; ".join(ran) or _NOT_RUN
-    return Row(name, module.origin, True, f"frozen, backend={_backend(module, module.backend)}, {how}")
+def _live(module: nn.Module, program: Program, unit: Unit) -> chain.Unit:
+    """Return a unit's present modules."""
+    conv = None if unit.conv is None else module.get_submodule(program.relative(unit.conv.path))
+    return chain.Unit(conv, module.get_submodule(program.relative(unit.norm.path)), unit.relu is not None)
 
 
-def _switched_on(module: Fused | FusableModule) -> bool:
-    return module.fused if isinstance(module, FusableModule) else module._fused_res is not None
+def _name_of(segment: Segment) -> str:
+    """Return what a segment computes, in the field's words."""
+    count = len(segment.units)
+    unit = segment.units[0]
+    if isinstance(segment.shortcut, Unit) or segment.shortcut == "identity":
+        shortcut = "projection" if isinstance(segment.shortcut, Unit) else "identity"
+        return f"residual block of {count} units, {shortcut} shortcut"
+    layers = ["conv" * (unit.conv is not None), "norm", "ReLU" * (unit.relu is not None and count == 1)]
+    text = "-".join(filter(None, layers)) + (f" x{count}" if count > 1 else "")
+    text += " + addition" * (segment.shortcut == "tensor") + " + max pool" * (segment.pool is not None)
+    return text
 
 
-def _settings(module: Fused | FusableModule) -> str:
-    assert isinstance(module, nn.Module)
-    if isinstance(module, FusableModule):
-        settings = Settings(module.backend, module.recompute, module.tune)
-    else:
-        settings = module._fused_res or Settings()
-    backend = _backend(module, settings.backend)
+def _reasons(model: nn.Module, norms: set[nn.Module], names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
+    """Return why each of these norms is in no segment, and what would change that."""
+    reasons: dict[nn.Module, str] = {}
+    failures: dict[str, str] = {}
+    for recorded in recordings(model, packed=False, failures=failures):
+        ways = {node.layer: node for node in recorded.graph.nodes if node.layer is not None}
+        for norm in norms & ways.keys():
+            if isinstance(norm, chain_norms()):
+                reasons[norm] = "is not used exactly once between tensors that nothing else writes to"
+    for norm in norms:
+        if norm in reasons:
+            continue
+        if not isinstance(norm, chain_norms()):
+            reasons[norm] = f"is a {type(norm).__name__}: batch norms of 4-dimensional inputs are fused"
+            continue
+        name = names[norm]
+        above = [path for path in failures if not path or name == path or name.startswith(path + ".")]
+        if above:
+            path = max(above, key=len)
+            advice = "move the hook to the block" if "hook" in failures[path] else "write its blocks with fused_res.nn"
+            reasons[norm] = f"{path or 'the model'} {failures[path]}: {advice}"
+        else:
+            reasons[norm] = "not fused as yet: call fused_res.fuse" if not _is_fused(model) else "no forward calls it as a layer"
+    return reasons
+
+
+def chain_norms() -> tuple[type, ...]:
+    return tuple(chain.norm_types)
+
+
+def _is_fused(model: nn.Module) -> bool:
+    return any(isinstance(module, Fused | FusableModule) for module in model.modules())
+
+
+def _norm_bytes(model: nn.Module, norms: Sequence[nn.Module], inputs: Sequence[Any]) -> dict[nn.Module, int]:
+    """Return the bytes of each norm's inputs in a forward in evaluation mode."""
+    sizes = dict.fromkeys(norms, 0)
+    modes = {module: module.training for module in model.modules()}
+
+    def add(norm: nn.Module, args: Sequence[Any]) -> None:
+        sizes[norm] += args[0].numel() * args[0].element_size()
+
+    with ExitStack() as stack, torch.no_grad():
+        for norm in norms:
+            stack.callback(norm.register_forward_pre_hook(add).remove)
+        try:
+            for module in modes:
+                module.training = False
+            model(*inputs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+    return sizes
+
+
+def module_settings(module: FusableModule) -> Settings:
+    return Settings(module.backend, module.recompute, module.tune)
+
+
+def _settings(module: nn.Module, settings: Settings, chains: list[list[Any]]) -> str:
+    tensors = concatenate(module.parameters(), module.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    backend = registry.resolve(settings.backend, device).name
     parts = [f"backend={backend}", f"recompute={settings.recompute}", "tune=True" * settings.tune]
-    parts.append("; ".join(_ran(_chains_of(module))))
-    adapter: Any = module._fused_res_adapter if isinstance(module, Fused) else None
-    if adapter is not None and issubclass(adapter, BlockAdapter) and (hindrance := adapter.hindrance(module)):
-        parts.append(f"in pieces: {_reason(module, hindrance)}")
+    parts.append("; ".join(_ran(module, chains)))
     return ", ".join(filter(None, parts))
 
 
-def _chains_of(module: Any) -> list[Parts]:
-    """What a fused module runs as one block each."""
-    if isinstance(module, ResidualBlock):
-        units, shortcut = module._units_and_shortcut()
-        return [Parts(tuple(units), shortcut)]
-    if isinstance(module, ConvBNAct2d):
-        return [Parts(tuple(module._units()))]
-    if isinstance(module, ResidualNetwork):
-        return [Parts(tuple(module._stem_units()))]
-    if not isinstance(module, Fused):
-        return []
-    fused: Any = module
-    adapter = fused._fused_res_adapter
-    if issubclass(adapter, BlockAdapter):
-        parts, pieces = adapter.parts(fused), adapter.pieces(fused)
-        if isinstance(parts, Parts) and chain.find_unsupported(*parts) is None:
-            return [parts]
-        return [] if pieces is None else [Parts(run.units) for run in runs.split(pieces.branch) if run.units]
-    if issubclass(adapter, StemAdapter):
-        stem = adapter.units(fused)
-        return [] if isinstance(stem, Unsupported) else [Parts(stem)]
-    return [Parts(run.units) for run in runs.split(tuple(fused._modules.values())) if run.units]
+def _chains_of(module: Any) -> list[list[Any]]:
+    """Return the convolutions of a module of fused_res.nn."""
+    return [[unit[0] for unit in module.layers().units]] if hasattr(module, "layers") else []
 
 
-def _ran(chains: list[Parts]) -> list[str]:
-    """The algorithms that ran last, each with the kernel sizes that it was selected for."""
+def _ran(module: Any, chains: list[list[Any]]) -> list[str]:
+    """Return the algorithms that ran last, each with the kernel sizes that it was selected for."""
     sizes: dict[str, list[str]] = {}
-    for chained in chains:
-        weight = chained.units[0][0].weight if chained.units else None
+    fusion = module.__dict__.get("_fused_res")
+    packed = fusion.packed.selected() if fusion is not None and fusion.packed is not None else {}
+    for conv, selection in packed.items():
+        _append(sizes, str(selection), conv.weight.shape)
+    for convs in chains if not sizes else ():
+        weight = convs[0].weight if convs else None
         plan = functional.last_plan.get(weight) if isinstance(weight, Tensor) else None
         for unit in plan.all_units if plan is not None else ():
-            found = sizes.setdefault(str(unit.algorithms), [])
-            size = "x".join(map(str, unit.problem.weight[2:]))
-            found += [] if size in found else [size]
+            _append(sizes, str(unit.algorithms), unit.problem.weight)
     made = [f"{', '.join(found)} {algorithms}" for algorithms, found in sizes.items()]
-    return made or ([_NOT_RUN] if chains else [])
+    return made or ([_NOT_RUN] if any(chains) else [])
 
 
-def _backend(module: nn.Module, backend: str) -> str:
-    tensors = concatenate(module.parameters(), module.buffers())
-    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    return registry.resolve(backend, device).name
+def _append(sizes: dict[str, list[str]], algorithm: str, weight: Sequence[int]) -> None:
+    size = "x".join(map(str, weight[2:]))
+    if size not in sizes.setdefault(algorithm, []):
+        sizes[algorithm].append(size)
 
 
-def _reason(module: nn.Module | Fused, refusal: Unsupported | None) -> str | None:
-    if refusal is None or refusal.module is None:
-        return refusal and refusal.reason
-    assert isinstance(module, nn.Module)
-    names = [name for name, child in module.named_modules(remove_duplicate=False) if child is refusal.module]
-    return f"{names[0] if names else 'a child'} {refusal.reason}"
+def _reason(module: nn.Module, unsupported: chain.Unsupported) -> str:
+    if unsupported.module is None:
+        return unsupported.reason
+    names = [name for name, child in module.named_modules(remove_duplicate=False) if child is unsupported.module]
+    return f"{names[0] if names else 'a child'} {unsupported.reason}"
