@@ -2,10 +2,11 @@
 
 Each style that has a twin (the same architecture in torchvision's spelling) is measured in a training step and in
 frozen inference: the stock network, the fused one and the fused twin. What a spelling costs beyond its kernels (guards,
-dispatch) is measured on tiny networks: the time of a forward over the twin's, for each of the four blocks.
+dispatch) is measured on tiny networks: the CPU time of a forward over the twin's, for each of the four blocks.
 """
 
 import argparse
+import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks import check, data, plots, progress, report
 from benchmarks import options as common
 from benchmarks.cases import Mode
+from benchmarks.launch_cost import CpuClock
 from benchmarks.model import ERROR_FACTOR, ERROR_FLOOR
 from benchmarks.providers import (
     EAGER,
@@ -174,7 +176,10 @@ def result(
 
 
 def overhead(case: StyleCase, options: argparse.Namespace) -> float:
-    """Return the microseconds of a fused block's forward over those of its twin, on tensors that are tiny."""
+    """Return the CPU time of a fused block's forward over that of its twin, on tiny tensors, in microseconds.
+
+    It is the median of the differences within a round: a round's two samples are measured one after the other.
+    """
     x = data.photographs(1, TINY_IMAGE, options.seed).to(options.device)
 
     def forward(name: str) -> Workload:
@@ -191,10 +196,10 @@ def overhead(case: StyleCase, options: argparse.Namespace) -> float:
 
     workloads = {case.style: forward(case.style), case.twin: forward(case.twin)}
     samples = measure_interleaved(
-        workloads, **common.timing(options), label=f"{case.style}: overhead", clock=clock_of(options.device)
+        workloads, **common.timing(options), label=f"{case.style}: overhead", clock=CpuClock()
     )
-    ours, twin = (samples[name].summary()["median_s"] for name in workloads)
-    return (ours - twin) / BLOCKS * 1e6
+    rounds = zip(*(samples[name].totals for name in workloads), strict=True)
+    return statistics.median(ours - twin for ours, twin in rounds) / BLOCKS * 1e6
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -238,7 +243,7 @@ def tables(run: dict[str, Any]) -> str:
             ]
         )
     header = ["", "ours ms", "p10-p90", f"time / {EAGER_CHANNELS_LAST.name}", "time / twin", "us/block over twin"]
-    failed = [f"{name} was not measured: {reason}" for name, reason in run["failures"].items()]
+    failed = [f"{name} was not measured: {reason.splitlines()[0]}" for name, reason in run["failures"].items()]
     return "\n".join([report.table(header, rows), *failed])
 
 

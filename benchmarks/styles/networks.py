@@ -201,5 +201,6 @@ STYLES = (
     Style("dict-output", DictOutput, "a backbone that returns a dict, two heads, a dict as output"),
     Style("feature-pyramid", FeaturePyramid, "a top-down pathway adds features of several sizes"),
     Style("early-exit", EarlyExit, "returns after a block that the constructor has set"),
-    Style("siamese", Siamese, "two inputs share a trunk", inputs=2),
+    # The last norm follows a convolution with another image's features, so it is alone.
+    Style("siamese", Siamese, "two inputs share a trunk", share=6 / 7, inputs=2),
 )
