@@ -18,6 +18,7 @@ from benchmarks import (
     runner,
     suite,
 )
+from benchmarks.styles import command as styles
 
 SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "op": op,
@@ -25,6 +26,7 @@ SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "model": model,
     "memory": memory,
     "infer": infer,
+    "styles": styles,
     "conv": conv,
     "launch-cost": launch_cost,
     "roofline": roofline,
