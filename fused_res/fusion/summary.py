@@ -104,6 +104,8 @@ def summarize(model: nn.Module) -> Summary:
         TypeError: `model` is not a module.
     """
     rows = tuple(_rows(model))
+    if not chain.enabled:
+        rows = tuple(row._replace(fused=False, why="FUSED_RES=0 is set") if row.fused else row for row in rows)
     weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
     ran = {name: functional.last_plan.get(one) for name, one in weights.items() if isinstance(one, Tensor)}
     return Summary(rows, {name: plan for name, plan in ran.items() if plan is not None})
