@@ -186,7 +186,7 @@ def check(
         raise ValueError(f"seconds must be a non-negative number, got {seconds!r}")
     with restored_random_state(), torch.inference_mode(False), torch.enable_grad():
         try:
-            copied = unfuse(copy.deepcopy(model))
+            copied = unfuse(copy.deepcopy(model))  # parameters are copied without their gradients
         except Exception as error:
             raise ValueError(
                 f"model must support copy.deepcopy, because check runs copies, but it raised {_text(error)}"
@@ -312,8 +312,6 @@ class _Check:
         """Return the results of one forward and, unless `mode` is frozen, one backward."""
         training, differentiate = mode == "training", mode != "frozen"
         _set_training(model, training)
-        for parameter in model.parameters():
-            parameter.grad = None
         leaves: list[Tensor] = []
         tensors: dict[str, Named] = {}
         with torch.set_grad_enabled(differentiate):

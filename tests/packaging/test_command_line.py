@@ -92,17 +92,8 @@ def test_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     printed = capsys.readouterr().out
     assert "fused_res.check: ok" in printed and "(2, 3, 9, 9), torch.float32" in printed
     assert "1 of 1 batch norms run fused" in printed and "interleaved" in printed
-    options = [
-        "--input",
-        "2,3,9,9",
-        "--seconds",
-        "0",
-        "--dtype",
-        "bfloat16",
-        "--channels-last",
-        "--backend",
-        "reference",
-    ]
+    small = ["--input", "2,3,9,9", "--seconds", "0"]
+    options = [*small, "--dtype", "bfloat16", "--channels-last", "--backend", "reference"]
     layouts = []
     original = functional.run_block
 
