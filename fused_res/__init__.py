@@ -6,7 +6,7 @@ and networks for new ones. All of them call :mod:`fused_res.functional`; :mod:`f
 
 from fused_res import backends, env, functional, fusion, models, nn
 from fused_res.backends import BackendUnavailableError
-from fused_res.fusion import freeze, fuse, summarize, unfuse
+from fused_res.fusion import check, freeze, fuse, summarize, unfuse
 from fused_res.nn import convert_sync_batchnorm
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
@@ -18,6 +18,7 @@ __all__ = [
     "PoolSpec",
     "UnitSpec",
     "backends",
+    "check",
     "convert_sync_batchnorm",
     "freeze",
     "functional",

@@ -1,7 +1,8 @@
-"""Command line: `python -m fused_res info` and `python -m fused_res kernels`.
+"""Command line: `python -m fused_res` with `info`, `kernels`, `summarize` or `check`.
 
 `info` prints versions, the compiled libraries, the backends and the environment variables, with a reason for everything
 that is unavailable. `kernels` compiles the Triton kernels of the AOT manifest for NVIDIA GPUs, without needing one.
+`summarize` and `check` apply the functions of these names to a model, see _cli.py.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from pathlib import Path
 import torch
 
 import fused_res
-from fused_res import _extension, env
+from fused_res import _cli, _extension, env
 from fused_res.backends import cpu, registry, triton
+from fused_res.nn import chain
 
 
 def _version(distribution: str) -> str:
@@ -88,7 +90,10 @@ def _backends() -> str:
         )
     sections = {_extension.unavailable_reason: "see C++ extension", _extension.cuda_library()[1]: "see CUDA kernels"}
     footnotes = (sections.get(reason, reason) for reason in reasons)
-    return "\n".join([_format_rows(rows), *(f"  ({number}) {reason}" for number, reason in enumerate(footnotes, 1))])
+    lines = [_format_rows(rows), *(f"  ({number}) {reason}" for number, reason in enumerate(footnotes, 1))]
+    if not chain.enabled:
+        lines.append("  FUSED_RES=0 is set: fused, frozen and fused_res.nn modules run stock PyTorch operators")
+    return "\n".join(lines)
 
 
 def _variables() -> str:
@@ -119,10 +124,6 @@ def info() -> str:
 CAPABILITIES = (80, 90, 100, 120)
 
 
-class CannotCompileError(RuntimeError):
-    """Triton cannot compile kernels in this environment; the message contains the reason."""
-
-
 def kernels(capabilities: Iterable[int], ptx: Path | None) -> Iterator[str]:
     """Compile the kernels of the AOT manifest.
 
@@ -132,13 +133,16 @@ def kernels(capabilities: Iterable[int], ptx: Path | None) -> Iterator[str]:
 
     Yields:
         A table of the kernels' resources for each compute capability.
+
+    Raises:
+        CommandError: Triton cannot compile kernels in this environment.
     """
     if triton.is_interpreted():
-        raise CannotCompileError("TRITON_INTERPRET is set, so Triton does not compile: unset it")
+        raise _cli.CommandError("TRITON_INTERPRET is set, so Triton does not compile: unset it")
     try:
         from fused_res.backends.triton import aot, aot_manifest
     except ImportError as error:
-        raise CannotCompileError(f"Triton is not installed: pip install triton ({error})") from error
+        raise _cli.CommandError(f"Triton is not installed: pip install triton ({error})") from error
     for capability in capabilities:
         compiled = aot_manifest.compile_all(capability)
         if ptx is not None:
@@ -153,6 +157,15 @@ def kernels(capabilities: Iterable[int], ptx: Path | None) -> Iterator[str]:
         )
 
 
+def _run_info(options: argparse.Namespace) -> None:
+    print(info())
+
+
+def _run_kernels(options: argparse.Namespace) -> None:
+    for text in kernels(options.sm, options.ptx):
+        print(text, end="\n\n", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fused_res", description="The state of fused_res on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -160,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "what is available on this machine, how it was built, and, for each missing part, the reason and the command"
         " that builds it"
     )
-    commands.add_parser("info", help=about, description=f"Prints {about}.")
+    info_parser = commands.add_parser("info", help=about, description=f"Prints {about}.")
+    info_parser.set_defaults(run=_run_info)
     about = "compiles the Triton kernels ahead of time for NVIDIA GPUs, without needing one"
     kernels_parser = commands.add_parser(
         "kernels",
@@ -168,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=f"C{about[1:]}. Prints a table for each architecture: every kernel's registers, shared memory,"
         " local memory accesses (register spills) and occupancy. Takes minutes.",
     )
+    kernels_parser.set_defaults(run=_run_kernels)
     kernels_parser.add_argument(
         "--sm",
         nargs="+",
@@ -180,15 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kernels_parser.add_argument(
         "--ptx", type=Path, metavar="DIR", help="also write each kernel's PTX to this folder (default: no PTX)"
     )
+    _cli.add_commands(commands)
     options = parser.parse_args(arguments)
-    if options.command == "info":
-        print(info())
-        return
     try:
-        for text in kernels(options.sm, options.ptx):
-            print(text, end="\n\n", flush=True)
-    except CannotCompileError as error:
-        parser.exit(1, f"{error}\n")
+        options.run(options)
+    except _cli.CommandError as error:
+        parser.exit(error.status, f"{error}\n")
 
 
 if __name__ == "__main__":

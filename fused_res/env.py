@@ -38,6 +38,13 @@ class Variable:
         return value
 
 
+ENABLED = Variable(
+    "FUSED_RES",
+    default="1",
+    allowed=("1", "0"),
+    doc="0 makes fused, frozen and fused_res.nn modules compute with stock PyTorch operators, without a change of code;"
+    " read when fused_res is imported. Functions of fused_res.functional that are called directly are not affected",
+)
 BACKEND = Variable(
     "FUSED_RES_BACKEND",
     default="auto",
@@ -96,7 +103,7 @@ SIMULATOR = Variable(
     doc="for tests: library of the CUDA kernels compiled for the CPU (tools/cuda_sim), which implements backend cuda",
     path=True,
 )
-VARIABLES = (BACKEND, CONVOLUTION, WINOGRAD, CPU_ISA, CPU_CACHE, SINGLE_PASS, CPP, CUDA, SIMULATOR)
+VARIABLES = (ENABLED, BACKEND, CONVOLUTION, WINOGRAD, CPU_ISA, CPU_CACHE, SINGLE_PASS, CPP, CUDA, SIMULATOR)
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:

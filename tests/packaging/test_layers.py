@@ -11,7 +11,7 @@ ROOT = Path(fused_res.__file__).parent
 
 #: Layers from bottom to top; modules of one layer do not import each other.
 LAYERS = (
-    ("_torch_compat", "env"),
+    ("_torch_compat", "comparison", "env"),
     ("_extension", "ops"),
     ("dispatch", "spec"),
     ("backends",),
@@ -23,6 +23,7 @@ LAYERS = (
     ("models",),
     ("fusion",),
     ("__init__", "testing"),
+    ("_cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

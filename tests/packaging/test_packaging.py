@@ -30,8 +30,8 @@ needs_extension = pytest.mark.skipif(not _extension.loaded, reason=_extension.un
 
 
 def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str) -> str:
-    """Run a command and return its output; the environment has no FUSED_RES_ variables but the given ones."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FUSED_RES_", "PYTHON"))}
+    """Run a command and return its output; the environment has no FUSED_RES variables but the given ones."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FUSED_RES", "PYTHON"))}
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -78,8 +78,10 @@ def test_every_variable_is_declared_in_env() -> None:
 
 
 def test_invalid_value_makes_the_import_fail() -> None:
-    printed = run(sys.executable, "-c", "import fused_res", cwd=ROOT, fails=True, FUSED_RES_BACKEND="gpu")
-    assert printed.splitlines()[-1].startswith("ValueError: FUSED_RES_BACKEND='gpu' is not a known value: use one of")
+    for name, values in (("FUSED_RES_BACKEND", "auto, reference"), ("FUSED_RES", "1, 0")):
+        printed = run(sys.executable, "-c", "import fused_res", cwd=ROOT, fails=True, **{name: "gpu"})
+        expected = f"ValueError: {name}='gpu' is not a known value: use one of {values}"
+        assert printed.splitlines()[-1].startswith(expected)
 
 
 # --- without the extension ----------------------------------------------------------------------------------
@@ -181,6 +183,9 @@ def test_info() -> None:
     assert re.search(r"batch_norm_act +yes +yes", printed)
     assert re.search(r"FUSED_RES_CPU_ISA +baseline ", printed)
     assert re.search(r"FUSED_RES_BACKEND +auto \(default\)", printed)
+    assert "FUSED_RES=0" not in printed
+    printed = run(sys.executable, "-m", "fused_res", "info", cwd=ROOT, FUSED_RES="0")
+    assert re.search(r"FUSED_RES +0  ", printed) and "FUSED_RES=0 is set: fused, frozen" in printed
 
 
 @pytest.mark.parametrize(
