@@ -8,21 +8,24 @@ from undoing the recomputation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 
 from fused_res import _torch_compat
 from fused_res.backends import registry
-from fused_res.backends.reference.residual_block import residual_block as reference
-from fused_res.block.plan import BlockConfig, Plan
+from fused_res.backends.reference.batch_norm_act import batch_norm_act, channels_view, unpack_mask
+from fused_res.block.forward import stats_name
+from fused_res.block.plan import BlockConfig, Plan, Unit
 from fused_res.block.planner import cached_plan, plan, plan_backward
 from fused_res.block.program import INPUT_SLOT, Slot
 from fused_res.dispatch.backend import Kernels
 from fused_res.ops import MEAN, VAR, flops
-from fused_res.ops.memory_format import is_channels_last
+from fused_res.ops.memory_format import is_channels_last, to_memory_format
 from fused_res.spec import BlockSpec, group_by_unit
 
 Tensors = Sequence[Tensor | None]
@@ -76,25 +79,77 @@ def _without_running_stats(tensors: Tensors) -> list[Tensor | None]:
 def _differentiable_backward(plan: Plan, grad_output: Tensor, values: Mapping[Slot, Tensor]) -> Sequence[Tensor]:
     """Return the gradients as a differentiable graph, for double backward.
 
-    The graph is that of the block in plain PyTorch, recomputed from the saved input.
+    The graph is that of the block in plain PyTorch, recomputed from the values that the first backward reads. A value
+    that depends on nothing that requires a gradient is a constant, so its own inputs need not be saved.
     """
     if plan.config.group:
         raise RuntimeError("process_group: double backward is not supported for synchronized statistics")
-    input = values.get(INPUT_SLOT)
-    if input is None:
-        raise RuntimeError(
-            "input: double backward needs the block's input, which is not saved if neither the input nor the first"
-            " convolution requires a gradient: set requires_grad=True on the input"
-        )
-    by_name = {plan.slot_names[slot]: value for slot, value in values.items()}
-    tensors = [values.get(Slot(at)) for at in range(1, len(plan.key.metas))]
-    flat: list[Tensor | None] = []
-    for index, unit in enumerate(group_by_unit(tensors)):
-        stats = by_name[f"stats{index}"]
-        flat += (*unit.parameters, stats[MEAN], stats[VAR])
-    sources = [(input, *tensors)[index] for index in plan.differentiable]
-    y, *_ = reference(input, plan.config.spec, flat, plan.config.training)
-    return torch.autograd.grad(y, sources, grad_output, create_graph=True)  # type: ignore[arg-type]
+    graph = _DifferentiableGraph(plan, values)
+    mask = graph.saved.get("mask")
+    if mask is not None:
+        # The second derivative of ReLU is zero, so its saved mask is a constant, in the memory format of dy.
+        dy = to_memory_format(grad_output, plan.key.channels_last)
+        grad_output = torch.where(unpack_mask(mask, dy), dy, 0)
+    y = graph.sum_before_relu() if mask is not None else graph.output()
+    sources = [values[Slot(index)] for index in plan.differentiable]
+    return torch.autograd.grad(y, sources, grad_output, create_graph=True)
+
+
+class _DifferentiableGraph:
+    """The block in plain PyTorch, as a function of the tensors that require a gradient.
+
+    Args:
+        plan: the block's plan.
+        values: slots of :attr:`Plan.live_slots` -> their values.
+    """
+
+    def __init__(self, plan: Plan, values: Mapping[Slot, Tensor]) -> None:
+        self.plan = plan
+        self.saved = {plan.slot_names[slot]: value for slot, value in values.items()}
+        self.tensors = group_by_unit([values.get(Slot(at)) for at in range(1, len(plan.key.metas))])
+
+    def output(self) -> Tensor:
+        """Return the block's output."""
+        y, pool = self.sum_before_relu(), self.plan.config.spec.pool
+        y = torch.relu(y) if self.plan.units[-1].spec.relu else y
+        return y if pool is None else F.max_pool2d(y, pool.kernel_size, pool.stride, pool.padding)
+
+    def sum_before_relu(self) -> Tensor:
+        """Return the input of the last ReLU, without addends that are constant: they have no gradient."""
+        addends = [self._normalized(unit) for unit in (self.plan.units[-1], self.plan.projection) if _depends(unit)]
+        if self.plan.config.spec.shortcut == "identity" and self.plan.units[0].needs_input_grad:
+            addends.append(self.saved["x"])
+        return reduce(torch.add, addends)
+
+    def _normalized(self, unit: Unit | None, relu: bool = False) -> Tensor:
+        assert unit is not None
+        tensors, stats = self.tensors[unit.index], self.saved[stats_name(unit)]
+        norm = stats[MEAN], stats[VAR], tensors.norm_weight, tensors.norm_bias
+        return batch_norm_act(self._convolved(unit), *norm, None, unit.training, unit.spec.eps, relu)[0]
+
+    def _convolved(self, unit: Unit) -> Tensor:
+        weight, bias = self.tensors[unit.index][:2]
+        z = self.saved.get(unit.output_name)
+        if z is None or unit.needs_input_grad or unit.needs_grad.weight:
+            stride, padding, dilation, groups = unit.spec.geometry
+            geometry = stride, padding, dilation, False, [0] * len(stride), groups
+            return torch.ops.aten.convolution.default(self._input(unit), weight, bias, *geometry)
+        if not unit.needs_grad.bias:
+            return z
+        assert bias is not None
+        return z + channels_view(bias - bias.detach(), z)  # the saved value, with a gradient of the bias
+
+    def _input(self, unit: Unit) -> Tensor:
+        saved = self.saved.get(unit.input_name)
+        if saved is not None and (unit.input_name == "x" or not unit.needs_input_grad):
+            return saved
+        previous = self.plan.units[unit.index - 1]
+        return self._normalized(previous, previous.spec.relu)
+
+
+def _depends(unit: Unit | None) -> bool:
+    """Return whether the unit's output depends on a tensor that requires a gradient."""
+    return unit is not None and unit.needs_norm_grad
 
 
 # The opaque operators for torch.compile. An operator's list of tensors cannot contain None, so absent tensors are

@@ -314,6 +314,58 @@ def test_gradcheck_and_gradgradcheck(name, backend):
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+def second_derivatives(function, x, tensors, required):
+    """Return the gradients of the tensors at the indices ``required`` (-1: the input), and their second derivatives.
+
+    The second derivatives are those of a fixed linear combination of the gradients, with respect to the same tensors
+    and to the gradient of the output.
+    """
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_(-1 in required)
+    tensors = [None if t is None else t.clone().requires_grad_(at in required) for at, t in enumerate(tensors)]
+    y = function(x, tensors)
+    sources = [x if at == -1 else tensors[at] for at in required]
+    dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).requires_grad_()
+    grads = torch.autograd.grad(y, sources, dy, create_graph=True)
+    combination = sum((g * torch.linspace(1, 3, g.numel(), dtype=g.dtype).view(g.shape)).sum() for g in grads)
+    return [*grads, *torch.autograd.grad(combination, [*sources, dy], materialize_grads=True)]
+
+
+def required_subsets(tensors, units):
+    """Yield every subset of {input} and, for main path and projection, {weight, bias, norm weight, norm bias}.
+
+    Then, for each unit, every subset of its tensors alone.
+    """
+    chain = [6 * unit for unit in range(units)]
+    projection = [6 * units] if len(tensors) > 6 * units else []
+    choices = [[-1], *([first + kind for first in part] for part in (chain, projection) for kind in range(4))]
+    per_unit = [[[first + kind] for kind in range(4)] for first in chain]
+    for groups in (list(filter(None, choices)), *per_unit):
+        for size in range(1, len(groups) + 1):
+            for subset in itertools.combinations(groups, size):
+                yield sorted(itertools.chain(*subset))
+
+
+# Double backward reads the values that the plan saves: one backend with an unfused plan, and one with a fused plan.
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("cpu", "reference, fused")], indirect=True)
+@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["bottleneck", "projection", "no final activation", "plain", "stem", "sequence"])
+def test_second_derivatives_of_every_subset(name, training, recompute, backend):
+    """Double backward needs nothing that the first backward did not save, whichever tensors require a gradient."""
+    spec, x, tensors = make_block_case(name, bias=True, batch=2, size=3)
+    for at, required in enumerate(required_subsets(tensors, len(spec.units))):
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=(torch.contiguous_format, torch.channels_last)[at % 2])
+        ours = second_derivatives(
+            lambda x, t: residual_block(x, spec, t, training=training, recompute=recompute, backend=backend),
+            x, tensors, required,
+        )  # fmt: skip
+        theirs = second_derivatives(lambda x, t: stock(x, spec, t, training), x, tensors, required)
+        names = ["input" if index == -1 else spec.tensor_names()[index] for index in required]
+        for source, a, b in zip([*names, *names, "dy"], ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda m, s=source, r=names: f"{s} of {r}: {m}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_output_is_within_stock_error(dtype):
     """The accuracy criterion holds, against float64 on the same rounded inputs."""

@@ -320,6 +320,26 @@ def test_gradcheck(training, residual, backend):
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("residual", [True, False, "scaled"])
+def test_second_derivatives_of_every_subset(training, residual, activation):
+    """Double backward matches stock PyTorch whichever tensors require a gradient."""
+    values, running, dy = make((3, 5, 3, 2), torch.float64, residual=residual, scaled=residual == "scaled")
+    names = [name for name, t in values.items() if t is not None]
+    for required in itertools.chain(*(itertools.combinations(names, size + 1) for size in range(len(names)))):
+        results = []
+        for function in (batch_norm_act, stock):
+            leaves = {k: t if t is None else t.clone().requires_grad_(k in required) for k, t in values.items()}
+            sources, grad = [leaves[name] for name in required], dy.clone().requires_grad_()
+            state = {k: t.clone() for k, t in running.items()}
+            y = function(**leaves, **state, training=training, activation=activation)
+            grads = torch.autograd.grad(y, sources, grad, create_graph=True)
+            weighted = sum((g * torch.linspace(1, 3, g.numel(), dtype=g.dtype).view(g.shape)).sum() for g in grads)
+            results.append([*grads, *torch.autograd.grad(weighted, [*sources, grad], materialize_grads=True)])
+        torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8, msg=lambda m, r=required: f"{r}: {m}")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_relu_masks_of_permuted_inputs(backend):
     """With as many channels as pixels, a mask in the wrong order has the right shape too."""

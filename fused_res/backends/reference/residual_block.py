@@ -1,7 +1,7 @@
 """A residual block (He et al. 2015, https://arxiv.org/abs/1512.03385) in plain PyTorch.
 
-It is the definition of a block, and the implementation of its double backward: autograd can differentiate it any number
-of times.
+It is the definition of a block, and its implementation under ``torch.func`` transforms and forward-mode
+differentiation.
 """
 
 from __future__ import annotations
