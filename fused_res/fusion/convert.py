@@ -78,7 +78,7 @@ def unfuse(model: Model) -> Model:
         if isinstance(module, Fused):
             module.__dict__.pop("_fused_res", None)
             # If another library has derived a class from the generated one, its forward finds no program.
-            module.__class__ = base_class(type(module))  # type: ignore[assignment]
+            object.__setattr__(module, "__class__", base_class(type(module)))
     return model
 
 
@@ -97,8 +97,10 @@ def install(model: nn.Module, settings: Settings, packed: bool, frozen: bool = F
             if all(program.key != other.key for other in found):
                 found.append(program)
     for module, found in programs.items():
-        module.__class__ = fused_class(type(module))
-        module.__dict__["_fused_res"] = Fusion(settings, packed, frozen, tuple(found))
+        generated = fused_class(type(module))
+        if generated is not None:
+            object.__setattr__(module, "__class__", generated)  # the class may define its own __setattr__
+            module.__dict__["_fused_res"] = Fusion(settings, packed, frozen, tuple(found))
 
 
 def refuse_module(module: Any) -> None:

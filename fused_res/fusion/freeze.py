@@ -57,7 +57,8 @@ def freeze(model: Model, backend: str = "auto") -> Model:
             _apply_reparametrizations(module)
             if isinstance(module, FusableModule):
                 module.configure(backend)
-        frozen.requires_grad_(False)
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
     install(frozen, Settings(backend), packed=True, frozen=True)
     return frozen
 

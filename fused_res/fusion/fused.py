@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -50,15 +51,6 @@ class Fused(Unscriptable):
 
     _fused_res: Fusion
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fusion = self.__dict__.get("_fused_res")
-        if fusion is not None:
-            for program in fusion.programs:
-                output = program.forward(self, *args, **kwargs)
-                if output is not NotImplemented:
-                    return output
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
-
     def train(self, mode: bool = True) -> Any:
         fusion = self.__dict__.get("_fused_res")
         if not mode or fusion is None or not fusion.frozen:
@@ -86,16 +78,35 @@ class Fused(Unscriptable):
             refuse_module(self)  # type: ignore[arg-type]
 
 
-_fused_classes: dict[type, type] = {}
+_fused_classes: dict[type, type | None] = {}
 
 
-def fused_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Return the generated subclass of `base`; always the same class, with `base`'s name."""
-    made = _fused_classes.get(base)
-    if made is None:
+def fused_class(base: type[nn.Module]) -> type[nn.Module] | None:
+    """Return the generated subclass of `base`, always the same class, with `base`'s name; None if there can be none."""
+    if base not in _fused_classes:
         names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-        made = _fused_classes[base] = type(base.__name__, (Fused, base), names)
-    return made
+        try:
+            _fused_classes[base] = type(base.__name__, (Fused, base), names | {"forward": _forward_of(base)})
+        except Exception:  # the class, or its metaclass, does not allow it
+            _fused_classes[base] = None
+    return _fused_classes[base]
+
+
+def _forward_of(base: Any) -> Any:
+    """Return a forward that tries the programs; ``torch.fx`` and ``inspect`` see the parameters of `base`'s forward."""
+    stock = base.forward
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fusion = self.__dict__.get("_fused_res")
+        if fusion is not None:
+            for program in fusion.programs:
+                output = program.forward(self, *args, **kwargs)
+                if output is not NotImplemented:
+                    return output
+        return base.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def base_class(cls: type) -> type[nn.Module]:
@@ -105,5 +116,5 @@ def base_class(cls: type) -> type[nn.Module]:
 
 
 def _empty(base: type[nn.Module]) -> nn.Module:
-    cls = fused_class(base)
+    cls = fused_class(base) or base
     return cls.__new__(cls)

@@ -209,8 +209,8 @@ class _Generator:
             self.guards.append((f"{variable} = {holder}._modules.get({name!r})", f"{where} is missing"))
             kind: Any = base_class(type(self.owner.module.get_submodule(where)))
             failure = f"{variable}.__class__ is not {self.constant(kind)}"
-            if not is_layer(self.owner.module.get_submodule(where)):
-                failure += f" and {variable}.__class__ is not {self.constant(fused_class(kind))}"
+            if not is_layer(self.owner.module.get_submodule(where)) and (fused := fused_class(kind)) is not None:
+                failure += f" and {variable}.__class__ is not {self.constant(fused)}"
             self.guard(failure, f"{where} has another class")
         variable = self.modules[path]
         if runs and path != self.owner.path and path not in self.running:
@@ -223,12 +223,14 @@ class _Generator:
         if isinstance(owner, str):
             module = self.module(owner)
             where = ".".join(filter(None, (self.relative(owner), name)))
-            failure = {
-                "attribute": self._differs(f"{module}.__dict__.get({name!r}, ...)", value),
-                "absent": f"{name!r} in {module}.__dict__",
-                "missing": f"hasattr({module}, {name!r})",
-                "children": f"[*{module}._modules] != {list(value or ())!r}",
-            }.get(kind) or f"{module}.{kind}.get({name!r}, ...) is not None"
+            if kind == "attribute":
+                failure = self._differs(f"{module}.__dict__.get({name!r}, ...)", value)
+            elif kind == "children":
+                failure = f"[*{module}._modules] != {list(value)!r}"
+            else:
+                failure = {"absent": f"{name!r} in {module}.__dict__", "missing": f"hasattr({module}, {name!r})"}.get(
+                    kind, f"{module}.{kind}.get({name!r}, ...) is not None"
+                )
             self.guard(failure, f"{where or 'the module'} has changed")
             return
         holder = self.constant(owner)

@@ -10,6 +10,7 @@ generated forward verifies on every call. Anything else makes the module :class:
 from __future__ import annotations
 
 import builtins
+import dis
 import enum
 import functools
 import inspect
@@ -153,7 +154,8 @@ def trace(root: nn.Module, training: bool, inline_fusable: bool = False) -> Trac
 
 def is_layer(module: nn.Module) -> bool:
     """Return whether a module is one operation: a forward of ``torch.nn``, and no children."""
-    is_torch = getattr(base_class(type(module)).forward, "__module__", "").startswith("torch.nn.")
+    forward: Any = getattr(base_class(type(module)), "forward", None)
+    is_torch = (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
     return is_torch and not module._modules and not isinstance(module, _CONTAINERS)
 
 
@@ -168,6 +170,8 @@ def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
     kind: Any = base_class(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
+    if not isinstance(stock_forward(module), types.FunctionType):
+        return "has no function as its forward"
     if isinstance(module, FusableModule) and not (inline_fusable and hasattr(module, "stock_forward")):
         return "is a module of fused_res.nn"
     if not has_no_hooks(module.__dict__):
@@ -366,6 +370,8 @@ class _Tracer(GraphAppendingTracer):
         """Return a copy of a function that sees converted globals, closures and defaults."""
         if function in self.functions:
             return self.functions[function]
+        if reason := _side_effect(function.__code__, function.__code__.co_freevars):
+            _refuse(f"{function.__name__} {reason}")
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not isinstance(value, (*_ATOMS, tuple, types.FunctionType)):
                 _refuse(f"{function.__name__} has a default argument that may change")
@@ -389,6 +395,20 @@ class _Tracer(GraphAppendingTracer):
         made.__kwdefaults__ = function.__kwdefaults__
         self.functions[function] = made
         return made
+
+
+def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
+    """Return what a function does that a recording would miss, or None."""
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            return f"sets the global variable {instruction.argval}"
+        if name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in outer:
+            return f"sets the variable {instruction.argval} of an outer function"
+        if name in ("POP_EXCEPT", "CHECK_EXC_MATCH", "SETUP_FINALLY"):
+            return "handles exceptions, or uses a context manager"
+    nested = [_side_effect(value, outer) for value in code.co_consts if isinstance(value, types.CodeType)]
+    return next(filter(None, nested), None)
 
 
 def _of_torch(name: str) -> bool:
@@ -593,7 +613,7 @@ _CONTAINER_METHODS = {name: {getattr(kind, name, None) for kind in _CONTAINERS} 
 
 
 class _Globals(dict):  # type: ignore[type-arg]
-    """Globals of a traced function: a read returns a converted value and is noted. Writes stay in here and refuse."""
+    """Globals of a traced function: a read returns a converted value and is noted."""
 
     def __init__(self, tracer: _Tracer, outer: dict[str, Any]) -> None:
         super().__init__(__builtins__=_builtins_for(tracer))
@@ -606,9 +626,6 @@ class _Globals(dict):  # type: ignore[type-arg]
         value = self.outer[name]
         self.tracer.note("global", self.outer, name, value)
         return self.tracer.convert(value, f"the global variable {name}")
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse(f"sets the global variable {name}")
 
 
 class _Namespace:
