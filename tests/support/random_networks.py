@@ -538,7 +538,8 @@ def write_block(choices: Choices, name: str, inputs: int, oddity: int) -> Block:
     writer.foreign("out", outputs, 15)
     body.append("return out, tap" if tap else "return out")
     # Only a plain projection's norm is certain to run in a supported pattern.
-    supported = writer.supported + (kind in ("projection", "attributes", "relu", "pooled", "ConvNorm"))
+    plain = "circular" not in projection[0]
+    supported = writer.supported + (plain and kind in ("projection", "attributes", "relu", "pooled", "ConvNorm"))
     source = writer.render()
     supported = supported if writer.readable and not tap else 0
     return Block(name, source, outputs, stride, tap is not None, residual_argument, supported)
