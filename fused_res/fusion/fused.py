@@ -78,6 +78,11 @@ class Fused(Unscriptable):
             refuse_module(self)  # type: ignore[arg-type]
 
 
+def fusion_of(module: nn.Module) -> Fusion | None:
+    """Return what a fused module holds, or None."""
+    return module.__dict__.get("_fused_res") if isinstance(module, Fused) else None
+
+
 _fused_classes: dict[type, type | None] = {}
 
 

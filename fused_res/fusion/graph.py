@@ -10,7 +10,6 @@ place that knows their spellings.
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum, auto
 from typing import Any
@@ -139,14 +138,13 @@ def build_graph(source: fx.Graph, module_of: Callable[[str], nn.Module], frames:
     graph = Graph()
     producers = graph.producers
     names: dict[Node, list[fx.Node]] = {}  # the values that a node is the current producer of
-    calls = Counter(module_of(str(node.target)) for node in source.nodes if node.op == "call_module")
     read_from = {str(node.target).rpartition(".")[0] for node in source.nodes if node.op == "get_attr"}
     inputs = graph.new_storage()  # any two arguments may alias
     for index, fx_node in enumerate(source.nodes):
         node = Node(fx_node, index, fx_node.meta["frame"])
         graph.nodes.append(node)
         _classify(node, module_of)
-        if node.op is Op.NORM and (calls[node.layer] > 1 or node.path in read_from):
+        if node.op is Op.NORM and node.path in read_from:
             node.op = Op.OTHER  # fusion may change the order in which its running statistics are updated and read
         tensors = fx_node.args[: 2 if node.op is Op.ADD else 1] if node.op is not Op.OTHER else fx_node.all_input_nodes
         node.operands = tuple([producers[tensor][-1] for tensor in tensors])  # type: ignore[index]

@@ -76,6 +76,15 @@ class Segment:
         return (self.input,) if self.residual is None else (self.input, self.residual)
 
     @property
+    def values(self) -> tuple[Any, ...]:
+        """The values of :attr:`inputs` as the recorded code names them."""
+        unit, add = self.units[0], self.add
+        first = (unit.norm if unit.conv is None else unit.conv).source.args[0]
+        if self.residual is None or add is None:
+            return (first,)
+        return first, add.source.args[0 if source(add, 0) is self.residual else 1]
+
+    @property
     def last(self) -> Node:
         return self.nodes[-1]
 
@@ -162,7 +171,22 @@ def find_segments(graph: Graph, inference: bool = False) -> list[Segment]:
     for node in graph.nodes:
         if node.op is Op.NORM and node not in matcher.taken:
             matcher.match_norm(node)
-    return sorted(matcher.segments, key=lambda segment: segment.last.index)
+    return sorted(_in_order(graph, matcher.segments), key=lambda segment: segment.last.index)
+
+
+def _in_order(graph: Graph, segments: list[Segment]) -> list[Segment]:
+    """Return the segments without those that would change the order in which a norm's calls update its statistics."""
+    runs_at = {node: segment.last.index for segment in segments for node in segment.nodes}
+    calls: dict[Any, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op is Op.NORM:
+            calls.setdefault(node.layer, []).append(node)
+    moved = set()
+    for nodes in calls.values():
+        order = [runs_at.get(node, node.index) for node in nodes]
+        if any(first >= second for first, second in zip(order, order[1:], strict=False)):
+            moved.update(nodes)
+    return [segment for segment in segments if not moved & set(segment.nodes)]
 
 
 class _Matcher:

@@ -334,13 +334,13 @@ class _Generator:
             norm = segment.units[0]
             relu = norm.relu is not None
             if norm.conv is None:
-                residual = "None" if segment.residual is None else self.text(segment.residual.source)
+                residual = "None" if segment.residual is None else self.text(segment.values[1])
                 activation = "relu" if relu else "identity"
-                call = f"run_fused_norm({self.text(segment.input.source)}, {self.module(norm.norm.path)}, {residual}, {activation!r}, settings.backend)"
+                call = f"run_fused_norm({self.text(segment.values[0])}, {self.module(norm.norm.path)}, {residual}, {activation!r}, settings.backend)"
             else:
-                call = f"run_fused({self.text(segment.input.source)}, {self.chain(segment)}, *settings)"
-            self.emit(indent, f"{result} = {call}", values, [node.source for node in segment.inputs])
-            self.emit(indent, f"if {result} is None:")
+                call = f"run_fused({self.text(segment.values[0])}, {self.chain(segment)}, *settings)"
+            self.emit(indent, f"{result} = {call}", values, segment.values)
+            self.emit(indent, f"if {result} is None:", (), values[:1])
             inner = indent + 1
         for node in replayed:
             self.emit_node(node, inner)
@@ -373,13 +373,13 @@ class _Generator:
                     blocks.append(f"Block({self.chain(first)})")
                     segment = Segment(segment.units[-1:], "tensor", segment.add, segment.residual)
                 blocks.append(f"Block({self.chain(segment)})")
-            residual = "None" if last.residual is None else self.text(last.residual.source)
+            residual = "None" if last.residual is None else self.text(last.values[1])
             values = self.values(last)
             result = self.text(values[0])
-            code = f"{result} = packed.run({self.text(group[0].input.source)}, ({''.join(f'{b}, ' for b in blocks)}), {residual}, settings.backend)"
-            read = [group[0].input.source] + ([] if last.residual is None else [last.residual.source])
+            code = f"{result} = packed.run({self.text(group[0].values[0])}, ({''.join(f'{b}, ' for b in blocks)}), {residual}, settings.backend)"
+            read = [group[0].values[0], *last.values[1:]]
             self.emit(indent, code, values, read)
-            self.emit(indent, f"if {result} is None:")
+            self.emit(indent, f"if {result} is None:", (), values[:1])
             for segment in group:
                 self.emit_segment(segment, indent + 1)
             self.emit_names(values, indent)

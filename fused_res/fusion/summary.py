@@ -17,7 +17,7 @@ from fused_res._torch_compat import NormBase
 from fused_res.backends import registry
 from fused_res.block.plan import Plan
 from fused_res.fusion.convert import recordings
-from fused_res.fusion.fused import Fused, Settings, base_class
+from fused_res.fusion.fused import Settings, base_class, fusion_of
 from fused_res.fusion.matcher import Segment, Unit
 from fused_res.fusion.program import Program
 from fused_res.models.network import ResidualNetwork
@@ -127,15 +127,17 @@ def summarize(model: nn.Module, *inputs: Any) -> Summary:
 def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
     """Yield all rows, and collect the norms that run fused."""
     names = {module: name for name, module in model.named_modules()}
+    parents = {child: module for module in names for child in module.children()}
     context = chain.unsupported_context()
     rows: dict[nn.Module, Row] = {}
     covered: set[nn.Module] = set()  # norms that a row speaks of
     for module, name in names.items():
         kind = base_class(type(module)).__name__
-        if isinstance(module, Fused) and module._fused_res.programs:
-            failures = [program.failing_guard(module) for program in module._fused_res.programs]
-            running = [p for p, failure in zip(module._fused_res.programs, failures, strict=True) if failure is None]
-            inside = {module.get_submodule(path) for p in module._fused_res.programs for path in _present(p, module)}
+        fusion = fusion_of(module)
+        if fusion is not None and fusion.programs:
+            failures = [program.failing_guard(module) for program in fusion.programs]
+            running = [p for p, failure in zip(fusion.programs, failures, strict=True) if failure is None]
+            inside = {module.get_submodule(path) for p in fusion.programs for path in _present(p, module)}
             covered |= inside
             why = context.reason if context else failures[0]
             if context is None and running:
@@ -159,6 +161,8 @@ def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
     for module, name in names.items():
         if module in rows:
             yield rows[module]
+        elif isinstance(module, torch.jit.ScriptModule) and not isinstance(parents.get(module), torch.jit.ScriptModule):
+            yield Row(name, type(module).__name__, False, "is compiled by torch.jit: fuse the model before")
         elif module in remaining:
             yield Row(name, type(module).__name__, False, reasons[module])
 
@@ -235,9 +239,12 @@ def _reasons(model: nn.Module, norms: set[nn.Module], names: Mapping[nn.Module, 
     failures: dict[str, str] = {}
     for recorded in recordings(model, packed=False, failures=failures):
         ways = {node.layer: node for node in recorded.graph.nodes if node.layer is not None}
+        segmented = {layer for segment in recorded.segments for layer in _norm_layers(segment)}
         for norm in norms & ways.keys():
-            if isinstance(norm, chain_norms()):
-                reasons[norm] = "is not used exactly once between tensors that nothing else writes to"
+            if norm in segmented:
+                reasons[norm] = "not fused as yet: call fused_res.fuse"
+            elif isinstance(norm, chain_norms()):
+                reasons[norm] = "its input is written to by another operation, or its calls would change their order"
     for norm in norms:
         if norm in reasons:
             continue
@@ -251,16 +258,12 @@ def _reasons(model: nn.Module, norms: set[nn.Module], names: Mapping[nn.Module, 
             advice = "move the hook to the block" if "hook" in failures[path] else "write its blocks with fused_res.nn"
             reasons[norm] = f"{path or 'the model'} {failures[path]}: {advice}"
         else:
-            reasons[norm] = "not fused as yet: call fused_res.fuse" if not _is_fused(model) else "no forward calls it as a layer"
+            reasons[norm] = "no recorded forward calls it as a layer"
     return reasons
 
 
 def chain_norms() -> tuple[type, ...]:
     return tuple(chain.norm_types)
-
-
-def _is_fused(model: nn.Module) -> bool:
-    return any(isinstance(module, Fused | FusableModule) for module in model.modules())
 
 
 def _norm_bytes(model: nn.Module, norms: Sequence[nn.Module], inputs: Sequence[Any]) -> dict[nn.Module, int]:
