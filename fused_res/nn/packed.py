@@ -13,7 +13,7 @@ import threading
 from collections.abc import Hashable, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,8 @@ class Block(NamedTuple):
 class PackedProgram:
     """Runs blocks of a model with packed weights; caches what it prepared for each sequence of blocks and input shape.
 
-    Programs of one model share the packed weights. Copies and pickles of a program start empty.
+    Programs of one model share the packed weights, which live as long as a program that uses them. A program refers to
+    the modules: keep it in the model, not in a global variable. Copies and pickles of a program start empty.
     """
 
     def __init__(self) -> None:
@@ -171,7 +172,7 @@ class _Sequence:
 class _Layer:
     """A convolution with its norm folded in: the folded bias, and the folded weight as packed for each algorithm."""
 
-    __slots__ = ("_packed", "bias", "eps", "geometry", "like", "snapshot", "tensors")
+    __slots__ = ("__weakref__", "_packed", "bias", "eps", "geometry", "like", "snapshot", "tensors")
 
     def __init__(self, tensors: UnitTensors, geometry: tuple[Any, ...], eps: float, snapshot: Snapshot) -> None:
         self.tensors, self.geometry, self.eps, self.snapshot = tensors, geometry, eps, snapshot
@@ -205,8 +206,10 @@ class _Layer:
         return PackedWeight(found, problem.weight) if packs else found
 
 
-#: The layers by convolution, then by the ids of the two ``__dict__``, which the layer's snapshot keeps alive.
-_layers: WeakKeyDictionary[nn.Module, dict[Hashable, _Layer]] = WeakKeyDictionary()
+#: The layers that programs hold, by the ids of the two modules' ``__dict__``, which the layer's snapshot keeps alive. A
+#: layer must not be reachable from here: through a hook, its tensors and modules may refer to the whole model, which
+#: would never be freed.
+_layers: WeakValueDictionary[tuple[int, int], _Layer] = WeakValueDictionary()
 
 
 @torch.no_grad()
@@ -229,14 +232,14 @@ def fold(tensors: UnitTensors, eps: float) -> tuple[Tensor, Tensor]:
 
 def _find_layer(conv: nn.Module, norm: nn.Module) -> _Layer | None:
     """Return the current layer of a convolution and a norm, or None if their state is not supported."""
-    with _lock:
-        layers = _layers.setdefault(conv, {})
     key = id(conv.__dict__), id(norm.__dict__)
-    layer = layers.get(key)
+    with _lock:
+        layer = _layers.get(key)
     if layer is None or not layer.snapshot.is_current():
         layer = _read_layer(conv.__dict__, norm.__dict__)
         if layer is not None:
-            _insert(layers, key, layer, _MAX_CACHE_ENTRIES)
+            with _lock:
+                _layers[key] = layer
     return layer
 
 
