@@ -94,8 +94,9 @@ class PackedProgram:
         """Return the output of consecutive blocks, or None if the caller has to compute it another way.
 
         None is returned while PyTorch traces, compiles or exports; under dispatch modes and ``torch.func`` transforms;
-        if a gradient is needed; if a norm uses the statistics of the batch; and for tensors, shapes and settings that
-        the kernels do not support or that PyTorch rejects.
+        if a gradient is needed; if a norm uses the statistics of the batch; for tensors, shapes and settings that the
+        kernels do not support or that PyTorch rejects; and while a CUDA graph is captured, unless an earlier call has
+        prepared this input shape.
 
         Args:
             x: input ``(N, C, H, W)``.
@@ -128,6 +129,8 @@ class PackedProgram:
                 sequence = _Sequence()
             elif prepared is not None:
                 sequence.discard_prepared()
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None  # tensors that are created during the capture must not outlive the CUDA graph
             settings = _Settings(kernels, preference, x.device, autocast or x.dtype, autocast is not None)
             prepared = _prepare(x, blocks, settings, refuse_grad)
             if prepared is None:
@@ -202,6 +205,7 @@ class _Layer:
         if found is None:
             folded = fold(self.tensors, self.eps)[0].to(problem.dtype)
             found = folded if algorithm.pack is None else algorithm.pack(problem, folded)
+            _synchronize(found.device)
             _insert(self._packed, key, found, _MAX_CACHE_ENTRIES)
         return PackedWeight(found, problem.weight) if packs else found
 
@@ -427,6 +431,7 @@ def _prepare(x: Tensor, blocks: tuple[Block, ...], settings: _Settings, refuse_g
     residuals = [step.shapes[1] for step in steps if step.shortcut == "tensor"]
     if len(residuals) > 1:
         raise ValueError('blocks: expected at most one block with the shortcut "tensor"')
+    _synchronize(settings.device)  # the biases
     return _Prepared(
         Snapshot.join(snapshots),
         settings,
@@ -501,6 +506,12 @@ def _prepare_graph(steps: list[_BlockStep], settings: _Settings) -> _GraphStep |
     convolutions = [convolution for step in steps for convolution in step.convolutions]
     graph = prepare(tuple(specs), convolutions, steps[0].shapes[0], settings.preference)
     return None if graph is None else _GraphStep(graph)
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for the current stream: the next call may use what it computes on another stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _valid(shape: Shape) -> Shape | None:
