@@ -108,9 +108,9 @@ class PackedProgram:
         Raises:
             BackendUnavailableError: the named backend cannot run on `x`'s device.
         """
-        if torch.compiler.is_compiling() or chain.unsupported_context() or chain.inspect_input(x) or x.is_meta:
+        if torch.compiler.is_compiling() or chain.unsupported_context() or _torch_compat.has_torch_dispatch_mode():
             return None
-        if _torch_compat.has_torch_dispatch_mode():
+        if chain.inspect_input(x) or x.is_meta or _torch_compat.is_functorch_wrapper(x):
             return None
         refuse_grad = torch.is_grad_enabled()
         if refuse_grad and (x.requires_grad or (residual is not None and residual.requires_grad)):
@@ -403,6 +403,7 @@ class _Prepared(NamedTuple):
             and residual.shape == self.residual_shape
             and residual.dtype is self.settings.dtype
             and residual.device == self.settings.device
+            and not _torch_compat.is_functorch_wrapper(residual)
         )
 
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
