@@ -600,6 +600,13 @@ class TestRefused:
     )
     def test_inputs(self, x: Tensor) -> None:
         assert run(x, (basic(5),)) is None
+        assert run(x, (Block((unit(5, 5),)),)) is None
+
+    def test_meta_tensors(self) -> None:
+        blocks = make("identity")
+        for module in modules(blocks):
+            module.to("meta")
+        assert run(images(5).to("meta"), blocks) is None
 
     def test_input_too_small(self) -> None:
         blocks = (Block((unit(5, 5, 5, padding=0),), "none", nn.MaxPool2d(2)),)
