@@ -562,6 +562,7 @@ CHANGES: dict[str, Callable[[tuple[Block, ...]], Any]] = {
     "norm of another dtype": lambda b: _first(b)[1].double(),
     "weight on another device": lambda b: _first(b)[0].to("meta"),
     "norm on another device": lambda b: _first(b)[1].to("meta"),
+    "unit on another device": lambda b: [module.to("meta") for module in _first(b)],
     "norm of another size": lambda b: _first(b)[1].__dict__.update(unit(5, 1).norm.__dict__),
     "reflect padding": lambda b: setattr(_first(b)[0], "padding_mode", "reflect"),
     "asymmetric padding": lambda b: _first(b)[0].__dict__.update(unit(5, 5, 2, padding="same").conv.__dict__),
