@@ -73,6 +73,7 @@ CASES: dict[str, tuple[Callable[[], tuple[Block, ...]], int, int]] = {
                             Block((unit(8, 8),), "none", nn.MaxPool2d((3, 2), (2, 1), (1, 0)))), 1, 3),
     "identity and pool": (lambda: (basic(), Block(basic().units, "identity", nn.MaxPool2d(2)), basic()), 3, 20),
     "tensor between": (lambda: (basic(), Block((unit(20, 20),), "tensor"), basic(), basic()), 3, 20),
+    "tensor, then none": (lambda: (Block((unit(5, 7),), "tensor"), Block((unit(7, 7),))), 2, 5),
     "groups": (lambda: (Block((unit(6, 9, groups=3), unit(9, 6)), "identity"),), 1, 6),
     "groups between": (lambda: (basic(), basic(), Block((unit(20, 20, groups=20),)), strided()), 3, 20),
     "dilated, same": (lambda: (Block((unit(5, 5, dilation=2, padding="same"),), "identity"),), 1, 5),
@@ -209,7 +210,7 @@ class TestResults:
         blocks, x, program = make(case), images(CASES[case][2]), PackedProgram()
         assert program.run(x, blocks, residual_for(x, blocks), "cpu") is not None
         assert len(steps(program)) == CASES[case][1]
-        expected = "_BlockStep" if case.startswith(("tensor", "groups")) and len(blocks) == 1 else "_GraphStep"
+        expected = "_BlockStep" if blocks[0].shortcut == "tensor" or case == "groups" else "_GraphStep"
         assert steps(program)[0] == expected
 
     @needs_cpu_backend
