@@ -5,11 +5,11 @@ The providers are PyTorch's bare convolution (`aten`), PyTorch's convolution wit
 output's batch statistics are measured as well (`...+stats`): as a separate kernel, or accumulated in the epilogue. On a
 GPU, `ours` is what the heuristics select, and `ours-triton` and `ours-cuda` are the fused kernels.
 
-The baseline is `aten`, as PyTorch runs it (cuDNN, oneDNN); it does less work than the others. `ours-packed` is a layer
-of a frozen network, whose weight is packed once into the layout of the backend; on a CPU its peer is `onednn-fused`,
-oneDNN's own operator on a weight that is packed once. GFLOP/s count the operations of a direct convolution, two for
-each multiply-add, whatever the algorithm; on a CPU they are compared with the measured FMA peak. Errors are relative to
-float64, in the Euclidean norm.
+The baseline is `aten`, as PyTorch runs it (cuDNN, oneDNN); it does less work than the others. `ours-packed` runs a
+layer as a frozen network does, with its weight packed once into the layout of the backend; on a CPU its peer is
+`onednn-fused`, oneDNN's own operator on a weight that is packed once. GFLOP/s count the operations of a direct
+convolution, two for each multiply-add, whatever the algorithm; on a CPU they are compared with the measured FMA peak.
+Errors are relative to float64, in the Euclidean norm.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from benchmarks.roofline import MODELS
 from benchmarks.timing import Clock, Workload, clock_of, measure_interleaved
 from fused_res import backends
 from fused_res.functional import conv_bias_act
-from fused_res.nn.frozen import FrozenConv
+from fused_res.nn.packed import Block, PackedProgram, Unit
 
 HELP = "single convolutions with bias, addition and ReLU, and with statistics"
 
@@ -131,12 +131,12 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
     """Return a call without arguments for each provider."""
     spec = layer.spec
     conv_args = (spec.stride, spec.padding, spec.dilation, spec.groups)
-    packed = FrozenConv(t.weight, t.bias, spec, backend)
+    packed = packed_call(t, layer, backend)
     calls: dict[str, Callable[[], Any]] = {
         ATEN: lambda: aten(t, layer),
         "aten-unfused": lambda: aten_unfused(t, layer),
         "ours": lambda: conv_bias_act(t.x, t.weight, t.bias, t.residual, *conv_args, spec.activation, backend=backend),
-        "ours-packed": lambda: packed(t.x, t.residual),
+        "ours-packed": packed,
     }
     if not t.x.is_cuda and is_supported(ONEDNN, onednn := onednn_fused(t, layer)):
         calls[ONEDNN] = onednn
@@ -155,6 +155,26 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
         calls["aten+stats"] = with_statistics
         calls["ours+stats"] = lambda: kernels.conv_bn_stats(t.x, t.weight, None, None, False, *conv_args, True)
     return calls
+
+
+def packed_call(t: Operands, layer: Convolution, backend: str) -> Callable[[], Tensor]:
+    """Return a call of the convolution with a cached packed weight, after a batch norm that changes nothing."""
+    spec, (outputs, inputs, *kernel_size) = layer.spec, t.weight.shape
+    conv = torch.nn.utils.skip_init(
+        torch.nn.Conv2d, inputs * spec.groups, outputs, kernel_size, spec.stride, spec.padding, spec.dilation,
+        spec.groups,
+    )  # fmt: skip
+    conv.weight, conv.bias = torch.nn.Parameter(t.weight, False), torch.nn.Parameter(t.bias, False)
+    norm = torch.nn.BatchNorm2d(outputs, eps=0.0, affine=False, device=t.x.device, dtype=t.x.dtype).eval()
+    block = Block((Unit(conv, norm, layer.relu),), "none" if t.residual is None else "tensor")
+    program = PackedProgram()
+
+    def call() -> Tensor:
+        output = program.run(t.x, (block,), t.residual, backend)
+        assert output is not None
+        return output
+
+    return call
 
 
 def forced(t: Operands, layer: Convolution) -> dict[str, Callable[[], Any]]:

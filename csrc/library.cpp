@@ -14,6 +14,8 @@
 //   convolution_backward(grad, input, weight, bias_size, stride, padding, dilation, groups, output_mask)
 //     ATen's operator without the call overhead of torch.ops, which is 10 us: `bias_size` is None or the
 //     number of output channels, and the gradients that are not requested are None;
+//   snapshot_is_current(attributes, tensors, refuse_grad)
+//     snapshot.h: True if every dictionary still holds the value under its key and every tensor is unchanged;
 //   WINOGRAD_POINTS
 //     the number of transform-domain GEMMs, which is also the number of floats per input and output channel
 //     of a transformed filter;
@@ -39,6 +41,7 @@
 #include "cpu/fma_peak.h"
 #include "cpu/isa.h"
 #include "cpu/output_allocator.h"
+#include "snapshot.h"
 
 namespace py = pybind11;
 
@@ -89,6 +92,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd_gemm_rows", &winograd_gemm_rows, py::arg("height"), py::arg("width"), py::arg("tile"),
         py::arg("stride"));
   m.def("convolution_backward", &convolution_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("snapshot_is_current", &fused_res::snapshot_is_current, py::arg("attributes"), py::arg("tensors"),
+        py::arg("refuse_grad"));
   using namespace fused_res::cpu;
   m.attr("WINOGRAD_POINTS") = kTransformPoints;
   m.attr("GRAPH_LOCATIONS") = py::make_tuple(int64_t{kInput}, int64_t{kOutput}, int64_t{kNoOperand});

@@ -74,6 +74,11 @@ def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> 
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
+def is_functorch_wrapper(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` has the wrapper of a ``torch.func`` transform, which may have ended."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def unwrap_dead_wrappers(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Return the tensors, those that were returned from inside a ``torch.func`` transform without their wrapper."""
     unwrap = torch._C._functorch.unwrap_if_dead

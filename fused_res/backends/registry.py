@@ -18,9 +18,9 @@ from fused_res.ops import OP_FAMILIES
 from fused_res.ops.geometry import Geometry
 from fused_res.ops.memory_format import conv_output_is_channels_last, is_channels_last
 
-#: Function of a selection, its problem and the input that returns the weight operand of the selected algorithm, packed
-#: if the algorithm requires it.
-WeightPacker = Callable[[Selection, Problem, Tensor], PackedWeight | Tensor]
+#: Function of a selection and its problem that returns the weight operand of the selected algorithm, packed if the
+#: algorithm requires it.
+WeightPacker = Callable[[Selection, Problem], PackedWeight | Tensor]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -247,7 +247,7 @@ def dispatch_conv_bias_act(
     Args:
         kernels: the resolved backend's kernels.
         input: ``(N, C, ...)``.
-        weight: ``(K, C / groups, ...)``.
+        weight: ``(K, C / groups, ...)``; with `pack_weight` only its shape and memory format are read.
         bias: ``(K,)`` or None.
         residual: of the output's shape, or None.
         geometry: stride, padding, dilation and groups.
@@ -261,9 +261,9 @@ def dispatch_conv_bias_act(
     algorithm = selected.algorithm
     operand: Tensor | PackedWeight = weight
     if pack_weight is not None:
-        operand = pack_weight(selected, problem, input)
+        operand = pack_weight(selected, problem)
     elif algorithm.weight_packing == "always" and algorithm.pack is not None:
-        operand = PackedWeight(algorithm.pack(problem, input, weight), problem.weight)
+        operand = PackedWeight(algorithm.pack(problem, weight), problem.weight)
     output: Tensor = kernels.implementation("inference", algorithm)(input, operand, bias, residual, geometry, relu)
     return output
 

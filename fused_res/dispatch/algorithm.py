@@ -150,7 +150,7 @@ class Algorithm:
             over.
         compact_input_gradient: whether the input gradient of a strided 1x1 convolution is compact: of the output's
             size, for the strided input positions only, without zero stuffing.
-        pack: function that packs a weight, given the problem, the input and the weight.
+        pack: function that packs a weight, given the problem and the weight.
         pack_key: function that returns, for a problem, the properties that the packed weight depends on, as a cache
             key.
         weight_packing: when *inference* needs a packed weight: ``"always"``, only if the caller caches it
@@ -166,7 +166,7 @@ class Algorithm:
     returns_partials: bool = False
     special_case: bool = False
     compact_input_gradient: bool = False
-    pack: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
+    pack: Callable[[Problem, Tensor], Tensor] | None = None
     pack_key: Callable[[Problem], Hashable] = field(default=lambda problem: None)
     weight_packing: Literal["always", "cached", "never"] = "never"
 

@@ -24,8 +24,8 @@ class Kernels(SimpleNamespace):
         name: name of the backend.
         op_families: operator families that it has kernels for.
         algorithms: convolution algorithms in order of priority, ATen's last.
-        prepare_inference_graph: function that compiles consecutive frozen blocks into one call
-            (:mod:`fused_res.backends.cpu.inference_graph`), or None.
+        prepare_inference_graph: function that compiles consecutive blocks, with batch norms folded and weights packed,
+            into one call (:func:`fused_res.backends.cpu.conv_bias_act.prepare_inference_graph`), or None.
         selects_per_call: whether the operator ``conv_bias_act`` itself selects the algorithm, from the sizes of each
             call.
     """

@@ -139,13 +139,20 @@ class FrozenConv(FrozenModule):
             y = y + residual.to(y.dtype)
         return F.relu(y) if spec.relu else y
 
-    def _pack_weight(self, selected: Selection, problem: Problem, input: Tensor) -> PackedWeight | Tensor:
+    def _pack_weight(self, selected: Selection, problem: Problem) -> PackedWeight | Tensor:
         self.last_selected = selected
         if selected.algorithm.pack is None:
             return self.weight
-        return PackedWeight(self.packed_weight(selected, problem, input).tensor, problem.weight)
+        return PackedWeight(self.packed_weight(selected, problem), problem.weight)
 
-    def packed_weight(self, selected: Selection, problem: Problem, input: Tensor) -> PackedWeightEntry:
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def packed_weight(self, selected: Selection, problem: Problem) -> Tensor:
+        return self.packed_entry(selected, problem).tensor
+
+    def packed_entry(self, selected: Selection, problem: Problem) -> PackedWeightEntry:
         """Return the packed weight for an algorithm and a problem; packed once, until the weight changes."""
         key = selected.algorithm.pack_key(problem)
         cached = self._packed.get(key)
@@ -153,7 +160,7 @@ class FrozenConv(FrozenModule):
             return cached
         assert selected.algorithm.pack is not None
         entry = PackedWeightEntry(
-            key, self.weight, _version(self.weight), selected.algorithm.pack(problem, input, self.weight)
+            key, self.weight, _version(self.weight), selected.algorithm.pack(problem, self.weight)
         )
         _cache_insert(self._packed, key, entry)
         return entry
@@ -285,11 +292,40 @@ class InferenceGraphCache:
         key = (x.shape, preference, *registry.selection_settings(kernels.name))
         prepared = self._graphs.get(key)
         if prepared is None or not prepared.is_current(layers):
-            prepared = prepare(tuple([module.as_block_spec() for module in modules]), layers, x, preference)
-            if prepared is None:
+            if any(t.dtype is not torch.float32 or t.device != x.device for one in layers for t in one.buffers()):
                 return None
+            if not all(layer.bias.is_contiguous() for layer in layers):  # a copy would miss in-place changes
+                return None
+            specs = tuple([module.as_block_spec() for module in modules])
+            bound = prepare(specs, layers, tuple(x.shape), preference)
+            if bound is None:
+                return None
+            graph = bound.graph
+            packed = zip(layers, graph.selections, graph.problems, strict=True)
+            entries = [layer.packed_entry(selection, problem) for layer, selection, problem in packed]
+            prepared = _PreparedGraph(bound, layers, [layer.spec for layer in layers], entries, bound.biases)
             _cache_insert(self._graphs, key, prepared)
         return prepared.run(x)
+
+
+class _PreparedGraph(NamedTuple):
+    bound: Any
+    layers: Sequence[FrozenConv]
+    specs: list[UnitSpec]
+    entries: list[PackedWeightEntry]
+    biases: list[Tensor]
+
+    def is_current(self, layers: Sequence[FrozenConv]) -> bool:
+        return len(layers) == len(self.layers) and all(
+            layer.spec is spec and layer.bias is bias and layer.is_current(entry)
+            for layer, spec, entry, bias in zip(layers, self.specs, self.entries, self.biases, strict=True)
+        )
+
+    def run(self, input: Tensor) -> Tensor:
+        for layer, selection in zip(self.layers, self.bound.graph.selections, strict=True):
+            layer.last_selected = selection
+        output: Tensor = self.bound.run(input)
+        return output
 
 
 def _cache_insert(cache: dict[Hashable, Any], key: Hashable, value: Any) -> None:

@@ -192,10 +192,10 @@ class TestPackedWeights:
         input, weight = tensors["input"], tensors["weight"]
         rank = input.dim() - 2
 
-        def pack_weight(selected: Selection, problem: Problem, input: Tensor) -> PackedWeight:
+        def pack_weight(selected: Selection, problem: Problem) -> PackedWeight:
             if selected.algorithm.pack is None:
                 pytest.skip(f"oneDNN does not support {dtype} on this machine")
-            return PackedWeight(selected.algorithm.pack(problem, input, weight), weight.shape)
+            return PackedWeight(selected.algorithm.pack(problem, weight), weight.shape)
 
         geometry = [options.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
         for residual in (None, tensors["residual"]):

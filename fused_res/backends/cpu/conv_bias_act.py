@@ -1,11 +1,10 @@
-"""The operator ``act(conv(x, w) + bias [+ residual])``, and consecutive frozen blocks as one inference graph."""
+"""The operator ``act(conv(x, w) + bias [+ residual])``, and inference graphs of consecutive blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from fused_res import ops
@@ -13,7 +12,7 @@ from fused_res.backends import registry
 from fused_res.backends.cpu import inference_graph
 from fused_res.backends.cpu.inference_graph import InferenceGraph
 from fused_res.dispatch import Problem, Selection
-from fused_res.spec import BlockSpec, UnitSpec
+from fused_res.spec import BlockSpec
 
 
 def _conv_bias_act(
@@ -38,70 +37,57 @@ conv_bias_act = ops.register_python_operator("fused_res_cpu", "conv_bias_act", _
 
 
 class PackedConvLayer(Protocol):
-    """A convolution layer that caches its packed weight, implemented by :class:`fused_res.nn.frozen.FrozenConv`.
+    """A convolution that provides its bias and its packed weight: :class:`fused_res.nn.packed.PackedConv`.
 
-    ``packed_weight`` returns the cache entry, packing the weight on the first call; ``is_current`` returns whether an
-    entry is still valid.
+    Attributes:
+        weight_shape: shape ``(K, C / groups, ...)`` of the weight.
+        bias: contiguous bias ``(K,)``, float32.
+        packed_weight: function that returns the weight as packed for a selected algorithm and its problem.
     """
 
-    weight: Tensor
-    bias: Tensor
-    spec: UnitSpec
-    last_selected: Selection | None  # the algorithm that ran last, for human-readable reports only
-    packed_weight: Callable[[Selection, Problem, Tensor], Any]
-    is_current: Callable[[Any], bool]
+    @property
+    def weight_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def bias(self) -> Tensor: ...
+
+    def packed_weight(self, selected: Selection, problem: Problem) -> Tensor: ...
 
 
 class BoundInferenceGraph(NamedTuple):
-    """An inference graph and its operands: consecutive blocks computed by this library's kernels only."""
+    """An inference graph and its operands: consecutive blocks computed by this library's kernels only.
+
+    It holds the operands that were current when it was prepared; the caller replaces it when a weight changes.
+    """
 
     graph: InferenceGraph
-    layers: Sequence[PackedConvLayer]
-    specs: list[UnitSpec]
-    packed_entries: list[Any]
     packed: list[Tensor]
     biases: list[Tensor]
 
-    def is_current(self, layers: Sequence[PackedConvLayer]) -> bool:
-        """Return whether `layers` are the layers of this graph, with unchanged operands."""
-        if len(layers) != len(self.layers):
-            return False
-        for layer, spec, entry, bias in zip(layers, self.specs, self.packed_entries, self.biases, strict=True):
-            if layer.spec is not spec or layer.bias is not bias or not layer.is_current(entry):
-                return False
-        return True
-
     def run(self, input: Tensor) -> Tensor:
-        first = self.layers[0]
-        if first.last_selected is not self.graph.selections[0]:
-            for layer, selection in zip(self.layers, self.graph.selections, strict=True):
-                layer.last_selected = selection
         return self.graph.run(input, self.packed, self.biases)
 
 
 def prepare_inference_graph(
-    blocks: tuple[BlockSpec, ...], layers: Sequence[PackedConvLayer], input: Tensor, preference: str
+    blocks: tuple[BlockSpec, ...], layers: Sequence[PackedConvLayer], input: tuple[int, ...], preference: str
 ) -> BoundInferenceGraph | None:
-    """Plan the inference graph for `input` and pack its weights.
+    """Plan the inference graph for an input shape and pack its weights.
+
+    Args:
+        blocks: consecutive blocks, in any order; each may end with a max pooling.
+        layers: their convolutions, block by block, a block's projection last; all tensors are float32 CPU tensors.
+        input: shape ``(N, C, H, W)``.
+        preference: algorithm preference, see :func:`fused_res.dispatch.select`.
 
     Returns:
-        The graph with its operands, or None if an operand is not a float32 CPU tensor, a bias is not contiguous, a
-        shape is invalid, or a convolution falls back to oneDNN or ATen.
+        The graph with its operands, or None if a shape is invalid or a convolution falls back to oneDNN or ATen.
     """
-    tensors = [input, *[layer.weight for layer in layers], *[layer.bias for layer in layers]]
-    if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
-        return None
-    if not all(layer.bias.is_contiguous() for layer in layers):  # a copy would miss in-place changes
-        return None
-    shapes = tuple([tuple(layer.weight.shape) for layer in layers])
-    graph = inference_graph.plan(blocks, shapes, tuple(input.shape), *registry.selection_settings("cpu"), preference)
+    shapes = tuple([layer.weight_shape for layer in layers])
+    graph = inference_graph.plan(blocks, shapes, input, *registry.selection_settings("cpu"), preference)
     if graph is None:
         return None
-    entries = [
-        layer.packed_weight(selection, problem, input)
+    packed = [
+        layer.packed_weight(selection, problem)
         for layer, selection, problem in zip(layers, graph.selections, graph.problems, strict=True)
     ]
-    specs = [layer.spec for layer in layers]
-    return BoundInferenceGraph(
-        graph, layers, specs, entries, [entry.tensor for entry in entries], [layer.bias for layer in layers]
-    )
+    return BoundInferenceGraph(graph, packed, [layer.bias for layer in layers])

@@ -275,7 +275,7 @@ def _native_algorithm(
         returns_partials=True,
         compact_input_gradient=True,
         weight_packing="always",
-        pack=lambda problem, input, weight: pack(weight, tile, problem.stride),
+        pack=lambda problem, weight: pack(weight, tile, problem.stride),
         pack_key=lambda problem: packed_format,
     )
 

@@ -43,7 +43,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def pack(problem: Problem, input: Tensor, weight: Tensor) -> Tensor:
+def pack(problem: Problem, weight: Tensor) -> Tensor:
     """Return `weight` reordered into oneDNN's blocked format for this problem.
 
     The format depends on the input's shape and the number of threads. With another shape or thread count the result is
