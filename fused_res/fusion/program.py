@@ -24,7 +24,6 @@ from fused_res.fusion.graph import Graph, Node, Op
 from fused_res.fusion.matcher import Segment, Unit, source
 from fused_res.fusion.tracer import Frame, Read, Size, is_layer, nodes_in, stock_forward
 from fused_res.nn import chain
-from fused_res.nn.packed import Block
 
 
 
@@ -116,7 +115,7 @@ class _Generator:
             node.source: source(node).source for segment in segments for node in segment.nodes if node.op is Op.IDENTITY
         }
         self.namespace: dict[str, Any] = {
-            "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling, "Block": Block,
+            "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
@@ -370,9 +369,9 @@ class _Generator:
             for segment in group:
                 if segment.shortcut == "tensor" and len(segment.units) > 1:
                     first = Segment(segment.units[:-1])
-                    blocks.append(f"Block({self.chain(first)})")
+                    blocks.append(f"({self.chain(first)})")
                     segment = Segment(segment.units[-1:], "tensor", segment.add, segment.residual)
-                blocks.append(f"Block({self.chain(segment)})")
+                blocks.append(f"({self.chain(segment)})")
             residual = "None" if last.residual is None else self.text(last.values[1])
             values = self.values(last)
             result = self.text(values[0])

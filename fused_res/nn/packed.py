@@ -25,6 +25,7 @@ from fused_res.backends import registry
 from fused_res.dispatch import PackedWeight, Problem, Selection
 from fused_res.dispatch.backend import Kernels
 from fused_res.nn import chain
+from fused_res.nn.chain import Unit
 from fused_res.nn.snapshot import Snapshot
 from fused_res.nn.spec_builder import build_block_spec
 from fused_res.ops.geometry import conv_output_sizes
@@ -39,20 +40,6 @@ _MAX_SEQUENCES = 256
 _lock = threading.Lock()
 
 Shape = tuple[int, ...]
-
-
-class Unit(NamedTuple):
-    """A convolution, the batch norm after it, and whether a ReLU follows.
-
-    Args:
-        conv: module with the attributes of ``nn.Conv2d``; calling it only runs the class's forward.
-        norm: batch norm, likewise.
-        relu: whether a ReLU follows, for a block's last unit after the addition of its shortcut.
-    """
-
-    conv: nn.Module
-    norm: nn.Module
-    relu: bool
 
 
 class Block(NamedTuple):
@@ -72,7 +59,12 @@ class Block(NamedTuple):
     @property
     def convolutions(self) -> tuple[Unit, ...]:
         """All units: those of the main path, then the projection."""
-        return (*self.units, self.shortcut) if isinstance(self.shortcut, Unit) else self.units
+        return self.units if isinstance(self.shortcut, str) else (*self.units, self.shortcut)
+
+    @classmethod
+    def of(cls, units: Any, shortcut: Any, pool: Any) -> Block:
+        """Return a block from tuples, which equal it; generated code passes those, because they are made faster."""
+        return cls(tuple([Unit(*u) for u in units]), shortcut if isinstance(shortcut, str) else Unit(*shortcut), pool)
 
 
 class PackedProgram:
@@ -132,6 +124,7 @@ class PackedProgram:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None  # tensors that are created during the capture must not outlive the CUDA graph
             settings = _Settings(kernels, preference, x.device, autocast or x.dtype, autocast is not None)
+            blocks = tuple([Block.of(*block) for block in blocks])
             prepared = _prepare(x, blocks, settings, refuse_grad)
             if prepared is None:
                 return None
@@ -469,7 +462,7 @@ def _read_block(block: Block, input: Shape, settings: _Settings, snapshots: list
     for packed in units:
         sum_shape = None if sum_shape is None else packed.output_shape(sum_shape)
     shortcut: Literal["none", "identity", "tensor"] | PackedConv
-    if isinstance(block.shortcut, Unit):
+    if not isinstance(block.shortcut, str):
         shortcut = convolutions[-1]
         added = None if shortcut.spec.relu else shortcut.output_shape(input)
     else:
