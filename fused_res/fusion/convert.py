@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fused_res.backends import registry
-from fused_res.fusion.fused import Fused, Fusion, Settings, base_class, fused_class
+from fused_res.fusion.fused import Fusion, Settings, base_class, fused_class
 from fused_res.fusion.graph import build_graph
 from fused_res.fusion.matcher import Segment, find_segments
 from fused_res.fusion.program import Program, Unemittable, generate
@@ -75,9 +75,8 @@ def unfuse(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FusableModule):
             module.fused = False
-        if isinstance(module, Fused):
-            module.__dict__.pop("_fused_res", None)
-            # If another library has derived a class from the generated one, its forward finds no program.
+        # If another library has derived a class from the generated one, its forward finds no program.
+        if module.__dict__.pop("_fused_res", None) is not None:
             object.__setattr__(module, "__class__", base_class(type(module)))
     return model
 
@@ -103,9 +102,8 @@ def install(model: nn.Module, settings: Settings, packed: bool, frozen: bool = F
             module.__dict__["_fused_res"] = Fusion(settings, packed, frozen, tuple(found))
 
 
-def refuse_module(module: Any) -> None:
-    """Generate the programs of one unpickled module."""
-    fusion: Fusion = module.__dict__["_fused_res"]
+def generate_programs(module: nn.Module, fusion: Fusion) -> None:
+    """Generate the programs of an unpickled module."""
     packed = fusion.packed is not None
     programs: list[Program] = []
     with suppress(Untraceable):

@@ -46,41 +46,9 @@ class Fusion:
         return Fusion, (self.settings, self.packed is not None, self.frozen)
 
 
-class Fused(Unscriptable):
-    """Base of the generated classes. All names begin with an underscore, because a child may have any other name."""
-
-    _fused_res: Fusion
-
-    def train(self, mode: bool = True) -> Any:
-        fusion = self.__dict__.get("_fused_res")
-        if not mode or fusion is None or not fusion.frozen:
-            return super().train(mode)  # type: ignore[misc]
-        if not fusion.has_warned:
-            fusion.has_warned = True
-            warnings.warn(
-                "this model is frozen for inference and stays in evaluation mode: train the model that it was made from",
-                stacklevel=2,
-            )
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Generated classes cannot be pickled by name; an empty module is made from the base.
-        reduced = super().__reduce_ex__(protocol)
-        base = base_class(type(self))
-        return reduced if base is type(self) else (_empty, (base,), *reduced[2:])
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        fusion = self.__dict__.get("_fused_res")
-        if fusion is not None and not fusion.programs:
-            from fused_res.fusion.convert import refuse_module
-
-            refuse_module(self)  # type: ignore[arg-type]
-
-
 def fusion_of(module: nn.Module) -> Fusion | None:
     """Return what a fused module holds, or None."""
-    return module.__dict__.get("_fused_res") if isinstance(module, Fused) else None
+    return module.__dict__.get("_fused_res")
 
 
 _fused_classes: dict[type, type | None] = {}
@@ -91,17 +59,22 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module] | None:
     if base not in _fused_classes:
         names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
         try:
-            _fused_classes[base] = type(base.__name__, (Fused, base), names | {"forward": _forward_of(base)})
+            _fused_classes[base] = type(base.__name__, (base,), names | _methods(base))
         except Exception:  # the class, or its metaclass, does not allow it
             _fused_classes[base] = None
     return _fused_classes[base]
 
 
-def _forward_of(base: Any) -> Any:
-    """Return a forward that tries the programs; ``torch.fx`` and ``inspect`` see the parameters of `base`'s forward."""
-    stock = base.forward
+def base_class(cls: type) -> type[nn.Module]:
+    """Return the class that a generated one was made from; `cls` itself if it is not generated."""
+    base = cls.__bases__[-1]
+    return base if _fused_classes.get(base) is cls else cls
 
-    @functools.wraps(stock)
+
+def _methods(base: Any) -> dict[str, Any]:
+    """Return the methods of the subclass of `base`."""
+
+    @functools.wraps(base.forward)  # torch.fx and inspect see the parameters of the stock forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         fusion = self.__dict__.get("_fused_res")
         if fusion is not None:
@@ -111,13 +84,35 @@ def _forward_of(base: Any) -> Any:
                     return output
         return base.forward(self, *args, **kwargs)
 
-    return forward
+    def train(self: Any, mode: bool = True) -> Any:
+        fusion = fusion_of(self)
+        if not mode or fusion is None or not fusion.frozen:
+            return base.train(self, mode)
+        if not fusion.has_warned:
+            fusion.has_warned = True
+            warnings.warn(
+                "this model is frozen for inference and stays in evaluation mode: train the model that it was made from",
+                stacklevel=2,
+            )
+        return self
 
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        # Generated classes cannot be pickled by name; an empty module is made from the base.
+        reduced = base.__reduce_ex__(self, protocol)
+        return (_empty, (base,), *reduced[2:]) if type(self) is _fused_classes[base] else reduced
 
-def base_class(cls: type) -> type[nn.Module]:
-    """Return the class that a generated one was made from; `cls` itself if it is not generated."""
-    base = cls.__bases__[-1]
-    return base if _fused_classes.get(base) is cls else cls
+    def setstate(self: Any, state: Any) -> None:
+        base.__setstate__(self, state)
+        fusion = fusion_of(self)
+        if fusion is not None and not fusion.programs:
+            from fused_res.fusion.convert import generate_programs
+
+            generate_programs(self, fusion)
+
+    return {
+        "forward": forward, "train": train, "__reduce_ex__": reduce_ex, "__setstate__": setstate,
+        "__prepare_scriptable__": Unscriptable.__prepare_scriptable__,
+    }  # fmt: skip
 
 
 def _empty(base: type[nn.Module]) -> nn.Module:

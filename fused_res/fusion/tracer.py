@@ -162,7 +162,7 @@ def is_layer(module: nn.Module) -> bool:
 def stock_forward(module: nn.Module) -> Any:
     """Return the function that computes the forward of `module` unfused."""
     kind: Any = base_class(type(module))
-    return kind.stock_forward if isinstance(module, FusableModule) else kind.forward
+    return getattr(kind, "stock_forward", kind.forward) if isinstance(module, FusableModule) else kind.forward
 
 
 def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:

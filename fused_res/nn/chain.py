@@ -203,6 +203,8 @@ def read_norm(state: dict[str, Any]) -> NormArgs | str:
 
 def inspect_pool(pool: nn.Module) -> Unsupported | None:
     """Return Unsupported unless the fused forward supports the settings of the max pooling `pool`."""
+    if type(pool) is not nn.MaxPool2d:
+        return Unsupported("is not exactly MaxPool2d", pool)
     state = pool.__dict__
     if state["return_indices"] or state["ceil_mode"] or state["dilation"] not in (1, (1, 1)):
         return Unsupported("returns indices, uses ceil_mode or is dilated", pool)
@@ -246,8 +248,14 @@ def match_chain(
 #: would take 1 us per block; this takes 10 ns.
 enabled = env.ENABLED.read() == "1"
 _STOCK_METHODS = tuple(
-    [(kind, "forward", kind.forward) for kind in (Conv2d, BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity)]
-    + [(Conv2d, "_conv_forward", Conv2d._conv_forward), (nn.Module, "__call__", nn.Module.__call__)]
+    (kind, name, getattr(kind, name))
+    for name, kinds in {
+        "forward": (Conv2d, BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.Sequential),
+        "_conv_forward": (Conv2d,),
+        "__call__": (nn.Module,),
+        "_call_impl": (nn.Module,),
+    }.items()
+    for kind in kinds
 )
 
 

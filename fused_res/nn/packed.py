@@ -28,6 +28,7 @@ from fused_res.nn import chain
 from fused_res.nn.chain import Unit
 from fused_res.nn.snapshot import Snapshot
 from fused_res.nn.spec_builder import build_block_spec
+from fused_res.ops.memory_format import conv_output_is_channels_last
 from fused_res.ops.geometry import conv_output_sizes
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, UnitTensors
 
@@ -133,7 +134,10 @@ class PackedProgram:
         if not prepared.accepts(residual):
             return None
         sequence.last = prepared
-        return prepared.run(x, residual)
+        output = prepared.run(x, residual)
+        # The kernels return channels_last memory, PyTorch only if the input or a weight has it.
+        is_channels_last = any(conv_output_is_channels_last(x, weight) for weight in prepared.weights)
+        return output if is_channels_last else output.contiguous()
 
     def selected(self) -> dict[nn.Module, Selection]:
         """Return the algorithm that each convolution ran last, for human-readable reports."""
@@ -386,6 +390,7 @@ class _Prepared(NamedTuple):
     steps: Sequence[_GraphStep | _BlockStep]
     convolutions: list[PackedConv]
     residual_shape: Shape | None
+    weights: list[Tensor]
 
     def accepts(self, residual: Tensor | None) -> bool:
         """Return whether `residual` can be added without broadcasting or a change of dtype, or there is none."""
@@ -432,6 +437,7 @@ def _prepare(x: Tensor, blocks: tuple[Block, ...], settings: _Settings, refuse_g
         _merge_into_graphs(steps, settings),
         [convolution for step in steps for convolution in step.convolutions],
         residuals[0] if residuals else None,
+        [unit.conv.__dict__["_parameters"]["weight"] for block in blocks for unit in block.units],
     )
 
 

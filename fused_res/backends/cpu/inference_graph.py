@@ -174,11 +174,12 @@ def _plan_arena(nodes: Sequence[_GraphNode], sizes: Sequence[int]) -> tuple[list
         for value in (node.input_value, node.residual):
             if value is not None:
                 last_use[value] = index
-    # A residual that is last used by an addition is overwritten in place by the sum, element by element.
+    # A residual that is last used by an addition is overwritten in place by the sum, element by element: unless it is the
+    # convolution's input, too, which is read while the sum is written.
     alias_of = list(range(output + 1))
     for index in reversed(range(output)):
         residual = nodes[index].residual
-        if residual and last_use[residual] == index:
+        if residual and last_use[residual] == index and residual != nodes[index].input_value:
             alias_of[residual] = alias_of[index + 1]
     live_ranges: dict[int, tuple[int, int]] = {}
     for value in range(1, output + 1):
