@@ -74,10 +74,14 @@ def _copy(model: Model) -> Model:
 
 
 def _apply_reparametrizations(module: nn.Module) -> None:
-    """Replace weights that are computed on every call by their present values, with PyTorch's own functions."""
+    """Replace weights that are computed on every call by their present values."""
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(module, name)
+        # remove_parametrizations would change the class, which the copy shares with the source.
+        values = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
+        module.__class__ = type(module).__bases__[0]
+        del module._modules["parametrizations"]
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, WeightNorm):
             remove_weight_norm(module, hook.name)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fused_res.nn import chain
 from fused_res.nn.fusable_module import Unscriptable
 from fused_res.nn.packed import PackedProgram
 
@@ -77,7 +78,7 @@ def _methods(base: Any) -> dict[str, Any]:
     @functools.wraps(base.forward)  # torch.fx and inspect see the parameters of the stock forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         fusion = self.__dict__.get("_fused_res")
-        if fusion is not None:
+        if fusion is not None and chain.unsupported_context() is None:
             for program in fusion.programs:
                 output = program.forward(self, *args, **kwargs)
                 if output is not NotImplemented:

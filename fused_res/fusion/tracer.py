@@ -170,13 +170,15 @@ def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
     kind: Any = base_class(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
+    if isinstance(module, fx.GraphModule):  # it sets methods of its own class, which cannot have a generated subclass
+        return "is a torch.fx graph"
     if not isinstance(stock_forward(module), types.FunctionType):
         return "has no function as its forward"
     if isinstance(module, FusableModule) and not (inline_fusable and hasattr(module, "stock_forward")):
         return "is a module of fused_res.nn"
     if not has_no_hooks(module.__dict__):
         return "has a hook, or a forward of its own"
-    if kind.__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
+    if kind.__call__ is not nn.Module.__call__:
         return "overrides __call__"
     if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not object.__getattribute__:
         return "overrides attribute access"

@@ -41,7 +41,7 @@ class BatchNormAct2d(FusableModule, nn.BatchNorm2d):
         self.configure(backend)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.fused:
+        if self.fused and chain.unsupported_context() is None:
             output = chain.run_fused_norm(input, self, residual, self.activation, self.backend)
             if output is not None:
                 return output

@@ -342,9 +342,10 @@ def run_fused(
 ) -> Tensor | None:
     """Return the output of the fused forward, or None if the stock forward has to run on this call.
 
-    The caller guarantees that all modules run the forward of their stock class, without hooks.
+    The caller has checked :func:`unsupported_context`, and guarantees that all modules run the forward of their stock
+    class, without hooks.
     """
-    if unsupported_context() or inspect_input(input):
+    if inspect_input(input):
         return None
     dtype_and_autocast = compute_dtype(input, shortcut == "identity")
     chain = match_chain(units, shortcut, pool)
@@ -362,9 +363,9 @@ def run_fused_norm(
 ) -> Tensor | None:
     """Return ``activation(norm(input) [+ residual])`` from the fused operator, or None if the stock forward has to run.
 
-    The caller has checked that `norm` has a supported class and no hooks.
+    The caller has checked :func:`unsupported_context`, and that `norm` has a supported class and no hooks.
     """
-    if unsupported_context() or inspect_input(input):
+    if inspect_input(input):
         return None
     if residual is not None and (
         inspect_input(residual)
@@ -434,6 +435,8 @@ class Layers(NamedTuple):
 
     def run_fused(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor | None:
         """Return the output of the fused forward, or None if the stock forward has to run on this call."""
+        if unsupported_context():
+            return None
         arguments = self.arguments()
         return None if isinstance(arguments, Unsupported) else run_fused(input, *arguments, backend, recompute, tune)
 
