@@ -162,7 +162,9 @@ class Recording:
         if not packed:
             own = [segment for segment in inside if segment.frame is owner] or inside
             while True:
-                looked_into = {frame for segment in own for node in segment.nodes for frame in _up_to(node.frame, owner)}
+                looked_into = {
+                    frame for segment in own for node in segment.nodes for frame in _up_to(node.frame, owner)
+                }
                 more = [segment for segment in inside if segment.frame in looked_into]
                 if len(more) <= len(own):
                     break

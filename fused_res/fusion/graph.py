@@ -49,7 +49,20 @@ class Node:
         storage, writes: storages of the output and of what it writes to, see :meth:`Graph.root`.
     """
 
-    __slots__ = ("frame", "in_place", "index", "layer", "op", "operands", "path", "returned", "source", "storage", "users", "writes")
+    __slots__ = (
+        "frame",
+        "in_place",
+        "index",
+        "layer",
+        "op",
+        "operands",
+        "path",
+        "returned",
+        "source",
+        "storage",
+        "users",
+        "writes",
+    )
 
     def __init__(self, source: fx.Node, index: int, frame: Any) -> None:
         self.op = Op.OTHER
@@ -71,7 +84,9 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
-        self.producers: dict[fx.Node, list[Node]] = {}  # of each value: its own node, then those that update it in place
+        self.producers: dict[
+            fx.Node, list[Node]
+        ] = {}  # of each value: its own node, then those that update it in place
         self._parents: list[int] = []
 
     def new_storage(self) -> int:
@@ -101,9 +116,20 @@ _RELU_METHODS = {"relu": False, "relu_": True}
 _CLAMP_METHODS = {"clamp": False, "clamp_": True, "clamp_min": False, "clamp_min_": True}
 _ADD_METHODS = {"add": False, "add_": True}
 _IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in "add sub mul matmul truediv floordiv mod pow".split()}
-_IN_PLACE_OPERATORS |= {operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.setitem}
+_IN_PLACE_OPERATORS |= {
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+    operator.ilshift,
+    operator.irshift,
+    operator.setitem,
+}
 #: Functions that read no tensor data and return no tensor.
-_PURE = {getattr, operator.getitem, *(getattr(operator, name) for name in "add sub mul truediv floordiv mod neg".split())}
+_PURE = {
+    getattr,
+    operator.getitem,
+    *(getattr(operator, name) for name in "add sub mul truediv floordiv mod neg".split()),
+}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
 _PURE_METHODS = {"size", "dim", "numel", "stride", "ndimension"}
 
@@ -233,10 +259,15 @@ def _classify_functional_conv(node: Node, module_of: Callable[[str], nn.Module])
     module: Any = module_of(path)
     if not isinstance(module, nn.Conv2d) or name != "weight" or module.padding_mode != "zeros":
         return
-    has_bias = isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.target == (f"{path}.bias" if path else "bias")
+    has_bias = (
+        isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.target == (f"{path}.bias" if path else "bias")
+    )
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     settings = {name: given.get(name, default) for name, default in defaults.items()}
-    pairs = {name: (value, value) if isinstance(value, int) and name != "groups" else value for name, value in settings.items()}
+    pairs = {
+        name: (value, value) if isinstance(value, int) and name != "groups" else value
+        for name, value in settings.items()
+    }
     expected = {name: getattr(module, name) for name in defaults}
     if (has_bias or (bias is None and module.bias is None)) and pairs == expected and node.source.args[:1]:
         node.op, node.layer, node.path = Op.CONV, module, path
@@ -257,5 +288,10 @@ def _written(node: Node, module_of: Callable[[str], nn.Module]) -> Iterator[Node
     elif source.op == "call_function":
         name = getattr(target, "__name__", "")
         in_place = target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-        if in_place or source.kwargs.get("inplace") or any(value is True for value in source.args) or "out" in source.kwargs:
+        if (
+            in_place
+            or source.kwargs.get("inplace")
+            or any(value is True for value in source.args)
+            or "out" in source.kwargs
+        ):
             yield from node.operands

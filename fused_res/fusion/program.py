@@ -26,7 +26,6 @@ from fused_res.fusion.tracer import Frame, Read, Size, is_layer, nodes_in, stock
 from fused_res.nn import chain
 
 
-
 class Unemittable(Exception):
     """The reason why no forward can be generated for a module, although it was recorded."""
 
@@ -214,7 +213,9 @@ class _Generator:
         variable = self.modules[path]
         if runs and path != self.owner.path and path not in self.running:
             self.running.add(path)
-            self.guard(f"not has_no_hooks({variable}.__dict__)", f"{self.relative(path)} has a hook, or a forward of its own")
+            self.guard(
+                f"not has_no_hooks({variable}.__dict__)", f"{self.relative(path)} has a hook, or a forward of its own"
+            )
         return variable
 
     def guard_read(self, read: Read) -> None:
@@ -233,7 +234,9 @@ class _Generator:
             self.guard(failure, f"{where or 'the module'} has changed")
             return
         holder = self.constant(owner)
-        actual = {"cell": f"{holder}.cell_contents", "global": f"{holder}.get({name!r})"}.get(kind) or f"{holder}.{name}"
+        actual = {"cell": f"{holder}.cell_contents", "global": f"{holder}.get({name!r})"}.get(
+            kind
+        ) or f"{holder}.{name}"
         # Dynamo guards the code that it compiles by itself.
         self.guard(f"not is_compiling() and {self._differs(actual, value)}", f"{name} has changed")
 
@@ -400,7 +403,9 @@ class _Generator:
                 and not segment.input.returned
                 and all(user in segment.nodes for user in segment.input.users)
                 and segment.residual is not segment.input
-                and not self.graph.is_written_between(previous[0].nodes[0], segment.last, previous[0].inputs, segment.nodes)
+                and not self.graph.is_written_between(
+                    previous[0].nodes[0], segment.last, previous[0].inputs, segment.nodes
+                )
             )
             if joins and previous is not None:
                 del groups[segment.input]
@@ -433,7 +438,10 @@ class _Generator:
                 self.emit_node(node, 1)
         self.emit(1, f"return {self.text(self.owner.result)}", (), self.owner.outputs)
         body = self._free_and_check()
-        first = [f"    {code}: return NotImplemented" if code.startswith("if ") else f"    {code}" for code, _ in (*self.argument_guards, *self.guards)]
+        first = [
+            f"    {code}: return NotImplemented" if code.startswith("if ") else f"    {code}"
+            for code, _ in (*self.argument_guards, *self.guards)
+        ]
         text = "\n".join([header, *first, *body]) + "\n"
         return Program(text, self.namespace, self.guards, self.segments, self.owner.path)
 

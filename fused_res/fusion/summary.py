@@ -199,7 +199,11 @@ def _describe(module: Any, program: Program) -> tuple[str, set[nn.Module]]:
             refused.append(str(_reason(module, unsupported)))
             continue
         kinds[_name_of(segment)] += 1
-        found |= {module.get_submodule(program.relative(n.path)) for n in segment.nodes if n.path and n.layer in _norm_layers(segment)}
+        found |= {
+            module.get_submodule(program.relative(n.path))
+            for n in segment.nodes
+            if n.path and n.layer in _norm_layers(segment)
+        }
         chains.append([unit[0] for unit in units if unit[0] is not None])
     fusion = module._fused_res
     parts = [f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()]

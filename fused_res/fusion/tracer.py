@@ -83,7 +83,9 @@ class Frame:
         self.parent = parent
         self.call = call
         self.reads: dict[tuple[str, Any, str], Read] = {}
-        self.conditions: list[tuple[Any, Any]] = []  # expressions of sizes, each with the value that the recording assumes
+        self.conditions: list[
+            tuple[Any, Any]
+        ] = []  # expressions of sizes, each with the value that the recording assumes
         self.arguments: dict[str, Any] = {}
         self.result: Any = None
 
@@ -703,7 +705,9 @@ def _builtins_for(tracer: _Tracer) -> dict[str, Any]:
         if not isinstance(value, fx.Proxy):
             return len(value)
         shape = _size_expression(value.node)
-        return tracer.assume(Size(shape.tensor, "ndim") if isinstance(shape, Size) else _refuse("takes a tensor's length"))
+        return tracer.assume(
+            Size(shape.tensor, "ndim") if isinstance(shape, Size) else _refuse("takes a tensor's length")
+        )
 
     def safe_super(*arguments: Any) -> _Super:
         if arguments:

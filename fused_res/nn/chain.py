@@ -23,7 +23,6 @@ from fused_res.nn.spec_builder import UnitKey, build_block_spec
 from fused_res.spec import BlockSpec, UnitTensors
 
 
-
 class Unit(NamedTuple):
     """The modules of one conv-BN-act unit.
 
