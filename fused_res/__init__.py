@@ -4,10 +4,11 @@
 and networks for new ones. All of them call :mod:`fused_res.functional`; :mod:`fused_res.backends` selects the kernels.
 """
 
-from fused_res import backends, env, functional, fusion, models, nn
+from fused_res import backends, env, functional, fusion, models, nn, report
 from fused_res.backends import BackendUnavailableError
-from fused_res.fusion import check, freeze, fuse, summarize, unfuse
+from fused_res.fusion import freeze, fuse, unfuse
 from fused_res.nn import convert_sync_batchnorm
+from fused_res.report import check, summarize
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "fusion",
     "models",
     "nn",
+    "report",
     "summarize",
     "unfuse",
 ]

@@ -85,7 +85,7 @@ def _run_check(options: argparse.Namespace) -> None:
         layout = {"memory_format": torch.channels_last} if options.channels_last else {}
         return value.to(options.device, getattr(torch, options.dtype), **layout)
 
-    def run() -> fused_res.fusion.Report:
+    def run() -> fused_res.report.Report:
         torch.manual_seed(0)
         x: Tensor = to(torch.randn(options.input))
         return fused_res.check(to(model), x, backend=options.backend, seconds=options.seconds)

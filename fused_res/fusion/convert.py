@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from fused_res.backends import registry
-from fused_res.fusion.fused import Fusion, Settings, base_class, fused_class
-from fused_res.fusion.graph import build_graph
+from fused_res.fusion.fused import Fusion, Settings, fused_class
 from fused_res.fusion.matcher import Segment, find_segments
 from fused_res.fusion.program import Program, Unemittable, generate
-from fused_res.fusion.tracer import Frame, Trace, Untraceable, is_layer, opaque_reason, trace
-from fused_res.nn.fusable_module import FusableModule, check_model, check_settings
+from fused_res.graph.ir import build_graph
+from fused_res.graph.symbolic import Frame, Trace, Untraceable, is_layer, opaque_reason, trace
+from fused_res.nn.fusable_module import FusableModule, check_model, check_settings, stock_class
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,7 +77,7 @@ def unfuse(model: Model) -> Model:
             module.fused = False
         # If another library has derived a class from the generated one, its forward finds no program.
         if module.__dict__.pop("_fused_res", None) is not None:
-            object.__setattr__(module, "__class__", base_class(type(module)))
+            object.__setattr__(module, "__class__", stock_class(type(module)))
     return model
 
 

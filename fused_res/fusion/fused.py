@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fused_res.nn import chain
-from fused_res.nn.fusable_module import Unscriptable
+from fused_res.nn.fusable_module import Unscriptable, generated_from
 from fused_res.nn.packed import PackedProgram
 
 
@@ -60,16 +60,11 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module] | None:
     if base not in _fused_classes:
         names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
         try:
-            _fused_classes[base] = type(base.__name__, (base,), names | _methods(base))
+            made = _fused_classes[base] = type(base.__name__, (base,), names | _methods(base))
+            generated_from[made] = base
         except Exception:  # the class, or its metaclass, does not allow it
             _fused_classes[base] = None
     return _fused_classes[base]
-
-
-def base_class(cls: type) -> type[nn.Module]:
-    """Return the class that a generated one was made from; `cls` itself if it is not generated."""
-    base = cls.__bases__[-1]
-    return base if _fused_classes.get(base) is cls else cls
 
 
 def _methods(base: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The matcher: find every maximal chain of the graph that a fused operator computes.
 
 A :class:`Segment` is a chain of conv-BN-act units with an optional shortcut and pooling, or one norm with an optional
-addition and ReLU. The matcher sees only :class:`fused_res.fusion.graph.Node`: an intermediate result may be inside a
+addition and ReLU. The matcher sees only :class:`fused_res.graph.ir.Node`: an intermediate result may be inside a
 segment if nothing else reads it, and a segment runs where its last node is, so no operation in between may write to
 its inputs.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from fused_res.fusion.graph import Graph, Node, Op
+from fused_res.graph.ir import Graph, Node, Op
 from fused_res.nn import chain
 
 

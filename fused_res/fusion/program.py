@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fused_res.fusion.fused import base_class, fused_class
-from fused_res.fusion.graph import Graph, Node, Op
+from fused_res.fusion.fused import fused_class
 from fused_res.fusion.matcher import Segment, Unit, source
-from fused_res.fusion.tracer import Frame, Read, Size, is_layer, nodes_in, stock_forward
+from fused_res.graph.ir import Graph, Node, Op
+from fused_res.graph.symbolic import Frame, Read, Size, is_layer, nodes_in, stock_forward
 from fused_res.nn import chain
+from fused_res.nn.fusable_module import stock_class
 
 
 class Unemittable(Exception):
@@ -205,7 +206,7 @@ class _Generator:
             if list(self.modules.values()).count(variable) > 1:
                 variable = self.modules[path] = f"m{len(self.modules)}"
             self.guards.append((f"{variable} = {holder}._modules.get({name!r})", f"{where} is missing"))
-            kind: Any = base_class(type(self.owner.module.get_submodule(where)))
+            kind: Any = stock_class(type(self.owner.module.get_submodule(where)))
             failure = f"{variable}.__class__ is not {self.constant(kind)}"
             if not is_layer(self.owner.module.get_submodule(where)) and (fused := fused_class(kind)) is not None:
                 failure += f" and {variable}.__class__ is not {self.constant(fused)}"

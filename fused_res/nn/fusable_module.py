@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -46,6 +47,15 @@ def check_settings(backend: str, recompute: str) -> None:
         raise ValueError(f"backend must be one of {registry.names()}, got {backend!r}")
     check_recompute(recompute)
     registry.require_available(backend)
+
+
+#: The class that each class which :func:`fused_res.fuse` generated was made from.
+generated_from: dict[type, type] = {}
+
+
+def stock_class(cls: type) -> Any:
+    """Return the class whose forward computes the unfused result: `cls`, or what it was generated from."""
+    return generated_from.get(cls, cls)
 
 
 class Unscriptable:

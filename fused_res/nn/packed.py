@@ -28,8 +28,8 @@ from fused_res.nn import chain
 from fused_res.nn.chain import Unit
 from fused_res.nn.snapshot import Snapshot
 from fused_res.nn.spec_builder import build_block_spec
-from fused_res.ops.memory_format import conv_output_is_channels_last
 from fused_res.ops.geometry import conv_output_sizes
+from fused_res.ops.memory_format import conv_output_is_channels_last
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, UnitTensors
 
 #: Bound on the packed weights of a layer and on the prepared input shapes of a sequence of blocks. Some packings depend

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_res import freeze, fuse, models, summarize, unfuse
-from fused_res.fusion.summary import Row
+from fused_res.report.summary import Row
 from fused_res.testing import stub_torchvision_operators
 from tests.support.model_comparison import assert_near, randomize_norms, record_fused_calls
 

@@ -11,7 +11,7 @@ ROOT = Path(fused_res.__file__).parent
 
 #: Layers from bottom to top; modules of one layer do not import each other.
 LAYERS = (
-    ("_torch_compat", "comparison", "env"),
+    ("_torch_compat", "env"),
     ("_extension", "ops"),
     ("dispatch", "spec"),
     ("backends",),
@@ -21,7 +21,9 @@ LAYERS = (
     ("functional",),
     ("nn",),
     ("models",),
+    ("graph",),
     ("fusion",),
+    ("report",),
     ("__init__", "testing"),
     ("_cli",),
     ("__main__",),

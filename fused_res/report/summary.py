@@ -17,13 +17,12 @@ from fused_res._torch_compat import NormBase
 from fused_res.backends import registry
 from fused_res.block.plan import Plan
 from fused_res.fusion.convert import recordings
-from fused_res.fusion.fused import Settings, base_class, fusion_of
+from fused_res.fusion.fused import Settings, fusion_of
 from fused_res.fusion.matcher import Segment, Unit
 from fused_res.fusion.program import Program
-from fused_res.models.network import ResidualNetwork
 from fused_res.nn import chain
 from fused_res.nn.batch_norm_act import BatchNormAct2d
-from fused_res.nn.fusable_module import FusableModule, check_model
+from fused_res.nn.fusable_module import FusableModule, check_model, stock_class
 
 NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm)
 _NOT_RUN = "algorithms are selected for the first input"
@@ -105,7 +104,7 @@ def summarize(model: nn.Module, *inputs: Any) -> Summary:
         inputs: example inputs. With them, one stock forward in evaluation mode measures how many bytes the norms read.
 
     Returns:
-        A :class:`fused_res.fusion.Summary`; its ``steps`` list every step of the plans that the blocks ran last.
+        A :class:`fused_res.report.Summary`; its ``steps`` list every step of the plans that the blocks ran last.
 
     Raises:
         TypeError: `model` is not a module.
@@ -132,7 +131,7 @@ def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
     rows: dict[nn.Module, Row] = {}
     covered: set[nn.Module] = set()  # norms that a row speaks of
     for module, name in names.items():
-        kind = base_class(type(module)).__name__
+        kind = stock_class(type(module)).__name__
         fusion = fusion_of(module)
         if fusion is not None and fusion.programs:
             failures = [program.failing_guard(module) for program in fusion.programs]

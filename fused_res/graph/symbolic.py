@@ -24,13 +24,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.fx.proxy import Attribute, GraphAppendingTracer
+from torch.nn import functional as F
 
-from fused_res.fusion.fused import base_class
-from fused_res.fusion.graph import eliminate_dead_reads
+from fused_res.graph.ir import eliminate_dead_reads
 from fused_res.nn.chain import has_no_hooks
-from fused_res.nn.fusable_module import FusableModule
+from fused_res.nn.fusable_module import FusableModule, stock_class
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 #: Immutable values. A recorded forward may depend on them.
@@ -38,12 +37,7 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dt
 _ATOMS += (torch.layout, torch.Size, enum.Enum, slice, range)
 #: Functions of torch whose result depends on how a forward runs, not on its arguments; eager execution returns False.
 _FALSE_IN_EAGER = ("is_scripting", "is_tracing", "is_in_onnx_export")
-_SAFE_BUILTINS = (
-    "abs all any bool dict divmod enumerate filter float frozenset getattr hasattr int iter list map max min next range"
-    " reversed round set slice sorted str sum tuple zip Ellipsis NotImplemented object"
-    " AssertionError AttributeError Exception IndexError KeyError NotImplementedError RuntimeError StopIteration"
-    " TypeError ValueError"
-).split()
+_SAFE_BUILTINS = ["abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "getattr", "hasattr", "int", "iter", "list", "map", "max", "min", "next", "range", "reversed", "round", "set", "slice", "sorted", "str", "sum", "tuple", "zip", "Ellipsis", "NotImplemented", "object", "AssertionError", "AttributeError", "Exception", "IndexError", "KeyError", "NotImplementedError", "RuntimeError", "StopIteration", "TypeError", "ValueError"]
 
 
 class Untraceable(BaseException):
@@ -156,20 +150,20 @@ def trace(root: nn.Module, training: bool, inline_fusable: bool = False) -> Trac
 
 def is_layer(module: nn.Module) -> bool:
     """Return whether a module is one operation: a forward of ``torch.nn``, and no children."""
-    forward: Any = getattr(base_class(type(module)), "forward", None)
+    forward: Any = getattr(stock_class(type(module)), "forward", None)
     is_torch = (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
     return is_torch and not module._modules and not isinstance(module, _CONTAINERS)
 
 
 def stock_forward(module: nn.Module) -> Any:
     """Return the function that computes the forward of `module` unfused."""
-    kind: Any = base_class(type(module))
+    kind: Any = stock_class(type(module))
     return getattr(kind, "stock_forward", kind.forward) if isinstance(module, FusableModule) else kind.forward
 
 
 def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
     """Return why the forward of `module` is not to be recorded operation by operation, or None."""
-    kind: Any = base_class(type(module))
+    kind: Any = stock_class(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
     if isinstance(module, fx.GraphModule):  # it sets methods of its own class, which cannot have a generated subclass
@@ -220,7 +214,7 @@ def _define_in_place(name: str) -> None:
     setattr(_Proxy, f"__{name}__", record)
 
 
-for _name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split():
+for _name in ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]:
     _define_in_place(f"i{_name}")
 
 
@@ -501,7 +495,7 @@ class _Shadow:
 
     @property
     def __class__(self) -> Any:  # type: ignore[override]
-        return base_class(type(self._shadowed[2]))
+        return stock_class(type(self._shadowed[2]))
 
     def __getattr__(self, name: str) -> Any:
         return _read(self, name)
@@ -541,7 +535,7 @@ class _Shadow:
 def _read(shadow: _Shadow, name: str) -> Any:
     """Return an attribute of a shadow, found in the order in which Python and ``nn.Module`` look for it."""
     tracer, path, module = shadow._shadowed
-    state, kind = module.__dict__, base_class(type(module))
+    state, kind = module.__dict__, stock_class(type(module))
     if name == "training":
         tracer.reads_training = True
         tracer.note("attribute", path, name, tracer.training)
@@ -599,7 +593,7 @@ def _children(shadow: _Shadow) -> dict[str, Any]:
 def _call_special(shadow: _Shadow, name: str, *arguments: Any) -> Any:
     """Call a special method, which Python looks up in the class; those of the containers of ``torch.nn`` are known."""
     module = shadow._shadowed[2]
-    if isinstance(module, _CONTAINERS) and getattr(base_class(type(module)), name) in _CONTAINER_METHODS[name]:
+    if isinstance(module, _CONTAINERS) and getattr(stock_class(type(module)), name) in _CONTAINER_METHODS[name]:
         children = _children(shadow)
         if isinstance(module, nn.ModuleDict):
             return _SPECIAL[name](children, *arguments)

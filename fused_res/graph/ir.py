@@ -115,7 +115,7 @@ _ADD_FUNCTIONS = {torch.add: False, operator.add: False, operator.iadd: True}
 _RELU_METHODS = {"relu": False, "relu_": True}
 _CLAMP_METHODS = {"clamp": False, "clamp_": True, "clamp_min": False, "clamp_min_": True}
 _ADD_METHODS = {"add": False, "add_": True}
-_IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in "add sub mul matmul truediv floordiv mod pow".split()}
+_IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"]}
 _IN_PLACE_OPERATORS |= {
     operator.iand,
     operator.ior,
@@ -128,7 +128,7 @@ _IN_PLACE_OPERATORS |= {
 _PURE = {
     getattr,
     operator.getitem,
-    *(getattr(operator, name) for name in "add sub mul truediv floordiv mod neg".split()),
+    *(getattr(operator, name) for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "neg"]),
 }
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
 _PURE_METHODS = {"size", "dim", "numel", "stride", "ndimension"}

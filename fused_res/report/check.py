@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from fused_res._torch_compat import tree_map_only
 from fused_res.backends import registry
-from fused_res.comparison import (
+from fused_res.fusion.convert import fuse, unfuse
+from fused_res.fusion.freeze import freeze
+from fused_res.nn import chain
+from fused_res.nn.fusable_module import check_model, check_settings
+from fused_res.report.comparison import (
     Errors,
     Float64Mode,
     Named,
@@ -27,10 +31,6 @@ from fused_res.comparison import (
     saved_bytes,
     seed,
 )
-from fused_res.fusion.convert import fuse, unfuse
-from fused_res.fusion.freeze import freeze
-from fused_res.nn import chain
-from fused_res.nn.fusable_module import check_model, check_settings
 
 #: Rounding flips the masks of ReLUs, differently in stock and fused forwards, and one flipped element may dominate a
 #: gradient's error: that of ResNet-50 on 96x96 pixels is 2e-2 with flips and 1e-6 without. A tensor differs only if the
@@ -169,7 +169,7 @@ def check(
         seconds: time to measure the speed for, default 2.0; at least three runs are measured. 0 omits it.
 
     Returns:
-        A :class:`fused_res.fusion.Report`, whose ``ok`` is False if fused and stock differ. An exception that only a
+        A :class:`fused_res.report.Report`, whose ``ok`` is False if fused and stock differ. An exception that only a
         fused forward raises is a difference, too.
 
     Raises:
