@@ -13,7 +13,7 @@ from fused_res.fusion.fused import Fusion, Settings, fused_class
 from fused_res.fusion.matcher import Segment, find_segments
 from fused_res.fusion.program import Program, Unemittable, generate
 from fused_res.graph.ir import build_graph
-from fused_res.graph.symbolic import Frame, Trace, Untraceable, is_layer, opaque_reason, trace
+from fused_res.graph.symbolic import Frame, Recording, Untraceable, is_layer, opaque_reason, record
 from fused_res.nn.fusable_module import FusableModule, check_model, check_settings, stock_class
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -114,18 +114,18 @@ def generate_programs(module: nn.Module, fusion: Fusion) -> None:
     fusion.programs = tuple(programs)
 
 
-class Recording:
-    """A trace of one module, and the segments in it.
+class Matched:
+    """The recording of one module, and the segments in it.
 
     Args:
         root: the module.
-        recorded: its trace.
+        recorded: its recording.
         inference: whether no gradient is computed.
     """
 
-    def __init__(self, root: nn.Module, recorded: Trace, inference: bool) -> None:
+    def __init__(self, root: nn.Module, recorded: Recording, inference: bool) -> None:
         self.root = root
-        self.trace = recorded
+        self.recording = recorded
         modules = dict(root.named_modules(remove_duplicate=False))
         self.graph = build_graph(recorded.graph, modules.__getitem__, recorded.frames)
         self.segments = find_segments(self.graph, inference)
@@ -170,7 +170,7 @@ class Recording:
                     break
                 own = more
             inside = own
-        return generate(self.graph, self.trace.frames, owner, inside, packed)
+        return generate(self.graph, self.recording.frames, owner, inside, packed)
 
 
 def _up_to(frame: Frame, owner: Frame) -> Iterator[Frame]:
@@ -181,7 +181,7 @@ def _up_to(frame: Frame, owner: Frame) -> Iterator[Frame]:
     yield owner
 
 
-def recordings(model: nn.Module, packed: bool, failures: dict[str, str] | None = None) -> Iterator[Recording]:
+def recordings(model: nn.Module, packed: bool, failures: dict[str, str] | None = None) -> Iterator[Matched]:
     """Record `model`, and each part of it that a recording does not look into, for both training modes if they differ.
 
     Args:
@@ -202,9 +202,9 @@ def recordings(model: nn.Module, packed: bool, failures: dict[str, str] | None =
                 failures[name] = str(failure)
 
 
-def _record(module: nn.Module, packed: bool) -> Iterator[Recording]:
+def _record(module: nn.Module, packed: bool) -> Iterator[Matched]:
     for training in (module.training, not module.training):
-        recorded = trace(module, training, inline_fusable=packed)
-        yield Recording(module, recorded, inference=packed)
+        recorded = record(module, training, inline_fusable=packed)
+        yield Matched(module, recorded, inference=packed)
         if not recorded.reads_training:
             return

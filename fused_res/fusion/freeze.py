@@ -27,12 +27,13 @@ def freeze(model: Model, backend: str = "auto") -> Model:
     bias and runs with the addition and the ReLU as one kernel (:func:`fused_res.functional.conv_bias_act`). On the CPU
     in float32, consecutive blocks run as one call. Children called by themselves, hooks, feature extractors and
     gradients of the input compute what they do in the source model. Pruning, weight norm, spectral norm and other
-    parametrizations are replaced by the effective weights. The copy can be copied, pickled, moved, compiled, and exported.
+    parametrizations are replaced by the effective weights. The copy can be copied, pickled, moved, compiled and
+    exported; compiled and exported code contains the unfolded layers.
 
     Weights are packed at the first call and again after they have changed: PyTorch counts writes to a tensor (in-place
     operators, ``copy_``, ``load_state_dict``), and replaced tensors or storages (``p.data = ...``, ``to``) are seen. A
-    write through ``p.data`` or NumPy into the same storage is not counted: reassign the tensor, or copy the model, after
-    such a write.
+    write through ``p.data`` or NumPy into the same storage is not counted: reassign the tensor, or copy the model,
+    after such a write.
 
     ``train()`` leaves the copy in evaluation mode and warns once, so that it can be a part of a model in training.
 
@@ -88,4 +89,4 @@ def _apply_reparametrizations(module: nn.Module) -> None:
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
         elif isinstance(hook, prune.BasePruningMethod):
-            prune.remove(module, hook._tensor_name)  # type: ignore[attr-defined]
+            prune.remove(module, hook._tensor_name)

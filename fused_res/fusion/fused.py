@@ -87,7 +87,7 @@ def _methods(base: Any) -> dict[str, Any]:
         if not fusion.has_warned:
             fusion.has_warned = True
             warnings.warn(
-                "this model is frozen for inference and stays in evaluation mode: train the model that it was made from",
+                "this model is frozen for inference and stays in evaluation mode: train the model it was made from",
                 stacklevel=2,
             )
         return self

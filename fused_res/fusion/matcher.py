@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from fused_res.graph.ir import Graph, Node, Op
@@ -23,9 +24,9 @@ class Unit(NamedTuple):
     norm: Node
     relu: Node | None = None
 
-    def layers(self, relu: bool | None = None) -> chain.Unit:
-        conv = None if self.conv is None else self.conv.layer
-        return chain.Unit(conv, self.norm.layer, self.relu is not None if relu is None else relu)
+    def layers(self) -> chain.Unit:
+        """Return the modules."""
+        return chain.Unit(None if self.conv is None else self.conv.layer, self.norm.layer, self.relu is not None)
 
     @property
     def input(self) -> Node:
@@ -103,6 +104,13 @@ class Segment:
         *first, last = self.units
         norm = Segment((Unit(None, last.norm, last.relu),), "tensor", self.add, self.residual)
         return (Segment(tuple(first)), norm) if first else (norm,)
+
+    def blocks(self) -> tuple[Segment, ...]:
+        """Return the segments that packed inference computes: only a block of one unit adds an arbitrary tensor."""
+        if self.shortcut != "tensor" or len(self.units) == 1:
+            return (self,)
+        last = Segment(self.units[-1:], "tensor", self.add, self.residual)
+        return Segment(self.units[:-1]), last
 
     def layers(self) -> tuple[list[chain.Unit], chain.Shortcut, Any]:
         """Return the modules, as the arguments of :func:`fused_res.nn.chain.match_chain`."""
@@ -184,7 +192,7 @@ def _in_order(graph: Graph, segments: list[Segment]) -> list[Segment]:
     moved = set()
     for nodes in calls.values():
         order = [runs_at.get(node, node.index) for node in nodes]
-        if any(first >= second for first, second in zip(order, order[1:], strict=False)):
+        if any(first >= second for first, second in pairwise(order)):
             moved.update(nodes)
     return [segment for segment in segments if not moved & set(segment.nodes)]
 

@@ -8,7 +8,6 @@ operations that it replaces, for inputs that the fused operators do not support.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import linecache
 import re
@@ -56,10 +55,11 @@ class Program:
         self.forward: Callable[..., Any] = namespace["forward"]
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> Any:
         """Equal keys are equal programs."""
         constants = {k: v for k, v in self._namespace.items() if k not in ("forward", "__builtins__")}
-        return self.source, tuple((k, v if isinstance(v, (int, float, str)) else id(v)) for k, v in constants.items())
+        by_value = (int, float, str, list, tuple, dict, set, frozenset)
+        return self.source, [(name, v if isinstance(v, by_value) else id(v)) for name, v in constants.items()]
 
     def relative(self, path: str) -> str:
         return path.removeprefix(self.prefix + ".") if self.prefix else path
@@ -155,7 +155,7 @@ class _Generator:
     def constant(self, value: Any) -> str:
         if value is None or value is ... or type(value) in (bool, int, str):
             return repr(value)
-        key = (type(value), value) if type(value) in (float, complex, bytes) else id(value)
+        key = (type(value), repr(value)) if type(value) in (float, complex, bytes) else id(value)
         if key not in self.constants:
             name = re.sub(r"\W", "_", getattr(value, "__name__", None) or type(value).__name__)
             self.constants[key] = f"{name}_{len(self.constants)}"
@@ -235,15 +235,13 @@ class _Generator:
             self.guard(failure, f"{where or 'the module'} has changed")
             return
         holder = self.constant(owner)
-        actual = {"cell": f"{holder}.cell_contents", "global": f"{holder}.get({name!r})"}.get(
-            kind
-        ) or f"{holder}.{name}"
+        texts = {"cell": f"{holder}.cell_contents", "global": f"{holder}.get({name!r})", "class": f"{holder}.{name}"}
         # Dynamo guards the code that it compiles by itself.
-        self.guard(f"not is_compiling() and {self._differs(actual, value)}", f"{name} has changed")
+        self.guard(f"not is_compiling() and {self._differs(texts[kind], value)}", f"{name} has changed")
 
     def _differs(self, actual: str, value: Any) -> str:
         if isinstance(value, (list, dict, set, tuple, int, float, str, torch.Size)) and not isinstance(value, bool):
-            return f"{actual} != {self.constant(copy.copy(value))}"
+            return f"{actual} != {self.constant(value)}"
         return f"{actual} is not {self.constant(value)}"
 
     def guard_condition(self, expression: Any, value: Any) -> None:
@@ -307,113 +305,96 @@ class _Generator:
         for code, node in _leaves(result, frame.result):
             self.emit(indent, f"{self.text(node)} = {code}", (node,))
 
-    def unit(self, unit: Unit, relu: bool) -> str:
-        conv = "None" if unit.conv is None else self.module(unit.conv.path)
-        return f"({conv}, {self.module(unit.norm.path)}, {relu})"
+    # Segments
 
     def values(self, segment: Segment) -> tuple[fx.Node, ...]:
-        """The values that hold a segment's result: more than one if its last operations are in place."""
-        last, sources = segment.last, [node.source for node in segment.nodes]
-        others = [value for value in sources if last in self.graph.producers[value] and value is not last.source]
-        return (last.source, *[value for value in others if value in self.kept or not value.users.keys() <= {*sources}])
+        """Return the values that hold a segment's result: more than one if its last operations are in place."""
+        last, sources = segment.last, {node.source for node in segment.nodes}
+        held = [value for value in sources - {last.source} if last in self.graph.producers[value]]
+        return (last.source, *[value for value in held if value in self.kept or not value.users.keys() <= sources])
+
+    def emit_group(self, group: Sequence[Segment], indent: int) -> None:
+        """Run consecutive segments with packed weights, or one by one."""
+        first, last = group[0], group[-1]
+        if not self.packed or first.units[0].conv is None:
+            for segment in group:
+                self.emit_segment(segment, indent)
+            return
+        blocks = "".join(f"({self.chain(block)}), " for segment in group for block in segment.blocks())
+        call = f"packed.run({self.text(first.values[0])}, ({blocks}), {self.residual(last)}, settings.backend)"
+        values = self.values(last)
+        self.emit_attempt(call, values, (first.values[0], *last.values[1:]), indent)
+        for segment in group:
+            self.emit_segment(segment, indent + 1)
+        self.emit_names(values, indent)
 
     def emit_segment(self, segment: Segment, indent: int) -> None:
-        if segment.shortcut == "tensor" and len(segment.units) > 1:
-            first, last = segment.parts()
-            self.emit_segment(first, indent)
-            conv = segment.units[-1].conv
-            if conv is not None:
+        """Run a segment with fused operators that compute gradients."""
+        for part in segment.parts():
+            unit, conv = part.units[0], segment.units[-1].conv
+            if unit.conv is None and conv is not None:
                 self.emit_node(conv, indent)
-            self.emit_segment(last, indent)
-            return
-        if segment.shortcut == "tensor" and segment.units[0].conv is not None:
-            self.emit_node(segment.units[0].conv, indent)
-            segment = segment.parts()[0]
-        values = self.values(segment)
-        result = self.text(values[0])
-        replayed = self.replayed(segment)
-        inner = indent
-        if not segment.has_clamp:
-            norm = segment.units[0]
-            relu = norm.relu is not None
-            if norm.conv is None:
-                residual = "None" if segment.residual is None else self.text(segment.values[1])
-                activation = "relu" if relu else "identity"
-                call = f"run_fused_norm({self.text(segment.values[0])}, {self.module(norm.norm.path)}, {residual}, {activation!r}, settings.backend)"
-            else:
-                call = f"run_fused({self.text(segment.values[0])}, {self.chain(segment)}, *settings)"
-            self.emit(indent, f"{result} = {call}", values, segment.values)
-            self.emit(indent, f"if {result} is None:", (), values[:1])
-            inner = indent + 1
-        for node in replayed:
-            self.emit_node(node, inner)
-        if inner > indent:
-            self.emit_names(values, indent)
+            values, inner = self.values(part), indent
+            if not part.has_clamp:
+                input, norm = self.text(part.values[0]), self.module(unit.norm.path)
+                if unit.conv is None:
+                    activation = "identity" if unit.relu is None else "relu"
+                    call = f"run_fused_norm({input}, {norm}, {self.residual(part)}, {activation!r}, settings.backend)"
+                else:
+                    call = f"run_fused({input}, {self.chain(part)}, *settings)"
+                self.emit_attempt(call, values, part.values, indent)
+                inner = indent + 1
+            for node in part.nodes:
+                if node.op is not Op.IDENTITY:
+                    self.emit_node(node, inner)
+            if inner > indent:
+                self.emit_names(values, indent)
+
+    def emit_attempt(self, call: str, values: Sequence[fx.Node], read: Sequence[fx.Node], indent: int) -> None:
+        self.emit(indent, f"{self.text(values[0])} = {call}", values, read)
+        self.emit(indent, f"if {self.text(values[0])} is None:", (), values[:1])
 
     def emit_names(self, values: Sequence[fx.Node], indent: int) -> None:
         for value in values[1:]:
             self.emit(indent, f"{self.text(value)} = {self.text(values[0])}", (value,), (values[0],))
 
-    def replayed(self, segment: Segment) -> list[Node]:
-        # The convolution of a norm by itself, if any, has run.
-        skipped = (Op.IDENTITY, Op.CONV) if segment.units[0].conv is None else (Op.IDENTITY,)
-        return [node for node in segment.nodes if node.op not in skipped]
-
     def chain(self, segment: Segment) -> str:
-        units = "".join(f"{self.unit(unit, unit.relu is not None)}, " for unit in segment.units)
-        shortcut = segment.shortcut
-        text = repr(shortcut) if isinstance(shortcut, str) else self.unit(shortcut, False)
-        return f"({units}), {text}, {'None' if segment.pool is None else self.module(segment.pool.path)}"
+        """Return the first arguments of :func:`fused_res.nn.chain.run_fused` after the input."""
+        units = "".join(f"{self.unit(unit)}, " for unit in segment.units)
+        shortcut = repr(segment.shortcut) if isinstance(segment.shortcut, str) else self.unit(segment.shortcut)
+        return f"({units}), {shortcut}, {'None' if segment.pool is None else self.module(segment.pool.path)}"
 
-    def emit_group(self, group: Sequence[Segment], indent: int) -> None:
-        """Run consecutive segments with packed weights, or one by one."""
-        if self.packed and group[0].units[0].conv is not None:
-            last = group[-1]
-            blocks = []
-            for segment in group:
-                if segment.shortcut == "tensor" and len(segment.units) > 1:
-                    first = Segment(segment.units[:-1])
-                    blocks.append(f"({self.chain(first)})")
-                    segment = Segment(segment.units[-1:], "tensor", segment.add, segment.residual)
-                blocks.append(f"({self.chain(segment)})")
-            residual = "None" if last.residual is None else self.text(last.values[1])
-            values = self.values(last)
-            result = self.text(values[0])
-            code = f"{result} = packed.run({self.text(group[0].values[0])}, ({''.join(f'{b}, ' for b in blocks)}), {residual}, settings.backend)"
-            read = [group[0].values[0], *last.values[1:]]
-            self.emit(indent, code, values, read)
-            self.emit(indent, f"if {result} is None:", (), values[:1])
-            for segment in group:
-                self.emit_segment(segment, indent + 1)
-            self.emit_names(values, indent)
-            return
-        for segment in group:
-            self.emit_segment(segment, indent)
+    def unit(self, unit: Unit) -> str:
+        assert unit.conv is not None
+        return f"({self.module(unit.conv.path)}, {self.module(unit.norm.path)}, {unit.relu is not None})"
+
+    def residual(self, segment: Segment) -> str:
+        return "None" if segment.residual is None else self.text(segment.values[1])
 
     def groups(self) -> dict[Node, list[Segment]]:
         """Return consecutive segments that one packed program runs, by the last node of each group."""
         groups: dict[Node, list[Segment]] = {}
         for segment in self.segments:
             previous = groups.get(segment.input)
-            joins = (
-                self.packed
-                and previous is not None
-                and previous[-1].units[0].conv is not None
-                and segment.units[0].conv is not None
-                and previous[-1].residual is None
-                and not segment.input.returned
-                and all(user in segment.nodes for user in segment.input.users)
-                and segment.residual is not segment.input
-                and not self.graph.is_written_between(
-                    previous[0].nodes[0], segment.last, previous[0].inputs, segment.nodes
-                )
-            )
-            if joins and previous is not None:
+            if self.packed and previous is not None and self._continues(previous, segment):
                 del groups[segment.input]
                 groups[segment.last] = [*previous, segment]
             else:
                 groups[segment.last] = [segment]
         return groups
+
+    def _continues(self, previous: list[Segment], segment: Segment) -> bool:
+        """Return whether only `segment` reads the result of the `previous` ones, and one packed program may run all."""
+        first, last = previous[0], previous[-1]
+        return (
+            last.units[0].conv is not None
+            and segment.units[0].conv is not None
+            and last.residual is None
+            and segment.residual is not segment.input
+            and not segment.input.returned
+            and all(user in segment.nodes for user in segment.input.users)
+            and not self.graph.is_written_between(first.nodes[0], segment.last, first.inputs, segment.nodes)
+        )
 
     # The whole
 
@@ -507,16 +488,15 @@ class _Generator:
             if (read.kind, read.name) != ("absent", "forward"):  # has_no_hooks
                 self.guard_read(read)
         if any(self._size_text(expression) is None for expression, _ in conditions):
-            for node in self.owner.inputs:
-                self.argument_guards.append((f"if {self.text(node)}.ndim != 4 or {self.text(node)}.numel() == 0", ""))
+            for name in map(self.text, self.owner.inputs):
+                self.argument_guards.append((f"if {name}.ndim != 4 or {name}.numel() == 0", ""))
         for expression, value in conditions:
             self.guard_condition(expression, value)
         # The body uses modules that no guard has named yet.
         for node in self.graph.nodes:
-            if node.frame in self.inlined and node.source.op == "call_module":
-                self.module(str(node.source.target))
-            elif node.frame in self.inlined and node.source.op == "get_attr":
-                self.module(str(node.source.target).rpartition(".")[0])
+            if node.frame in self.inlined and node.source.op in ("call_module", "get_attr"):
+                path = str(node.source.target)
+                self.module(path if node.source.op == "call_module" else path.rpartition(".")[0])
         for frame in self.within:
             if frame.parent in self.inlined and frame not in self.inlined:
                 self.module(frame.path)

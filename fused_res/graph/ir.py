@@ -108,30 +108,27 @@ class Graph:
         return any(self.root(storage) in storages for writes in written for storage in writes)
 
 
-#: Spellings of functions and methods; (in place, not in place).
-_RELU_FUNCTIONS = {torch.relu: False, F.relu: False, torch.relu_: True, F.relu_: True}
-_CLAMP_FUNCTIONS = {torch.clamp: False, torch.clamp_: True, torch.clamp_min: False, torch.clamp_min_: True}
-_ADD_FUNCTIONS = {torch.add: False, operator.add: False, operator.iadd: True}
-_RELU_METHODS = {"relu": False, "relu_": True}
-_CLAMP_METHODS = {"clamp": False, "clamp_": True, "clamp_min": False, "clamp_min_": True}
-_ADD_METHODS = {"add": False, "add_": True}
-_IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"]}
-_IN_PLACE_OPERATORS |= {
-    operator.iand,
-    operator.ior,
-    operator.ixor,
-    operator.ilshift,
-    operator.irshift,
-    operator.setitem,
+#: Spellings: the operation that a function, or a method of this name, computes, and whether it is in place.
+_SPELLINGS: dict[Any, tuple[Op, bool]] = {
+    torch.relu: (Op.RELU, False), F.relu: (Op.RELU, False), "relu": (Op.RELU, False),
+    torch.relu_: (Op.RELU, True), F.relu_: (Op.RELU, True), "relu_": (Op.RELU, True),
+    torch.clamp: (Op.CLAMP, False), torch.clamp_min: (Op.CLAMP, False),
+    torch.clamp_: (Op.CLAMP, True), torch.clamp_min_: (Op.CLAMP, True),
+    "clamp": (Op.CLAMP, False), "clamp_min": (Op.CLAMP, False),
+    "clamp_": (Op.CLAMP, True), "clamp_min_": (Op.CLAMP, True),
+    torch.add: (Op.ADD, False), operator.add: (Op.ADD, False), "add": (Op.ADD, False),
+    operator.iadd: (Op.ADD, True), "add_": (Op.ADD, True),
+}  # fmt: skip
+_IN_PLACE_OPERATORS = {
+    *(operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv),
+    *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem),
 }
-#: Functions that read no tensor data and return no tensor.
+#: Functions and methods that read sizes and attributes, and arithmetic on them.
 _PURE = {
-    getattr,
-    operator.getitem,
-    *(getattr(operator, name) for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "neg"]),
+    *(getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv),
+    *(operator.mod, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+    *("size", "dim", "numel", "stride", "ndimension"),
 }
-_PURE |= {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
-_PURE_METHODS = {"size", "dim", "numel", "stride", "ndimension"}
 
 
 def computes_like(kind: type[nn.Module], stock: type[nn.Module], *methods: str) -> bool:
@@ -145,9 +142,7 @@ def computes_like(kind: type[nn.Module], stock: type[nn.Module], *methods: str) 
 def eliminate_dead_reads(graph: fx.Graph, used: set[fx.Node]) -> None:
     """Erase reads of sizes and attributes that are not in `used`, and would otherwise count as uses of a tensor."""
     for node in reversed(graph.nodes):
-        pure = (node.op == "call_function" and node.target in _PURE) or (
-            node.op == "call_method" and node.target in _PURE_METHODS
-        )
+        pure = node.op in ("call_function", "call_method") and node.target in _PURE
         if (pure or node.op == "get_attr") and not node.users and node not in used:
             graph.erase_node(node)
 
@@ -173,7 +168,7 @@ def build_graph(source: fx.Graph, module_of: Callable[[str], nn.Module], frames:
         if node.op is Op.NORM and node.path in read_from:
             node.op = Op.OTHER  # fusion may change the order in which its running statistics are updated and read
         tensors = fx_node.args[: 2 if node.op is Op.ADD else 1] if node.op is not Op.OTHER else fx_node.all_input_nodes
-        node.operands = tuple([producers[tensor][-1] for tensor in tensors])  # type: ignore[index]
+        node.operands = tuple([producers[tensor][-1] for tensor in tensors])
         for operand in node.operands:
             operand.users.append(node)
         node.storage = inputs if fx_node.op == "placeholder" else graph.new_storage()
@@ -223,29 +218,24 @@ def _classify(node: Node, module_of: Callable[[str], nn.Module]) -> None:
         elif kind is nn.Identity:
             node.op = Op.IDENTITY
         return
-    if source.op == "call_function":
-        if target is F.conv2d:
-            _classify_functional_conv(node, module_of)
-            return
-        relu, clamp, add = _RELU_FUNCTIONS.get(target), _CLAMP_FUNCTIONS.get(target), _ADD_FUNCTIONS.get(target)
-    elif source.op == "call_method":
-        relu, clamp, add = _RELU_METHODS.get(target), _CLAMP_METHODS.get(target), _ADD_METHODS.get(target)  # type: ignore[arg-type]
+    if target is F.conv2d:
+        _classify_functional_conv(node, module_of)
+        return
+    if target not in _SPELLINGS or not arguments or not isinstance(arguments[0], fx.Node):
+        return
+    op, in_place = _SPELLINGS[target]
+    rest: Any = arguments[1:]
+    if op is Op.ADD:
+        fits = len(rest) == 1 and isinstance(rest[0], fx.Node) and options in ({}, {"alpha": 1})
+    elif op is Op.RELU:
+        given = dict(zip(("inplace",), rest, strict=False)) | options
+        fits = given in ({}, {"inplace": False}, {"inplace": True})
+        in_place = in_place or given.get("inplace") is True
     else:
-        return
-    if not arguments or not isinstance(arguments[0], fx.Node):
-        return
-    if relu is not None:
-        given = dict(zip(("inplace",), arguments[1:], strict=False)) | options
-        if given.keys() <= {"inplace"} and all(isinstance(value, bool) for value in given.values()):
-            node.op, node.in_place = Op.RELU, relu or bool(given.get("inplace"))
-    elif clamp is not None:
-        given = dict(zip(("min", "max"), arguments[1:], strict=False)) | options
-        minimum = given.pop("min", None)
-        if isinstance(minimum, (int, float)) and minimum == 0 and all(value is None for value in given.values()):
-            node.op, node.in_place = Op.CLAMP, clamp
-    elif add is not None and len(arguments) == 2 and isinstance(arguments[1], fx.Node):
-        if not options or (options.keys() == {"alpha"} and options["alpha"] == 1):
-            node.op, node.in_place = Op.ADD, add
+        given = dict(zip(("min", "max"), rest, strict=False)) | options
+        fits = type(given.get("min")) in (int, float) and given["min"] == 0 and given.get("max") is None
+    if fits:
+        node.op, node.in_place = op, in_place
 
 
 def _classify_functional_conv(node: Node, module_of: Callable[[str], nn.Module]) -> None:

@@ -1,15 +1,16 @@
 """The symbolic front end: record a module's forward as a ``torch.fx`` graph, without running it on the module.
 
 The forward runs on a :class:`_Shadow` of the module, which returns shadows of its children and proxies for its tensors,
-so a trace cannot change the module, and no class of ``torch.nn`` is patched. All that the code can reach is safe by
-construction: functions run with :class:`_Globals` in place of their globals, so every read of a global, a closure
-or an attribute returns an immutable value, a shadow, or a recording function, and is noted as a :class:`Read` that the
+so a recording cannot change the module, and no class of ``torch.nn`` is patched. All that the code can reach is safe by
+construction: functions run with :class:`_Globals` in place of their globals, so every read of a global, a closure or an
+attribute returns an immutable value, a shadow, or a recording function, and is noted as a :class:`Read` that the
 generated forward verifies on every call. Anything else makes the module :class:`Untraceable`.
 """
 
 from __future__ import annotations
 
 import builtins
+import copy
 import dis
 import enum
 import functools
@@ -19,7 +20,7 @@ import operator
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -31,28 +32,24 @@ from fused_res.graph.ir import eliminate_dead_reads
 from fused_res.nn.chain import has_no_hooks
 from fused_res.nn.fusable_module import FusableModule, stock_class
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-#: Immutable values. A recorded forward may depend on them.
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.memory_format)
-_ATOMS += (torch.layout, torch.Size, enum.Enum, slice, range)
-#: Functions of torch whose result depends on how a forward runs, not on its arguments; eager execution returns False.
-_FALSE_IN_EAGER = ("is_scripting", "is_tracing", "is_in_onnx_export")
-_SAFE_BUILTINS = ["abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "getattr", "hasattr", "int", "iter", "list", "map", "max", "min", "next", "range", "reversed", "round", "set", "slice", "sorted", "str", "sum", "tuple", "zip", "Ellipsis", "NotImplemented", "object", "AssertionError", "AttributeError", "Exception", "IndexError", "KeyError", "NotImplementedError", "RuntimeError", "StopIteration", "TypeError", "ValueError"]
-
 
 class Untraceable(BaseException):
-    """The reason why a forward cannot be recorded. Not an Exception, so that the traced code does not catch it."""
+    """The reason why a forward cannot be recorded. Not an Exception, so that the recorded code does not catch it."""
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise Untraceable(reason)
 
 
 class Read(NamedTuple):
-    """A value that the traced code depended on.
+    """A value that the recorded code depended on.
 
     Args:
         kind: "attribute" (in the ``__dict__`` of the module at path `owner`), "absent" (not in it), "_parameters",
             "_buffers" or "_modules" (None in there), "missing" (nowhere), "children" (the names), "class" (attribute of
             a class), "global" (in a dictionary) or "cell" (of a closure).
         owner: path of the module, or the class, dictionary or cell.
-        name: name of the attribute or global.
+        name: name of the attribute or variable.
         value: the value read.
     """
 
@@ -62,13 +59,20 @@ class Read(NamedTuple):
     value: Any
 
 
+class Size(NamedTuple):
+    """A read of a tensor's size: ``shape``, ``ndim`` or ``numel()``."""
+
+    tensor: fx.Node
+    name: str
+
+
 class Frame:
-    """One call of a module that was recorded operation by operation.
+    """One call of a module that was recorded operation by operation. Nodes stand for values in all attributes.
 
     Args:
         path, module: the module that is called.
         parent: the call that it is a part of, or None.
-        call: its positional and keyword arguments, in which nodes stand for values, as in all attributes.
+        call: its positional and keyword arguments.
     """
 
     def __init__(self, path: str, module: nn.Module, parent: Frame | None, call: tuple[Any, Any]) -> None:
@@ -76,12 +80,10 @@ class Frame:
         self.module = module
         self.parent = parent
         self.call = call
-        self.reads: dict[tuple[str, Any, str], Read] = {}
-        self.conditions: list[
-            tuple[Any, Any]
-        ] = []  # expressions of sizes, each with the value that the recording assumes
-        self.arguments: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}  # by parameter
         self.result: Any = None
+        self.reads: dict[tuple[str, Any, str], Read] = {}
+        self.conditions: list[tuple[Any, Any]] = []  # expressions of sizes, with the value that the recording assumes
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -94,13 +96,14 @@ class Frame:
         return nodes_in(self.result)
 
     def within(self, other: Frame) -> bool:
+        """Return whether this call is `other`, or a part of it."""
         frame: Frame | None = self
         while frame is not None and frame is not other:
             frame = frame.parent
         return frame is other
 
 
-class Trace(NamedTuple):
+class Recording(NamedTuple):
     """A recorded forward.
 
     Args:
@@ -116,7 +119,7 @@ class Trace(NamedTuple):
     reads_training: bool
 
 
-def trace(root: nn.Module, training: bool, inline_fusable: bool = False) -> Trace:
+def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Recording:
     """Record the forward of `root`, including all submodules that can be recorded.
 
     Args:
@@ -129,23 +132,25 @@ def trace(root: nn.Module, training: bool, inline_fusable: bool = False) -> Trac
     """
     if reason := opaque_reason(root, inline_fusable):
         raise Untraceable(reason)
-    tracer = _Tracer(root, training, inline_fusable)
-    forward = stock_forward(root)
+    tracer = _Tracer(training, inline_fusable)
     channels = next((module.in_channels for module in root.modules() if isinstance(module, nn.Conv2d)), 3)
     arguments = []
-    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+    for parameter in list(inspect.signature(stock_forward(root)).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise Untraceable("its forward has a variable number of arguments")
+            _refuse("has a forward with a variable number of arguments")
         if parameter.default is parameter.empty:
             if parameter.kind is parameter.KEYWORD_ONLY:
-                raise Untraceable("its forward has keyword-only arguments")
+                _refuse("has a forward with keyword-only arguments")
             arguments.append(tracer.create_proxy("placeholder", parameter.name, (), {}))
             arguments[-1].node.meta["channels"] = channels
-    tracer.record("", root, tuple(arguments), {})
+    tracer.inline("", root, tuple(arguments), {})
     for argument in arguments:
         argument.node.meta["frame"] = tracer.frames[0]
     eliminate_dead_reads(tracer.graph, {node for frame in tracer.frames for node in (*frame.inputs, *frame.outputs)})
-    return Trace(tracer.graph, tracer.frames, tracer.opaque, tracer.reads_training)
+    return Recording(tracer.graph, tracer.frames, tracer.opaque, tracer.reads_training)
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -157,275 +162,39 @@ def is_layer(module: nn.Module) -> bool:
 
 def stock_forward(module: nn.Module) -> Any:
     """Return the function that computes the forward of `module` unfused."""
-    kind: Any = stock_class(type(module))
+    kind = stock_class(type(module))
     return getattr(kind, "stock_forward", kind.forward) if isinstance(module, FusableModule) else kind.forward
 
 
 def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
     """Return why the forward of `module` is not to be recorded operation by operation, or None."""
-    kind: Any = stock_class(type(module))
+    kind = stock_class(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
-    if isinstance(module, fx.GraphModule):  # it sets methods of its own class, which cannot have a generated subclass
+    if isinstance(module, fx.GraphModule):  # it sets methods of its own class, which no other class may derive from
         return "is a torch.fx graph"
-    if not isinstance(stock_forward(module), types.FunctionType):
-        return "has no function as its forward"
     if isinstance(module, FusableModule) and not (inline_fusable and hasattr(module, "stock_forward")):
         return "is a module of fused_res.nn"
+    if isinstance(module, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
+        return "wraps a model for parallel execution"
+    if not isinstance(stock_forward(module), types.FunctionType):
+        return "has no function as its forward"
     if not has_no_hooks(module.__dict__):
         return "has a hook, or a forward of its own"
     if kind.__call__ is not nn.Module.__call__:
         return "overrides __call__"
     if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not object.__getattribute__:
         return "overrides attribute access"
-    if isinstance(module, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
-        return "wraps a model for parallel execution"
     return None
 
 
-class _Proxy(fx.Proxy):
-    """A value of the recorded forward. In-place operators are recorded as such; a stock proxy turns them into others."""
+# Structures of values, and expressions of sizes
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node", "root", "attr", "_node"):
-            _refuse(f"sets the attribute {name!r} of a tensor")
-        object.__setattr__(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        return _Attribute(self, name)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __len__(self) -> int:
-        _refuse("takes a tensor's length")
-
-
-class _Attribute(Attribute, _Proxy):
-    """An attribute of a tensor, recorded when it is used, or a method, recorded when it is called."""
-
-
-def _define_in_place(name: str) -> None:
-    function = getattr(operator, name)
-
-    def record(self: _Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    setattr(_Proxy, f"__{name}__", record)
-
-
-for _name in ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]:
-    _define_in_place(f"i{_name}")
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise Untraceable(reason)
-
-
-class _Tracer(GraphAppendingTracer):
-    def __init__(self, root: nn.Module, training: bool, inline_fusable: bool) -> None:
-        super().__init__(fx.Graph())
-        self.root = root
-        self.training = training
-        self.inline_fusable = inline_fusable
-        self.frames: list[Frame] = []
-        self.frame: Frame | None = None
-        self.opaque: dict[str, str] = {}
-        self.reads_training = False
-        self.failure: Untraceable | None = None
-        self.shadows: dict[str, _Shadow] = {}
-        self.functions: dict[Any, Any] = {}
-        self.globals: dict[int, _Globals] = {}
-
-    # Nodes
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
-        node = super().create_node(*arguments, **options)
-        node.meta["frame"] = self.frame
-        return node
-
-    def create_arg(self, value: Any) -> Any:
-        if isinstance(value, (_Recorder, _Namespace, _Class, _Shadow, types.FunctionType, types.MethodType)):
-            _refuse("passes a function, class or module to an operation")
-        if isinstance(value, (Tensor, nn.Module)):
-            _refuse("uses a tensor that is neither an input, a parameter nor a buffer")
-        try:
-            return super().create_arg(value)
-        except NotImplementedError:
-            _refuse(f"passes a {type(value).__name__} to an operation")
-
-    def to_bool(self, proxy: fx.Proxy) -> bool:
-        expression = _size_expression(proxy.node)
-        return bool(self.assume(expression))
-
-    def assume(self, expression: Any) -> Any:
-        """Evaluate an expression of sizes for an ordinary image; the generated forward verifies it on each call."""
-        assert self.frame is not None
-        value = _evaluate(expression)
-        self.frame.conditions.append((expression, value))
-        return value
-
-    def keys(self, proxy: fx.Proxy) -> Any:
-        _refuse("unpacks a tensor as a mapping")
-
-    # Modules
-
-    def call(self, path: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if is_layer(module):
-            return self.create_proxy("call_module", path, arguments, options)
-        reason = opaque_reason(module, self.inline_fusable)
-        if reason is None:
-            before = self.reads_training, self.frame
-            frames, nodes = len(self.frames), len(self.graph.nodes)
-            try:
-                return self.record(path, module, arguments, options)
-            except Untraceable as failure:
-                reason = str(failure)
-                self.failure, (self.reads_training, self.frame) = None, before
-                del self.frames[frames:]
-                for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - nodes]:
-                    self.graph.erase_node(node)
-        self.opaque[path] = reason
-        return self.create_proxy("call_module", path, arguments, options)
-
-    def record(self, path: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Run the forward of a module with proxies."""
-        call = structure(arguments), structure(options)
-        frame = self.frame = Frame(path, module, self.frame, call)
-        self.frames.append(frame)
-        try:
-            stock = stock_forward(module)
-            forward = _read(self.shadow(path, module), stock.__name__)
-            bound = inspect.signature(stock).bind(None, *arguments, **options)
-            bound.apply_defaults()
-            frame.arguments = {key: structure(value) for key, value in list(bound.arguments.items())[1:]}
-            result = forward(*arguments, **options)
-            if self.failure is not None:  # the code has caught it
-                raise self.failure
-            frame.result = structure(result)
-        except Untraceable as failure:
-            self.failure = failure
-            raise
-        except Exception as error:
-            self.failure = Untraceable(f"its forward cannot be recorded ({type(error).__name__}: {error})")
-            raise self.failure from error
-        self.frame = frame.parent
-        return result
-
-    def shadow(self, path: str, module: nn.Module) -> _Shadow:
-        if path not in self.shadows:
-            self.shadows[path] = _Shadow(self, path, module)
-        return self.shadows[path]
-
-    def note(self, kind: str, owner: Any, name: str, value: Any) -> None:
-        assert self.frame is not None
-        key = kind, owner if isinstance(owner, (str, type)) else id(owner), name
-        self.frame.reads[key] = Read(kind, owner, name, value)
-
-    # Values
-
-    def convert(self, value: Any, what: str) -> Any:
-        """Return a value of the traced code's surroundings in a form that the code cannot change."""
-        if isinstance(value, _ATOMS):
-            return value
-        if isinstance(value, tuple):
-            converted = [self.convert(item, what) for item in value]
-            return tuple(converted) if type(value) is tuple else _refuse(f"reads {what}, a {type(value).__name__}")
-        if type(value) is list:
-            return tuple([self.convert(item, what) for item in value])
-        if type(value) in (dict, OrderedDict):
-            return types.MappingProxyType({key: self.convert(item, what) for key, item in value.items()})
-        if type(value) in (set, frozenset) and all(isinstance(item, _ATOMS) for item in value):
-            return frozenset(value)
-        if isinstance(value, functools.partial) and type(value) is functools.partial:
-            arguments = self.convert(value.args, what), self.convert(dict(value.keywords), what)
-            return functools.partial(self.convert(value.func, what), *arguments[0], **arguments[1])
-        if isinstance(value, types.ModuleType) and (_of_torch(value.__name__) or value in (math, operator, functools)):
-            return _Namespace(self, value)
-        if isinstance(value, type):
-            return value if value in (OrderedDict, *_ATOMS[1:6]) else _Class(self, value)
-        if _of_torch(getattr(value, "__module__", None) or "") or isinstance(value, types.BuiltinFunctionType):
-            if callable(value) and getattr(value, "__name__", None) and not isinstance(value, nn.Module):
-                return self.recorder(value, what)
-        if isinstance(value, types.FunctionType):
-            return self.instrument(value)
-        return _refuse(f"reads {what}, a {type(value).__name__}")
-
-    def recorder(self, function: Any, what: str) -> Any:
-        module = getattr(function, "__module__", None) or ""
-        if function.__name__ in _FALSE_IN_EAGER and _of_torch(module):
-            return lambda: False
-        if function is torch._assert:
-            return _assert_now
-        if module in ("math", "_operator", "_functools", "functools"):
-            return function
-        return _Recorder(self, function) if function in _OPERATIONS else _refuse(f"reads {what}")
-
-    def instrument(self, function: types.FunctionType) -> Any:
-        """Return a copy of a function that sees converted globals, closures and defaults."""
-        if function in self.functions:
-            return self.functions[function]
-        if reason := _side_effect(function.__code__, function.__code__.co_freevars):
-            _refuse(f"{function.__name__} {reason}")
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            if not isinstance(value, (*_ATOMS, tuple, types.FunctionType)):
-                _refuse(f"{function.__name__} has a default argument that may change")
-        outer = function.__globals__
-        if id(outer) not in self.globals:
-            self.globals[id(outer)] = _Globals(self, outer)
-        cells = []
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            if name == "__class__":
-                cells.append(cell)
-                continue
-            try:
-                value = cell.cell_contents
-            except ValueError:
-                _refuse(f"reads the variable {name} before it is set")
-            self.note("cell", cell, name, value)
-            cells.append(types.CellType(self.convert(value, f"the variable {name} of an outer function")))
-        made = types.FunctionType(
-            function.__code__, self.globals[id(outer)], function.__name__, function.__defaults__, tuple(cells)
-        )
-        made.__kwdefaults__ = function.__kwdefaults__
-        self.functions[function] = made
-        return made
-
-
-def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
-    """Return what a function does that a recording would miss, or None."""
-    for instruction in dis.get_instructions(code):
-        name = instruction.opname
-        if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            return f"sets the global variable {instruction.argval}"
-        if name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in outer:
-            return f"sets the variable {instruction.argval} of an outer function"
-        if name in ("POP_EXCEPT", "CHECK_EXC_MATCH", "SETUP_FINALLY"):
-            return "handles exceptions, or uses a context manager"
-    nested = [_side_effect(value, outer) for value in code.co_consts if isinstance(value, types.CodeType)]
-    return next(filter(None, nested), None)
-
-
-def _of_torch(name: str) -> bool:
-    return name == "torch" or name.startswith("torch.")
-
-
-def _assert_now(condition: Any, message: str) -> None:
-    assert condition, message
-
-
-#: Tensor operations of torch: no function that sets or returns a mode or a state.
-_OPERATIONS = {
-    function
-    for module in (torch, F, torch.functional, torch._C._nn, torch.linalg, torch.fft, torch.special)
-    for name, function in vars(module).items()
-    if isinstance(function, types.BuiltinFunctionType | types.FunctionType)
-    and (isinstance(function, types.BuiltinFunctionType) or function.__module__ in ("torch.functional", F.__name__))
-    and not name.startswith(("_", "set_", "get_", "is_"))
-}
+#: Immutable values. Recorded code may depend on them.
+_ATOMS: tuple[type, ...] = (
+    *(type(None), bool, int, float, complex, str, bytes, type(...), slice, range, enum.Enum),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size),
+)
 
 
 def structure(value: Any) -> Any:
@@ -449,29 +218,24 @@ def nodes_in(value: Any) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(node for item in items for node in nodes_in(item)))
 
 
-class Size(NamedTuple):
-    """A read of a tensor's size: ``shape``, ``ndim`` or ``numel()``."""
-
-    tensor: fx.Node
-    name: str
-
-
 def _size_expression(node: fx.Node) -> Any:
     """Return a value computed from sizes as a constant, a :class:`Size` or a tuple (function, operands ...)."""
     target: Any = node.target
-    if node.op == "call_function" and target is getattr and node.args[1] in ("shape", "ndim"):
-        return Size(node.args[0], node.args[1])  # type: ignore[arg-type]
+    arguments: Any = node.args
+    if node.op == "call_function" and target is getattr and arguments[1] in ("shape", "ndim"):
+        return Size(*arguments)
     if node.op == "call_method" and target == "size":
-        shape = Size(node.args[0], "shape")  # type: ignore[arg-type]
-        return (operator.getitem, shape, node.args[1]) if len(node.args) > 1 else shape
+        shape = Size(arguments[0], "shape")
+        return (operator.getitem, shape, arguments[1]) if len(arguments) > 1 else shape
     if node.op == "call_method" and target in ("dim", "numel", "ndimension"):
-        return Size(node.args[0], "numel()" if target == "numel" else "ndim")  # type: ignore[arg-type]
+        return Size(arguments[0], "numel()" if target == "numel" else "ndim")
     if node.op == "call_function" and getattr(target, "__module__", "") == "_operator":
-        return target, *[_size_expression(value) if isinstance(value, fx.Node) else value for value in node.args]
+        return target, *[_size_expression(value) if isinstance(value, fx.Node) else value for value in arguments]
     return _refuse("depends on the values of a tensor")
 
 
 def _evaluate(expression: Any) -> Any:
+    """Return an expression's value for an ordinary batch of images."""
     if isinstance(expression, Size):
         if expression.name == "ndim":
             return 4
@@ -479,10 +243,272 @@ def _evaluate(expression: Any) -> Any:
             return 1 << 20
         if expression.tensor.op != "placeholder":
             _refuse("depends on the size of an intermediate tensor")
-        return torch.Size((32, expression.tensor.meta.get("channels", 3), 224, 224))
+        return torch.Size((32, expression.tensor.meta["channels"], 224, 224))
     if type(expression) is tuple and expression and callable(expression[0]):
         return expression[0](*map(_evaluate, expression[1:]))
     return expression
+
+
+# Proxies of tensors
+
+
+class _Proxy(fx.Proxy):
+    """A value of the recorded forward. In-place operators are recorded as such, which stock proxies do not do."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "root", "attr", "_node"):
+            _refuse(f"sets the attribute {name!r} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __len__(self) -> int:
+        _refuse("takes a tensor's length")
+
+    def __str__(self) -> str:
+        _refuse("formats a tensor")
+
+    __format__ = __str__  # type: ignore[assignment]
+
+
+class _Attribute(Attribute, _Proxy):
+    """An attribute of a tensor, recorded when it is used, or a method, recorded when it is called."""
+
+
+def _define_in_place(name: str) -> None:
+    function = getattr(operator, name)
+
+    def record_in_place(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    setattr(_Proxy, f"__{name}__", record_in_place)
+
+
+for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    _define_in_place(f"i{_name}")
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Return whether a value is certainly one tensor."""
+    is_operation = node.op == "call_function" and node.target in (torch.cat, torch.relu, torch.add, F.relu)
+    return is_operation or node.op in ("placeholder", "get_attr", "call_module")
+
+
+# The tracer
+
+
+class _Tracer(GraphAppendingTracer):
+    """Records operations into a graph, and what the recorded code depends on into the current frame."""
+
+    def __init__(self, training: bool, inline_fusable: bool) -> None:
+        super().__init__(fx.Graph())
+        self.training = training
+        self.inline_fusable = inline_fusable
+        self.frames: list[Frame] = []
+        self.frame: Any = None
+        self.opaque: dict[str, str] = {}
+        self.reads_training = False
+        self.failure: Untraceable | None = None
+        self.shadows: dict[str, _Shadow] = {}
+        self.functions: dict[types.FunctionType, types.FunctionType] = {}
+        self.globals: dict[int, _Globals] = {}
+        self.builtins = _builtins_for(self)
+
+    # Operations
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
+        node = super().create_node(*arguments, **options)
+        node.meta["frame"] = self.frame
+        return node
+
+    def create_arg(self, value: Any) -> Any:
+        if isinstance(value, (Tensor, nn.Module)):
+            _refuse("uses a tensor that is neither an input, a parameter nor a buffer")
+        if isinstance(value, (_Recorder, _Namespace, _Class, types.FunctionType, types.MethodType)):
+            _refuse("passes a function or class to an operation")
+        if type(value) is _Shadow:
+            _refuse("passes a module to an operation")
+        try:
+            return super().create_arg(value)
+        except NotImplementedError:
+            _refuse(f"passes a {type(value).__name__} to an operation")
+
+    def to_bool(self, proxy: fx.Proxy) -> bool:
+        return bool(self.assume(_size_expression(proxy.node)))
+
+    def assume(self, expression: Any) -> Any:
+        """Return an expression's value for an ordinary batch; the generated forward verifies it on each call."""
+        value = _evaluate(expression)
+        self.frame.conditions.append((expression, value))
+        return value
+
+    def keys(self, proxy: fx.Proxy) -> Any:
+        _refuse("unpacks a tensor as a mapping")
+
+    # Modules
+
+    def call(self, path: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Record a call of a module: operation by operation if that is possible."""
+        if not is_layer(module):
+            reason = opaque_reason(module, self.inline_fusable)
+            if reason is None:
+                state = self.reads_training, self.frame
+                frames, nodes = len(self.frames), len(self.graph.nodes)
+                try:
+                    return self.inline(path, module, arguments, options)
+                except Untraceable as failure:
+                    reason = str(failure)
+                    self.failure, (self.reads_training, self.frame) = None, state
+                    del self.frames[frames:]
+                    for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - nodes]:
+                        self.graph.erase_node(node)
+            self.opaque[path] = reason
+        return self.create_proxy("call_module", path, arguments, options)
+
+    def inline(self, path: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Run the forward of a module with proxies."""
+        call = structure(arguments), structure(options)
+        frame = self.frame = Frame(path, module, self.frame, call)
+        self.frames.append(frame)
+        try:
+            stock = stock_forward(module)
+            bound = inspect.signature(stock).bind(None, *arguments, **options)
+            bound.apply_defaults()
+            frame.arguments = {name: structure(value) for name, value in list(bound.arguments.items())[1:]}
+            result = _read(self.shadow(path, module), stock.__name__)(*arguments, **options)
+            if self.failure is not None:  # the code has caught it
+                raise self.failure
+            frame.result = structure(result)
+        except Untraceable as failure:
+            self.failure = failure
+            raise
+        except Exception as error:
+            self.failure = Untraceable(f"cannot be recorded ({type(error).__name__}: {error})")
+            raise self.failure from error
+        self.frame = frame.parent
+        return result
+
+    def shadow(self, path: str, module: nn.Module) -> _Shadow:
+        if path not in self.shadows:
+            self.shadows[path] = _Shadow(self, path, module)
+        return self.shadows[path]
+
+    # What the code reads
+
+    def note(self, kind: str, owner: Any, name: str, value: Any) -> None:
+        key = kind, owner if isinstance(owner, (str, type)) else id(owner), name
+        if isinstance(value, (list, dict, set)):
+            value = copy.copy(value)  # what it contains is converted, so it is immutable or one of these
+        self.frame.reads[key] = Read(kind, owner, name, value)
+
+    def convert(self, value: Any, what: str) -> Any:
+        """Return a value of the recorded code's surroundings in a form that the code cannot change."""
+        kind = type(value)
+        if isinstance(value, _ATOMS):
+            return value
+        if kind in (tuple, list):
+            return tuple([self.convert(item, what) for item in value])
+        if kind in (dict, OrderedDict):
+            return types.MappingProxyType({key: self.convert(item, what) for key, item in value.items()})
+        if kind in (set, frozenset):
+            return frozenset([self.convert(item, what) for item in value])
+        if kind is functools.partial:
+            positional, keywords = self.convert(value.args, what), self.convert(dict(value.keywords), what)
+            return functools.partial(self.convert(value.func, what), *positional, **keywords)
+        if kind is types.ModuleType and (_is_of_torch(value.__name__) or value in (math, operator, functools)):
+            return _Namespace(self, value)
+        if isinstance(value, type):
+            return value if value is OrderedDict or value in _BUILTIN_TYPES else _Class(self, value)
+        if kind is types.FunctionType and not _is_of_torch(value.__module__):
+            return self.instrument(value)
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+            return self.operation(value, what)
+        return _refuse(f"reads {what}, a {kind.__name__}")
+
+    def operation(self, function: Any, what: str) -> Any:
+        """Return a function of torch, or a pure one, for the recorded code."""
+        if function.__name__ in _FALSE_IN_EAGER and _is_of_torch(function.__module__):
+            return _false
+        if function is torch._assert:
+            return _assert_now
+        if function.__module__ in ("math", "_operator", "_functools", "functools"):
+            return function
+        if function in _OPERATIONS:
+            return _Recorder(self, function)
+        return _refuse(f"reads {what}")
+
+    def instrument(self, function: types.FunctionType) -> types.FunctionType:
+        """Return a copy of a function that sees converted globals, closures and defaults."""
+        if function in self.functions:
+            return self.functions[function]
+        code = function.__code__
+        if reason := _side_effect(code, code.co_freevars):
+            _refuse(f"{function.__name__} {reason}")
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if not isinstance(value, (*_ATOMS, tuple, types.FunctionType)):
+                _refuse(f"{function.__name__} has a default argument that may change")
+        cells = []
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if name != "__class__":
+                value = cell.cell_contents
+                self.note("cell", cell, name, value)
+                cell = types.CellType(self.convert(value, f"the variable {name} of an outer function"))
+            cells.append(cell)
+        outer = function.__globals__
+        scope = self.globals.setdefault(id(outer), _Globals(self, outer))
+        made = types.FunctionType(code, scope, function.__name__, function.__defaults__, tuple(cells))
+        made.__kwdefaults__ = function.__kwdefaults__
+        self.functions[function] = made
+        return made
+
+
+def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
+    """Return what a function does that a recording would miss, or None."""
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            return f"sets the global variable {instruction.argval}"
+        if name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in outer:
+            return f"sets the variable {instruction.argval} of an outer function"
+        if name in ("POP_EXCEPT", "CHECK_EXC_MATCH"):
+            return "handles exceptions, or uses a context manager"
+    nested = [_side_effect(value, outer) for value in code.co_consts if isinstance(value, types.CodeType)]
+    return next(filter(None, nested), None)
+
+
+def _is_of_torch(name: str | None) -> bool:
+    return name is not None and (name == "torch" or name.startswith("torch."))
+
+
+#: Functions of torch that return how a forward runs; in eager execution, False.
+_FALSE_IN_EAGER = ("is_scripting", "is_tracing", "is_in_onnx_export")
+#: Tensor operations of torch: no function that sets or returns a mode or a state.
+_OPERATIONS = {
+    function
+    for module in (torch, F, torch.functional, torch._C._nn, torch.linalg, torch.fft, torch.special)
+    for name, function in vars(module).items()
+    if isinstance(function, types.BuiltinFunctionType)
+    or (isinstance(function, types.FunctionType) and function.__module__ in ("torch.functional", F.__name__))
+    if not name.startswith(("_", "set_", "get_", "is_"))
+}
+
+
+def _false() -> bool:
+    return False
+
+
+def _assert_now(condition: Any, message: str) -> None:
+    assert condition, message
+
+
+# Shadows: what the recorded code sees in place of modules, globals, modules of torch, functions and classes
 
 
 class _Shadow:
@@ -493,8 +519,8 @@ class _Shadow:
     def __init__(self, tracer: _Tracer, path: str, module: nn.Module) -> None:
         object.__setattr__(self, "_shadowed", (tracer, path, module))
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return stock_class(type(self._shadowed[2]))
 
     def __getattr__(self, name: str) -> Any:
@@ -532,10 +558,13 @@ class _Shadow:
         return len(self) > 0 if hasattr(self.__class__, "__len__") else True
 
 
+_MISSING = object()
+
+
 def _read(shadow: _Shadow, name: str) -> Any:
     """Return an attribute of a shadow, found in the order in which Python and ``nn.Module`` look for it."""
     tracer, path, module = shadow._shadowed
-    state, kind = module.__dict__, stock_class(type(module))
+    state, kind = module.__dict__, shadow.__class__
     if name == "training":
         tracer.reads_training = True
         tracer.note("attribute", path, name, tracer.training)
@@ -549,9 +578,8 @@ def _read(shadow: _Shadow, name: str) -> Any:
         tracer.note("class", kind, name, found)
         return tracer.instrument(found.fget)(shadow)
     if name in state:
-        value = state[name]
-        tracer.note("attribute", path, name, value)
-        return tracer.convert(value, f"the attribute {name}")
+        tracer.note("attribute", path, name, state[name])
+        return tracer.convert(state[name], f"the attribute {name}")
     if found is not _MISSING:
         tracer.note("absent", path, name, None)
         tracer.note("class", kind, name, getattr(kind, name))
@@ -570,13 +598,11 @@ def _read(shadow: _Shadow, name: str) -> Any:
 
 def _class_attribute(shadow: _Shadow, found: Any, name: str) -> Any:
     tracer = shadow._shadowed[0]
-    if isinstance(found, staticmethod):
-        return tracer.convert(found.__func__, f"the attribute {name}")
     if isinstance(found, classmethod):
-        return _refuse(f"calls the class method {name}")
+        _refuse(f"calls the class method {name}")
     if isinstance(found, types.FunctionType):
         return types.MethodType(tracer.instrument(found), shadow)
-    return tracer.convert(found, f"the attribute {name}")
+    return tracer.convert(found.__func__ if isinstance(found, staticmethod) else found, f"the attribute {name}")
 
 
 def _children(shadow: _Shadow) -> dict[str, Any]:
@@ -590,55 +616,50 @@ def _children(shadow: _Shadow) -> dict[str, Any]:
     return shadows
 
 
-def _call_special(shadow: _Shadow, name: str, *arguments: Any) -> Any:
-    """Call a special method, which Python looks up in the class; those of the containers of ``torch.nn`` are known."""
-    module = shadow._shadowed[2]
-    if isinstance(module, _CONTAINERS) and getattr(stock_class(type(module)), name) in _CONTAINER_METHODS[name]:
-        children = _children(shadow)
-        if isinstance(module, nn.ModuleDict):
-            return _SPECIAL[name](children, *arguments)
-        if arguments and isinstance(arguments[0], slice):
-            _refuse("slices a container of modules")
-        return _SPECIAL[name](list(children.values()), *arguments)
-    return _read(shadow, name)(*arguments)
-
-
-_MISSING = object()
 _SPECIAL: dict[str, Any] = {
     "__iter__": iter, "__len__": len, "__getitem__": operator.getitem, "__contains__": operator.contains,
 }  # fmt: skip
 _CONTAINER_METHODS = {name: {getattr(kind, name, None) for kind in _CONTAINERS} for name in _SPECIAL}
 
 
-class _Globals(dict):  # type: ignore[type-arg]
-    """Globals of a traced function: a read returns a converted value and is noted."""
+def _call_special(shadow: _Shadow, name: str, *arguments: Any) -> Any:
+    """Call a special method, which Python looks up in the class; those of the containers of ``torch.nn`` are known."""
+    module = shadow._shadowed[2]
+    if not isinstance(module, _CONTAINERS) or getattr(shadow.__class__, name) not in _CONTAINER_METHODS[name]:
+        return _read(shadow, name)(*arguments)
+    if arguments and isinstance(arguments[0], slice):
+        _refuse("slices a container of modules")
+    children = _children(shadow)
+    return _SPECIAL[name](children if isinstance(module, nn.ModuleDict) else list(children.values()), *arguments)
+
+
+class _Globals(dict[str, Any]):
+    """Globals of an instrumented function: a read returns a converted value and is noted."""
 
     def __init__(self, tracer: _Tracer, outer: dict[str, Any]) -> None:
-        super().__init__(__builtins__=_builtins_for(tracer))
+        super().__init__(__builtins__=tracer.builtins)
         self.tracer = tracer
         self.outer = outer
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.outer:
-            raise KeyError(name)
         value = self.outer[name]
         self.tracer.note("global", self.outer, name, value)
         return self.tracer.convert(value, f"the global variable {name}")
 
 
 class _Namespace:
-    """Stands for a module of torch: functions record an operation."""
+    """Stands for a module of torch, or one of pure functions."""
 
     def __init__(self, tracer: _Tracer, module: types.ModuleType) -> None:
         self._shadowed = tracer, module
 
     def __getattr__(self, name: str) -> Any:
         tracer, module = self._shadowed
-        value = getattr(module, name)
+        value, what = getattr(module, name), f"{module.__name__}.{name}"
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
             tracer.note("global", vars(module), name, value)
-            return tracer.recorder(value, f"{module.__name__}.{name}")
-        return tracer.convert(value, f"{module.__name__}.{name}")
+            return tracer.operation(value, what)
+        return tracer.convert(value, what)
 
 
 class _Recorder:
@@ -655,85 +676,101 @@ class _Recorder:
 class _Class:
     """Stands for a class: for ``isinstance``, for class attributes, and to make a layer without parameters."""
 
-    def __init__(self, tracer: _Tracer, kind: type) -> None:
+    def __init__(self, tracer: _Tracer, kind: Any) -> None:
         self._shadowed = tracer, kind
 
     def __getattr__(self, name: str) -> Any:
         tracer, kind = self._shadowed
-        found = inspect.getattr_static(kind, name, _MISSING)
-        if found is _MISSING:
+        if inspect.getattr_static(kind, name, _MISSING) is _MISSING:
             raise AttributeError(name)
-        tracer.note("class", kind, name, found)
-        if isinstance(found, enum.Enum):
-            return found
-        return tracer.convert(getattr(kind, name), f"{kind.__name__}.{name}")
+        value = getattr(kind, name)
+        tracer.note("class", kind, name, value)
+        return tracer.convert(value, f"{kind.__name__}.{name}")
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         kind = self._shadowed[1]
         if issubclass(kind, BaseException) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
             return kind(*arguments, **options)
-        if kind in (nn.ReLU, nn.Identity) or (kind.__module__ == "torch.nn.modules.activation" and not arguments):
+        if kind is nn.Identity or kind.__module__ == nn.ReLU.__module__:
             layer = kind(*arguments, **options)
             if not any(True for _ in layer.parameters()):
                 return layer.forward  # it has no state and no hooks
         return _refuse(f"makes a {kind.__name__}")
 
 
-def _unwrap(kinds: Any) -> Any:
-    if isinstance(kinds, tuple):
-        return tuple([_unwrap(kind) for kind in kinds])
-    return kinds._shadowed[1] if type(kinds) is _Class else kinds
-
-
-def _builtins_for(tracer: _Tracer) -> dict[str, Any]:
-    def safe_isinstance(value: Any, kinds: Any) -> bool:
-        if isinstance(value, fx.Proxy) and not _is_tensor(value.node):
-            _refuse("tests the type of a value that may not be a tensor")
-        kind = Tensor if isinstance(value, fx.Proxy) else value.__class__
-        return issubclass(kind, _unwrap(kinds))
-
-    def safe_callable(value: Any) -> bool:
-        return callable(value) and not isinstance(value, fx.Proxy)
-
-    def safe_len(value: Any) -> int:
-        if not isinstance(value, fx.Proxy):
-            return len(value)
-        shape = _size_expression(value.node)
-        return tracer.assume(
-            Size(shape.tensor, "ndim") if isinstance(shape, Size) else _refuse("takes a tensor's length")
-        )
-
-    def safe_super(*arguments: Any) -> _Super:
-        if arguments:
-            return _Super(tracer, _unwrap(arguments[0]), arguments[1])
-        caller = sys._getframe(1)
-        return _Super(tracer, caller.f_locals["__class__"], caller.f_locals[caller.f_code.co_varnames[0]])
-
-    allowed = {name: getattr(builtins, name) for name in _SAFE_BUILTINS}
-    return allowed | {
-        "isinstance": safe_isinstance, "len": safe_len, "super": safe_super, "callable": safe_callable,
-    }  # fmt: skip
-
-
 class _Super:
     """``super()`` of a shadow: methods run with converted globals, too."""
 
-    def __init__(self, tracer: _Tracer, kind: type, shadow: Any) -> None:
-        self._shadowed = tracer, kind, shadow
+    def __init__(self, kind: type, shadow: _Shadow) -> None:
+        self._shadowed = kind, shadow
 
     def __getattr__(self, name: str) -> Any:
-        tracer, kind, shadow = self._shadowed
+        kind, shadow = self._shadowed
         order = shadow.__class__.__mro__
         for base in order[order.index(kind) + 1 :]:
             if name in vars(base):
-                tracer.note("class", base, name, getattr(base, name))
+                shadow._shadowed[0].note("class", base, name, getattr(base, name))
                 return _class_attribute(shadow, vars(base)[name], name)
         raise AttributeError(name)
 
 
-def _is_tensor(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "get_attr"):
-        return True
-    if node.op == "call_function":
-        return node.target in (torch.cat, torch.relu, torch.add, F.relu)
-    return node.op == "call_module"
+# Builtins
+
+_BUILTIN_TYPES = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, slice, range, object)
+_PURE_BUILTINS = (
+    *(abs, all, any, divmod, enumerate, filter, iter, map, max, min, next, reversed, round, sorted, sum, zip),
+    *_BUILTIN_TYPES,
+)
+
+
+def _builtins_for(tracer: _Tracer) -> dict[str, Any]:
+    """Return the builtins of instrumented functions: pure ones, some that know proxies, and the others refuse."""
+
+    def safe_isinstance(value: Any, kinds: Any) -> bool:
+        if not isinstance(value, fx.Proxy):
+            return issubclass(value.__class__, _unwrap(kinds))
+        if not _is_tensor(value.node):
+            _refuse("tests the type of a value that may not be a tensor")
+        return issubclass(Tensor, _unwrap(kinds))
+
+    def safe_getattr(value: Any, name: str, *default: Any) -> Any:
+        if isinstance(value, fx.Proxy) and default and not hasattr(Tensor, name):
+            _refuse(f"reads the attribute {name!r} of a tensor, if it has one")
+        return getattr(value, name, *default)
+
+    def safe_hasattr(value: Any, name: str) -> bool:
+        if isinstance(value, fx.Proxy) and not hasattr(Tensor, name):
+            _refuse(f"reads the attribute {name!r} of a tensor, if it has one")
+        return hasattr(value, name)
+
+    def safe_callable(value: Any) -> bool:
+        return callable(value) and not isinstance(value, fx.Proxy)
+
+    def safe_len(value: Any) -> Any:
+        if not isinstance(value, fx.Proxy):
+            return len(value)
+        shape = _size_expression(value.node)
+        return tracer.assume(Size(shape.tensor, "ndim")) if isinstance(shape, Size) else _refuse("takes a length")
+
+    def safe_super(*arguments: Any) -> _Super:
+        if arguments:
+            return _Super(_unwrap(arguments[0]), arguments[1])
+        caller = sys._getframe(1)
+        return _Super(caller.f_locals["__class__"], caller.f_locals[caller.f_code.co_varnames[0]])
+
+    def refusing(name: str) -> Callable[..., NoReturn]:
+        return lambda *arguments, **options: _refuse(f"calls {name}")
+
+    allowed: dict[str, Any] = {}
+    for name, value in vars(builtins).items():
+        is_exception = isinstance(value, type) and issubclass(value, BaseException)
+        keep = is_exception or not callable(value) or any(value is pure for pure in _PURE_BUILTINS)
+        allowed[name] = value if keep else refusing(name)
+    safe = (safe_isinstance, safe_getattr, safe_hasattr, safe_callable, safe_len, safe_super)
+    return allowed | {function.__name__.removeprefix("safe_"): function for function in safe}
+
+
+def _unwrap(kinds: Any) -> Any:
+    if isinstance(kinds, tuple):
+        return tuple([_unwrap(kind) for kind in kinds])
+    return kinds._shadowed[1] if type(kinds) is _Class else kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ class ResidualBlock(FusableModule):
 
     def stock_forward(self, x: Tensor) -> Tensor:
         """Compute the forward by calling the modules one by one."""
-        children = self._modules
+        children: dict[str, Any] = self._modules
         *first, (last_conv, last_norm) = self._unit_names
         y = x
         for conv, norm in first:

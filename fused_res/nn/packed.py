@@ -60,12 +60,12 @@ class Block(NamedTuple):
     @property
     def convolutions(self) -> tuple[Unit, ...]:
         """All units: those of the main path, then the projection."""
-        return self.units if isinstance(self.shortcut, str) else (*self.units, self.shortcut)
+        return (*self.units, self.shortcut) if isinstance(self.shortcut, tuple) else self.units
 
     @classmethod
     def of(cls, units: Any, shortcut: Any, pool: Any) -> Block:
         """Return a block from tuples, which equal it; generated code passes those, because they are made faster."""
-        return cls(tuple([Unit(*u) for u in units]), shortcut if isinstance(shortcut, str) else Unit(*shortcut), pool)
+        return cls(tuple([Unit(*u) for u in units]), Unit(*shortcut) if isinstance(shortcut, tuple) else shortcut, pool)
 
 
 class PackedProgram:

@@ -96,8 +96,8 @@ class Summary:
 def summarize(model: nn.Module, *inputs: Any) -> Summary:
     """Summarize which modules of `model` run fused, which do not, and why; ``print`` the result for a table.
 
-    There is one row for each module with a fused forward, for each module of :mod:`fused_res.nn`, and for each remaining
-    norm. Rows of convolutions name the algorithms of the last call; they depend on the input size.
+    There is one row for each module with a fused forward, for each module of :mod:`fused_res.nn`, and for each
+    remaining norm. Rows of convolutions name the algorithms of the last call; they depend on the input size.
 
     Args:
         model: any module, fused, frozen or stock.
@@ -155,7 +155,8 @@ def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
             else:
                 why = _reason(module, unsupported) if unsupported else "switched off"
                 rows[module] = Row(name, kind, False, str(why))
-    remaining = {module for module in names if isinstance(module, NORMS)} - covered - fused_norms
+    norms: set[nn.Module] = {module for module in names if isinstance(module, NORMS)}
+    remaining = norms - covered - fused_norms
     reasons = _reasons(model, remaining, names) if remaining else {}
     for module, name in names.items():
         if module in rows:
@@ -193,7 +194,7 @@ def _describe(module: Any, program: Program) -> tuple[str, set[nn.Module]]:
         else:
             projection = _live(module, program, shortcut) if isinstance(shortcut, Unit) else shortcut
             live_pool = None if pool is None else module.get_submodule(program.relative(pool.path))
-            unsupported = chain.find_unsupported(units, projection, live_pool)  # type: ignore[arg-type]
+            unsupported = chain.find_unsupported(units, projection, live_pool)
         if unsupported is not None:
             refused.append(str(_reason(module, unsupported)))
             continue

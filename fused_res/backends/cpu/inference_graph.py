@@ -174,8 +174,8 @@ def _plan_arena(nodes: Sequence[_GraphNode], sizes: Sequence[int]) -> tuple[list
         for value in (node.input_value, node.residual):
             if value is not None:
                 last_use[value] = index
-    # A residual that is last used by an addition is overwritten in place by the sum, element by element: unless it is the
-    # convolution's input, too, which is read while the sum is written.
+    # A residual that is last used by an addition is overwritten in place by the sum, element by element, unless it is
+    # also the convolution's input, which is read while the sum is written.
     alias_of = list(range(output + 1))
     for index in reversed(range(output)):
         residual = nodes[index].residual
