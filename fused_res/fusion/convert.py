@@ -191,7 +191,13 @@ def recordings(model: nn.Module, packed: bool, failures: dict[str, str] | None =
     """
     visited: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module in visited or is_layer(module) or (isinstance(module, FusableModule) and not packed):
+        if module in visited or is_layer(module):
+            continue
+        if isinstance(module, FusableModule) and not packed:
+            unsupported = module.unsupported_reason()
+            if unsupported is None or unsupported.transient:  # its own forward runs these children
+                children = [child for name, child in module.named_children() if name in module.fused_children()]
+                visited |= {inner for child in children for inner in child.modules()}
             continue
         try:
             for recorded in _record(module, packed):
