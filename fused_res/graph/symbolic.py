@@ -157,8 +157,12 @@ def is_layer(module: nn.Module) -> bool:
 
 def stock_forward(module: nn.Module) -> Any:
     """Return the function that computes the forward of `module` unfused."""
-    kind: Any = stock_class(type(module))
-    return getattr(kind, "stock_forward", kind.forward) if isinstance(module, FusableModule) else kind.forward
+    return getattr(stock_class(type(module)), _forward_name(module))
+
+
+def _forward_name(module: nn.Module) -> str:
+    has_own = isinstance(module, FusableModule) and hasattr(module, "stock_forward")
+    return "stock_forward" if has_own else "forward"
 
 
 def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
@@ -298,7 +302,7 @@ class _Tracer(GraphAppendingTracer):
         self.frames.append(frame)
         try:
             stock = stock_forward(module)
-            forward = _read(self.shadow(path, module), stock.__name__)
+            forward = _read(self.shadow(path, module), _forward_name(module))
             bound = inspect.signature(stock).bind(None, *arguments, **options)
             bound.apply_defaults()
             frame.arguments = {key: structure(value) for key, value in list(bound.arguments.items())[1:]}
