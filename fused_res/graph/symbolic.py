@@ -370,8 +370,9 @@ class _Tracer(GraphAppendingTracer):
 
     def instrument(self, function: types.FunctionType) -> Any:
         """Return a copy of a function that sees converted globals, closures and defaults."""
-        if function in self.functions:
-            return self.functions[function]
+        key = function, self.frame  # every call notes what it reads of the closure
+        if key in self.functions:
+            return self.functions[key]
         if reason := _side_effect(function.__code__, function.__code__.co_freevars):
             _refuse(f"{function.__name__} {reason}")
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
@@ -395,7 +396,7 @@ class _Tracer(GraphAppendingTracer):
             function.__code__, self.globals[id(outer)], function.__name__, function.__defaults__, tuple(cells)
         )
         made.__kwdefaults__ = function.__kwdefaults__
-        self.functions[function] = made
+        self.functions[key] = made
         return made
 
 

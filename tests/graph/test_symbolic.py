@@ -432,6 +432,32 @@ class TestReads:
 
         assert ("cell", "factor") in reads(record(forward))
 
+    def test_closures_of_a_function_that_several_calls_use(self) -> None:
+        def inner(factor: float) -> Callable[[Tensor], Tensor]:
+            return lambda x: x * factor
+
+        def outer(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda x: function(x)
+
+        function = outer(inner(2.0))
+
+        class Scaled(Child):
+            def __init__(self) -> None:
+                super().__init__()
+                self.function = function
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.function(self.conv(x))
+
+        class Refused(Scaled):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.function(self.conv(x)) * len(x)
+
+        recorded = trace(nn.Sequential(Refused(), Scaled(), Scaled()), True)
+        assert [frame.path for frame in recorded.frames] == ["", "1", "2"]
+        for frame in recorded.frames[1:]:
+            assert {name for kind, _, name in frame.reads if kind == "cell"} == {"function", "factor"}
+
     def test_missing_parameter(self) -> None:
         def forward(self: Any, x: Tensor) -> Tensor:
             return x if self.conv.bias is None else -x
