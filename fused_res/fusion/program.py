@@ -227,7 +227,7 @@ class _Generator:
             if kind == "attribute":
                 failure = self._differs(f"{module}.__dict__.get({name!r}, ...)", value)
             elif kind == "children":
-                failure = f"[*{module}._modules] != {list(value)!r}"
+                failure = f"list({module}._modules) != {list(value)!r}"  # Dynamo does not guard [*modules]
             else:
                 failure = {"absent": f"{name!r} in {module}.__dict__", "missing": f"hasattr({module}, {name!r})"}.get(
                     kind, f"{module}.{kind}.get({name!r}, ...) is not None"
@@ -238,8 +238,9 @@ class _Generator:
         actual = {"cell": f"{holder}.cell_contents", "global": f"{holder}.get({name!r})"}.get(
             kind
         ) or f"{holder}.{name}"
-        # Dynamo guards the code that it compiles by itself.
-        self.guard(f"not is_compiling() and {self._differs(actual, value)}", f"{name} has changed")
+        differs = self._differs(actual, value)
+        # Dynamo cannot compile a cell's contents and the function that closes over it.
+        self.guard(f"not is_compiling() and {differs}" if kind == "cell" else differs, f"{name} has changed")
 
     def _differs(self, actual: str, value: Any) -> str:
         if isinstance(value, (list, dict, set, tuple, int, float, str, torch.Size)) and not isinstance(value, bool):
