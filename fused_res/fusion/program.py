@@ -59,7 +59,8 @@ class Program:
     def key(self) -> tuple[Any, ...]:
         """Equal keys are equal programs."""
         constants = {k: v for k, v in self._namespace.items() if k not in ("forward", "__builtins__")}
-        return self.source, tuple((k, v if isinstance(v, (int, float, str)) else id(v)) for k, v in constants.items())
+        by_value = (int, float, complex, str, bytes, list, dict, set, tuple)
+        return self.source, tuple((k, repr(v) if isinstance(v, by_value) else id(v)) for k, v in constants.items())
 
     def relative(self, path: str) -> str:
         return path.removeprefix(self.prefix + ".") if self.prefix else path
@@ -119,6 +120,7 @@ class _Generator:
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
+        self.numbers: dict[fx.Node, int] = {}
         self.modules: dict[str, str] = {owner.path: "self"}
         self.running: set[str] = set()
         #: Lines that verify the arguments, and the module; each with what its failure means.
@@ -164,7 +166,8 @@ class _Generator:
 
     def text(self, value: Any) -> str:
         if isinstance(value, fx.Node):
-            return f"v{self.nodes[self.same.get(value, value)].index}"
+            # Numbers of the recording would differ between the calls of one module.
+            return f"v{self.numbers.setdefault(self.same.get(value, value), len(self.numbers))}"
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return f"{self.constant(type(value))}({', '.join(map(self.text, value))})"
         if isinstance(value, tuple) and not isinstance(value, torch.Size):
