@@ -76,8 +76,10 @@ def unfuse(model: Model) -> Model:
         if isinstance(module, FusableModule):
             module.fused = False
         # If another library has derived a class from the generated one, its forward finds no program.
-        if module.__dict__.pop("_fused_res", None) is not None:
-            object.__setattr__(module, "__class__", stock_class(type(module)))
+        module.__dict__.pop("_fused_res", None)
+        # A slice of a fused container has the generated class, but no program.
+        if (stock := stock_class(type(module))) is not type(module):
+            object.__setattr__(module, "__class__", stock)
     return model
 
 
