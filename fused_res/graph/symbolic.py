@@ -161,12 +161,19 @@ def stock_forward(module: nn.Module) -> Any:
 
 
 def _forward_name(module: nn.Module) -> str:
-    has_own = isinstance(module, FusableModule) and hasattr(module, "stock_forward")
-    return "stock_forward" if has_own else "forward"
+    """Return "stock_forward" for a module of this package, unless a subclass overrides ``forward``."""
+    kinds = stock_class(type(module)).__mro__ if isinstance(module, FusableModule) else ()
+    defined = (name for kind in kinds for name in ("stock_forward", "forward") if name in vars(kind))
+    return next(defined, "forward")
 
 
-def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
-    """Return why the forward of `module` is not to be recorded operation by operation, or None."""
+def opaque_reason(module: nn.Module, inline_fusable: bool, called: bool = True) -> str | None:
+    """Return why the forward of `module` is not to be recorded operation by operation, or None.
+
+    Args:
+        module, inline_fusable: see :func:`trace`.
+        called: whether it is called in the recorded forward, which would miss its hooks; otherwise they run around it.
+    """
     kind: Any = stock_class(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
