@@ -91,7 +91,8 @@ def install(model: nn.Module, settings: Settings, packed: bool, frozen: bool = F
         settings, packed, frozen: see :class:`fused_res.fusion.fused.Fusion`. A frozen model itself always gets a
             generated class.
     """
-    programs: dict[nn.Module, list[Program]] = {model: []} if frozen and opaque_reason(model, packed) is None else {}
+    recordable = opaque_reason(model, packed, called=False) is None
+    programs: dict[nn.Module, list[Program]] = {model: []} if frozen and recordable else {}
     for recorded in recordings(model, packed):
         for module, program in recorded.programs(packed):
             found = programs.setdefault(module, [])

@@ -127,7 +127,7 @@ def trace(root: nn.Module, training: bool, inline_fusable: bool = False) -> Trac
     Raises:
         Untraceable: the forward of `root` itself cannot be recorded.
     """
-    if reason := opaque_reason(root, inline_fusable):
+    if reason := opaque_reason(root, inline_fusable, called=False):
         raise Untraceable(reason)
     tracer = _Tracer(root, training, inline_fusable)
     forward = stock_forward(root)
@@ -183,7 +183,7 @@ def opaque_reason(module: nn.Module, inline_fusable: bool, called: bool = True) 
         return "has no function as its forward"
     if isinstance(module, FusableModule) and not (inline_fusable and hasattr(module, "stock_forward")):
         return "is a module of fused_res.nn"
-    if not has_no_hooks(module.__dict__):
+    if "forward" in module.__dict__ or (called and not has_no_hooks(module.__dict__)):
         return "has a hook, or a forward of its own"
     if kind.__call__ is not nn.Module.__call__:
         return "overrides __call__"

@@ -335,6 +335,19 @@ class TestOperations:
             "0.conv1", "0.bn1", "0.relu", "0.conv2", "0.bn2", "0.relu", "1",
         ]  # fmt: skip
 
+    def test_own_module_with_another_forward(self) -> None:
+        class Shifted(fnn.BasicBlock):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) + 1
+
+        class ShiftedOnce(Shifted):
+            pass
+
+        for model in (Shifted(4, 4), ShiftedOnce(4, 4)):
+            assert operations(trace(nn.Sequential(model), False, inline_fusable=True)) == ["0"]
+            x, model = torch.randn(2, 4, 5, 5, dtype=torch.float64), model.double().eval()
+            assert_near(freeze(model)(x), model(x), "output")
+
     def test_child_that_cannot_be_recorded_is_one_operation(self) -> None:
         class Branches(Child):
             def forward(self, x: Tensor) -> Tensor:
@@ -655,13 +668,11 @@ class TestRefused:
             def __getattr__(self, name: str) -> Any:
                 return super().__getattr__(name)
 
-        hooked, patched = Child(), Child()
-        hooked.register_forward_hook(lambda *_: None)
+        patched = Child()
         patched.forward = types.MethodType(lambda self, x: x, patched)  # type: ignore[method-assign]
         for model, reason in (
             (OverridesCall(), "overrides __call__"),
             (OverridesAccess(), "overrides attribute access"),
-            (hooked, "has a hook"),
             (patched, "a forward of its own"),
             (torch.jit.script(nn.Sequential(nn.ReLU())), "is compiled by torch.jit"),
             (torch.fx.symbolic_trace(Child()), "is a torch.fx graph"),
@@ -670,6 +681,15 @@ class TestRefused:
             with pytest.raises(Untraceable, match=reason):
                 trace(model, True)
             assert trace(nn.Sequential(model), True).opaque["0"].startswith(("overrides", "has a", "is ", "wraps"))
+
+    def test_hooks_run_around_a_recorded_forward(self) -> None:
+        model = Child()
+        model.register_forward_hook(lambda *_: None)
+        assert operations(trace(model, True)) == ["conv", "norm"]
+        recorded = trace(nn.Sequential(model), True)
+        assert operations(recorded) == ["0"] and recorded.opaque == {"0": "has a hook, or a forward of its own"}
+        fused = fuse(nn.Sequential(model))
+        assert fused_res.summarize(fused).norms_fused == 1
 
     def test_caught_refusals_refuse(self) -> None:
         """Code that catches every exception cannot hide that a value was refused."""
