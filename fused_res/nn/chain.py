@@ -354,7 +354,10 @@ def run_fused(
         or inspect_tensors(chain.tensors, *dtype_and_autocast)
     ):
         return None
-    return chain.run(input, backend, recompute, tune)
+    try:
+        return chain.run(input, backend, recompute, tune)
+    except ValueError:
+        return None  # for an invalid input the modules raise PyTorch's error
 
 
 def run_fused_norm(
