@@ -238,6 +238,7 @@ class TestGuards:
             (torch.ones(2, 4, 6, 6), None, False, [1, 1]),
             (torch.ones(4, 6, 6),),
             (torch.ones(0, 4, 6, 6),),
+            (torch.ones(2, 3, 6, 6),),
             (2.0,),
             (),
             (torch.ones(2, 4, 6, 6), None, False, (1, 1), None),
