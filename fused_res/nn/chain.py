@@ -356,7 +356,9 @@ def run_fused(
         return None
     try:
         return chain.run(input, backend, recompute, tune)
-    except ValueError:
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise  # PyTorch's error, without the modules' side effects
         return None  # for an invalid input the modules raise PyTorch's error
 
 

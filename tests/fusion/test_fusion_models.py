@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_res.fusion import fuse, summarize
+from fused_res import fuse, summarize
 from fused_res.testing import stub_torchvision_operators
 from tests.support.model_comparison import (
     assert_models_match,
