@@ -76,8 +76,10 @@ def unfuse(model: Model) -> Model:
         if isinstance(module, FusableModule):
             module.fused = False
         # If another library has derived a class from the generated one, its forward finds no program.
-        if module.__dict__.pop("_fused_res", None) is not None:
-            object.__setattr__(module, "__class__", stock_class(type(module)))
+        module.__dict__.pop("_fused_res", None)
+        # A slice of a fused container has the generated class, but no program.
+        if (stock := stock_class(type(module))) is not type(module):
+            object.__setattr__(module, "__class__", stock)
     return model
 
 
@@ -89,7 +91,8 @@ def install(model: nn.Module, settings: Settings, packed: bool, frozen: bool = F
         settings, packed, frozen: see :class:`fused_res.fusion.fused.Fusion`. A frozen model itself always gets a
             generated class.
     """
-    programs: dict[nn.Module, list[Program]] = {model: []} if frozen and opaque_reason(model, packed) is None else {}
+    recordable = opaque_reason(model, packed, called=False) is None
+    programs: dict[nn.Module, list[Program]] = {model: []} if frozen and recordable else {}
     for recorded in recordings(model, packed):
         for module, program in recorded.programs(packed):
             found = programs.setdefault(module, [])

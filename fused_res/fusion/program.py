@@ -58,8 +58,8 @@ class Program:
     def key(self) -> Any:
         """Equal keys are equal programs."""
         constants = {k: v for k, v in self._namespace.items() if k not in ("forward", "__builtins__")}
-        by_value = (int, float, str, list, tuple, dict, set, frozenset)
-        return self.source, [(name, v if isinstance(v, by_value) else id(v)) for name, v in constants.items()]
+        by_value = (int, float, complex, str, bytes, list, dict, set, tuple)
+        return self.source, [(name, repr(v) if isinstance(v, by_value) else id(v)) for name, v in constants.items()]
 
     def relative(self, path: str) -> str:
         return path.removeprefix(self.prefix + ".") if self.prefix else path
@@ -119,6 +119,7 @@ class _Generator:
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
+        self.numbers: dict[fx.Node, int] = {}  # those of the recording differ between the calls of one module
         self.modules: dict[str, str] = {owner.path: "self"}
         self.running: set[str] = set()
         #: Lines that verify the arguments, and the module; each with what its failure means.
@@ -164,7 +165,7 @@ class _Generator:
 
     def text(self, value: Any) -> str:
         if isinstance(value, fx.Node):
-            return f"v{self.nodes[self.same.get(value, value)].index}"
+            return f"v{self.numbers.setdefault(self.same.get(value, value), len(self.numbers))}"
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return f"{self.constant(type(value))}({', '.join(map(self.text, value))})"
         if isinstance(value, tuple) and not isinstance(value, torch.Size):
@@ -227,7 +228,7 @@ class _Generator:
             if kind == "attribute":
                 failure = self._differs(f"{module}.__dict__.get({name!r}, ...)", value)
             elif kind == "children":
-                failure = f"[*{module}._modules] != {list(value)!r}"
+                failure = f"list({module}._modules) != {list(value)!r}"  # Dynamo does not guard [*modules]
             else:
                 failure = {"absent": f"{name!r} in {module}.__dict__", "missing": f"hasattr({module}, {name!r})"}.get(
                     kind, f"{module}.{kind}.get({name!r}, ...) is not None"
@@ -236,8 +237,9 @@ class _Generator:
             return
         holder = self.constant(owner)
         texts = {"cell": f"{holder}.cell_contents", "global": f"{holder}.get({name!r})", "class": f"{holder}.{name}"}
-        # Dynamo guards the code that it compiles by itself.
-        self.guard(f"not is_compiling() and {self._differs(texts[kind], value)}", f"{name} has changed")
+        differs = self._differs(texts[kind], value)
+        # Dynamo cannot compile a cell's contents and the function that closes over it.
+        self.guard(f"not is_compiling() and {differs}" if kind == "cell" else differs, f"{name} has changed")
 
     def _differs(self, actual: str, value: Any) -> str:
         if isinstance(value, (list, dict, set, tuple, int, float, str, torch.Size)) and not isinstance(value, bool):

@@ -130,7 +130,7 @@ def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Rec
     Raises:
         Untraceable: the forward of `root` itself cannot be recorded.
     """
-    if reason := opaque_reason(root, inline_fusable):
+    if reason := opaque_reason(root, inline_fusable, called=False):
         raise Untraceable(reason)
     tracer = _Tracer(training, inline_fusable)
     channels = next((module.in_channels for module in root.modules() if isinstance(module, nn.Conv2d)), 3)
@@ -162,12 +162,23 @@ def is_layer(module: nn.Module) -> bool:
 
 def stock_forward(module: nn.Module) -> Any:
     """Return the function that computes the forward of `module` unfused."""
-    kind = stock_class(type(module))
-    return getattr(kind, "stock_forward", kind.forward) if isinstance(module, FusableModule) else kind.forward
+    return getattr(stock_class(type(module)), _forward_name(module))
 
 
-def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
-    """Return why the forward of `module` is not to be recorded operation by operation, or None."""
+def _forward_name(module: nn.Module) -> str:
+    """Return "stock_forward" for a module of this package, unless a subclass overrides ``forward``."""
+    kinds = stock_class(type(module)).__mro__ if isinstance(module, FusableModule) else ()
+    defined = (name for kind in kinds for name in ("stock_forward", "forward") if name in vars(kind))
+    return next(defined, "forward")
+
+
+def opaque_reason(module: nn.Module, inline_fusable: bool, called: bool = True) -> str | None:
+    """Return why the forward of `module` is not to be recorded operation by operation, or None.
+
+    Args:
+        module, inline_fusable: see :func:`record`.
+        called: whether it is called in the recorded forward, which would miss its hooks; otherwise they run around it.
+    """
     kind = stock_class(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
@@ -179,7 +190,7 @@ def opaque_reason(module: nn.Module, inline_fusable: bool) -> str | None:
         return "wraps a model for parallel execution"
     if not isinstance(stock_forward(module), types.FunctionType):
         return "has no function as its forward"
-    if not has_no_hooks(module.__dict__):
+    if "forward" in module.__dict__ or (called and not has_no_hooks(module.__dict__)):
         return "has a hook, or a forward of its own"
     if kind.__call__ is not nn.Module.__call__:
         return "overrides __call__"
@@ -314,7 +325,7 @@ class _Tracer(GraphAppendingTracer):
         self.reads_training = False
         self.failure: Untraceable | None = None
         self.shadows: dict[str, _Shadow] = {}
-        self.functions: dict[types.FunctionType, types.FunctionType] = {}
+        self.functions: dict[Any, types.FunctionType] = {}
         self.globals: dict[int, _Globals] = {}
         self.builtins = _builtins_for(self)
 
@@ -382,7 +393,7 @@ class _Tracer(GraphAppendingTracer):
             bound = inspect.signature(stock).bind(None, *arguments, **options)
             bound.apply_defaults()
             frame.arguments = {name: structure(value) for name, value in list(bound.arguments.items())[1:]}
-            result = _read(self.shadow(path, module), stock.__name__)(*arguments, **options)
+            result = _read(self.shadow(path, module), _forward_name(module))(*arguments, **options)
             if self.failure is not None:  # the code has caught it
                 raise self.failure
             frame.result = structure(result)
@@ -446,8 +457,9 @@ class _Tracer(GraphAppendingTracer):
 
     def instrument(self, function: types.FunctionType) -> types.FunctionType:
         """Return a copy of a function that sees converted globals, closures and defaults."""
-        if function in self.functions:
-            return self.functions[function]
+        key = function, self.frame  # every call notes what it reads of the closure
+        if key in self.functions:
+            return self.functions[key]
         code = function.__code__
         if reason := _side_effect(code, code.co_freevars):
             _refuse(f"{function.__name__} {reason}")
@@ -465,7 +477,7 @@ class _Tracer(GraphAppendingTracer):
         scope = self.globals.setdefault(id(outer), _Globals(self, outer))
         made = types.FunctionType(code, scope, function.__name__, function.__defaults__, tuple(cells))
         made.__kwdefaults__ = function.__kwdefaults__
-        self.functions[function] = made
+        self.functions[key] = made
         return made
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,10 +65,13 @@ class ResidualBlock(FusableModule):
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.layers().run_fused(x, self.backend, self.recompute, self.tune) if self.fused else None
-        return self.stock_forward(x) if output is None else output
+        return self._run_layers(x, _add) if output is None else output
 
     def stock_forward(self, x: Tensor) -> Tensor:
-        """Compute the forward by calling the modules one by one."""
+        """Compute the forward by calling the modules one by one, for recording."""
+        return self._run_layers(x, operator.iadd)
+
+    def _run_layers(self, x: Tensor, add: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         children: dict[str, Any] = self._modules
         *first, (last_conv, last_norm) = self._unit_names
         y = x
@@ -75,9 +79,9 @@ class ResidualBlock(FusableModule):
             y = children["relu"](children[norm](children[conv](y)))
         y = children[last_norm](children[last_conv](y))
         if self.downsample is not None:
-            y += self.downsample(x)  # in place, which preserves the main path's dtype under autocast
+            y = add(y, self.downsample(x))
         elif self.has_shortcut:
-            y += x
+            y = add(y, x)
         return children["relu"](y)
 
     def extra_repr(self) -> str:
@@ -89,6 +93,14 @@ class ResidualBlock(FusableModule):
 
     def fused_children(self) -> tuple[str, ...]:
         return tuple(self._modules)
+
+
+def _add(y: Tensor, shortcut: Tensor) -> Tensor:
+    """Return what ``y += shortcut`` computes, also if `y` is from a module with a backward hook, which forbids writes.
+
+    Like the in-place addition of other residual networks, it preserves the main path's dtype under autocast.
+    """
+    return (y + shortcut).to(y.dtype)
 
 
 def _conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:

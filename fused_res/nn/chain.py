@@ -346,7 +346,12 @@ def run_fused(
         or inspect_tensors(chain.tensors, *dtype_and_autocast)
     ):
         return None
-    return chain.run(input, backend, recompute, tune)
+    try:
+        return chain.run(input, backend, recompute, tune)
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise  # PyTorch's error, without the modules' side effects
+        return None  # for an invalid input the modules raise PyTorch's error
 
 
 def run_fused_norm(

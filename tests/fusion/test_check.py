@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fused_res
 from fused_res import functional
-from fused_res.fusion import check as check_function
+from fused_res.report import check as check_function
 from fused_res.report.comparison import ALLOWED, Errors, named_tensors
 from fused_res.testing import assert_within_stock_error, stub_torchvision_operators
 from tests.support.model_comparison import randomize_norms, small_resnet

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fused_res import functional
 from fused_res.nn import chain
@@ -134,3 +135,20 @@ def record_fused_calls() -> Iterator[list[str]]:
         yield calls
     finally:
         chain.functional = original
+
+
+@contextlib.contextmanager
+def record_stock_norms() -> Iterator[list[tuple[int, ...]]]:
+    """Record the input's shape of each batch norm that runs as PyTorch's function in the block."""
+    shapes: list[tuple[int, ...]] = []
+    batch_norm = F.batch_norm
+
+    def call(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shapes.append(tuple(input.shape))
+        return batch_norm(input, *args, **kwargs)
+
+    F.batch_norm = call
+    try:
+        yield shapes
+    finally:
+        F.batch_norm = batch_norm

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[tuple[BlockSpec, ...], list[tuple[int, ...]], tuple[int, 
         (64, 15, 14),
     ),
     "stem": ((BlockSpec((UnitSpec((2, 2), (3, 3)),), "none", PoolSpec()),), [(64, 3, 7, 7)], (3, 45, 64)),
+    # The identity shortcut is the input of the convolution that it is added to.
+    "one unit": ((BlockSpec((THREE,)), BlockSpec((THREE,), "identity")), [(4, 4, 3, 3)] * 2, (4, 9, 9)),
     "no shortcut": ((BlockSpec((ONE, THREE)),), [(40, 24, 1, 1), (24, 40, 3, 3)], (24, 7, 7)),
 }
 
@@ -123,6 +125,7 @@ def test_arena_has_no_overlapping_live_buffers(case: str) -> None:
         live = {node.input_value} | {v for other in later for v in (other.input_value, other.residual) if v is not None}
         live = {value for value in live if value <= index}
         if node.residual is not None and node.residual in live and offsets[node.residual] == offsets[index + 1]:
+            assert node.residual != node.input_value  # the convolution reads its input while it writes the sum
             assert not any(node.residual in (other.input_value, other.residual) for other in later)
             live.discard(node.residual)  # overwritten in place at its last use
         spans = sorted((offsets[v], offsets[v] + sizes[v]) for v in {*live, index + 1} if offsets[v] >= 0)
