@@ -80,7 +80,8 @@ def residual_blocks(model: nn.Module) -> list[nn.Module]:
 def checkpoint_blocks(model: nn.Module) -> None:
     """Apply activation checkpointing to every residual block of `model` in place.
 
-    Only the inputs of the blocks are saved for backward, which recomputes each block's forward pass.
+    Only the inputs of the blocks are saved for backward, which recomputes each block's forward pass. Fuse the model
+    before: ``fused_res.fuse`` leaves a block that has a forward of its own.
 
     Raises:
         NetworkError: the model has no residual block.

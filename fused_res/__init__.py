@@ -1,7 +1,8 @@
 """Fused convolution, batch norm, addition and ReLU for PyTorch: residual networks that train and infer faster.
 
-:func:`fuse` and :func:`freeze` convert existing models. :mod:`fused_res.nn` and :mod:`fused_res.models` contain modules
-and networks for new ones. All of them call :mod:`fused_res.functional`; :mod:`fused_res.backends` selects the kernels.
+:func:`fuse` and :func:`freeze` convert existing models, :func:`summarize` and :func:`check` report what runs fused and
+compare it with stock. :mod:`fused_res.nn` and :mod:`fused_res.models` contain modules and networks for new ones. All of
+them call :mod:`fused_res.functional`; :mod:`fused_res.backends` selects the kernels.
 """
 
 from fused_res import backends, env, functional, fusion, models, nn, report

@@ -1,4 +1,4 @@
-"""Blocks with gates and with split channels: foreign operators between fused pieces."""
+"""Blocks with gates and with split channels: foreign operators between fused chains."""
 
 import torch
 import torch.nn.functional as F

@@ -62,7 +62,7 @@ class Program:
         return self.source, [(name, repr(v) if isinstance(v, by_value) else id(v)) for name, v in constants.items()]
 
     def relative(self, path: str) -> str:
-        return path.removeprefix(self.prefix + ".") if self.prefix else path
+        return path[len(self.prefix) :].removeprefix(".")  # "" for the module itself
 
     def norms(self) -> Iterator[str]:
         """Yield the path of every norm in a segment, relative to the module."""

@@ -1,10 +1,10 @@
-"""Pattern matching on live modules: consecutive convolution, batch norm and activation modules become a :class:`Chain`.
+"""Units of convolution, batch norm and ReLU modules as a :class:`Chain` of their present tensors and settings.
 
-Hooks, parametrizations, another norm class or frozen layers may be added to the children at any time, so nothing is
-cached between calls. Each call walks the modules and returns either a :class:`Chain`, which holds their tensors, or an
-:class:`Unsupported`, the reason why the stock forward has to run. The *stock* modules are
-the unmodified PyTorch modules; the stock forward calls the modules one by one, unfused. The walk is the only overhead
-of a fused module, which is why it reads module dictionaries instead of going through ``nn.Module.__getattr__``.
+Tensors, settings and training modes of the modules may change at any time, so nothing is cached between calls. Each
+call reads the modules and returns either a :class:`Chain` or an :class:`Unsupported`, the reason why the stock forward
+has to run. The *stock* modules are the unmodified PyTorch modules; the stock forward calls the modules one by one,
+unfused. This is most of the overhead of a fused module, which is why it reads module dictionaries instead of going
+through ``nn.Module.__getattr__``.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Unscriptable:
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(
             f"torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace or torch.export.export, or"
-            " script a torchvision or timm model before fused_res.fuse or after fused_res.unfuse"
+            " script a model without modules of fused_res.nn before fused_res.fuse or after fused_res.unfuse"
         )
 
 

@@ -129,7 +129,7 @@ def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
     parents = {child: module for module in names for child in module.children()}
     context = chain.unsupported_context()
     rows: dict[nn.Module, Row] = {}
-    covered: set[nn.Module] = set()  # norms that a row speaks of
+    covered: set[nn.Module] = set()  # norms that a row is about
     for module, name in names.items():
         kind = stock_class(type(module)).__name__
         fusion = fusion_of(module)

@@ -18,7 +18,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.styles import BY_NAME, STYLES, Style
-from fused_res import freeze, fuse, unfuse
+from fused_res import freeze, fuse, summarize, unfuse
 from tests.support.model_comparison import assert_near, randomize_norms
 
 #: Only the order of rounding differs.
@@ -170,6 +170,13 @@ def test_share_of_fused_norms(style: Style) -> None:
 @functools.cache
 def frozen_of(name: str) -> nn.Module:
     return freeze(stock_of(BY_NAME[name]).eval())
+
+
+@each_style
+def test_summary_names_the_norms_that_are_left(style: Style) -> None:
+    fused = fuse(stock_of(style))
+    every = {name for name, module in fused.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert_share(style, {row.name for row in summarize(fused).left} & every, every, "according to summarize")
 
 
 @each_style

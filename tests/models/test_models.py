@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_res import models
+from fused_res import fuse, models, summarize
 from fused_res.autograd import residual_block
 from fused_res.block.plan import BlockConfig
 from fused_res.nn import BasicBlock, Bottleneck, ResidualBlock
 from fused_res.spec import BlockSpec, UnitSpec
 from fused_res.testing import stub_torchvision_operators
+from tests.support.model_comparison import record_fused_calls
 
 stub_torchvision_operators()
 torchvision_models = pytest.importorskip("torchvision.models")
@@ -203,6 +204,23 @@ def test_cifar_training_reduces_loss(plain: bool) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert model.eval()(x).shape == (12, 3)
+
+
+@pytest.mark.parametrize(
+    "build", [models.resnet18, functools.partial(models.cifar_resnet, 8)], ids=["resnet18", "cifar"]
+)
+def test_fuse_runs_projection_blocks_as_one(build) -> None:
+    """The block's forward fuses the projection, so that `fuse` must not give it a forward of its own."""
+    model = build(num_classes=3)
+    hook = model.layer2[0].bn1.register_forward_hook(lambda *_: None)
+    fuse(model)
+    assert {row.name for row in summarize(model).left} == {"layer2.0"}
+    hook.remove()
+    assert not summarize(model).left
+    with record_fused_calls() as calls:
+        model(torch.randn(2, 3, 32, 32))
+    blocks = sum(isinstance(module, ResidualBlock) for module in model.modules())
+    assert calls == ["residual_block"] * (1 + blocks)  # the stem, and every block with its projection
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tools/*/README.md"), *readme.render_pages()}
 )
-MODULES = (fused_res, fused_res.backends, fused_res.fusion, fused_res.models, fused_res.nn)
+MODULES = (fused_res, fused_res.backends, fused_res.fusion, fused_res.models, fused_res.nn, fused_res.report)
 FUNCTIONS = ("batch_norm_act", "conv_bias_act", "residual_block")
 
 
