@@ -275,6 +275,23 @@ class TestResults:
         blocks[0].units[0].conv.weight = nn.Parameter(torch.zeros(9, 20, 1, 1), False)
         check(blocks, images(20), inside)
 
+    @pytest.mark.parametrize("case", ["stem and blocks", "tensor", "groups between"])
+    def test_meta_tensors(self, case: str) -> None:
+        """Meta tensors give the output's shape and layout; weights that are materialized later are packed again."""
+        blocks, x, program = make(case), images(CASES[case][2], size=40), PackedProgram()
+        state = [{name: t.clone() for name, t in module.state_dict().items()} for module in modules(blocks)]
+        residual = residual_for(x, blocks)
+        with torch.no_grad():
+            expected = run(x, blocks, residual)
+        for module in modules(blocks):
+            module.to("meta")
+        output = program.run(x.to("meta"), blocks, None if residual is None else residual.to("meta"))
+        assert output is not None and expected is not None and output.is_meta
+        assert (output.shape, output.stride(), output.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        for module, saved in zip(modules(blocks), state, strict=True):
+            module.to_empty(device="cpu").load_state_dict(saved)
+        check(blocks, x, program)
+
     def test_settings(self) -> None:
         blocks, x, program = make("identity"), images(5), PackedProgram()
         with fused_res.backends.use("reference"):
@@ -603,12 +620,6 @@ class TestRefused:
     def test_inputs(self, x: Tensor) -> None:
         assert run(x, (basic(5),)) is None
         assert run(x, (Block((unit(5, 5),)),)) is None
-
-    def test_meta_tensors(self) -> None:
-        blocks = make("identity")
-        for module in modules(blocks):
-            module.to("meta")
-        assert run(images(5).to("meta"), blocks) is None
 
     def test_input_too_small(self) -> None:
         blocks = (Block((unit(5, 5, 5, padding=0),), "none", nn.MaxPool2d(2)),)
