@@ -502,6 +502,9 @@ class TestCurrency:
         check(blocks, images(3), program)
 
 
+TENSOR = torch.zeros(2)
+
+
 class TestSnapshot:
     @pytest.mark.skipif(not _extension.loaded, reason="needs the C++ extension")
     @pytest.mark.parametrize(
@@ -512,11 +515,14 @@ class TestSnapshot:
             ((({},), (), ()), ((), (), (), ()), False),
             ((([],), ("a",), (1,)), ((), (), (), ()), False),
             (((), (), ()), ((1,), (1,), (0,), (0,)), False),
+            (((), (), ()), ((TENSOR,), (TENSOR,), ("0",), (0,)), False),
+            (((), (), ()), ((TENSOR,), (TENSOR,), (0,), ("0",)), False),
+            (((), (), ()), ((TENSOR,), (TENSOR,), (1 << 64,), (0,)), False),
             ((1, 2, 3), ((), (), (), ()), False),
         ],
     )
     def test_invalid_arguments_raise(self, arguments: Any) -> None:
-        with pytest.raises((ValueError, TypeError), match="expected"):
+        with pytest.raises((ValueError, TypeError, OverflowError), match="expected|integer|too big"):
             _extension.cpp.snapshot_is_current(*arguments)
 
     @pytest.mark.usefixtures("implementation")
@@ -532,6 +538,25 @@ class TestSnapshot:
         with torch.inference_mode():
             state = {"a": torch.zeros(2)}
         assert snapshot.Snapshot([(state, ("a",))]).is_current()
+
+    @pytest.mark.usefixtures("implementation")
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda: torch.zeros(2, 3),
+            lambda: torch.zeros(2, 3).to_sparse(),
+            lambda: torch.zeros(2, 3).to_mkldnn(),
+            lambda: torch.zeros(2, 3, device="meta"),
+            lambda: torch.zeros(2, 3).as_subclass(Subclass),
+        ],
+    )
+    def test_swapped_tensors(self, other: Callable[[], Tensor]) -> None:
+        """Module.to swaps the tensors of parameters if set_swap_module_params_on_conversion is on."""
+        state = {"a": torch.zeros(2, 3)}
+        taken = snapshot.Snapshot([(state, ("a",))])
+        assert taken.is_current()
+        torch.utils.swap_tensors(state["a"], other())
+        assert not taken.is_current()
 
 
 class Subclass(Tensor):
