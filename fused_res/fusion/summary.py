@@ -98,7 +98,7 @@ def summarize(model: nn.Module, *inputs: Any) -> Summary:
     """Summarize which modules of `model` run fused, which do not, and why; ``print`` the result for a table.
 
     There is one row for each module with a fused forward, for each module of :mod:`fused_res.nn`, and for each remaining
-    norm. Rows of convolutions name the algorithms of the last call; they depend on the input size.
+    norm. A module that a packed program runs as a part of a larger one has no row of its own. Rows of convolutions name the algorithms of the last call; they depend on the input size.
 
     Args:
         model: any module, fused, frozen or stock.
@@ -139,6 +139,8 @@ def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
             running = [p for p, failure in zip(fusion.programs, failures, strict=True) if failure is None]
             inside = {module.get_submodule(path) for p in fusion.programs for path in _present(p, module)}
             covered |= inside
+            if fusion.packed is not None and inside and inside <= fused_norms:
+                continue  # runs within the packed program of a module that contains it
             why = context.reason if context else failures[0]
             if context is None and running:
                 why, found = _describe(module, running[0])

@@ -49,3 +49,18 @@ def test_advice_to_move_a_hook() -> None:
     assert row.why == ("runs its stock forward: bn2 has a hook, or a forward of its own: move the hook to the block")
     block.bn2._forward_hooks.clear()
     assert fused_res.summarize(block).rows[0].fused
+
+
+def test_frozen_model_has_one_row_for_each_packed_program() -> None:
+    model = nn.Sequential(*(fused_res.models.cifar_resnet(8).layer1 for _ in range(2))).eval()
+    frozen = fused_res.freeze(model)
+    frozen(torch.randn(1, 16, 8, 8))
+    (row,) = fused_res.summarize(frozen).rows
+    assert (
+        row.name == "" and row.fused and row.why.startswith("packed 2 x residual block of 2 units, identity shortcut")
+    )
+    assert "selected for the first input" not in row.why
+    frozen[0][0].bn1.register_forward_hook(lambda *_: None)
+    summary = fused_res.summarize(frozen)
+    assert [row.name for row in summary.fused] == ["1"] and [row.name for row in summary.left] == ["", "0", "0.0"]
+    assert (summary.norms_fused, summary.norms) == (2, 4)
