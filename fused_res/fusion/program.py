@@ -61,7 +61,7 @@ class Program:
         return self.source, tuple((k, v if isinstance(v, (int, float, str)) else id(v)) for k, v in constants.items())
 
     def relative(self, path: str) -> str:
-        return path.removeprefix(self.prefix + ".") if self.prefix else path
+        return _relative(path, self.prefix)
 
     def norms(self) -> Iterator[str]:
         """Yield the path of every norm in a segment, relative to the module."""
@@ -186,7 +186,7 @@ class _Generator:
         self.guards.append((f"if {failure}", description))
 
     def relative(self, path: str) -> str:
-        return path.removeprefix(self.owner.path + ".") if self.owner.path else path
+        return _relative(path, self.owner.path)
 
     def module(self, path: str, runs: bool = False) -> str:
         """Return the variable of a module, which the first lines read from its parent.
@@ -549,6 +549,11 @@ class _Generator:
                 for level in {indent, depth[value]}:
                     pending.setdefault(level, []).append(self.text(value))
         return body
+
+
+def _relative(path: str, prefix: str) -> str:
+    """Return a module's path relative to the module `prefix`, of which it is a part or which it is."""
+    return "" if path == prefix else path.removeprefix(f"{prefix}." if prefix else "")
 
 
 def _leaves(code: str, value: Any) -> Iterator[tuple[str, fx.Node]]:

@@ -27,6 +27,17 @@ class Block(nn.Module):
         return F.relu(y) if self.last_relu else y
 
 
+class NormedConv(nn.Conv2d):
+    """A convolution that contains its norm, as detectron2's."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(super().forward(x)))
+
+
 @pytest.mark.parametrize(
     ("block", "expected"),
     [
@@ -35,6 +46,7 @@ class Block(nn.Module):
         (Block(gate=True), "conv-norm-ReLU x2, conv-norm"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)), "conv-norm-ReLU + max pool"),
         (nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), "norm-ReLU"),
+        (nn.Sequential(NormedConv()), "conv-norm-ReLU"),
     ],
 )
 def test_chains_in_words(block: nn.Module, expected: str) -> None:
