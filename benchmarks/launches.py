@@ -101,6 +101,9 @@ def record_inference(
         network = freeze(network)
     images = _images(batch, size, torch.bfloat16)
     with Recorder(backend, preference) as recorder, torch.no_grad():
+        if backend is not None:
+            network(images)  # folds the norms and packs the weights
+            recorder.events.clear()
         network(images)
     return recorder.events
 

@@ -11,8 +11,8 @@ namespace {
 
 namespace py = pybind11;
 
-// Borrowed references to the elements of a tuple of equally long tuples, each of which is one column of a
-// table.
+// Returns a borrowed reference to an element of a table: a tuple of columns, which are tuples of equal
+// length.
 PyObject* item(const py::tuple& columns, Py_ssize_t column, Py_ssize_t row) {
   return PyTuple_GET_ITEM(PyTuple_GET_ITEM(columns.ptr(), column), row);
 }
@@ -38,8 +38,9 @@ bool is_tensor(PyObject* object) {
 int64_t version(const at::Tensor& tensor) { return tensor.is_inference() ? -1 : tensor._version(); }
 
 bool same_memory(const at::Tensor& tensor, const at::Tensor& alias, const void* pointer) {
-  return tensor.has_storage() && tensor.const_data_ptr() == pointer && tensor.dtype() == alias.dtype() &&
-         tensor.sizes() == alias.sizes() && tensor.strides() == alias.strides();
+  return tensor.has_storage() && tensor.const_data_ptr() == pointer &&
+         tensor.scalar_type() == alias.scalar_type() && tensor.sizes() == alias.sizes() &&
+         tensor.strides() == alias.strides();
 }
 
 }  // namespace
@@ -56,9 +57,11 @@ bool snapshot_is_current(const py::tuple& attributes, const py::tuple& tensors, 
   for (Py_ssize_t row = 0, count = rows(tensors, 4); row < count; ++row) {
     PyObject *object = item(tensors, 0, row), *alias = item(tensors, 1, row);
     if (!is_tensor(object) || !is_tensor(alias)) throw py::type_error("tensors: expected tensors");
+    const int64_t expected = PyLong_AsLongLong(item(tensors, 2, row));
+    const void* pointer = PyLong_AsVoidPtr(item(tensors, 3, row));
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    if (version(tensor) != PyLong_AsLongLong(item(tensors, 2, row)) ||
-        !same_memory(tensor, THPVariable_Unpack(alias), PyLong_AsVoidPtr(item(tensors, 3, row))) ||
+    if (version(tensor) != expected || !same_memory(tensor, THPVariable_Unpack(alias), pointer) ||
         (refuse_grad && tensor.requires_grad())) {
       return false;
     }

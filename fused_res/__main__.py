@@ -38,13 +38,14 @@ def _format_rows(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _versions() -> str:
+    threads = torch.get_num_threads()
     return _format_rows(
         [
             ("fused_res", fused_res.__version__),
             ("python", platform.python_version()),
             ("torch", torch.__version__),
             ("triton", _version("triton")),
-            ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
+            ("machine", f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"),
             ("caches", ", ".join(f"{size >> 10} KiB" for size in cpu.cache_sizes()) + " (L1 data, L2, L3; 0: unknown)"),
         ]
     )

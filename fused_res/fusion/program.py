@@ -188,7 +188,7 @@ class _Generator:
         self.guards.append((f"if {failure}", description))
 
     def relative(self, path: str) -> str:
-        return path.removeprefix(self.owner.path + ".") if self.owner.path else path
+        return _relative(path, self.owner.path)
 
     def module(self, path: str, runs: bool = False) -> str:
         """Return the variable of a module, which the first lines read from its parent.
@@ -532,6 +532,11 @@ class _Generator:
                 for level in {indent, depth[value]}:
                     pending.setdefault(level, []).append(self.text(value))
         return body
+
+
+def _relative(path: str, prefix: str) -> str:
+    """Return a module's path relative to the module `prefix`, of which it is a part or which it is."""
+    return "" if path == prefix else path.removeprefix(f"{prefix}." if prefix else "")
 
 
 def _leaves(code: str, value: Any) -> Iterator[tuple[str, fx.Node]]:

@@ -103,7 +103,7 @@ class PackedProgram:
         """
         if torch.compiler.is_compiling() or chain.unsupported_context() or _torch_compat.has_torch_dispatch_mode():
             return None
-        if chain.inspect_input(x) or x.is_meta or _torch_compat.is_functorch_wrapper(x):
+        if chain.inspect_input(x) or _torch_compat.is_functorch_wrapper(x):
             return None
         refuse_grad = torch.is_grad_enabled()
         if refuse_grad and (x.requires_grad or (residual is not None and residual.requires_grad)):

@@ -73,6 +73,13 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _data_pointer(tensor: Tensor) -> int | None:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # no storage, for example a sparse tensor that torch.utils.swap_tensors has put here
+        return None
+
+
 _MISSING = object()
 
 
@@ -83,7 +90,7 @@ def _is_current_in_python(attributes: Attributes, tensors: Tensors, refuse_grad:
     for tensor, alias, version, pointer in zip(*tensors, strict=True):
         if (
             _version(tensor) != version
-            or tensor.data_ptr() != pointer
+            or _data_pointer(tensor) != pointer
             or tensor.dtype != alias.dtype
             or tensor.shape != alias.shape
             or tensor.stride() != alias.stride()

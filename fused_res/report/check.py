@@ -186,12 +186,21 @@ def check(
         raise ValueError(f"seconds must be a non-negative number, got {seconds!r}")
     with restored_random_state(), torch.inference_mode(False), torch.enable_grad():
         try:
-            copied = unfuse(copy.deepcopy(model))  # parameters are copied without their gradients
+            copied = unfuse(_copy(model))  # parameters are copied without their gradients
         except Exception as error:
             raise ValueError(
                 f"model must support copy.deepcopy, because check runs copies, but it raised {_text(error)}"
             ) from error
         return _Check(copied, inputs, backend, recompute, tune, autocast).report(seconds)
+
+
+def _copy(model: nn.Module) -> Any:
+    """Return a deep copy without autograd history: torch.jit clones parameters, with their gradients flowing back."""
+    with torch.no_grad():
+        copied = copy.deepcopy(model)
+    for parameter, original in zip(copied.parameters(), model.parameters(), strict=True):
+        parameter.requires_grad_(original.requires_grad)
+    return copied
 
 
 class _Step(NamedTuple):
@@ -250,7 +259,8 @@ class _Check:
         dtype = " and ".join(sorted(dtypes)) + (f" under autocast to {self.autocast}" if self.autocast else "")
         backend = registry.resolve(self.backend, self.device).name
         off = "" if chain.enabled else ", FUSED_RES=0: fused runs stock"
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s' * (count > 1)}" if self.device.type == "cpu" else ""
         name = type(self.source).__name__
         return f"{name}, input {shapes}, {dtype} on {self.device}{threads}, backend {backend}{off}"
 
@@ -262,7 +272,7 @@ class _Check:
             run: number of the run.
             double: whether to convert the copy to float64, before it is fused.
         """
-        model = copy.deepcopy(self.source)
+        model = _copy(self.source)
         generator = torch.Generator().manual_seed(run)
         for parameter in model.parameters() if run else ():
             if parameter.is_floating_point():

@@ -97,7 +97,8 @@ def summarize(model: nn.Module, *inputs: Any) -> Summary:
     """Summarize which modules of `model` run fused, which do not, and why; ``print`` the result for a table.
 
     There is one row for each module with a fused forward, for each module of :mod:`fused_res.nn`, and for each
-    remaining norm. Rows of convolutions name the algorithms of the last call; they depend on the input size.
+    remaining norm. A module that a packed program runs as a part of a larger one has no row of its own. Rows of
+    convolutions name the algorithms of the last call; they depend on the input size.
 
     Args:
         model: any module, fused, frozen or stock.
@@ -138,13 +139,16 @@ def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
             running = [p for p, failure in zip(fusion.programs, failures, strict=True) if failure is None]
             inside = {module.get_submodule(path) for p in fusion.programs for path in _present(p, module)}
             covered |= inside
+            if fusion.packed is not None and inside and inside <= fused_norms:
+                continue  # runs within the packed program of a module that contains it
             why = context.reason if context else failures[0]
             if context is None and running:
                 why, found = _describe(module, running[0])
                 fused_norms |= found
                 rows[module] = Row(name, kind, bool(found), why)
             else:
-                rows[module] = Row(name, kind, False, f"runs its stock forward: {why}")
+                advice = ": move the hook to the block" if why is not None and " hook" in why and not context else ""
+                rows[module] = Row(name, kind, False, f"runs its stock forward: {why}{advice}")
         elif isinstance(module, FusableModule):
             unsupported = context or module.unsupported_reason()
             inside = {child for child in _norms_of(module) if isinstance(child, NORMS)}
@@ -226,14 +230,17 @@ def _live(module: nn.Module, program: Program, unit: Unit) -> chain.Unit:
 
 def _name_of(segment: Segment) -> str:
     """Return what a segment computes, in the field's words."""
-    count = len(segment.units)
-    unit = segment.units[0]
     if isinstance(segment.shortcut, Unit) or segment.shortcut == "identity":
         shortcut = "projection" if isinstance(segment.shortcut, Unit) else "identity"
-        return f"residual block of {count} units, {shortcut} shortcut"
-    layers = ["conv" * (unit.conv is not None), "norm", "ReLU" * (unit.relu is not None and count == 1)]
-    text = "-".join(filter(None, layers)) + (f" x{count}" if count > 1 else "")
-    text += " + addition" * (segment.shortcut == "tensor") + " + max pool" * (segment.pool is not None)
+        return f"residual block of {len(segment.units)} units, {shortcut} shortcut"
+    added = segment.shortcut == "tensor"  # before the last ReLU
+    kinds: Counter[str] = Counter()
+    for unit in segment.units:
+        relu = unit.relu is not None and not (added and unit is segment.units[-1])
+        kinds["-".join(filter(None, ["conv" * (unit.conv is not None), "norm", "ReLU" * relu]))] += 1
+    text = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
+    text += " + addition" * added + " + ReLU" * (added and segment.units[-1].relu is not None)
+    text += " + max pool" * (segment.pool is not None)
     return text
 
 

@@ -127,6 +127,19 @@ def test_recorded_stock_step_is_stock_pytorch() -> None:
     assert {event.backend for event in events} == {"aten"}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recorded_inference_is_the_packed_network(backend: str) -> None:
+    """One operator per convolution, with norm, addition and ReLU in it; weights are folded before the recorded call."""
+    expected = {"conv_bias_act": 53, "max_pool2d_with_indices": 1, "mean": 1, "addmm": 1}
+    events = launches.record_inference("resnet50", 8, backend, "fused")
+    operators = Counter(event.operator.partition("::")[2] for event in events if "split_k" not in event.kernel)
+    assert operators == expected
+    assert sum(event.gemm is not None for event in events) == 53 + 1
+    aten = Counter(event.kernel for event in launches.record_inference("resnet50", 8, backend, "aten"))
+    del expected["conv_bias_act"]
+    assert aten == expected | {"convolution": 53, "relu_": 49, "add_": 16}
+
+
 def test_strided_pointwise_convolution_skips_pixels() -> None:
     x, weight = _channels_last(4, 64, 56, 56), _channels_last(256, 64, 1, 1)
     with Recorder() as recorder, torch.no_grad():

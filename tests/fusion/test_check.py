@@ -390,6 +390,17 @@ def test_nothing_changes(training: bool) -> None:
     assert first.grad is None and not first.requires_grad
 
 
+def test_scripted_part_gets_no_gradient() -> None:
+    """The deep copy of a torch.jit module has clones of its parameters, whose gradients flow to the originals."""
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))
+    scripted[0].bias.requires_grad_(False)
+    model = nn.Sequential(conv_norm_relu(), scripted)
+    report = fused_res.check(model, torch.randn(2, 3, 9, 9), seconds=0)
+    assert report.ok and all(parameter.grad is None for parameter in model.parameters())
+    gradients = next(c for c in report.comparisons if (c.mode, c.kind) == ("training", "gradients"))
+    assert len(gradients.errors) == 1 + 4 + 3
+
+
 def test_random_state_is_restored_after_an_error() -> None:
     model = OwnNet()
     state, default = torch.get_rng_state(), torch.get_default_dtype()

@@ -275,6 +275,23 @@ class TestResults:
         blocks[0].units[0].conv.weight = nn.Parameter(torch.zeros(9, 20, 1, 1), False)
         check(blocks, images(20), inside)
 
+    @pytest.mark.parametrize("case", ["stem and blocks", "tensor", "groups between"])
+    def test_meta_tensors(self, case: str) -> None:
+        """Meta tensors give the output's shape and layout; weights that are materialized later are packed again."""
+        blocks, x, program = make(case), images(CASES[case][2], size=40), PackedProgram()
+        state = [{name: t.clone() for name, t in module.state_dict().items()} for module in modules(blocks)]
+        residual = residual_for(x, blocks)
+        with torch.no_grad():
+            expected = run(x, blocks, residual)
+        for module in modules(blocks):
+            module.to("meta")
+        output = program.run(x.to("meta"), blocks, None if residual is None else residual.to("meta"))
+        assert output is not None and expected is not None and output.is_meta
+        assert (output.shape, output.stride(), output.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        for module, saved in zip(modules(blocks), state, strict=True):
+            module.to_empty(device="cpu").load_state_dict(saved)
+        check(blocks, x, program)
+
     def test_settings(self) -> None:
         blocks, x, program = make("identity"), images(5), PackedProgram()
         with fused_res.backends.use("reference"):
@@ -485,6 +502,9 @@ class TestCurrency:
         check(blocks, images(3), program)
 
 
+TENSOR = torch.zeros(2)
+
+
 class TestSnapshot:
     @pytest.mark.skipif(not _extension.loaded, reason="needs the C++ extension")
     @pytest.mark.parametrize(
@@ -495,11 +515,14 @@ class TestSnapshot:
             ((({},), (), ()), ((), (), (), ()), False),
             ((([],), ("a",), (1,)), ((), (), (), ()), False),
             (((), (), ()), ((1,), (1,), (0,), (0,)), False),
+            (((), (), ()), ((TENSOR,), (TENSOR,), ("0",), (0,)), False),
+            (((), (), ()), ((TENSOR,), (TENSOR,), (0,), ("0",)), False),
+            (((), (), ()), ((TENSOR,), (TENSOR,), (1 << 64,), (0,)), False),
             ((1, 2, 3), ((), (), (), ()), False),
         ],
     )
     def test_invalid_arguments_raise(self, arguments: Any) -> None:
-        with pytest.raises((ValueError, TypeError), match="expected"):
+        with pytest.raises((ValueError, TypeError, OverflowError), match="expected|integer|too big"):
             _extension.cpp.snapshot_is_current(*arguments)
 
     @pytest.mark.usefixtures("implementation")
@@ -515,6 +538,25 @@ class TestSnapshot:
         with torch.inference_mode():
             state = {"a": torch.zeros(2)}
         assert snapshot.Snapshot([(state, ("a",))]).is_current()
+
+    @pytest.mark.usefixtures("implementation")
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda: torch.zeros(2, 3),
+            lambda: torch.zeros(2, 3).to_sparse(),
+            lambda: torch.zeros(2, 3).to_mkldnn(),
+            lambda: torch.zeros(2, 3, device="meta"),
+            lambda: torch.zeros(2, 3).as_subclass(Subclass),
+        ],
+    )
+    def test_swapped_tensors(self, other: Callable[[], Tensor]) -> None:
+        """Module.to swaps the tensors of parameters if set_swap_module_params_on_conversion is on."""
+        state = {"a": torch.zeros(2, 3)}
+        taken = snapshot.Snapshot([(state, ("a",))])
+        assert taken.is_current()
+        torch.utils.swap_tensors(state["a"], other())
+        assert not taken.is_current()
 
 
 class Subclass(Tensor):
@@ -603,12 +645,6 @@ class TestRefused:
     def test_inputs(self, x: Tensor) -> None:
         assert run(x, (basic(5),)) is None
         assert run(x, (Block((unit(5, 5),)),)) is None
-
-    def test_meta_tensors(self) -> None:
-        blocks = make("identity")
-        for module in modules(blocks):
-            module.to("meta")
-        assert run(images(5).to("meta"), blocks) is None
 
     def test_input_too_small(self) -> None:
         blocks = (Block((unit(5, 5, 5, padding=0),), "none", nn.MaxPool2d(2)),)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from copy import deepcopy
-from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -142,6 +141,11 @@ def network() -> Any:
     return resnet18(num_classes=10).eval()
 
 
+def selected(frozen: Any) -> dict[nn.Module, str]:
+    """Return the algorithm that each convolution of a frozen model ran last."""
+    return {conv: selection.name for conv, selection in frozen._fused_res.packed.selected().items()}
+
+
 @torch.inference_mode()
 def test_winograd_disabled_accuracy_vs_stock() -> None:
     model = network()
@@ -151,8 +155,8 @@ def test_winograd_disabled_accuracy_vs_stock() -> None:
     with fused_res.backends.use("auto", winograd=False):
         frozen = fused_res.freeze(model)
         assert (frozen(x) - expected).norm() <= 2 * stock_error + 1e-6 * expected.norm()
-        algorithms = {m.last_selected.name for m in frozen.modules() if getattr(m, "last_selected", None)}
-    assert algorithms == {"direct"}
+    algorithms = selected(frozen)
+    assert len(algorithms) == 20 and set(algorithms.values()) == {"direct"}
     assert (fused_res.freeze(model)(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     with pytest.raises(ValueError, match="winograd must be"):
         fused_res.backends.use("auto", winograd="no")  # type: ignore[arg-type]
@@ -182,24 +186,31 @@ def test_concurrent_calls_of_one_frozen_model_are_bitwise_equal() -> None:
 
 def test_results_are_bitwise_equal_for_any_thread_count() -> None:
     frozen = fused_res.freeze(network())
+    stem = fused_res.freeze(nn.Sequential(frozen.conv1, frozen.bn1, frozen.relu, frozen.maxpool))
     x = torch.randn(3, 3, 70, 64)
     before = torch.get_num_threads()
     try:
         outputs = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outputs.append([frozen.layer1(torch.ones(3, 64, 17, 16)), frozen.conv1(x)])
+            outputs.append([frozen.layer1(torch.ones(3, 64, 17, 16)), stem(x)])
     finally:
         torch.set_num_threads(before)
+    assert len(selected(frozen.layer1)) == 4 and len(selected(stem)) == 1
     assert all(torch.equal(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other, strict=True))
 
 
 def test_packed_weights_use_at_most_four_times_the_memory() -> None:
+    """Each weight is packed once, also if a part of the model is called by itself; no folded copy of it is kept."""
     frozen = fused_res.freeze(network())
     frozen(torch.randn(1, 3, 64, 64))
-    layers = [module for module in frozen.modules() if hasattr(module, "_packed")]
-    packed = [(sum(p.tensor.nbytes for p in layer._packed.values()), layer.weight.nbytes) for layer in layers]
-    assert len(packed) == 20 and all(0 < packed_bytes <= 4.5 * plain for packed_bytes, plain in packed)
+    frozen.layer1(torch.randn(1, 64, 16, 16))
+    programs = [frozen._fused_res.packed, frozen.layer1._fused_res.packed]
+    used = [[conv._layer for one in p._sequences.values() for conv in one.last.convolutions] for p in programs]
+    assert [len(layers) for layers in used] == [20, 4] and set(used[1]) <= set(used[0])
+    for layer in used[0]:
+        (packed,) = layer._packed.values()
+        assert 0 < packed.nbytes <= 4.5 * layer.tensors.weight.nbytes
 
 
 def test_hook_inside_a_stage_is_called() -> None:
@@ -223,6 +234,7 @@ def test_weight_changed_in_place_is_repacked() -> None:
     assert torch.equal(after, frozen(x))
 
 
+@torch.no_grad()
 def test_cached_graphs_are_invalidated() -> None:
     """Graphs are cached by shape, and rebuilt for replaced tensors and layers, changed settings and copied models."""
     frozen = fused_res.freeze(network())
@@ -232,19 +244,22 @@ def test_cached_graphs_are_invalidated() -> None:
     for _ in range(2):
         assert torch.equal(frozen(small), expected[0]) and torch.equal(frozen(large), expected[1])
     twin = deepcopy(frozen)
-    frozen.layer1[1].conv2.bias = frozen.layer1[1].conv2.bias + 1
+    frozen.layer1[1].bn2.bias = nn.Parameter(frozen.layer1[1].bn2.bias + 1, requires_grad=False)
     assert not torch.allclose(frozen(small), expected[0]) and torch.equal(twin(small), expected[0])
+    conv = twin.layer2[1].conv1
     with fused_res.backends.use("auto", winograd=False):
         assert not torch.equal(twin(small), expected[0])
-        assert twin.layer2[1].conv1.last_selected.name == "direct"
-    assert torch.equal(twin(small), expected[0]) and twin.layer2[1].conv1.last_selected.name.startswith("winograd")
+        assert selected(twin)[conv] == "direct"
+    assert torch.equal(twin(small), expected[0]) and selected(twin)[conv].startswith("winograd")
     assert torch.equal(other(large), expected[1])
     twin.layer2[1].conv1 = other.layer2[1].conv2
     assert not torch.allclose(twin(small), expected[0])
-    layer = other.layer3[1].conv1
-    layer.spec = replace(layer.spec, activation="identity")
+    twin.layer2[1].conv1 = conv
+    assert torch.equal(twin(small), expected[0])
+    block = other.layer3[1]
+    relu, block.relu = block.relu, nn.Identity()
     assert not torch.allclose(other(small), expected[0])
-    layer.spec = replace(layer.spec, activation="relu")
+    block.relu = relu
     assert torch.equal(other(small), expected[0])
     removed = other.layer1[1]
     del other.layer1[1]
@@ -253,15 +268,21 @@ def test_cached_graphs_are_invalidated() -> None:
     assert torch.equal(other(small), expected[0])
 
 
-@torch.inference_mode()
-def test_non_contiguous_biases() -> None:
+@torch.no_grad()
+def test_non_contiguous_norms() -> None:
     frozen = fused_res.freeze(network())
     x = torch.randn(1, 3, 64, 64)
     expected = frozen(x)
-    for module in frozen.modules():
-        if "bias" in module._buffers and module.bias is not None:
-            module.bias = torch.stack((module.bias, torch.full_like(module.bias, torch.nan)), 1)[:, 0]
-    torch.testing.assert_close(frozen(x), expected, rtol=1e-4, atol=1e-4)
+
+    def spread(tensor: Tensor) -> Tensor:
+        return torch.stack((tensor, torch.full_like(tensor, torch.nan)), 1)[:, 0]
+
+    norms = [module for module in frozen.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.weight, norm.bias = (nn.Parameter(spread(t), requires_grad=False) for t in (norm.weight, norm.bias))
+        norm.running_mean, norm.running_var = spread(norm.running_mean), spread(norm.running_var)
+    assert len(norms) == 20 and not norms[0].bias.is_contiguous()
+    assert torch.equal(frozen(x), expected) and len(selected(frozen)) == 20
 
 
 def test_flop_count_with_native_convolutions() -> None:
