@@ -36,6 +36,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 #: Immutable values. A recorded forward may depend on them.
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.memory_format)
 _ATOMS += (torch.layout, torch.Size, enum.Enum, slice, range)
+#: Properties that every tensor has, and that are not None.
+_TENSOR_PROPERTIES = (
+    "shape dtype device layout ndim itemsize nbytes requires_grad is_leaf is_cuda is_sparse is_quantized is_meta T mT H mH"
+    " real imag data"
+).split()
 #: Functions of torch whose result depends on how a forward runs, not on its arguments; eager execution returns False.
 _FALSE_IN_EAGER = ("is_scripting", "is_tracing", "is_in_onnx_export")
 _SAFE_BUILTINS = (
@@ -44,6 +49,32 @@ _SAFE_BUILTINS = (
     " AssertionError AttributeError Exception IndexError KeyError NotImplementedError RuntimeError StopIteration"
     " TypeError ValueError"
 ).split()
+
+
+def _read_only_class(kind: type) -> type:
+    """Return a subclass of a container that refuses changes, which a recording would lose."""
+    names = "append extend insert remove pop clear sort reverse update setdefault popitem move_to_end add discard"
+    names += " difference_update intersection_update symmetric_difference_update __setitem__ __delitem__ __iadd__"
+    methods = {name: _refuse_change for name in f"{names} __imul__ __ior__ __iand__ __isub__ __ixor__".split()}
+    return type(kind.__name__, (kind,), {name: method for name, method in methods.items() if hasattr(kind, name)})
+
+
+def _refuse_change(self: Any, *arguments: Any, **options: Any) -> NoReturn:
+    _refuse(f"changes a {type(self).__name__} that outlives the call")
+
+
+_READ_ONLY = {kind: _read_only_class(kind) for kind in (list, dict, OrderedDict, set)}
+
+
+def _read_only_copy(value: Any, convert: Any) -> Any:
+    made = _READ_ONLY[type(value)]()
+    if isinstance(value, dict):
+        for key, item in value.items():
+            type(value).__setitem__(made, key, convert(item))
+    else:
+        for item in value:
+            list.append(made, convert(item)) if isinstance(value, list) else set.add(made, convert(item))
+    return made
 
 
 class Untraceable(BaseException):
@@ -198,7 +229,18 @@ class _Proxy(fx.Proxy):
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
+        if name not in _TENSOR_PROPERTIES and not callable(getattr(Tensor, name, None)):
+            _refuse(f"reads the attribute {name!r} of a tensor")
         return _Attribute(self, name)
+
+    def __hash__(self) -> int:
+        _refuse("uses a tensor, or a property of one, as a key")
+
+    def __str__(self) -> str:
+        _refuse("formats a tensor, or a property of one")
+
+    def __format__(self, specification: str) -> str:
+        return str(self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -258,6 +300,9 @@ class _Tracer(GraphAppendingTracer):
             _refuse("passes a function, class or module to an operation")
         if isinstance(value, (Tensor, nn.Module)):
             _refuse("uses a tensor that is neither an input, a parameter nor a buffer")
+        for kind, read_only in _READ_ONLY.items():
+            if type(value) is read_only:
+                value = kind(value)
         try:
             return super().create_arg(value)
         except NotImplementedError:
@@ -340,12 +385,10 @@ class _Tracer(GraphAppendingTracer):
         if isinstance(value, tuple):
             converted = [self.convert(item, what) for item in value]
             return tuple(converted) if type(value) is tuple else _refuse(f"reads {what}, a {type(value).__name__}")
-        if type(value) is list:
-            return tuple([self.convert(item, what) for item in value])
-        if type(value) in (dict, OrderedDict):
-            return types.MappingProxyType({key: self.convert(item, what) for key, item in value.items()})
-        if type(value) in (set, frozenset) and all(isinstance(item, _ATOMS) for item in value):
-            return frozenset(value)
+        if type(value) in _READ_ONLY:
+            return _read_only_copy(value, lambda item: self.convert(item, what))
+        if type(value) is frozenset and all(isinstance(item, _ATOMS) for item in value):
+            return value
         if isinstance(value, functools.partial) and type(value) is functools.partial:
             arguments = self.convert(value.args, what), self.convert(dict(value.keywords), what)
             return functools.partial(self.convert(value.func, what), *arguments[0], **arguments[1])
@@ -535,6 +578,8 @@ class _Shadow:
         return _call_special(self, "__contains__", key)
 
     def __bool__(self) -> bool:
+        if hasattr(self.__class__, "__bool__"):
+            _refuse("overrides __bool__")
         return len(self) > 0 if hasattr(self.__class__, "__len__") else True
 
 
@@ -547,7 +592,7 @@ def _read(shadow: _Shadow, name: str) -> Any:
         tracer.note("attribute", path, name, tracer.training)
         return tracer.training
     if name == "_modules":
-        return _children(shadow)
+        return types.MappingProxyType(_children(shadow))
     if name in ("_parameters", "_buffers", "__dict__"):
         _refuse(f"reads {name}")
     found = inspect.getattr_static(kind, name, _MISSING)
@@ -644,6 +689,8 @@ class _Namespace:
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
             tracer.note("global", vars(module), name, value)
             return tracer.recorder(value, f"{module.__name__}.{name}")
+        if not isinstance(value, types.ModuleType):
+            tracer.note("class", module, name, value)
         return tracer.convert(value, f"{module.__name__}.{name}")
 
 
