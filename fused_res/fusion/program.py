@@ -8,7 +8,6 @@ operations that it replaces, for inputs that the fused operators do not support.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import linecache
 import re
@@ -116,6 +115,7 @@ class _Generator:
         self.namespace: dict[str, Any] = {
             "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
+            "is_equal": is_equal,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
         self.modules: dict[str, str] = {owner.path: "self"}
@@ -225,6 +225,8 @@ class _Generator:
             where = ".".join(filter(None, (self.relative(owner), name)))
             if kind == "attribute":
                 failure = self._differs(f"{module}.__dict__.get({name!r}, ...)", value)
+            elif value is True:
+                failure = f"{module}.{kind}.get({name!r}) is None"
             elif kind == "children":
                 failure = f"[*{module}._modules] != {list(value)!r}"
             else:
@@ -238,11 +240,13 @@ class _Generator:
             kind
         ) or f"{holder}.{name}"
         # Dynamo guards the code that it compiles by itself.
-        self.guard(f"not is_compiling() and {self._differs(actual, value)}", f"{name} has changed")
+        self.guard(f"not is_compiling() and ({self._differs(actual, value)})", f"{name} has changed")
 
     def _differs(self, actual: str, value: Any) -> str:
-        if isinstance(value, (list, dict, set, tuple, int, float, str, torch.Size)) and not isinstance(value, bool):
-            return f"{actual} != {self.constant(copy.copy(value))}"
+        if type(value) in (int, float, str):
+            return f"type(value := {actual}) is not {type(value).__name__} or value != {self.constant(value)}"
+        if isinstance(value, (list, dict, set, tuple)):
+            return f"not is_equal({actual}, {self.constant(_copy(value))})"
         return f"{actual} is not {self.constant(value)}"
 
     def guard_condition(self, expression: Any, value: Any) -> None:
@@ -450,7 +454,7 @@ class _Generator:
         forward = stock_forward(self.owner.module)
         parameters = []
         keyword_only = False
-        for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        for parameter in list(inspect.signature(forward, follow_wrapped=False).parameters.values())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise Unemittable("its forward has a variable number of arguments")
             if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
@@ -549,6 +553,28 @@ class _Generator:
                 for level in {indent, depth[value]}:
                     pending.setdefault(level, []).append(self.text(value))
         return body
+
+
+def is_equal(actual: Any, expected: Any) -> bool:
+    """Return whether two values have the same types and are equal; tensors and arrays never are."""
+    if actual is expected:
+        return True
+    if type(actual) is not type(expected):
+        return False
+    if isinstance(expected, dict):
+        return [*actual] == [*expected] and all(is_equal(actual[key], value) for key, value in expected.items())
+    if isinstance(expected, (list, tuple)):
+        return len(actual) == len(expected) and all(map(is_equal, actual, expected))
+    return type(expected) in (int, float, str, set) and bool(actual == expected)
+
+
+def _copy(value: Any) -> Any:
+    """Return a copy of nested containers that later changes do not reach."""
+    if type(value) is dict or type(value) is OrderedDict:
+        return type(value)((key, _copy(item)) for key, item in value.items())
+    if type(value) is set:
+        return set(value)
+    return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
 
 
 def _leaves(code: str, value: Any) -> Iterator[tuple[str, fx.Node]]:

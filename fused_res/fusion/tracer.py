@@ -38,8 +38,8 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dt
 _ATOMS += (torch.layout, torch.Size, enum.Enum, slice, range)
 #: Properties that every tensor has, and that are not None.
 _TENSOR_PROPERTIES = (
-    "shape dtype device layout ndim itemsize nbytes requires_grad is_leaf is_cuda is_sparse is_quantized is_meta T mT H mH"
-    " real imag data"
+    "shape dtype device layout ndim itemsize nbytes requires_grad is_leaf is_cuda is_sparse is_quantized is_meta"
+    " T mT H mH real imag data"
 ).split()
 #: Functions of torch whose result depends on how a forward runs, not on its arguments; eager execution returns False.
 _FALSE_IN_EAGER = ("is_scripting", "is_tracing", "is_in_onnx_export")
@@ -55,7 +55,7 @@ def _read_only_class(kind: type) -> type:
     """Return a subclass of a container that refuses changes, which a recording would lose."""
     names = "append extend insert remove pop clear sort reverse update setdefault popitem move_to_end add discard"
     names += " difference_update intersection_update symmetric_difference_update __setitem__ __delitem__ __iadd__"
-    methods = {name: _refuse_change for name in f"{names} __imul__ __ior__ __iand__ __isub__ __ixor__".split()}
+    methods = dict.fromkeys(f"{names} __imul__ __ior__ __iand__ __isub__ __ixor__".split(), _refuse_change)
     return type(kind.__name__, (kind,), {name: method for name, method in methods.items() if hasattr(kind, name)})
 
 
@@ -86,8 +86,8 @@ class Read(NamedTuple):
 
     Args:
         kind: "attribute" (in the ``__dict__`` of the module at path `owner`), "absent" (not in it), "_parameters",
-            "_buffers" or "_modules" (None in there), "missing" (nowhere), "children" (the names), "class" (attribute of
-            a class), "global" (in a dictionary) or "cell" (of a closure).
+            "_buffers" or "_modules" (in there, None or not), "missing" (nowhere), "children" (the names), "class"
+            (attribute of a class), "global" (in a dictionary) or "cell" (of a closure).
         owner: path of the module, or the class, dictionary or cell.
         name: name of the attribute or global.
         value: the value read.
@@ -119,6 +119,8 @@ class Frame:
         ] = []  # expressions of sizes, each with the value that the recording assumes
         self.arguments: dict[str, Any] = {}
         self.result: Any = None
+        self.tests_for_none = False  # a function of this call tests a value for None
+        self.has_unknown = False  # this call handles a value that may be None
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -170,7 +172,7 @@ def trace(root: nn.Module, training: bool, inline_fusable: bool = False) -> Trac
     forward = stock_forward(root)
     channels = next((module.in_channels for module in root.modules() if isinstance(module, nn.Conv2d)), 3)
     arguments = []
-    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+    for parameter in list(inspect.signature(forward, follow_wrapped=False).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise Untraceable("its forward has a variable number of arguments")
         if parameter.default is parameter.empty:
@@ -293,6 +295,8 @@ class _Tracer(GraphAppendingTracer):
     def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
         node = super().create_node(*arguments, **options)
         node.meta["frame"] = self.frame
+        if self.frame is not None and not _is_present(self, node):
+            node.meta["unknown"] = self.frame.has_unknown = True
         return node
 
     def create_arg(self, value: Any) -> Any:
@@ -340,6 +344,8 @@ class _Tracer(GraphAppendingTracer):
                 for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - nodes]:
                     self.graph.erase_node(node)
         self.opaque[path] = reason
+        if any(isinstance(value, (list, dict, set)) for value in (*arguments, *options.values())):
+            _refuse(f"passes a list or dict to {path or 'a module'}, which {reason}")
         return self.create_proxy("call_module", path, arguments, options)
 
     def record(self, path: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -350,13 +356,20 @@ class _Tracer(GraphAppendingTracer):
         try:
             stock = stock_forward(module)
             forward = _read(self.shadow(path, module), stock.__name__)
-            bound = inspect.signature(stock).bind(None, *arguments, **options)
+            bound = inspect.signature(stock, follow_wrapped=False).bind(None, *arguments, **options)
             bound.apply_defaults()
             frame.arguments = {key: structure(value) for key, value in list(bound.arguments.items())[1:]}
+            frame.has_unknown = any(node.meta.get("unknown") for node in frame.inputs)
             result = forward(*arguments, **options)
             if self.failure is not None:  # the code has caught it
                 raise self.failure
             frame.result = structure(result)
+            if frame.parent is not None and any(node.meta.get("unknown") for node in frame.outputs):
+                frame.parent.has_unknown = True
+            if frame.has_unknown and frame.tests_for_none:
+                _refuse("tests a value for None that a module outside of the recording returns")
+            if (structure(arguments), structure(options)) != call:
+                _refuse("changes a list or dict among its arguments")
         except Untraceable as failure:
             self.failure = failure
             raise
@@ -415,13 +428,20 @@ class _Tracer(GraphAppendingTracer):
 
     def instrument(self, function: types.FunctionType) -> Any:
         """Return a copy of a function that sees converted globals, closures and defaults."""
+        if self.frame is not None and not _of_torch(function.__module__ or ""):
+            self.frame.tests_for_none |= tests_value_for_none(function.__code__)
+            for name in ("__code__", "__defaults__", "__kwdefaults__"):  # IPython's autoreload replaces them
+                if getattr(function, name) is not None:
+                    self.note("class", function, name, getattr(function, name))
         if function in self.functions:
             return self.functions[function]
         if reason := _side_effect(function.__code__, function.__code__.co_freevars):
             _refuse(f"{function.__name__} {reason}")
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            if not isinstance(value, (*_ATOMS, tuple, types.FunctionType)):
-                _refuse(f"{function.__name__} has a default argument that may change")
+        defaults = function.__defaults__ or (), function.__kwdefaults__ or {}
+        for value in (*defaults[0], *defaults[1].values()):
+            if not isinstance(value, (*_ATOMS, types.FunctionType, types.BuiltinFunctionType, type)):
+                if not (isinstance(value, tuple) and all(isinstance(item, _ATOMS) for item in value)):
+                    _refuse(f"{function.__name__} has a default argument that may change")
         outer = function.__globals__
         if id(outer) not in self.globals:
             self.globals[id(outer)] = _Globals(self, outer)
@@ -436,18 +456,26 @@ class _Tracer(GraphAppendingTracer):
                 _refuse(f"reads the variable {name} before it is set")
             self.note("cell", cell, name, value)
             cells.append(types.CellType(self.convert(value, f"the variable {name} of an outer function")))
-        made = types.FunctionType(
-            function.__code__, self.globals[id(outer)], function.__name__, function.__defaults__, tuple(cells)
-        )
-        made.__kwdefaults__ = function.__kwdefaults__
+        made = types.FunctionType(function.__code__, self.globals[id(outer)], function.__name__, None, tuple(cells))
+        what = f"a default argument of {function.__name__}"
+        made.__defaults__ = tuple([self.convert(value, what) for value in defaults[0]])
+        made.__kwdefaults__ = {name: self.convert(value, what) for name, value in defaults[1].items()}
         self.functions[function] = made
         return made
 
 
 def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
     """Return what a function does that a recording would miss, or None."""
+    before = (None, None)  # the two instructions before
     for instruction in dis.get_instructions(code):
         name = instruction.opname
+        if name == "IS_OP" and not _loads_none(before[1]):
+            return "compares identities, which a recording does not preserve"
+        if name.startswith("MATCH_"):
+            return "matches patterns"
+        if instruction.argval in _CLASS_NAMES and before[1].argval != "super":  # super() in Python 3.12
+            return f"reads {instruction.argval}"
+        before = before[1], instruction
         if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             return f"sets the global variable {instruction.argval}"
         if name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in outer:
@@ -456,6 +484,27 @@ def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
             return "handles exceptions, or uses a context manager"
     nested = [_side_effect(value, outer) for value in code.co_consts if isinstance(value, types.CodeType)]
     return next(filter(None, nested), None)
+
+
+_CLASS_NAMES = "__class__", "__dict__"
+
+
+def _loads_none(instruction: Any) -> bool:
+    return instruction.opname == "LOAD_CONST" and instruction.argval is None
+
+
+def tests_value_for_none(code: types.CodeType) -> bool:
+    """Return whether a function tests a value for None that is not the attribute of a module."""
+    instructions = list(dis.get_instructions(code))
+    for index, instruction in enumerate(instructions):
+        operand = None
+        if instruction.opname == "IS_OP":
+            operand = instructions[index - 2]
+        elif instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
+            operand = instructions[index - 1]
+        if operand is not None and operand.opname != "LOAD_ATTR":
+            return True
+    return any(tests_value_for_none(value) for value in code.co_consts if isinstance(value, types.CodeType))
 
 
 def _of_torch(name: str) -> bool:
@@ -614,7 +663,10 @@ def _read(shadow: _Shadow, name: str) -> Any:
             if value is None:
                 tracer.note(group, path, name, None)
                 return None
-            return tracer.shadow(full, value) if group == "_modules" else tracer.create_proxy("get_attr", full, (), {})
+            if group == "_modules":
+                return tracer.shadow(full, value)
+            tracer.note(group, path, name, True)
+            return tracer.create_proxy("get_attr", full, (), {})
     tracer.note("missing", path, name, None)
     raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
 
@@ -671,6 +723,7 @@ class _Globals(dict):  # type: ignore[type-arg]
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.outer:
+            self.tracer.note("global", self.outer, name, None)
             raise KeyError(name)
         value = self.outer[name]
         self.tracer.note("global", self.outer, name, value)
@@ -782,6 +835,16 @@ class _Super:
                 tracer.note("class", base, name, getattr(base, name))
                 return _class_attribute(shadow, vars(base)[name], name)
         raise AttributeError(name)
+
+
+def _is_present(tracer: _Tracer, node: fx.Node) -> bool:
+    """Return whether the value of a node is certainly not None."""
+    if node.op == "call_module":
+        return str(node.target) not in tracer.opaque
+    if node.op == "call_function" and node.target is operator.getitem:
+        container = node.args[0]
+        return not isinstance(container, fx.Node) or container.op not in ("call_module", "call_function", "get_attr")
+    return True
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Inputs that a fused operator rejects or would lay out differently: the result, or the exception, is stock PyTorch's."""
+"""Inputs that a fused operator rejects or would lay out differently: result and exception are stock PyTorch's."""
 
 from __future__ import annotations
 
