@@ -142,7 +142,7 @@ class _Generator:
                     frame = frame.parent
         for frame in self.within:
             # A call whose result is an argument or a constant is no call in the graph.
-            if frame.parent in inlined and not self._is_callable(frame):
+            if frame.parent in inlined and (frame.changes_arguments or not self._is_callable(frame)):
                 inlined.add(frame)
         return inlined
 
@@ -451,6 +451,8 @@ class _Generator:
 
     def _header(self) -> str:
         """Return the signature, and guard the arguments: tensors where the recording had tensors, equal constants."""
+        if self.owner.changes_arguments:
+            raise Unemittable("it changes a list or dict among its arguments")
         forward = stock_forward(self.owner.module)
         parameters = []
         keyword_only = False

@@ -120,6 +120,7 @@ class Frame:
         self.arguments: dict[str, Any] = {}
         self.result: Any = None
         self.tests_for_none = False  # a function of this call tests a value for None
+        self.changes_arguments = False  # the call changes a list or dict of its caller
         self.has_unknown = False  # this call handles a value that may be None
 
     @property
@@ -239,10 +240,13 @@ class _Proxy(fx.Proxy):
         _refuse("uses a tensor, or a property of one, as a key")
 
     def __str__(self) -> str:
-        _refuse("formats a tensor, or a property of one")
+        expression = _size_expression(self.node)
+        if isinstance(expression, Size) and expression.name == "ndim":
+            return str(self.tracer.assume(expression))  # in the message of an assertion
+        return _refuse("formats a tensor, or a property of one")
 
     def __format__(self, specification: str) -> str:
-        return str(self)
+        return format(str(self), specification)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -323,6 +327,12 @@ class _Tracer(GraphAppendingTracer):
         self.frame.conditions.append((expression, value))
         return value
 
+    def assert_now(self, condition: Any, message: str) -> None:
+        try:
+            assert condition, message
+        except Untraceable:  # it depends on more than the sizes of the arguments
+            self.create_proxy("call_function", torch._assert, (condition, message), {})
+
     def keys(self, proxy: fx.Proxy) -> Any:
         _refuse("unpacks a tensor as a mapping")
 
@@ -368,8 +378,7 @@ class _Tracer(GraphAppendingTracer):
                 frame.parent.has_unknown = True
             if frame.has_unknown and frame.tests_for_none:
                 _refuse("tests a value for None that a module outside of the recording returns")
-            if (structure(arguments), structure(options)) != call:
-                _refuse("changes a list or dict among its arguments")
+            frame.changes_arguments = (structure(arguments), structure(options)) != call
         except Untraceable as failure:
             self.failure = failure
             raise
@@ -421,7 +430,7 @@ class _Tracer(GraphAppendingTracer):
         if function.__name__ in _FALSE_IN_EAGER and _of_torch(module):
             return lambda: False
         if function is torch._assert:
-            return _assert_now
+            return self.assert_now
         if module in ("math", "_operator", "_functools", "functools"):
             return function
         return _Recorder(self, function) if function in _OPERATIONS else _refuse(f"reads {what}")
@@ -509,10 +518,6 @@ def tests_value_for_none(code: types.CodeType) -> bool:
 
 def _of_torch(name: str) -> bool:
     return name == "torch" or name.startswith("torch.")
-
-
-def _assert_now(condition: Any, message: str) -> None:
-    assert condition, message
 
 
 #: Tensor operations of torch: no function that sets or returns a mode or a state.
@@ -841,9 +846,9 @@ def _is_present(tracer: _Tracer, node: fx.Node) -> bool:
     """Return whether the value of a node is certainly not None."""
     if node.op == "call_module":
         return str(node.target) not in tracer.opaque
-    if node.op == "call_function" and node.target is operator.getitem:
-        container = node.args[0]
-        return not isinstance(container, fx.Node) or container.op not in ("call_module", "call_function", "get_attr")
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        container = node.args[0]  # multi-head attention returns None in place of weights
+        return container.op != "call_module" and container.target is not F.multi_head_attention_forward
     return True
 
 

@@ -546,3 +546,55 @@ def test_decorated_forward_has_the_wrappers_defaults(arguments: tuple[float, ...
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     for ours, stock, _ in pairs(Decorated):
         assert_near(ours(x, *arguments), stock(x, *arguments), "output")
+
+
+class Stages(nn.Module):
+    """Branches in a list that is written in place, as in HRNet; norms and additions of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)) for _ in "ab"])
+        self.fuse = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, tensors: list[Tensor]) -> list[Tensor]:
+        for index, branch in enumerate(self.branches):
+            tensors[index] = branch(tensors[index])
+        return [F.relu(tensors[0] + self.fuse(tensors[1])), tensors[1]]
+
+
+class CallsStages(Body):
+    def prepare(self) -> None:
+        self.stages = nn.Sequential(Stages(), Stages())
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        given = [y, y * 2]
+        return self.second(self.stages(given)[0]), given
+
+
+class AssertsIntermediateSize(Body):
+    """Selective kernels: an assertion about the size of an intermediate tensor."""
+
+    def first(self, x: Tensor) -> Tensor:
+        y = super().first(x)
+        y = torch.stack([y, y], 1)
+        torch._assert(y.shape[1] == self.paths, "two paths")
+        torch._assert(x.ndim == 4, f"expected rank 4, got {x.ndim}")
+        return y.sum(1)
+
+    def prepare(self) -> None:
+        self.paths = 2
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(CallsStages, 8), (AssertsIntermediateSize, 2)])
+def test_unusual_code_is_fused(kind: type[nn.Module], expected: int) -> None:
+    model = fuse(make(kind))
+    with record_fused_calls() as calls:
+        model(torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    assert len(calls) == expected
+    for ours, stock, grad in pairs(kind):
+        assert_same_call(ours, stock, grad)
+    if kind is AssertsIntermediateSize:
+        for ours, stock, grad in pairs(kind):
+            ours.paths = stock.paths = 3  # type: ignore[assignment]
+            assert_same_call(ours, stock, grad)
