@@ -168,6 +168,9 @@ class Matched:
                 looked_into = {
                     frame for segment in own for node in segment.nodes for frame in _up_to(node.frame, owner)
                 }
+                for frame in self.recording.frames:
+                    if frame.changes_arguments and frame.parent in looked_into:
+                        looked_into.add(frame)
                 more = [segment for segment in inside if segment.frame in looked_into]
                 if len(more) <= len(own):
                     break

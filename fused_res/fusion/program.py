@@ -117,6 +117,7 @@ class _Generator:
         self.namespace: dict[str, Any] = {
             "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
+            "is_equal": is_equal,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
         self.numbers: dict[fx.Node, int] = {}  # those of the recording differ between the calls of one module
@@ -144,7 +145,7 @@ class _Generator:
                     frame = frame.parent
         for frame in self.within:
             # A call whose result is an argument or a constant is no call in the graph.
-            if frame.parent in inlined and not self._is_callable(frame):
+            if frame.parent in inlined and (frame.changes_arguments or not self._is_callable(frame)):
                 inlined.add(frame)
         return inlined
 
@@ -227,6 +228,8 @@ class _Generator:
             where = ".".join(filter(None, (self.relative(owner), name)))
             if kind == "attribute":
                 failure = self._differs(f"{module}.__dict__.get({name!r}, ...)", value)
+            elif value is True:
+                failure = f"{module}.{kind}.get({name!r}) is None"
             elif kind == "children":
                 failure = f"list({module}._modules) != {list(value)!r}"  # Dynamo does not guard [*modules]
             else:
@@ -239,11 +242,13 @@ class _Generator:
         texts = {"cell": f"{holder}.cell_contents", "global": f"{holder}.get({name!r})", "class": f"{holder}.{name}"}
         differs = self._differs(texts[kind], value)
         # Dynamo cannot compile a cell's contents and the function that closes over it.
-        self.guard(f"not is_compiling() and {differs}" if kind == "cell" else differs, f"{name} has changed")
+        self.guard(f"not is_compiling() and ({differs})" if kind == "cell" else differs, f"{name} has changed")
 
     def _differs(self, actual: str, value: Any) -> str:
-        if isinstance(value, (list, dict, set, tuple, int, float, str, torch.Size)) and not isinstance(value, bool):
-            return f"{actual} != {self.constant(value)}"
+        if type(value) in (int, float, str):
+            return f"type(value := {actual}) is not {type(value).__name__} or value != {self.constant(value)}"
+        if isinstance(value, (list, dict, set, tuple)):
+            return f"not is_equal({actual}, {self.constant(_copy(value))})"
         return f"{actual} is not {self.constant(value)}"
 
     def guard_condition(self, expression: Any, value: Any) -> None:
@@ -431,10 +436,12 @@ class _Generator:
 
     def _header(self) -> str:
         """Return the signature, and guard the arguments: tensors where the recording had tensors, equal constants."""
+        if self.owner.changes_arguments:
+            raise Unemittable("it changes a list or dict among its arguments")
         forward = stock_forward(self.owner.module)
         parameters = []
         keyword_only = False
-        for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        for parameter in list(inspect.signature(forward, follow_wrapped=False).parameters.values())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise Unemittable("its forward has a variable number of arguments")
             if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
@@ -537,6 +544,28 @@ class _Generator:
 def _relative(path: str, prefix: str) -> str:
     """Return a module's path relative to the module `prefix`, of which it is a part or which it is."""
     return "" if path == prefix else path.removeprefix(f"{prefix}." if prefix else "")
+
+
+def is_equal(actual: Any, expected: Any) -> bool:
+    """Return whether two values have the same types and are equal; tensors and arrays never are."""
+    if actual is expected:
+        return True
+    if type(actual) is not type(expected):
+        return False
+    if isinstance(expected, dict):
+        return [*actual] == [*expected] and all(is_equal(actual[key], value) for key, value in expected.items())
+    if isinstance(expected, (list, tuple)):
+        return len(actual) == len(expected) and all(map(is_equal, actual, expected))
+    return type(expected) in (int, float, str, set) and bool(actual == expected)
+
+
+def _copy(value: Any) -> Any:
+    """Return a copy of nested containers that later changes do not reach."""
+    if type(value) is dict or type(value) is OrderedDict:
+        return type(value)((key, _copy(item)) for key, item in value.items())
+    if type(value) is set:
+        return set(value)
+    return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
 
 
 def _leaves(code: str, value: Any) -> Iterator[tuple[str, fx.Node]]:

@@ -186,6 +186,12 @@ def build_graph(source: fx.Graph, module_of: Callable[[str], nn.Module], frames:
                 graph.alias(node.storage, operand.storage)
         for name in names[node]:
             producers[name].append(node)
+    written = {graph.root(storage) for node in graph.nodes for storage in node.writes}
+    for node in graph.nodes:
+        if node.source.op == "get_attr" and graph.root(node.storage) in written:
+            for user in graph.nodes:  # a fused convolution would read the parameter after the write
+                if user.op is Op.CONV and user.path == str(node.source.target).rpartition(".")[0]:
+                    user.op = Op.OTHER
     for frame in frames:
         for value in frame.outputs:
             if not any(not user.meta["frame"].within(frame) for user in value.users):

@@ -10,7 +10,6 @@ generated forward verifies on every call. Anything else makes the module :class:
 from __future__ import annotations
 
 import builtins
-import copy
 import dis
 import enum
 import functools
@@ -46,8 +45,8 @@ class Read(NamedTuple):
 
     Args:
         kind: "attribute" (in the ``__dict__`` of the module at path `owner`), "absent" (not in it), "_parameters",
-            "_buffers" or "_modules" (None in there), "missing" (nowhere), "children" (the names), "class" (attribute of
-            a class), "global" (in a dictionary) or "cell" (of a closure).
+            "_buffers" or "_modules" (in there, None or not), "missing" (nowhere), "children" (the names), "class"
+            (attribute of a class or module), "global" (in a dictionary) or "cell" (of a closure).
         owner: path of the module, or the class, dictionary or cell.
         name: name of the attribute or variable.
         value: the value read.
@@ -83,6 +82,9 @@ class Frame:
         self.arguments: dict[str, Any] = {}  # by parameter
         self.result: Any = None
         self.reads: dict[tuple[str, Any, str], Read] = {}
+        self.tests_for_none = False  # a function of this call tests a value for None
+        self.has_unknown = False  # this call handles a value that may be None
+        self.changes_arguments = False  # the call changes a list or dict of its caller
         self.conditions: list[tuple[Any, Any]] = []  # expressions of sizes, with the value that the recording assumes
 
     @property
@@ -135,7 +137,7 @@ def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Rec
     tracer = _Tracer(training, inline_fusable)
     channels = next((module.in_channels for module in root.modules() if isinstance(module, nn.Conv2d)), 3)
     arguments = []
-    for parameter in list(inspect.signature(stock_forward(root)).parameters.values())[1:]:
+    for parameter in list(inspect.signature(stock_forward(root), follow_wrapped=False).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             _refuse("has a forward with a variable number of arguments")
         if parameter.default is parameter.empty:
@@ -262,11 +264,19 @@ def _evaluate(expression: Any) -> Any:
 
 # Proxies of tensors
 
+#: Properties that every tensor has, and that are not None.
+_TENSOR_PROPERTIES = (
+    *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "is_leaf", "is_cuda"),
+    *("is_sparse", "is_quantized", "is_meta", "T", "mT", "H", "mH", "real", "imag", "data"),
+)
+
 
 class _Proxy(fx.Proxy):
     """A value of the recorded forward. In-place operators are recorded as such, which stock proxies do not do."""
 
     def __getattr__(self, name: str) -> Any:
+        if name not in _TENSOR_PROPERTIES and not callable(getattr(Tensor, name, None)):
+            _refuse(f"reads the attribute {name!r} of a tensor")
         return _Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -280,10 +290,18 @@ class _Proxy(fx.Proxy):
     def __len__(self) -> int:
         _refuse("takes a tensor's length")
 
-    def __str__(self) -> str:
-        _refuse("formats a tensor")
+    def __hash__(self) -> int:
+        _refuse("uses a tensor, or a property of one, as a key")
 
-    __format__ = __str__  # type: ignore[assignment]
+    def __str__(self) -> str:
+        expression = _size_expression(self.node)
+        if isinstance(expression, Size) and expression.name == "ndim":
+            tracer: Any = self.tracer
+            return str(tracer.assume(expression))  # in the message of an assertion
+        return _refuse("formats a tensor, or a property of one")
+
+    def __format__(self, specification: str) -> str:
+        return format(str(self), specification)
 
 
 class _Attribute(Attribute, _Proxy):
@@ -307,6 +325,48 @@ def _is_tensor(node: fx.Node) -> bool:
     """Return whether a value is certainly one tensor."""
     is_operation = node.op == "call_function" and node.target in (torch.cat, torch.relu, torch.add, F.relu)
     return is_operation or node.op in ("placeholder", "get_attr", "call_module")
+
+
+def _is_present(tracer: _Tracer, node: fx.Node) -> bool:
+    """Return whether a value is certainly not None."""
+    if node.op == "call_module":
+        return str(node.target) not in tracer.opaque
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        container = node.args[0]  # multi-head attention returns None in place of weights
+        return container.op != "call_module" and container.target is not F.multi_head_attention_forward
+    return True
+
+
+# Containers that the recorded code may read
+
+
+def _read_only_class(kind: type) -> type:
+    """Return a subclass of a container that refuses changes, which a recording would lose."""
+    names = (
+        *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse", "update", "setdefault", "popitem"),
+        *("move_to_end", "add", "discard", "difference_update", "intersection_update", "symmetric_difference_update"),
+        *("__setitem__", "__delitem__", "__iadd__", "__imul__", "__ior__", "__iand__", "__isub__", "__ixor__"),
+    )
+    return type(kind.__name__, (kind,), {name: _refuse_change for name in names if hasattr(kind, name)})
+
+
+def _refuse_change(self: Any, *arguments: Any, **options: Any) -> NoReturn:
+    _refuse(f"changes a {type(self).__name__} that outlives the call")
+
+
+_READ_ONLY: dict[type, Any] = {kind: _read_only_class(kind) for kind in (list, dict, OrderedDict, set)}
+
+
+def _read_only_copy(value: Any, convert: Callable[[Any], Any]) -> Any:
+    kind = type(value)
+    made = _READ_ONLY[kind]()
+    if isinstance(value, dict):
+        for key, item in value.items():
+            kind.__setitem__(made, key, convert(item))
+    else:
+        for item in value:
+            (list.append if kind is list else set.add)(made, convert(item))
+    return made
 
 
 # The tracer
@@ -337,6 +397,8 @@ class _Tracer(GraphAppendingTracer):
     def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
         node = super().create_node(*arguments, **options)
         node.meta["frame"] = self.frame
+        if self.frame is not None and not _is_present(self, node):
+            node.meta["unknown"] = self.frame.has_unknown = True
         return node
 
     def create_arg(self, value: Any) -> Any:
@@ -346,6 +408,9 @@ class _Tracer(GraphAppendingTracer):
             _refuse("passes a function or class to an operation")
         if type(value) is _Shadow:
             _refuse("passes a module to an operation")
+        for kind, read_only in _READ_ONLY.items():
+            if type(value) is read_only:
+                value = kind(value)
         try:
             return super().create_arg(value)
         except NotImplementedError:
@@ -359,6 +424,12 @@ class _Tracer(GraphAppendingTracer):
         value = _evaluate(expression)
         self.frame.conditions.append((expression, value))
         return value
+
+    def assert_now(self, condition: Any, message: str) -> None:
+        try:
+            assert condition, message
+        except Untraceable:  # it depends on more than the sizes of the arguments
+            self.create_proxy("call_function", torch._assert, (condition, message), {})
 
     def keys(self, proxy: fx.Proxy) -> Any:
         _refuse("unpacks a tensor as a mapping")
@@ -381,6 +452,8 @@ class _Tracer(GraphAppendingTracer):
                     for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - nodes]:
                         self.graph.erase_node(node)
             self.opaque[path] = reason
+            if any(isinstance(value, (list, dict, set)) for value in (*arguments, *options.values())):
+                _refuse(f"passes a list or dict to {path or 'a module'}, which {reason}")
         return self.create_proxy("call_module", path, arguments, options)
 
     def inline(self, path: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -390,13 +463,19 @@ class _Tracer(GraphAppendingTracer):
         self.frames.append(frame)
         try:
             stock = stock_forward(module)
-            bound = inspect.signature(stock).bind(None, *arguments, **options)
+            bound = inspect.signature(stock, follow_wrapped=False).bind(None, *arguments, **options)
             bound.apply_defaults()
             frame.arguments = {name: structure(value) for name, value in list(bound.arguments.items())[1:]}
+            frame.has_unknown = any(node.meta.get("unknown") for node in frame.inputs)
             result = _read(self.shadow(path, module), _forward_name(module))(*arguments, **options)
             if self.failure is not None:  # the code has caught it
                 raise self.failure
             frame.result = structure(result)
+            if frame.parent is not None and any(node.meta.get("unknown") for node in frame.outputs):
+                frame.parent.has_unknown = True
+            if frame.has_unknown and frame.tests_for_none:
+                _refuse("tests a value for None that a module outside of the recording returns")
+            frame.changes_arguments = (structure(arguments), structure(options)) != call
         except Untraceable as failure:
             self.failure = failure
             raise
@@ -415,8 +494,6 @@ class _Tracer(GraphAppendingTracer):
 
     def note(self, kind: str, owner: Any, name: str, value: Any) -> None:
         key = kind, owner if isinstance(owner, (str, type)) else id(owner), name
-        if isinstance(value, (list, dict, set)):
-            value = copy.copy(value)  # what it contains is converted, so it is immutable or one of these
         self.frame.reads[key] = Read(kind, owner, name, value)
 
     def convert(self, value: Any, what: str) -> Any:
@@ -424,12 +501,12 @@ class _Tracer(GraphAppendingTracer):
         kind = type(value)
         if isinstance(value, _ATOMS):
             return value
-        if kind in (tuple, list):
+        if kind is tuple:
             return tuple([self.convert(item, what) for item in value])
-        if kind in (dict, OrderedDict):
-            return types.MappingProxyType({key: self.convert(item, what) for key, item in value.items()})
-        if kind in (set, frozenset):
-            return frozenset([self.convert(item, what) for item in value])
+        if kind in _READ_ONLY:
+            return _read_only_copy(value, lambda item: self.convert(item, what))
+        if kind is frozenset and all(isinstance(item, _ATOMS) for item in value):
+            return value
         if kind is functools.partial:
             positional, keywords = self.convert(value.args, what), self.convert(dict(value.keywords), what)
             return functools.partial(self.convert(value.func, what), *positional, **keywords)
@@ -448,7 +525,7 @@ class _Tracer(GraphAppendingTracer):
         if function.__name__ in _FALSE_IN_EAGER and _is_of_torch(function.__module__):
             return _false
         if function is torch._assert:
-            return _assert_now
+            return self.assert_now
         if function.__module__ in ("math", "_operator", "_functools", "functools"):
             return function
         if function in _OPERATIONS:
@@ -457,14 +534,24 @@ class _Tracer(GraphAppendingTracer):
 
     def instrument(self, function: types.FunctionType) -> types.FunctionType:
         """Return a copy of a function that sees converted globals, closures and defaults."""
+        if self.frame is not None and not _is_of_torch(function.__module__):
+            self.frame.tests_for_none |= _tests_value_for_none(function.__code__)
+            for name in ("__code__", "__defaults__", "__kwdefaults__"):  # IPython's autoreload replaces them
+                if getattr(function, name) is not None:
+                    self.note("class", function, name, getattr(function, name))
         key = function, self.frame  # every call notes what it reads of the closure
         if key in self.functions:
             return self.functions[key]
         code = function.__code__
         if reason := _side_effect(code, code.co_freevars):
             _refuse(f"{function.__name__} {reason}")
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            if not isinstance(value, (*_ATOMS, tuple, types.FunctionType)):
+        defaults: tuple[Any, ...] = function.__defaults__ or ()
+        keyword_defaults: dict[str, Any] = function.__kwdefaults__ or {}
+        for value in (*defaults, *keyword_defaults.values()):
+            items = value if isinstance(value, tuple) else (value,)
+            if not all(
+                isinstance(item, (*_ATOMS, types.FunctionType, types.BuiltinFunctionType, type)) for item in items
+            ):
                 _refuse(f"{function.__name__} has a default argument that may change")
         cells = []
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -475,16 +562,26 @@ class _Tracer(GraphAppendingTracer):
             cells.append(cell)
         outer = function.__globals__
         scope = self.globals.setdefault(id(outer), _Globals(self, outer))
-        made = types.FunctionType(code, scope, function.__name__, function.__defaults__, tuple(cells))
-        made.__kwdefaults__ = function.__kwdefaults__
+        made = types.FunctionType(code, scope, function.__name__, None, tuple(cells))
+        what = f"a default argument of {function.__name__}"
+        made.__defaults__ = tuple([self.convert(value, what) for value in defaults])
+        made.__kwdefaults__ = {name: self.convert(value, what) for name, value in keyword_defaults.items()}
         self.functions[key] = made
         return made
 
 
 def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
     """Return what a function does that a recording would miss, or None."""
+    before: tuple[Any, Any] = (None, None)  # the two instructions before
     for instruction in dis.get_instructions(code):
         name = instruction.opname
+        if name == "IS_OP" and not (before[1].opname == "LOAD_CONST" and before[1].argval is None):
+            return "compares identities, which a recording does not preserve"
+        if name.startswith("MATCH_"):
+            return "matches patterns"
+        if instruction.argval in ("__class__", "__dict__") and before[1].argval != "super":  # super() in Python 3.12
+            return f"reads {instruction.argval}"
+        before = before[1], instruction
         if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             return f"sets the global variable {instruction.argval}"
         if name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in outer:
@@ -493,6 +590,20 @@ def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
             return "handles exceptions, or uses a context manager"
     nested = [_side_effect(value, outer) for value in code.co_consts if isinstance(value, types.CodeType)]
     return next(filter(None, nested), None)
+
+
+def _tests_value_for_none(code: types.CodeType) -> bool:
+    """Return whether a function tests a value for None that is not the attribute of a module."""
+    instructions = list(dis.get_instructions(code))
+    for index, instruction in enumerate(instructions):
+        operand = None
+        if instruction.opname == "IS_OP":
+            operand = instructions[index - 2]
+        elif instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
+            operand = instructions[index - 1]
+        if operand is not None and operand.opname != "LOAD_ATTR":
+            return True
+    return any(_tests_value_for_none(value) for value in code.co_consts if isinstance(value, types.CodeType))
 
 
 def _is_of_torch(name: str | None) -> bool:
@@ -514,10 +625,6 @@ _OPERATIONS = {
 
 def _false() -> bool:
     return False
-
-
-def _assert_now(condition: Any, message: str) -> None:
-    assert condition, message
 
 
 # Shadows: what the recorded code sees in place of modules, globals, modules of torch, functions and classes
@@ -567,6 +674,8 @@ class _Shadow:
         return _call_special(self, "__contains__", key)
 
     def __bool__(self) -> bool:
+        if hasattr(self.__class__, "__bool__"):
+            _refuse("overrides __bool__")
         return len(self) > 0 if hasattr(self.__class__, "__len__") else True
 
 
@@ -582,7 +691,7 @@ def _read(shadow: _Shadow, name: str) -> Any:
         tracer.note("attribute", path, name, tracer.training)
         return tracer.training
     if name == "_modules":
-        return _children(shadow)
+        return types.MappingProxyType(_children(shadow))
     if name in ("_parameters", "_buffers", "__dict__"):
         _refuse(f"reads {name}")
     found = inspect.getattr_static(kind, name, _MISSING)
@@ -603,7 +712,10 @@ def _read(shadow: _Shadow, name: str) -> Any:
             if value is None:
                 tracer.note(group, path, name, None)
                 return None
-            return tracer.shadow(full, value) if group == "_modules" else tracer.create_proxy("get_attr", full, (), {})
+            if group == "_modules":
+                return tracer.shadow(full, value)
+            tracer.note(group, path, name, True)
+            return tracer.create_proxy("get_attr", full, (), {})
     tracer.note("missing", path, name, None)
     raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
 
@@ -654,6 +766,9 @@ class _Globals(dict[str, Any]):
         self.outer = outer
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self.outer:
+            self.tracer.note("global", self.outer, name, None)
+            raise KeyError(name)
         value = self.outer[name]
         self.tracer.note("global", self.outer, name, value)
         return self.tracer.convert(value, f"the global variable {name}")
@@ -671,6 +786,8 @@ class _Namespace:
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
             tracer.note("global", vars(module), name, value)
             return tracer.operation(value, what)
+        if not isinstance(value, types.ModuleType):
+            tracer.note("class", module, name, value)
         return tracer.convert(value, what)
 
 

@@ -346,12 +346,30 @@ def run_fused(
         or inspect_tensors(chain.tensors, *dtype_and_autocast)
     ):
         return None
+    if shortcut == "identity" and is_permuted(input):
+        return None  # the sum may have the input's strides
     try:
         return chain.run(input, backend, recompute, tune)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         if "more than 1 value per channel" in str(error):
             raise  # PyTorch's error, without the modules' side effects
-        return None  # for an invalid input the modules raise PyTorch's error
+        return None  # PyTorch broadcasts the operands, or raises its own exception
+
+
+def is_permuted(input: Tensor) -> bool:
+    """Return whether the memory order of the dimensions is neither NCHW, with or without gaps, nor NHWC."""
+    if input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last):
+        return False
+    n, c, h, w = input.stride()
+    return not n >= c >= h >= w
+
+
+def _has_same_layout(first: Tensor, second: Tensor) -> bool:
+    """Return whether the sum of two tensors has the memory format of both, whichever is the first operand."""
+    if first.stride() == second.stride():
+        return True
+    formats = torch.contiguous_format, torch.channels_last
+    return any(first.is_contiguous(memory_format=f) and second.is_contiguous(memory_format=f) for f in formats)
 
 
 def run_fused_norm(
@@ -368,12 +386,16 @@ def run_fused_norm(
         or residual.dtype is not input.dtype
         or residual.shape != input.shape
         or residual.device != input.device
+        or not _has_same_layout(input, residual)
     ):
         return None
     norm_args = read_norm(norm.__dict__)
     if isinstance(norm_args, str) or inspect_tensors((None, None, *norm_args[:4]), input.dtype, False):
         return None
-    return apply_norm(input, norm, norm_args, residual, activation, backend)
+    try:
+        return apply_norm(input, norm, norm_args, residual, activation, backend)
+    except (ValueError, TypeError):
+        return None  # PyTorch raises its own exception
 
 
 def apply_norm(

@@ -131,12 +131,12 @@ class PackedProgram:
                 return None
             _insert(sequence.prepared, key, prepared, _MAX_CACHE_ENTRIES)
             _insert(self._sequences, blocks, sequence, _MAX_SEQUENCES)
-        if not prepared.accepts(residual):
+        # The kernels return channels_last memory, PyTorch only if the input or a weight has it.
+        is_channels_last = any(conv_output_is_channels_last(x, weight) for weight in prepared.weights)
+        if not prepared.accepts(residual) or (blocks[0][1] == "identity" and chain.is_permuted(x)):
             return None
         sequence.last = prepared
         output = prepared.run(x, residual)
-        # The kernels return channels_last memory, PyTorch only if the input or a weight has it.
-        is_channels_last = any(conv_output_is_channels_last(x, weight) for weight in prepared.weights)
         return output if is_channels_last else output.contiguous()
 
     def selected(self) -> dict[nn.Module, Selection]:
