@@ -115,7 +115,7 @@ class _Generator:
         self.namespace: dict[str, Any] = {
             "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
-            "is_equal": is_equal,
+            "is_equal": is_equal, "has_same_layout": chain.has_same_layout,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
         self.modules: dict[str, str] = {owner.path: "self"}
@@ -383,6 +383,8 @@ class _Generator:
             values = self.values(last)
             result = self.text(values[0])
             code = f"{result} = packed.run({self.text(group[0].values[0])}, ({''.join(f'{b}, ' for b in blocks)}), {residual}, settings.backend)"
+            if last.residual is not None:  # the sum has the memory format of its first operand
+                code += f" if has_same_layout({self.text(group[0].values[0])}, {residual}) else None"
             read = [group[0].values[0], *last.values[1:]]
             self.emit(indent, code, values, read)
             self.emit(indent, f"if {result} is None:", (), values[:1])

@@ -28,7 +28,8 @@ GRADIENTS = 1e-6
 TIMM_SMALL = ("resnet10t", "skresnet18", "dla46_c")
 TORCHVISION_SMALL = ("shufflenet_v2_x0_5", "mnasnet0_5")
 TIMM = (
-    "resnet18", "ghostnet_050", "legacy_seresnet18", "resnet18d", "resnet26t", "resnext50_32x4d", "wide_resnet50_2", "resnetblur18", "resnetaa50",
+    "resnet18", "ghostnet_050", "legacy_seresnet18",
+    "resnet18d", "resnet26t", "resnext50_32x4d", "wide_resnet50_2", "resnetblur18", "resnetaa50",
     "resnetrs50", "resnet50_clip", "seresnet18", "seresnext26t_32x4d", "legacy_seresnext26_32x4d", "ecaresnet26t",
     "resnest14d", "skresnext50_32x4d", "res2net50_14w_8s", "res2next50", "dla34", "dla60_res2net", "hrnet_w18_small",
     "hrnet_w18_ssld", "ghostnet_100", "ghostnetv2_100", "selecsls42b", "selecsls60", "rexnet_100", "legacy_xception",
@@ -38,7 +39,8 @@ TORCHVISION = (
     "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "googlenet",
     "inception_v3", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf",
     "regnet_y_400mf", "shufflenet_v2_x1_0", "mnasnet1_0", "fcn_resnet50", "deeplabv3_resnet50",
-    "quantized_resnet18", "quantized_resnet50", "quantized_googlenet", "quantized_mobilenet_v2", "quantized_mobilenet_v3_large",
+    "quantized_resnet18",
+    "quantized_resnet50", "quantized_googlenet", "quantized_mobilenet_v2", "quantized_mobilenet_v3_large",
     "quantized_shufflenet_v2_x0_5",
 )  # fmt: skip
 FULL = pytest.mark.full
