@@ -117,7 +117,7 @@ class _Generator:
         self.namespace: dict[str, Any] = {
             "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
-            "is_equal": is_equal,
+            "is_equal": is_equal, "has_same_layout": chain.has_same_layout,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
         self.numbers: dict[fx.Node, int] = {}  # those of the recording differ between the calls of one module
@@ -329,6 +329,8 @@ class _Generator:
             return
         blocks = "".join(f"({self.chain(block)}), " for segment in group for block in segment.blocks())
         call = f"packed.run({self.text(first.values[0])}, ({blocks}), {self.residual(last)}, settings.backend)"
+        if last.residual is not None:  # the sum has the memory format of its first operand
+            call += f" if has_same_layout({self.text(first.values[0])}, {self.residual(last)}) else None"
         values = self.values(last)
         self.emit_attempt(call, values, (first.values[0], *last.values[1:]), indent)
         for segment in group:

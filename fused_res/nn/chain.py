@@ -364,7 +364,7 @@ def is_permuted(input: Tensor) -> bool:
     return not n >= c >= h >= w
 
 
-def _has_same_layout(first: Tensor, second: Tensor) -> bool:
+def has_same_layout(first: Tensor, second: Tensor) -> bool:
     """Return whether the sum of two tensors has the memory format of both, whichever is the first operand."""
     if first.stride() == second.stride():
         return True
@@ -386,7 +386,7 @@ def run_fused_norm(
         or residual.dtype is not input.dtype
         or residual.shape != input.shape
         or residual.device != input.device
-        or not _has_same_layout(input, residual)
+        or not has_same_layout(input, residual)
     ):
         return None
     norm_args = read_norm(norm.__dict__)

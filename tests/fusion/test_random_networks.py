@@ -15,7 +15,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -221,9 +221,12 @@ def call(side: Side, spec: Call, network: Network, dtype: torch.dtype, number: i
 def assert_equal(actual: Outcome, expected: Outcome, tolerances: dict[str, float]) -> None:
     """Check that both outcomes are equal; `tolerances` has an entry for the kinds of tensors that are compared."""
     assert actual.error == expected.error, "exception"
-    for name in {**actual.facts, **expected.facts}:
-        assert actual.facts.get(name) == expected.facts.get(name), name
     failed = expected.backward is False  # stock's backward fails where a saved tensor was written; a fused need not
+    for name in {**actual.facts, **expected.facts}:
+        facts = actual.facts.get(name), expected.facts.get(name)
+        if failed and name == "hook calls":
+            facts = tuple([label for label in labels if not label.startswith("backward")] for labels in facts)
+        assert facts[0] == facts[1], name
     assert failed or actual.backward == expected.backward, "backward"
     for kind, tolerance in tolerances.items():
         if kind == "gradients" and failed:
@@ -342,13 +345,19 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"recompute": "norm"},
     {"recompute": "conv"},
     {"backend": "reference"},
+    {"cache_eval": True},
+    {"cache_eval": True, "recompute": "norm"},
 )
 
 
 def fused_case(data: bytes) -> Case:
     choices = Choices(data)
     calls = draw_calls(choices, 5, *LOCAL, *SHARED, *Comparison.CHANGES)
-    return Case(write_network(choices), calls, choices.pick(("float64",) * 4 + ("float32",)), choices.pick(OPTIONS))
+    network, dtype = write_network(choices), choices.pick(("float64",) * 4 + ("float32",))
+    options = choices.pick(OPTIONS)
+    if options.get("cache_eval"):  # packed weights are not derived again after a write that PyTorch does not count
+        calls = tuple(replace(call, change="none") if call.change == "write_uncounted" else call for call in calls)
+    return Case(network, calls, dtype, options)
 
 
 def frozen_case(data: bytes) -> Case:

@@ -388,7 +388,7 @@ MODULES: list[type[nn.Module]] = [
     OptionalParameter,
 ]  # fmt: skip
 #: Modules in which the whole body runs fused all the same.
-FUSED = {ListAttribute, DictAttribute, SetAttribute, NestedClassAttribute, ScalarAttribute, OptionalParameter}
+FUSED = (ListAttribute, DictAttribute, SetAttribute, NestedClassAttribute, ScalarAttribute, OptionalParameter)
 
 
 def set_all(name: str, value: Any) -> Callable[[nn.Module], None]:

@@ -98,3 +98,21 @@ def test_sum_of_two_memory_formats_has_stocks(first: torch.memory_format, second
     for actual, expected in zip(fused(x, y), stock(x, y), strict=True):
         assert_near(actual, expected, "output")
         assert actual.stride() == expected.stride()
+
+
+class Projected(Unit):
+    """The norm of a convolution and another tensor, in both orders."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return F.relu(self.bn(self.conv(x)) + y), F.relu(y + self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("second", [torch.contiguous_format, torch.channels_last])
+def test_frozen_sum_of_two_memory_formats_has_stocks(first: torch.memory_format, second: torch.memory_format) -> None:
+    stock, _, frozen = models(Projected())
+    x, y = (torch.randn(2, 4, 6, 6).double().to(memory_format=format) for format in (first, second))
+    with torch.no_grad():
+        for actual, expected in zip(frozen(x, y), stock.eval()(x, y), strict=True):
+            assert_near(actual, expected, "output")
+            assert actual.stride() == expected.stride()
