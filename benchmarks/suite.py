@@ -38,7 +38,7 @@ CPU_SUITE = (
     SuiteEntry("model-small", f"model --providers {STOCK} --small --repeat 20 --min-time 2", single_allocator=True),
     SuiteEntry("memory", "memory --batch 4 --repeat 3 --min-time 0", single_allocator=True),
     SuiteEntry("styles-cifar", f"styles --cifar {FAST}", single_allocator=True),
-    SuiteEntry("styles", "styles --batch 4 --repeat 5 --min-time 0.1", single_allocator=True),
+    SuiteEntry("styles", "styles --batch 4 --width 4 --repeat 5 --min-time 0.1", single_allocator=True),
 )
 GPU = "ours,ours-triton,ours-cuda,eager,eager-channels-last"
 GPU_GRAPHS = f"{GPU},ours+graph,eager-channels-last+graph"
