@@ -194,7 +194,11 @@ def recordings(model: nn.Module, packed: bool, failures: dict[str, str] | None =
     """
     visited: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module in visited or is_layer(module) or (isinstance(module, FusableModule) and not packed):
+        if module in visited or is_layer(module):
+            continue
+        if isinstance(module, FusableModule) and not packed:
+            # It runs these children itself, as long as they have their stock classes.
+            visited.update(inner for child in module.fused_children() for inner in module.get_submodule(child).modules())
             continue
         try:
             for recorded in _record(module, packed):
