@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_res.fusion.matcher import Segment, Unit, find_segments
+from fused_res.graph import symbolic
 from fused_res.graph.ir import Graph, Op, build_graph
-from fused_res.graph.symbolic import record
 
 Forward = Callable[..., Any]
 
@@ -66,7 +66,7 @@ def record(forward: Forward, change: Callable[[Any], Any] | None = None) -> Grap
     model = type("Net", (Layers,), {"forward": forward})()
     if change is not None:
         change(model)
-    recorded = record(model, training=True)
+    recorded = symbolic.record(model, training=True)
     modules = dict(model.named_modules(remove_duplicate=False))
     return build_graph(recorded.graph, modules.__getitem__, recorded.frames)
 

@@ -24,7 +24,8 @@ import fused_res
 from fused_res import freeze, fuse
 from fused_res import nn as fnn
 from fused_res.fusion import convert
-from fused_res.graph.symbolic import Size, Trace, Untraceable, trace
+from fused_res.graph import symbolic
+from fused_res.graph.symbolic import Recording, Size, Untraceable
 from tests.support.model_comparison import assert_near
 
 SCALE = 2.0
@@ -96,16 +97,16 @@ def make(forward: Callable[..., Any], base: type[nn.Module] = Layers) -> nn.Modu
     return type("Net", (base,), {"forward": forward})()
 
 
-def record(forward: Callable[..., Any], training: bool = True) -> Trace:
-    return trace(make(forward), training)
+def record(forward: Callable[..., Any], training: bool = True) -> Recording:
+    return symbolic.record(make(forward), training)
 
 
-def operations(recorded: Trace) -> list[Any]:
+def operations(recorded: Recording) -> list[Any]:
     """Return what was recorded, without arguments and parameters: paths of layers, names of methods, functions."""
     return [node.target for node in recorded.graph.nodes if node.op not in ("placeholder", "get_attr")]
 
 
-def reads(recorded: Trace) -> set[tuple[str, str]]:
+def reads(recorded: Recording) -> set[tuple[str, str]]:
     """Return kind and name of every read, without the methods that run."""
     return {(kind, name) for frame in recorded.frames for kind, _, name in frame.reads if name != "forward"}
 
@@ -154,7 +155,7 @@ class TestNoStateChanges:
         values, python_seed = (SCALE, list(ITEMS), dict(FUNCTIONS), COUNTER), random.getstate()
         methods = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Sequential)}
         for mode in (True, False):
-            assert len(operations(trace(model, mode))) > 10
+            assert len(operations(symbolic.record(model, mode))) > 10
         assert state_of(model) == before
         assert torch.equal(torch.get_rng_state(), seed) and random.getstate() == python_seed
         assert (SCALE, list(ITEMS), dict(FUNCTIONS), COUNTER) == values
@@ -180,8 +181,8 @@ class TestNoStateChanges:
 
         model = Wrapper()
         before = state_of(model)
-        assert operations(trace(model, True)) == ["add_", F.batch_norm, "last"]
-        assert operations(trace(model, False)) == [F.batch_norm, "last"]
+        assert operations(symbolic.record(model, True)) == ["add_", F.batch_norm, "last"]
+        assert operations(symbolic.record(model, False)) == [F.batch_norm, "last"]
         assert model.norm.num_batches_tracked == 0 and state_of(model) == before
 
     def test_code_that_sets_attributes_is_not_run(self) -> None:
@@ -191,7 +192,7 @@ class TestNoStateChanges:
 
         model: Any = make(forward)
         with pytest.raises(Untraceable):
-            trace(model, True)
+            symbolic.record(model, True)
         assert model.settings == {"alpha": 1}
 
     def test_nothing_is_recorded_in_a_forward(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +209,7 @@ class TestNoStateChanges:
         def fail(*_: Any, **__: Any) -> Any:
             raise AssertionError("a forward was recorded")
 
-        monkeypatch.setattr(convert, "trace", fail)
+        monkeypatch.setattr(convert, "record", fail)
         x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
         for model in (fused, frozen, copy.deepcopy(fused), copy.deepcopy(frozen)):
             for training in (True, False, True):
@@ -295,7 +296,7 @@ class TestOperations:
             def run(self, x: Tensor) -> Tensor:
                 return self.conv(x)
 
-        assert operations(trace(Net(), True)) == ["relu"]
+        assert operations(symbolic.record(Net(), True)) == ["relu"]
 
         def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
             def wrapper(self: Any, x: Tensor) -> Tensor:
@@ -315,8 +316,8 @@ class TestOperations:
             def forward(self, x: Tensor) -> Tensor:
                 return Child.forward(self, x)
 
-        assert operations(trace(Net(), True)) == ["conv", "norm", F.relu]
-        assert operations(trace(Explicit(), True)) == ["conv", "norm"]
+        assert operations(symbolic.record(Net(), True)) == ["conv", "norm", F.relu]
+        assert operations(symbolic.record(Explicit(), True)) == ["conv", "norm"]
 
     def test_calls_of_modules(self) -> None:
         recorded = record(lambda self, x: self.child(self.sequential(x)))
@@ -328,9 +329,9 @@ class TestOperations:
 
     def test_own_modules_are_recorded_for_inference_only(self) -> None:
         model = nn.Sequential(fnn.BasicBlock(4, 4), nn.ReLU())
-        assert operations(trace(model, True)) == ["0", "1"]
-        assert trace(model, True).opaque == {"0": "is a module of fused_res.nn"}
-        inlined = operations(trace(model, True, inline_fusable=True))
+        assert operations(symbolic.record(model, True)) == ["0", "1"]
+        assert symbolic.record(model, True).opaque == {"0": "is a module of fused_res.nn"}
+        inlined = operations(symbolic.record(model, True, inline_fusable=True))
         assert [path for path in inlined if isinstance(path, str)] == [
             "0.conv1", "0.bn1", "0.relu", "0.conv2", "0.bn2", "0.relu", "1",
         ]  # fmt: skip
@@ -344,7 +345,7 @@ class TestOperations:
             pass
 
         for model in (Shifted(4, 4), ShiftedOnce(4, 4)):
-            assert operations(trace(nn.Sequential(model), False, inline_fusable=True)) == ["0"]
+            assert operations(symbolic.record(nn.Sequential(model), False, inline_fusable=True)) == ["0"]
             x, model = torch.randn(2, 4, 5, 5, dtype=torch.float64), model.double().eval()
             assert_near(freeze(model)(x), model(x), "output")
 
@@ -356,7 +357,7 @@ class TestOperations:
 
         model: Any = make(lambda self, x: self.relu(self.child(x)))
         model.child = Branches()
-        recorded = trace(model, True)
+        recorded = symbolic.record(model, True)
         assert operations(recorded) == ["child", "relu"]
         assert recorded.opaque == {"child": "depends on the values of a tensor"}
         assert [frame.path for frame in recorded.frames] == [""]
@@ -371,8 +372,10 @@ class TestTrainingModes:
         model = make(forward)
         for present in (True, False):
             model.train(present)
-            assert operations(trace(model, True)) == ["conv"] and operations(trace(model, False)) == ["relu"]
-        assert trace(model, True).reads_training
+            assert operations(symbolic.record(model, True)) == ["conv"] and operations(
+                symbolic.record(model, False)
+            ) == ["relu"]
+        assert symbolic.record(model, True).reads_training
 
     @pytest.mark.parametrize(
         ("forward", "expected"),
@@ -389,11 +392,11 @@ class TestTrainingModes:
     def test_both_modes_are_recorded_only_if_they_differ(self, monkeypatch: pytest.MonkeyPatch) -> None:
         modes: list[bool] = []
 
-        def spy(model: nn.Module, training: bool, inline_fusable: bool = False) -> Trace:
+        def spy(model: nn.Module, training: bool, inline_fusable: bool = False) -> Recording:
             modes.append(training)
-            return trace(model, training, inline_fusable)
+            return symbolic.record(model, training, inline_fusable)
 
-        monkeypatch.setattr(convert, "trace", spy)
+        monkeypatch.setattr(convert, "record", spy)
         fuse(nn.Sequential(Child()).eval())
         assert modes == [False]
         modes.clear()
@@ -466,7 +469,7 @@ class TestReads:
             def forward(self, x: Tensor) -> Tensor:
                 return self.function(self.conv(x)) * len(x)
 
-        recorded = trace(nn.Sequential(Refused(), Scaled(), Scaled()), True)
+        recorded = symbolic.record(nn.Sequential(Refused(), Scaled(), Scaled()), True)
         assert [frame.path for frame in recorded.frames] == ["", "1", "2"]
         for frame in recorded.frames[1:]:
             assert {name for kind, _, name in frame.reads if kind == "cell"} == {"function", "factor"}
@@ -477,7 +480,7 @@ class TestReads:
 
         model: Any = make(forward)
         model.conv.bias = None
-        recorded = trace(model, True)
+        recorded = symbolic.record(model, True)
         assert operations(recorded) == [] and ("_parameters", "bias") in reads(recorded)
 
     def test_reads_belong_to_the_call_that_made_them(self) -> None:
@@ -489,7 +492,7 @@ class TestReads:
 
         model: Any = make(lambda self, x: self.child(x) * self.scale)
         model.child = Scaled()
-        root, child = trace(model, True).frames
+        root, child = symbolic.record(model, True).frames
         assert {name for kind, _, name in root.reads if kind == "attribute"} == {"scale"}
         assert {name for kind, _, name in child.reads if kind == "absent"} >= {"scale"}
 
@@ -649,7 +652,7 @@ class TestRefused:
         model = make(forward)
         before = state_of(model)
         with pytest.raises(Untraceable) as caught:
-            trace(model, True)
+            symbolic.record(model, True)
         assert reason in str(caught.value)
         assert state_of(model) == before and COUNTER == 0
 
@@ -679,14 +682,18 @@ class TestRefused:
             (nn.DataParallel(Child()), "wraps a model for parallel execution"),
         ):
             with pytest.raises(Untraceable, match=reason):
-                trace(model, True)
-            assert trace(nn.Sequential(model), True).opaque["0"].startswith(("overrides", "has a", "is ", "wraps"))
+                symbolic.record(model, True)
+            assert (
+                symbolic.record(nn.Sequential(model), True)
+                .opaque["0"]
+                .startswith(("overrides", "has a", "is ", "wraps"))
+            )
 
     def test_hooks_run_around_a_recorded_forward(self) -> None:
         model = Child()
         model.register_forward_hook(lambda *_: None)
-        assert operations(trace(model, True)) == ["conv", "norm"]
-        recorded = trace(nn.Sequential(model), True)
+        assert operations(symbolic.record(model, True)) == ["conv", "norm"]
+        recorded = symbolic.record(nn.Sequential(model), True)
         assert operations(recorded) == ["0"] and recorded.opaque == {"0": "has a hook, or a forward of its own"}
         fused = fuse(nn.Sequential(model))
         assert fused_res.summarize(fused).norms_fused == 1
@@ -703,7 +710,7 @@ class TestRefused:
 
         Net.forward = forward
         with pytest.raises(Untraceable, match="reads the attribute object"):
-            trace(Net(), True)
+            symbolic.record(Net(), True)
 
     def test_unpickled_module_is_recorded_anew(self) -> None:
         model = fuse(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
