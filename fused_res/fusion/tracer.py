@@ -63,7 +63,7 @@ def _refuse_change(self: Any, *arguments: Any, **options: Any) -> NoReturn:
     _refuse(f"changes a {type(self).__name__} that outlives the call")
 
 
-_READ_ONLY = {kind: _read_only_class(kind) for kind in (list, dict, OrderedDict, set)}
+_READ_ONLY: dict[Any, Any] = {kind: _read_only_class(kind) for kind in (list, dict, OrderedDict, set)}
 
 
 def _read_only_copy(value: Any, convert: Any) -> Any:
@@ -242,7 +242,7 @@ class _Proxy(fx.Proxy):
     def __str__(self) -> str:
         expression = _size_expression(self.node)
         if isinstance(expression, Size) and expression.name == "ndim":
-            return str(self.tracer.assume(expression))  # in the message of an assertion
+            return str(self.tracer.assume(expression))  # type: ignore[attr-defined]  # in the message of an assertion
         return _refuse("formats a tensor, or a property of one")
 
     def __format__(self, specification: str) -> str:
@@ -475,14 +475,14 @@ class _Tracer(GraphAppendingTracer):
 
 def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
     """Return what a function does that a recording would miss, or None."""
-    before = (None, None)  # the two instructions before
+    before: tuple[Any, Any] = (None, None)  # the two instructions before
     for instruction in dis.get_instructions(code):
         name = instruction.opname
         if name == "IS_OP" and not _loads_none(before[1]):
             return "compares identities, which a recording does not preserve"
         if name.startswith("MATCH_"):
             return "matches patterns"
-        if instruction.argval in _CLASS_NAMES and before[1].argval != "super":  # super() in Python 3.12
+        if instruction.argval in _CLASS_NAMES and getattr(before[1], "argval", "") != "super":  # super() in Python 3.12
             return f"reads {instruction.argval}"
         before = before[1], instruction
         if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
