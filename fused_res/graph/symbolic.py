@@ -579,7 +579,7 @@ def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
             return "compares identities, which a recording does not preserve"
         if name.startswith("MATCH_"):
             return "matches patterns"
-        if instruction.argval in ("__class__", "__dict__") and before[1].argval != "super":  # super() in Python 3.12
+        if instruction.argval in ("__class__", "__dict__") and getattr(before[1], "argval", "") != "super":  # super() in Python 3.12
             return f"reads {instruction.argval}"
         before = before[1], instruction
         if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):

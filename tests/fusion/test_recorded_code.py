@@ -598,3 +598,20 @@ def test_unusual_code_is_fused(kind: type[nn.Module], expected: int) -> None:
         for ours, stock, grad in pairs(kind):
             ours.paths = stock.paths = 3  # type: ignore[assignment]
             assert_same_call(ours, stock, grad)
+
+
+@pytest.mark.parametrize("kind", [ScalarAttribute, DictAttribute, OptionalParameter, CallsStages])
+def test_guards_compile_to_one_graph(kind: type[nn.Module]) -> None:
+    model, x = fuse(make(kind)).eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(2):
+        for actual, expected in zip(tree_leaves(compiled(x)), tree_leaves(model(x)), strict=True):
+            assert_near(actual, expected, "output")
+    assert len(graphs) == 1
