@@ -317,7 +317,7 @@ def _define_in_place(name: str) -> None:
     setattr(_Proxy, f"__{name}__", record_in_place)
 
 
-for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
     _define_in_place(f"i{_name}")
 
 
@@ -579,7 +579,9 @@ def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
             return "compares identities, which a recording does not preserve"
         if name.startswith("MATCH_"):
             return "matches patterns"
-        if instruction.argval in ("__class__", "__dict__") and getattr(before[1], "argval", "") != "super":  # super() in Python 3.12
+        if (
+            instruction.argval in ("__class__", "__dict__") and getattr(before[1], "argval", "") != "super"
+        ):  # super() in Python 3.12
             return f"reads {instruction.argval}"
         before = before[1], instruction
         if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
