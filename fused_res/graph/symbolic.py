@@ -317,7 +317,21 @@ def _define_in_place(name: str) -> None:
     setattr(_Proxy, f"__{name}__", record_in_place)
 
 
-for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "matmul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
     _define_in_place(f"i{_name}")
 
 

@@ -406,7 +406,7 @@ class TestTrainingModes:
                 return F.dropout(super().forward(x), 0.5, self.training)
 
         fuse(nn.Sequential(Dropping()))
-        assert modes == [True, False]
+        assert modes == [False, True]
 
 
 class TestReads:

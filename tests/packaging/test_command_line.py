@@ -67,7 +67,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 
 def test_summarize_own_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["summarize", f"own_models:{name}"])
     printed = capsys.readouterr().out
-    assert "1 fused, 0 left" in printed and "backend=cpu" in printed and "for the first input" in printed
+    assert "1 of 1 norms run fused" in printed and "backend=cpu" in printed and "for the first input" in printed
 
 
 @pytest.mark.usefixtures("own_models")
@@ -83,7 +83,7 @@ def test_summarize_library_model(spec: str, capsys: pytest.CaptureFixture[str]) 
     pytest.importorskip(spec.partition(":")[0], reason="the model is of this library")
     main(["summarize", spec])
     printed = capsys.readouterr().out
-    assert "BasicBlock" in printed and " left" in printed.splitlines()[-1]
+    assert "BasicBlock" in printed and printed.splitlines()[-1] == "20 of 20 norms run fused"
 
 
 @pytest.mark.usefixtures("own_models")
@@ -168,7 +168,7 @@ def test_invalid_option_of_check(options: list[str], message: str, capsys: pytes
 @pytest.mark.usefixtures("own_models")
 def test_model_that_rejects_the_input_of_summarize(capsys: pytest.CaptureFixture[str]) -> None:
     error = error_of(capsys, "summarize", "own_models:build", "--input", "2,5,9,9")
-    assert error.startswith("the model raised ") and "3 input channels, got 5" in error and error.count("\n") == 1
+    assert error.startswith("the model raised ") and "to have 3 channels, but got 5" in error and error.count("\n") == 1
 
 
 def test_in_a_process(own_models: Path) -> None:
