@@ -214,8 +214,10 @@ def recordings(model: nn.Module, packed: bool, failures: dict[str, str] | None =
                 failures[name] = str(failure)
 
 
+def _record(module: nn.Module, packed: bool) -> Iterator[Matched]:
     # Evaluation first: what is foreign in training (dropout, drop path) is nothing there, so more runs fused.
     for training in (False, True):
         recorded = record(module, training, inline_fusable=packed)
+        yield Matched(module, recorded, inference=packed)
         if not recorded.reads_training:
             return

@@ -82,8 +82,8 @@ class Frame:
         self.arguments: dict[str, Any] = {}  # by parameter
         self.result: Any = None
         self.reads: dict[tuple[str, Any, str], Read] = {}
-        self.tests_for_none = False  # a function of this call tests a value for None
-        self.has_unknown = False  # this call handles a value that may be None
+        self.tests_for_none = False  # a function of this call tests a value for None, True or False by ``is``
+        self.has_unknown = False  # this call handles a value that may be one of them
         self.changes_arguments = False  # the call changes a list or dict of its caller
         self.conditions: list[tuple[Any, Any]] = []  # expressions of sizes, with the value that the recording assumes
 
@@ -341,8 +341,14 @@ def _is_tensor(node: fx.Node) -> bool:
     return is_operation or node.op in ("placeholder", "get_attr", "call_module")
 
 
+_BOOL_NAMES = ("requires_grad", "equal", "allclose")
+
+
 def _is_present(tracer: _Tracer, node: fx.Node) -> bool:
-    """Return whether a value is certainly not None."""
+    """Return whether a value is certainly not None, True or False, which recorded code may test for by ``is``."""
+    name = str(node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target))
+    if node.op in ("call_function", "call_method") and (name.startswith("is_") or name in _BOOL_NAMES):
+        return False
     if node.op == "call_module":
         return str(node.target) not in tracer.opaque
     if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
@@ -488,7 +494,7 @@ class _Tracer(GraphAppendingTracer):
             if frame.parent is not None and any(node.meta.get("unknown") for node in frame.outputs):
                 frame.parent.has_unknown = True
             if frame.has_unknown and frame.tests_for_none:
-                _refuse("tests a value for None that a module outside of the recording returns")
+                _refuse("tests a value for None or a bool by its identity")
             frame.changes_arguments = (structure(arguments), structure(options)) != call
         except Untraceable as failure:
             self.failure = failure
@@ -589,7 +595,7 @@ def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
     before: tuple[Any, Any] = (None, None)  # the two instructions before
     for instruction in dis.get_instructions(code):
         name = instruction.opname
-        if name == "IS_OP" and not (before[1].opname == "LOAD_CONST" and before[1].argval is None):
+        if name == "IS_OP" and not (before[1].opname == "LOAD_CONST" and before[1].argval in (None, True, False)):
             return "compares identities, which a recording does not preserve"
         if name.startswith("MATCH_"):
             return "matches patterns"
@@ -609,7 +615,7 @@ def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
 
 
 def _tests_value_for_none(code: types.CodeType) -> bool:
-    """Return whether a function tests a value for None that is not the attribute of a module."""
+    """Return whether a function tests by ``is`` a value that is not the attribute of a module."""
     instructions = list(dis.get_instructions(code))
     for index, instruction in enumerate(instructions):
         operand = None
