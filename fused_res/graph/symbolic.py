@@ -277,6 +277,9 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name not in _TENSOR_PROPERTIES and not callable(getattr(Tensor, name, None)):
             _refuse(f"reads the attribute {name!r} of a tensor")
+        tracer: Any = self.tracer
+        if _may_be_bool(name):
+            tracer.frame.has_unknown = True
         return _Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -341,13 +344,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return is_operation or node.op in ("placeholder", "get_attr", "call_module")
 
 
-_BOOL_NAMES = ("requires_grad", "equal", "allclose")
+def _may_be_bool(name: Any) -> bool:
+    """Return whether this is the name of a property, method or function that returns a bool of Python."""
+    return isinstance(name, str) and (name.startswith("is_") or name in ("requires_grad", "equal", "allclose"))
 
 
 def _is_present(tracer: _Tracer, node: fx.Node) -> bool:
     """Return whether a value is certainly not None, True or False, which recorded code may test for by ``is``."""
     name = str(node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target))
-    if node.op in ("call_function", "call_method") and (name.startswith("is_") or name in _BOOL_NAMES):
+    if node.op in ("call_function", "call_method") and _may_be_bool(name):
         return False
     if node.op == "call_module":
         return str(node.target) not in tracer.opaque
@@ -595,7 +600,7 @@ def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
     before: tuple[Any, Any] = (None, None)  # the two instructions before
     for instruction in dis.get_instructions(code):
         name = instruction.opname
-        if name == "IS_OP" and not (before[1].opname == "LOAD_CONST" and before[1].argval in (None, True, False)):
+        if name == "IS_OP" and (before[1].opname != "LOAD_CONST" or _may_be_bool(before[0].argval)):
             return "compares identities, which a recording does not preserve"
         if name.startswith("MATCH_"):
             return "matches patterns"
