@@ -312,30 +312,6 @@ def conv_bias_act(
         ValueError, TypeError: an argument is invalid.
         BackendUnavailableError: the named backend is not available on this machine.
     """
-    return packed_conv_bias_act(
-        input, weight, bias, residual, stride, padding, dilation, groups, activation, backend, None
-    )
-
-
-def packed_conv_bias_act(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-    groups: int,
-    activation: str,
-    backend: str,
-    pack_weight: registry.WeightPacker | None,
-) -> Tensor:
-    """Compute :func:`conv_bias_act` for a caller that caches the packed weight.
-
-    Args:
-        pack_weight: see :func:`fused_res.backends.registry.dispatch_conv_bias_act`; None: the weight is packed in every
-            call.
-    """
     check_input(input)
     check_activation(activation)
     if (dtype := autocast_dtype(input)) is not None:
@@ -363,9 +339,7 @@ def packed_conv_bias_act(
             ):
                 return convolution.aten_conv_bias_act(input, weight, bias, residual, geometry, relu)
             return kernels.conv_bias_act(input, weight, bias, residual, *geometry, relu)
-        return registry.dispatch_conv_bias_act(
-            kernels, input, weight, bias, residual, geometry, relu, preference, pack_weight
-        )
+        return registry.dispatch_conv_bias_act(kernels, input, weight, bias, residual, geometry, relu, preference)
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

@@ -17,6 +17,7 @@ from fused_res import ops
 from fused_res.backends import registry
 from fused_res.dispatch import PackedWeight, Problem, Selection
 from fused_res.functional import conv_bias_act
+from fused_res.ops.checks import check_convolution
 from fused_res.testing import assert_within_stock_error
 from tests.support.cpu_backends import FAST_BACKENDS as BACKENDS
 from tests.support.stock_pytorch import CONV_BY_RANK
@@ -183,7 +184,7 @@ class TestLayout:
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
 class TestPackedWeights:
-    """Packed weights, which a frozen layer passes to the CPU backend instead of its weight."""
+    """Packed weights, which a packed program passes to the CPU backend instead of a weight."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("case", [case for case in CASES if case != "sequence"])
@@ -198,9 +199,12 @@ class TestPackedWeights:
             return PackedWeight(selected.algorithm.pack(problem, weight), weight.shape)
 
         geometry = [options.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+        checked = check_convolution(input, weight, tensors["bias"], None, *geometry, options.get("groups", 1))
+        full, kernels = (*checked, options.get("groups", 1)), registry.resolve("cpu", input.device)
         for residual in (None, tensors["residual"]):
-            arguments = (tensors["bias"], residual, *geometry, options.get("groups", 1), "relu", "cpu", pack_weight)
-            output = fused_res.functional.packed_conv_bias_act(input, weight, *arguments)
+            output = registry.dispatch_conv_bias_act(
+                kernels, input, weight, tensors["bias"], residual, full, True, "planned", pack_weight
+            )
             operands = tensors | {"residual": residual}
             exact = stock(**{name: t if t is None else t.double() for name, t in operands.items()}, **options)
             assert_within_stock_error("output", output, stock(**operands, **options), exact)
