@@ -73,9 +73,10 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _run_summarize(options: argparse.Namespace) -> None:
     model = _load(options.model)
     _user_call("fuse", lambda: fused_res.fuse(model, options.backend))
-    if options.input is not None:
-        _user_call("the model", lambda: model(torch.randn(options.input)))
-    print(fused_res.summarize(model))
+    inputs = () if options.input is None else (torch.randn(options.input),)
+    if inputs:
+        _user_call("the model", lambda: model.eval()(*inputs))  # a batch of one image cannot train
+    print(_user_call("the model", lambda: fused_res.summarize(model, *inputs)))
 
 
 def _run_check(options: argparse.Namespace) -> None:
