@@ -303,7 +303,7 @@ def test_one_value_per_channel_raises_and_leaves_the_state_of_stock() -> None:
     fused, stock = pair(BLOCKS["bottleneck"]()[0])
     for block in (fused, stock):
         with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-            block(torch.ones(1, 16, 1, 1))
+            block(torch.ones(1, 16, 1, 1, dtype=torch.float64))
     assert all(torch.equal(a, b) for a, b in zip(fused.state_dict().values(), stock.state_dict().values(), strict=True))
 
 
