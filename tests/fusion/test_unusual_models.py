@@ -334,7 +334,7 @@ class Slots(Body):
 
 
 class PropertyLayer(Body):
-    """A layer behind a property that makes a new object each time."""
+    """A layer that a property constructs on every read."""
 
     @property
     def act(self) -> nn.Module:
