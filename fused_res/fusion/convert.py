@@ -13,7 +13,8 @@ from fused_res.fusion.fused import Fusion, Settings, fused_class
 from fused_res.fusion.matcher import Segment, find_segments
 from fused_res.fusion.program import Program, Unemittable, generate
 from fused_res.graph.ir import build_graph
-from fused_res.graph.symbolic import Frame, Recording, Untraceable, is_layer, opaque_reason, record
+from fused_res.graph.recording import Frame, Recording, Untraceable
+from fused_res.graph.symbolic import is_layer, opaque_reason, record
 from fused_res.nn.fusable_module import FusableModule, check_model, check_settings, stock_class
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from fused_res.fusion.fused import fused_class
 from fused_res.fusion.matcher import Segment, Unit, source
 from fused_res.graph.ir import Graph, Node, Op
-from fused_res.graph.symbolic import Frame, Read, Size, is_layer, nodes_in, stock_forward
+from fused_res.graph.recording import Frame, Read, Size, nodes_in
+from fused_res.graph.symbolic import is_layer, stock_forward
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import stock_class
 

@@ -10,8 +10,6 @@ generated forward verifies on every call. Anything else makes the module :class:
 from __future__ import annotations
 
 import builtins
-import dis
-import enum
 import functools
 import inspect
 import math
@@ -20,105 +18,29 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, GraphAppendingTracer
 from torch.nn import functional as F
 
+from fused_res.graph.bytecode import may_be_bool, side_effect, tests_value_for_none
 from fused_res.graph.ir import eliminate_dead_reads
+from fused_res.graph.recording import (
+    ATOMS,
+    Frame,
+    Read,
+    Recording,
+    Size,
+    Untraceable,
+    evaluate,
+    refuse,
+    size_expression,
+    structure,
+)
 from fused_res.nn.chain import has_no_hooks
 from fused_res.nn.fusable_module import FusableModule, stock_class
-
-
-class Untraceable(BaseException):
-    """The reason why a forward cannot be recorded. Not an Exception, so that the recorded code does not catch it."""
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise Untraceable(reason)
-
-
-class Read(NamedTuple):
-    """A value that the recorded code depended on.
-
-    Args:
-        kind: "attribute" (in the ``__dict__`` of the module at path `owner`), "absent" (not in it), "_parameters",
-            "_buffers" or "_modules" (in there, None or not), "missing" (nowhere), "children" (the names), "class"
-            (attribute of a class or module), "global" (in a dictionary) or "cell" (of a closure).
-        owner: path of the module, or the class, dictionary or cell.
-        name: name of the attribute or variable.
-        value: the value read.
-    """
-
-    kind: str
-    owner: Any
-    name: str
-    value: Any
-
-
-class Size(NamedTuple):
-    """A read of a tensor's size: ``shape``, ``ndim`` or ``numel()``."""
-
-    tensor: fx.Node
-    name: str
-
-
-class Frame:
-    """One call of a module that was recorded operation by operation. Nodes stand for values in all attributes.
-
-    Args:
-        path, module: the module that is called.
-        parent: the call that it is a part of, or None.
-        call: its positional and keyword arguments.
-    """
-
-    def __init__(self, path: str, module: nn.Module, parent: Frame | None, call: tuple[Any, Any]) -> None:
-        self.path = path
-        self.module = module
-        self.parent = parent
-        self.call = call
-        self.arguments: dict[str, Any] = {}  # by parameter
-        self.result: Any = None
-        self.reads: dict[tuple[str, Any, str], Read] = {}
-        self.tests_for_none = False  # a function of this call tests a value for None, True or False by ``is``
-        self.has_unknown = False  # this call handles a value that may be one of them
-        self.changes_arguments = False  # the call changes a list or dict of its caller
-        self.conditions: list[tuple[Any, Any]] = []  # expressions of sizes, with the value that the recording assumes
-
-    @property
-    def inputs(self) -> tuple[fx.Node, ...]:
-        """The values in the arguments, each once."""
-        return nodes_in(self.arguments)
-
-    @property
-    def outputs(self) -> tuple[fx.Node, ...]:
-        """The values in the result, each once."""
-        return nodes_in(self.result)
-
-    def within(self, other: Frame) -> bool:
-        """Return whether this call is `other`, or a part of it."""
-        frame: Frame | None = self
-        while frame is not None and frame is not other:
-            frame = frame.parent
-        return frame is other
-
-
-class Recording(NamedTuple):
-    """A recorded forward.
-
-    Args:
-        graph: the operations. Nodes carry their :class:`Frame` in ``meta["frame"]``.
-        frames: all recorded module calls, outer before inner; the first is the root's.
-        opaque: the reason why each module that is recorded as one call was not recorded operation by operation.
-        reads_training: whether the recorded code read the training mode of a module.
-    """
-
-    graph: fx.Graph
-    frames: list[Frame]
-    opaque: dict[str, str]
-    reads_training: bool
 
 
 def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Recording:
@@ -139,10 +61,10 @@ def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Rec
     arguments = []
     for parameter in list(inspect.signature(stock_forward(root), follow_wrapped=False).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            _refuse("has a forward with a variable number of arguments")
+            refuse("has a forward with a variable number of arguments")
         if parameter.default is parameter.empty:
             if parameter.kind is parameter.KEYWORD_ONLY:
-                _refuse("has a forward with keyword-only arguments")
+                refuse("has a forward with keyword-only arguments")
             arguments.append(tracer.create_proxy("placeholder", parameter.name, (), {}))
             arguments[-1].node.meta["channels"] = channels
     tracer.inline("", root, tuple(arguments), {})
@@ -201,67 +123,6 @@ def opaque_reason(module: nn.Module, inline_fusable: bool, called: bool = True) 
     return None
 
 
-# Structures of values, and expressions of sizes
-
-#: Immutable values. Recorded code may depend on them.
-_ATOMS: tuple[type, ...] = (
-    *(type(None), bool, int, float, complex, str, bytes, type(...), slice, range, enum.Enum),
-    *(torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size),
-)
-
-
-def structure(value: Any) -> Any:
-    """Return an argument or result of a module call, with nodes in place of proxies."""
-    if isinstance(value, fx.Proxy):
-        return value.node
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(structure, value))
-    if type(value) in (tuple, list):
-        return type(value)([structure(item) for item in value])
-    if type(value) in (dict, OrderedDict):
-        return type(value)({key: structure(item) for key, item in value.items()})
-    return value if isinstance(value, _ATOMS) else _refuse(f"passes a {type(value).__name__} to or from a module")
-
-
-def nodes_in(value: Any) -> tuple[fx.Node, ...]:
-    """Return the nodes in a structure, each once."""
-    if isinstance(value, fx.Node):
-        return (value,)
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return tuple(dict.fromkeys(node for item in items for node in nodes_in(item)))
-
-
-def _size_expression(node: fx.Node) -> Any:
-    """Return a value computed from sizes as a constant, a :class:`Size` or a tuple (function, operands ...)."""
-    target: Any = node.target
-    arguments: Any = node.args
-    if node.op == "call_function" and target is getattr and arguments[1] in ("shape", "ndim"):
-        return Size(*arguments)
-    if node.op == "call_method" and target == "size":
-        shape = Size(arguments[0], "shape")
-        return (operator.getitem, shape, arguments[1]) if len(arguments) > 1 else shape
-    if node.op == "call_method" and target in ("dim", "numel", "ndimension"):
-        return Size(arguments[0], "numel()" if target == "numel" else "ndim")
-    if node.op == "call_function" and getattr(target, "__module__", "") == "_operator":
-        return target, *[_size_expression(value) if isinstance(value, fx.Node) else value for value in arguments]
-    return _refuse("depends on the values of a tensor")
-
-
-def _evaluate(expression: Any) -> Any:
-    """Return an expression's value for an ordinary batch of images."""
-    if isinstance(expression, Size):
-        if expression.name == "ndim":
-            return 4
-        if expression.name == "numel()":
-            return 1 << 20
-        if expression.tensor.op != "placeholder":
-            _refuse("depends on the size of an intermediate tensor")
-        return torch.Size((32, expression.tensor.meta["channels"], 224, 224))
-    if type(expression) is tuple and expression and callable(expression[0]):
-        return expression[0](*map(_evaluate, expression[1:]))
-    return expression
-
-
 # Proxies of tensors
 
 #: Properties that every tensor has, and that are not None.
@@ -276,32 +137,32 @@ class _Proxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         if name not in _TENSOR_PROPERTIES and not callable(getattr(Tensor, name, None)):
-            _refuse(f"reads the attribute {name!r} of a tensor")
+            refuse(f"reads the attribute {name!r} of a tensor")
         tracer: Any = self.tracer
-        if _may_be_bool(name):
+        if may_be_bool(name):
             tracer.frame.has_unknown = True
         return _Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node", "root", "attr", "_node"):
-            _refuse(f"sets the attribute {name!r} of a tensor")
+            refuse(f"sets the attribute {name!r} of a tensor")
         object.__setattr__(self, name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __len__(self) -> int:
-        _refuse("takes a tensor's length")
+        refuse("takes a tensor's length")
 
     def __hash__(self) -> int:
-        _refuse("uses a tensor, or a property of one, as a key")
+        refuse("uses a tensor, or a property of one, as a key")
 
     def __str__(self) -> str:
-        expression = _size_expression(self.node)
+        expression = size_expression(self.node)
         if isinstance(expression, Size) and expression.name == "ndim":
             tracer: Any = self.tracer
             return str(tracer.assume(expression))  # in the message of an assertion
-        return _refuse("formats a tensor, or a property of one")
+        return refuse("formats a tensor, or a property of one")
 
     def __format__(self, specification: str) -> str:
         return format(str(self), specification)
@@ -344,15 +205,10 @@ def _is_tensor(node: fx.Node) -> bool:
     return is_operation or node.op in ("placeholder", "get_attr", "call_module")
 
 
-def _may_be_bool(name: Any) -> bool:
-    """Return whether this is the name of a property, method or function that returns a bool of Python."""
-    return isinstance(name, str) and (name.startswith("is_") or name in ("requires_grad", "equal", "allclose"))
-
-
 def _is_present(tracer: _Tracer, node: fx.Node) -> bool:
     """Return whether a value is certainly not None, True or False, which recorded code may test for by ``is``."""
     name = str(node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target))
-    if node.op in ("call_function", "call_method") and _may_be_bool(name):
+    if node.op in ("call_function", "call_method") and may_be_bool(name):
         return False
     if node.op == "call_module":
         return str(node.target) not in tracer.opaque
@@ -376,7 +232,7 @@ def _read_only_class(kind: type) -> type:
 
 
 def _refuse_change(self: Any, *arguments: Any, **options: Any) -> NoReturn:
-    _refuse(f"changes a {type(self).__name__} that outlives the call")
+    refuse(f"changes a {type(self).__name__} that outlives the call")
 
 
 _READ_ONLY: dict[type, Any] = {kind: _read_only_class(kind) for kind in (list, dict, OrderedDict, set)}
@@ -428,25 +284,25 @@ class _Tracer(GraphAppendingTracer):
 
     def create_arg(self, value: Any) -> Any:
         if isinstance(value, (Tensor, nn.Module)):
-            _refuse("uses a tensor that is neither an input, a parameter nor a buffer")
+            refuse("uses a tensor that is neither an input, a parameter nor a buffer")
         if isinstance(value, (_Recorder, _Namespace, _Class, types.FunctionType, types.MethodType)):
-            _refuse("passes a function or class to an operation")
+            refuse("passes a function or class to an operation")
         if type(value) is _Shadow:
-            _refuse("passes a module to an operation")
+            refuse("passes a module to an operation")
         for kind, read_only in _READ_ONLY.items():
             if type(value) is read_only:
                 value = kind(value)
         try:
             return super().create_arg(value)
         except NotImplementedError:
-            _refuse(f"passes a {type(value).__name__} to an operation")
+            refuse(f"passes a {type(value).__name__} to an operation")
 
     def to_bool(self, proxy: fx.Proxy) -> bool:
-        return bool(self.assume(_size_expression(proxy.node)))
+        return bool(self.assume(size_expression(proxy.node)))
 
     def assume(self, expression: Any) -> Any:
         """Return an expression's value for an ordinary batch; the generated forward verifies it on each call."""
-        value = _evaluate(expression)
+        value = evaluate(expression)
         self.frame.conditions.append((expression, value))
         return value
 
@@ -457,7 +313,7 @@ class _Tracer(GraphAppendingTracer):
             self.create_proxy("call_function", torch._assert, (condition, message), {})
 
     def keys(self, proxy: fx.Proxy) -> Any:
-        _refuse("unpacks a tensor as a mapping")
+        refuse("unpacks a tensor as a mapping")
 
     # Modules
 
@@ -478,7 +334,7 @@ class _Tracer(GraphAppendingTracer):
                         self.graph.erase_node(node)
             self.opaque[path] = reason
             if any(isinstance(value, (list, dict, set)) for value in (*arguments, *options.values())):
-                _refuse(f"passes a list or dict to {path or 'a module'}, which {reason}")
+                refuse(f"passes a list or dict to {path or 'a module'}, which {reason}")
         return self.create_proxy("call_module", path, arguments, options)
 
     def inline(self, path: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -499,7 +355,7 @@ class _Tracer(GraphAppendingTracer):
             if frame.parent is not None and any(node.meta.get("unknown") for node in frame.outputs):
                 frame.parent.has_unknown = True
             if frame.has_unknown and frame.tests_for_none:
-                _refuse("tests a value for None or a bool by its identity")
+                refuse("tests a value for None or a bool by its identity")
             frame.changes_arguments = (structure(arguments), structure(options)) != call
         except Untraceable as failure:
             self.failure = failure
@@ -524,13 +380,13 @@ class _Tracer(GraphAppendingTracer):
     def convert(self, value: Any, what: str) -> Any:
         """Return a value of the recorded code's surroundings in a form that the code cannot change."""
         kind = type(value)
-        if isinstance(value, _ATOMS):
+        if isinstance(value, ATOMS):
             return value
         if kind is tuple:
             return tuple([self.convert(item, what) for item in value])
         if kind in _READ_ONLY:
             return _read_only_copy(value, lambda item: self.convert(item, what))
-        if kind is frozenset and all(isinstance(item, _ATOMS) for item in value):
+        if kind is frozenset and all(isinstance(item, ATOMS) for item in value):
             return value
         if kind is functools.partial:
             positional, keywords = self.convert(value.args, what), self.convert(dict(value.keywords), what)
@@ -543,7 +399,7 @@ class _Tracer(GraphAppendingTracer):
             return self.instrument(value)
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
             return self.operation(value, what)
-        return _refuse(f"reads {what}, a {kind.__name__}")
+        return refuse(f"reads {what}, a {kind.__name__}")
 
     def operation(self, function: Any, what: str) -> Any:
         """Return a function of torch, or a pure one, for the recorded code."""
@@ -555,12 +411,12 @@ class _Tracer(GraphAppendingTracer):
             return function
         if function in _OPERATIONS:
             return _Recorder(self, function)
-        return _refuse(f"reads {what}")
+        return refuse(f"reads {what}")
 
     def instrument(self, function: types.FunctionType) -> types.FunctionType:
         """Return a copy of a function that sees converted globals, closures and defaults."""
         if self.frame is not None and not _is_of_torch(function.__module__):
-            self.frame.tests_for_none |= _tests_value_for_none(function.__code__)
+            self.frame.tests_for_none |= tests_value_for_none(function.__code__)
             for name in ("__code__", "__defaults__", "__kwdefaults__"):  # IPython's autoreload replaces them
                 if getattr(function, name) is not None:
                     self.note("class", function, name, getattr(function, name))
@@ -568,16 +424,16 @@ class _Tracer(GraphAppendingTracer):
         if key in self.functions:
             return self.functions[key]
         code = function.__code__
-        if reason := _side_effect(code, code.co_freevars):
-            _refuse(f"{function.__name__} {reason}")
+        if reason := side_effect(code, code.co_freevars):
+            refuse(f"{function.__name__} {reason}")
         defaults: tuple[Any, ...] = function.__defaults__ or ()
         keyword_defaults: dict[str, Any] = function.__kwdefaults__ or {}
         for value in (*defaults, *keyword_defaults.values()):
             items = value if isinstance(value, tuple) else (value,)
             if not all(
-                isinstance(item, (*_ATOMS, types.FunctionType, types.BuiltinFunctionType, type)) for item in items
+                isinstance(item, (*ATOMS, types.FunctionType, types.BuiltinFunctionType, type)) for item in items
             ):
-                _refuse(f"{function.__name__} has a default argument that may change")
+                refuse(f"{function.__name__} has a default argument that may change")
         cells = []
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if name != "__class__":
@@ -593,44 +449,6 @@ class _Tracer(GraphAppendingTracer):
         made.__kwdefaults__ = {name: self.convert(value, what) for name, value in keyword_defaults.items()}
         self.functions[key] = made
         return made
-
-
-def _side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
-    """Return what a function does that a recording would miss, or None."""
-    before: tuple[Any, Any] = (None, None)  # the two instructions before
-    for instruction in dis.get_instructions(code):
-        name = instruction.opname
-        if name == "IS_OP" and (before[1].opname != "LOAD_CONST" or _may_be_bool(before[0].argval)):
-            return "compares identities, which a recording does not preserve"
-        if name.startswith("MATCH_"):
-            return "matches patterns"
-        if (
-            instruction.argval in ("__class__", "__dict__") and getattr(before[1], "argval", "") != "super"
-        ):  # super() in Python 3.12
-            return f"reads {instruction.argval}"
-        before = before[1], instruction
-        if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            return f"sets the global variable {instruction.argval}"
-        if name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in outer:
-            return f"sets the variable {instruction.argval} of an outer function"
-        if name in ("POP_EXCEPT", "CHECK_EXC_MATCH"):
-            return "handles exceptions, or uses a context manager"
-    nested = [_side_effect(value, outer) for value in code.co_consts if isinstance(value, types.CodeType)]
-    return next(filter(None, nested), None)
-
-
-def _tests_value_for_none(code: types.CodeType) -> bool:
-    """Return whether a function tests by ``is`` a value that is not the attribute of a module."""
-    instructions = list(dis.get_instructions(code))
-    for index, instruction in enumerate(instructions):
-        operand = None
-        if instruction.opname == "IS_OP":
-            operand = instructions[index - 2]
-        elif instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
-            operand = instructions[index - 1]
-        if operand is not None and operand.opname != "LOAD_ATTR":
-            return True
-    return any(_tests_value_for_none(value) for value in code.co_consts if isinstance(value, types.CodeType))
 
 
 def _is_of_torch(name: str | None) -> bool:
@@ -673,10 +491,10 @@ class _Shadow:
         return _read(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _refuse(f"sets the attribute {name!r} of a module")
+        refuse(f"sets the attribute {name!r} of a module")
 
     def __delattr__(self, name: str) -> None:
-        _refuse(f"deletes the attribute {name!r} of a module")
+        refuse(f"deletes the attribute {name!r} of a module")
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         tracer, path, module = self._shadowed
@@ -702,7 +520,7 @@ class _Shadow:
 
     def __bool__(self) -> bool:
         if hasattr(self.__class__, "__bool__"):
-            _refuse("overrides __bool__")
+            refuse("overrides __bool__")
         return len(self) > 0 if hasattr(self.__class__, "__len__") else True
 
 
@@ -720,7 +538,7 @@ def _read(shadow: _Shadow, name: str) -> Any:
     if name == "_modules":
         return types.MappingProxyType(_children(shadow))
     if name in ("_parameters", "_buffers", "__dict__"):
-        _refuse(f"reads {name}")
+        refuse(f"reads {name}")
     found = inspect.getattr_static(kind, name, _MISSING)
     if isinstance(found, property):
         tracer.note("class", kind, name, found)
@@ -750,7 +568,7 @@ def _read(shadow: _Shadow, name: str) -> Any:
 def _class_attribute(shadow: _Shadow, found: Any, name: str) -> Any:
     tracer = shadow._shadowed[0]
     if isinstance(found, classmethod):
-        _refuse(f"calls the class method {name}")
+        refuse(f"calls the class method {name}")
     if isinstance(found, types.FunctionType):
         return types.MethodType(tracer.instrument(found), shadow)
     return tracer.convert(found.__func__ if isinstance(found, staticmethod) else found, f"the attribute {name}")
@@ -779,7 +597,7 @@ def _call_special(shadow: _Shadow, name: str, *arguments: Any) -> Any:
     if not isinstance(module, _CONTAINERS) or getattr(shadow.__class__, name) not in _CONTAINER_METHODS[name]:
         return _read(shadow, name)(*arguments)
     if arguments and isinstance(arguments[0], slice):
-        _refuse("slices a container of modules")
+        refuse("slices a container of modules")
     children = _children(shadow)
     return _SPECIAL[name](children if isinstance(module, nn.ModuleDict) else list(children.values()), *arguments)
 
@@ -851,7 +669,7 @@ class _Class:
             layer = kind(*arguments, **options)
             if not any(True for _ in layer.parameters()):
                 return layer.forward  # it has no state and no hooks
-        return _refuse(f"makes a {kind.__name__}")
+        return refuse(f"makes a {kind.__name__}")
 
 
 class _Super:
@@ -886,17 +704,17 @@ def _builtins_for(tracer: _Tracer) -> dict[str, Any]:
         if not isinstance(value, fx.Proxy):
             return issubclass(value.__class__, _unwrap(kinds))
         if not _is_tensor(value.node):
-            _refuse("tests the type of a value that may not be a tensor")
+            refuse("tests the type of a value that may not be a tensor")
         return issubclass(Tensor, _unwrap(kinds))
 
     def safe_getattr(value: Any, name: str, *default: Any) -> Any:
         if isinstance(value, fx.Proxy) and default and not hasattr(Tensor, name):
-            _refuse(f"reads the attribute {name!r} of a tensor, if it has one")
+            refuse(f"reads the attribute {name!r} of a tensor, if it has one")
         return getattr(value, name, *default)
 
     def safe_hasattr(value: Any, name: str) -> bool:
         if isinstance(value, fx.Proxy) and not hasattr(Tensor, name):
-            _refuse(f"reads the attribute {name!r} of a tensor, if it has one")
+            refuse(f"reads the attribute {name!r} of a tensor, if it has one")
         return hasattr(value, name)
 
     def safe_callable(value: Any) -> bool:
@@ -905,8 +723,8 @@ def _builtins_for(tracer: _Tracer) -> dict[str, Any]:
     def safe_len(value: Any) -> Any:
         if not isinstance(value, fx.Proxy):
             return len(value)
-        shape = _size_expression(value.node)
-        return tracer.assume(Size(shape.tensor, "ndim")) if isinstance(shape, Size) else _refuse("takes a length")
+        shape = size_expression(value.node)
+        return tracer.assume(Size(shape.tensor, "ndim")) if isinstance(shape, Size) else refuse("takes a length")
 
     def safe_super(*arguments: Any) -> _Super:
         if arguments:
@@ -915,7 +733,7 @@ def _builtins_for(tracer: _Tracer) -> dict[str, Any]:
         return _Super(caller.f_locals["__class__"], caller.f_locals[caller.f_code.co_varnames[0]])
 
     def refusing(name: str) -> Callable[..., NoReturn]:
-        return lambda *arguments, **options: _refuse(f"calls {name}")
+        return lambda *arguments, **options: refuse(f"calls {name}")
 
     allowed: dict[str, Any] = {}
     for name, value in vars(builtins).items():

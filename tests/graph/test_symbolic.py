@@ -25,7 +25,7 @@ from fused_res import freeze, fuse
 from fused_res import nn as fnn
 from fused_res.fusion import convert
 from fused_res.graph import symbolic
-from fused_res.graph.symbolic import Recording, Size, Untraceable
+from fused_res.graph.recording import Recording, Size, Untraceable
 from tests.support.model_comparison import assert_near
 
 SCALE = 2.0
