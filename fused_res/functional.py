@@ -28,6 +28,7 @@ from fused_res.block.checks import check_recompute, check_tensors
 from fused_res.block.plan import BlockConfig, Plan
 from fused_res.block.planner import plan
 from fused_res.dispatch import convolution
+from fused_res.dispatch.backend import Kernels
 from fused_res.ops import stats_dtype
 from fused_res.ops.checks import (
     check_activation,
@@ -179,7 +180,7 @@ def residual_block(
         check_momentum(value)
     if process_group is not None:
         distributed.check_group(process_group)
-    return run_block(input, spec, tensors, batch_statistics, momenta, recompute, process_group, backend, tune)
+    return run_block(input, spec, tensors, batch_statistics, momenta, recompute, process_group, backend, tune)[0]
 
 
 def run_block(
@@ -192,13 +193,16 @@ def run_block(
     process_group: ProcessGroup | None,
     backend: str,
     tune: bool,
-) -> Tensor:
+) -> tuple[Tensor, Plan | None]:
     """Compute :func:`residual_block` for a caller that has checked the types of the arguments.
 
     Args:
         training: for each unit, whether it uses the statistics of the batch.
         momentum: for each unit, the weight of the new batch; empty if no unit uses the statistics of the batch.
         input, spec, tensors, recompute, process_group, backend, tune: as of :func:`residual_block`.
+
+    Returns:
+        The output, and the plan that computed it; None under compilation and ``torch.func`` transforms.
     """
     check_recompute(recompute)
     any_training = True in training
@@ -215,6 +219,7 @@ def run_block(
     preference = registry.conv_preference()
     config = BlockConfig(spec, training, kernels.name, recompute, preference, group)
     stats: Sequence[Any]
+    block_plan: Plan | None = None
     if not compiling and _torch_compat.is_transformed():
         _check_no_process_group(group)
         plan(config, input, tensors)
@@ -234,25 +239,61 @@ def run_block(
                 for unit in block_plan.all_units
             )
             block_plan = plan(config, input, tensors, None, tuple(tuned_algorithms))
-        if block_plan.needs_backward:
-            operands = _torch_compat.unwrap_dead_wrappers((input, *tensors))
-            differentiable = [operands[index] for index in block_plan.differentiable]
-            arguments = block_plan, kernels, operands, *differentiable
-            output, *stats = _torch_compat.apply_function(ResidualBlock, *arguments)
-        else:
-            slots: list[Any] = block_plan.run_forward(kernels, input, tensors)
-            output, *stats = (slots[slot] for slot in (*block_plan.forward.results, *block_plan.stats_slots))
+        output, stats = _run_plan(block_plan, kernels, input, tensors)
         _record_plan(weight, block_plan)
 
     if any_training and (group or output.numel()) and not is_recomputing():
-        running: list[tuple[Any, Any, Tensor, float]] = []
-        for index, first in enumerate(range(_RUNNING_MEAN, len(tensors), len(UnitTensors._fields))):
-            running_mean = tensors[first]
-            if running_mean is not None and training[index]:
-                running.append((running_mean, tensors[first + 1], stats[index], momentum[index]))
-        if running:
-            kernels.update_running_stats(*map(list, zip(*running, strict=True)))
+        _update_running_stats(kernels, tensors, training, momentum, stats)
+    return output, block_plan
+
+
+def run_planned_block(
+    block_plan: Plan, kernels: Kernels, input: Tensor, tensors: Sequence[Tensor | None], momentum: Sequence[float]
+) -> Tensor:
+    """Compute :func:`run_block` with the plan of an earlier call for tensors with the same metadata, in one process."""
+    output, stats = _run_plan(block_plan, kernels, input, tensors)
+    _record_plan(tensors[0], block_plan)
+    training = block_plan.config.training
+    if True in training and output.numel() and not is_recomputing():
+        _update_running_stats(kernels, tensors, training, momentum, stats)
     return output
+
+
+def _run_plan(
+    block_plan: Plan, kernels: Kernels, input: Tensor, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, Sequence[Any]]:
+    """Return the output of a planned block, and the batch norm statistics of every unit."""
+    if block_plan.needs_backward:
+        operands = _torch_compat.unwrap_dead_wrappers((input, *tensors))
+        differentiable = [operands[index] for index in block_plan.differentiable]
+        arguments = block_plan, kernels, operands, *differentiable
+        output, *stats = _torch_compat.apply_function(ResidualBlock, *arguments)
+        return output, stats
+    slots: list[Any] = block_plan.run_forward(kernels, input, tensors)
+    output, *stats = (slots[slot] for slot in (*block_plan.forward.results, *block_plan.stats_slots))
+    return output, stats
+
+
+def _update_running_stats(
+    kernels: Kernels,
+    tensors: Sequence[Tensor | None],
+    training: Sequence[bool],
+    momentum: Sequence[float],
+    stats: Sequence[Any],
+) -> None:
+    """Update the running statistics of the units that use the statistics of the batch.
+
+    Args:
+        tensors, training, momentum: as of :func:`run_block`.
+        stats: batch norm statistics of every unit.
+    """
+    running: list[tuple[Any, Any, Tensor, float]] = []
+    for index, first in enumerate(range(_RUNNING_MEAN, len(tensors), len(UnitTensors._fields))):
+        running_mean = tensors[first]
+        if running_mean is not None and training[index]:
+            running.append((running_mean, tensors[first + 1], stats[index], momentum[index]))
+    if running:
+        kernels.update_running_stats(*map(list, zip(*running, strict=True)))
 
 
 #: id of a weight -> a reference to it and the plan recorded in `last_plan`, whose own look-up takes ten times as long.

@@ -276,11 +276,10 @@ def require_available(name: str) -> None:
 
 @contextlib.contextmanager
 def _restore(previous: tuple[str, str, bool]) -> Iterator[None]:
-    global _default_backend, _conv_preference, _winograd_allowed
     try:
         yield
     finally:
-        _default_backend, _conv_preference, _winograd_allowed = previous
+        _set_defaults(*previous)
 
 
 def use(
@@ -303,7 +302,6 @@ def use(
         ValueError: for an unknown value; then nothing is changed.
         BackendUnavailableError: if the backend cannot run on this machine; then nothing is changed.
     """
-    global _default_backend, _conv_preference, _winograd_allowed
     if name != "auto":
         require_available(name)
     if convolution not in (None, *env.CONVOLUTION.allowed):
@@ -311,9 +309,19 @@ def use(
     if winograd not in (None, True, False):
         raise ValueError(f"winograd must be True, False or None, got {winograd!r}")
     previous = _default_backend, _conv_preference, _winograd_allowed
-    _default_backend, _conv_preference = name, convolution or _conv_preference
-    _winograd_allowed = _winograd_allowed if winograd is None else winograd
+    _set_defaults(name, convolution or _conv_preference, _winograd_allowed if winograd is None else winograd)
     return _restore(previous)
+
+
+def _set_defaults(backend: str, conv_preference: str, winograd_allowed: bool) -> None:
+    global _default_backend, _conv_preference, _winograd_allowed, _defaults_version
+    _default_backend, _conv_preference, _winograd_allowed = backend, conv_preference, winograd_allowed
+    _defaults_version += 1
+
+
+def defaults_version() -> int:
+    """Return a number that changes with the settings of :func:`use`, for callers that cache what depends on them."""
+    return _defaults_version
 
 
 def _validate_name(name: str) -> str:
@@ -325,4 +333,5 @@ def _validate_name(name: str) -> str:
 _default_backend: str = env.BACKEND.read()
 _conv_preference: str = env.CONVOLUTION.read()
 _winograd_allowed: bool = env.WINOGRAD.read() != "0"
+_defaults_version = 0
 _resolve_cache: dict[tuple[str, str], Kernels] = {}

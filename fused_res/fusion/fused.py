@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fused_res.nn import chain
+from fused_res.nn.cached_call import Calls
 from fused_res.nn.fusable_module import Unscriptable, generated_from
 from fused_res.nn.packed import PackedProgram
 
@@ -31,6 +32,9 @@ class Fusion:
         packed: whether inference runs with packed weights.
         frozen: whether the module stays in evaluation mode.
         programs: generated forwards for the calls that were recorded, tried in order.
+
+    Attributes:
+        calls: cache of :func:`fused_res.nn.chain.run_fused`.
     """
 
     def __init__(self, settings: Settings, packed: bool, frozen: bool, programs: tuple[Any, ...] = ()) -> None:
@@ -38,6 +42,7 @@ class Fusion:
         self.packed = PackedProgram() if packed else None
         self.frozen = frozen
         self.programs = programs
+        self.calls: Calls = {}
         self.has_warned = False
 
     def __deepcopy__(self, memo: Any) -> Fusion:

@@ -351,7 +351,7 @@ class _Generator:
                     activation = "identity" if unit.relu is None else "relu"
                     call = f"run_fused_norm({input}, {norm}, {self.residual(part)}, {activation!r}, settings.backend)"
                 else:
-                    call = f"run_fused({input}, {self.chain(part)}, *settings)"
+                    call = f"run_fused({input}, {self.chain(part)}, *settings, calls)"
                 self.emit_attempt(call, values, part.values, indent)
                 inner = indent + 1
             for node in part.nodes:
@@ -513,6 +513,7 @@ class _Generator:
             if frame.parent in self.inlined and frame not in self.inlined:
                 self.module(frame.path)
         self.guards.append(("settings = self._fused_res.settings", ""))
+        self.guards.append(("calls = self._fused_res.calls", ""))
         if self.packed:
             self.guards.append(("packed = self._fused_res.packed", ""))
 

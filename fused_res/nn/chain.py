@@ -19,6 +19,9 @@ from torch.distributed import ProcessGroup
 from torch.nn import BatchNorm2d, Conv2d, Parameter
 
 from fused_res import _torch_compat, distributed, env, functional
+from fused_res.backends import registry
+from fused_res.block.plan import Plan
+from fused_res.nn.cached_call import CachedCall, Calls, chain_attributes
 from fused_res.nn.spec_builder import UnitKey, build_block_spec
 from fused_res.spec import BlockSpec, UnitTensors
 
@@ -143,10 +146,17 @@ class Chain:
             self.num_batches_tracked.append(num_batches)
         return None
 
-    def run(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor:
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether reading the same attributes again gives the same chain, in a single process."""
+        cumulative = any(norm.training and norm.momentum is None for norm in self.norms)
+        return not cumulative and all(group is None for group in self.process_groups)
+
+    def run(self, input: Tensor, backend: str, recompute: str, tune: bool) -> tuple[Tensor, Plan | None]:
+        """Return the output, and the plan as of :func:`fused_res.functional.run_block`."""
         # Activation checkpointing repeats the forward inside the backward; num_batches_tracked counts it once.
         count = len(self.num_batches_tracked) > 0 and not functional.is_recomputing()
-        output = functional.run_block(
+        output, plan = functional.run_block(
             input,
             self.spec,
             self.tensors,
@@ -159,7 +169,7 @@ class Chain:
         )
         if count:
             _torch_compat.foreach_add_(self.num_batches_tracked, 1)
-        return output
+        return output, plan
 
 
 def sync_process_group(state: dict[str, Any]) -> ProcessGroup | None:
@@ -330,12 +340,22 @@ def run_fused(
     backend: str = "auto",
     recompute: str = "none",
     tune: bool = False,
+    calls: Calls | None = None,
 ) -> Tensor | None:
     """Return the output of the fused forward, or None if the stock forward has to run on this call.
 
     The caller has checked :func:`unsupported_context`, and guarantees that all modules run the forward of their stock
     class, without hooks.
+
+    Args:
+        units, shortcut, pool: the modules, as of :func:`match_chain`.
+        backend, recompute, tune: as of :func:`fused_res.functional.residual_block`; the same in all calls with `calls`.
+        calls: cache of the caller's last calls, or None.
     """
+    if calls is not None and not torch.compiler.is_compiling():
+        last = calls.get((units, shortcut, pool))
+        if last is not None and (output := last.run(input)) is not None:
+            return output
     if inspect_input(input):
         return None
     dtype_and_autocast = compute_dtype(input, shortcut == "identity")
@@ -349,9 +369,17 @@ def run_fused(
     if shortcut == "identity" and is_permuted(input):
         return None  # the sum may have the input's strides
     try:
-        return chain.run(input, backend, recompute, tune)
+        output, plan = chain.run(input, backend, recompute, tune)
     except (ValueError, TypeError):
         return None  # PyTorch broadcasts the operands, or raises its own exception
+    if calls is not None and plan is not None and not dtype_and_autocast[1] and not tune and chain.is_repeatable:
+        attributes = chain_attributes([*units] if isinstance(shortcut, str) else [*units, shortcut], pool)
+        if attributes is not None:
+            kernels = registry.resolve(plan.config.backend, input.device)
+            calls[units, shortcut, pool] = CachedCall(
+                attributes, plan, kernels, input, chain.tensors, chain.momentum, chain.num_batches_tracked
+            )
+    return output
 
 
 def is_permuted(input: Tensor) -> bool:

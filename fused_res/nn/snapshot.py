@@ -35,10 +35,8 @@ class Snapshot:
     __slots__ = ("_attributes", "_tensors")
 
     def __init__(self, attributes: Iterable[tuple[Mapping[str, Any], tuple[str, ...]]]) -> None:
-        rows = [(dictionary, key, dictionary[key]) for dictionary, keys in attributes for key in keys]
-        tensors = [value for _, _, value in rows if isinstance(value, Tensor)]
-        states, keys, values = ([row[column] for row in rows] for column in range(3))
-        self._attributes: Attributes = (tuple(states), tuple(keys), tuple(values))
+        self._attributes = read_attributes(attributes)
+        tensors = [value for value in self._attributes[2] if isinstance(value, Tensor)]
         # The aliases first: a write that comes after the version was read is detected.
         aliases = tuple([tensor.detach() for tensor in tensors])
         versions = tuple([_version(tensor) for tensor in tensors])
@@ -63,6 +61,21 @@ class Snapshot:
     def requires_grad(self) -> bool:
         """Return whether a tensor requires a gradient."""
         return any(tensor.requires_grad for tensor in self._tensors[0])
+
+
+def read_attributes(attributes: Iterable[tuple[Mapping[str, Any], Iterable[str]]]) -> Attributes:
+    """Return the values of (dictionary, keys) pairs as columns."""
+    rows = [(dictionary, key, dictionary[key]) for dictionary, keys in attributes for key in keys]
+    states, keys, values = (tuple([row[column] for row in rows]) for column in range(3))
+    return states, keys, values
+
+
+def attributes_are_current(attributes: Attributes) -> bool:
+    """Return whether all values are the same objects."""
+    return _is_current(attributes, _NO_TENSORS, False)
+
+
+_NO_TENSORS: Tensors = ((), (), (), ())
 
 
 def _concatenate(tables: list[Any], empty: Any) -> Any:
