@@ -348,7 +348,7 @@ class _Generator:
             if not part.has_clamp:
                 input, norm = self.text(part.values[0]), self.module(unit.norm.path)
                 if unit.conv is None:
-                    activation = "identity" if unit.relu is None else "relu"
+                    (activation,) = unit.settings
                     call = f"run_fused_norm({input}, {norm}, {self.residual(part)}, {activation!r}, settings.backend)"
                 else:
                     call = f"run_fused({input}, {self.chain(part)}, *settings)"
@@ -376,7 +376,8 @@ class _Generator:
 
     def unit(self, unit: Unit) -> str:
         assert unit.conv is not None
-        return f"({self.module(unit.conv.path)}, {self.module(unit.norm.path)}, {unit.relu is not None})"
+        settings = ", ".join(map(repr, unit.settings))
+        return f"({self.module(unit.conv.path)}, {self.module(unit.norm.path)}, {settings})"
 
     def residual(self, segment: Segment) -> str:
         return "None" if segment.residual is None else self.text(segment.values[1])

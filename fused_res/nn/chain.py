@@ -1,4 +1,4 @@
-"""Units of convolution, batch norm and ReLU modules as a :class:`Chain` of their present tensors and settings.
+"""Units of convolution, batch norm and activation as a :class:`Chain` of their present tensors and settings.
 
 Tensors, settings and training modes of the modules may change at any time, so nothing is cached between calls. Each
 call reads the modules and returns either a :class:`Chain` or an :class:`Unsupported`, the reason why the stock forward
@@ -29,12 +29,15 @@ class Unit(NamedTuple):
     Args:
         conv: a convolution with the attributes of ``nn.Conv2d``; None if the norm's input is any tensor.
         norm: a batch norm.
-        relu: whether a ReLU follows; in the last unit of a residual block, after the addition.
+        activation: name of the activation after the norm, see :data:`fused_res.ops.checks.ACTIVATIONS`; in the last
+            unit of a residual block, after the addition.
+        negative_slope: slope of a leaky ReLU for negative values.
     """
 
     conv: Any
     norm: Any
-    relu: bool
+    activation: str
+    negative_slope: float = 0.01
 
 
 #: "none", "identity", or the projection.
@@ -111,7 +114,7 @@ class Chain:
         self.process_groups: list[ProcessGroup | None] = []  # one for each norm that uses batch statistics
         self.num_batches_tracked: list[Tensor] = []
 
-    def add(self, conv: Any, norm: Any, relu: bool) -> Unsupported | None:
+    def add(self, conv: Any, norm: Any, activation: str, negative_slope: float = 0.01) -> Unsupported | None:
         """Append a unit, or return why its settings are unsupported and leave the chain unchanged.
 
         The caller guarantees that both modules run the forward of their stock class, without hooks.
@@ -130,7 +133,7 @@ class Chain:
         # fmt: off
         self.keys.append((
             conv_state["stride"], conv_state["padding"], conv_state["dilation"], conv_state["groups"],
-            conv_state["padding_mode"], weight.shape, norm_state["eps"], relu,
+            conv_state["padding_mode"], weight.shape, norm_state["eps"], activation, negative_slope,
         ))
         # fmt: on
         self.tensors += (weight, parameters["bias"], norm_weight, norm_bias, mean, var)
@@ -371,7 +374,12 @@ def has_same_layout(first: Tensor, second: Tensor) -> bool:
 
 
 def run_fused_norm(
-    input: Tensor, norm: nn.Module, residual: Tensor | None, activation: str, backend: str = "auto"
+    input: Tensor,
+    norm: nn.Module,
+    residual: Tensor | None,
+    activation: str,
+    backend: str = "auto",
+    negative_slope: float = 0.01,
 ) -> Tensor | None:
     """Return ``activation(norm(input) [+ residual])`` from the fused operator, or None if the stock forward has to run.
 
@@ -432,7 +440,7 @@ class Layers(NamedTuple):
             unsupported = _inspect_unit(unit)
             if unsupported is not None:
                 return unsupported
-            units.append(Unit(unit[0], unit[1], len(unit) == 3 and type(unit[2]) is nn.ReLU))
+            units.append(Unit(unit[0], unit[1], "relu" if len(unit) == 3 and type(unit[2]) is nn.ReLU else "identity"))
         unsupported = None if self.pool is None else inspect_stock_module(self.pool, nn.MaxPool2d)
         if unsupported is not None:
             return unsupported
@@ -447,7 +455,7 @@ class Layers(NamedTuple):
         if len(modules) != 2:
             return Unsupported("is not a convolution and a norm", self.shortcut)
         unsupported = _inspect_unit(modules)
-        return (units, Unit(modules[0], modules[1], False), self.pool) if unsupported is None else unsupported
+        return (units, Unit(modules[0], modules[1], "identity"), self.pool) if unsupported is None else unsupported
 
     def run_fused(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor | None:
         """Return the output of the fused forward, or None if the stock forward has to run on this call."""

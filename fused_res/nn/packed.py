@@ -48,8 +48,8 @@ class Block(NamedTuple):
 
     Args:
         units: one or more units.
-        shortcut: what the last unit adds before its ReLU. ``"none"``: nothing; ``"identity"``: the block's input;
-            ``"tensor"``: the caller's residual; a :class:`Unit` without ReLU: a projection of the block's input.
+        shortcut: what the last unit adds before its activation. ``"none"``: nothing; ``"identity"``: the block's input;
+            ``"tensor"``: the caller's residual; a :class:`Unit` without activation: a projection of the block's input.
         pool: max pooling at the end.
     """
 
@@ -182,14 +182,14 @@ class _Layer:
         #: Shape and memory format of the folded weight.
         self.like = torch.empty(weight.shape, device="meta", memory_format=torch.channels_last)
 
-    def spec(self, relu: bool, pool: tuple[Any, ...] | None) -> BlockSpec | None:
-        """Return the specification of the unit and of a pooling after it, or None if they are not supported.
+    def spec(self, unit: Unit, pool: tuple[Any, ...] | None) -> BlockSpec | None:
+        """Return the specification of `unit` and of a pooling after it, or None if they are not supported.
 
         Args:
-            relu: whether a ReLU follows.
+            unit: a unit of this layer.
             pool: kernel_size, stride and padding of the max pooling, or None.
         """
-        key = (*self.geometry, self.tensors.weight.shape, self.eps, relu)
+        key = (*self.geometry, self.tensors.weight.shape, self.eps, unit.activation, unit.negative_slope)
         spec = build_block_spec((key,), "none", pool)
         return None if isinstance(spec, str) else spec
 
@@ -457,7 +457,7 @@ def _read_block(block: Block, input: Shape, settings: _Settings, snapshots: list
             return None
         if chain.inspect_tensors(layer.tensors, settings.dtype, settings.autocast) is not None:
             return None
-        spec = layer.spec(unit.relu, pool_key)
+        spec = layer.spec(unit, pool_key)
         if spec is None:
             return None
         convolutions.append(PackedConv(layer, spec.units[0], settings))

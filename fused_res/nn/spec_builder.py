@@ -11,9 +11,9 @@ from fused_res._torch_compat import assume_constant_result
 from fused_res.ops.geometry import same_padding
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
-#: stride, padding, dilation, groups, padding_mode, weight shape, eps and whether ReLU follows, with the types that the
-#: modules' attributes have.
-UnitKey = tuple[Any, Any, Any, int, str, tuple[int, ...], float, bool]
+#: stride, padding, dilation, groups, padding_mode, weight shape, eps, activation and negative slope, with the types of
+#: the modules' attributes.
+UnitKey = tuple[Any, Any, Any, int, str, tuple[int, ...], float, str, float]
 
 _specs: dict[tuple[Any, ...], BlockSpec | str] = {}
 
@@ -82,7 +82,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _unit_spec(key: UnitKey) -> UnitSpec:
-    stride, padding, dilation, groups, padding_mode, shape, eps, relu = key
+    stride, padding, dilation, groups, padding_mode, shape, eps, activation, _ = key
     if len(shape) != 4:
         raise ValueError(f"a convolution's weight has rank {len(shape)}")
     if padding_mode != "zeros":
@@ -94,7 +94,7 @@ def _unit_spec(key: UnitKey) -> UnitSpec:
         if same is None:
             raise ValueError(f"a convolution's padding={padding!r} is asymmetric")
         padding = same
-    return UnitSpec(_pair(stride), _pair(padding), _pair(dilation), groups, eps, "relu" if relu else "identity")
+    return UnitSpec(_pair(stride), _pair(padding), _pair(dilation), groups, eps, activation)  # type: ignore[arg-type]
 
 
 def _size_map(units: Sequence[UnitSpec], shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:

@@ -77,7 +77,7 @@ def describe(segment: Segment) -> str:
     def unit(one: Unit, relu: bool) -> list[str]:
         return [node.path for node in (one.conv, one.norm) if node is not None] + ["relu"] * relu
 
-    words = [word for one in segment.units[:-1] for word in unit(one, one.relu is not None)]
+    words = [word for one in segment.units[:-1] for word in unit(one, one.activation is not None)]
     last, shortcut = segment.units[-1], segment.shortcut
     words += unit(last, False)
     if shortcut == "tensor":
@@ -85,7 +85,7 @@ def describe(segment: Segment) -> str:
         words.append(f"+{segment.residual.source.name}")
     elif shortcut != "none":
         words.append("+identity" if isinstance(shortcut, str) else f"+({' '.join(unit(shortcut, False))})")
-    words += ["relu"] * (last.relu is not None) + ["pool"] * (segment.pool is not None)
+    words += ["relu"] * (last.activation is not None) + ["pool"] * (segment.pool is not None)
     return " ".join(words)
 
 
