@@ -25,6 +25,7 @@ from fused_res.graph.recording import Frame, Read, Size, nodes_in
 from fused_res.graph.symbolic import is_layer, stock_forward
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import stock_class
+from fused_res.ops.memory_format import has_same_layout
 
 
 class Unemittable(Exception):
@@ -118,7 +119,7 @@ class _Generator:
         self.namespace: dict[str, Any] = {
             "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
-            "is_equal": is_equal, "has_same_layout": chain.has_same_layout,
+            "is_equal": is_equal, "has_same_layout": has_same_layout,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
         self.numbers: dict[fx.Node, int] = {}  # those of the recording differ between the calls of one module

@@ -20,6 +20,7 @@ from torch.nn import BatchNorm2d, Conv2d, Parameter
 
 from fused_res import _torch_compat, distributed, env, functional
 from fused_res.nn.spec_builder import UnitKey, build_block_spec
+from fused_res.ops.memory_format import has_same_layout, is_permuted, to_stock_layout
 from fused_res.spec import BlockSpec, UnitTensors
 
 
@@ -357,22 +358,6 @@ def run_fused(
         return None  # PyTorch broadcasts the operands, or raises its own exception
 
 
-def is_permuted(input: Tensor) -> bool:
-    """Return whether the memory order of the dimensions is neither NCHW, with or without gaps, nor NHWC."""
-    if input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last):
-        return False
-    n, c, h, w = input.stride()
-    return not n >= c >= h >= w
-
-
-def has_same_layout(first: Tensor, second: Tensor) -> bool:
-    """Return whether the sum of two tensors has the memory format of both, whichever is the first operand."""
-    if first.stride() == second.stride():
-        return True
-    formats = torch.contiguous_format, torch.channels_last
-    return any(first.is_contiguous(memory_format=f) and second.is_contiguous(memory_format=f) for f in formats)
-
-
 def run_fused_norm(
     input: Tensor,
     norm: nn.Module,
@@ -387,6 +372,7 @@ def run_fused_norm(
     """
     if inspect_input(input):
         return None
+    input = to_stock_layout(input)
     if residual is not None and (
         inspect_input(residual)
         or residual.dtype is not input.dtype

@@ -29,7 +29,7 @@ from fused_res.nn.chain import Unit
 from fused_res.nn.snapshot import Snapshot
 from fused_res.nn.spec_builder import build_block_spec
 from fused_res.ops.geometry import conv_output_sizes
-from fused_res.ops.memory_format import conv_output_is_channels_last
+from fused_res.ops.memory_format import conv_output_is_channels_last, is_permuted
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, UnitTensors
 
 #: Bound on the packed weights of a layer and on the prepared input shapes of a sequence of blocks. Some packings depend
@@ -133,7 +133,7 @@ class PackedProgram:
             _insert(self._sequences, blocks, sequence, _MAX_SEQUENCES)
         # The kernels return channels_last memory, PyTorch only if the input or a weight has it.
         is_channels_last = any(conv_output_is_channels_last(x, weight) for weight in prepared.weights)
-        if not prepared.accepts(residual) or (blocks[0][1] == "identity" and chain.is_permuted(x)):
+        if not prepared.accepts(residual) or (blocks[0][1] == "identity" and is_permuted(x)):
             return None
         sequence.last = prepared
         output = prepared.run(x, residual)
