@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import BatchNorm2d, Conv2d, Parameter
+from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Conv1d, Conv2d, Conv3d, Parameter
 
 from fused_res import _torch_compat, distributed, env, functional
 from fused_res.nn.spec_builder import UnitKey, build_block_spec
-from fused_res.ops.memory_format import has_same_layout, is_permuted, to_stock_layout
+from fused_res.ops.memory_format import has_channels_last_strides, has_same_layout, is_permuted, to_stock_layout
 from fused_res.spec import BlockSpec, UnitTensors
 
 
@@ -51,7 +51,13 @@ _UNIT_FIELDS, _FIRST_NORM_FIELD = len(UnitTensors._fields), UnitTensors._fields.
 
 
 #: Norm classes supported in a chain. fused_res.nn.sync_batch_norm adds its own.
-norm_types: set[type[nn.Module]] = {BatchNorm2d, nn.SyncBatchNorm}
+norm_types: set[type[nn.Module]] = {BatchNorm1d, BatchNorm2d, BatchNorm3d, nn.SyncBatchNorm}
+#: Ranks of the inputs that the forward of each class accepts; it raises an exception for others. The fused operators
+#: support 2 to 5.
+_NORM_RANKS: tuple[tuple[type, tuple[int, ...]], ...] = (
+    *((BatchNorm2d, (4,)), (BatchNorm1d, (2, 3)), (BatchNorm3d, (5,))),
+    (_torch_compat.BatchNorm, (2, 3, 4, 5)),  # synchronized batch norms
+)
 
 
 class Unsupported(NamedTuple):
@@ -130,6 +136,8 @@ class Chain:
         norm_args = read_norm(norm_state)
         if isinstance(norm_args, str):
             return Unsupported(norm_args, norm)
+        if not accepts_rank(norm, weight.dim()):
+            return Unsupported(f"does not accept the convolution's outputs of rank {weight.dim()}", norm)
         norm_weight, norm_bias, mean, var, training, momentum, num_batches = norm_args
         # fmt: off
         self.keys.append((
@@ -146,6 +154,14 @@ class Chain:
         if num_batches is not None:
             self.num_batches_tracked.append(num_batches)
         return None
+
+    def has_channels_last_3d(self, input: Tensor) -> bool:
+        """Return whether the input or a weight of 3-D convolutions is in channels_last_3d memory.
+
+        The memory format of a ``Conv3d``'s output then depends on the library that ATen selects for it.
+        """
+        weights = (tensor for tensor in self.tensors[::_UNIT_FIELDS] if tensor is not None)
+        return has_channels_last_strides(input) or any(map(has_channels_last_strides, weights))
 
     def run(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor:
         # Activation checkpointing repeats the forward inside the backward; num_batches_tracked counts it once.
@@ -164,6 +180,14 @@ class Chain:
         if count:
             _torch_compat.foreach_add_(self.num_batches_tracked, 1)
         return output
+
+
+def accepts_rank(norm: nn.Module, rank: int) -> bool:
+    """Return whether the forward of a batch norm, and the fused operators, accept inputs of this rank."""
+    for kind, ranks in _NORM_RANKS:
+        if isinstance(norm, kind):
+            return rank in ranks
+    return rank == 4
 
 
 def sync_process_group(state: dict[str, Any]) -> ProcessGroup | None:
@@ -251,8 +275,10 @@ def match_chain(
 #: would take 1 us per block; this takes 10 ns.
 enabled = env.ENABLED.read() == "1"
 _PATCHABLE: tuple[tuple[type, str], ...] = (
-    *[(kind, "forward") for kind in (Conv2d, BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity)],
-    *[(nn.Sequential, "forward"), (Conv2d, "_conv_forward"), (nn.Module, "__call__"), (nn.Module, "_call_impl")],
+    *[(kind, name) for kind in (Conv1d, Conv2d, Conv3d) for name in ("forward", "_conv_forward")],
+    *[(kind, "forward") for kind in (BatchNorm1d, BatchNorm2d, BatchNorm3d, nn.SyncBatchNorm)],
+    *[(kind, "forward") for kind in (nn.ReLU, nn.MaxPool2d, nn.Identity, nn.Sequential)],
+    *[(nn.Module, "__call__"), (nn.Module, "_call_impl")],
 )
 _STOCK_METHODS = [getattr(kind, name) for kind, name in _PATCHABLE]
 
@@ -280,11 +306,11 @@ def unsupported_context() -> Unsupported | None:
 
 
 def inspect_input(input: Tensor) -> Unsupported | None:
-    """Return Unsupported unless `input` is a plain, strided tensor ``(N, C, H, W)`` of a supported dtype."""
+    """Return Unsupported unless `input` is a plain, strided tensor ``(N, C, ...)`` of a supported rank and dtype."""
     if type(input) is not Tensor and type(input) is not Parameter:
         return Unsupported(f"the input is a {type(input).__name__}")
-    if input.dim() != 4 or input.layout is not torch.strided:
-        return Unsupported("the input is not a strided tensor of rank 4")
+    if not 2 <= input.dim() <= 5 or input.layout is not torch.strided:
+        return Unsupported("the input is not a strided tensor of rank 2 to 5")
     if input.dtype not in _DTYPES:
         return Unsupported(f"the input has dtype {input.dtype}")
     return None
@@ -352,6 +378,8 @@ def run_fused(
         return None
     if shortcut == "identity" and is_permuted(input):
         return None  # the sum may have the input's strides
+    if input.dim() == 5 and chain.has_channels_last_3d(input):
+        return None
     try:
         return chain.run(input, backend, recompute, tune)
     except (ValueError, TypeError):
@@ -370,7 +398,7 @@ def run_fused_norm(
 
     The caller has checked :func:`unsupported_context`, and that `norm` has a supported class and no hooks.
     """
-    if inspect_input(input):
+    if inspect_input(input) or not accepts_rank(norm, input.dim()):
         return None
     input = to_stock_layout(input)
     if residual is not None and (

@@ -260,7 +260,7 @@ def _reasons(model: nn.Module, norms: set[nn.Module], names: Mapping[nn.Module, 
         if norm in reasons:
             continue
         if not isinstance(norm, chain_norms()):
-            reasons[norm] = f"is a {type(norm).__name__}: batch norms of 4-dimensional inputs are fused"
+            reasons[norm] = f"is a {type(norm).__name__}: batch norms are fused"
             continue
         name = names[norm]
         above = [path for path in failures if not path or name == path or name.startswith(path + ".")]
