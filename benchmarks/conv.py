@@ -166,7 +166,7 @@ def packed_call(t: Operands, layer: Convolution, backend: str) -> Callable[[], T
     )  # fmt: skip
     conv.weight, conv.bias = torch.nn.Parameter(t.weight, False), torch.nn.Parameter(t.bias, False)
     norm = torch.nn.BatchNorm2d(outputs, eps=0.0, affine=False, device=t.x.device, dtype=t.x.dtype).eval()
-    block = Block((Unit(conv, norm, layer.relu),), "none" if t.residual is None else "tensor")
+    block = Block((Unit(conv, norm, "relu" if layer.relu else "identity"),), "none" if t.residual is None else "tensor")
     program = PackedProgram()
 
     def call() -> Tensor:

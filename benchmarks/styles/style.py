@@ -20,7 +20,8 @@ class Style:
         share: smallest share of its batch norms that must run fused.
         twin: name of the style with the same architecture (convolutions, norms, additions, ReLUs, parameter shapes) in
             torchvision's spelling; None: there is none.
-        inputs: number of input images.
+        inputs: number of inputs.
+        shape: shape of an input without the batch.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Style:
     share: float = 1.0
     twin: str | None = None
     inputs: int = 1
+    shape: tuple[int, ...] = (3, 16, 16)
 
 
 #: Constructor of a block: input channels, output channels, stride.

@@ -5,6 +5,7 @@ from benchmarks.styles import (
     cifar,
     classification,
     detection,
+    dimensions,
     families,
     libraries,
     networks,
@@ -27,6 +28,7 @@ STYLES: tuple[Style, ...] = tuple(
         attention,
         families,
         networks,
+        dimensions,
     )
     for style in family.STYLES
 )

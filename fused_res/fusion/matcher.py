@@ -22,11 +22,16 @@ class Unit(NamedTuple):
 
     conv: Node | None
     norm: Node
-    relu: Node | None = None
+    activation: Node | None = None
 
     def layers(self) -> chain.Unit:
         """Return the modules."""
-        return chain.Unit(None if self.conv is None else self.conv.layer, self.norm.layer, self.relu is not None)
+        return chain.Unit(None if self.conv is None else self.conv.layer, self.norm.layer, *self.settings)
+
+    @property
+    def settings(self) -> tuple[str]:
+        """The activation's name."""
+        return ("identity" if self.activation is None else "relu",)
 
     @property
     def input(self) -> Node:
@@ -42,7 +47,7 @@ class Segment:
     """A chain that one fused operator computes, or two: with a ``"tensor"`` shortcut, the last norm is one by itself.
 
     Args:
-        units: units of the main path, in order. The last one's ReLU follows the addition.
+        units: units of the main path, in order. The last one's activation follows the addition.
         shortcut: "none", "identity", "tensor" or the projection.
         add: the addition, or None.
         residual: the other operand of the addition for a "tensor" shortcut, otherwise None.
@@ -102,7 +107,7 @@ class Segment:
         if self.shortcut != "tensor":
             return (self,)
         *first, last = self.units
-        norm = Segment((Unit(None, last.norm, last.relu),), "tensor", self.add, self.residual)
+        norm = Segment((Unit(None, last.norm, last.activation),), "tensor", self.add, self.residual)
         return (Segment(tuple(first)), norm) if first else (norm,)
 
     def blocks(self) -> tuple[Segment, ...]:
@@ -271,7 +276,7 @@ class _Matcher:
         if units[0].conv is not None:
             while (following := self.unit_after(units)) is not None:
                 units.append(following)
-            last = units[-1].relu or units[-1].norm
+            last = units[-1].activation or units[-1].norm
             pool = only_reader(last, Op.MAX_POOL)
             chained = Segment(tuple(units))
             if pool is not None and _joins(chained.nodes, [pool]) and self.accept(replace(chained, pool=pool)):
@@ -279,11 +284,11 @@ class _Matcher:
             if self.accept(chained):
                 return
         for unit in units:
-            if not self.accept(Segment((unit,))) and not self.accept(Segment((Unit(None, unit.norm, unit.relu),))):
-                self.accept(Segment((Unit(None, unit.norm),)))
+            candidates = (unit, unit._replace(conv=None), Unit(None, unit.norm))
+            any(self.accept(Segment((candidate,))) for candidate in candidates)
 
     def unit_after(self, units: list[Unit]) -> Unit | None:
-        conv = only_reader(units[-1].relu or units[-1].norm, Op.CONV)
+        conv = only_reader(units[-1].activation or units[-1].norm, Op.CONV)
         norm = None if conv is None else only_reader(conv, Op.NORM)
         if norm is None or norm in self.taken:
             return None

@@ -21,10 +21,11 @@ from torch import Tensor, fx, nn
 from fused_res.fusion.fused import fused_class
 from fused_res.fusion.matcher import Segment, Unit, source
 from fused_res.graph.ir import Graph, Node, Op
-from fused_res.graph.recording import Frame, Read, Size, nodes_in
+from fused_res.graph.recording import Frame, Read, Size, assumed_rank, nodes_in
 from fused_res.graph.symbolic import is_layer, stock_forward
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import stock_class
+from fused_res.ops.memory_format import has_same_layout
 
 
 class Unemittable(Exception):
@@ -118,7 +119,7 @@ class _Generator:
         self.namespace: dict[str, Any] = {
             "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
-            "is_equal": is_equal, "has_same_layout": chain.has_same_layout,
+            "is_equal": is_equal, "has_same_layout": has_same_layout,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
         self.numbers: dict[fx.Node, int] = {}  # those of the recording differ between the calls of one module
@@ -262,7 +263,7 @@ class _Generator:
         if isinstance(expression, Size):
             if expression.tensor in self.owner.inputs:
                 return f"{self.text(expression.tensor)}.{expression.name}"
-            if expression.name in ("ndim", "numel()") and self._is_image(self.nodes[expression.tensor]):
+            if expression.name in ("ndim", "numel()") and self._has_rank_of_inputs(self.nodes[expression.tensor]):
                 return None
             raise Unemittable("it depends on the size of an intermediate tensor")
         if type(expression) is tuple and expression and callable(expression[0]):
@@ -270,8 +271,8 @@ class _Generator:
             return None if None in operands else f"{self.constant(expression[0])}({', '.join(map(str, operands))})"
         return self.text(expression)
 
-    def _is_image(self, node: Node) -> bool:
-        """Return whether a result has rank 4 and elements if all arguments have."""
+    def _has_rank_of_inputs(self, node: Node) -> bool:
+        """Return whether a result has the assumed rank, and elements, if all arguments have."""
         while node.source not in self.owner.inputs:
             if node.op is Op.OTHER:
                 return False
@@ -348,7 +349,7 @@ class _Generator:
             if not part.has_clamp:
                 input, norm = self.text(part.values[0]), self.module(unit.norm.path)
                 if unit.conv is None:
-                    activation = "identity" if unit.relu is None else "relu"
+                    (activation,) = unit.settings
                     call = f"run_fused_norm({input}, {norm}, {self.residual(part)}, {activation!r}, settings.backend)"
                 else:
                     call = f"run_fused({input}, {self.chain(part)}, *settings, calls)"
@@ -376,7 +377,8 @@ class _Generator:
 
     def unit(self, unit: Unit) -> str:
         assert unit.conv is not None
-        return f"({self.module(unit.conv.path)}, {self.module(unit.norm.path)}, {unit.relu is not None})"
+        settings = ", ".join(map(repr, unit.settings))
+        return f"({self.module(unit.conv.path)}, {self.module(unit.norm.path)}, {settings})"
 
     def residual(self, segment: Segment) -> str:
         return "None" if segment.residual is None else self.text(segment.values[1])
@@ -500,8 +502,9 @@ class _Generator:
             if (read.kind, read.name) != ("absent", "forward"):  # has_no_hooks
                 self.guard_read(read)
         if any(self._size_text(expression) is None for expression, _ in conditions):
-            for name in map(self.text, self.owner.inputs):
-                self.argument_guards.append((f"if {name}.ndim != 4 or {name}.numel() == 0", ""))
+            for value in self.owner.inputs:
+                name, rank = self.text(value), assumed_rank(value.graph)
+                self.argument_guards.append((f"if {name}.ndim != {rank} or {name}.numel() == 0", ""))
         for expression, value in conditions:
             self.guard_condition(expression, value)
         # The body uses modules that no guard has named yet.

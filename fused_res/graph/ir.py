@@ -18,7 +18,6 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fused_res._torch_compat import BatchNorm
 from fused_res.nn import chain
 
 
@@ -139,6 +138,10 @@ def computes_like(kind: type[nn.Module], stock: type[nn.Module], *methods: str) 
     return issubclass(kind, stock) and all(getattr(kind, name) is getattr(stock, name) for name in names)
 
 
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv1d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d)
+
+
 def eliminate_dead_reads(graph: fx.Graph, used: set[fx.Node]) -> None:
     """Erase reads of sizes and attributes that are not in `used`, and would otherwise count as uses of a tensor."""
     for node in reversed(graph.nodes):
@@ -213,9 +216,9 @@ def _classify(node: Node, module_of: Callable[[str], nn.Module]) -> None:
             return
         node.layer, node.path = module, target
         kind = type(module)
-        if computes_like(kind, nn.Conv2d, "_conv_forward"):
+        if any(computes_like(kind, stock, "_conv_forward") for stock in _CONVOLUTIONS):
             node.op = Op.CONV
-        elif kind in chain.norm_types or (isinstance(module, BatchNorm) and computes_like(kind, nn.BatchNorm2d)):
+        elif kind in chain.norm_types or any(computes_like(kind, stock) for stock in _BATCH_NORMS):
             node.op = Op.NORM
         elif kind is nn.ReLU:
             node.op, node.in_place = Op.RELU, bool(module.inplace)

@@ -146,16 +146,44 @@ def size_expression(node: fx.Node) -> Any:
     return refuse("depends on the values of a tensor")
 
 
+#: Number of spatial dimensions of a layer's input, and the attribute that holds its channels.
+_CONVOLUTIONS: dict[type, tuple[int, str]] = {
+    nn.Conv1d: (1, "in_channels"), nn.Conv2d: (2, "in_channels"), nn.Conv3d: (3, "in_channels"),
+}  # fmt: skip
+_NORMS: dict[type, tuple[int, str]] = {
+    nn.BatchNorm2d: (2, "num_features"), nn.BatchNorm3d: (3, "num_features"),
+    nn.BatchNorm1d: (0, "num_features"), nn.Linear: (0, "in_features"),
+}  # fmt: skip
+
+
+def ordinary_shape(root: nn.Module) -> torch.Size:
+    """Return the shape of an ordinary batch for `root`: the rank and channels that its first convolution expects.
+
+    Without a convolution it is what the first batch norm or linear layer expects; vectors for ``BatchNorm1d``.
+    """
+    for layers in (_CONVOLUTIONS, _NORMS):
+        for module in root.modules():
+            for kind, (spatial, channels) in layers.items():
+                if isinstance(module, kind):
+                    return torch.Size((32, getattr(module, channels), *(224,) * spatial))
+    return torch.Size((32, 3, 224, 224))
+
+
+def assumed_rank(graph: fx.Graph) -> int:
+    """Return the rank that the recording assumes of all tensors."""
+    return next((len(node.meta["shape"]) for node in graph.nodes if node.op == "placeholder"), 4)
+
+
 def evaluate(expression: Any) -> Any:
-    """Return an expression's value for an ordinary batch of images."""
+    """Return an expression's value for an ordinary batch."""
     if isinstance(expression, Size):
         if expression.name == "ndim":
-            return 4
+            return assumed_rank(expression.tensor.graph)
         if expression.name == "numel()":
             return 1 << 20
         if expression.tensor.op != "placeholder":
             refuse("depends on the size of an intermediate tensor")
-        return torch.Size((32, expression.tensor.meta["channels"], 224, 224))
+        return expression.tensor.meta["shape"]
     if type(expression) is tuple and expression and callable(expression[0]):
         return expression[0](*map(evaluate, expression[1:]))
     return expression

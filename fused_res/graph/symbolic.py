@@ -35,6 +35,7 @@ from fused_res.graph.recording import (
     Size,
     Untraceable,
     evaluate,
+    ordinary_shape,
     refuse,
     size_expression,
     structure,
@@ -57,7 +58,7 @@ def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Rec
     if reason := opaque_reason(root, inline_fusable, called=False):
         raise Untraceable(reason)
     tracer = _Tracer(training, inline_fusable)
-    channels = next((module.in_channels for module in root.modules() if isinstance(module, nn.Conv2d)), 3)
+    shape = ordinary_shape(root)
     arguments = []
     for parameter in list(inspect.signature(stock_forward(root), follow_wrapped=False).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -66,7 +67,7 @@ def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Rec
             if parameter.kind is parameter.KEYWORD_ONLY:
                 refuse("has a forward with keyword-only arguments")
             arguments.append(tracer.create_proxy("placeholder", parameter.name, (), {}))
-            arguments[-1].node.meta["channels"] = channels
+            arguments[-1].node.meta["shape"] = shape
     tracer.inline("", root, tuple(arguments), {})
     for argument in arguments:
         argument.node.meta["frame"] = tracer.frames[0]

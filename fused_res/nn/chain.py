@@ -1,4 +1,4 @@
-"""Units of convolution, batch norm and ReLU modules as a :class:`Chain` of their present tensors and settings.
+"""Units of convolution, batch norm and activation as a :class:`Chain` of their present tensors and settings.
 
 Tensors, settings and training modes of the modules may change at any time, so nothing is cached between calls. Each
 call reads the modules and returns either a :class:`Chain` or an :class:`Unsupported`, the reason why the stock forward
@@ -16,13 +16,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import BatchNorm2d, Conv2d, Parameter
+from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Conv1d, Conv2d, Conv3d, Parameter
 
 from fused_res import _torch_compat, distributed, env, functional
 from fused_res.backends import registry
 from fused_res.block.plan import Plan
 from fused_res.nn.cached_call import CachedCall, Calls, chain_attributes
 from fused_res.nn.spec_builder import UnitKey, build_block_spec
+from fused_res.ops.memory_format import has_channels_last_strides, has_same_layout, is_permuted, to_stock_layout
 from fused_res.spec import BlockSpec, UnitTensors
 
 
@@ -32,12 +33,15 @@ class Unit(NamedTuple):
     Args:
         conv: a convolution with the attributes of ``nn.Conv2d``; None if the norm's input is any tensor.
         norm: a batch norm.
-        relu: whether a ReLU follows; in the last unit of a residual block, after the addition.
+        activation: name of the activation after the norm, see :data:`fused_res.ops.checks.ACTIVATIONS`; in the last
+            unit of a residual block, after the addition.
+        negative_slope: slope of a leaky ReLU for negative values.
     """
 
     conv: Any
     norm: Any
-    relu: bool
+    activation: str
+    negative_slope: float = 0.01
 
 
 #: "none", "identity", or the projection.
@@ -50,7 +54,13 @@ _UNIT_FIELDS, _FIRST_NORM_FIELD = len(UnitTensors._fields), UnitTensors._fields.
 
 
 #: Norm classes supported in a chain. fused_res.nn.sync_batch_norm adds its own.
-norm_types: set[type[nn.Module]] = {BatchNorm2d, nn.SyncBatchNorm}
+norm_types: set[type[nn.Module]] = {BatchNorm1d, BatchNorm2d, BatchNorm3d, nn.SyncBatchNorm}
+#: Ranks of the inputs that the forward of each class accepts; it raises an exception for others. The fused operators
+#: support 2 to 5.
+_NORM_RANKS: tuple[tuple[type, tuple[int, ...]], ...] = (
+    *((BatchNorm2d, (4,)), (BatchNorm1d, (2, 3)), (BatchNorm3d, (5,))),
+    (_torch_compat.BatchNorm, (2, 3, 4, 5)),  # synchronized batch norms
+)
 
 
 class Unsupported(NamedTuple):
@@ -114,7 +124,7 @@ class Chain:
         self.process_groups: list[ProcessGroup | None] = []  # one for each norm that uses batch statistics
         self.num_batches_tracked: list[Tensor] = []
 
-    def add(self, conv: Any, norm: Any, relu: bool) -> Unsupported | None:
+    def add(self, conv: Any, norm: Any, activation: str, negative_slope: float = 0.01) -> Unsupported | None:
         """Append a unit, or return why its settings are unsupported and leave the chain unchanged.
 
         The caller guarantees that both modules run the forward of their stock class, without hooks.
@@ -129,11 +139,13 @@ class Chain:
         norm_args = read_norm(norm_state)
         if isinstance(norm_args, str):
             return Unsupported(norm_args, norm)
+        if not accepts_rank(norm, weight.dim()):
+            return Unsupported(f"does not accept the convolution's outputs of rank {weight.dim()}", norm)
         norm_weight, norm_bias, mean, var, training, momentum, num_batches = norm_args
         # fmt: off
         self.keys.append((
             conv_state["stride"], conv_state["padding"], conv_state["dilation"], conv_state["groups"],
-            conv_state["padding_mode"], weight.shape, norm_state["eps"], relu,
+            conv_state["padding_mode"], weight.shape, norm_state["eps"], activation, negative_slope,
         ))
         # fmt: on
         self.tensors += (weight, parameters["bias"], norm_weight, norm_bias, mean, var)
@@ -151,6 +163,14 @@ class Chain:
         """Whether reading the same attributes again gives the same chain, in a single process."""
         cumulative = any(norm.training and norm.momentum is None for norm in self.norms)
         return not cumulative and all(group is None for group in self.process_groups)
+
+    def has_channels_last_3d(self, input: Tensor) -> bool:
+        """Return whether the input or a weight of 3-D convolutions is in channels_last_3d memory.
+
+        The memory format of a ``Conv3d``'s output then depends on the library that ATen selects for it.
+        """
+        weights = (tensor for tensor in self.tensors[::_UNIT_FIELDS] if tensor is not None)
+        return has_channels_last_strides(input) or any(map(has_channels_last_strides, weights))
 
     def run(self, input: Tensor, backend: str, recompute: str, tune: bool) -> tuple[Tensor, Plan | None]:
         """Return the output, and the plan as of :func:`fused_res.functional.run_block`."""
@@ -170,6 +190,14 @@ class Chain:
         if count:
             _torch_compat.foreach_add_(self.num_batches_tracked, 1)
         return output, plan
+
+
+def accepts_rank(norm: nn.Module, rank: int) -> bool:
+    """Return whether the forward of a batch norm, and the fused operators, accept inputs of this rank."""
+    for kind, ranks in _NORM_RANKS:
+        if isinstance(norm, kind):
+            return rank in ranks
+    return rank == 4
 
 
 def sync_process_group(state: dict[str, Any]) -> ProcessGroup | None:
@@ -257,8 +285,10 @@ def match_chain(
 #: would take 1 us per block; this takes 10 ns.
 enabled = env.ENABLED.read() == "1"
 _PATCHABLE: tuple[tuple[type, str], ...] = (
-    *[(kind, "forward") for kind in (Conv2d, BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity)],
-    *[(nn.Sequential, "forward"), (Conv2d, "_conv_forward"), (nn.Module, "__call__"), (nn.Module, "_call_impl")],
+    *[(kind, name) for kind in (Conv1d, Conv2d, Conv3d) for name in ("forward", "_conv_forward")],
+    *[(kind, "forward") for kind in (BatchNorm1d, BatchNorm2d, BatchNorm3d, nn.SyncBatchNorm)],
+    *[(kind, "forward") for kind in (nn.ReLU, nn.MaxPool2d, nn.Identity, nn.Sequential)],
+    *[(nn.Module, "__call__"), (nn.Module, "_call_impl")],
 )
 _STOCK_METHODS = [getattr(kind, name) for kind, name in _PATCHABLE]
 
@@ -286,11 +316,11 @@ def unsupported_context() -> Unsupported | None:
 
 
 def inspect_input(input: Tensor) -> Unsupported | None:
-    """Return Unsupported unless `input` is a plain, strided tensor ``(N, C, H, W)`` of a supported dtype."""
+    """Return Unsupported unless `input` is a plain, strided tensor ``(N, C, ...)`` of a supported rank and dtype."""
     if type(input) is not Tensor and type(input) is not Parameter:
         return Unsupported(f"the input is a {type(input).__name__}")
-    if input.dim() != 4 or input.layout is not torch.strided:
-        return Unsupported("the input is not a strided tensor of rank 4")
+    if not 2 <= input.dim() <= 5 or input.layout is not torch.strided:
+        return Unsupported("the input is not a strided tensor of rank 2 to 5")
     if input.dtype not in _DTYPES:
         return Unsupported(f"the input has dtype {input.dtype}")
     return None
@@ -368,6 +398,8 @@ def run_fused(
         return None
     if shortcut == "identity" and is_permuted(input):
         return None  # the sum may have the input's strides
+    if input.dim() == 5 and chain.has_channels_last_3d(input):
+        return None
     try:
         output, plan = chain.run(input, backend, recompute, tune)
     except (ValueError, TypeError):
@@ -382,31 +414,21 @@ def run_fused(
     return output
 
 
-def is_permuted(input: Tensor) -> bool:
-    """Return whether the memory order of the dimensions is neither NCHW, with or without gaps, nor NHWC."""
-    if input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last):
-        return False
-    n, c, h, w = input.stride()
-    return not n >= c >= h >= w
-
-
-def has_same_layout(first: Tensor, second: Tensor) -> bool:
-    """Return whether the sum of two tensors has the memory format of both, whichever is the first operand."""
-    if first.stride() == second.stride():
-        return True
-    formats = torch.contiguous_format, torch.channels_last
-    return any(first.is_contiguous(memory_format=f) and second.is_contiguous(memory_format=f) for f in formats)
-
-
 def run_fused_norm(
-    input: Tensor, norm: nn.Module, residual: Tensor | None, activation: str, backend: str = "auto"
+    input: Tensor,
+    norm: nn.Module,
+    residual: Tensor | None,
+    activation: str,
+    backend: str = "auto",
+    negative_slope: float = 0.01,
 ) -> Tensor | None:
     """Return ``activation(norm(input) [+ residual])`` from the fused operator, or None if the stock forward has to run.
 
     The caller has checked :func:`unsupported_context`, and that `norm` has a supported class and no hooks.
     """
-    if inspect_input(input):
+    if inspect_input(input) or not accepts_rank(norm, input.dim()):
         return None
+    input = to_stock_layout(input)
     if residual is not None and (
         inspect_input(residual)
         or residual.dtype is not input.dtype
@@ -460,7 +482,7 @@ class Layers(NamedTuple):
             unsupported = _inspect_unit(unit)
             if unsupported is not None:
                 return unsupported
-            units.append(Unit(unit[0], unit[1], len(unit) == 3 and type(unit[2]) is nn.ReLU))
+            units.append(Unit(unit[0], unit[1], "relu" if len(unit) == 3 and type(unit[2]) is nn.ReLU else "identity"))
         unsupported = None if self.pool is None else inspect_stock_module(self.pool, nn.MaxPool2d)
         if unsupported is not None:
             return unsupported
@@ -475,7 +497,7 @@ class Layers(NamedTuple):
         if len(modules) != 2:
             return Unsupported("is not a convolution and a norm", self.shortcut)
         unsupported = _inspect_unit(modules)
-        return (units, Unit(modules[0], modules[1], False), self.pool) if unsupported is None else unsupported
+        return (units, Unit(modules[0], modules[1], "identity"), self.pool) if unsupported is None else unsupported
 
     def run_fused(self, input: Tensor, backend: str, recompute: str, tune: bool) -> Tensor | None:
         """Return the output of the fused forward, or None if the stock forward has to run on this call."""

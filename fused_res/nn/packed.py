@@ -29,7 +29,7 @@ from fused_res.nn.chain import Unit
 from fused_res.nn.snapshot import Snapshot
 from fused_res.nn.spec_builder import build_block_spec
 from fused_res.ops.geometry import conv_output_sizes
-from fused_res.ops.memory_format import conv_output_is_channels_last
+from fused_res.ops.memory_format import conv_output_is_channels_last, is_permuted
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, UnitTensors
 
 #: Bound on the packed weights of a layer and on the prepared input shapes of a sequence of blocks. Some packings depend
@@ -48,8 +48,8 @@ class Block(NamedTuple):
 
     Args:
         units: one or more units.
-        shortcut: what the last unit adds before its ReLU. ``"none"``: nothing; ``"identity"``: the block's input;
-            ``"tensor"``: the caller's residual; a :class:`Unit` without ReLU: a projection of the block's input.
+        shortcut: what the last unit adds before its activation. ``"none"``: nothing; ``"identity"``: the block's input;
+            ``"tensor"``: the caller's residual; a :class:`Unit` without activation: a projection of the block's input.
         pool: max pooling at the end.
     """
 
@@ -92,7 +92,7 @@ class PackedProgram:
         prepared this input shape.
 
         Args:
-            x: input ``(N, C, H, W)``.
+            x: input ``(N, C, ...)`` of rank 3 to 5.
             blocks: the blocks; the output of each is the input of the next.
             residual: tensor that the block with the shortcut ``"tensor"`` adds, of the dtype and shape of what it is
                 added to; None if there is no such block.
@@ -133,7 +133,9 @@ class PackedProgram:
             _insert(self._sequences, blocks, sequence, _MAX_SEQUENCES)
         # The kernels return channels_last memory, PyTorch only if the input or a weight has it.
         is_channels_last = any(conv_output_is_channels_last(x, weight) for weight in prepared.weights)
-        if not prepared.accepts(residual) or (blocks[0][1] == "identity" and chain.is_permuted(x)):
+        if is_channels_last and x.dim() == 5:
+            return None  # which memory format a Conv3d returns depends on the library that computes it
+        if not prepared.accepts(residual) or (blocks[0][1] == "identity" and is_permuted(x)):
             return None
         sequence.last = prepared
         output = prepared.run(x, residual)
@@ -180,16 +182,16 @@ class _Layer:
         weight = tensors.weight
         _, self.bias = fold(tensors._replace(weight=weight[:, :0]), eps)
         #: Shape and memory format of the folded weight.
-        self.like = torch.empty(weight.shape, device="meta", memory_format=torch.channels_last)
+        self.like = torch.empty(weight.shape, device="meta", memory_format=_weight_format(weight))
 
-    def spec(self, relu: bool, pool: tuple[Any, ...] | None) -> BlockSpec | None:
-        """Return the specification of the unit and of a pooling after it, or None if they are not supported.
+    def spec(self, unit: Unit, pool: tuple[Any, ...] | None) -> BlockSpec | None:
+        """Return the specification of `unit` and of a pooling after it, or None if they are not supported.
 
         Args:
-            relu: whether a ReLU follows.
+            unit: a unit of this layer.
             pool: kernel_size, stride and padding of the max pooling, or None.
         """
-        key = (*self.geometry, self.tensors.weight.shape, self.eps, relu)
+        key = (*self.geometry, self.tensors.weight.shape, self.eps, unit.activation, unit.negative_slope)
         spec = build_block_spec((key,), "none", pool)
         return None if isinstance(spec, str) else spec
 
@@ -222,13 +224,19 @@ def fold(tensors: UnitTensors, eps: float) -> tuple[Tensor, Tensor]:
         eps: constant that is added to the variance.
 
     Returns:
-        The weight ``(K, C / groups, ...)`` in channels_last memory and the bias ``(K,)``, both of the weight's dtype.
+        The weight ``(K, C / groups, ...)``, that of a 2-D convolution in channels_last memory, and the bias ``(K,)``,
+        both of the weight's dtype.
     """
     weight, *rest = tensors
     bias, norm_weight, norm_bias, mean, var = (None if tensor is None else tensor.double() for tensor in rest)
     assert mean is not None and var is not None
     folded, shift = fuse_conv_bn_weights(weight.double(), bias, mean, var, eps, norm_weight, norm_bias)
-    return folded.detach().to(weight.dtype, memory_format=torch.channels_last), shift.detach().to(weight.dtype)
+    format = _weight_format(weight)
+    return folded.detach().to(weight.dtype, memory_format=format), shift.detach().to(weight.dtype)
+
+
+def _weight_format(weight: Tensor) -> torch.memory_format:
+    return torch.channels_last if weight.dim() == 4 else torch.contiguous_format
 
 
 def _find_layer(conv: nn.Module, norm: nn.Module) -> _Layer | None:
@@ -266,7 +274,7 @@ def _read_layer(conv: dict[str, Any], norm: dict[str, Any]) -> _Layer | None:
     geometry = tuple([conv[name] for name in _GEOMETRY])
     if any(isinstance(value, list) for value in geometry):  # a change in place would not be detected
         return None
-    if weight.dim() != 4 or weight.numel() == 0:
+    if not 3 <= weight.dim() <= 5 or weight.numel() == 0:
         return None
     for tensor in tensors[1:]:
         if tensor is not None and (tensor.shape != weight.shape[:1] or tensor.device != weight.device):
@@ -455,9 +463,11 @@ def _read_block(block: Block, input: Shape, settings: _Settings, snapshots: list
         layer = _find_layer(unit.conv, unit.norm)
         if layer is None or layer.tensors.weight.device != settings.device:
             return None
+        if len(input) != layer.tensors.weight.dim() or not chain.accepts_rank(unit.norm, len(input)):
+            return None
         if chain.inspect_tensors(layer.tensors, settings.dtype, settings.autocast) is not None:
             return None
-        spec = layer.spec(unit.relu, pool_key)
+        spec = layer.spec(unit, pool_key)
         if spec is None:
             return None
         convolutions.append(PackedConv(layer, spec.units[0], settings))

@@ -11,9 +11,9 @@ from fused_res._torch_compat import assume_constant_result
 from fused_res.ops.geometry import same_padding
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
-#: stride, padding, dilation, groups, padding_mode, weight shape, eps and whether ReLU follows, with the types that the
-#: modules' attributes have.
-UnitKey = tuple[Any, Any, Any, int, str, tuple[int, ...], float, bool]
+#: stride, padding, dilation, groups, padding_mode, weight shape, eps, activation and negative slope, with the types of
+#: the modules' attributes.
+UnitKey = tuple[Any, Any, Any, int, str, tuple[int, ...], float, str, float]
 
 _specs: dict[tuple[Any, ...], BlockSpec | str] = {}
 
@@ -56,9 +56,12 @@ def _dynamo_constant_name(keys: tuple[UnitKey, ...], shortcut: str, pool: tuple[
 def _build(keys: Sequence[UnitKey], shortcut: str, pool: tuple[Any, ...] | None) -> BlockSpec | str:
     try:
         units = tuple(_unit_spec(key) for key in keys)
-        pool_spec = None if pool is None else PoolSpec(*map(_pair, pool))
+        pool_spec = None if pool is None else PoolSpec(*[_expand(value, 2) for value in pool])  # type: ignore[arg-type]
     except ValueError as error:
         return str(error)
+    ranks = {len(unit.stride) for unit in units} | ({2} if pool_spec is not None else set())
+    if len(ranks) > 1:  # the stock layers may read the batch of one rank as a single image of another
+        return f"the layers have different numbers of spatial dimensions: {sorted(ranks)}"
     if shortcut == "none":
         return BlockSpec(units, pool=pool_spec)
     shapes = [key[5] for key in keys]
@@ -69,45 +72,46 @@ def _build(keys: Sequence[UnitKey], shortcut: str, pool: tuple[Any, ...] | None)
     channels = shapes[-1][0] if shortcut_units else shapes[0][1] * units[0].groups
     if channels != shapes[len(main) - 1][0]:
         return f"the shortcut has {channels} channels, the main path {shapes[len(main) - 1][0]}"
-    if _size_map(main, shapes) != _size_map(shortcut_units, shapes[len(main) :]):
-        return "the shortcut's spatial size may differ from the main path's"
+    for dim in range(len(shapes[0]) - 2):
+        if _size_map(dim, main, shapes) != _size_map(dim, shortcut_units, shapes[len(main) :]):
+            return "the shortcut's spatial size may differ from the main path's"
     return BlockSpec(main, shortcut_units[0] if shortcut_units else "identity")
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    first, second = value
-    return first, second
+def _expand(value: Any, rank: int) -> tuple[int, ...]:
+    """Return one value per spatial dimension."""
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) != rank:
+        raise ValueError(f"a layer with {rank} spatial dimensions has the setting {value!r}")
+    return values
 
 
 def _unit_spec(key: UnitKey) -> UnitSpec:
-    stride, padding, dilation, groups, padding_mode, shape, eps, relu = key
-    if len(shape) != 4:
+    stride, padding, dilation, groups, padding_mode, shape, eps, activation, _ = key
+    rank = len(shape) - 2
+    if not 1 <= rank <= 3:
         raise ValueError(f"a convolution's weight has rank {len(shape)}")
     if padding_mode != "zeros":
         raise ValueError(f"a convolution has padding_mode={padding_mode!r}")
     if padding == "valid":
         padding = 0
     elif isinstance(padding, str):  # "same"
-        same = same_padding(shape[2:], _pair(stride), _pair(dilation)) if padding == "same" else None
+        same = same_padding(shape[2:], _expand(stride, rank), _expand(dilation, rank)) if padding == "same" else None
         if same is None:
             raise ValueError(f"a convolution's padding={padding!r} is asymmetric")
         padding = same
-    return UnitSpec(_pair(stride), _pair(padding), _pair(dilation), groups, eps, "relu" if relu else "identity")
+    stride, padding, dilation = (_expand(value, rank) for value in (stride, padding, dilation))
+    return UnitSpec(stride, padding, dilation, groups, eps, activation)  # type: ignore[arg-type]
 
 
-def _size_map(units: Sequence[UnitSpec], shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Return (s, a) for each spatial dimension: consecutive `units` map a size n to floor((n + a) / s) + 1.
+def _size_map(dim: int, units: Sequence[UnitSpec], shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    """Return (s, a) for a spatial dimension: consecutive `units` map its size n to floor((n + a) / s) + 1.
 
     Nested floor divisions compose exactly, so two chains have equal output sizes for every n if and only if these
     numbers are equal.
     """
-    maps = []
-    for dim in range(2):
-        s, a = 1, -1
-        for unit, shape in zip(units, shapes, strict=False):
-            extent = unit.dilation[dim] * (shape[2 + dim] - 1) + 1
-            s, a = s * unit.stride[dim], a + s * (1 + 2 * unit.padding[dim] - extent)
-        maps.append((s, a))
-    return maps
+    s, a = 1, -1
+    for unit, shape in zip(units, shapes, strict=False):
+        extent = unit.dilation[dim] * (shape[2 + dim] - 1) + 1
+        s, a = s * unit.stride[dim], a + s * (1 + 2 * unit.padding[dim] - extent)
+    return s, a

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fused_res.ops.geometry import conv_output_sizes
+
+#: The channels_last memory format of each rank that has one.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(input: Tensor) -> bool:
@@ -23,17 +27,43 @@ def is_channels_last(input: Tensor) -> bool:
         return False
     if all(size == 1 for size in input.shape[2:]):
         return True
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return (
-        input.dim() in formats and not input.is_contiguous() and input.is_contiguous(memory_format=formats[input.dim()])
-    )
+    return not input.is_contiguous() and _is_dense_channels_last(input)
 
 
 def to_memory_format(input: Tensor, channels_last: bool) -> Tensor:
-    """Return ``input`` in channels_last or contiguous memory, without a copy if it is already."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    format = formats.get(input.dim(), torch.contiguous_format) if channels_last else torch.contiguous_format
+    """Return ``input`` in channels_last or contiguous memory, without a copy if it is already.
+
+    Only tensors of rank 4 and 5 have a channels_last format.
+    """
+    format = _CHANNELS_LAST.get(input.dim(), torch.contiguous_format) if channels_last else torch.contiguous_format
     return input.contiguous(memory_format=format)
+
+
+def to_stock_layout(input: Tensor) -> Tensor:
+    """Return ``input`` as a dense tensor with the strides of the output of PyTorch's batch norm.
+
+    PyTorch returns channels_last memory if ``input``'s strides are channels_last, with or without gaps, and contiguous
+    memory for every other order of the dimensions. Only an input with gaps or permuted dimensions is copied.
+    """
+    if input.is_contiguous() or _is_dense_channels_last(input):
+        return input
+    return to_memory_format(input, has_channels_last_strides(input))
+
+
+def is_permuted(input: Tensor) -> bool:
+    """Return whether the strides are neither in the order of (N, C, ...), with or without gaps, nor channels_last."""
+    if input.is_contiguous() or _is_dense_channels_last(input):
+        return False
+    return any(outer < inner for outer, inner in pairwise(input.stride()))
+
+
+def has_same_layout(first: Tensor, second: Tensor) -> bool:
+    """Return whether the sum of two tensors has the memory format of both, whichever is the first operand."""
+    if first.stride() == second.stride():
+        return True
+    if first.is_contiguous() and second.is_contiguous():
+        return True
+    return _is_dense_channels_last(first) and _is_dense_channels_last(second)
 
 
 def to_dense_layout(input: Tensor) -> Tensor:
@@ -80,13 +110,29 @@ def conv_output_shape(
 def conv_output_is_channels_last(input: Tensor, weight: Tensor) -> bool:
     """Return whether a convolution's output is channels_last, as ATen decides.
 
-    It is if the strides of either operand are channels_last and not also contiguous, or if the weight is in oneDNN's
-    blocked format.
+    It is if the strides of either operand are channels_last, or if the weight is in oneDNN's blocked format.
     """
-    return weight.is_mkldnn or _has_channels_last_strides(input) or _has_channels_last_strides(weight)
+    return weight.is_mkldnn or has_channels_last_strides(input) or has_channels_last_strides(weight)
 
 
-def _has_channels_last_strides(tensor: Tensor) -> bool:
+def _is_dense_channels_last(tensor: Tensor) -> bool:
+    format = _CHANNELS_LAST.get(tensor.dim())
+    return format is not None and tensor.is_contiguous(memory_format=format)
+
+
+def has_channels_last_strides(tensor: Tensor) -> bool:
+    """Return whether the strides are those of channels_last memory, with or without gaps.
+
+    For more than one channel this is the rule of ATen's ``Tensor::suggest_memory_format``: a 1x1 weight, which is
+    contiguous in both formats, is channels_last if its strides are those of ``to(memory_format=channels_last)``.
+    """
     # With a single channel the strides are ambiguous. Besides, oneDNN's bfloat16 convolution returns wrong results for
     # 3D inputs with one channel and channels_last_3d strides.
-    return tensor.dim() > 3 and tensor.shape[1] > 1 and tensor.stride(1) == 1 and not tensor.is_contiguous()
+    if tensor.dim() not in _CHANNELS_LAST or tensor.shape[1] == 1 or tensor.stride(1) != 1:
+        return False
+    extent = tensor.shape[1]  # of the dimensions inside this one
+    for size, stride in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
+        if stride < extent:
+            return False
+        extent = stride * size
+    return tensor.stride(0) >= extent

@@ -225,7 +225,7 @@ def _norm_layers(segment: Segment) -> list[Any]:
 def _live(module: nn.Module, program: Program, unit: Unit) -> chain.Unit:
     """Return a unit's present modules."""
     conv = None if unit.conv is None else module.get_submodule(program.relative(unit.conv.path))
-    return chain.Unit(conv, module.get_submodule(program.relative(unit.norm.path)), unit.relu is not None)
+    return chain.Unit(conv, module.get_submodule(program.relative(unit.norm.path)), *unit.settings)
 
 
 def _name_of(segment: Segment) -> str:
@@ -236,10 +236,10 @@ def _name_of(segment: Segment) -> str:
     added = segment.shortcut == "tensor"  # before the last ReLU
     kinds: Counter[str] = Counter()
     for unit in segment.units:
-        relu = unit.relu is not None and not (added and unit is segment.units[-1])
+        relu = unit.activation is not None and not (added and unit is segment.units[-1])
         kinds["-".join(filter(None, ["conv" * (unit.conv is not None), "norm", "ReLU" * relu]))] += 1
     text = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
-    text += " + addition" * added + " + ReLU" * (added and segment.units[-1].relu is not None)
+    text += " + addition" * added + " + ReLU" * (added and segment.units[-1].activation is not None)
     text += " + max pool" * (segment.pool is not None)
     return text
 
@@ -260,7 +260,7 @@ def _reasons(model: nn.Module, norms: set[nn.Module], names: Mapping[nn.Module, 
         if norm in reasons:
             continue
         if not isinstance(norm, chain_norms()):
-            reasons[norm] = f"is a {type(norm).__name__}: batch norms of 4-dimensional inputs are fused"
+            reasons[norm] = f"is a {type(norm).__name__}: batch norms are fused"
             continue
         name = names[norm]
         above = [path for path in failures if not path or name == path or name.startswith(path + ".")]

@@ -77,7 +77,7 @@ def describe(segment: Segment) -> str:
     def unit(one: Unit, relu: bool) -> list[str]:
         return [node.path for node in (one.conv, one.norm) if node is not None] + ["relu"] * relu
 
-    words = [word for one in segment.units[:-1] for word in unit(one, one.relu is not None)]
+    words = [word for one in segment.units[:-1] for word in unit(one, one.activation is not None)]
     last, shortcut = segment.units[-1], segment.shortcut
     words += unit(last, False)
     if shortcut == "tensor":
@@ -85,7 +85,7 @@ def describe(segment: Segment) -> str:
         words.append(f"+{segment.residual.source.name}")
     elif shortcut != "none":
         words.append("+identity" if isinstance(shortcut, str) else f"+({' '.join(unit(shortcut, False))})")
-    words += ["relu"] * (last.relu is not None) + ["pool"] * (segment.pool is not None)
+    words += ["relu"] * (last.activation is not None) + ["pool"] * (segment.pool is not None)
     return " ".join(words)
 
 
@@ -306,7 +306,7 @@ class TestLayers:
             ("n1", lambda: Renamed(4), ["c1 n1 relu pool"]),
             ("n1", lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False), ["c1 n1 relu pool"]),
             ("n1", lambda: Scaled(4), []),
-            ("n1", lambda: nn.BatchNorm3d(4), []),
+            ("n1", lambda: nn.BatchNorm3d(4), ["n1 relu"]),  # the stock layers run, and raise
             ("n1", lambda: nn.GroupNorm(2, 4), []),
             ("n1", lambda: nn.InstanceNorm2d(4), []),
             ("c1", lambda: Padded(4, 4, 3, padding=1), ["c1 n1 relu pool"]),
@@ -315,6 +315,7 @@ class TestLayers:
             ("c1", lambda: nn.Conv2d(4, 4, 3, padding_mode="circular"), ["n1 relu"]),
             ("c1", lambda: nn.ConvTranspose2d(4, 4, 3), ["n1 relu"]),
             ("c1", lambda: nn.Linear(4, 4), ["n1 relu"]),
+            ("c1", lambda: nn.Conv1d(4, 4, 3), ["n1 relu"]),
             ("c1", lambda: nn.Conv2d(6, 4, 3, groups=2, dilation=2, padding="same"), ["c1 n1 relu pool"]),
             ("relu", lambda: nn.ReLU6(), ["c1 n1"]),
             ("relu", lambda: nn.SiLU(), ["c1 n1"]),

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.styles import BY_NAME, STYLES, Style
 from fused_res import freeze, fuse, summarize, unfuse
+from fused_res._torch_compat import BatchNorm
 from tests.support.model_comparison import assert_near, randomize_norms
 
 #: Only the order of rounding differs.
@@ -43,10 +44,17 @@ def stock_of(style: Style) -> nn.Module:
     return copy.deepcopy(pristine(style.name))
 
 
+def as_layout(input: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return a batch in the memory format of its rank; one of signals or vectors is as it is."""
+    if layout is torch.channels_last and input.dim() == 5:
+        layout = torch.channels_last_3d
+    return input.to(memory_format=layout) if input.dim() >= 4 else input
+
+
 def inputs_of(style: Style, layout: torch.memory_format = torch.contiguous_format, step: int = 0) -> list[Tensor]:
     torch.manual_seed(1)
-    images = torch.randn(style.inputs, 3, 3, 16, 16, dtype=torch.float64) + 0.1 * step
-    return [image.to(memory_format=layout).requires_grad_() for image in images]
+    inputs = torch.randn(style.inputs, 3, *style.shape, dtype=torch.float64) + 0.1 * step
+    return [as_layout(input, layout).requires_grad_() for input in inputs]
 
 
 def tensors_in(output: Any, name: str = "output") -> dict[str, Tensor]:
@@ -114,11 +122,11 @@ def assert_evaluation_matches(
 
 @contextlib.contextmanager
 def stock_norms(model: nn.Module) -> Iterator[set[str]]:
-    """Collect the names of the BatchNorm2d modules of `model` that stock PyTorch computes."""
+    """Collect the names of the batch norms of `model` that stock PyTorch computes."""
     names = {
         id(tensor): name
         for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
+        if isinstance(module, BatchNorm)
         for tensor in (module.running_mean, module.weight)
         if tensor is not None
     }
@@ -155,7 +163,9 @@ def assert_share(style: Style, left: set[str], every: set[str], when: str) -> No
 @each_style
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_fused_matches_stock(style: Style, layout: torch.memory_format) -> None:
-    stock = stock_of(style).to(memory_format=layout)
+    stock = stock_of(style)
+    for parameter in stock.parameters():
+        parameter.data = as_layout(parameter.data, layout)
     assert_training_matches(fuse(copy.deepcopy(stock)), stock, style, layout)
 
 
@@ -175,7 +185,7 @@ def frozen_of(name: str) -> nn.Module:
 @each_style
 def test_summary_names_the_norms_that_are_left(style: Style) -> None:
     fused = fuse(stock_of(style))
-    every = {name for name, module in fused.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    every = {name for name, module in fused.named_modules() if isinstance(module, BatchNorm)}
     assert_share(style, {row.name for row in summarize(fused).left} & every, every, "according to summarize")
 
 

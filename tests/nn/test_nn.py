@@ -434,7 +434,7 @@ def test_shortcut_is_supported_iff_sizes_match_for_every_input(main: list, other
     keys = []
     for layer in (*build(main), *build(other)):
         matched = chain.Chain()
-        assert matched.add(layer, nn.BatchNorm2d(2), False) is None
+        assert matched.add(layer, nn.BatchNorm2d(2), "identity") is None
         keys += matched.keys
     if len(other) == 1:
         assert isinstance(build_block_spec(tuple(keys), "projection", None), str) != equal

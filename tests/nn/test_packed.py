@@ -39,7 +39,8 @@ def unit(
     if affine:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias)
-    return Unit(conv.requires_grad_(False), norm.eval().requires_grad_(False), relu)
+    activation = "relu" if relu else "identity"
+    return Unit(conv.requires_grad_(False), norm.eval().requires_grad_(False), activation)
 
 
 def stem() -> Block:
@@ -78,7 +79,7 @@ CASES: dict[str, tuple[Callable[[], tuple[Block, ...]], int, int]] = {
     "groups between": (lambda: (basic(), basic(), Block((unit(20, 20, groups=20),)), strided()), 3, 20),
     "dilated, same": (lambda: (Block((unit(5, 5, dilation=2, padding="same"),), "identity"),), 1, 5),
     "valid": (lambda: (Block((unit(5, 6, padding="valid"),)),), 1, 5),
-    "rectangular": (lambda: (Block((Unit(*_rectangular(), True),)),), 1, 5),
+    "rectangular": (lambda: (Block((Unit(*_rectangular(), "relu"),)),), 1, 5),
     "one channel": (lambda: (Block((unit(1, 1, 1), unit(1, 3)), unit(1, 3, 1, relu=False)),), 1, 1),
 }  # fmt: skip
 
@@ -130,7 +131,7 @@ def reference(x: Tensor, blocks: Sequence[Block], residual: Tensor | None = None
                         added = x if block.shortcut == "identity" else residual
                         assert added is not None
                         y = y + added.double()
-                y = y.relu() if one.relu else y
+                y = y.relu() if one.activation == "relu" else y
             x = y if block.pool is None else block.pool(y)
     return x
 
@@ -262,7 +263,7 @@ class TestResults:
 
     def test_one_convolution_with_two_norms(self) -> None:
         first, second = unit(5, 5), unit(5, 5)
-        blocks = (Block((first, Unit(first.conv, second.norm, False))),)
+        blocks = (Block((first, Unit(first.conv, second.norm, "identity"))),)
         check(blocks, images(5))
 
     def test_inference_mode(self) -> None:
@@ -781,11 +782,11 @@ class TestCaches:
     def test_nothing_outlives_the_model(self, cycle: bool) -> None:
         model = nn.Sequential(*unit(5, 5)[:2])
         program = model.__dict__["program"] = PackedProgram()
-        assert program.run(images(5), (Block((Unit(model[0], model[1], True),)),)) is not None
+        assert program.run(images(5), (Block((Unit(model[0], model[1], "relu"),)),)) is not None
         if cycle:  # references to the model from the state of the layer
             model[0].register_forward_hook(lambda *_, model=model: None)
             model[1].bias.model = model  # type: ignore[union-attr]
-        alive = [weakref.ref(model[0]), weakref.ref(layer_of(Unit(model[0], model[1], True)))]  # type: ignore[arg-type]
+        alive = [weakref.ref(model[0]), weakref.ref(layer_of(Unit(model[0], model[1], "relu")))]  # type: ignore[arg-type]
         del model, program
         gc.collect()
         assert [one() for one in alive] == [None, None]
