@@ -110,6 +110,19 @@ class Segment:
         norm = Segment((Unit(None, last.norm, last.activation),), "tensor", self.add, self.residual)
         return (Segment(tuple(first)), norm) if first else (norm,)
 
+    def norm_passes(self) -> tuple[Segment, ...]:
+        """Return the norms of a chain, each with the addition and activation after it."""
+        if self.units[0].conv is None:
+            return ()
+        *others, last = [unit._replace(conv=None) for unit in self.units]
+        if isinstance(self.shortcut, Unit):
+            others.append(self.shortcut._replace(conv=None))
+        passes = [Segment((unit,)) for unit in others]
+        if self.add is None:
+            return (*passes, Segment((last,)))
+        operands = source(self.add, 0), source(self.add, 1)
+        return *passes, Segment((last,), "tensor", self.add, operands[operands[0] is last.norm])
+
     def blocks(self) -> tuple[Segment, ...]:
         """Return the segments that packed inference computes: only a block of one unit adds an arbitrary tensor."""
         if self.shortcut != "tensor" or len(self.units) == 1:

@@ -342,24 +342,33 @@ class _Generator:
     def emit_segment(self, segment: Segment, indent: int) -> None:
         """Run a segment with fused operators that compute gradients."""
         for part in segment.parts():
-            unit, conv = part.units[0], segment.units[-1].conv
-            if unit.conv is None and conv is not None:
+            conv = segment.units[-1].conv
+            if part.units[0].conv is None and conv is not None:
                 self.emit_node(conv, indent)
-            values, inner = self.values(part), indent
-            if not part.has_clamp:
-                input, norm = self.text(part.values[0]), self.module(unit.norm.path)
-                if unit.conv is None:
-                    (activation,) = unit.settings
-                    call = f"run_fused_norm({input}, {norm}, {self.residual(part)}, {activation!r}, settings.backend)"
-                else:
-                    call = f"run_fused({input}, {self.chain(part)}, *settings, calls)"
-                self.emit_attempt(call, values, part.values, indent)
-                inner = indent + 1
-            for node in part.nodes:
-                if node.op is not Op.IDENTITY:
-                    self.emit_node(node, inner)
-            if inner > indent:
-                self.emit_names(values, indent)
+            self.emit_part(part, indent)
+
+    def emit_part(self, part: Segment, indent: int) -> None:
+        """Run one operator; where that does not support the input, each norm of a chain alone, the rest unchanged."""
+        unit, values, inner = part.units[0], self.values(part), indent
+        passes: dict[Node, Segment] = {}
+        if not part.has_clamp:
+            input, norm = self.text(part.values[0]), self.module(unit.norm.path)
+            if unit.conv is None:
+                (activation,) = unit.settings
+                call = f"run_fused_norm({input}, {norm}, {self.residual(part)}, {activation!r}, settings.backend)"
+            else:
+                call = f"run_fused({input}, {self.chain(part)}, *settings, calls)"
+            self.emit_attempt(call, values, part.values, indent)
+            inner = indent + 1
+            passes = {norm_pass.last: norm_pass for norm_pass in part.norm_passes()}
+        covered = {node for norm_pass in passes.values() for node in norm_pass.nodes}
+        for node in part.nodes:
+            if node in passes:
+                self.emit_part(passes[node], inner)
+            elif node not in covered and node.op is not Op.IDENTITY:
+                self.emit_node(node, inner)
+        if inner > indent:
+            self.emit_names(values, indent)
 
     def emit_attempt(self, call: str, values: Sequence[fx.Node], read: Sequence[fx.Node], indent: int) -> None:
         self.emit(indent, f"{self.text(values[0])} = {call}", values, read)
