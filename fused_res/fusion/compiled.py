@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from fused_res import _torch_compat, functional
 from fused_res.block.checks import TensorMeta, check_block
@@ -93,10 +94,10 @@ def _settings(options: Mapping[str, Any] | None, mode: str | None) -> Settings:
     return settings
 
 
-# The fused calls. Each is the target of a node, so that the graph passes tensors only.
+# The functions that nodes call. They hold what is no tensor; fx hashes targets, by identity.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FusedChain:
     """A call of :func:`fused_res.functional.residual_block` with a constant specification.
 
@@ -119,7 +120,7 @@ class FusedChain:
         return functional.run_block(input, self.spec, tensors, *options, opaque=opaque)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FusedNorm:
     """A call of :func:`fused_res.functional.batch_norm_act` with constant settings."""
 
@@ -144,25 +145,74 @@ def count_batch(counter: Tensor, number: int) -> Tensor:
     return counter if functional.is_recomputing() else counter.add_(number)
 
 
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Activation checkpointing of a subgraph, executed eagerly.
+
+    Dynamo's operator is meant for AOTAutograd. Executed as it is, it does not restore the random state, and it fails if
+    the subgraph updates the running statistics that it gets as arguments: their version is verified in backward.
+
+    Args:
+        state: indices of the arguments that the subgraph updates.
+        options: keyword arguments of :func:`torch.utils.checkpoint.checkpoint`.
+    """
+
+    state: tuple[int, ...]
+    options: Mapping[str, Any]
+    __name__ = "checkpoint"
+
+    def __call__(self, body: fx.GraphModule, *arguments: Any) -> Any:
+        state = {index: arguments[index] for index in self.state}
+
+        def run(*rest: Any) -> Any:
+            remaining = iter(rest)
+            indices = range(len(arguments))
+            return body(*[state[index] if index in state else next(remaining) for index in indices])
+
+        rest = [argument for index, argument in enumerate(arguments) if index not in state]
+        return checkpoint(run, *rest, use_reentrant=False, **self.options)
+
+
 # The rewrite
 
 
-def _rewrite(module: fx.GraphModule, settings: Settings, checkpointed: bool = False) -> None:
-    """Replace the segments of a graph by fused calls, and those of its subgraphs under activation checkpointing."""
+def _rewrite(module: fx.GraphModule, settings: Settings, checkpointed: bool = False) -> set[fx.Node]:
+    """Replace the segments of a graph by fused calls, and those of its subgraphs under activation checkpointing.
+
+    Returns:
+        The placeholders of the counters and running statistics that the graph updates.
+    """
     graph = module.graph
     captured = dynamo.lower(graph)
     parts = [part for segment in find_segments(captured.graph) for part in segment.parts()]
     rewrite = _Rewrite(graph, captured, settings)
     for part in parts:
         rewrite.fuse(part)
-    if checkpointed:
+    for node in graph.nodes:
+        body = dynamo.checkpoint_body(node)
+        if body is not None:
+            subgraph = module.get_submodule(body)
+            assert isinstance(subgraph, fx.GraphModule)
+            state = _rewrite(subgraph, settings, checkpointed=True)
+            if settings.inner == "eager":
+                _checkpoint_eagerly(node, subgraph, state)
+    if checkpointed and settings.inner == "eager":
         rewrite.count_once()
-    for body in [body for node in graph.nodes if (body := dynamo.checkpoint_body(node)) is not None]:
-        subgraph = module.get_submodule(body)
-        assert isinstance(subgraph, fx.GraphModule)
-        _rewrite(subgraph, settings, checkpointed=True)
     graph.lint()
     module.recompile()
+    return captured.state
+
+
+def _checkpoint_eagerly(node: fx.Node, body: fx.GraphModule, state: set[fx.Node]) -> None:
+    """Replace Dynamo's operator for activation checkpointing by :class:`Checkpoint`."""
+    options = {name: value for name, value in node.kwargs.items() if name != "use_reentrant"}
+    if options.keys() - {"preserve_rng_state", "determinism_check", "debug"}:
+        return
+    if "_checkpoint_context_fn" in body.meta:
+        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    placeholders = [placeholder for placeholder in body.graph.nodes if placeholder.op == "placeholder"]
+    indices = tuple([index for index, placeholder in enumerate(placeholders) if placeholder in state])
+    node.target, node.kwargs = Checkpoint(indices, options), {}
 
 
 #: A function that computes a segment, and the tensors of its layers.

@@ -33,11 +33,13 @@ class Captured(NamedTuple):
         graph: the intermediate representation.
         nodes: node of Dynamo's graph for each node of the recorded graph, :attr:`fused_res.graph.ir.Node.source`.
         tensors: placeholder of each tensor of a layer, by the tensor's ``id``.
+        state: placeholders of the counters and statistics that the graph updates.
     """
 
     graph: Graph
     nodes: dict[fx.Node, fx.Node]
     tensors: dict[int, fx.Node]
+    state: set[fx.Node]
 
 
 def value_of(node: fx.Node) -> Any:
@@ -56,7 +58,7 @@ def is_barrier(node: fx.Node) -> bool:
 
 
 def checkpoint_body(node: fx.Node) -> str | None:
-    """Return the name of the subgraph that a node calls under activation checkpointing, or None."""
+    """Return the name of the subgraph that only this node calls, under activation checkpointing, or None."""
     body = node.args[0] if node.target is torch.ops.higher_order.tag_activation_checkpoint and node.args else None
     if not isinstance(body, fx.Node) or body.op != "get_attr" or len(body.users) != 1:
         return None
@@ -101,8 +103,13 @@ def lower(source: fx.Graph) -> Captured:
     modules = {call.path: call.layer for call in layers.calls.values()} | {"": nn.Module()}
     graph = build_graph(recorded, modules.__getitem__, frames.all)
     _add_writes(graph, nodes)
-    _reject_written_layers(graph, nodes, layers)
-    return Captured(graph, nodes, {id(value_of(node)): node for node in layers.tensors})
+    written = _written_state(graph, nodes)
+    for node in graph.nodes:
+        call = layers.calls.get(nodes[node.source])
+        if call is not None and not written.isdisjoint(call.tensors.values()):
+            node.op = Op.OTHER  # the fused call would read its tensors after the write
+    tensors = {id(value_of(node)): node for node in layers.tensors}
+    return Captured(graph, nodes, tensors, written | layers.updated)
 
 
 def _opaque(*arguments: Any, **options: Any) -> Any:
@@ -207,6 +214,7 @@ class _Layers:
     Attributes:
         calls: those calls.
         tensors: the placeholders of all layers' tensors.
+        updated: those of the running statistics that a norm updates.
     """
 
     def __init__(self, source: fx.Graph) -> None:
@@ -222,6 +230,8 @@ class _Layers:
         for node in [node for node, call in self.calls.items() if not self._owns_statistics(call)]:
             del self.calls[node]
         self.tensors = {tensor for call in self.calls.values() for tensor in call.tensors.values()}
+        training = [call for call in self.calls.values() if call.layer.training]
+        self.updated = {call.tensors[name] for call in training for name in call.tensors if name.startswith("running_")}
 
     def _recognizer(self, node: fx.Node) -> Any:
         if node.op != "call_function" or not is_plain(value_of(node)):
@@ -376,12 +386,9 @@ def _may_write(target: Any) -> bool:
     return target in _UPDATES_STATISTICS
 
 
-def _reject_written_layers(graph: Graph, nodes: Mapping[fx.Node, fx.Node], layers: _Layers) -> None:
-    """Make calls of layers opaque whose tensors another node may write to: the fused call would read them later."""
+def _written_state(graph: Graph, nodes: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """Return the placeholders that operations other than layers may write to, without those that may alias inputs."""
     writers = [node for node in graph.nodes if not is_barrier(nodes[node.source])]
     written = {graph.root(storage) for node in writers for storage in node.writes}
-    tensors = {nodes[node.source] for node in graph.nodes if graph.root(node.storage) in written} & layers.tensors
-    for node in graph.nodes:
-        call = layers.calls.get(nodes[node.source])
-        if call is not None and not tensors.isdisjoint(call.tensors.values()):
-            node.op = Op.OTHER
+    state = [node for node in graph.nodes if node.source.op == "get_attr" and graph.root(node.storage) in written]
+    return {nodes[node.source] for node in state if nodes[node.source].op == "placeholder"}
