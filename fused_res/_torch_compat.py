@@ -121,6 +121,36 @@ def assume_constant_result(function: F) -> F:
     return function
 
 
+def compile_with_inductor(module: torch.fx.GraphModule, inputs: Sequence[Tensor], mode: str | None) -> Any:
+    """Return what ``torch.compile`` with Inductor, and a ``mode`` or None, runs for a graph of Dynamo."""
+    from torch import _inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    options = _inductor.list_mode_options(mode) if mode is not None else None
+    return compile_fx(module, inputs, config_patches=options)
+
+
+def is_registered_operator(target: object) -> bool:
+    """Return whether a function of an ``fx`` graph is an operator of ``torch.ops``, of any library."""
+    return isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator))
+
+
+def may_mutate(operator: Any) -> bool:
+    """Return whether an operator may write to its arguments, by its schema where it has a single one."""
+    return not isinstance(operator, torch._ops.OpOverload) or bool(operator._schema.is_mutable)
+
+
+def concrete_number(value: object) -> object:
+    """Return a symbolic number that has only one possible value as that value; anything else unchanged."""
+    if isinstance(value, torch.SymInt):
+        known = value.node.maybe_as_int()
+    elif isinstance(value, torch.SymFloat):
+        known = value.node.maybe_as_float()
+    else:
+        return value
+    return value if known is None else known
+
+
 def copy_to_new(new: Tensor, source: Tensor) -> Tensor:
     """Return ``new``, an uninitialized tensor that nothing else refers to, with the values of ``source``.
 

@@ -193,10 +193,13 @@ def run_block(
     process_group: ProcessGroup | None,
     backend: str,
     tune: bool,
+    opaque: bool | None = None,
 ) -> tuple[Tensor, Plan | None]:
     """Compute :func:`residual_block` for a caller that has checked the types of the arguments.
 
     Args:
+        opaque: whether to call the opaque operators, for a compiler that traces this function. None: where
+            ``torch.compiler.is_compiling()``, which a backend of Dynamo and AOTAutograd cannot rely on.
         training: for each unit, whether it uses the statistics of the batch.
         momentum: for each unit, the weight of the new batch; empty if no unit uses the statistics of the batch.
         input, spec, tensors, recompute, process_group, backend, tune: as of :func:`residual_block`.
@@ -208,7 +211,8 @@ def run_block(
     any_training = True in training
     group = distributed.process_group_name(process_group) if process_group is not None and any_training else ""
     kernels = registry.resolve(backend, input.device)
-    weight, dtype, compiling = tensors[0] if tensors else None, autocast_dtype(input), torch.compiler.is_compiling()
+    weight, dtype = tensors[0] if tensors else None, autocast_dtype(input)
+    compiling = torch.compiler.is_compiling() if opaque is None else opaque
     if dtype is not None or compiling:  # otherwise planning detects non-tensors at no extra cost
         check_tensors(spec, tensors)
     if dtype is not None and input.dtype != torch.float64:  # autocast does not cast float64

@@ -352,14 +352,18 @@ def inspect_tensors(tensors: Sequence[Tensor | None], dtype: torch.dtype, autoca
         kind, actual = type(tensor), tensor.dtype
         if kind is not Parameter and kind is not Tensor:
             return Unsupported(f"a parameter or buffer is a {kind.__name__}")
-        if actual is dtype:
-            continue
-        # Autocast casts a convolution's operands; batch norm accepts float32 parameters with a 16-bit input.
-        of_norm = index % _UNIT_FIELDS >= _FIRST_NORM_FIELD
-        if (actual is torch.float32 and dtype in _HALF) if of_norm else (autocast and actual in _AUTOCAST_DTYPES):
-            continue
-        return Unsupported(f"a parameter or buffer has dtype {actual}, but the block computes in {dtype}")
+        if actual is not dtype and not is_supported_dtype(index, actual, dtype, autocast):
+            return Unsupported(f"a parameter or buffer has dtype {actual}, but the block computes in {dtype}")
     return None
+
+
+def is_supported_dtype(index: int, actual: torch.dtype, dtype: torch.dtype, autocast: bool) -> bool:
+    """Return whether the tensor at `index` of :func:`inspect_tensors` may have the dtype `actual`."""
+    # Autocast casts a convolution's operands; batch norm accepts float32 parameters with a 16-bit input.
+    of_norm = index % _UNIT_FIELDS >= _FIRST_NORM_FIELD
+    if actual is dtype:
+        return True
+    return (actual is torch.float32 and dtype in _HALF) if of_norm else (autocast and actual in _AUTOCAST_DTYPES)
 
 
 def run_fused(
