@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 HEADER = ("model", "input", "norms", "fused: training", "evaluation", "equal", "training", "evaluation", "frozen")
 NOTE = (
-    "*Fused*: share of the norms of one forward that run fused, counted from outside by the remaining calls of PyTorch's"
+    "*Fused*: share of the norms of one forward that run fused, counted from outside by remaining calls of PyTorch's"
     " batch norm. *Equal*: outputs, gradients, buffers and frozen outputs in float64, relative to stock PyTorch."
     " *Training*, *evaluation*, *frozen*: speed of a training step (forward, backward, SGD), of `fuse(model)` in"
     " evaluation mode and of `freeze(model)`, as the time of stock PyTorch over that of fused_res: medians of"
