@@ -19,6 +19,7 @@ from benchmarks import (
     suite,
 )
 from benchmarks.styles import command as styles
+from benchmarks.zoo import command as zoo
 
 SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "op": op,
@@ -50,6 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name not in CALCULATED:
             options.add_common(subparser)
         module.add_arguments(subparser)
+    zoo_parser = subparsers.add_parser("zoo", help=zoo.HELP, description=zoo.__doc__)
+    options.add_output(zoo_parser)
+    zoo.add_arguments(zoo_parser)
     compare.add_arguments(subparsers.add_parser("compare", help=compare.HELP, description=compare.__doc__))
     return parser
 
@@ -59,6 +63,8 @@ def main(arguments: list[str]) -> None:
     parsed = parser.parse_args(arguments)
     if parsed.subcommand == "compare":
         raise SystemExit(compare.run(parsed))
+    if parsed.subcommand == "zoo":
+        raise SystemExit(zoo.run(parsed))
     if parsed.subcommand == "all":
         suite.run(parsed, parser, SUBCOMMANDS)
         return

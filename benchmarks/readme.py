@@ -1,7 +1,7 @@
 """`python -m benchmarks.readme`: generates the result pages from the JSON files committed under benchmarks/results/.
 
 README.md gets the figure and one table of ResNets against every peer. benchmarks/results/README.md gets one table for
-each entry of SECTIONS, then the summaries of all results.
+each entry of SECTIONS, then the summaries of all results. docs/models.md gets the tables of the zoo.
 """
 
 import json
@@ -12,12 +12,17 @@ from typing import Any
 
 from benchmarks import plots, report
 from benchmarks.__main__ import SUBCOMMANDS
+from benchmarks.zoo import page as zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+MODELS = ROOT / "docs" / "models.md"
+#: Name of the zoo's document, which has its own page.
+ZOO = "zoo"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 Document = dict[str, Any]
+NO_ZOO = "Not measured yet: `python -m benchmarks zoo --out benchmarks/results/MACHINE` does it."
 NO_GPU = "Not measured: no GPU was available. `make gpu` runs the benchmarks on one."
 
 
@@ -194,6 +199,8 @@ def summaries_section(device: str, documents: dict[str, Document]) -> str:
     """Return the summaries of all documents of one device, for benchmarks/results/README.md."""
     parts = [f"## {device}: every benchmark"]
     for name, document in documents.items():
+        if name == ZOO:
+            continue
         subcommand = SUBCOMMANDS[report.subcommand_of(document)]
         texts = [f"$ {document['command']}", *map(subcommand.summary, document["runs"])]
         body = "\n\n".join(texts)
@@ -201,6 +208,14 @@ def summaries_section(device: str, documents: dict[str, Document]) -> str:
             f"### {name}\n\n{report.environment(document)}\n\n```text\n{body}\n```\n\n![]({device}/{name}.png)"
         )
     return "\n\n".join(parts)
+
+
+def zoo_section(devices: dict[str, dict[str, Document]]) -> str:
+    """Return the tables of docs/models.md, of every device that the zoo was measured on."""
+    parts = [
+        f"**{device}**: {zoo.section(documents[ZOO])}" for device, documents in devices.items() if ZOO in documents
+    ]
+    return "\n\n".join(parts) or NO_ZOO
 
 
 def replace_between_markers(text: str, new: str) -> str:
@@ -226,6 +241,7 @@ def render_pages() -> dict[Path, str]:
     return {
         readme: replace_between_markers(readme.read_text(), tables),
         RESULTS / "README.md": "\n\n".join(parts) + "\n",
+        MODELS: replace_between_markers(MODELS.read_text(), zoo_section(devices)),
     }
 
 

@@ -1,138 +1,172 @@
-"""Models of torchvision and timm as their packages ship them: fused and frozen, they equal stock in float64.
+"""Models of public packages as their packages ship them: fused and frozen, they equal stock in float64.
 
-The share of the norms that run fused is counted from outside, by the calls of torch.nn.functional.batch_norm.
+The share of the norms that run fused is counted from outside, by the calls of PyTorch's batch norm that remain.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
-from fused_res import freeze, fuse
+from benchmarks.zoo import models as catalog
+from benchmarks.zoo.compare import compare, excesses
+from benchmarks.zoo.count import count_stock_norms
+from benchmarks.zoo.models import PACKAGES, SMALL, ZOO, ZooModel
+from fused_res import fuse
 from fused_res.testing import stub_torchvision_operators
-from tests.support.model_comparison import assert_near, randomize_norms
 
 stub_torchvision_operators()
-timm = pytest.importorskip("timm")
-models = pytest.importorskip("torchvision.models")
 
-#: Norms over few values amplify rounding: some gradients of these models at 64 x 64 pixels differ by 1e-8.
-GRADIENTS = 1e-6
-TIMM_SMALL = ("resnet10t", "skresnet18", "dla46_c")
-TORCHVISION_SMALL = ("shufflenet_v2_x0_5", "mnasnet0_5")
-TIMM = (
-    "resnet18", "ghostnet_050", "legacy_seresnet18",
-    "resnet18d", "resnet26t", "resnext50_32x4d", "wide_resnet50_2", "resnetblur18", "resnetaa50",
-    "resnetrs50", "resnet50_clip", "seresnet18", "seresnext26t_32x4d", "legacy_seresnext26_32x4d", "ecaresnet26t",
-    "resnest14d", "skresnext50_32x4d", "res2net50_14w_8s", "res2next50", "dla34", "dla60_res2net", "hrnet_w18_small",
-    "hrnet_w18_ssld", "ghostnet_100", "ghostnetv2_100", "selecsls42b", "selecsls60", "rexnet_100", "legacy_xception",
-    "xception41",
-)  # fmt: skip
-TORCHVISION = (
-    "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "googlenet",
-    "inception_v3", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf",
-    "regnet_y_400mf", "shufflenet_v2_x1_0", "mnasnet1_0", "fcn_resnet50", "deeplabv3_resnet50",
-    "quantized_resnet18",
-    "quantized_resnet50", "quantized_googlenet", "quantized_mobilenet_v2", "quantized_mobilenet_v3_large",
-    "quantized_shufflenet_v2_x0_5",
-)  # fmt: skip
 FULL = pytest.mark.full
+#: Relatives of the catalog's models, in spellings of their own.
+RELATIVES = (
+    *map(
+        catalog.timm,
+        (
+            "resnet18", "ghostnet_050", "legacy_seresnet18", "resnet18d", "resnet26t", "resnext50_32x4d",
+            "wide_resnet50_2", "resnetblur18", "resnetaa50", "resnet50_clip", "seresnet18", "seresnext26t_32x4d",
+            "legacy_seresnext26_32x4d", "ecaresnet26t", "skresnext50_32x4d", "res2net50_14w_8s", "res2next50",
+            "dla60_res2net", "hrnet_w18_ssld", "ghostnetv2_100", "selecsls60",
+        ),
+    ),
+    *map(
+        catalog.torchvision,
+        (
+            "resnet34", "resnet101", "mobilenet_v3_small", "quantized_resnet50", "quantized_googlenet",
+            "quantized_mobilenet_v3_large", "quantized_shufflenet_v2_x0_5",
+        ),
+    ),
+)  # fmt: skip
+#: Smallest share of the norms of the most used models that must run fused.
+GOAL = 0.95
 
 
-def cases(small: tuple[str, ...], others: tuple[str, ...]) -> list[object]:
-    return [*small, *(pytest.param(name, marks=FULL) for name in others)]
+def cases(chosen: Sequence[ZooModel]) -> list[object]:
+    return [pytest.param(model, id=model.title) for model in chosen]
 
 
-def torchvision_model(name: str) -> nn.Module:
-    options = {"init_weights": False} if "googlenet" in name or "inception" in name else {}
-    if name.startswith(("fcn", "deeplab")):
-        options = {"weights_backbone": None}  # type: ignore[dict-item]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao is deprecated
-        model: nn.Module = models.get_model(name, weights=None, **options)
-    return model
+def build(model: ZooModel) -> nn.Module:
+    pytest.importorskip(model.package, reason=f"{model.package} is in requirements/peers.txt")
+    torch.manual_seed(0)
+    return model.build()
 
 
-@contextlib.contextmanager
-def stock_norms(model: nn.Module) -> Iterator[list[str]]:
-    """Record the names of the norms that are exactly nn.BatchNorm2d and run through torch.nn.functional.batch_norm."""
-    names = {id(m.weight): name for name, m in model.named_modules() if type(m) is nn.BatchNorm2d}
-    original, seen = nn.functional.batch_norm, []
-
-    def record(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if id(weight) in names:
-            seen.append(names[id(weight)])
-        return original(input, mean, var, weight, *args, **kwargs)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(nn.functional, "batch_norm", record)
-        yield seen
+def check(model: ZooModel) -> None:
+    """Check equality in float64, and that the share of fused norms is at least that of the catalog."""
+    errors, norms = compare(build(model), model.compared_shape)
+    assert not list(excesses(errors))
+    for mode, (fused, total) in norms.items():
+        assert total > 0
+        assert fused >= model.fused * total, f"{mode}: {fused} of {total} norms run fused"
 
 
-def train(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return outputs and gradients of one training step; dropout draws the same numbers in every call."""
-    torch.manual_seed(1)
-    x = x.clone().requires_grad_()
-    outputs = [output for output in tree_leaves(model(x)) if isinstance(output, Tensor)]
-    grads = [torch.linspace(-1, 2, output.numel(), dtype=x.dtype).view_as(output) for output in outputs]
-    torch.autograd.backward(outputs, grads)
-    return outputs, [x.grad, *(parameter.grad for parameter in model.parameters())]
+@pytest.mark.parametrize("model", cases(SMALL))
+def test_small_model(model: ZooModel) -> None:
+    check(model)
 
 
-def infer(model: nn.Module, x: Tensor) -> list[Tensor]:
-    with torch.no_grad():
-        return [output for output in tree_leaves(model(x)) if isinstance(output, Tensor)]
+@FULL
+@pytest.mark.parametrize("model", cases((*ZOO, *RELATIVES)))
+def test_model(model: ZooModel) -> None:
+    check(model)
 
 
-def check(model: nn.Module, size: int = 64) -> None:
-    stock = randomize_norms(model).double().eval()
-    x = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+class ZeroInitialization(TorchFunctionMode):
+    """Fill with zeros what would be filled with random numbers: initialization takes most of a large model's time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0].zero_()
+        return func(*args, **(kwargs or {}))
+
+
+def test_most_used_models_run_fused() -> None:
+    """Count the norms of all of them together; values do not matter to a count."""
+    chosen = [model for model in ZOO if model.popular]
+    assert len(chosen) >= 20
+    counts = {model.title: count_fused(model) for model in chosen}
+    for index, mode in enumerate(("training", "evaluation")):
+        print("\n".join(f"{title}, {mode}: {one[index][0]} of {one[index][1]}" for title, one in counts.items()))
+        fused, total = (sum(one[index][part] for one in counts.values()) for part in (0, 1))
+        assert fused >= GOAL * total, f"{mode}: {fused} of {total} norms run fused, expected at least {GOAL:.0%}"
+
+
+def count_fused(model: ZooModel) -> list[tuple[int, int]]:
+    """Return the number of fused norms and of all norms, in training and in evaluation."""
+    with ZeroInitialization():
+        stock = build(model)
     fused = fuse(copy.deepcopy(stock))
-    expected = infer(stock, x)
-    for ours in (fused, copy.deepcopy(fused), freeze(stock)):
-        with stock_norms(ours) as left:
-            actual = infer(ours, x)
-        for mine, theirs in zip(actual, expected, strict=True):
-            assert_near(mine, theirs, "output in evaluation", 1e-9)
-        assert not left
-    outputs, gradients = train(stock.train(), x)
-    with stock_norms(fused) as left:
-        fused_outputs, fused_gradients = train(fused.train(), x)
-    assert not left
-    for mine, theirs in zip(fused_outputs, outputs, strict=True):
-        assert_near(mine, theirs, "output in training", 1e-9)
-    names = ["input", *(name for name, _ in stock.named_parameters())]
-    for name, gradient, other in zip(names, fused_gradients, gradients, strict=True):
-        assert_near(gradient, other, f"gradient of {name}", GRADIENTS)
-    for (name, tensor), other in zip(fused.state_dict().items(), stock.state_dict().values(), strict=True):
-        assert_near(tensor, other, name, 1e-9)
+    x = torch.zeros(2, *model.shape[1:])
+    counts = []
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            total, left = (
+                count_stock_norms(one, lambda: one(x)) for one in (stock.train(training), fused.train(training))
+            )
+        counts.append((total - left, total))
+    return counts
 
 
-@pytest.mark.parametrize("name", cases(TIMM_SMALL, TIMM))
-def test_timm_model(name: str) -> None:
-    torch.manual_seed(0)
-    check(timm.create_model(name, pretrained=False))
+def test_count_of_norms_sees_every_spelling() -> None:
+    """Layers, the function on a layer's tensors, and frozen norms: what fused models are counted by."""
+
+    class FrozenBatchNorm2d(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x + 1
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList([nn.BatchNorm2d(2), nn.BatchNorm2d(2).eval(), FrozenBatchNorm2d()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for norm in self.norms:
+                x = norm(x)
+            norm = self.norms[0]
+            return torch.batch_norm(
+                F.batch_norm(x, norm.running_mean, norm.running_var), None, None, None, None, True, 0.1, 1e-5, False
+            )
+
+    model, x = Model(), torch.randn(2, 2, 4, 4)
+    assert count_stock_norms(model, lambda: model(x)) == 5
+    fused = fuse(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()))
+    assert count_stock_norms(fused, lambda: fused(x)) == 0
 
 
-@pytest.mark.parametrize("name", cases(TORCHVISION_SMALL, TORCHVISION))
-def test_torchvision_model(name: str) -> None:
-    torch.manual_seed(0)
-    check(torchvision_model(name), 96 if "inception" in name else 64)
+def test_comparison_finds_a_wrong_gradient_and_a_wrong_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.zoo import compare as module
+
+    def wrong(model: nn.Module) -> nn.Module:
+        model[0].weight.register_hook(lambda grad: grad * (1 + 1e-5))
+        model[1].momentum = 0.1 + 1e-7
+        return model
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    errors, _ = compare(copy.deepcopy(model), (2, 3, 8, 8))
+    assert not list(excesses(errors))
+    monkeypatch.setattr(module, "fuse", wrong)
+    errors, norms = compare(model, (2, 3, 8, 8))
+    assert [text.partition(":")[0] for text in excesses(errors)] == ["training gradients", "training buffers"]
+    assert norms == {"evaluation": (0, 1), "frozen": (1, 1), "training": (0, 1)}
 
 
 @FULL
 @pytest.mark.parametrize("name", ["skresnet18", "hrnet_w18_small", "dla34"])
 def test_compiles_to_one_graph(name: str) -> None:
-    torch.manual_seed(0)
-    model = fuse(timm.create_model(name, pretrained=False).double().eval())
+    model = fuse(build(catalog.timm(name)).double().eval())
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_near(infer(compiled, x)[0], infer(model, x)[0], "output", 1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_catalog_names_each_model_once() -> None:
+    titles = [model.title for model in ZOO]
+    assert len(set(titles)) == len(titles) and {model.package for model in ZOO} == set(PACKAGES)
