@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import fx, nn
 
+from fused_res.graph.graph_modules import known_forward
 from fused_res.nn import chain
 from fused_res.nn.cached_call import Calls
-from fused_res.nn.fusable_module import Unscriptable, generated_from
+from fused_res.nn.fusable_module import STOCK_CLASS, Unscriptable
 from fused_res.nn.packed import PackedProgram
 
 
@@ -58,22 +60,30 @@ def fusion_of(module: nn.Module) -> Fusion | None:
 
 
 _fused_classes: dict[type, type | None] = {}
+_FUSED_CLASS = "_fused_res_class"  # attribute of a graph module's class, which is garbage with its only instance
 
 
 def fused_class(base: type[nn.Module]) -> type[nn.Module] | None:
     """Return the generated subclass of `base`, always the same class, with `base`'s name; None if there can be none."""
+    if issubclass(base, fx.GraphModule):
+        if _FUSED_CLASS not in vars(base):
+            setattr(base, _FUSED_CLASS, _generate(base, _graph_module_methods(base)))
+        return vars(base)[_FUSED_CLASS]
     if base not in _fused_classes:
-        names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
         try:
-            made = _fused_classes[base] = type(base.__name__, (base,), names | _methods(base))
-            generated_from[made] = base
+            _fused_classes[base] = _generate(base, _picklable_methods(base))
         except Exception:  # the class, or its metaclass, does not allow it
             _fused_classes[base] = None
     return _fused_classes[base]
 
 
-def _methods(base: Any) -> dict[str, Any]:
-    """Return the methods of the subclass of `base`."""
+def _generate(base: Any, methods: dict[str, Any]) -> type[nn.Module]:
+    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(base.__name__, (base,), names | _methods(base) | methods | {STOCK_CLASS: base})
+
+
+def _forward(base: Any) -> Callable[..., Any]:
+    """Return the forward of the subclass of `base`."""
 
     @functools.wraps(base.forward)  # torch.fx and inspect see the parameters of the stock forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,6 +94,12 @@ def _methods(base: Any) -> dict[str, Any]:
                 if output is not NotImplemented:
                     return output
         return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _methods(base: Any) -> dict[str, Any]:
+    """Return the methods of every subclass of a `base`."""
 
     def train(self: Any, mode: bool = True) -> Any:
         fusion = fusion_of(self)
@@ -97,6 +113,12 @@ def _methods(base: Any) -> dict[str, Any]:
             )
         return self
 
+    return {"forward": _forward(base), "train": train, "__prepare_scriptable__": Unscriptable.__prepare_scriptable__}
+
+
+def _picklable_methods(base: Any) -> dict[str, Any]:
+    """Return the methods that copy and pickle instances of the subclass of `base`."""
+
     def reduce_ex(self: Any, protocol: Any) -> Any:
         # Generated classes cannot be pickled by name; an empty module is made from the base.
         reduced = base.__reduce_ex__(self, protocol)
@@ -106,16 +128,76 @@ def _methods(base: Any) -> dict[str, Any]:
         base.__setstate__(self, state)
         fusion = fusion_of(self)
         if fusion is not None and not fusion.programs:
-            from fused_res.fusion.convert import generate_programs
+            _generate_programs(self, fusion)
 
-            generate_programs(self, fusion)
-
-    return {
-        "forward": forward, "train": train, "__reduce_ex__": reduce_ex, "__setstate__": setstate,
-        "__prepare_scriptable__": Unscriptable.__prepare_scriptable__,
-    }  # fmt: skip
+    return {"__reduce_ex__": reduce_ex, "__setstate__": setstate}
 
 
 def _empty(base: type[nn.Module]) -> nn.Module:
     cls = fused_class(base) or base
     return cls.__new__(cls)
+
+
+def _generate_programs(module: nn.Module, fusion: Fusion) -> None:
+    from fused_res.fusion.convert import generate_programs
+
+    generate_programs(module, fusion)
+
+
+# Graph modules: a copy has another class, so that it gets programs of its own.
+
+
+def _graph_module_methods(base: Any) -> dict[str, Any]:
+    """Return the methods that copy, pickle and recompile the only instance of `base`, the class of a graph module."""
+
+    def deepcopy(self: Any, memo: Any) -> nn.Module:
+        return _copied(self, lambda: base.__deepcopy__(self, memo))
+
+    def shallow_copy(self: Any) -> nn.Module:
+        return _copied(self, lambda: base.__copy__(self))
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        function, (body, *arguments), *rest = base.__reduce_ex__(self, protocol)
+        body = {name: value for name, value in body.items() if name != "_fused_res"}
+        return (_unpickled, (fusion_of(self), function, (body, *arguments)), *rest)
+
+    def recompile(self: Any) -> Any:
+        # It sets methods of the object's class: the stock one, whose forward the guards of the programs verify.
+        generated = type(self)
+        self.__class__ = base
+        try:
+            return base.recompile(self)
+        finally:
+            self.__class__ = generated
+            base.forward = known_forward(base, base.forward)
+            functools.update_wrapper(generated.forward, base.forward)
+
+    return {
+        "__deepcopy__": deepcopy, "__copy__": shallow_copy, "__reduce_ex__": reduce_ex, "recompile": recompile,
+    }  # fmt: skip
+
+
+def _copied(module: nn.Module, copy: Callable[[], nn.Module]) -> nn.Module:
+    """Return a copy of a graph module, fused as `module` is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the constructor of some classes switches to training mode
+        copied = copy()
+    return _fused_as(fusion_of(module), copied)
+
+
+def _unpickled(fusion: Fusion | None, function: Callable[..., nn.Module], arguments: Any) -> nn.Module:
+    return _fused_as(fusion, function(*arguments))
+
+
+def _fused_as(fusion: Fusion | None, module: nn.Module) -> nn.Module:
+    """Fuse a graph module with the settings of `fusion`."""
+    cls = fused_class(type(module))
+    if fusion is None or cls is None:
+        return module
+    if fusion.frozen:
+        module.eval()
+    own = Fusion(fusion.settings, fusion.packed is not None, fusion.frozen)
+    module.__dict__["_fused_res"] = own
+    _generate_programs(module, own)
+    object.__setattr__(module, "__class__", cls)
+    return module

@@ -497,6 +497,9 @@ class _Generator:
         frames = [frame for frame in self.within if frame in self.inlined]
         for frame in frames:
             self.module(frame.path, runs=True)
+        if isinstance(self.owner.module, fx.GraphModule):  # the class, whose forward a guard reads, is of one instance
+            stock = stock_class(type(self.owner.module))
+            self.guard(f"self.__class__ not in {self.text((stock, fused_class(stock)))}", "the module is a copy")
         for path, node in layers.items():
             self.module(path, runs=True)
             kind: Any = type(node.layer)

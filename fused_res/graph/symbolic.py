@@ -26,6 +26,7 @@ from torch.fx.proxy import Attribute, GraphAppendingTracer
 from torch.nn import functional as F
 
 from fused_res.graph.bytecode import may_be_bool, side_effect, tests_value_for_none
+from fused_res.graph.graph_modules import forward_in, opaque_graph_reason
 from fused_res.graph.ir import eliminate_dead_reads
 from fused_res.graph.recording import (
     ATOMS,
@@ -107,8 +108,6 @@ def opaque_reason(module: nn.Module, inline_fusable: bool, called: bool = True) 
     kind = stock_class(type(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
-    if isinstance(module, fx.GraphModule):  # it sets methods of its own class, which no other class may derive from
-        return "is a torch.fx graph"
     if isinstance(module, FusableModule) and not (inline_fusable and hasattr(module, "stock_forward")):
         return "is a module of fused_res.nn"
     if isinstance(module, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
@@ -117,7 +116,10 @@ def opaque_reason(module: nn.Module, inline_fusable: bool, called: bool = True) 
         return "has no function as its forward"
     if "forward" in module.__dict__ or (called and not has_no_hooks(module.__dict__)):
         return "has a hook, or a forward of its own"
-    if kind.__call__ is not nn.Module.__call__:
+    if isinstance(module, fx.GraphModule):
+        if reason := opaque_graph_reason(kind):
+            return reason
+    elif kind.__call__ is not nn.Module.__call__:
         return "overrides __call__"
     if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not object.__getattribute__:
         return "overrides attribute access"
@@ -349,7 +351,7 @@ class _Tracer(GraphAppendingTracer):
             bound.apply_defaults()
             frame.arguments = {name: structure(value) for name, value in list(bound.arguments.items())[1:]}
             frame.has_unknown = any(node.meta.get("unknown") for node in frame.inputs)
-            result = _read(self.shadow(path, module), _forward_name(module))(*arguments, **options)
+            result = self.forward_of(path, module)(*arguments, **options)
             if self.failure is not None:  # the code has caught it
                 raise self.failure
             frame.result = structure(result)
@@ -366,6 +368,17 @@ class _Tracer(GraphAppendingTracer):
             raise self.failure from error
         self.frame = frame.parent
         return result
+
+    def forward_of(self, path: str, module: nn.Module) -> Any:
+        """Return the instrumented forward of a module."""
+        shadow = self.shadow(path, module)
+        if not isinstance(module, fx.GraphModule):
+            return _read(shadow, _forward_name(module))
+        kind = stock_class(type(module))
+        forward, depends_on_mode = forward_in(kind, module, self.training)
+        self.reads_training |= depends_on_mode
+        self.note("class", kind, "forward", forward)
+        return types.MethodType(self.instrument(forward), shadow)
 
     def shadow(self, path: str, module: nn.Module) -> _Shadow:
         if path not in self.shadows:

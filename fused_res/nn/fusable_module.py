@@ -49,13 +49,13 @@ def check_settings(backend: str, recompute: str) -> None:
     registry.require_available(backend)
 
 
-#: The class that each class which :func:`fused_res.fuse` generated was made from.
-generated_from: dict[type, type] = {}
+#: Attribute of each class that :func:`fused_res.fuse` generates: the class that it was generated from.
+STOCK_CLASS = "_fused_res_stock_class"
 
 
 def stock_class(cls: type) -> Any:
     """Return the class whose forward computes the unfused result: `cls`, or what it was generated from."""
-    return generated_from.get(cls, cls)
+    return vars(cls).get(STOCK_CLASS, cls)
 
 
 class Unscriptable:

@@ -679,7 +679,6 @@ class TestRefused:
             (OverridesAccess(), "overrides attribute access"),
             (patched, "a forward of its own"),
             (torch.jit.script(nn.Sequential(nn.ReLU())), "is compiled by torch.jit"),
-            (torch.fx.symbolic_trace(Child()), "is a torch.fx graph"),
             (nn.DataParallel(Child()), "wraps a model for parallel execution"),
         ):
             with pytest.raises(Untraceable, match=reason):
