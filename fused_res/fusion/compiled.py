@@ -184,35 +184,38 @@ def _rewrite(module: fx.GraphModule, settings: Settings, checkpointed: bool = Fa
     """
     graph = module.graph
     captured = dynamo.lower(graph)
-    parts = [part for segment in find_segments(captured.graph) for part in segment.parts()]
     rewrite = _Rewrite(graph, captured, settings)
-    for part in parts:
-        rewrite.fuse(part)
+    for segment in find_segments(captured.graph):
+        for part in segment.parts():
+            if not rewrite.fuse(part) and part.shortcut == "tensor":
+                rewrite.fuse(Segment((segment.units[-1]._replace(relu=None),)))  # without the addition
+    state = set(captured.state)
     for node in graph.nodes:
         body = dynamo.checkpoint_body(node)
         if body is not None:
             subgraph = module.get_submodule(body)
             assert isinstance(subgraph, fx.GraphModule)
-            state = _rewrite(subgraph, settings, checkpointed=True)
+            updated = _rewrite(subgraph, settings, checkpointed=True)
+            placeholders = [placeholder for placeholder in subgraph.graph.nodes if placeholder.op == "placeholder"]
+            indices = tuple([index for index, placeholder in enumerate(placeholders) if placeholder in updated])
+            state |= {node.args[1 + index] for index in indices}
             if settings.inner == "eager":
-                _checkpoint_eagerly(node, subgraph, state)
+                _checkpoint_eagerly(node, subgraph, indices)
     if checkpointed and settings.inner == "eager":
         rewrite.count_once()
     graph.lint()
     module.recompile()
-    return captured.state
+    return state
 
 
-def _checkpoint_eagerly(node: fx.Node, body: fx.GraphModule, state: set[fx.Node]) -> None:
+def _checkpoint_eagerly(node: fx.Node, body: fx.GraphModule, state: tuple[int, ...]) -> None:
     """Replace Dynamo's operator for activation checkpointing by :class:`Checkpoint`."""
     options = {name: value for name, value in node.kwargs.items() if name != "use_reentrant"}
     if options.keys() - {"preserve_rng_state", "determinism_check", "debug"}:
         return
     if "_checkpoint_context_fn" in body.meta:
         options["context_fn"] = body.meta["_checkpoint_context_fn"]
-    placeholders = [placeholder for placeholder in body.graph.nodes if placeholder.op == "placeholder"]
-    indices = tuple([index for index, placeholder in enumerate(placeholders) if placeholder in state])
-    node.target, node.kwargs = Checkpoint(indices, options), {}
+    node.target, node.kwargs = Checkpoint(state, options), {}
 
 
 #: A function that computes a segment, and the tensors of its layers.
@@ -236,22 +239,22 @@ class _Rewrite:
         self.settings = settings
         self.fused_norms: set[Any] = set()
 
-    def fuse(self, part: Segment) -> None:
-        """Replace a segment by one call if its tensors are supported."""
+    def fuse(self, part: Segment) -> bool:
+        """Replace a segment by one call if its tensors are supported; return whether they are."""
         inputs = [self.nodes[value] for value in part.values]
         if part.has_clamp or not all(_is_supported_input(value_of(node)) for node in inputs):
-            return
+            return False
         try:
             call = self._chain_call(part) if part.units[0].conv is not None else self._norm_call(part)
         except (ValueError, TypeError, RuntimeError):
-            return  # PyTorch broadcasts the operands, or raises its own exception; or a size is unknown until run time
+            return False  # PyTorch broadcasts the operands, or raises its own exception, or a size is unknown
         if call is None:
-            return
+            return False
         function, tensors = call
         arguments = [None if tensor is None else self.placeholders[id(tensor)] for tensor in tensors]
         if part.units[0].conv is None:
             arguments.append(inputs[1] if len(inputs) > 1 else None)
-        self._replace(part, function, (inputs[0], *arguments))
+        return self._replace(part, function, (inputs[0], *arguments))
 
     # Selection of the call: what fused_res.nn.chain verifies for real tensors is verified for fake ones.
 
@@ -291,14 +294,14 @@ class _Rewrite:
         activation = "relu" if unit.relu else "identity"
         return FusedNorm(training, float(momentum), eps, activation, self.settings), (mean, var, weight, bias)
 
-    def _replace(self, part: Segment, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
+    def _replace(self, part: Segment, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
         """Call `function` where the segment's last node is, unless a node outside reads a result inside."""
         inside = [self.nodes[node.source] for node in part.nodes]
         #: More than one if the last operations are in place.
         results = [node.source for node in part.nodes if part.last in self.producers[node.source]]
         held = [self.nodes[value] for value in results]
         if any(user not in inside for node in inside if node not in held for user in node.users):
-            return
+            return False
         self.fused_norms |= {_module_call(self.nodes[node.source]) for node in part.nodes if node.op is Op.NORM}
         with self.graph.inserting_before(inside[-1]):
             new = self.graph.call_function(function, arguments)
@@ -309,6 +312,7 @@ class _Rewrite:
             self.graph.erase_node(node)
         for value in results:
             self.nodes[value] = new
+        return True
 
     def count_once(self) -> None:
         """Count a batch of the fused norms once if a checkpoint repeats the forward, as their statistics do."""

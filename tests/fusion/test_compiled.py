@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import os
 import subprocess
 import sys
 import tomllib
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_res
 from benchmarks.styles import BY_NAME
-from fused_res import _torch_compat, fuse, functional
+from fused_res import _torch_compat, functional, fuse
 from fused_res.fusion.compiled import FusedChain, FusedNorm, fused_res_backend
 from fused_res.nn import chain
 from tests.fusion.test_styles import assert_training_matches, stock_of
@@ -360,3 +360,422 @@ def test_checkpoint_updates_statistics_once(spy: Spy) -> None:
         for (name, actual), expected in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
             assert_near(actual, expected, f"{name} in step {step}")
     assert len(spy.fused) == 2 and not spy.norms
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoint_restores_the_random_state(nested: bool, spy: Spy) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def dropped(self, x: Tensor) -> Tensor:
+            return F.dropout(self.block(x), 0.5)
+
+        def inner(self, x: Tensor) -> Tensor:
+            return checkpoint(self.dropped, x, use_reentrant=False) * 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner if nested else self.dropped, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    stock = randomize_norms(Dropping()).double()
+    model = compiled(stock, spy)
+    for m in (model, stock):
+        torch.manual_seed(5)
+        m(images()).square().sum().backward()
+    for (name, actual), expected in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert_near(actual.grad, expected.grad, name)
+    assert model.block.bn1.num_batches_tracked == 1
+    assert len(spy.fused) == 1 and not spy.norms
+
+
+# Layers that share tensors, and tensors that other code reads or writes
+
+
+class Calls(nn.Module):
+    """Convolutions and norms whose calls `function` arranges."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.other = nn.BatchNorm2d(4)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def twice(m: Any, x: Tensor) -> Tensor:
+    return m.bn(m.conv(F.relu(m.bn(m.conv(x)))))
+
+
+def swapped(m: Any, x: Tensor) -> Tensor:
+    """The norm's second call ends a chain that begins before its first call."""
+    y = m.conv(x)
+    first = m.bn(x)
+    return F.relu(m.bn(y) + first)
+
+
+def statistics_read(m: Any, x: Tensor) -> Tensor:
+    before = m.bn.running_mean.sum()
+    y = m.bn(m.conv(x))
+    return F.relu(y + m.bn.running_var.sum() + before)
+
+
+def statistics_shared(m: Any, x: Tensor) -> Tensor:
+    """Two norms of other weights update the same statistics."""
+    y = m.bn(m.conv(x))
+    z = F.batch_norm(x, m.bn.running_mean, m.bn.running_var, m.other.weight, None, m.training, 0.3)
+    return F.relu(y + z)
+
+
+def buffer_written(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    m.bn.running_mean.mul_(0.5)
+    return m.bn(y)
+
+
+def weight_written(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    with torch.no_grad():
+        m.bn.weight.mul_(0.5)
+    return m.bn(y) + m.bn.weight.sum()
+
+
+def weight_written_through_a_view(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    with torch.no_grad():
+        m.conv.weight.view(-1)[:10].zero_()
+    return m.bn(y)
+
+
+def weight_read(m: Any, x: Tensor) -> Tensor:
+    return F.relu(m.bn(m.conv(x))) + m.conv.weight.square().sum()
+
+
+def input_written(m: Any, x: Tensor) -> Tensor:
+    """The convolution reads its input before the write."""
+    x = x * 2
+    y = m.conv(x)
+    x += 1
+    return m.bn(y) + x
+
+
+def computed_weight(m: Any, x: Tensor) -> Tensor:
+    w = m.conv.weight
+    return m.bn(F.conv2d(x, w - w.mean(), m.conv.bias, padding=1))
+
+
+def broadcast(m: Any, x: Tensor) -> Tensor:
+    return F.relu(m.bn(m.conv(x)) + x.mean((2, 3), keepdim=True))
+
+
+def clamped(m: Any, x: Tensor) -> Tensor:
+    return m.bn(m.conv(x)).clamp(min=0)
+
+
+def two_readers(m: Any, x: Tensor) -> Tensor:
+    y = m.bn(m.conv(x))
+    return F.relu(y) + y.mean()
+
+
+def read_inside(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    return F.relu(m.bn(y)) + y.std()
+
+
+def in_place_result(m: Any, x: Tensor) -> Tensor:
+    y = m.bn(m.conv(x))
+    y += x
+    F.relu(y, inplace=True)
+    y.mul_(2)
+    return y + x
+
+
+def attribute(m: Any, x: Tensor) -> Tensor:
+    """A side effect of Python, which Dynamo makes an output."""
+    m.seen = m.bn(m.conv(x))
+    return F.relu(m.seen)
+
+
+#: Function -> norms that must run stock in training, and in evaluation.
+ARRANGEMENTS: dict[Callable[[Any, Tensor], Tensor], tuple[int, int]] = {
+    twice: (0, 0),
+    swapped: (0, 0),
+    statistics_read: (1, 1),
+    statistics_shared: (2, 2),
+    buffer_written: (1, 1),
+    weight_written: (1, 1),
+    weight_read: (0, 0),
+    computed_weight: (0, 0),
+    broadcast: (0, 0),
+    clamped: (0, 0),
+    two_readers: (0, 0),
+    read_inside: (0, 0),
+    attribute: (0, 0),
+}
+
+
+@pytest.mark.parametrize("function", ARRANGEMENTS, ids=lambda function: function.__name__)
+def test_arrangement_of_calls(function: Callable[[Any, Tensor], Tensor], spy: Spy) -> None:
+    torch.manual_seed(0)
+    stock = randomize_norms(Calls(function)).double()
+    model = compiled(stock, spy)
+    norms = []
+    for training in (True, False):
+        assert_models_match(model.train(training), stock.train(training), images().requires_grad_())
+        norms.append(spy.norms)
+        spy.graphs.clear()
+    assert tuple(norms) == ARRANGEMENTS[function]
+
+
+#: Autograd raises an exception for these in stock PyTorch.
+WITHOUT_GRADIENTS = {weight_written_through_a_view: (0, 0), input_written: (0, 0), in_place_result: (0, 0)}
+
+
+@pytest.mark.parametrize("function", WITHOUT_GRADIENTS, ids=lambda function: function.__name__)
+def test_arrangement_of_calls_without_gradients(function: Callable[[Any, Tensor], Tensor], spy: Spy) -> None:
+    torch.manual_seed(0)
+    stock = randomize_norms(Calls(function)).double()
+    model = compiled(stock, spy)
+    norms = []
+    for training in (True, False):
+        with torch.no_grad():
+            assert_models_match(model.train(training), stock.train(training), images(), steps=2)
+        norms.append(spy.norms)
+        spy.graphs.clear()
+    assert tuple(norms) == WITHOUT_GRADIENTS[function]
+
+
+# Other transforms of the model
+
+
+def test_double_backward(spy: Spy) -> None:
+    stock = block()
+    model = compiled(stock, spy)
+    second = []
+    for m in (model, stock):
+        x = images().requires_grad_()
+        (grad,) = torch.autograd.grad(m(x).sin().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(grad.square().sum(), [x, *m.parameters()]))
+    for actual, expected in zip(*second, strict=True):
+        assert_near(actual, expected, "second derivative", 1e-8)
+    assert spy.fused and not spy.norms
+
+
+def test_permuted_identity_stays_stock(spy: Spy) -> None:
+    """The sum has the strides of its first operand; for other memory formats the norm alone runs fused."""
+    stock = block()
+    model = compiled(stock, spy)
+    x = images().permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+    actual, expected = model(x), stock(x)
+    assert actual.stride() == expected.stride()
+    assert_near(actual, expected, "output")
+    assert not any(isinstance(call, FusedChain) and call.spec.shortcut == "identity" for call in spy.fused)
+
+
+def test_vmap_runs_stock(spy: Spy) -> None:
+    stock = block().eval()
+    function = torch.compile(lambda x: torch.func.vmap(stock)(x), backend=spy)
+    x = torch.stack([images(), images() + 1])
+    assert_near(function(x), torch.stack([stock(part) for part in x]), "output")
+    assert spy.graphs and not spy.fused
+
+
+def test_fused_model_is_not_fused_twice(spy: Spy) -> None:
+    style = BY_NAME["torchvision-basic"]
+    model = fuse(stock_of(style))
+    model.compile(backend=spy)
+    assert_training_matches(model, stock_of(style), style)
+    assert not spy.fused and not spy.norms
+    assert len(spy.nodes(torch.ops.fused_res.block_forward.default)) == 2 * 5
+
+
+def test_ddp(spy: Spy) -> None:
+    """Dynamo splits the graph for DDP's buckets, and compiles every part."""
+    torch.manual_seed(0)
+    stock = randomize_norms(nn.Sequential(Block(), Block(), Block())).double()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for bucket in (25, 1e-3):
+            spy.graphs.clear()
+            wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(stock), bucket_cap_mb=bucket)
+            model = torch.compile(wrapped, backend=spy)
+            for _ in range(2):
+                for m in (model, stock):
+                    m(images()).square().sum().backward()
+            for (name, actual), expected in zip(wrapped.module.named_parameters(), stock.parameters(), strict=True):
+                assert_near(actual.grad, expected.grad, name)
+            for (name, actual), expected in zip(wrapped.module.named_buffers(), stock.buffers(), strict=True):
+                assert_near(actual, expected, name)
+            stock.zero_grad()
+            assert len(spy.fused) == 3 and not spy.norms
+            assert (len(spy.graphs) > 1) is (bucket < 1)
+            torch._dynamo.reset()
+            stock.load_state_dict(wrapped.module.state_dict())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_export_sees_stock_operators(spy: Spy) -> None:
+    stock = block().eval()
+    model = compiled(stock, spy)
+    model(images())
+    exported = torch.export.export(model, (images(),))
+    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert {"aten.conv2d.default", "aten.batch_norm.default"} <= targets
+    assert not any("fused_res" in target for target in targets)
+    assert_near(exported.module()(images()), stock(images()), "exported")
+
+
+def test_forward_hooks_run(spy: Spy) -> None:
+    stock = block()
+    model = compiled(stock, spy)
+    for m in (model, stock):
+        m.bn1.register_forward_hook(lambda module, args, output: output * 2)
+    assert_models_match(model, stock, images().requires_grad_())
+    assert spy.fused and not spy.norms
+
+
+# Inductor
+
+
+@pytest.fixture
+def aot_eager(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
+    """Trace as for Inductor, but compile nothing; return the traced forward graphs."""
+    graphs: list[fx.Graph] = []
+
+    def compile_traced(module: fx.GraphModule, inputs: Any, mode: str | None) -> Any:
+        from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+        from torch._dynamo.backends.common import aot_autograd
+
+        def keep(traced: fx.GraphModule, inputs: Any) -> Any:
+            graphs.append(traced.graph)
+            return make_boxed_func(traced.forward)
+
+        partition = min_cut_rematerialization_partition
+        return aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition)(module, inputs)
+
+    monkeypatch.setattr(_torch_compat, "compile_with_inductor", compile_traced)
+    return graphs
+
+
+def operators(graph: fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+def test_traced_calls_are_opaque_operators(aot_eager: list[fx.Graph], spy: Spy) -> None:
+    """AOTAutograd gets one operator per block and direction, and the update of the statistics."""
+    stock = block()
+    model = compiled(stock, spy, options={"inner": "inductor"})
+    assert_models_match(model, stock, images().requires_grad_())
+    forward, backward = map(operators, aot_eager)
+    assert forward.count("fused_res.block_forward.default") == 1
+    assert backward.count("fused_res.block_backward.default") == 1
+    assert not any("convolution" in name or "batch_norm" in name for name in (*forward, *backward))
+    assert_near(model.eval()(images()), stock.eval()(images()), "evaluation")
+
+
+@pytest.mark.parametrize("style", ["pre-activation", "hugging-face"])
+def test_traced_style_matches_stock(style: str, aot_eager: list[fx.Graph], spy: Spy) -> None:
+    model = stock_of(BY_NAME[style])
+    model.compile(backend=spy, options={"inner": "inductor"})
+    assert_training_matches(model, stock_of(BY_NAME[style]), BY_NAME[style])
+    assert not spy.norms
+
+
+def test_traced_dynamic_batch_and_requires_grad(aot_eager: list[fx.Graph], spy: Spy) -> None:
+    stock = block()
+    model = compiled(stock, spy, dynamic=True, options={"inner": "inductor"})
+    for m in (model, stock):
+        m.conv1.weight.requires_grad_(False)
+        m.bn2.bias.requires_grad_(False)
+    for batch in (2, 3, 5):
+        assert_models_match(model, stock, images(batch), steps=1)
+    assert len(spy.graphs) == 1 and spy.fused
+
+
+def test_traced_checkpoint_and_autocast(aot_eager: list[fx.Graph], spy: Spy) -> None:
+    torch.manual_seed(0)
+    stock = randomize_norms(Checkpointed())
+    model = compiled(stock, spy, options={"inner": "inductor"})
+    plain = nn.Sequential(stock.first, stock.second)
+    x = images(dtype=torch.float32)
+    for m in (model, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = m(x)
+        y.float().square().sum().backward()
+    for (name, actual), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert_near(actual, expected, name, 2e-2)
+    for (name, actual), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_near(actual.grad, expected.grad, name, 1e-1)
+    assert spy.fused and not spy.norms
+
+
+def test_inductor(spy: Spy) -> None:
+    stock = block()
+    model = compiled(stock, spy, options={"inner": "inductor"})
+    assert_models_match(model, stock, images().requires_grad_())
+    assert_near(model.eval()(images()), stock.eval()(images()), "evaluation")
+    assert len(spy.fused) == 2
+
+
+# Options and registration
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"options": {"iner": "eager"}}, "options: expected inner, backend, recompute, got 'iner'"),
+        ({"options": {"inner": "aot"}}, "inner: expected one of ('eager', 'inductor'), got 'aot'"),
+        ({"options": {"backend": "cudnn"}}, "backend must be one of"),
+        ({"options": {"recompute": "all"}}, "recompute must be one of"),
+        ({"mode": "max-autotune"}, "mode: expected None for inner='eager', got 'max-autotune'"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_unknown_option(options: Any, message: str, spy: Spy) -> None:
+    with pytest.raises(BackendCompilerFailed) as raised:
+        compiled(block(), spy, **options)(images())
+    assert isinstance(raised.value.inner_exception, ValueError)
+    assert message in str(raised.value)
+
+
+def test_backend_and_recompute(monkeypatch: pytest.MonkeyPatch, spy: Spy) -> None:
+    calls = []
+    run_block = functional.run_block
+    monkeypatch.setattr(functional, "run_block", lambda *a, **k: calls.append(a) or run_block(*a, **k))
+    stock = block()
+    model = compiled(stock, spy, options={"backend": "reference", "recompute": "norm"})
+    assert_models_match(model, stock, images().requires_grad_())
+    assert {(arguments[5], arguments[7]) for arguments in calls} == {("norm", "reference")}
+
+
+def test_switched_off(monkeypatch: pytest.MonkeyPatch, spy: Spy) -> None:
+    monkeypatch.setattr(chain, "enabled", False)
+    stock = block()
+    assert_models_match(compiled(stock, spy), stock, images().requires_grad_())
+    assert spy.norms == 2 and not spy.fused
+
+
+def test_entry_point(tmp_path: Path) -> None:
+    """An installed package is found by its name, without an import of fused_res, and importing it imports no Dynamo."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    metadata = tmp_path / "entry_point_of_fused_res-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: entry-point-of-fused-res\nVersion: 0\n")
+    lines = [f"{name} = {value}" for name, value in project["entry-points"]["torch_dynamo_backends"].items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[torch_dynamo_backends]", *lines, ""]))
+    code = (
+        "import sys, torch; from torch import nn\n"
+        "model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n"
+        "x = torch.randn(2, 3, 8, 8)\n"
+        "y = torch.compile(model, backend='fused_res')(x)\n"
+        "assert 'FusedChain' not in y.grad_fn.name() and 'ResidualBlock' in y.grad_fn.name(), y.grad_fn\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
+    code = "import sys, fused_res; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
