@@ -26,6 +26,7 @@ from fused_res.graph.ir import Op
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import check_settings
 from fused_res.ops.checks import DTYPES, check_norm, check_residual
+from fused_res.ops.memory_format import has_same_layout, is_permuted
 from fused_res.spec import BlockSpec, group_by_unit
 
 INNER = ("eager", "inductor")
@@ -188,7 +189,7 @@ def _rewrite(module: fx.GraphModule, settings: Settings, checkpointed: bool = Fa
     for segment in find_segments(captured.graph):
         for part in segment.parts():
             if not rewrite.fuse(part) and part.shortcut == "tensor":
-                rewrite.fuse(Segment((segment.units[-1]._replace(relu=None),)))  # without the addition
+                rewrite.fuse(Segment((segment.units[-1]._replace(activation=None),)))  # without the addition
     state = set(captured.state)
     for node in graph.nodes:
         body = dynamo.checkpoint_body(node)
@@ -268,7 +269,9 @@ class _Rewrite:
         autocast = any(tensor is not None and tensor.dtype is not dtype for tensor in (input, *matched.tensors))
         if not _have_supported_dtypes(matched.tensors, dtype, autocast):
             return None
-        if part.shortcut == "identity" and (input.dtype is not dtype or chain.is_permuted(input)):
+        if part.shortcut == "identity" and (input.dtype is not dtype or is_permuted(input)):
+            return None
+        if input.dim() == 5 and matched.has_channels_last_3d(input):
             return None
         metas = [
             None if tensor is None else _meta(tensor, dtype if name in ("weight", "bias") else tensor.dtype)
@@ -286,13 +289,12 @@ class _Rewrite:
         if isinstance(norm, str) or not _have_supported_dtypes((None, None, *norm[:4]), input.dtype, False):
             return None
         weight, bias, mean, var, training, momentum, _ = norm
-        if residual is not None and not chain.has_same_layout(input, residual):
+        if residual is not None and not has_same_layout(input, residual):
             return None
         eps = unit.norm.__dict__["eps"]
         check_norm(input, mean, var, weight, bias, training, True, eps)
         check_residual(input, residual, None, None)
-        activation = "relu" if unit.relu else "identity"
-        return FusedNorm(training, float(momentum), eps, activation, self.settings), (mean, var, weight, bias)
+        return FusedNorm(training, float(momentum), eps, unit.activation, self.settings), (mean, var, weight, bias)
 
     def _replace(self, part: Segment, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
         """Call `function` where the segment's last node is, unless a node outside reads a result inside."""
