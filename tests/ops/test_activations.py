@@ -320,3 +320,16 @@ def test_specifications():
         UnitSpec(activation="leaky_relu", negative_slope=math.inf)
     with pytest.raises(ValueError, match=r"activation must be one of \('identity', 'relu'\), got 'relu6'"):
         _ = UnitSpec(activation="relu6").relu
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_modules(activation):
+    norm = fused_res.nn.BatchNormAct2d(3, activation=activation)
+    unit = fused_res.nn.ConvBNAct2d(3, 3, activation=activation)
+    x = torch.randn(2, 3, 5, 5)
+    expected = torch.nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, True)
+    torch.testing.assert_close(norm(x), stock_pytorch.activate(expected, activation))
+    found = unit(x)
+    unit.bn.reset_running_stats()
+    expected = stock_pytorch.activate(unit.bn(unit.conv(x)), activation)
+    torch.testing.assert_close(found, expected)
