@@ -59,8 +59,8 @@ void run_forward(const ActivationTensor& x, const ForwardArgs& args) {
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& residual_stats,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, bool training, double eps, std::string_view activation,
-    bool save_mask, double negative_slope) {
+    const OptionalTensor& running_var, bool training, double eps, std::string_view activation, bool save_mask,
+    double negative_slope) {
   const ActivationTensor x(input);
   const NormParams norm(x, weight, bias, running_mean, running_var, training, eps);
   const Residual added(x, residual, residual_stats);

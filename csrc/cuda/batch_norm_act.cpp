@@ -111,8 +111,8 @@ Tensor batch_norm_stats(const Tensor& input, const OptionalTensor& weight, const
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& residual_stats,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, bool training, double eps, std::string_view activation,
-    bool save_mask, double /*negative_slope*/) {
+    const OptionalTensor& running_var, bool training, double eps, std::string_view activation, bool save_mask,
+    double /*negative_slope*/) {
   const DeviceGuard device(input);
   const Stream stream = device.stream();
   const ActivationTensor x(input);

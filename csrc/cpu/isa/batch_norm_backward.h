@@ -1,5 +1,5 @@
-// Batch norm + residual add + activation, backward: the reductions sum dy and sum dy * (x - mean), with a kernel
-// for each layout, and the elementwise pass for dx, written once for both.
+// Batch norm + residual add + activation, backward: the reductions sum dy and sum dy * (x - mean), with a
+// kernel for each layout, and the elementwise pass for dx, written once for both.
 #pragma once
 
 #include "common/normalize.h"

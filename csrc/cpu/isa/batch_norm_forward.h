@@ -1,5 +1,5 @@
-// Batch norm (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167) + residual add + activation, forward: batch
-// statistics, with a kernel for each layout, and the elementwise pass, written once for both.
+// Batch norm (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167) + residual add + activation, forward:
+// batch statistics, with a kernel for each layout, and the elementwise pass, written once for both.
 #pragma once
 
 #include "common/normalize.h"

@@ -43,7 +43,7 @@ struct ForwardArgs {
   uint8_t* mask;           // or null
   Activation activation;   // with a residual or a mask kRelu or kIdentity
   double negative_slope;   // of a leaky ReLU
-  bool stream;  // use streaming stores for y; the caller guarantees aligned rows
+  bool stream;             // use streaming stores for y; the caller guarantees aligned rows
 };
 
 struct NormBackwardArgs {  // one norm; training: dx = scale * dy + slope * (x - mean) + offset
