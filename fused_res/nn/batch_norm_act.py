@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fused_res.backends.reference.batch_norm_act import activate
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import FusableModule
-from fused_res.ops.checks import Activation, check_activation
+from fused_res.ops.checks import RELU_OR_IDENTITY, Activation, check_activation
 
 
 class BatchNormAct2d(FusableModule, nn.BatchNorm2d):
@@ -22,7 +22,8 @@ class BatchNormAct2d(FusableModule, nn.BatchNorm2d):
     Args:
         num_features: number of channels, C.
         eps, momentum, affine, track_running_stats, device, dtype: arguments of :class:`torch.nn.BatchNorm2d`.
-        activation: ``"relu"`` or ``"identity"``.
+        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (with slope 0.01) or ``"silu"``; with a
+            residual, ``"identity"`` or ``"relu"``.
         backend: see :mod:`fused_res.backends`.
 
     Raises:
@@ -41,6 +42,8 @@ class BatchNormAct2d(FusableModule, nn.BatchNorm2d):
         self.configure(backend)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            check_activation(self.activation, RELU_OR_IDENTITY, " with a residual")
         if self.fused and chain.unsupported_context() is None:
             output = chain.run_fused_norm(input, self, residual, self.activation, self.backend)
             if output is not None:
@@ -48,7 +51,7 @@ class BatchNormAct2d(FusableModule, nn.BatchNorm2d):
         output = super().forward(input)
         if residual is not None:
             output = (output + residual).to(output.dtype)
-        return F.relu(output) if self.activation == "relu" else output
+        return activate(output, self.activation)
 
     @property
     def qconfig(self) -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import FusableModule, NormLayer, norm_layer_or_default
 from fused_res.ops.checks import Activation, check_activation
+
+_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+}
 
 
 class ConvBNAct2d(FusableModule):
@@ -18,7 +28,7 @@ class ConvBNAct2d(FusableModule):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: arguments of
             :class:`torch.nn.Conv2d`. The default ``padding``, None, preserves the spatial size for odd kernels and
             stride 1.
-        activation: ``"relu"`` or ``"identity"``.
+        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (with slope 0.01) or ``"silu"``.
         norm_layer: constructs the norm from its number of channels; :class:`torch.nn.BatchNorm2d` if None.
         backend, recompute: see :func:`fused_res.functional.residual_block`.
 
@@ -51,7 +61,7 @@ class ConvBNAct2d(FusableModule):
             padding = (dilations[0] * (kernel[0] - 1) // 2, dilations[1] * (kernel[1] - 1) // 2)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = norm_layer_or_default(norm_layer)(out_channels)
-        self.act = nn.ReLU() if activation == "relu" else nn.Identity()
+        self.act = _ACTIVATION_MODULES[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.layers().run_fused(x, self.backend, self.recompute, self.tune) if self.fused else None
