@@ -30,10 +30,12 @@ from fused_res.block.planner import plan
 from fused_res.dispatch import convolution
 from fused_res.ops import stats_dtype
 from fused_res.ops.checks import (
+    RELU_OR_IDENTITY,
     check_activation,
     check_convolution,
     check_input,
     check_momentum,
+    check_negative_slope,
     check_norm,
     check_operands,
     check_residual,
@@ -59,6 +61,7 @@ def batch_norm_act(
     eps: float = 1e-5,
     activation: str = "relu",
     *,
+    negative_slope: float = 0.01,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     process_group: ProcessGroup | None = None,
@@ -66,8 +69,9 @@ def batch_norm_act(
 ) -> Tensor:
     """Compute ``activation(batch_norm(input) [+ residual])``; normalization, addition and activation are one pass.
 
-    Equivalent to ``torch.nn.functional.batch_norm`` followed by an addition and a ReLU, with the same running
-    statistics and gradients (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167). The result is rounded to
+    Equivalent to ``torch.nn.functional.batch_norm`` followed by an addition and an activation, with the same running
+    statistics and gradients (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167). Backward recomputes the
+    activation's input from ``input`` and the statistics instead of saving it. The result is rounded to
     ``input``'s dtype once, at the end. Statistics are computed in float32, in float64 for a float64 input. With
     ``residual_scale`` and ``residual_shift`` the added value is ``residual * residual_scale + residual_shift``.
 
@@ -80,7 +84,10 @@ def batch_norm_act(
         training: whether to normalize with the statistics of the batch.
         momentum: weight of the new batch in the running statistics.
         eps: constant that is added to the variance; positive if ``training``.
-        activation: ``"relu"`` or ``"identity"``.
+        activation: ``"identity"``, ``"relu"``, ``"relu6"`` (https://arxiv.org/abs/1704.04861), ``"leaky_relu"`` or
+            ``"silu"`` (https://arxiv.org/abs/1702.03118), with the values and derivatives of
+            :mod:`torch.nn.functional`; with a residual, ``"identity"`` or ``"relu"``.
+        negative_slope: slope of ``"leaky_relu"`` for negative values; other activations ignore it.
         residual_scale, residual_shift: per-channel scale and shift ``(C,)`` of the residual, float32 or ``input``'s
             dtype; both or neither, and only with a residual.
         process_group: process group whose processes share batch statistics; each calls this function with its shard of
@@ -99,24 +106,27 @@ def batch_norm_act(
     check_norm(input, running_mean, running_var, weight, bias, training, not group, eps)
     check_residual(input, residual, residual_scale, residual_shift)
     check_momentum(momentum)
-    check_activation(activation)
+    if residual is None:
+        check_activation(activation)
+    else:
+        check_activation(activation, RELU_OR_IDENTITY, " with a residual")
+    check_negative_slope(negative_slope)
     kernels = registry.resolve(backend, input.device)
-    relu = activation == "relu"
     tensors = (input, residual, weight, bias, residual_scale, residual_shift)
     if _needs_reference():
         _check_no_process_group(group)
-        norm = input, running_mean, running_var, weight, bias, residual, training, eps, relu
-        output, mean, var = reference_norm.batch_norm_act(*norm, residual_scale, residual_shift)
+        norm = input, running_mean, running_var, weight, bias, residual, training, eps, activation
+        output, mean, var = reference_norm.batch_norm_act(*norm, residual_scale, residual_shift, negative_slope)
         stats = _mean_var_stats(mean, var)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         output, stats = BatchNormAct.apply(
-            *tensors, running_mean, running_var, training, eps, relu, kernels.name, group
+            *tensors, running_mean, running_var, training, eps, activation, negative_slope, kernels.name, group
         )
     else:
         residual_stats = affine_stats(residual_scale, residual_shift, stats_dtype(input.dtype))
         output, stats, _ = batch_norm_act_forward(
             kernels, group, input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps,
-            relu, False,
+            activation, False, negative_slope,
         )  # fmt: skip
     if training and running_mean is not None and (input.numel() or group) and not is_recomputing():
         kernels.update_running_stats([running_mean], [running_var], [stats], [momentum])
@@ -313,7 +323,7 @@ def conv_bias_act(
         BackendUnavailableError: the named backend is not available on this machine.
     """
     check_input(input)
-    check_activation(activation)
+    check_activation(activation, RELU_OR_IDENTITY)
     if (dtype := autocast_dtype(input)) is not None:
         check_operands(weight, bias, residual)
         input, weight, bias, residual = (_autocast(t, dtype) for t in (input, weight, bias, residual))

@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from fused_res.ops.checks import ACTIVATIONS, Activation
+from fused_res.ops.checks import (
+    ACTIVATIONS,
+    RELU_OR_IDENTITY,
+    Activation,
+    check_activation,
+    check_negative_slope,
+)
 from fused_res.ops.geometry import Geometry
 
 #: How much of forward a block recomputes in backward instead of saving it: see ``functional.residual_block``.
@@ -60,7 +66,9 @@ class UnitSpec:
         stride, padding, dilation: tuples of integers, one per spatial dimension (1 to 3), of equal length.
         groups: number of convolution groups.
         eps: constant that is added to the batch norm's variance.
-        activation: ``"relu"`` or ``"identity"``.
+        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` or ``"silu"``; after the addition of a
+            shortcut, ``"identity"`` or ``"relu"``.
+        negative_slope: slope of ``"leaky_relu"`` for negative inputs; other activations ignore it.
 
     Raises:
         ValueError, TypeError: an argument is invalid.
@@ -72,10 +80,11 @@ class UnitSpec:
     groups: int = 1
     eps: float = 1e-5
     activation: Activation = "relu"
+    negative_slope: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {self.activation!r}")
+        check_activation(self.activation)
+        check_negative_slope(self.negative_slope)
         for name in ("stride", "padding", "dilation"):
             _check_numbers(name, getattr(self, name), 0 if name == "padding" else 1)
         rank = len(self.stride)
@@ -96,7 +105,12 @@ class UnitSpec:
 
     @property
     def relu(self) -> bool:
-        """Whether the activation is a ReLU."""
+        """Whether the activation is a ReLU and not the identity, for kernels that have only these two.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        check_activation(self.activation, RELU_OR_IDENTITY)
         return self.activation == "relu"
 
 
@@ -158,6 +172,8 @@ class BlockSpec:
                 raise ValueError("shortcut: a projection has no activation of its own, set activation='identity'")
         elif self.shortcut not in ("none", "identity"):
             raise ValueError(f"shortcut must be 'none', 'identity' or a UnitSpec, got {self.shortcut!r}")
+        if self.shortcut != "none":
+            check_activation(self.units[-1].activation, RELU_OR_IDENTITY, " after the addition of a shortcut")
         if len({len(unit.stride) for unit in self.convolutions}) > 1:
             raise ValueError(
                 f"units and shortcut must all have the same number of spatial dimensions, got {self.convolutions}"
@@ -209,22 +225,23 @@ class BlockSpec:
 
     # Operators accept no Python objects: under torch.compile a spec is passed to the opaque operators as two lists.
     def encode(self) -> tuple[list[int], list[float]]:
-        """Encode the spec as a list of integers and every unit's eps; :meth:`decode` is the inverse."""
+        """Encode the spec as a list of integers, and eps and negative slope of every unit; inverse: :meth:`decode`."""
         ints: list[int] = [len(self.units), {"none": 0, "identity": 1}.get(self.shortcut, 2)]  # type: ignore[arg-type]
         for unit in self.convolutions:
-            ints += [len(unit.stride), *unit.stride, *unit.padding, *unit.dilation, unit.groups, int(unit.relu)]
+            ints += [len(unit.stride), *unit.stride, *unit.padding, *unit.dilation, unit.groups]
+            ints.append(ACTIVATIONS.index(unit.activation))
         if self.pool is not None:
             ints += [*self.pool.kernel_size, *self.pool.stride, *self.pool.padding]
-        return ints, [unit.eps for unit in self.convolutions]
+        return ints, [value for unit in self.convolutions for value in (unit.eps, unit.negative_slope)]
 
     @staticmethod
-    def decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
+    def decode(ints: Sequence[int], floats: Sequence[float]) -> BlockSpec:
         """Return the spec that :meth:`encode` encoded."""
-        return _decode(tuple(ints), tuple(eps))
+        return _decode(tuple(ints), tuple(floats))
 
 
 @lru_cache(maxsize=1024)
-def _decode(ints: tuple[int, ...], eps: tuple[float, ...]) -> BlockSpec:
+def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> BlockSpec:
     # Cached because a compiled block decodes its spec on every call.
     rest = list(ints)
 
@@ -234,11 +251,11 @@ def _decode(ints: tuple[int, ...], eps: tuple[float, ...]) -> BlockSpec:
 
     length, shortcut_code = take(2)
     units = []
-    for value in eps:
+    for eps, negative_slope in zip(floats[::2], floats[1::2], strict=True):
         (rank,) = take(1)
         stride, padding, dilation = take(rank), take(rank), take(rank)
-        groups, relu = take(2)
-        units.append(UnitSpec(stride, padding, dilation, groups, value, "relu" if relu else "identity"))
+        groups, activation = take(2)
+        units.append(UnitSpec(stride, padding, dilation, groups, eps, ACTIVATIONS[activation], negative_slope))
     shortcut = units[length] if shortcut_code == 2 else ("none", "identity")[shortcut_code]
     pool = PoolSpec(take(2), take(2), take(2)) if rest else None  # type: ignore[arg-type]
     return BlockSpec(tuple(units[:length]), shortcut, pool)  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ def _norm_forward(o: Operands) -> Call:
     x, residual = o.activation(o.wide), o.activation(o.wide, mean=0)
     return Call(
         "batch_norm_act_forward",
-        (x, residual, None, 1 + 0.2 * o.normal(o.wide), o.normal(o.wide), None, None, True, 1e-5, True, True),
+        (x, residual, None, 1 + 0.2 * o.normal(o.wide), o.normal(o.wide), None, None, True, 1e-5, "relu", True),
     )
 
 
@@ -106,7 +106,7 @@ def _norm_backward(o: Operands) -> Call:
     dy = o.activation(o.wide, mean=0)
     return Call(
         "batch_norm_act_backward",
-        (dy, x, 1 + 0.2 * o.normal(o.wide), o.stats(x), o.mask(x), True, False, [True] * 4),
+        (dy, x, 1 + 0.2 * o.normal(o.wide), o.stats(x), o.mask(x), True, "identity", [True] * 4),
     )
 
 
@@ -122,7 +122,7 @@ def _norm_backward_pair(o: Operands) -> Call:
 def _norm_inference(o: Operands) -> Call:
     x, c = o.activation(o.wide, mean=1), o.wide
     vectors = 1 + 0.2 * o.normal(c), o.normal(c), o.normal(c), 1 + o.normal(c).abs()
-    return Call("batch_norm_act_inference_", (x, o.activation(c, mean=0), None, *vectors, 1e-5, True))
+    return Call("batch_norm_act_inference_", (x, o.activation(c, mean=0), None, *vectors, 1e-5, "relu"))
 
 
 def _partials(o: Operands) -> Call:
@@ -137,13 +137,13 @@ def _merge(o: Operands) -> Call:
 
 def _sums(o: Operands) -> Call:
     x = o.activation(o.narrow)
-    return Call("batch_norm_sums", (o.activation(o.narrow, mean=0), x, o.stats(x), None, True, None, None))
+    return Call("batch_norm_sums", (o.activation(o.narrow, mean=0), x, o.stats(x), None, "relu", None, None))
 
 
 def _dx(o: Operands) -> Call:
-    dy, x, stats, mask, relu, *_ = _sums(o).arguments
-    sums = o.reference.batch_norm_sums(dy.double(), x.double(), stats.double(), mask, relu, None, None).float()
-    return Call("batch_norm_act_dx", (dy, x, stats, mask, relu, sums, x.numel() // x.shape[1]))
+    dy, x, stats, mask, activation, *_ = _sums(o).arguments
+    sums = o.reference.batch_norm_sums(dy.double(), x.double(), stats.double(), mask, activation, None, None).float()
+    return Call("batch_norm_act_dx", (dy, x, stats, mask, activation, sums, x.numel() // x.shape[1]))
 
 
 def _add_masked(o: Operands) -> Call:
@@ -206,7 +206,7 @@ def _gradient(o: Operands) -> tuple[Any, ...]:
     """Return the arguments that conv_dgrad and conv_wgrad share, of a 1x1 convolution from `narrow` to `wide`."""
     z, dy = o.activation(o.wide, mean=1), o.activation(o.wide, mean=0)
     stats, mask = o.stats(z), o.mask(z)
-    sums = o.reference.batch_norm_sums(dy.double(), z.double(), stats.double(), mask, False, None, None).float()
+    sums = o.reference.batch_norm_sums(dy.double(), z.double(), stats.double(), mask, "identity", None, None).float()
     return dy, z, stats, mask, False, sums, z.numel() // o.wide, o.weight(o.wide, o.narrow)
 
 

@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 
 namespace fused_res {
@@ -27,6 +29,23 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
     default:
       TORCH_CHECK_TYPE(false, name, ": expected a floating point tensor, got ", tensor.scalar_type());
   }
+}
+
+inline Activation parse_activation(std::string_view name) {
+  if (name == "identity") return Activation::kIdentity;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "relu6") return Activation::kRelu6;
+  if (name == "leaky_relu") return Activation::kLeakyRelu;
+  if (name == "silu") return Activation::kSilu;
+  TORCH_CHECK_VALUE(false, "activation: expected identity, relu, relu6, leaky_relu or silu, got ", name);
+}
+
+// `context` says where only these two are supported.
+inline Activation parse_relu_or_identity(std::string_view name, const char* context) {
+  const Activation activation = parse_activation(name);
+  TORCH_CHECK_VALUE(activation == Activation::kRelu || activation == Activation::kIdentity,
+                    "activation: expected identity or relu ", context, ", got ", name);
+  return activation;
 }
 
 // Kernels dereference the tensor's pointer on the device of `like`.

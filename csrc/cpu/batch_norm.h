@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <string_view>
 
 #include "cpu/isa.h"
 #include "cpu/tensor.h"
@@ -51,6 +52,12 @@ inline const uint8_t* checked_mask(const OptionalTensor& mask, const ActivationT
                     "relu_mask: expected a contiguous uint8 tensor of ", x.mask_bytes(),
                     " bytes on the CPU, got ", mask->sizes(), " of ", mask->scalar_type());
   return mask->const_data_ptr<uint8_t>();
+}
+
+// The activation whose derivative is recomputed; with a mask it is that of the mask.
+inline Activation parse_backward_activation(std::string_view name, const OptionalTensor& relu_mask) {
+  const bool has_mask = relu_mask && relu_mask->defined();
+  return has_mask ? parse_relu_or_identity(name, "with a ReLU mask") : parse_activation(name);
 }
 
 inline std::unique_ptr<double[]> make_uninitialized(int64_t count) {

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <span>
+#include <string_view>
 #include <tuple>
 
 #include "cpu/batch_norm.h"
@@ -61,13 +62,15 @@ struct NormBackward {
 };
 
 // Runs the reductions of all norms, if a requested gradient needs them, and the elementwise pass.
-void run_backward(const ActivationTensor& x, const Tensor& dy, const OptionalTensor& relu_mask, bool relu,
-                  std::span<const NormBackward> norms, const Tensor& dresidual) {
+void run_backward(const ActivationTensor& x, const Tensor& dy, const OptionalTensor& relu_mask,
+                  std::string_view activation, double negative_slope, std::span<const NormBackward> norms,
+                  const Tensor& dresidual) {
   BackwardArgs args = {.dy = dy.const_data_ptr(),
                        .mask = checked_mask(relu_mask, x),
                        .norms = {},
                        .dresidual = mutable_data_or_null(dresidual),
-                       .relu = relu,
+                       .activation = parse_backward_activation(activation, relu_mask),
+                       .negative_slope = negative_slope,
                        .stream = true};
   bool writes = false, needs_reduction = false;
   const auto note_output = [&](const Tensor& output) {
@@ -118,14 +121,15 @@ void run_backward(const ActivationTensor& x, const Tensor& dy, const OptionalTen
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-    const OptionalTensor& relu_mask, bool training, bool relu, std::array<bool, 4> output_mask) {
+    const OptionalTensor& relu_mask, bool training, std::string_view activation,
+    std::array<bool, 4> output_mask, double negative_slope) {
   const auto [needs_input_grad, needs_residual_grad, needs_weight_grad, needs_bias_grad] = output_mask;
   const ActivationTensor x(input);
   const Tensor dy = x.checked_like(grad_output, "grad_output");
   const NormBackward norm(x, x.tensor, stats, "stats", weight, training, needs_input_grad, needs_weight_grad,
                           needs_bias_grad);
   const Tensor dresidual = needs_residual_grad ? empty_output(x.tensor) : Tensor();
-  run_backward(x, dy, relu_mask, relu, {&norm, 1}, dresidual);
+  run_backward(x, dy, relu_mask, activation, negative_slope, {&norm, 1}, dresidual);
   return {norm.grad_input(input),
           needs_residual_grad ? restore_strides(dresidual, input, x.tensor)
                               : empty_placeholder(input.scalar_type()),
@@ -144,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backwa
       {x, x.tensor, stats, "stats", weight, training, needs_input_grad, needs_weight_grad, needs_bias_grad},
       {x, x.checked_like(residual, "residual"), residual_stats, "residual_stats", residual_weight,
        residual_training, needs_residual_grad, needs_residual_weight_grad, needs_residual_bias_grad}};
-  run_backward(x, dy, relu_mask, /*relu=*/false, norms, {});
+  run_backward(x, dy, relu_mask, "identity", /*negative_slope=*/0, norms, {});
   return {norms[0].grad_input(input), norms[1].grad_input(residual), norms[0].grad_weight(),
           norms[0].grad_bias(),       norms[1].grad_weight(),        norms[1].grad_bias()};
 }

@@ -2,6 +2,7 @@
 // place. The kernels are in isa/batch_norm_forward.h, the two-pass scheme in partition.h.
 #include <torch/library.h>
 
+#include <string_view>
 #include <tuple>
 
 #include "cpu/batch_norm_stats.h"
@@ -21,20 +22,30 @@ struct Residual {
   }
 };
 
+// Undefined if it is not requested.
 Tensor empty_mask(const ActivationTensor& x, bool requested) {
-  return requested ? at::detail::empty_cpu({x.shape.rows(), x.mask_cols()}, at::kByte)
-                   : empty_placeholder(at::kByte);
+  return requested ? at::detail::empty_cpu({x.shape.rows(), x.mask_cols()}, at::kByte) : Tensor();
 }
 
-ForwardArgs forward_args(const ActivationTensor& x, const Residual& residual, const Tensor& stats, bool relu,
-                         const Tensor& y, const Tensor& mask) {
+// The mask as an operator returns it.
+Tensor mask_or_placeholder(const Tensor& mask) {
+  return mask.defined() ? mask : empty_placeholder(at::kByte);
+}
+
+ForwardArgs forward_args(const ActivationTensor& x, const Residual& residual, const Tensor& stats,
+                         std::string_view activation, double negative_slope, const Tensor& y,
+                         const Tensor& mask) {
+  const bool relu_or_identity = residual.tensor.defined() || mask.defined();
   return {.x = x.tensor.const_data_ptr(),
           .residual = data_or_null(residual.tensor),
           .norm = norm_args(stats),
           .residual_norm = norm_args(residual.stats),
           .y = y.data_ptr(),
           .mask = mask.defined() && mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr,
-          .relu = relu,
+          .activation = relu_or_identity
+                            ? parse_relu_or_identity(activation, "with a residual or a ReLU mask")
+                            : parse_activation(activation),
+          .negative_slope = negative_slope,
           .stream = !y.is_same(x.tensor) && use_streaming_stores(x, y)};
 }
 
@@ -48,12 +59,13 @@ void run_forward(const ActivationTensor& x, const ForwardArgs& args) {
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& residual_stats,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, bool training, double eps, bool relu, bool save_mask) {
+    const OptionalTensor& running_var, bool training, double eps, std::string_view activation,
+    bool save_mask, double negative_slope) {
   const ActivationTensor x(input);
   const NormParams norm(x, weight, bias, running_mean, running_var, training, eps);
   const Residual added(x, residual, residual_stats);
   Tensor output = empty_output(x.tensor), stats = empty_stats(x), mask = empty_mask(x, save_mask);
-  const ForwardArgs args = forward_args(x, added, stats, relu, output, mask);
+  const ForwardArgs args = forward_args(x, added, stats, activation, negative_slope, output, mask);
   if (training && x.shape.numel() > 0) {
     const auto forward = norm_kernels(x).forward;
     with_batch_stats(x, norm, stats.data_ptr(), [&](const Block& block) { forward(block, args); });
@@ -61,30 +73,33 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     finalize_running_stats(x, norm, stats.data_ptr());
     run_forward(x, args);
   }
-  return {restore_strides(output, input, x.tensor), stats, mask};
+  return {restore_strides(output, input, x.tensor), stats, mask_or_placeholder(mask)};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_act_apply(const Tensor& input, const Tensor& stats,
                                                 const OptionalTensor& residual,
-                                                const OptionalTensor& residual_stats, bool relu,
-                                                bool save_mask) {
+                                                const OptionalTensor& residual_stats,
+                                                std::string_view activation, bool save_mask,
+                                                double negative_slope) {
   const ActivationTensor x(input);
   const Residual added(x, residual, residual_stats);
   Tensor output = empty_output(x.tensor), mask = empty_mask(x, save_mask);
-  run_forward(x, forward_args(x, added, checked_stats(stats, x, "stats"), relu, output, mask));
-  return {restore_strides(output, input, x.tensor), mask};
+  const Tensor checked = checked_stats(stats, x, "stats");
+  run_forward(x, forward_args(x, added, checked, activation, negative_slope, output, mask));
+  return {restore_strides(output, input, x.tensor), mask_or_placeholder(mask)};
 }
 
 void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual,
                                const OptionalTensor& residual_stats, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Tensor& running_mean,
-                               const Tensor& running_var, double eps, bool relu) {
+                               const Tensor& running_var, double eps, std::string_view activation,
+                               double negative_slope) {
   const ActivationTensor x(input);
   const NormParams norm(x, weight, bias, running_mean, running_var, /*training=*/false, eps);
   const Residual added(x, residual, residual_stats);
   const Tensor stats = empty_stats(x);
   finalize_running_stats(x, norm, stats.data_ptr());
-  run_forward(x, forward_args(x, added, stats, relu, x.tensor, {}));
+  run_forward(x, forward_args(x, added, stats, activation, negative_slope, x.tensor, {}));
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
 }
 

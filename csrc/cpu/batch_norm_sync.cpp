@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <string_view>
 
 #include "cpu/batch_norm_stats.h"
 
@@ -75,8 +76,9 @@ NormBackwardArgs norm_backward_args(const Tensor& x, const Tensor& stats) {
 // Returns the backward reductions, (2, C): sum dy and sum dy * xhat; for a pair (3, C), with sum dy * xhat of
 // the residual's norm.
 Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                       const OptionalTensor& relu_mask, bool relu, const OptionalTensor& residual,
-                       const OptionalTensor& residual_stats) {
+                       const OptionalTensor& relu_mask, std::string_view activation,
+                       const OptionalTensor& residual, const OptionalTensor& residual_stats,
+                       double negative_slope) {
   const ActivationTensor x(input);
   const Tensor dy = x.checked_like(grad_output, "grad_output");
   const bool pair = residual && residual->defined();
@@ -93,7 +95,9 @@ Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Ten
                        .mask = checked_mask(relu_mask, x),
                        .norms = {},
                        .dresidual = nullptr,
-                       .relu = relu,
+                       .activation = pair ? parse_relu_or_identity(activation, "with a residual")
+                                          : parse_backward_activation(activation, relu_mask),
+                       .negative_slope = negative_slope,
                        .stream = false};
   for (int64_t k = 0; k < norms; ++k) args.norms[k] = norm_backward_args(inputs[k], saved[k]);
   const auto reduce = norm_kernels(x).reduce[norms - 1];
@@ -120,8 +124,8 @@ Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Ten
 }
 
 Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                         const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums,
-                         int64_t count) {
+                         const OptionalTensor& relu_mask, std::string_view activation,
+                         const OptionalTensor& sums, int64_t count, double negative_slope) {
   const ActivationTensor x(input);
   const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
   const int64_t channels = x.shape.channels;
@@ -149,7 +153,8 @@ Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const T
                              .mask = checked_mask(relu_mask, x),
                              .norms = {norm},
                              .dresidual = nullptr,
-                             .relu = relu,
+                             .activation = parse_backward_activation(activation, relu_mask),
+                             .negative_slope = negative_slope,
                              .stream = use_streaming_stores(x, dx)};
   const auto backward = norm_kernels(x).backward[0];
   one_pass(x.shape, Parallel(x.shape.numel()), [&](const Block& block) { backward(block, args); });

@@ -111,14 +111,15 @@ Tensor batch_norm_stats(const Tensor& input, const OptionalTensor& weight, const
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& residual_stats,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, bool training, double eps, bool relu, bool save_mask) {
+    const OptionalTensor& running_var, bool training, double eps, std::string_view activation,
+    bool save_mask, double /*negative_slope*/) {
   const DeviceGuard device(input);
   const Stream stream = device.stream();
   const ActivationTensor x(input);
   const Norm norm(x, weight, bias, running_mean, running_var, training, eps);
   const Residual added(x, residual, residual_stats);
   const Tensor output = at::empty_like(x.tensor), mask = x.empty_mask(save_mask);
-  ApplyArgs args = apply_args(x, added, relu, output.data_ptr(), mask);
+  ApplyArgs args = apply_args(x, added, is_relu(activation), output.data_ptr(), mask);
   Tensor stats;
   if (x.shape.numel() == 0) {
     stats = folded_stats(x, norm, stream);
@@ -139,14 +140,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(
 
 std::tuple<Tensor, Tensor> batch_norm_act_apply(const Tensor& input, const Tensor& stats,
                                                 const OptionalTensor& residual,
-                                                const OptionalTensor& residual_stats, bool relu,
-                                                bool save_mask) {
+                                                const OptionalTensor& residual_stats,
+                                                std::string_view activation, bool save_mask,
+                                                double /*negative_slope*/) {
   const DeviceGuard device(input);
   const ActivationTensor x(input);
   const Residual added(x, residual, residual_stats);
   const Tensor saved = checked_stats(stats, x, "stats");
   const Tensor output = at::empty_like(x.tensor), mask = x.empty_mask(save_mask);
-  ApplyArgs args = apply_args(x, added, relu, output.data_ptr(), mask);
+  ApplyArgs args = apply_args(x, added, is_relu(activation), output.data_ptr(), mask);
   args.stats = saved.const_data_ptr();
   apply(x, args, device.stream());
   return {restore_strides(output, input, x.tensor), mask};
@@ -155,12 +157,13 @@ std::tuple<Tensor, Tensor> batch_norm_act_apply(const Tensor& input, const Tenso
 void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual,
                                const OptionalTensor& residual_stats, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Tensor& running_mean,
-                               const Tensor& running_var, double eps, bool relu) {
+                               const Tensor& running_var, double eps, std::string_view activation,
+                               double /*negative_slope*/) {
   const DeviceGuard device(input);
   const ActivationTensor x(input);
   const Norm norm(x, weight, bias, running_mean, running_var, /*training=*/false, eps);
   const Residual added(x, residual, residual_stats);
-  ApplyArgs args = apply_args(x, added, relu, x.tensor.data_ptr(), {});
+  ApplyArgs args = apply_args(x, added, is_relu(activation), x.tensor.data_ptr(), {});
   args.fold = norm.fold(x, {});
   apply(x, args, device.stream());
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
@@ -217,7 +220,8 @@ ParameterGrad parameter_grad(const Tensor& grad) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-    const OptionalTensor& relu_mask, bool training, bool relu, std::array<bool, 4> output_mask) {
+    const OptionalTensor& relu_mask, bool training, std::string_view activation,
+    std::array<bool, 4> output_mask, double /*negative_slope*/) {
   const auto [needs_input, needs_residual, needs_weight, needs_bias] = output_mask;
   const DeviceGuard device(input);
   const ActivationTensor x(input);
@@ -226,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   const Tensor dresidual = needs_residual ? at::empty_like(x.tensor) : Tensor();
   BackwardArgs args = {};
   args.dy = dy.const_data_ptr(), args.x = x.data(), args.stats = saved.const_data_ptr();
-  args.mask = checked_mask(relu_mask, x), args.relu = relu;
+  args.mask = checked_mask(relu_mask, x), args.relu = is_relu(activation);
   args.dx = mutable_data_or_null(dx), args.dresidual = mutable_data_or_null(dresidual);
   args.training = training && needs_input, args.sums_rows = 2;
   const Tensor dweight = empty_parameter_grad(needs_weight, weight, x),

@@ -139,8 +139,9 @@ Tensor merge_stats(const Tensor& partials, const OptionalTensor& weight, const O
 }
 
 Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                       const OptionalTensor& relu_mask, bool relu, const OptionalTensor& residual,
-                       const OptionalTensor& residual_stats) {
+                       const OptionalTensor& relu_mask, std::string_view activation,
+                       const OptionalTensor& residual, const OptionalTensor& residual_stats,
+                       double /*negative_slope*/) {
   const DeviceGuard device(input);
   const ActivationTensor x(input);
   const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
@@ -150,15 +151,15 @@ Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const Ten
   BackwardArgs args = {};
   args.dy = dy.const_data_ptr(), args.x = x.data(), args.stats = saved.const_data_ptr();
   args.residual = data_or_null(added.tensor), args.residual_stats = data_or_null(added.stats);
-  args.mask = checked_mask(relu_mask, x), args.relu = relu;
+  args.mask = checked_mask(relu_mask, x), args.relu = is_relu(activation);
   args.sums_rows = added.tensor.defined() ? 3 : 2;
   if (x.shape.numel() == 0) return at::zeros({args.sums_rows, x.shape.channels}, stats.options());
   return compute_sums(x, args, device.stream());
 }
 
 Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                         const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums,
-                         int64_t count) {
+                         const OptionalTensor& relu_mask, std::string_view activation,
+                         const OptionalTensor& sums, int64_t count, double /*negative_slope*/) {
   const DeviceGuard device(input);
   const ActivationTensor x(input);
   const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
@@ -174,7 +175,7 @@ Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const T
   const Tensor dx = at::empty_like(x.tensor);
   BackwardArgs args = {};
   args.dy = dy.const_data_ptr(), args.x = x.data(), args.stats = saved.const_data_ptr();
-  args.mask = checked_mask(relu_mask, x), args.relu = relu;
+  args.mask = checked_mask(relu_mask, x), args.relu = is_relu(activation);
   args.sums = mutable_data_or_null(dense_sums), args.training = dense_sums.defined();
   args.dx = dx.data_ptr(), args.count = static_cast<double>(count);
   if (x.shape.numel() > 0) {

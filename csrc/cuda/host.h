@@ -40,6 +40,11 @@ class DeviceGuard {
 #endif
 };
 
+// The kernels have no activation but ReLU and identity.
+inline bool is_relu(std::string_view activation) {
+  return parse_relu_or_identity(activation, "on the backend \"cuda\"") == Activation::kRelu;
+}
+
 inline const void* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }

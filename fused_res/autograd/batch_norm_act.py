@@ -1,4 +1,4 @@
-"""Autograd Function of ``batch_norm_act``: batch norm, residual addition and ReLU, with synchronized statistics."""
+"""Autograd Function of ``batch_norm_act``: batch norm, addition and activation, with synchronized statistics."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def forward(
     running_var: Tensor | None,
     training: bool,
     eps: float,
-    relu: bool,
+    activation: str,
     save_mask: bool,
+    negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward pass.
 
@@ -54,11 +55,14 @@ def forward(
     """
     if not group:
         return kernels.batch_norm_act_forward(
-            input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps, relu, save_mask
-        )
+            input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps, activation,
+            save_mask, negative_slope,
+        )  # fmt: skip
     partials = distributed.gather_partials(kernels.batch_norm_partials(input), group)
     stats = kernels.merge_stats(partials, weight, bias, eps, input.dtype == torch.float64)
-    output, mask = kernels.batch_norm_act_apply(input, stats, residual, residual_stats, relu, save_mask)
+    output, mask = kernels.batch_norm_act_apply(
+        input, stats, residual, residual_stats, activation, save_mask, negative_slope
+    )
     return output, stats, mask
 
 
@@ -78,35 +82,38 @@ class BatchNormAct(Function):
         running_var: Tensor | None,
         training: bool,
         eps: float,
-        relu: bool,
+        activation: str,
+        negative_slope: float,
         backend: str,
         group: str,
     ) -> tuple[Tensor, Tensor]:
         kernels = registry.resolve(backend, input.device)
-        save_mask = relu and residual is not None
+        save_mask = activation == "relu" and residual is not None
         residual_stats = affine_stats(residual_scale, residual_shift, stats_dtype(input.dtype))
         output, stats, mask = forward(
             kernels, group, input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps,
-            relu, save_mask,
+            activation, save_mask, negative_slope,
         )  # fmt: skip
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        # Only the gradient of residual_scale reads the residual.
+        # Only the gradient of residual_scale reads the residual, and only the double backward of SiLU the bias.
         saved_residual = residual if ctx.needs_input_grad[4] else None
+        saved_bias = bias if activation == "silu" else None
+        saved_mask = mask if save_mask else None
         ctx.save_for_backward(
-            input, weight, stats, mask if save_mask else None, saved_residual, residual_scale, residual_stats
+            input, weight, saved_bias, stats, saved_mask, saved_residual, residual_scale, residual_stats
         )
-        ctx.options = training, eps, relu, backend
-        ctx.group = group
+        ctx.options = training, eps, activation, negative_slope
+        ctx.backend, ctx.group = backend, group
         return output, stats
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 13
-        input, weight, stats, mask, residual, residual_scale, residual_stats = ctx.saved_tensors
-        training, _, relu, backend = ctx.options
-        kernels = registry.resolve(backend, input.device)
+            return (None,) * 14
+        input, weight, _, stats, mask, residual, residual_scale, residual_stats = ctx.saved_tensors
+        training, _, activation, negative_slope = ctx.options
+        kernels = registry.resolve(ctx.backend, input.device)
         required = ctx.needs_input_grad[:6]
         grads: Sequence[Tensor | None]
         # With a process group, the gradients of input, weight and bias need the all-reduced sums and are computed
@@ -119,8 +126,8 @@ class BatchNormAct(Function):
         elif True not in local:
             grads = (None,) * 6
         elif residual_stats is None:
-            flags = local[:4]
-            grads = kernels.batch_norm_act_backward(grad_output, input, weight, stats, mask, training, relu, flags)
+            options = training, activation, local[:4], negative_slope
+            grads = kernels.batch_norm_act_backward(grad_output, input, weight, stats, mask, *options)
             grads = *grads, None, None
         else:
             # If the residual was not saved, the kernel does not read it: any tensor of its shape is sufficient.
@@ -139,58 +146,72 @@ class BatchNormAct(Function):
                 local,
             )
         if ctx.group:
-            norm_grads = _group_backward(kernels, ctx.group, grad_output, input, stats, mask, relu and mask is None)
+            saved = grad_output, input, stats, mask
+            norm_grads = _group_backward(kernels, ctx.group, *saved, activation, negative_slope)
             grads = norm_grads[0], grads[1], *norm_grads[1:], *grads[4:]
-        return *(grad if flag else None for grad, flag in zip(grads, required, strict=True)), *(None,) * 7
+        return *(grad if flag else None for grad, flag in zip(grads, required, strict=True)), *(None,) * 8
 
 
 def _group_backward(
-    kernels: Kernels, group: str, grad_output: Tensor, input: Tensor, stats: Tensor, mask: Tensor | None, relu: bool
+    kernels: Kernels,
+    group: str,
+    grad_output: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of input, weight and bias of a norm with synchronized statistics.
 
     The gradients of weight and bias are those of the local shard, as for any other layer under data parallelism.
     """
-    sums = kernels.batch_norm_sums(grad_output, input, stats, mask, relu, None, None)
+    operands = grad_output, input, stats, mask, activation
+    sums = kernels.batch_norm_sums(*operands, None, None, negative_slope)
     count = input.numel() // max(input.shape[1], 1)
     # The global sums times local count / global count: the kernel divides them by the local count.
     rescaled_sums = distributed.total_sums(sums, count, group)
-    return kernels.batch_norm_act_dx(grad_output, input, stats, mask, relu, rescaled_sums, count), sums[1], sums[0]
+    return kernels.batch_norm_act_dx(*operands, rescaled_sums, count, negative_slope), sums[1], sums[0]
 
 
 def _differentiable_backward(
     grad_output: Tensor,
     saved: tuple[Any, ...],
-    options: tuple[bool, float, bool, str],
+    options: tuple[bool, float, str, float],
     required: tuple[bool, ...],
     kernels: Kernels,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients as a differentiable graph, for double backward (eager only).
 
-    The ReLU's second derivative is zero, so its mask is a constant. The residual's values are needed only if there is a
-    ``residual_scale``.
+    Activations but SiLU are piecewise linear: their second derivative is zero, so their derivative is a constant. The
+    residual's values are needed only if there is a ``residual_scale``.
     """
-    input, weight, stats, mask, residual, residual_scale, _ = saved
-    training, eps, relu, _ = options
+    input, weight, bias, stats, mask, residual, residual_scale, _ = saved
+    training, eps, activation, negative_slope = options
     dy = grad_output
+    differentiated = "identity"
     if mask is not None:
         dy = dy * unpack_mask(mask, input)
-    elif relu:
+    elif activation == "silu":
+        differentiated = activation
+    elif activation != "identity":
+        # The kernels' own derivative: the gradient of a residual, for a gradient of ones.
+        flags = False, activation, [False, True, False, False], negative_slope
         with torch.no_grad():
-            relu_mask = ~(kernels.batch_norm_act_apply(input, stats, None, None, False, False)[0] <= 0)
-        dy = dy * relu_mask
-    y, *_ = reference(input, stats[MEAN], stats[VAR], weight, None, None, training, eps, relu=False)
-    sources = [
-        t if flag and t is not None else None
-        for t, flag in zip((input, weight), required[:1] + required[2:3], strict=True)
-    ]
-    leaves = [source for source in sources if source is not None]
-    grads = iter(torch.autograd.grad(y, leaves, dy, create_graph=True) if leaves else ())
-    grad_input, grad_weight = (None if source is None else next(grads) for source in sources)
+            dy_by_z = kernels.batch_norm_act_backward(torch.ones_like(dy), input, None, stats, None, *flags)[1]
+        dy = dy * dy_by_z
+    norm = stats[MEAN], stats[VAR], weight, bias, None, training, eps
+    y, *_ = reference(input, *norm, differentiated)
+    requires_bias = required[3] and bias is not None
+    leaves = {"input": required[0], "weight": required[2] and weight is not None, "bias": requires_bias}
+    values = {"input": input, "weight": weight, "bias": bias}
+    names = [name for name, flag in leaves.items() if flag]
+    found = torch.autograd.grad(y, [values[name] for name in names], dy, create_graph=True) if names else ()
+    grads: dict[str, Tensor] = dict(zip(names, found, strict=True))
     wide = dy.to(stats.dtype)  # at least float32
-    grad_bias = wide.sum(reduction_dims(wide))
+    grad_bias = grads["bias"] if requires_bias else wide.sum(reduction_dims(wide))
     if residual_scale is None:
-        return grad_input, dy, grad_weight, grad_bias, None, None
+        return grads.get("input"), dy, grads.get("weight"), grad_bias, None, None
     scale = channels_view(residual_scale.to(wide.dtype), wide)
     grad_scale = None if residual is None else (wide * residual).sum(reduction_dims(wide))
-    return grad_input, (wide * scale).to(dy.dtype), grad_weight, grad_bias, grad_scale, grad_bias
+    return grads.get("input"), (wide * scale).to(dy.dtype), grads.get("weight"), grad_bias, grad_scale, grad_bias

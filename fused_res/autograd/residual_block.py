@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fused_res import _torch_compat
 from fused_res.backends import registry
-from fused_res.backends.reference.batch_norm_act import batch_norm_act, channels_view, unpack_mask
+from fused_res.backends.reference.batch_norm_act import activate, batch_norm_act, channels_view, unpack_mask
 from fused_res.block.forward import stats_name
 from fused_res.block.plan import BlockConfig, Plan, Unit
 from fused_res.block.planner import cached_plan, plan, plan_backward
@@ -90,7 +90,7 @@ def _differentiable_backward(plan: Plan, grad_output: Tensor, values: Mapping[Sl
         # The second derivative of ReLU is zero, so its saved mask is a constant, in the memory format of dy.
         dy = to_memory_format(grad_output, plan.key.channels_last)
         grad_output = torch.where(unpack_mask(mask, dy), dy, 0)
-    y = graph.sum_before_relu() if mask is not None else graph.output()
+    y = graph.sum_before_activation() if mask is not None else graph.output()
     sources = [values[Slot(index)] for index in plan.differentiable]
     return torch.autograd.grad(y, sources, grad_output, create_graph=True)
 
@@ -110,22 +110,26 @@ class _DifferentiableGraph:
 
     def output(self) -> Tensor:
         """Return the block's output."""
-        y, pool = self.sum_before_relu(), self.plan.config.spec.pool
-        y = torch.relu(y) if self.plan.units[-1].spec.relu else y
+        y, spec, pool = self.sum_before_activation(), self.plan.units[-1].spec, self.plan.config.spec.pool
+        y = activate(y, spec.activation, spec.negative_slope)
         return y if pool is None else F.max_pool2d(y, pool.kernel_size, pool.stride, pool.padding)
 
-    def sum_before_relu(self) -> Tensor:
-        """Return the input of the last ReLU, without addends that are constant: they have no gradient."""
+    def sum_before_activation(self) -> Tensor:
+        """Return the input of the last activation, without addends that are constant: they have no gradient."""
         addends = [self._normalized(unit) for unit in (self.plan.units[-1], self.plan.projection) if _depends(unit)]
         if self.plan.config.spec.shortcut == "identity" and self.plan.units[0].needs_input_grad:
             addends.append(self.saved["x"])
         return reduce(torch.add, addends)
 
-    def _normalized(self, unit: Unit | None, relu: bool = False) -> Tensor:
+    def _normalized(self, unit: Unit | None, activation: str = "identity") -> Tensor:
         assert unit is not None
         tensors, stats = self.tensors[unit.index], self.saved[stats_name(unit)]
         norm = stats[MEAN], stats[VAR], tensors.norm_weight, tensors.norm_bias
-        return batch_norm_act(self._convolved(unit), *norm, None, unit.training, unit.spec.eps, relu)[0]
+        y, *_ = batch_norm_act(
+            self._convolved(unit), *norm, None, unit.training, unit.spec.eps, activation,
+            negative_slope=unit.spec.negative_slope,
+        )  # fmt: skip
+        return y
 
     def _convolved(self, unit: Unit) -> Tensor:
         weight, bias = self.tensors[unit.index][:2]
@@ -144,7 +148,7 @@ class _DifferentiableGraph:
         if saved is not None and (unit.input_name == "x" or not unit.needs_input_grad):
             return saved
         previous = self.plan.units[unit.index - 1]
-        return self._normalized(previous, previous.spec.relu)
+        return self._normalized(previous, previous.spec.activation)
 
 
 def _depends(unit: Unit | None) -> bool:
@@ -159,7 +163,7 @@ def _depends(unit: Unit | None) -> bool:
 
 _library = torch.library.Library("fused_res", "DEF")
 _BLOCK_ARGUMENTS_SCHEMA = (
-    "bool[] present, int[] spec, float[] eps, bool[] training, bool[] requires_grad, bool channels_last,"
+    "bool[] present, int[] spec, float[] spec_floats, bool[] training, bool[] requires_grad, bool channels_last,"
     " str recompute, str backend, str preference, str group"
 )
 _library.define(f"block_forward(Tensor input, Tensor[] tensors, {_BLOCK_ARGUMENTS_SCHEMA}) -> Tensor[]")
@@ -174,7 +178,7 @@ class _BlockArguments(NamedTuple):
 
     present: Sequence[bool]
     spec: Sequence[int]
-    eps: Sequence[float]
+    spec_floats: Sequence[float]
     training: Sequence[bool]
     requires_grad: Sequence[bool]
     channels_last: bool
@@ -184,7 +188,7 @@ class _BlockArguments(NamedTuple):
     group: str
 
     def config(self) -> BlockConfig:
-        spec = BlockSpec.decode(self.spec, self.eps)
+        spec = BlockSpec.decode(self.spec, self.spec_floats)
         return BlockConfig(spec, tuple(self.training), self.backend, self.recompute, self.preference, self.group)
 
     def plan(self, input: Tensor, tensors: Tensors) -> Plan:
@@ -209,10 +213,10 @@ def opaque_residual_block(config: BlockConfig, input: Tensor, tensors: Tensors) 
     ]
     present = [t is not None for t in operands]
     flat = [t for t in operands if t is not None]
-    ints, eps = config.spec.encode()
+    ints, floats = config.spec.encode()
     training, names = list(config.training), (config.recompute, config.backend, config.preference, config.group)
     outputs = torch.ops.fused_res.block_forward.default(
-        input, flat, present, ints, eps, training, requires_grad, is_channels_last(input), *names
+        input, flat, present, ints, floats, training, requires_grad, is_channels_last(input), *names
     )
     return outputs[0], [stats.detach() for stats in outputs[1 : 1 + len(training)]]
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fused_res.block.forward import ForwardBuilder, pool_window, stats_name
+from fused_res.block.forward import ForwardBuilder, negative_slope, pool_window, stats_name
 from fused_res.block.plan import Unit
 from fused_res.block.program import NO_SLOT, Slot
+from fused_res.ops.checks import Activation
 from fused_res.spec import BlockSpec
 
 
@@ -39,21 +40,21 @@ def saveable_names(spec: BlockSpec, recompute: str) -> frozenset[str]:
 class _OutputGrad:
     """Gradient with respect to a norm's output, with the reductions that are already computed.
 
-    If the norm is followed by a ReLU, ``dy`` is the gradient with respect to the ReLU's output, unless ``masked``.
+    ``dy`` is the gradient with respect to the output of the activation after the norm, unless ``masked``.
     """
 
     dy: Slot
     mask: Slot = NO_SLOT  # saved bits of the ReLU
-    masked: bool = False  # whether the ReLU's backward is already applied to dy
+    masked: bool = False  # whether the activation's backward is already applied to dy
     sums: Slot = NO_SLOT  # (2, C): sums of the masked gradient, and of its product with the normalized input xhat
     #: The sums to pass to kernels, which divide them by the local number of values per channel: over all processes that
     #: share the statistics, times local count / global count.
     rescaled_sums: Slot = NO_SLOT
     dz: Slot = NO_SLOT  # gradient with respect to the norm's input
 
-    def mask_from_sign(self, unit: Unit) -> bool:
-        """Return whether a kernel has to apply the ReLU's backward by the sign of the ReLU's input."""
-        return unit.spec.relu and self.mask == NO_SLOT and not self.masked
+    def activation(self, unit: Unit) -> Activation:
+        """Return the activation whose backward a kernel has to apply, from the activation's recomputed input."""
+        return unit.spec.activation if self.mask == NO_SLOT and not self.masked else "identity"
 
 
 class BackwardBuilder(ForwardBuilder):
@@ -67,7 +68,8 @@ class BackwardBuilder(ForwardBuilder):
             if name == unit.output_name:
                 return self._convolve(unit, self._forward_value(unit.forward_input_name), recomputed=True)[0]
             operands = self._forward_value(unit.output_name), self.slots[stats_name(unit)], NO_SLOT, NO_SLOT
-            self._step("batch_norm_act_apply", *operands, unit.spec.relu, False, into=(name, ""), recomputed=True)
+            flags = unit.spec.activation, False, *negative_slope(unit.spec)
+            self._step("batch_norm_act_apply", *operands, *flags, into=(name, ""), recomputed=True)
         return self.slots[name]
 
     def backward(self) -> None:
@@ -162,7 +164,8 @@ class BackwardBuilder(ForwardBuilder):
         weight, bias = self.tensors[unit.index][:2]
         sums, rescaled_sums = self._norm_grad_sums(unit, grad), grad.rescaled_sums if unit.training else NO_SLOT
         count = self.values_per_channel[unit.index]
-        common = (grad.dy, z, stats, grad.mask, grad.mask_from_sign(unit), rescaled_sums, count, weight)
+        mask_from_sign = grad.activation(unit) == "relu"
+        common = (grad.dy, z, stats, grad.mask, mask_from_sign, rescaled_sums, count, weight)
         x = self._forward_value(unit.raw_input_name) if unit.needs_input_grad or unit.needs_grad.weight else NO_SLOT
         x_stats, x_relu = self._input_norm(unit)
         _, input_gradient, weight_gradient = unit.algorithms
@@ -188,16 +191,17 @@ class BackwardBuilder(ForwardBuilder):
         if grad.dz != NO_SLOT:
             return grad.dz
         z, stats = self._forward_value(unit.output_name), self.slots[stats_name(unit)]
-        name = f"grad {unit.output_name}"
+        name, slope = f"grad {unit.output_name}", negative_slope(unit.spec)
         if grad.masked or grad.sums != NO_SLOT or (self.group and unit.training):
             self._norm_grad_sums(unit, grad)
             rescaled_sums, count = grad.rescaled_sums if unit.training else NO_SLOT, self.values_per_channel[unit.index]
-            dx_operands = (grad.dy, z, stats, grad.mask, grad.mask_from_sign(unit), rescaled_sums, count)
-            return self._step("batch_norm_act_dx", *dx_operands, into=(name,))
-        operands = (grad.dy, z, self.tensors[unit.index].norm_weight, stats, grad.mask, unit.training, unit.spec.relu)
+            dx_operands = (grad.dy, z, stats, grad.mask, grad.activation(unit), rescaled_sums, count)
+            return self._step("batch_norm_act_dx", *dx_operands, *slope, into=(name,))
+        weight, activation = self.tensors[unit.index].norm_weight, unit.spec.activation
+        operands = (grad.dy, z, weight, stats, grad.mask, unit.training, activation)
         required = [unit.needs_conv_grad, False, unit.needs_grad.norm_weight, unit.needs_grad.norm_bias]
         into = (name if unit.needs_conv_grad else "", "", *self._grad_names(unit, "norm_weight", "norm_bias"))
-        return self._step("batch_norm_act_backward", *operands, required, into=into)
+        return self._step("batch_norm_act_backward", *operands, required, *slope, into=into)
 
     def _norm_backward_pair(self, unit: Unit, other: Unit, grad: _OutputGrad, other_grad: _OutputGrad) -> None:
         """Append the joint backward of the two norms whose outputs are added: they share one output gradient.
@@ -208,7 +212,7 @@ class BackwardBuilder(ForwardBuilder):
         z, other_z = self._forward_value(unit.output_name), self._forward_value(other.output_name)
         stats, other_stats = self.slots[stats_name(unit)], self.slots[stats_name(other)]
         if self.group or unit.fused_backward or other.fused_backward:
-            sums_operands = (grad.dy, z, stats, grad.mask, False, other_z, other_stats)
+            sums_operands = (grad.dy, z, stats, grad.mask, "identity", other_z, other_stats)
             sums = self._step("batch_norm_sums", *sums_operands, into=("sums of both",))
             grad.sums, other_grad.sums = self._split(sums, "sums", unit, other)
             grad.rescaled_sums, other_grad.rescaled_sums = grad.sums, other_grad.sums
@@ -244,8 +248,9 @@ class BackwardBuilder(ForwardBuilder):
             return NO_SLOT
         if grad.sums == NO_SLOT:
             z, stats = self._forward_value(unit.output_name), self.slots[stats_name(unit)]
-            operands = grad.dy, z, stats, grad.mask, grad.mask_from_sign(unit)
-            grad.sums = self._step("batch_norm_sums", *operands, NO_SLOT, NO_SLOT, into=(f"sums{unit.index}",))
+            operands = grad.dy, z, stats, grad.mask, grad.activation(unit), NO_SLOT, NO_SLOT
+            into_sums = (f"sums{unit.index}",)
+            grad.sums = self._step("batch_norm_sums", *operands, *negative_slope(unit.spec), into=into_sums)
         if unit.training and grad.rescaled_sums == NO_SLOT:
             options = self.values_per_channel[unit.index], self.group
             name = (f"rescaled sums{unit.index}",)

@@ -1,4 +1,4 @@
-"""Builder of a block's forward program: convolutions, batch statistics, and one normalize-add-ReLU pass per norm.
+"""Builder of a block's forward program: convolutions, batch statistics, and one normalize-add-act pass per norm.
 
 A fused consumer replaces that pass: it normalizes its input in its operand prologue, so the activation is never
 written.
@@ -14,7 +14,8 @@ import torch
 from fused_res.block.checks import TensorMeta
 from fused_res.block.plan import PlanKey, Unit
 from fused_res.block.program import NO_SLOT, Slot, Step
-from fused_res.spec import PoolSpec, group_by_unit
+from fused_res.ops.checks import RELU_OR_IDENTITY
+from fused_res.spec import PoolSpec, UnitSpec, group_by_unit
 
 
 class ForwardBuilder:
@@ -73,8 +74,13 @@ class ForwardBuilder:
                 y = self._normalize(unit, z, partials, NO_SLOT, NO_SLOT, f"a{unit.index}")
         z, partials = self._convolve(last, y)
         if self.spec.pool is not None:
-            stats, into = self._statistics(last, z, partials), ("y", "indices" if self.needs_backward else "")
-            return self._step("max_pool_forward", z, stats, last.spec.relu, *pool_window(self.spec.pool), into=into)
+            into = ("y", "indices" if self.needs_backward else "")
+            if last.spec.activation in RELU_OR_IDENTITY:
+                operands = z, self._statistics(last, z, partials), last.spec.relu
+            else:  # the pooling's operand prologue does not have it
+                name = f"a{last.index}"
+                operands = self._normalize(last, z, partials, NO_SLOT, NO_SLOT, name), NO_SLOT, False
+            return self._step("max_pool_forward", *operands, *pool_window(self.spec.pool), into=into)
         residual, residual_stats = x if self.spec.shortcut == "identity" else NO_SLOT, NO_SLOT
         if self.projection is not None:
             # The projection's normalized output is never materialized: the pass that adds it normalizes it as well.
@@ -130,18 +136,25 @@ class ForwardBuilder:
 
     def _normalize(self, unit: Unit, z: Slot, partials: Slot, residual: Slot, residual_stats: Slot, name: str) -> Slot:
         """Append a norm with addition and activation; return the slot of its output, which gets the name ``name``."""
-        operands, norm, relu = (z, residual, residual_stats), self.tensors[unit.index].norm, unit.spec.relu
+        operands, norm = (z, residual, residual_stats), self.tensors[unit.index].norm
+        activation, slope = unit.spec.activation, negative_slope(unit.spec)
         if self.inference:
-            self._step("batch_norm_act_inference_", *operands, *norm, unit.spec.eps, relu)
+            self._step("batch_norm_act_inference_", *operands, *norm, unit.spec.eps, activation, *slope)
             return z
         # A ReLU after an addition needs a saved mask, one bit per element; other masks follow from `z` and `stats`.
-        save_mask = self.needs_backward and residual != NO_SLOT and relu
+        save_mask = self.needs_backward and residual != NO_SLOT and unit.spec.relu
         mask = "mask" if save_mask else ""
         if partials == NO_SLOT and not (self.group and unit.training):
-            flags = unit.training, unit.spec.eps, relu, save_mask
+            flags = unit.training, unit.spec.eps, activation, save_mask, *slope
             return self._step("batch_norm_act_forward", *operands, *norm, *flags, into=(name, stats_name(unit), mask))
+        flags = activation, save_mask, *slope
         stats = self._statistics(unit, z, partials)
-        return self._step("batch_norm_act_apply", z, stats, *operands[1:], relu, save_mask, into=(name, mask))
+        return self._step("batch_norm_act_apply", z, stats, *operands[1:], *flags, into=(name, mask))
+
+
+def negative_slope(spec: UnitSpec) -> tuple[float, ...]:
+    """Return the last argument of the norm's operators for this unit, which only a leaky ReLU needs."""
+    return (spec.negative_slope,) if spec.activation == "leaky_relu" else ()
 
 
 def stats_name(unit: Unit) -> str:

@@ -25,6 +25,7 @@ from fused_res.block.forward import stats_name
 from fused_res.block.plan import BlockConfig, Plan, PlanKey, Unit
 from fused_res.block.program import NO_SLOT, Program, Slot
 from fused_res.dispatch import Problem, TrainingAlgorithms, select_training
+from fused_res.ops.checks import RELU_OR_IDENTITY
 from fused_res.ops.memory_format import is_channels_last
 from fused_res.spec import group_by_unit
 
@@ -164,12 +165,14 @@ def _units(key: PlanKey) -> tuple[list[Unit], list[int]]:
         projection = index == len(spec.units)
         if index == 0 or projection:
             input_name, shape, needs_input_grad = "x", tuple(input.shape), flags[0]
+            input_activation: str = "identity"
         problem = Problem(
             "forward", shape, tuple(unit_tensors.weight.shape), *unit_spec.geometry, input.dtype, input.device.type,
             key.channels_last and (input_name == "x" or shape[1] > 1),
             weight_channels_last=_is_channels_last_contiguous(unit_tensors.weight), projection=projection,
             residual=index == 0 and spec.shortcut == "identity" and needs_input_grad,
             under_torch_dispatch=key.under_torch_dispatch, allow_winograd=key.allow_winograd, machine=key.machine,
+            relu_norms={input_activation, unit_spec.activation} <= set(RELU_OR_IDENTITY),
         )  # fmt: skip
         algorithms = (key.algorithms and key.algorithms[index]) or select_training(
             registry.algorithms(config.backend), problem, config.preference
@@ -191,6 +194,7 @@ def _units(key: PlanKey) -> tuple[list[Unit], list[int]]:
         shape = shape[0], unit_tensors.weight.shape[0], *problem.output_size
         values_per_channel.append(math.prod((shape[0], *shape[2:])))
         input_name, needs_input_grad = f"a{index}", units[-1].needs_norm_grad
+        input_activation = unit_spec.activation
     return units, values_per_channel
 
 

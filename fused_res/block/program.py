@@ -135,7 +135,7 @@ def link(
         for position, argument in enumerate(step.arguments):
             if type(argument) is Slot:
                 arguments.append("None" if argument == NO_SLOT else f"s{argument}")
-            elif argument is None or type(argument) in (bool, int):
+            elif argument is None or type(argument) in (bool, int, str):
                 arguments.append(repr(argument))
             else:
                 arguments.append(f"c{index}_{position}")

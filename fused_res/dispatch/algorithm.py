@@ -57,6 +57,8 @@ class Problem(NamedTuple):
         under_torch_dispatch: whether a torch_dispatch mode or a tensor subclass intercepts the call. Only ATen's
             operators are visible to it.
         allow_winograd: whether Winograd algorithms may be selected.
+        relu_norms: whether the activations of the preceding and the following norm are ReLU or identity, the only ones
+            of the operand prologues.
         machine: properties of the processor.
     """
 
@@ -77,6 +79,7 @@ class Problem(NamedTuple):
     under_torch_dispatch: bool = False
     allow_winograd: bool = True
     machine: Machine = Machine()
+    relu_norms: bool = True
 
     @property
     def geometry(self) -> Geometry:

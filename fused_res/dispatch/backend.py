@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_res.dispatch.algorithm import Algorithm, Machine, Operation
 from fused_res.dispatch.convolution import aten_forward
 from fused_res.ops import OP_FAMILIES
+from fused_res.ops.checks import ACTIVATIONS, Activation, relu_or_identity
 from fused_res.ops.memory_format import conv_output_is_channels_last, to_memory_format
 
 
@@ -26,6 +27,8 @@ class Kernels(SimpleNamespace):
         algorithms: convolution algorithms in order of priority, ATen's last.
         prepare_inference_graph: function that compiles consecutive blocks, with batch norms folded and weights packed,
             into one call (:func:`fused_res.backends.cpu.conv_bias_act.prepare_inference_graph`), or None.
+        activations: those that the kernels of batch norm have. Any other activation is computed in pieces
+            (:mod:`fused_res.backends.pieces`).
         selects_per_call: whether the operator ``conv_bias_act`` itself selects the algorithm, from the sizes of each
             call.
     """
@@ -34,6 +37,7 @@ class Kernels(SimpleNamespace):
     op_families: frozenset[str]
     algorithms: tuple[Algorithm, ...]
     prepare_inference_graph: Callable[..., Any] | None = None
+    activations: tuple[Activation, ...] = ACTIVATIONS
     selects_per_call: bool = False
 
     def implementation(self, operation: Operation, algorithm: Algorithm) -> Callable[..., Any]:
@@ -68,7 +72,7 @@ class Kernels(SimpleNamespace):
         y = to_memory_format(y, conv_output_is_channels_last(input, weight))
         if bias is not None or residual is not None or relu:
             mean, var = _standard_statistics(y.shape[1], y.device)
-            self.batch_norm_act_inference_(y, residual, None, None, bias, mean, var, 0.0, relu)
+            self.batch_norm_act_inference_(y, residual, None, None, bias, mean, var, 0.0, relu_or_identity(relu))
         return y
 
 

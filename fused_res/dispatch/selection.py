@@ -28,12 +28,19 @@ class Selection(NamedTuple):
         return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
+def unsupported_reason(algorithm: Algorithm, problem: Problem) -> str | None:
+    """Return the reason why an algorithm cannot compute a problem, or None if it can."""
+    if algorithm.fused and not problem.relu_norms:
+        return "its operand prologues have no activation but ReLU"
+    return algorithm.unsupported_reason(problem)
+
+
 def candidates(algorithms: tuple[Algorithm, ...], problem: Problem) -> list[Algorithm]:
     """Return the algorithms of the list that support the problem, in order."""
     return [
         algorithm
         for algorithm in algorithms
-        if problem.operation in algorithm.implementations and algorithm.unsupported_reason(problem) is None
+        if problem.operation in algorithm.implementations and unsupported_reason(algorithm, problem) is None
     ]
 
 
@@ -45,7 +52,7 @@ def select_uncached(algorithms: tuple[Algorithm, ...], problem: Problem, prefere
     for algorithm in algorithms:
         if problem.operation not in algorithm.implementations:
             continue
-        reason = algorithm.unsupported_reason(problem) or _exclusion_reason(algorithm, problem, preference)
+        reason = unsupported_reason(algorithm, problem) or _exclusion_reason(algorithm, problem, preference)
         if reason is None:
             return Selection(algorithm, algorithm.selection_reason(problem) or skipped)
         if not algorithm.special_case:

@@ -129,7 +129,10 @@ class _TimedCalls:
         none = (None,) * 4
         self.x_stats = kernels.batch_norm_stats(self.x, *none, True, 1e-5) if key.normalizes_input else None
         self.stats = kernels.batch_norm_stats(self.z, *none, True, 1e-5)
-        self.norm_dx_operands = (self.dy, self.z, self.stats, None, True, torch.zeros_like(self.stats[:2]))
+        sums = torch.zeros_like(self.stats[:2])
+        self.norm_dx_operands = (self.dy, self.z, self.stats, None, "relu", sums)
+        #: Those of the operand prologues of the gradients' fused kernels.
+        self.prologue_operands = (self.dy, self.z, self.stats, None, True, sums)
         self.count = self.z.numel() // max(self.z.shape[1], 1)
         self.added = torch.randn_like(self.x) if problem.residual else None
 
@@ -137,7 +140,7 @@ class _TimedCalls:
         """Return the convolution's input: the raw output of the preceding convolution after norm and ReLU."""
         if self.x_stats is None:
             return self.x
-        y: Tensor = self.kernels.batch_norm_act_apply(self.x, self.x_stats, None, None, True, False)[0]
+        y: Tensor = self.kernels.batch_norm_act_apply(self.x, self.x_stats, None, None, "relu", False)[0]
         return y
 
     def call_for(self, operation: Operation, algorithm: Algorithm) -> Callable[[], object]:
@@ -156,10 +159,10 @@ class _TimedCalls:
 
         def fused_gradient() -> None:
             if operation == "weight_gradient":
-                run(*self.norm_dx_operands, self.count, weight, x, x_stats, True, problem.stride)
+                run(*self.prologue_operands, self.count, weight, x, x_stats, True, problem.stride)
             else:
                 input_norm = x if x_stats is not None else None, x_stats, True
-                run(*self.norm_dx_operands, self.count, weight, *input_norm, self.added)
+                run(*self.prologue_operands, self.count, weight, *input_norm, self.added)
 
         def adding_gradient() -> None:
             dz = kernels.batch_norm_act_dx(*self.norm_dx_operands, self.count)
@@ -170,7 +173,7 @@ class _TimedCalls:
             dz = kernels.batch_norm_act_dx(*self.norm_dx_operands, self.count) if is_dgrad else self.dy
             dx, *_ = run(dz, x, weight, None, problem.geometry, (is_dgrad, not is_dgrad, False))
             if x_stats is not None and is_dgrad and dx.shape == x.shape:
-                kernels.batch_norm_sums(dx, x, x_stats, None, True, None, None)
+                kernels.batch_norm_sums(dx, x, x_stats, None, "relu", None, None)
             if self.added is not None and is_dgrad:
                 kernels.add_masked_(dx, self.added, None)
 

@@ -13,8 +13,11 @@ from torch import Tensor
 from fused_res._torch_compat import FakeTensor
 from fused_res.ops.geometry import conv_output_sizes, same_padding
 
-Activation = Literal["relu", "identity"]
-ACTIVATIONS = ("relu", "identity")
+Activation = Literal["identity", "relu", "relu6", "leaky_relu", "silu"]
+#: The activations of a batch norm's elementwise pass, in the order of their codes in kernels.
+ACTIVATIONS: tuple[Activation, ...] = ("identity", "relu", "relu6", "leaky_relu", "silu")
+#: The activations that follow a residual addition, and those of convolutions' epilogues and operand prologues.
+RELU_OR_IDENTITY: tuple[Activation, ...] = ("identity", "relu")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -29,10 +32,23 @@ def check_input(input: Tensor) -> None:
         raise TypeError(f"input must be a strided tensor, got a tensor of layout {input.layout}")
 
 
-def check_activation(activation: str) -> None:
-    """Raise ValueError unless `activation` is one of :data:`ACTIVATIONS`."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+def check_activation(activation: str, allowed: Sequence[str] = ACTIVATIONS, context: str = "") -> None:
+    """Raise ValueError unless `activation` is one of `allowed`. `context` says where these are allowed."""
+    if activation not in allowed:
+        raise ValueError(f"activation must be one of {allowed}{context}, got {activation!r}")
+
+
+def check_negative_slope(negative_slope: float) -> None:
+    """Raise unless `negative_slope`, that of a leaky ReLU, is a finite number."""
+    if not isinstance(negative_slope, (int, float)):
+        raise TypeError(f"negative_slope must be a number, got {negative_slope!r}")
+    if not math.isfinite(negative_slope):
+        raise ValueError(f"negative_slope must be finite, got {negative_slope}")
+
+
+def relu_or_identity(relu: bool) -> Activation:
+    """Return the name of the activation of a convolution's epilogue or operand prologue, which has a flag `relu`."""
+    return "relu" if relu else "identity"
 
 
 def check_momentum(momentum: float) -> None:

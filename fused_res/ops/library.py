@@ -45,7 +45,7 @@ def define(
 
 def _bind_schema_arguments(schema: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:
     """Adapt a fake implementation to positional arguments, by the names in the schema. Missing arguments are None."""
-    names = re.findall(r" (\w+)(?:=\w+)?(?:,|$)", schema.partition(") ->")[0])
+    names = re.findall(r" (\w+)(?:=[\w.]+)?(?:,|$)", schema.partition(") ->")[0])
     return lambda *args, **kwargs: fake(SimpleNamespace(**dict(zip_longest(names, args)) | kwargs))
 
 

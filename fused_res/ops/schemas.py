@@ -41,25 +41,43 @@ it is exact where ``x`` is within a factor of two of the mean (Sterbenz lemma) a
 hold.
 
 **Gradient sums.** ``sums`` has the dtype of ``stats`` and the shape ``(2, C)``: ``sum dy'`` and ``sum dy' * xhat``,
-with ``dy'`` the gradient with respect to the ReLU's input. Over the ranks of a process group they are added and
+with ``dy'`` the gradient with respect to the activation's input. Over the ranks of a process group they are added and
 multiplied by local count / global count (``total_sums`` in :mod:`fused_res.distributed`), because every rank passes its
 local ``count`` with them. Given the sums, the backward of a batch norm is elementwise::
 
     dx = scale * (dy' - sums[0] / count - xhat * sums[1] / count)    batch statistics of `count` values per channel
     dx = scale * dy'                                                 constant statistics (evaluation): `sums` is None
 
-**ReLU.** ``act(v)`` is ``max(v, 0)`` if ``relu``, else ``v``. The mask of its gradient is ``not (v <= 0)``, so NaN
-passes in both directions, as in PyTorch. Backward operators accept the mask in one of two forms:
+**Activation.** ``act`` is named by ``activation``, one of :data:`fused_res.ops.checks.ACTIVATIONS`. Its value at NaN is
+NaN. ``act'`` is the derivative that PyTorch uses, in backward ``dy' = dy * act'(z)`` with ``z = norm(x)``; at the kinks
+and at NaN it is the value of the condition:
 
-- ``relu_mask``: uint8, one bit per element, least significant bit first. A row of bits is padded to whole bytes. It is
-  one pixel, ``(N * S, ceil(C / 8))``, if :func:`fused_res.ops.memory_format.is_channels_last` is true for the norm's
-  input, and one plane, ``(N * C, ceil(S / 8))``, otherwise (:func:`fused_res.ops.memory_format.relu_mask_shape`).
-- ``relu_mask=None`` with ``relu=True``: the mask is recomputed from the sign of ``norm(x)``. This is possible only
-  where no residual was added before the ReLU. ``relu_mask=None`` with ``relu=False``: there was no ReLU.
+================  =======================================  ======================================================
+``activation``    ``act(z)``                               ``act'(z)``
+================  =======================================  ======================================================
+``"identity"``    ``z``                                    ``1``
+``"relu"``        ``max(z, 0)``                            ``0 if z <= 0 else 1``
+``"relu6"``       ``min(max(z, 0), 6)``                    ``0 if z <= 0 or z >= 6 else 1``
+``"leaky_relu"``  ``z if z > 0 else negative_slope * z``   ``1 if z > 0 else negative_slope``
+``"silu"``        ``z / (1 + exp(-z))``                    ``s * (1 + z * (1 - s))``, ``s = 1 / (1 + exp(-z))``
+================  =======================================  ======================================================
 
-**Residual.** ``residual`` has the shape and dtype of ``input`` and is added before the ReLU. With ``residual_stats``
-``(5, C)``, ``norm(residual)`` is added instead: the batch norm of a projection shortcut, whose output is never
-materialized. ``residual_stats`` requires ``residual``.
+ReLU6: Howard et al. 2017, https://arxiv.org/abs/1704.04861; SiLU: Elfwing et al. 2017, https://arxiv.org/abs/1702.03118.
+SiLU is NaN at ``-inf``, and so is its derivative at both infinities, as in PyTorch. ``negative_slope`` is read for
+``"leaky_relu"`` only. Operators with a flag ``relu`` (convolutions, prologues) apply ``"relu"`` or ``"identity"``.
+
+Backward operators get ``act'`` in one of two forms:
+
+- ``relu_mask``, with ``"relu"`` or ``"identity"``: uint8, one bit per element, least significant bit first, set where
+  the gradient passes. A row of bits is padded to whole bytes. It is one pixel, ``(N * S, ceil(C / 8))``, if
+  :func:`fused_res.ops.memory_format.is_channels_last` is true for the norm's input, and one plane,
+  ``(N * C, ceil(S / 8))``, otherwise (:func:`fused_res.ops.memory_format.relu_mask_shape`).
+- ``relu_mask=None``: ``act'(z)`` is recomputed from ``z = norm(x)``. This is possible only where no residual was added
+  before the activation.
+
+**Residual.** ``residual`` has the shape and dtype of ``input`` and is added before the activation, which must then be
+``"relu"`` or ``"identity"``. With ``residual_stats`` ``(5, C)``, ``norm(residual)`` is added instead: the batch norm of
+a projection shortcut, whose output is never materialized. ``residual_stats`` requires ``residual``.
 
 **Operand prologue.** Operators with ``input_stats`` and ``input_relu`` (``stats`` and ``relu`` of ``max_pool_forward``)
 apply ``act(norm(input))`` to their input while they load it, rounded to the input's dtype as if it had been stored.
@@ -88,30 +106,31 @@ import torch
 
 #: Operator name -> schema, for every backend.
 SCHEMAS = {
-    # --- batch norm, residual addition and ReLU --------------------------------------------------------------------
+    # --- batch norm, residual addition and activation --------------------------------------------------------------
     # Return `stats` (5, C): of the batch if `training`, else from running_mean and running_var (both (C,), then
     # required). Running statistics are read, never written: `update_running_stats` does that.
     "batch_norm_stats": "(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var,"
     " bool training, float eps) -> Tensor",
     # output = act(norm(input) [+ residual | + norm(residual)]), with `stats` as of `batch_norm_stats`.
-    # If `save_mask`, relu_mask is the ReLU mask of the sum, whether or not `relu` is set.
+    # If `save_mask`, relu_mask is the ReLU mask of the sum, for "relu" and "identity".
     "batch_norm_act_forward": "(Tensor input, Tensor? residual, Tensor? residual_stats, Tensor? weight, Tensor? bias,"
-    " Tensor? running_mean, Tensor? running_var, bool training, float eps, bool relu, bool save_mask)"
-    " -> (Tensor output, Tensor stats, Tensor relu_mask)",
+    " Tensor? running_mean, Tensor? running_var, bool training, float eps, str activation, bool save_mask,"
+    " float negative_slope=0.01) -> (Tensor output, Tensor stats, Tensor relu_mask)",
     # The elementwise half of `batch_norm_act_forward`, from existing `stats`: bitwise equal to its output and mask.
     # Used for recomputation in backward and where statistics come from a convolution's epilogue or from several ranks.
-    "batch_norm_act_apply": "(Tensor input, Tensor stats, Tensor? residual, Tensor? residual_stats, bool relu,"
-    " bool save_mask) -> (Tensor output, Tensor relu_mask)",
+    "batch_norm_act_apply": "(Tensor input, Tensor stats, Tensor? residual, Tensor? residual_stats, str activation,"
+    " bool save_mask, float negative_slope=0.01) -> (Tensor output, Tensor relu_mask)",
     # In place, input = act(norm(input) [+ residual | + norm(residual)]) with running statistics.
     "batch_norm_act_inference_": "(Tensor(a!) input, Tensor? residual, Tensor? residual_stats, Tensor? weight,"
-    " Tensor? bias, Tensor running_mean, Tensor running_var, float eps, bool relu) -> ()",
-    # Backward of act(norm(input) + residual), `residual` optional and without a norm. With dy' = dy * mask:
+    " Tensor? bias, Tensor running_mean, Tensor running_var, float eps, str activation, float negative_slope=0.01)"
+    " -> ()",
+    # Backward of act(norm(input) + residual), `residual` optional and without a norm. With dy' = dy * act':
     #   grad_input = dx as above, with batch statistics (count = M) if `training`, else constant ones;
     #   grad_residual = dy';  grad_weight = sum dy' * xhat;  grad_bias = sum dy'.
     # `output_mask` requests the four results in this order. Those like `input` have its dtype and strides; grad_weight
     # and grad_bias have the dtype of `weight`, or of `stats` without one.
     "batch_norm_act_backward": "(Tensor grad_output, Tensor input, Tensor? weight, Tensor stats, Tensor? relu_mask,"
-    " bool training, bool relu, bool[4] output_mask)"
+    " bool training, str activation, bool[4] output_mask, float negative_slope=0.01)"
     " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     # Backward of act(norm(input) + norm(residual)): the end of a block with a projection shortcut. Both norms have the
     # same dy' = dy * mask (relu_mask None: no ReLU), so it is read once. Gradients as of `batch_norm_act_backward`, for
@@ -139,13 +158,13 @@ SCHEMAS = {
     "merge_stats": "(Tensor partials, Tensor? weight, Tensor? bias, float eps, bool double) -> Tensor",
     # Return the gradient sums (2, C) of this rank's batch. With `residual` and `residual_stats` (both or neither) the
     # shape is (3, C): the third row is sum dy' * xhat with the xhat of the residual; sum dy' is common to both norms.
-    "batch_norm_sums": "(Tensor grad_output, Tensor input, Tensor stats, Tensor? relu_mask, bool relu,"
-    " Tensor? residual, Tensor? residual_stats) -> Tensor",
+    "batch_norm_sums": "(Tensor grad_output, Tensor input, Tensor stats, Tensor? relu_mask, str activation,"
+    " Tensor? residual, Tensor? residual_stats, float negative_slope=0.01) -> Tensor",
     # grad_input of a norm, elementwise, from `sums` (2, C) and `count`; only sums / count enters. `count` is the number
     # of values per channel of this rank. `sums` is as of `batch_norm_sums`; with a process group, the global sums times
     # local count / global count. `sums` None: the statistics are constants.
-    "batch_norm_act_dx": "(Tensor grad_output, Tensor input, Tensor stats, Tensor? relu_mask, bool relu, Tensor? sums,"
-    " int count) -> Tensor",
+    "batch_norm_act_dx": "(Tensor grad_output, Tensor input, Tensor stats, Tensor? relu_mask, str activation,"
+    " Tensor? sums, int count, float negative_slope=0.01) -> Tensor",
     # --- convolutions ----------------------------------------------------------------------------------------------
     # `weight` is (K, C / groups, ...); stride, padding and dilation have one entry per spatial dimension.
     #
@@ -159,8 +178,9 @@ SCHEMAS = {
     "conv_bn_stats": "(Tensor input, Tensor weight, Tensor? bias, Tensor? input_stats, bool input_relu, int[] stride,"
     " int[] padding, int[] dilation, int groups, bool partials) -> (Tensor output, Tensor partials)",
     # Input gradient of the convolution of `conv_bn_stats`, with the backward of the following norm as operand prologue:
-    #   dz = batch_norm_act_dx(grad_output, output, stats, relu_mask, relu, sums, count), rounded to the output's dtype,
-    #        where `output` (N, K, H, W) is the convolution's raw output, which is the norm's input;
+    #   dz = batch_norm_act_dx(grad_output, output, stats, relu_mask, activation, sums, count), rounded to the output's
+    #        dtype. `activation` is "relu" if `relu`, else "identity"; `output` (N, K, H, W) is the convolution's raw
+    #        output, which is the norm's input;
     #   grad[n, c, h, w] = sum over k of dz[n, k, h, w] * weight[k, c], `weight` (K, C, 1, 1).
     # Without `output` and `stats` (both or neither) there is no prologue: dz is `grad_output`, and `relu_mask`, `relu`
     # and `sums` are None or false.

@@ -34,6 +34,24 @@ BLOCK_SPECS = {
     "no final activation": (BlockSpec((SAME, UnitSpec(activation="identity")), "identity"), [(8, 6, 3), (6, 8, 1)]),
     "stem": (BlockSpec((UnitSpec((2, 2), (3, 3)),), pool=PoolSpec()), [(8, 6, 7)]),
     "sequence": (BlockSpec((UnitSpec((1,), (1,), (1,)),), "identity"), [(8, 8, 3)]),
+    "activations": (
+        BlockSpec(
+            (
+                UnitSpec(activation="silu"),
+                UnitSpec(padding=(1, 1), activation="leaky_relu", negative_slope=0.2),
+                UnitSpec(activation="relu6"),
+            )
+        ),
+        [(8, 4, 1), (4, 4, 3), (4, 8, 1)],
+    ),
+    "inner activations": (
+        BlockSpec(
+            (UnitSpec(activation="relu6"), UnitSpec((2, 2), (1, 1), activation="silu"), UnitSpec()),
+            UnitSpec((2, 2), activation="identity"),
+        ),
+        [(8, 4, 1), (4, 4, 3), (4, 12, 1), (8, 12, 1)],
+    ),
+    "stem with SiLU": (BlockSpec((UnitSpec((2, 2), (3, 3), activation="silu"),), pool=PoolSpec()), [(8, 6, 7)]),
 }
 
 
@@ -271,9 +289,9 @@ def test_opaque_operators_pass_opcheck(backend):
         spec, x, tensors = make_block_case(name)
         flat = [t for index, t in enumerate(clone_with_grad(tensors)) if t is not None and index % 6 < 4]
         present = [t is not None and index % 6 < 4 for index, t in enumerate(tensors)]
-        ints, eps = spec.encode()
-        flags = [True, *present]
-        args = (x.requires_grad_(), flat, present, ints, eps, [True] * len(eps), flags, False, "norm", backend)
+        ints, floats = spec.encode()
+        flags, training = [True, *present], [True] * len(spec.convolutions)
+        args = (x.requires_grad_(), flat, present, ints, floats, training, flags, False, "norm", backend)
         args += (fused_res.backends.registry.conv_preference(), "")
         torch.library.opcheck(torch.ops.fused_res.block_forward.default, args, test_utils="test_schema")
         torch.library.opcheck(torch.ops.fused_res.block_forward.default, args, test_utils="test_faketensor")

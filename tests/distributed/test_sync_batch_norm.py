@@ -108,23 +108,26 @@ def test_statistics_and_backward(backend, dtype, format, shape):
         for t in (x, residual)
     )
     mask = norm.pack_mask(images() > 20)
-    for relu_mask, relu, pair in (
-        (mask, False, False),
-        (None, True, False),
-        (None, False, False),
-        (mask, False, True),
+    for relu_mask, activation, pair in (
+        (mask, "identity", False),
+        (None, "relu", False),
+        (None, "identity", False),
+        (mask, "identity", True),
+        (None, "relu6", False),
+        (None, "leaky_relu", False),
+        (None, "silu", False),
     ):
         pair_args = (residual, residual_stats) if pair else (None, None)
         wide = [None if t is None else t.double() for t in (dy, x, stats, *pair_args)]
-        sums = kernels.batch_norm_sums(dy, x, stats, relu_mask, relu, *pair_args)
-        exact = reference_sync.batch_norm_sums(*wide[:3], relu_mask, relu, *wide[3:])
+        sums = kernels.batch_norm_sums(dy, x, stats, relu_mask, activation, *pair_args)
+        exact = reference_sync.batch_norm_sums(*wide[:3], relu_mask, activation, *wide[3:])
         assert sums.dtype == accumulated and sums.shape == exact.shape
         scale = 25 * count**0.5 + 1  # magnitude of a sum of `count` values
         torch.testing.assert_close(sums.double(), exact, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale)
         for terms in (sums[:2].contiguous(), None):
-            dx = kernels.batch_norm_act_dx(dy, x, stats, relu_mask, relu, terms, count)
+            dx = kernels.batch_norm_act_dx(dy, x, stats, relu_mask, activation, terms, count)
             terms = None if terms is None else terms.double()
-            exact = reference_sync.batch_norm_act_dx(*wide[:3], relu_mask, relu, terms, count)
+            exact = reference_sync.batch_norm_act_dx(*wide[:3], relu_mask, activation, terms, count)
             assert dx.dtype == dtype and dx.stride() == x.stride()
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(dx.double(), exact, rtol=4 * eps, atol=40 * eps)
@@ -135,12 +138,15 @@ def test_invalid_kernel_arguments_raise():
     x, stats = torch.randn(2, 3, 4, 4), torch.randn(5, 3)
     for call, message in (
         (
-            lambda: kernels.batch_norm_sums(x, x, stats, None, True, x, None),
+            lambda: kernels.batch_norm_sums(x, x, stats, None, "relu", x, None),
             "residual: expected together with residual_stats",
         ),
-        (lambda: kernels.batch_norm_sums(x, x, stats[:4], None, True, None, None), r"stats: expected \(5, 3\)"),
-        (lambda: kernels.batch_norm_act_dx(x, x, stats, None, True, torch.randn(3, 3), 32), r"sums: expected \(2, 3\)"),
-        (lambda: kernels.batch_norm_act_dx(x[1:], x, stats, None, True, None, 32), "grad_output: expected"),
+        (lambda: kernels.batch_norm_sums(x, x, stats[:4], None, "relu", None, None), r"stats: expected \(5, 3\)"),
+        (
+            lambda: kernels.batch_norm_act_dx(x, x, stats, None, "relu", torch.randn(3, 3), 32),
+            r"sums: expected \(2, 3\)",
+        ),
+        (lambda: kernels.batch_norm_act_dx(x[1:], x, stats, None, "relu", None, 32), "grad_output: expected"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -165,7 +165,7 @@ def test_operators_pass_opcheck(backend):
     stats = kernels.batch_norm_stats(z, None, None, None, None, True, 1e-5)
     x_stats = kernels.batch_norm_stats(x, None, None, None, None, True, 1e-5)
     partials = kernels.batch_norm_partials(z).repeat(3, 1, 1)
-    sums = kernels.batch_norm_sums(z, z, stats, None, True, None, None)
+    sums = kernels.batch_norm_sums(z, z, stats, None, "relu", None, None)
     geometry = [1, 1], [0, 0], [1, 1], 1
     common = z, z, stats, None, True, sums, 24, weight
     no_prologue = None, None, None, False, None, 0
@@ -173,9 +173,9 @@ def test_operators_pass_opcheck(backend):
     for name, arguments in {
         "batch_norm_partials": (z,),
         "merge_stats": (partials, None, None, 1e-5, False),
-        "batch_norm_sums": (z, z, stats, None, True, None, None),
-        "batch_norm_act_dx": (z, z, stats, None, True, sums, 24),
-        "batch_norm_act_apply": (z, stats, z, stats, True, True),
+        "batch_norm_sums": (z, z, stats, None, "relu", None, None),
+        "batch_norm_act_dx": (z, z, stats, None, "relu", sums, 24),
+        "batch_norm_act_apply": (z, stats, z, stats, "relu", True),
         "batch_norm_act_backward_pair": (z, z, None, stats, z, None, stats, None, True, True, [True] * 6),
         "conv_bias_act": (x, weight, None, z, *geometry, True),
         "conv_bn_stats": (x, weight, None, x_stats, True, *geometry, True),

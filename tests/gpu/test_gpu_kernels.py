@@ -18,6 +18,7 @@ from fused_res.backends.reference import batch_norm_act as reference
 from fused_res.backends.reference import batch_norm_sync as reference_sync
 from fused_res.backends.reference import conv_dgrad as reference_dgrad
 from fused_res.backends.reference import conv_wgrad as reference_wgrad
+from fused_res.ops.checks import relu_or_identity
 from tests.support import gpu_backends as gpu
 from tests.support.gpu_backends import DEVICE
 
@@ -139,13 +140,15 @@ class TestNorm:
             assert_close(stats[row], expected[row], accumulated, row)
         relu_mask = reference.pack_mask(dy > 0)
         for mask, relu in ((relu_mask, False), (None, True), (None, False)):
-            sums = kernels.batch_norm_sums(dy, x, stats, mask, relu, None, None)
-            expected = reference_sync.batch_norm_sums(dy.double(), x.double(), stats.double(), mask, relu, None, None)
+            sums = kernels.batch_norm_sums(dy, x, stats, mask, relu_or_identity(relu), None, None)
+            expected = reference_sync.batch_norm_sums(
+                dy.double(), x.double(), stats.double(), mask, relu_or_identity(relu), None, None
+            )
             assert_close(sums, expected, accumulated, "sums", 4)
             count = x.numel() // shape[1]
-            dx = kernels.batch_norm_act_dx(dy, x, stats, mask, relu, sums, count)
+            dx = kernels.batch_norm_act_dx(dy, x, stats, mask, relu_or_identity(relu), sums, count)
             expected = reference_sync.batch_norm_act_dx(
-                dy.double(), x.double(), stats.double(), mask, relu, sums.double(), count
+                dy.double(), x.double(), stats.double(), mask, relu_or_identity(relu), sums.double(), count
             )
             assert_close(dx, expected, dtype, "dx")
 
@@ -156,9 +159,9 @@ class TestNorm:
         stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
         residual_stats = kernels.batch_norm_stats(residual, bias, weight, None, None, True, 1e-5)
         for r, r_stats, relu in ((None, None, True), (residual, None, True), (residual, residual_stats, False)):
-            y, mask = kernels.batch_norm_act_apply(x, stats, r, r_stats, relu, relu)
+            y, mask = kernels.batch_norm_act_apply(x, stats, r, r_stats, relu_or_identity(relu), relu)
             wide = [None if t is None else t.double() for t in (x, stats, r, r_stats)]
-            expected, expected_mask = reference.batch_norm_act_apply(*wide, relu, relu)
+            expected, expected_mask = reference.batch_norm_act_apply(*wide, relu_or_identity(relu), relu)
             assert_close(y, expected, dtype, "y")
             different = reference.unpack_mask(mask ^ expected_mask, x) if relu else torch.zeros(1)
             assert different.sum() <= 1, "the ReLU masks differ at more than one value within rounding of zero"
@@ -185,7 +188,7 @@ class TestNorm:
         x, residual, _, weight, bias = norm_case(shape, format, dtype)
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
         mean, var = (50 * weight).to(weight.dtype), bias**2 + 0.5
-        arguments = (x, residual, None, weight, bias, mean, var, False, 1e-5, True, False)
+        arguments = (x, residual, None, weight, bias, mean, var, False, 1e-5, "relu", False)
         with launches(kernels.name) as launched:
             y, stats, _ = kernels.batch_norm_act_forward(*arguments)
         assert launched is None or len(launched) == 1
@@ -195,7 +198,7 @@ class TestNorm:
         assert_close(stats, expected_stats, accumulated, "stats")
         assert torch.equal(stats, kernels.batch_norm_stats(x, weight, bias, mean, var, False, 1e-5))
         z = x.clone(memory_format=torch.preserve_format)
-        kernels.batch_norm_act_inference_(z, residual, None, weight, bias, mean, var, 1e-5, True)
+        kernels.batch_norm_act_inference_(z, residual, None, weight, bias, mean, var, 1e-5, "relu")
         assert torch.equal(z, y)
 
 
@@ -229,10 +232,10 @@ def test_partial_statistics_of_ranks_combine(kernels):
     whole = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
     assert_close(stats, whole.double(), torch.float32, "stats")
     sums = sum(
-        kernels.batch_norm_sums(channels_last(dy[rows]), channels_last(x[rows]), stats, None, True, None, None)
+        kernels.batch_norm_sums(channels_last(dy[rows]), channels_last(x[rows]), stats, None, "relu", None, None)
         for rows in (slice(0, 1), slice(1, 1), slice(1, 6))
     )
-    assert_close(sums, kernels.batch_norm_sums(dy, x, stats, None, True, None, None).double(), torch.float32, "sums")
+    assert_close(sums, kernels.batch_norm_sums(dy, x, stats, None, "relu", None, None).double(), torch.float32, "sums")
 
 
 CONVOLUTIONS = [  # input shape (N, C, H, W), output channels, kernel, stride, padding, dilation, groups
@@ -266,7 +269,9 @@ def test_convolution_prologue_and_epilogue(kernels, shape, outputs, kernel, stri
 
     stats = reference.batch_norm_stats(x.double(), None, randn(shape[1], seed=4), None, None, True, 1e-5).float()
     for relu in (True, False):
-        activation = reference.batch_norm_act_apply(x.double(), stats.double(), None, None, relu, False)[0].to(dtype)
+        activation = reference.batch_norm_act_apply(
+            x.double(), stats.double(), None, None, relu_or_identity(relu), False
+        )[0].to(dtype)
         expected = F.conv2d(activation.double(), weight.double(), bias.double(), *geometry)
         z, partials = kernels.conv_bn_stats(x, weight, bias, stats, relu, *geometry, True)
         assert_close(z, expected, dtype, "conv_bn_stats")
@@ -295,7 +300,9 @@ def test_conv1x1_backward(kernels, channels, outputs, size, stride, dtype):
     for (relu_mask, relu), input_norm, training in itertools.product(
         ((mask, False), (None, True), (None, False)), (True, False), (True, False)
     ):
-        sums = kernels.batch_norm_sums(dy, z, stats, relu_mask, relu, None, None) if training else None
+        sums = (
+            kernels.batch_norm_sums(dy, z, stats, relu_mask, relu_or_identity(relu), None, None) if training else None
+        )
         common = dy, z, stats, relu_mask, relu, sums, count, weight
         input_args = (x, x_stats, True) if input_norm else (x, None, False)
         dw = kernels.conv_wgrad(*common, *input_args, [stride, stride])
@@ -370,10 +377,10 @@ def test_results_are_deterministic(kernels, format):
     runs = []
     for _ in range(2):
         y, stats, mask = kernels.batch_norm_act_forward(
-            x, residual, None, weight, bias, None, None, True, 1e-5, True, True
+            x, residual, None, weight, bias, None, None, True, 1e-5, "relu", True
         )
         runs.append(
-            [y, stats, mask, *kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, False, [True] * 4)]
+            [y, stats, mask, *kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, "identity", [True] * 4)]
         )
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -381,8 +388,8 @@ def test_results_are_deterministic(kernels, format):
 @on_all_backends
 def test_recomputed_activation_is_bitwise_equal_to_forward(kernels):
     x, _, _, weight, bias = norm_case((3, 35, 9, 7), torch.channels_last, torch.float32)
-    y, stats, _ = kernels.batch_norm_act_forward(x, None, None, weight, bias, None, None, True, 1e-5, True, False)
-    assert torch.equal(y, kernels.batch_norm_act_apply(x, stats, None, None, True, False)[0])
+    y, stats, _ = kernels.batch_norm_act_forward(x, None, None, weight, bias, None, None, True, 1e-5, "relu", False)
+    assert torch.equal(y, kernels.batch_norm_act_apply(x, stats, None, None, "relu", False)[0])
 
 
 @on_backends_and_dtypes(torch.float32, torch.bfloat16)
@@ -400,6 +407,6 @@ def test_empty_batch(kernels, dtype):
     assert grad.shape == x.shape and sums.shape == (2, 8) and not sums.any()
     assert kernels.conv_dgrad(z, *NO_PROLOGUE, weight, None, None, False, x)[0].shape == x.shape
     assert not kernels.conv_wgrad(*common, x, x_stats, True, [1, 1]).any()
-    assert not kernels.batch_norm_sums(z, z, stats, None, True, None, None).any()
-    y, mask = kernels.batch_norm_act_apply(z, stats, z, None, True, True)
+    assert not kernels.batch_norm_sums(z, z, stats, None, "relu", None, None).any()
+    y, mask = kernels.batch_norm_act_apply(z, stats, z, None, "relu", True)
     assert y.shape == z.shape and not mask.numel()

@@ -17,6 +17,7 @@ from fused_res.backends.reference.batch_norm_act import batch_norm_act as defini
 from fused_res.backends.reference.batch_norm_act import pack_mask, unpack_mask
 from fused_res.functional import batch_norm_act
 from fused_res.ops import memory_format
+from fused_res.ops.checks import relu_or_identity
 from fused_res.testing import assert_within_stock_error
 from tests.support import batch_norm_checks
 from tests.support.batch_norm_checks import expected_relu_mask, gradients, reduction_error_bound
@@ -128,7 +129,7 @@ def run_pair(kernels, tensors, running, grad, training, relu, output_mask=(True,
     x, weight, bias, residual, residual_weight, residual_bias = tensors.values()
     residual_stats = kernels.batch_norm_stats(residual, residual_weight, residual_bias, *running[1], training[1], 1e-5)
     y, stats, mask = kernels.batch_norm_act_forward(
-        x, residual, residual_stats, weight, bias, *running[0], training[0], 1e-5, relu, relu
+        x, residual, residual_stats, weight, bias, *running[0], training[0], 1e-5, relu_or_identity(relu), relu
     )
     mask = mask if relu else None
     grads = kernels.batch_norm_act_backward_pair(
@@ -143,7 +144,7 @@ def exact_pair(tensors, running, grad, training, mask):
     x, weight, bias, *residual = wide.values()
     sides = ((x, weight, bias), residual)
     y = sum(
-        definition(x, *(t.double() for t in state), weight, bias, training=flag, relu=False)[0]
+        definition(x, *(t.double() for t in state), weight, bias, training=flag, activation="identity")[0]
         for (x, weight, bias), state, flag in zip(sides, running, training, strict=True)
     )
     pre = y.detach()
@@ -269,12 +270,12 @@ def test_forward_apply_and_inference_are_bitwise_equal(backend):
         tensors, running, _ = make_pair(SHAPES[case], dtype, format)
         x, weight, bias, residual, *other = tensors.values()
         residual_stats = kernels.batch_norm_stats(residual, *other, *running[1], True, 1e-5)
-        for relu in (True, False):
+        for activation in ("relu", "identity"):
             arguments = residual, residual_stats, weight, bias, *running[0]
-            y, stats, mask = kernels.batch_norm_act_forward(x, *arguments, False, 1e-5, relu, True)
-            again, mask_again = kernels.batch_norm_act_apply(x, stats, residual, residual_stats, relu, True)
+            y, stats, mask = kernels.batch_norm_act_forward(x, *arguments, False, 1e-5, activation, True)
+            again, mask_again = kernels.batch_norm_act_apply(x, stats, residual, residual_stats, activation, True)
             inference = x.clone(memory_format=torch.preserve_format)
-            kernels.batch_norm_act_inference_(inference, *arguments, 1e-5, relu)
+            kernels.batch_norm_act_inference_(inference, *arguments, 1e-5, activation)
             assert torch.equal(again, y) and torch.equal(mask_again, mask) and torch.equal(inference, y)
 
 
@@ -402,9 +403,9 @@ class TestCpuKernels:
         tensors, _, _ = make((8, 64, 17, 17), torch.float32, torch.channels_last, residual=False)
         kernels = kernels_of("cpu")
         y, stats, _ = kernels.batch_norm_act_forward(
-            tensors["input"], None, None, tensors["weight"], tensors["bias"], None, None, True, 1e-5, True, False
+            tensors["input"], None, None, tensors["weight"], tensors["bias"], None, None, True, 1e-5, "relu", False
         )
-        assert torch.equal(y, kernels.batch_norm_act_apply(tensors["input"], stats, None, None, True, False)[0])
+        assert torch.equal(y, kernels.batch_norm_act_apply(tensors["input"], stats, None, None, "relu", False)[0])
 
     def test_opcheck(self):
         """opcheck also compares the shapes and strides of the fake implementations."""
@@ -412,24 +413,24 @@ class TestCpuKernels:
         for format, relu in itertools.product((torch.contiguous_format, torch.channels_last), (True, False)):
             tensors, running, grad = make((2, 5, 4, 3), torch.float32, format)
             x, residual, weight, bias = tensors.values()
-            state = list(running.values())
-            args = (x, residual, None, weight, bias, *state, True, 1e-5, relu, relu)
+            state, activation = list(running.values()), relu_or_identity(relu)
+            args = (x, residual, None, weight, bias, *state, True, 1e-5, activation, relu)
             torch.library.opcheck(namespace.batch_norm_act_forward.default, args)
             _, stats, mask = namespace.batch_norm_act_forward(*args)
             torch.library.opcheck(namespace.batch_norm_stats.default, (x, weight, bias, *state, False, 1e-5))
-            torch.library.opcheck(namespace.batch_norm_act_apply.default, (x, stats, None, None, relu, relu))
-            torch.library.opcheck(namespace.batch_norm_act_apply.default, (x, stats, residual, stats, relu, relu))
-            args = (x, residual, stats, weight, bias, *state, True, 1e-5, relu, relu)
+            torch.library.opcheck(namespace.batch_norm_act_apply.default, (x, stats, None, None, activation, relu))
+            torch.library.opcheck(namespace.batch_norm_act_apply.default, (x, stats, residual, stats, activation, relu))
+            args = (x, residual, stats, weight, bias, *state, True, 1e-5, activation, relu)
             torch.library.opcheck(namespace.batch_norm_act_forward.default, args)
             mask = mask if relu else None
             for output_mask in ([True] * 6, [False, True, False, True, True, False]):
                 pair = (grad, x, weight, stats, residual, None, stats, mask, True, False, output_mask)
                 torch.library.opcheck(namespace.batch_norm_act_backward_pair.default, pair)
             for output_mask in ([True] * 4, [True, False, False, True]):
-                backward = (grad, x, weight, stats, mask, True, relu, output_mask)
+                backward = (grad, x, weight, stats, mask, True, activation, output_mask)
                 torch.library.opcheck(namespace.batch_norm_act_backward.default, backward)
             for residual_stats in (None, stats):
-                inference = (x.clone(), residual, residual_stats, weight, bias, *state, 1e-5, relu)
+                inference = (x.clone(), residual, residual_stats, weight, bias, *state, 1e-5, activation)
                 torch.library.opcheck(namespace.batch_norm_act_inference_.default, inference)
             grad = grad.contiguous(memory_format=format)
             torch.library.opcheck(namespace.add_masked_.default, (x.clone(), grad, mask))
@@ -441,7 +442,7 @@ class TestCpuKernels:
         kernels = kernels_of("cpu")
         tensors, running, grad = make((2, 5, 4, 3), torch.float32)
         x, residual, weight, bias = tensors.values()
-        rest = weight, bias, *running.values(), False, 1e-5, True, False
+        rest = weight, bias, *running.values(), False, 1e-5, "relu", False
         stats = kernels.batch_norm_stats(x, weight, bias, *running.values(), False, 1e-5)
         with pytest.raises(ValueError, match="residual_stats: expected a residual"):
             kernels.batch_norm_act_forward(x, None, stats, *rest)
@@ -463,13 +464,13 @@ class TestCpuKernels:
             found = []
             for k in kernels:
                 y, stats, mask = k.batch_norm_act_forward(
-                    x, residual, None, weight, bias, *state, True, 1e-5, True, True
+                    x, residual, None, weight, bias, *state, True, 1e-5, "relu", True
                 )
                 into = x.clone()
                 k.add_masked_(into, grad.contiguous(memory_format=format), mask)
                 inference = x.clone()
-                k.batch_norm_act_inference_(inference, residual, None, weight, bias, *state, 1e-5, True)
-                masked = k.batch_norm_act_backward(grad, x, weight, stats, mask, True, False, [True] * 4)
+                k.batch_norm_act_inference_(inference, residual, None, weight, bias, *state, 1e-5, "relu")
+                masked = k.batch_norm_act_backward(grad, x, weight, stats, mask, True, "identity", [True] * 4)
                 pair = run_pair(k, *make_pair((3, 13, 6, 5), torch.float64, format), (True, False), True)
                 found.append([y, stats, mask, into, inference, *masked, *pair[:2], *pair[2].values()])
             for ours, reference in zip(*found, strict=True):

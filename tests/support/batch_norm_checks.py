@@ -32,6 +32,7 @@ def float64_reference(
     training: bool,
     mask: Tensor | None,
     eps: float = 1e-5,
+    **activation: Any,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Compute the reference in float64.
 
@@ -42,15 +43,17 @@ def float64_reference(
         training: whether to normalize with batch statistics.
         mask: ReLU mask, or None for no ReLU.
         eps: epsilon of the norm.
+        activation: name and negative slope of an activation other than ReLU; default none.
 
     Returns:
         The output before the ReLU, the output, and the gradients by name.
     """
     wide: Any = {k: None if t is None else t.detach().double().requires_grad_() for k, t in tensors.items()}
     state = {k: None if t is None else t.double() for k, t in running.items()}
-    y, *_ = reference_batch_norm_act(**wide, **state, training=training, eps=eps, relu=False)
+    y, *_ = reference_batch_norm_act(**wide, **state, training=training, eps=eps, activation="identity")
     pre = y.detach()
     y = y if mask is None else y * mask
+    y = stock.activate(y, **activation) if activation else y
     return pre, y.detach(), gradients(y, wide, grad.double())
 
 
@@ -104,6 +107,7 @@ def check_batch_norm_act(
     *,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    negative_slope: float = 0.01,
     grad_names: Iterable[str] | None = None,
 ) -> None:
     """Check output, gradients and updated running statistics of batch_norm_act on a backend.
@@ -115,9 +119,11 @@ def check_batch_norm_act(
         running: running_mean and running_var.
         grad: gradient of the output.
         training: whether to normalize with batch statistics.
-        activation: ``"relu"`` or ``"identity"``.
+        activation: name of the activation. With ReLU6 and leaky ReLU, `grad` must be zero near the kinks, where either
+            derivative is correct.
         backend: name of the backend.
         momentum, eps: parameters of the norm.
+        negative_slope: slope of a leaky ReLU.
         grad_names: names of the tensors that require grad; default all.
     """
     x = tensors["input"]
@@ -134,7 +140,8 @@ def check_batch_norm_act(
     for function, function_tensors, function_running in functions:
         leaves = detach_with_grad(function_tensors, grad_names)
         state = {k: None if t is None else clone_strided(t) for k, t in function_running.items()}
-        y = function(**leaves, **state, training=training, activation=activation, momentum=momentum, eps=eps)
+        options = {"activation": activation, "negative_slope": negative_slope}
+        y = function(**leaves, **state, training=training, momentum=momentum, eps=eps, **options)
         y_gradients = gradients(y, leaves, grad)
         for name, value in given.items():
             now = (tensors | {"grad": grad})[name]
@@ -142,7 +149,8 @@ def check_batch_norm_act(
         mask = None
         if activation == "relu":
             mask = expected_relu_mask(float64_reference(tensors, running, grad, training, None, eps)[0], y)
-        reference = float64_reference(tensors, running, grad, training, mask, eps)
+        smooth = {} if activation == "relu" else options
+        reference = float64_reference(tensors, running, grad, training, mask, eps, **smooth)
         results.append((y.detach(), y_gradients, state, reference))
     # Each has a reference of its own: the ReLU masks differ where the values before the ReLU are zero up to rounding.
     (actual, actual_grads, actual_state, (_, y, grads)), (stock_y, stock_grads, stock_state, (_, y_2, grads_2)) = (

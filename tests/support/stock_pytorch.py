@@ -27,13 +27,20 @@ def batch_norm_act(
     residual_shift: Tensor | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None and residual_scale is not None and residual_shift is not None:
         scale, shift = (t.to(input.dtype).view(-1, *(1,) * (input.dim() - 2)) for t in (residual_scale, residual_shift))
         residual = residual * scale + shift
     y = y if residual is None else y + residual
-    return F.relu(y) if activation == "relu" else y
+    return activate(y, activation, negative_slope)
+
+
+def activate(y: Tensor, activation: str, negative_slope: float = 0.01) -> Tensor:
+    """Compute an activation by name with PyTorch's functions."""
+    functions = {"identity": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
+    return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else functions[activation](y)
 
 
 def residual_block(
@@ -55,7 +62,7 @@ def residual_block(
         y = unit(index, y)
         if index == len(spec.units) - 1 and spec.shortcut != "none":
             y = y + (x if spec.projection is None else unit(index + 1, x))
-        y = F.relu(y) if u.relu else y
+        y = activate(y, u.activation, u.negative_slope)
     if spec.pool is not None:
         y = F.max_pool2d(y, spec.pool.kernel_size, spec.pool.stride, spec.pool.padding)
     return y

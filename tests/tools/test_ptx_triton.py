@@ -206,7 +206,7 @@ def test_batch_norm_act(dtype, format):
     x, residual, dy = (randn(*shape, dtype=dtype, seed=i).contiguous(memory_format=format) for i in range(3))
     x += 10
     weight, bias = randn(35, dtype=torch.float32, seed=4), randn(35, dtype=torch.float32, seed=5)
-    options = None, None, True, 1e-5, True, True
+    options = None, None, True, 1e-5, "relu", True
 
     def assert_close(actual, expected, ulps):
         step = torch.finfo(actual.dtype).eps * expected.double().abs().max()
@@ -216,10 +216,10 @@ def test_batch_norm_act(dtype, format):
     y, stats, mask = forward
     assert_close(y, reference.batch_norm_act_forward(x.double(), residual.double(), None, weight, bias, *options)[0], 1)
     gradients = run_interpreted(
-        lambda: kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, True, [True] * 4)
+        lambda: kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, "relu", [True] * 4)
     )
     exact = reference.batch_norm_act_backward(
-        dy.double(), x.double(), weight.double(), stats.double(), mask, True, True, [True] * 4
+        dy.double(), x.double(), weight.double(), stats.double(), mask, True, "relu", [True] * 4
     )
     for actual, expected in zip(gradients, exact, strict=True):
         assert_close(actual, expected, 4 if actual.dtype == torch.float32 else 1)

@@ -1,8 +1,9 @@
-// Batch norm + residual add + ReLU, backward: the reductions sum dy and sum dy * (x - mean), with a kernel
+// Batch norm + residual add + activation, backward: the reductions sum dy and sum dy * (x - mean), with a kernel
 // for each layout, and the elementwise pass for dx, written once for both.
 #pragma once
 
 #include "common/normalize.h"
+#include "cpu/isa/activation.h"
 #include "cpu/isa/batch_norm_forward.h"
 #include "cpu/isa/batch_norm_sums.h"
 #include "cpu/isa/kernels.h"
@@ -12,36 +13,68 @@
 namespace fused_res::cpu {
 namespace {
 
-// Source of the ReLU mask: no ReLU, the mask saved by the forward, or recomputed from x.
-enum class ReluMask { kNone, kStored, kRecompute };
+// Source of act'(z): 1 without an activation, the ReLU mask saved by the forward, or recomputed from x.
+enum class ActGrad { kNone, kStoredMask, kRelu, kRelu6, kLeakyRelu, kSilu };
 
-template <ReluMask kMask, class Part, class V>
-inline V apply_relu_mask(Part part, V dy, V centered, V scale, V shift, const uint8_t* mask, int64_t i) {
-  if constexpr (kMask == ReluMask::kStored) return maskz(V::from_bits(load_bits<V>(mask + i / 8, part)), dy);
-  if constexpr (kMask == ReluMask::kRecompute)
-    return maskz(relu_active(normalize(centered, scale, shift)), dy);
-  return dy;
+constexpr Activation activation_of(ActGrad grad) {
+  switch (grad) {
+    case ActGrad::kRelu:
+      return Activation::kRelu;
+    case ActGrad::kRelu6:
+      return Activation::kRelu6;
+    case ActGrad::kLeakyRelu:
+      return Activation::kLeakyRelu;
+    case ActGrad::kSilu:
+      return Activation::kSilu;
+    case ActGrad::kNone:
+    case ActGrad::kStoredMask:
+      break;
+  }
+  return Activation::kIdentity;
+}
+
+// dy * act'(z).
+template <ActGrad kGrad, class Part, class V>
+inline V apply_act_grad(Part part, V dy, V centered, V scale, V shift, V negative_slope, const uint8_t* mask,
+                        int64_t i) {
+  if constexpr (kGrad == ActGrad::kNone) return dy;
+  if constexpr (kGrad == ActGrad::kStoredMask)
+    return maskz(V::from_bits(load_bits<V>(mask + i / 8, part)), dy);
+  return activation_backward<activation_of(kGrad)>(part, dy, normalize(centered, scale, shift),
+                                                   negative_slope);
 }
 
 // N: 1, or 2 for a pair of norms joined by the residual add. A pair with a ReLU always has a stored mask.
-template <template <class, ReluMask, int> class Kernel, class T, int N, class... Args>
-inline void dispatch_relu_mask(const BackwardArgs& a, const Args&... args) {
-  if (a.mask) return Kernel<T, ReluMask::kStored, N>::run(a, args...);
+template <template <class, ActGrad, int> class Kernel, class T, int N, class... Args>
+inline void dispatch_act_grad(const BackwardArgs& a, const Args&... args) {
+  if (a.mask) return Kernel<T, ActGrad::kStoredMask, N>::run(a, args...);
   if constexpr (N == 1) {
-    if (a.relu) return Kernel<T, ReluMask::kRecompute, N>::run(a, args...);
+    switch (a.activation) {
+      case Activation::kRelu:
+        return Kernel<T, ActGrad::kRelu, N>::run(a, args...);
+      case Activation::kRelu6:
+        return Kernel<T, ActGrad::kRelu6, N>::run(a, args...);
+      case Activation::kLeakyRelu:
+        return Kernel<T, ActGrad::kLeakyRelu, N>::run(a, args...);
+      case Activation::kSilu:
+        return Kernel<T, ActGrad::kSilu, N>::run(a, args...);
+      case Activation::kIdentity:
+        break;
+    }
   }
-  Kernel<T, ReluMask::kNone, N>::run(a, args...);
+  Kernel<T, ActGrad::kNone, N>::run(a, args...);
 }
 
-template <class T, ReluMask kMask, int N>
+template <class T, ActGrad kGrad, int N>
 struct ReduceNhwc {
   static void run(const BackwardArgs& a, const Block& b, double* partial) {
     using S = Compute<T>;
     using V = Vec<S>;
     const int64_t mask_row = (b.channels + 7) / 8;
+    const V negative_slope = V::broadcast(static_cast<S>(a.negative_slope));
     for (int64_t c0 = b.c0; c0 < b.c1; c0 += kStackChannels) {
       const int64_t width = min(kStackChannels, b.c1 - c0), start = b.n0 * b.channels + c0;
-      const uint8_t* mask = kMask == ReluMask::kStored ? a.mask + b.n0 * mask_row + c0 / 8 : nullptr;
+      const uint8_t* mask = kGrad == ActGrad::kStoredMask ? a.mask + b.n0 * mask_row + c0 / 8 : nullptr;
       const S* scale = static_cast<const S*>(a.norms[0].norm.scale) + c0;
       const S* shift = static_cast<const S*>(a.norms[0].norm.shift) + c0;
       const T* dy = static_cast<const T*>(a.dy) + start;
@@ -55,8 +88,8 @@ struct ReduceNhwc {
         const int64_t i = row * b.channels + c;
         Term<V, N> t;
         for (int k = 0; k < N; ++k) t.weight[k] = part.load(x[k] + i) - part.load(mean[k] + c);
-        t.value = apply_relu_mask<kMask>(part, part.load(dy + i), t.weight[0], part.load(scale + c),
-                                         part.load(shift + c), mask, row * mask_row * 8 + c);
+        t.value = apply_act_grad<kGrad>(part, part.load(dy + i), t.weight[0], part.load(scale + c),
+                                        part.load(shift + c), negative_slope, mask, row * mask_row * 8 + c);
         return t;
       };
       double sums[1 + N][kStackChannels];
@@ -72,12 +105,13 @@ struct ReduceNhwc {
   }
 };
 
-template <class T, ReluMask kMask, int N>
+template <class T, ActGrad kGrad, int N>
 struct ReduceNchw {
   static void run(const BackwardArgs& a, const Block& b, double* partial) {
     using S = Compute<T>;
     using V = Vec<S>;
     const int64_t mask_row = (b.spatial + 7) / 8;
+    const V negative_slope = V::broadcast(static_cast<S>(a.negative_slope));
     for (int64_t c = b.c0; c < b.c1; ++c) {
       const V scale = V::broadcast(static_cast<const S*>(a.norms[0].norm.scale)[c]);
       const V shift = V::broadcast(static_cast<const S*>(a.norms[0].norm.shift)[c]);
@@ -89,12 +123,13 @@ struct ReduceNchw {
         const T* dy = static_cast<const T*>(a.dy) + start;
         const T* x[N];
         for (int k = 0; k < N; ++k) x[k] = static_cast<const T*>(a.norms[k].x) + start;
-        const uint8_t* mask = kMask == ReluMask::kStored ? a.mask + plane * mask_row + b.s0 / 8 : nullptr;
+        const uint8_t* mask = kGrad == ActGrad::kStoredMask ? a.mask + plane * mask_row + b.s0 / 8 : nullptr;
         plane_sums.add(b.s1 - b.s0, [&](auto part, int64_t i) {
           Term<V, N> t;
           for (int k = 0; k < N; ++k) t.weight[k] = part.load(x[k] + i) - mean[k];
           // In a tail, the lanes after the end are 0 because dy is loaded as 0.
-          t.value = apply_relu_mask<kMask>(part, part.load(dy + i), t.weight[0], scale, shift, mask, i);
+          t.value = apply_act_grad<kGrad>(part, part.load(dy + i), t.weight[0], scale, shift, negative_slope,
+                                          mask, i);
           return t;
         });
       }
@@ -103,9 +138,9 @@ struct ReduceNchw {
   }
 };
 
-template <template <class, ReluMask, int> class Reduce, class T, int N>
+template <template <class, ActGrad, int> class Reduce, class T, int N>
 void reduce(const Block& b, const BackwardArgs& a, double* partial) {
-  dispatch_relu_mask<Reduce, T, N>(a, b, partial);
+  dispatch_act_grad<Reduce, T, N>(a, b, partial);
 }
 
 // Backward of one norm along a contiguous segment.
@@ -143,20 +178,22 @@ struct NormBackward {
 
 template <Layout L>
 struct ElementwiseBackward {
-  template <class T, ReluMask kMask, int N>
+  template <class T, ActGrad kGrad, int N>
   struct Kernel {
     static void run(const BackwardArgs& a, const Block& b) {
-      using V = Vec<Compute<T>>;
+      using S = Compute<T>;
+      using V = Vec<S>;
       const bool stream = a.stream;
+      const V negative_slope = V::broadcast(static_cast<S>(a.negative_slope));
       for_each_contiguous<L>(b, [&](int64_t start, int64_t mask_start, int64_t channel, int64_t n) {
         const NormBackward<T, L> first(a.norms[0], start, channel), second(a.norms[N - 1], start, channel);
         const T* dy = static_cast<const T*>(a.dy) + start;
-        const uint8_t* mask = kMask == ReluMask::kStored ? a.mask + mask_start : nullptr;
+        const uint8_t* mask = kGrad == ActGrad::kStoredMask ? a.mask + mask_start : nullptr;
         T* dresidual = static_cast<T*>(a.dresidual) + (a.dresidual ? start : 0);
         for_each_vector<V>(n, [&](auto part, int64_t i) {
           const V centered = first.centered(part, i);
-          const V g = apply_relu_mask<kMask>(part, part.load(dy + i), centered, first.norm.scale.at(part, i),
-                                             first.norm.shift.at(part, i), mask, i);
+          const V g = apply_act_grad<kGrad>(part, part.load(dy + i), centered, first.norm.scale.at(part, i),
+                                            first.norm.shift.at(part, i), negative_slope, mask, i);
           first.write(part, g, centered, i, stream);
           if constexpr (N == 2) {
             second.write(part, g, second.centered(part, i), i, stream);
@@ -172,7 +209,7 @@ struct ElementwiseBackward {
 
 template <class T, Layout L, int N>
 void backward(const Block& b, const BackwardArgs& a) {
-  dispatch_relu_mask<ElementwiseBackward<L>::template Kernel, T, N>(a, b);
+  dispatch_act_grad<ElementwiseBackward<L>::template Kernel, T, N>(a, b);
 }
 
 // self += mask ? grad : 0 for rows [begin, end).

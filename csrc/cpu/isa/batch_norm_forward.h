@@ -1,8 +1,9 @@
-// Batch norm (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167) + residual add + ReLU, forward: batch
+// Batch norm (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167) + residual add + activation, forward: batch
 // statistics, with a kernel for each layout, and the elementwise pass, written once for both.
 #pragma once
 
 #include "common/normalize.h"
+#include "cpu/isa/activation.h"
 #include "cpu/isa/batch_norm_sums.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/loops.h"
@@ -136,7 +137,7 @@ void moments_nchw(const Block& b, const void* x, double* partial) {
   }
 }
 
-// --- normalize, add, ReLU ---
+// --- normalize, add, activation ---
 
 // One norm along a contiguous segment.
 template <Layout L, class S>
@@ -163,7 +164,7 @@ template <class T, Layout L, bool kPair>
 void forward(const Block& b, const ForwardArgs& a) {
   using S = Compute<T>;
   using V = Vec<S>;
-  const bool relu = a.relu, stream = a.stream;
+  const bool relu = a.activation == Activation::kRelu, stream = a.stream;
   for_each_contiguous<L>(b, [&](int64_t start, int64_t mask_start, int64_t channel, int64_t n) {
     const Norm<L, S> norm(a.norm, channel);
     // Only used in a pair; without one it needs a valid pointer.
@@ -188,8 +189,38 @@ void forward(const Block& b, const ForwardArgs& a) {
   if (stream) stream_fence();
 }
 
+// The activations that need neither a residual nor a mask.
+template <class T, Layout L, Activation kActivation>
+void forward_activation(const Block& b, const ForwardArgs& a) {
+  using S = Compute<T>;
+  using V = Vec<S>;
+  const bool stream = a.stream;
+  const V negative_slope = V::broadcast(static_cast<S>(a.negative_slope));
+  for_each_contiguous<L>(b, [&](int64_t start, int64_t, int64_t channel, int64_t n) {
+    const Norm<L, S> norm(a.norm, channel);
+    const T* x = static_cast<const T*>(a.x) + start;
+    T* y = static_cast<T*>(a.y) + start;
+    for_each_vector<V>(n, [&](auto part, int64_t i) {
+      const V v = activate<kActivation>(norm(part, part.load(x + i), i), negative_slope);
+      store_or_stream(part, y + i, v, stream);
+    });
+  });
+  if (stream) stream_fence();
+}
+
 template <class T, Layout L>
 void forward(const Block& b, const ForwardArgs& a) {
+  switch (a.activation) {
+    case Activation::kRelu6:
+      return forward_activation<T, L, Activation::kRelu6>(b, a);
+    case Activation::kLeakyRelu:
+      return forward_activation<T, L, Activation::kLeakyRelu>(b, a);
+    case Activation::kSilu:
+      return forward_activation<T, L, Activation::kSilu>(b, a);
+    case Activation::kIdentity:
+    case Activation::kRelu:
+      break;
+  }
   if (a.residual_norm.mean) return forward<T, L, true>(b, a);
   forward<T, L, false>(b, a);
 }

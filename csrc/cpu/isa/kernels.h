@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 #include "common/layout.h"
 
@@ -40,7 +41,8 @@ struct ForwardArgs {
   NormArgs residual_norm;  // null pointers: the residual is added without normalization
   void* y;                 // may be x
   uint8_t* mask;           // or null
-  bool relu;
+  Activation activation;   // with a residual or a mask kRelu or kIdentity
+  double negative_slope;   // of a leaky ReLU
   bool stream;  // use streaming stores for y; the caller guarantees aligned rows
 };
 
@@ -54,10 +56,11 @@ struct NormBackwardArgs {  // one norm; training: dx = scale * dy + slope * (x -
 
 struct BackwardArgs {
   const void* dy;
-  const uint8_t* mask;        // or null; takes precedence over `relu`
+  const uint8_t* mask;        // of the ReLU, or null; takes precedence over `activation`
   NormBackwardArgs norms[2];  // the norm of x and, in a pair, the norm of the residual
   void* dresidual;            // or null; gradient of a residual without a norm
-  bool relu;                  // recompute the ReLU mask, if `mask` is null; never in a pair
+  Activation activation;      // recompute act'(z), if `mask` is null; kIdentity in a pair
+  double negative_slope;      // of a leaky ReLU
   bool stream;
 };
 
@@ -85,7 +88,7 @@ enum StatsRow {
   kStatsRows
 };
 
-// Batch norm + residual add + ReLU. Partial statistics are doubles: forward (mean, M2)[C]; backward sum
+// Batch norm + residual add + activation. Partial statistics are doubles: forward (mean, M2)[C]; backward sum
 // dy[C], and sum dy * (x - mean)[C] for every norm. Backward kernels: [0] for one norm, [1] for a pair, that
 // is two norms joined by the residual add.
 struct BatchNormActKernels {

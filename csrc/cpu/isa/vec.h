@@ -5,7 +5,10 @@
 // Each vec_*.h defines, for V = Vec<S>:
 //   V::lanes, V::Mask, V::zero(), V::broadcast(s), V::first(n) -> Mask of the first n lanes,
 //   V::from_bits(bits) -> Mask
-//   + - *, fma(a, b, c)
+//   + - * /, fma(a, b, c)
+//   clamp(a, low, high)       a for NaN
+//   scale_by_power_of_two(a, n)  a * 2^n, rounded once; n integral, in the range of exponents of exp()
+//   greater_zero(a)           a > 0, false for NaN
 //   not_less_equal_zero(a)    !(a <= 0), true for NaN
 //   greater_or_nan(a, b)      a > b, or a is NaN: how PyTorch's pooling compares
 //   maskz(mask, a)            a, or +0 where the mask is unset

@@ -57,7 +57,21 @@ using D = Vec<double>;
 inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// min and max return their second operand if one is NaN.
+inline F clamp(F a, F low, F high) { return {_mm256_max_ps(low.v, _mm256_min_ps(high.v, a.v))}; }
+// 2^n for integers n.
+inline __m256 power_of_two(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+// In two factors, because 2^n alone may overflow or be subnormal.
+inline F scale_by_power_of_two(F a, F n) {
+  const __m256i integers = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(integers, 1);
+  const __m256i rest = _mm256_sub_epi32(integers, half);
+  return {_mm256_mul_ps(_mm256_mul_ps(a.v, power_of_two(half)), power_of_two(rest))};
+}
+inline MaskF greater_zero(F a) { return {_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_GT_OQ)}; }
 inline MaskF not_less_equal_zero(F a) { return {_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NLE_UQ)}; }
 inline MaskF greater_or_nan(F a, F b) {
   return {_mm256_or_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ), _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
@@ -69,8 +83,29 @@ inline Bits to_bits(MaskF m) { return static_cast<Bits>(_mm256_movemask_ps(m.m))
 inline D operator+(D a, D b) { return {_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)}; }
 inline D operator-(D a, D b) { return {_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)}; }
 inline D operator*(D a, D b) { return {_mm256_mul_pd(a.low, b.low), _mm256_mul_pd(a.high, b.high)}; }
+inline D operator/(D a, D b) { return {_mm256_div_pd(a.low, b.low), _mm256_div_pd(a.high, b.high)}; }
 inline D fma(D a, D b, D c) {
   return {_mm256_fmadd_pd(a.low, b.low, c.low), _mm256_fmadd_pd(a.high, b.high, c.high)};
+}
+inline D clamp(D a, D low, D high) {
+  return {_mm256_max_pd(low.low, _mm256_min_pd(high.low, a.low)),
+          _mm256_max_pd(low.high, _mm256_min_pd(high.high, a.high))};
+}
+inline __m256d power_of_two(__m128i n) {
+  const __m256i exponent = _mm256_add_epi64(_mm256_cvtepi32_epi64(n), _mm256_set1_epi64x(1023));
+  return _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52));
+}
+inline __m256d scale_by_power_of_two(__m256d a, __m256d n) {
+  const __m128i integers = _mm256_cvtpd_epi32(n), half = _mm_srai_epi32(integers, 1);
+  const __m128i rest = _mm_sub_epi32(integers, half);
+  return _mm256_mul_pd(_mm256_mul_pd(a, power_of_two(half)), power_of_two(rest));
+}
+inline D scale_by_power_of_two(D a, D n) {
+  return {scale_by_power_of_two(a.low, n.low), scale_by_power_of_two(a.high, n.high)};
+}
+inline MaskD greater_zero(D a) {
+  const __m256d zero = _mm256_setzero_pd();
+  return {_mm256_cmp_pd(a.low, zero, _CMP_GT_OQ), _mm256_cmp_pd(a.high, zero, _CMP_GT_OQ)};
 }
 inline MaskD not_less_equal_zero(D a) {
   const __m256d zero = _mm256_setzero_pd();

@@ -43,7 +43,12 @@ using D = Vec<double>;
 inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// min and max return their second operand if one is NaN.
+inline F clamp(F a, F low, F high) { return {_mm512_max_ps(low.v, _mm512_min_ps(high.v, a.v))}; }
+inline F scale_by_power_of_two(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline __mmask16 greater_zero(F a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ); }
 inline __mmask16 not_less_equal_zero(F a) {
   return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
 }
@@ -56,7 +61,11 @@ inline F select(__mmask16 m, F a, F b) { return {_mm512_mask_mov_ps(b.v, m, a.v)
 inline D operator+(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline D operator-(D a, D b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline D operator*(D a, D b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline D operator/(D a, D b) { return {_mm512_div_pd(a.v, b.v)}; }
 inline D fma(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline D clamp(D a, D low, D high) { return {_mm512_max_pd(low.v, _mm512_min_pd(high.v, a.v))}; }
+inline D scale_by_power_of_two(D a, D n) { return {_mm512_scalef_pd(a.v, n.v)}; }
+inline __mmask8 greater_zero(D a) { return _mm512_cmp_pd_mask(a.v, _mm512_setzero_pd(), _CMP_GT_OQ); }
 inline __mmask8 not_less_equal_zero(D a) { return _mm512_cmp_pd_mask(a.v, _mm512_setzero_pd(), _CMP_NLE_UQ); }
 inline __mmask8 greater_or_nan(D a, D b) {
   return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) | _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q);

@@ -20,8 +20,9 @@ template <class S>
 struct Vec {
   using Scalar = S;
   using Raw = typename Lanes<S>::Raw;
+  using Integers = decltype(Raw{} < Raw{});  // of the size of S
   struct Mask {
-    decltype(Raw{} < Raw{}) m;
+    Integers m;
   };
   static constexpr int lanes = 8;
   Raw v;
@@ -38,6 +39,19 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  friend Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+  friend Vec clamp(Vec a, Vec low, Vec high) {
+    a = select({a.v > high.v}, high, a);
+    return select({a.v < low.v}, low, a);
+  }
+  // In two factors, because 2^n alone may overflow or be subnormal.
+  friend Vec scale_by_power_of_two(Vec a, Vec n) {
+    const Integers integers = __builtin_convertvector(n.v, Integers), half = integers >> 1;
+    const Integers rest = integers - half;
+    constexpr int bias = sizeof(S) == 4 ? 127 : 1023, significand_bits = sizeof(S) == 4 ? 23 : 52;
+    return {a.v * (Raw)((half + bias) << significand_bits) * (Raw)((rest + bias) << significand_bits)};
+  }
+  friend Mask greater_zero(Vec a) { return {a.v > Raw{}}; }
   // Without an FMA instruction this is a multiplication and an addition, as in all other code; never libm's
   // fma, which takes a hundred cycles per lane.
   friend Vec fma(Vec a, Vec b, Vec c) {

@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_res import ops
 from fused_res.backends import registry
 from fused_res.backends.cpu.operators import OPERATORS
+from fused_res.ops.checks import relu_or_identity
 
 
 def _conv_bn_stats(
@@ -29,7 +30,7 @@ def _conv_bn_stats(
 ) -> tuple[Tensor, Tensor]:
     x = input
     if input_stats is not None:
-        x, _ = OPERATORS["batch_norm_act_apply"](input, input_stats, None, None, input_relu, False)
+        x, _ = OPERATORS["batch_norm_act_apply"](input, input_stats, None, None, relu_or_identity(input_relu), False)
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     _, selected = registry.select("cpu", "forward", x, weight, geometry, "planned", False)
     forward = selected.algorithm.implementations["forward"]

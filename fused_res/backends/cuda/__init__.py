@@ -11,7 +11,9 @@ import torch
 
 from fused_res import _extension, env, ops
 from fused_res.backends import implicit_gemm
+from fused_res.backends.pieces import with_all_activations
 from fused_res.dispatch.backend import Kernels
+from fused_res.ops.checks import RELU_OR_IDENTITY
 
 OP_FAMILIES = tuple(ops.OP_FAMILIES)
 machine = implicit_gemm.machine
@@ -57,4 +59,6 @@ def _gpu_missing() -> str | None:
 def load() -> Kernels:
     ops.define(namespace())
     torch.ops.load_library(env.SIMULATOR.read() or str(_extension.cuda_library()[0]))
-    return Kernels(algorithms=implicit_gemm.algorithms("cuda"), **ops.operator_overloads(namespace(), OP_FAMILIES))
+    operators = ops.operator_overloads(namespace(), OP_FAMILIES)
+    kernels = Kernels(algorithms=implicit_gemm.algorithms("cuda"), activations=RELU_OR_IDENTITY, **operators)
+    return with_all_activations(kernels)

@@ -1,10 +1,10 @@
-"""Batch norm with residual addition and ReLU, ``act(bn(x) [+ residual])``, in plain PyTorch.
+"""Batch norm with residual addition and activation, ``act(bn(x) [+ residual])``, in plain PyTorch.
 
 :func:`batch_norm_act` is the definition, which autograd can differentiate any number of times. The operators of family
 ``batch_norm_act`` (:mod:`fused_res.ops.schemas`) follow, with the backward of Ioffe & Szegedy 2015
 (https://arxiv.org/abs/1502.03167), section 3::
 
-    dy'  = dy where !(y <= 0), else 0
+    dy'  = dy * act'(z)      z = norm(x); of a ReLU also from a saved mask of z + residual
     db   = sum dy'        dw = sum dy' * xhat        xhat = (x - mean) * invstd
     dx   = weight * invstd * (dy' - db/M - xhat * dw/M)      with batch statistics of M values per channel
     dx   = weight * invstd * dy'                             with running statistics
@@ -15,6 +15,7 @@ A residual with a batch norm of its own has the same formulas, with the same ``d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from fused_res import _torch_compat
 from fused_res.ops import INVSTD, MEAN, SCALE, SHIFT, VAR, stats_dtype
+from fused_res.ops.checks import RELU_OR_IDENTITY, check_activation, relu_or_identity
 from fused_res.ops.memory_format import is_channels_last
 
 
@@ -34,9 +36,10 @@ def batch_norm_act(
     residual: Tensor | None = None,
     training: bool = False,
     eps: float = 1e-5,
-    relu: bool = True,
+    activation: str = "relu",
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
+    negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output and, detached, the mean and variance ``(C,)`` that update the running statistics.
 
@@ -56,9 +59,7 @@ def batch_norm_act(
         if residual_scale is not None and residual_shift is not None:
             r = r * channels_view(residual_scale.to(x.dtype), x) + channels_view(residual_shift.to(x.dtype), x)
         y = y + r
-    if relu:
-        y = torch.relu(y)
-    return y.to(input.dtype), mean.detach(), var_for_update.detach()
+    return activate(y, activation, negative_slope).to(input.dtype), mean.detach(), var_for_update.detach()
 
 
 def moments(
@@ -135,22 +136,31 @@ def batch_norm_act_forward(
     running_var: Tensor | None,
     training: bool,
     eps: float,
-    relu: bool,
+    activation: str,
     save_mask: bool,
+    negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = batch_norm_stats(input, weight, bias, running_mean, running_var, training, eps)
-    output, mask = batch_norm_act_apply(input, stats, residual, residual_stats, relu, save_mask)
+    output, mask = batch_norm_act_apply(input, stats, residual, residual_stats, activation, save_mask, negative_slope)
     return output, stats, mask
 
 
 def batch_norm_act_apply(
-    input: Tensor, stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None, relu: bool, save_mask: bool
+    input: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    activation: str,
+    save_mask: bool,
+    negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
+    if residual is not None or save_mask:
+        check_activation(activation, RELU_OR_IDENTITY, " with a residual or a ReLU mask")
     y = normalize(input, stats)
     if residual is not None:
         y = y + (residual if residual_stats is None else normalize(residual, residual_stats))
     mask = pack_mask(~(y <= 0), input) if save_mask else input.new_empty(0, dtype=torch.uint8)
-    return relu_and_cast(y, relu, like=input), mask
+    return cast(activate(y, activation, negative_slope), like=input), mask
 
 
 def batch_norm_act_inference_(
@@ -162,10 +172,11 @@ def batch_norm_act_inference_(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-    relu: bool,
+    activation: str,
+    negative_slope: float = 0.01,
 ) -> None:
     stats = batch_norm_stats(input, weight, bias, running_mean, running_var, False, eps)
-    input.copy_(batch_norm_act_apply(input, stats, residual, residual_stats, relu, False)[0])
+    input.copy_(batch_norm_act_apply(input, stats, residual, residual_stats, activation, False, negative_slope)[0])
 
 
 def batch_norm_act_backward(
@@ -175,12 +186,13 @@ def batch_norm_act_backward(
     stats: Tensor,
     relu_mask: Tensor | None,
     training: bool,
-    relu: bool,
+    activation: str,
     output_mask: list[bool],
+    negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy = relu_backward(grad_output, input, stats, relu_mask, relu)
+    dy = activation_backward(grad_output, input, stats, relu_mask, activation, negative_slope)
     needs_input, needs_residual, *needs_weight_bias = output_mask
-    grad_residual = relu_and_cast(dy, relu=False, like=input) if needs_residual else input.new_empty(0)
+    grad_residual = cast(dy, like=input) if needs_residual else input.new_empty(0)
     grad_input, *rest = _norm_backward(dy, input, weight, stats, training, [needs_input, *needs_weight_bias])
     return grad_input, grad_residual, rest[0], rest[1]
 
@@ -198,7 +210,7 @@ def batch_norm_act_backward_pair(
     residual_training: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dy = relu_backward(grad_output, input, stats, relu_mask, False)
+    dy = activation_backward(grad_output, input, stats, relu_mask, "identity")
     needs_input, needs_residual, *rest = output_mask
     grad_input, *grads = _norm_backward(dy, input, weight, stats, training, [needs_input, *rest[:2]])
     grad_residual, *residual_grads = _norm_backward(
@@ -221,7 +233,7 @@ def _norm_backward(
         if training and dy.numel():
             count = dy.numel() // dy.shape[1]
             dx = dy - channels_view(dbias / count, dy) - normalized * channels_view(dweight / count, dy)
-        grad_input = relu_and_cast(dx * channels_view(stats[SCALE], dy), relu=False, like=input)
+        grad_input = cast(dx * channels_view(stats[SCALE], dy), like=input)
     if output_mask[1]:
         grad_weight = dweight if weight is None else dweight.to(weight.dtype)
     if output_mask[2]:
@@ -284,30 +296,72 @@ def xhat(input: Tensor, stats: Tensor) -> Tensor:
     return (input.to(stats.dtype) - channels_view(stats[MEAN], input)) * channels_view(stats[INVSTD], input)
 
 
-def relu_backward(grad: Tensor, norm_input: Tensor, stats: Tensor, relu_mask: Tensor | None, relu: bool) -> Tensor:
-    """Return the gradient with respect to the ReLU's input, in the dtype of ``stats``.
+def activate(z: Tensor, activation: str, negative_slope: float = 0.01) -> Tensor:
+    """Return ``act(z)``, the activation of :mod:`fused_res.ops.schemas` with this name, by PyTorch's functions."""
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope)
+    return _FUNCTIONS[activation](z)
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+}
+
+
+def activation_grad(dy: Tensor, z: Tensor, activation: str, negative_slope: float = 0.01) -> Tensor:
+    """Return ``dy * act'(z)``, with the formulas of :mod:`fused_res.ops.schemas`."""
+    if activation == "relu":
+        return torch.where(z <= 0, 0, dy)
+    if activation == "relu6":
+        return torch.where((z <= 0) | (z >= 6), 0, dy)
+    if activation == "leaky_relu":
+        return torch.where(z > 0, dy, dy * negative_slope)
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        return dy * (s * (1 + z * (1 - s)))
+    check_activation(activation, ("identity",))
+    return dy
+
+
+def activation_backward(
+    grad: Tensor,
+    norm_input: Tensor,
+    stats: Tensor,
+    relu_mask: Tensor | None,
+    activation: str,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Return the gradient with respect to the activation's input, in the dtype of ``stats``.
 
     Args:
-        grad: gradient with respect to the ReLU's output.
-        norm_input: input of the norm before the ReLU (a convolution's output).
+        grad: gradient with respect to the activation's output.
+        norm_input: input of the norm before the activation (a convolution's output).
         stats: statistics of that norm.
-        relu_mask: packed mask of the ReLU, or None.
-        relu: without a mask, whether to mask by the sign of ``norm(norm_input)``.
+        relu_mask: packed mask of a ReLU, or None.
+        activation: without a mask, the activation of ``norm(norm_input)``.
+        negative_slope: slope of a leaky ReLU. Default: 0.01.
     """
     dy = grad.to(stats.dtype)
     if relu_mask is not None:
+        check_activation(activation, RELU_OR_IDENTITY, " with a ReLU mask")
         return dy * unpack_mask(relu_mask, norm_input)
-    return torch.where(normalize(norm_input, stats) <= 0, 0, dy) if relu else dy
+    return (
+        dy
+        if activation == "identity"
+        else activation_grad(dy, normalize(norm_input, stats), activation, negative_slope)
+    )
 
 
 def apply_prologue(input: Tensor, stats: Tensor | None, relu: bool) -> Tensor:
     """Return an operand after its prologue: ``act(norm(input))``, rounded, or ``input`` itself without ``stats``."""
-    return input if stats is None else relu_and_cast(normalize(input, stats), relu, like=input)
+    return input if stats is None else cast(activate(normalize(input, stats), relu_or_identity(relu)), like=input)
 
 
-def relu_and_cast(y: Tensor, relu: bool, like: Tensor) -> Tensor:
-    """Apply an optional ReLU to ``y``, and return the result in the dtype and strides of ``like``."""
-    y = torch.relu(y) if relu else y
+def cast(y: Tensor, like: Tensor) -> Tensor:
+    """Return ``y`` in the dtype and strides of ``like``."""
     return _torch_compat.copy_to_new(torch.empty_like(like), y)
 
 

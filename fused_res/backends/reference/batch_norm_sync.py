@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from fused_res.backends.reference.batch_norm_act import (
+    activation_backward,
     build_stats,
+    cast,
     channels_view,
     moments,
     reduction_dims,
-    relu_and_cast,
-    relu_backward,
     xhat,
 )
 from fused_res.ops import SCALE
+from fused_res.ops.checks import RELU_OR_IDENTITY, check_activation
 
 
 def batch_norm_partials(input: Tensor) -> Tensor:
@@ -51,11 +52,14 @@ def batch_norm_sums(
     input: Tensor,
     stats: Tensor,
     relu_mask: Tensor | None,
-    relu: bool,
+    activation: str,
     residual: Tensor | None,
     residual_stats: Tensor | None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
-    dy = relu_backward(grad_output, input, stats, relu_mask, relu)
+    dy = activation_backward(grad_output, input, stats, relu_mask, activation, negative_slope)
+    if residual is not None:
+        check_activation(activation, RELU_OR_IDENTITY, " with a residual")
     sums = [dy.sum(reduction_dims(dy)), (dy * xhat(input, stats)).sum(reduction_dims(dy))]
     if residual is not None and residual_stats is not None:
         sums.append((dy * xhat(residual, residual_stats)).sum(reduction_dims(dy)))
@@ -67,13 +71,13 @@ def batch_norm_act_dx(
     input: Tensor,
     stats: Tensor,
     relu_mask: Tensor | None,
-    relu: bool,
+    activation: str,
     sums: Tensor | None,
     count: int,
+    negative_slope: float = 0.01,
 ) -> Tensor:
-    return relu_and_cast(
-        norm_input_grad(grad_output, input, stats, relu_mask, relu, sums, count), relu=False, like=input
-    )
+    dx = norm_input_grad(grad_output, input, stats, relu_mask, activation, sums, count, negative_slope)
+    return cast(dx, like=input)
 
 
 def norm_input_grad(
@@ -81,22 +85,23 @@ def norm_input_grad(
     norm_input: Tensor,
     stats: Tensor,
     relu_mask: Tensor | None,
-    relu: bool,
+    activation: str,
     sums: Tensor | None,
     count: int,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     """Return the gradient with respect to a norm's input, in the dtype of ``stats``.
 
     Args:
-        grad_output: gradient with respect to the output of norm and ReLU.
+        grad_output: gradient with respect to the output of norm and activation.
         norm_input: input of the norm (a convolution's output).
         stats: statistics of the norm.
-        relu_mask, relu: the ReLU's mask, as of :func:`relu_backward`.
+        relu_mask, activation, negative_slope: as of :func:`activation_backward`.
         sums: backward reductions ``(2, C)`` over all ranks, ``sum dy`` and ``sum dy * xhat``; None if the norm used
             running statistics.
         count: number of values per channel over all ranks.
     """
-    dz = relu_backward(grad_output, norm_input, stats, relu_mask, relu)
+    dz = activation_backward(grad_output, norm_input, stats, relu_mask, activation, negative_slope)
     if sums is not None:
         dz = dz - channels_view(sums[0] / count, dz) - xhat(norm_input, stats) * channels_view(sums[1] / count, dz)
     return dz * channels_view(stats[SCALE], dz)

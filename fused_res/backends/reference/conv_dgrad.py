@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_res.backends.reference.batch_norm_act import relu_backward, unpack_mask
+from fused_res.backends.reference.batch_norm_act import activation_backward, unpack_mask
 from fused_res.backends.reference.batch_norm_sync import batch_norm_sums, norm_input_grad
 from fused_res.ops import stats_dtype
+from fused_res.ops.checks import relu_or_identity
 from fused_res.ops.memory_format import to_memory_format
 
 
@@ -28,7 +29,8 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor]:
     dz = grad_output
     if output is not None and stats is not None:
-        dz = norm_input_grad(grad_output, output, stats, relu_mask, relu, sums, count).to(output.dtype)
+        activation = relu_or_identity(relu)
+        dz = norm_input_grad(grad_output, output, stats, relu_mask, activation, sums, count).to(output.dtype)
     grad = torch.einsum("nk...,kc->nc...", dz, weight.flatten(1))
     if input is None or input_stats is None:
         if added is not None:
@@ -36,6 +38,7 @@ def conv_dgrad(
                 added if added_mask is None else added * unpack_mask(added_mask, to_memory_format(added, True))
             )
         return to_memory_format(grad, True), grad.new_empty(0, dtype=stats_dtype(grad.dtype))
-    input_sums = batch_norm_sums(grad, input, input_stats, None, input_relu, None, None)
-    grad = relu_backward(grad, input, input_stats, None, input_relu).to(dz.dtype)
+    input_activation = relu_or_identity(input_relu)
+    input_sums = batch_norm_sums(grad, input, input_stats, None, input_activation, None, None)
+    grad = activation_backward(grad, input, input_stats, None, input_activation).to(dz.dtype)
     return to_memory_format(grad, True), input_sums

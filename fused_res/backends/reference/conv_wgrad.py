@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_res.backends.reference.batch_norm_act import apply_prologue
 from fused_res.backends.reference.batch_norm_sync import norm_input_grad
+from fused_res.ops.checks import relu_or_identity
 
 
 def conv_wgrad(
@@ -23,7 +24,8 @@ def conv_wgrad(
     input_relu: bool,
     stride: list[int],
 ) -> Tensor:
-    dz = norm_input_grad(grad_output, output, stats, relu_mask, relu, sums, count).to(output.dtype)
+    activation = relu_or_identity(relu)
+    dz = norm_input_grad(grad_output, output, stats, relu_mask, activation, sums, count).to(output.dtype)
     strided = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
     x = apply_prologue(input[strided], input_stats, input_relu)
     return torch.einsum("nk...,nc...->kc", dz, x).reshape(weight.shape)

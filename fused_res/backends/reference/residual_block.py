@@ -21,7 +21,7 @@ def residual_block(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the block's output, and for each unit the mean and the variance that update its running statistics.
 
-    A unit is a convolution, a norm and an optional ReLU; the projection is the last one.
+    A unit is a convolution, a norm and an activation; the projection is the last one.
 
     Args:
         input: ``(N, C, ...)``.
@@ -56,7 +56,8 @@ def residual_block(
             residual,
             training[index],
             unit_spec.eps,
-            unit_spec.relu,
+            unit_spec.activation,
+            negative_slope=unit_spec.negative_slope,
         )
         unit_moments[index] = moments[0], moments[1]
         return y

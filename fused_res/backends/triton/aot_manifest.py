@@ -32,6 +32,7 @@ from fused_res.backends.triton.conv_dgrad import conv_dgrad
 from fused_res.backends.triton.conv_wgrad import conv_wgrad
 from fused_res.backends.triton.max_pool import max_pool_backward, max_pool_forward
 from fused_res.ops import stats_dtype
+from fused_res.ops.checks import ACTIVATIONS, RELU_OR_IDENTITY
 from fused_res.ops.memory_format import conv_output_shape, relu_mask_shape
 
 _HALF, _SINGLE = torch.float16, torch.float32
@@ -59,10 +60,10 @@ def _mask(x: Tensor) -> Tensor:
 def _training_norm(x: Tensor) -> None:
     """Call the norms of a training step: alone, and followed by the addition of an identity shortcut."""
     stats, vector = _stats(x), _stats(x)[0]
-    batch_norm_act_forward(x, None, None, vector, vector, None, None, True, _EPS, True, False)
-    batch_norm_act_apply(x, stats, x, None, True, True)
-    batch_norm_act_backward(x, x, vector, stats, None, True, True, [True, False, True, True])
-    batch_norm_act_backward(x, x, vector, stats, _mask(x), True, True, [True] * 4)
+    batch_norm_act_forward(x, None, None, vector, vector, None, None, True, _EPS, "relu", False)
+    batch_norm_act_apply(x, stats, x, None, "relu", True)
+    batch_norm_act_backward(x, x, vector, stats, None, True, "relu", [True, False, True, True])
+    batch_norm_act_backward(x, x, vector, stats, _mask(x), True, "relu", [True] * 4)
     for norms in (1, 2, 3, 4):
         update_running_stats([vector] * norms, [vector] * norms, [stats] * norms, [0.1] * norms)
 
@@ -70,16 +71,16 @@ def _training_norm(x: Tensor) -> None:
 def _projection(x: Tensor) -> None:
     """Call the pair of batch norms of a block with a projection shortcut, whose outputs are added."""
     stats, vector = _stats(x), _stats(x)[0]
-    batch_norm_act_apply(x, stats, x, stats, True, True)
+    batch_norm_act_apply(x, stats, x, stats, "relu", True)
     batch_norm_act_backward_pair(x, x, vector, stats, x, vector, stats, _mask(x), True, True, [True] * 6)
     add_masked_(x, x, _mask(x))
 
 
 def _inference(x: Tensor) -> None:
     stats, running = _stats(x), [_stats(x)[0]] * 4
-    batch_norm_act_inference_(x, None, None, *running, _EPS, True)
-    batch_norm_act_inference_(x, x, None, *running, _EPS, True)
-    batch_norm_act_inference_(x, x, stats, *running, _EPS, True)
+    batch_norm_act_inference_(x, None, None, *running, _EPS, "relu")
+    batch_norm_act_inference_(x, x, None, *running, _EPS, "relu")
+    batch_norm_act_inference_(x, x, stats, *running, _EPS, "relu")
 
 
 def _remaining_norm_flags(x: Tensor) -> None:
@@ -87,19 +88,28 @@ def _remaining_norm_flags(x: Tensor) -> None:
     stats, mask, vector = _stats(x), _mask(x), _stats(x)[0]
     running = [vector] * 4
     batch_norm_stats(x, *running, False, _EPS)
-    batch_norm_act_inference_(x, None, None, *running, _EPS, False)
-    batch_norm_act_apply(x, stats, None, None, False, False)
+    batch_norm_act_inference_(x, None, None, *running, _EPS, "identity")
+    batch_norm_act_apply(x, stats, None, None, "identity", False)
     for residual_stats in (None, stats):
-        for relu in (False, True):
-            batch_norm_act_apply(x, stats, x, residual_stats, relu, False)
-        batch_norm_act_forward(x, x, residual_stats, *running, False, _EPS, True, True)
-    batch_norm_act_forward(x, None, None, *running, False, _EPS, True, False)
-    batch_norm_act_backward(x, x, vector, stats, None, True, False, [True] * 4)
+        for activation in RELU_OR_IDENTITY:
+            batch_norm_act_apply(x, stats, x, residual_stats, activation, False)
+        batch_norm_act_forward(x, x, residual_stats, *running, False, _EPS, "relu", True)
+    batch_norm_act_forward(x, None, None, *running, False, _EPS, "relu", False)
+    batch_norm_act_backward(x, x, vector, stats, None, True, "identity", [True] * 4)
     for relu_mask in (None, mask):
-        batch_norm_act_backward(x, x, vector, stats, relu_mask, False, True, [True] * 4)
+        batch_norm_act_backward(x, x, vector, stats, relu_mask, False, "relu", [True] * 4)
         batch_norm_act_backward_pair(x, x, vector, stats, x, vector, stats, relu_mask, True, False, [True] * 6)
     batch_norm_act_backward_pair(x, x, vector, stats, x, vector, stats, mask, False, False, [True] * 6)
     add_masked_(x, x, None)
+
+
+def _activations(x: Tensor) -> None:
+    """Call the norm of a training step and of inference with each activation but ReLU and identity."""
+    stats, vector = _stats(x), _stats(x)[0]
+    for activation in ACTIVATIONS[len(RELU_OR_IDENTITY) :]:
+        batch_norm_act_forward(x, None, None, vector, vector, None, None, True, _EPS, activation, False)
+        batch_norm_act_backward(x, x, vector, stats, None, True, activation, [True, False, True, True])
+        batch_norm_act_inference_(x, None, None, *[vector] * 4, _EPS, activation)
 
 
 def _max_pool(x: Tensor) -> None:
@@ -111,7 +121,7 @@ def _max_pool(x: Tensor) -> None:
 
 def _norms() -> None:
     large = _meta_nchw(256, 256, 56)
-    for group in (_training_norm, _projection, _inference, _remaining_norm_flags):
+    for group in (_training_norm, _projection, _inference, _remaining_norm_flags, _activations):
         group(large)
     contiguous = _meta_nchw(256, 256, 56, channels_last=False)
     for group in (_training_norm, _projection, _inference):

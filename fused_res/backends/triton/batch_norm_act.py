@@ -20,6 +20,8 @@ from fused_res.backends.reference import batch_norm_act as reference
 from fused_res.backends.triton.batch_norm_sync import (
     NO_GRADS,
     ParameterGrads,
+    activation_constexprs,
+    backward_constexprs,
     compute_partials,
     compute_sums,
     dense_vector,
@@ -32,6 +34,7 @@ from fused_res.backends.triton.launch import Launch, Queue, queue_of
 from fused_res.backends.triton.registration import register_operator
 from fused_res.backends.triton.tiles import Tiling, accumulator_dtype, dense_tiling, in_layout_of
 from fused_res.ops import stats_dtype
+from fused_res.ops.checks import RELU_OR_IDENTITY, check_activation
 from fused_res.ops.memory_format import is_channels_last, relu_mask_shape, restore_strides, to_memory_format
 
 #: Running statistics, weight, bias and eps of a norm, from which the apply pass computes scale and shift.
@@ -89,8 +92,9 @@ def batch_norm_act_forward(
     running_var: Tensor | None,
     training: bool,
     eps: float,
-    relu: bool,
+    activation: str,
     save_mask: bool,
+    negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x, tiling = dense_tiling(input)
     queue, running = queue_of(x), None
@@ -101,17 +105,25 @@ def batch_norm_act_forward(
     else:
         stats = reference.batch_norm_stats(x, weight, bias, running_mean, running_var, False, eps)
     output = torch.empty_like(x)
-    mask = _apply(x, tiling, queue, output, stats, residual, residual_stats, relu, save_mask, running)
+    act = activation, negative_slope
+    mask = _apply(x, tiling, queue, output, stats, residual, residual_stats, act, save_mask, running)
     return restore_strides(output, input, x), stats, mask
 
 
 @register_operator
 def batch_norm_act_apply(
-    input: Tensor, stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None, relu: bool, save_mask: bool
+    input: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    activation: str,
+    save_mask: bool,
+    negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor | None]:
     x, tiling = dense_tiling(input)
     output = torch.empty_like(x)
-    mask = _apply(x, tiling, queue_of(x), output, stats, residual, residual_stats, relu, save_mask, None)
+    act = activation, negative_slope
+    mask = _apply(x, tiling, queue_of(x), output, stats, residual, residual_stats, act, save_mask, None)
     return restore_strides(output, input, x), mask
 
 
@@ -125,11 +137,13 @@ def batch_norm_act_inference_(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-    relu: bool,
+    activation: str,
+    negative_slope: float = 0.01,
 ) -> None:
     x, tiling = dense_tiling(input)
     running = running_mean, running_var, weight, bias, eps
-    _apply(x, tiling, queue_of(x), x, None, residual, residual_stats, relu, False, running)
+    act = activation, negative_slope
+    _apply(x, tiling, queue_of(x), x, None, residual, residual_stats, act, False, running)
     if x is not input:
         input.copy_(x)
 
@@ -142,15 +156,17 @@ def _apply(
     stats: Tensor | None,
     residual: Tensor | None,
     residual_stats: Tensor | None,
-    relu: bool,
+    act: tuple[str, float],
     save_mask: bool,
     running: _Running | None,
 ) -> Tensor | None:
     """Launch the apply pass into ``output``, and return the ReLU mask, or None if it is not to be saved.
 
-    If ``running`` is None, ``stats`` is an input. Otherwise the kernel computes scale and shift from the running
-    statistics, and stores them in ``stats`` if that is not None.
+    ``act`` is the activation and the slope of a leaky ReLU. If ``running`` is None, ``stats`` is an input. Otherwise
+    the kernel computes scale and shift from the running statistics, and stores them in ``stats`` if that is not None.
     """
+    if residual is not None or save_mask:
+        check_activation(act[0], RELU_OR_IDENTITY, " with a residual or a ReLU mask")
     if not tiling.numel:
         return x.new_empty(relu_mask_shape(x), dtype=torch.uint8) if save_mask else None
     mask = x.new_empty(tiling.mask_shape, dtype=torch.uint8) if save_mask else None
@@ -161,14 +177,14 @@ def _apply(
     if running is not None:
         *given, eps = running
         vectors = tuple(map(dense_vector, given))
-    apply = _apply_launch(tiling, x.dtype, eps, relu, running is not None)
+    apply = _apply_launch(tiling, x.dtype, eps, activation_constexprs(*act), running is not None)
     apply(queue, x, output, residual, residual_stats, stats, *vectors, mask)
     return mask
 
 
 @lru_cache(maxsize=4096)
-def _apply_launch(tiling: Tiling, dtype: torch.dtype, eps: float, relu: bool, fold: bool) -> Launch:
-    scalars = *tiling.extents, eps, relu, fold, *tiling.constexprs, accumulator_dtype(dtype)
+def _apply_launch(tiling: Tiling, dtype: torch.dtype, eps: float, act: tuple[int, float], fold: bool) -> Launch:
+    scalars = *tiling.extents, eps, *act, fold, *tiling.constexprs, accumulator_dtype(dtype)
     return Launch(kernels.apply_kernel, (tiling.tiles * tiling.blocks,), scalars, tiling.options)
 
 
@@ -180,10 +196,11 @@ def batch_norm_act_backward(
     stats: Tensor,
     relu_mask: Tensor | None,
     training: bool,
-    relu: bool,
+    activation: str,
     output_mask: list[bool],
+    negative_slope: float = 0.01,
 ) -> tuple[Tensor | None, ...]:
-    flags = training, False, relu, (*output_mask, False, False)
+    flags = training, False, (activation, negative_slope), (*output_mask, False, False)
     return _backward(grad_output, input, weight, stats, None, None, None, relu_mask, *flags)[:4]
 
 
@@ -201,7 +218,7 @@ def batch_norm_act_backward_pair(
     residual_training: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    flags = training, residual_training, False, output_mask
+    flags = training, residual_training, ("identity", 0.0), output_mask
     return _backward(grad_output, input, weight, stats, residual, residual_weight, residual_stats, relu_mask, *flags)
 
 
@@ -216,7 +233,7 @@ def _backward(
     relu_mask: Tensor | None,
     training: bool,
     residual_training: bool,
-    relu: bool,
+    act: tuple[str, float],
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     x, tiling = dense_tiling(input)
@@ -227,6 +244,7 @@ def _backward(
         residual_channels_last = is_channels_last(residual)
         residual = in_layout_of(residual, x, tiling)
     grad_input, grad_residual, *parameters = output_mask
+    constexprs = backward_constexprs(*act, relu_mask)
     sums: Tensor | None = None
     grads: ParameterGrads = NO_GRADS
     if True in parameters or (grad_input and training) or (grad_residual and residual_training):
@@ -234,12 +252,12 @@ def _backward(
             likes = weight, weight, residual_weight, residual_weight
             w, b, rw, rb = [_vector(stats, t) if flag else None for flag, t in zip(parameters, likes, strict=True)]
             grads = w, b, rw, rb
-        sums = compute_sums(dy, x, tiling, queue, stats, relu_mask, relu, residual, residual_stats, grads)
+        sums = compute_sums(dy, x, tiling, queue, stats, relu_mask, constexprs, residual, residual_stats, grads)
     dx = torch.empty_like(x) if grad_input else None
     dresidual = torch.empty_like(x) if grad_residual else None
     if (grad_input or grad_residual) and tiling.numel:
         count = tiling.numel // tiling.channels
-        launch_dx = dx_launch(tiling, x.dtype, count, relu, training, residual_training)
+        launch_dx = dx_launch(tiling, x.dtype, count, constexprs, training, residual_training)
         launch_dx(queue, dy, x, stats, residual, residual_stats, relu_mask, sums, dx, dresidual)
     return (
         None if dx is None else restore_strides(dx, input, x),

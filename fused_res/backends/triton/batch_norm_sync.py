@@ -19,6 +19,7 @@ from fused_res.backends.triton.launch import Launch, Queue, launch, queue_of
 from fused_res.backends.triton.registration import register_operator
 from fused_res.backends.triton.tiles import Tiling, accumulator_dtype, dense_tiling, in_layout_of
 from fused_res.ops import stats_dtype
+from fused_res.ops.checks import ACTIVATIONS, RELU_OR_IDENTITY, check_activation
 
 #: Maximum number of partial statistics that one program merges; more, as from a convolution's tiles, are merged in
 #: groups first.
@@ -115,21 +116,38 @@ def dense_vector(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
+def activation_constexprs(activation: str, negative_slope: float) -> tuple[int, float]:
+    """Return ``ACTIVATION`` and ``SLOPE`` of a kernel; the slope is 0 for activations that do not read it."""
+    check_activation(activation)
+    return ACTIVATIONS.index(activation), negative_slope if activation == "leaky_relu" else 0.0
+
+
+def backward_constexprs(activation: str, negative_slope: float, relu_mask: Tensor | None) -> tuple[int, float]:
+    """Return :func:`activation_constexprs` for a backward kernel, after a check against the mask."""
+    if relu_mask is not None:
+        check_activation(activation, RELU_OR_IDENTITY, " with a ReLU mask")
+    return activation_constexprs(activation, negative_slope)
+
+
 @register_operator
 def batch_norm_sums(
     grad_output: Tensor,
     input: Tensor,
     stats: Tensor,
     relu_mask: Tensor | None,
-    relu: bool,
+    activation: str,
     residual: Tensor | None,
     residual_stats: Tensor | None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
+    act = backward_constexprs(activation, negative_slope, relu_mask)
+    if residual is not None:
+        check_activation(activation, RELU_OR_IDENTITY, " with a residual")
     x, tiling = dense_tiling(input)
     dy = in_layout_of(grad_output, x, tiling)
     if residual is not None:
         residual = in_layout_of(residual, x, tiling)
-    return compute_sums(dy, x, tiling, queue_of(x), stats, relu_mask, relu, residual, residual_stats, NO_GRADS)[0]
+    return compute_sums(dy, x, tiling, queue_of(x), stats, relu_mask, act, residual, residual_stats, NO_GRADS)[0]
 
 
 def compute_sums(
@@ -139,12 +157,14 @@ def compute_sums(
     queue: Queue | None,
     stats: Tensor,
     relu_mask: Tensor | None,
-    relu: bool,
+    act: tuple[int, float],
     residual: Tensor | None,
     residual_stats: Tensor | None,
     parameter_grads: ParameterGrads,
 ) -> Tensor:
     """Compute the operator ``batch_norm_sums`` on tensors of one dense layout; also write the parameters' gradients.
+
+    ``act`` is as of :func:`backward_constexprs`.
 
     Returns:
         ``(parts, rows, C)``, whose first entry are the sums; the others are used up.
@@ -157,14 +177,14 @@ def compute_sums(
         return stats.new_zeros((1, rows, stats.shape[1]))
     stride = rows * channels
     partials = stats.new_empty_strided((tiling.parts, rows, channels), (stride, channels, 1))
-    _sums_launch(tiling, x.dtype, relu)(queue, dy, x, stats, residual, residual_stats, relu_mask, partials)
+    _sums_launch(tiling, x.dtype, act)(queue, dy, x, stats, residual, residual_stats, relu_mask, partials)
     _merge_sums_launch(tiling.parts, rows, channels)(queue, partials, *parameter_grads)
     return partials
 
 
 @lru_cache(maxsize=4096)
-def _sums_launch(tiling: Tiling, dtype: torch.dtype, relu: bool) -> Launch:
-    scalars = *tiling.extents, tiling.tiles, tiling.tiles_per_part, relu, *tiling.constexprs, accumulator_dtype(dtype)
+def _sums_launch(tiling: Tiling, dtype: torch.dtype, act: tuple[int, float]) -> Launch:
+    scalars = *tiling.extents, tiling.tiles, tiling.tiles_per_part, *act, *tiling.constexprs, accumulator_dtype(dtype)
     return Launch(kernels.sums_kernel, (tiling.parts * tiling.blocks,), scalars, tiling.options)
 
 
@@ -195,24 +215,26 @@ def batch_norm_act_dx(
     input: Tensor,
     stats: Tensor,
     relu_mask: Tensor | None,
-    relu: bool,
+    activation: str,
     sums: Tensor | None,
     count: int,
+    negative_slope: float = 0.01,
 ) -> Tensor:
+    act = backward_constexprs(activation, negative_slope, relu_mask)
     x, tiling = dense_tiling(input)
     dx = torch.empty_like(x)
     if tiling.numel:
         dy = in_layout_of(grad_output, x, tiling)
-        launch_dx = dx_launch(tiling, x.dtype, count, relu, sums is not None, False)
+        launch_dx = dx_launch(tiling, x.dtype, count, act, sums is not None, False)
         launch_dx(queue_of(x), dy, x, stats, None, None, relu_mask, sums, dx, None)
     return dx
 
 
 @lru_cache(maxsize=4096)
 def dx_launch(
-    tiling: Tiling, dtype: torch.dtype, count: int, relu: bool, training: bool, residual_training: bool
+    tiling: Tiling, dtype: torch.dtype, count: int, act: tuple[int, float], training: bool, residual_training: bool
 ) -> Launch:
     """Return the launch of ``dx_kernel``, whose tensors are dense and have the memory format of ``tiling``."""
-    flags = relu, training, residual_training
+    flags = *act, training, residual_training
     scalars = *tiling.extents, count, *flags, *tiling.constexprs, accumulator_dtype(dtype)
     return Launch(kernels.dx_kernel, (tiling.tiles * tiling.blocks,), scalars, tiling.options)

@@ -108,7 +108,8 @@ class Norms {
                               .residual_norm = kind_ == kNormalized ? norm(r_stats_) : NormArgs{},
                               .y = y_.get(),
                               .mask = mask(),
-                              .relu = relu_,
+                              .activation = relu_ ? Activation::kRelu : Activation::kIdentity,
+                              .negative_slope = 0,
                               .stream = false};
     statistics(kernel, x_, stats_, parallel, [&](const Block& block) { kernel.forward(block, args); });
     backward(kernel, parallel);
@@ -198,7 +199,8 @@ class Norms {
                   {r_.get(), norm(r_stats_), coefficients + 2 * channels, coefficients + 3 * channels,
                    dr_.get()}},
         .dresidual = kind_ == kAdded ? dr_.get() : nullptr,
-        .relu = relu_ && !mask(),
+        .activation = relu_ && !mask() ? Activation::kRelu : Activation::kIdentity,
+        .negative_slope = 0,
         .stream = false};
     const Partition partition(shape_, rows * static_cast<int64_t>(sizeof(T)), parallel.threads());
     const Array<double> partial = partials(partition, rows);

@@ -101,7 +101,7 @@ def test_tile_sizes_with_prologue_and_epilogue(size, math_mode):
     residual = randn(*exact.shape, seed=5).to(dtype)
     stats = norm_stats(shape[1])
     expected = F.relu(exact + residual.double())
-    activation = norm.batch_norm_act_apply(x.double(), stats.double(), None, None, True, False)[0].to(dtype)
+    activation = norm.batch_norm_act_apply(x.double(), stats.double(), None, None, "relu", False)[0].to(dtype)
     exact = F.conv2d(activation.double(), weight.double(), bias.double(), *geometry)
     exact_stats = norm.batch_norm_stats(exact, None, None, None, None, True, 1e-5)
     loads = [(x, weight, residual)]
@@ -318,7 +318,7 @@ def test_groups(groups, dtype):
     """Groups of 20, 8, 4 and 1 channels with many and with one output each, also where neither fills 16 bytes."""
     x = (randn(2, 40, 7, 6) + 1).to(dtype)
     stats = norm_stats(40)
-    activation = norm.batch_norm_act_apply(x.double(), stats.double(), None, None, True, False)[0].to(dtype)
+    activation = norm.batch_norm_act_apply(x.double(), stats.double(), None, None, "relu", False)[0].to(dtype)
     for outputs in (120 // groups * groups, groups):
         weight = (randn(outputs, 40 // groups, 3, 3) / 20).to(dtype)
         geometry = [2, 1], [1, 2], [1, 2], groups

@@ -127,12 +127,12 @@ def training_step(x, residual, dy, weight, bias):
     mask = norm.pack_mask(residual > 0)
     batch = weight, bias, None, None, True, 1e-5
     return [
-        *kernels.batch_norm_act_forward(x, None, None, *batch, True, False),
-        *kernels.batch_norm_act_forward(x, residual, None, *batch, True, True),
-        *kernels.batch_norm_act_forward(x, residual, residual_stats, *batch, False, True),
-        *kernels.batch_norm_act_backward(dy, x, weight, stats, None, True, True, [True, False, True, True]),
-        *kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, False, [True] * 4),
-        *kernels.batch_norm_act_backward(dy, x, weight, stats, mask, False, False, [True] * 4),
+        *kernels.batch_norm_act_forward(x, None, None, *batch, "relu", False),
+        *kernels.batch_norm_act_forward(x, residual, None, *batch, "relu", True),
+        *kernels.batch_norm_act_forward(x, residual, residual_stats, *batch, "identity", True),
+        *kernels.batch_norm_act_backward(dy, x, weight, stats, None, True, "relu", [True, False, True, True]),
+        *kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, "identity", [True] * 4),
+        *kernels.batch_norm_act_backward(dy, x, weight, stats, mask, False, "identity", [True] * 4),
         *kernels.batch_norm_act_backward_pair(
             dy, x, weight, stats, residual, bias, residual_stats, mask, True, True, [True] * 6
         ),
@@ -200,7 +200,7 @@ def test_auto_selects_single_pass_for_activations_that_fit_on_chip():
     batch = weight, bias, None, None, True, 1e-5
     for mode, multiprocessors, expected in ((AUTO, 4, 1), (AUTO, 1, 0), (NEVER, 4, 0), (FORCED, 4, 1)):
         with single_pass(mode), load_simulator().multiprocessors(multiprocessors), cooperative_launches() as launched:
-            kernels.batch_norm_act_forward(x, None, None, *batch, True, False)
+            kernels.batch_norm_act_forward(x, None, None, *batch, "relu", False)
         assert len(launched) == expected, (mode, multiprocessors)
 
 
@@ -246,21 +246,21 @@ def test_misaligned_views(shape, format, dtype):
         _, r64, dy64, weight64, bias64 = exact_arguments
         x64, stats64, mask = x.double(), stats.double(), norm.pack_mask(residual > 0)
         y, ours, _ = kernels.batch_norm_act_forward(
-            x, residual, None, weight, bias, None, None, True, 1e-5, False, False
+            x, residual, None, weight, bias, None, None, True, 1e-5, "identity", False
         )
-        exact = norm.batch_norm_act_apply(x64, stats64, r64, None, False, False)[0]
+        exact = norm.batch_norm_act_apply(x64, stats64, r64, None, "identity", False)[0]
         assert_close(y, exact, dtype, 2)
         assert_close(ours, stats64, aligned[3].dtype, 4)
-        grads = kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, False, [True] * 4)
-        expected = norm.batch_norm_act_backward(dy64, x64, weight64, stats64, mask, True, False, [True] * 4)
+        grads = kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, "identity", [True] * 4)
+        expected = norm.batch_norm_act_backward(dy64, x64, weight64, stats64, mask, True, "identity", [True] * 4)
         for index, (a, b) in enumerate(zip(grads, expected, strict=True)):
             assert_close(a, b, dtype if index < 2 else aligned[3].dtype, 4)
         into = x.clone() if 0 not in which else misaligned(x)
         kernels.add_masked_(into, dy, mask)
         assert_close(into, x64 + dy64 * norm.unpack_mask(mask, dy), dtype)
-        kernels.batch_norm_act_inference_(into.copy_(x), residual, None, weight, bias, bias, weight**2, 1e-5, True)
+        kernels.batch_norm_act_inference_(into.copy_(x), residual, None, weight, bias, bias, weight**2, 1e-5, "relu")
         batch = norm.batch_norm_stats(x64, weight64, bias64, bias64, weight64**2, False, 1e-5)
-        assert_close(into, norm.batch_norm_act_apply(x64, batch, r64, None, True, False)[0], dtype, 4)
+        assert_close(into, norm.batch_norm_act_apply(x64, batch, r64, None, "relu", False)[0], dtype, 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -271,15 +271,15 @@ def test_masks(format, dtype):
         shape = (3, size, 3, 3) if format == NHWC else (3, 3, 1, size)
         x, residual, dy, weight, bias = norm_operands(shape, format, dtype)
         stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
-        exact, _ = norm.batch_norm_act_apply(x.double(), stats.double(), residual.double(), None, False, False)
-        y, mask = kernels.batch_norm_act_apply(x, stats, residual, None, True, True)
+        exact, _ = norm.batch_norm_act_apply(x.double(), stats.double(), residual.double(), None, "identity", False)
+        y, mask = kernels.batch_norm_act_apply(x, stats, residual, None, "relu", True)
         unmasked = norm.unpack_mask(mask, y).contiguous(memory_format=format)
         assert torch.equal(norm.pack_mask(unmasked), mask), "expected the padding bits to be zero"
         certain = exact.abs() > 8 * torch.finfo(stats.dtype).eps * exact.abs().max()
         assert torch.equal(unmasked[certain], exact[certain] > 0)
         assert not y[~unmasked].any() and 0 < unmasked.double().mean() < 1
         (_, masked, _, _) = kernels.batch_norm_act_backward(
-            dy, x, weight, stats, mask, True, False, [False, True, False, False]
+            dy, x, weight, stats, mask, True, "identity", [False, True, False, False]
         )
         assert torch.equal(masked, torch.where(unmasked, dy, 0))
 
@@ -292,8 +292,10 @@ def test_nan_propagates_within_its_channel(format, mode):
     x, residual, dy, weight, bias = norm_operands((2, 16, 4, 8), format, torch.float32)
     with single_pass(mode):
         x[0, 3, 1, 1] = nan
-        y, stats, mask = kernels.batch_norm_act_forward(x, None, None, weight, bias, None, None, True, 1e-5, True, True)
-        dx, *_ = kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, False, [True] * 4)
+        y, stats, mask = kernels.batch_norm_act_forward(
+            x, None, None, weight, bias, None, None, True, 1e-5, "relu", True
+        )
+        dx, *_ = kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, "identity", [True] * 4)
         channel = torch.arange(16, device=DEVICE).view(1, -1, 1, 1) == 3
         for found in (y, dx):
             assert torch.equal(found.isnan(), channel.expand_as(found))
@@ -301,10 +303,10 @@ def test_nan_propagates_within_its_channel(format, mode):
 
         x[0, 3, 1, 1], residual[1, 5, 2, 2] = 0.0, nan
         y, stats, mask = kernels.batch_norm_act_forward(
-            x, residual, None, weight, bias, None, None, True, 1e-5, True, True
+            x, residual, None, weight, bias, None, None, True, 1e-5, "relu", True
         )
         assert torch.equal(y.isnan(), residual.isnan()) and not stats.isnan().any()
-        _, dresidual, *_ = kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, False, [True] * 4)
+        _, dresidual, *_ = kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, "identity", [True] * 4)
         assert dresidual[1, 5, 2, 2] == dy[1, 5, 2, 2]
 
 
@@ -329,9 +331,9 @@ def test_parameters_of_any_dtype():
     for dtype in DTYPES:
         others = [t.to(dtype) for t in (weight, bias, bias * 3, weight**2 + 0.5)]
         exact = norm.batch_norm_stats(x.double(), *(t.double() for t in others), False, 1e-5)
-        y, stats, _ = kernels.batch_norm_act_forward(x, None, None, *others, False, 1e-5, False, False)
+        y, stats, _ = kernels.batch_norm_act_forward(x, None, None, *others, False, 1e-5, "identity", False)
         assert_close(stats, exact, torch.float32)
-        assert_close(y, norm.batch_norm_act_apply(x.double(), exact, None, None, False, False)[0], torch.float16)
+        assert_close(y, norm.batch_norm_act_apply(x.double(), exact, None, None, "identity", False)[0], torch.float16)
         trained = kernels.batch_norm_stats(x, *others[:2], None, None, True, 1e-5)
         wide = [t.double() for t in others[:2]]
         assert_close(trained, norm.batch_norm_stats(x.double(), *wide, None, None, True, 1e-5), torch.float32)
@@ -356,14 +358,14 @@ def parameter_gradients(shape, format, dtype, weight_dtype):
     weight = None if weight_dtype is None else weight.to(weight_dtype)
 
     def run(requested):
-        one = kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, False, requested[:4])
+        one = kernels.batch_norm_act_backward(dy, x, weight, stats, mask, True, "identity", requested[:4])
         two = kernels.batch_norm_act_backward_pair(
             dy, x, weight, stats, residual, weight, residual_stats, mask, True, True, requested
         )
         return [*one[2:], *two[2:]]
 
-    sums = kernels.batch_norm_sums(dy, x, stats, mask, False, None, None)
-    pair_sums = kernels.batch_norm_sums(dy, x, stats, mask, False, residual, residual_stats)
+    sums = kernels.batch_norm_sums(dy, x, stats, mask, "identity", None, None)
+    pair_sums = kernels.batch_norm_sums(dy, x, stats, mask, "identity", residual, residual_stats)
     rows = [sums[1], sums[0], pair_sums[1], pair_sums[0], pair_sums[2], pair_sums[0]]
     return run, [row.to(weight_dtype or stats.dtype) for row in rows]
 
@@ -428,24 +430,24 @@ def test_strided_parameters(spread):
 
     def results(vectors, transpose):
         stats = kernels.batch_norm_stats(x, *vectors[:2], None, None, True, 1e-5)
-        sums = kernels.batch_norm_sums(dy, x, stats, None, True, None, None)
+        sums = kernels.batch_norm_sums(dy, x, stats, None, "relu", None, None)
         stats, sums = (t.t().contiguous().t() if transpose else t for t in (stats, sums))
         partials = kernels.batch_norm_partials(x).transpose(1, 2).contiguous().transpose(1, 2)
-        flags = True, True, [True] * 4
+        flags = True, "relu", [True] * 4
         into = x.clone()
-        kernels.batch_norm_act_inference_(into, residual, None, *vectors, 1e-5, True)
+        kernels.batch_norm_act_inference_(into, residual, None, *vectors, 1e-5, "relu")
         return [
             stats,
             into,
             kernels.merge_stats(partials, *vectors[:2], 1e-5, False),
-            *kernels.batch_norm_act_forward(x, residual, stats, *vectors[:2], None, None, True, 1e-5, True, True),
-            *kernels.batch_norm_act_forward(x, None, None, *vectors, False, 1e-5, True, False),
-            *kernels.batch_norm_act_apply(x, stats, residual, stats, True, True),
+            *kernels.batch_norm_act_forward(x, residual, stats, *vectors[:2], None, None, True, 1e-5, "relu", True),
+            *kernels.batch_norm_act_forward(x, None, None, *vectors, False, 1e-5, "relu", False),
+            *kernels.batch_norm_act_apply(x, stats, residual, stats, "relu", True),
             *kernels.batch_norm_act_backward(dy, x, vectors[0], stats, None, *flags),
             *kernels.batch_norm_act_backward_pair(
                 dy, x, vectors[0], stats, residual, vectors[1], stats, None, True, True, [True] * 6
             ),
-            kernels.batch_norm_act_dx(dy, x, stats, None, True, sums, 75),
+            kernels.batch_norm_act_dx(dy, x, stats, None, "relu", sums, 75),
             *kernels.max_pool_forward(x, stats, True, [3, 3], [2, 2], [1, 1]),
         ]
 
@@ -499,11 +501,11 @@ def test_empty_tensors_and_output_mask():
     weight, bias = torch.ones(6, device=DEVICE), torch.full((6,), 2.0, device=DEVICE)
     for shape in ((0, 6, 4, 4), (2, 6, 0, 4), (0, 6)):
         x = torch.empty(shape, device=DEVICE)
-        y, stats, mask = kernels.batch_norm_act_forward(x, x, None, weight, bias, None, None, True, 1e-5, True, True)
-        exact = norm.batch_norm_act_forward(x, x, None, weight, bias, None, None, True, 1e-5, True, True)
+        y, stats, mask = kernels.batch_norm_act_forward(x, x, None, weight, bias, None, None, True, 1e-5, "relu", True)
+        exact = norm.batch_norm_act_forward(x, x, None, weight, bias, None, None, True, 1e-5, "relu", True)
         assert y.shape == shape and mask.shape == exact[2].shape
         torch.testing.assert_close(stats, exact[1])
-        grads = kernels.batch_norm_act_backward(y, x, weight, stats, mask, True, False, [True] * 4)
+        grads = kernels.batch_norm_act_backward(y, x, weight, stats, mask, True, "identity", [True] * 4)
         assert grads[0].shape == grads[1].shape == shape
         assert torch.equal(grads[2], weight * 0) and torch.equal(grads[3], weight * 0)
         pair = kernels.batch_norm_act_backward_pair(
@@ -513,15 +515,15 @@ def test_empty_tensors_and_output_mask():
         for one, expected in zip(pair[2:], (weight, weight, weight.bfloat16(), weight.bfloat16()), strict=True):
             assert one.dtype == expected.dtype and torch.equal(one, expected * 0)
         assert torch.equal(kernels.batch_norm_partials(x), torch.zeros(1, 3, 6, dtype=torch.float64, device=DEVICE))
-        sums = kernels.batch_norm_sums(y, x, stats, None, True, None, None)
+        sums = kernels.batch_norm_sums(y, x, stats, None, "relu", None, None)
         assert torch.equal(sums, torch.zeros(2, 6, device=DEVICE))
-        assert kernels.batch_norm_act_dx(y, x, stats, None, True, sums, 1).shape == shape
+        assert kernels.batch_norm_act_dx(y, x, stats, None, "relu", sums, 1).shape == shape
         kernels.add_masked_(x, x, None)
-        kernels.batch_norm_act_inference_(x, None, None, weight, bias, bias, weight, 1e-5, True)
+        kernels.batch_norm_act_inference_(x, None, None, weight, bias, bias, weight, 1e-5, "relu")
     x = randn(2, 6, 3, 3).float()
     for mode, output_mask in itertools.product((NEVER, FORCED), itertools.product((False, True), repeat=4)):
         with single_pass(mode):
-            grads = kernels.batch_norm_act_backward(x, x, weight, stats, None, True, True, list(output_mask))
+            grads = kernels.batch_norm_act_backward(x, x, weight, stats, None, True, "relu", list(output_mask))
         shapes = (x.shape, x.shape, (6,), (6,))
         assert [g.shape for g in grads] == [s if r else (0,) for s, r in zip(shapes, output_mask, strict=True)]
 
@@ -531,8 +533,8 @@ def test_non_contiguous_views():
     x, residual = randn(4, 6, 5, 8).float()[::2, :, :, ::2], randn(2, 6, 5, 4, seed=1).float()
     weight, bias = randn(6).float(), randn(6, seed=1).float()
     batch = weight, bias, None, None, True, 1e-5
-    y, stats, _ = kernels.batch_norm_act_forward(x, residual.to(memory_format=NHWC), None, *batch, True, False)
-    plain = kernels.batch_norm_act_forward(x.contiguous(), residual, None, *batch, True, False)
+    y, stats, _ = kernels.batch_norm_act_forward(x, residual.to(memory_format=NHWC), None, *batch, "relu", False)
+    plain = kernels.batch_norm_act_forward(x.contiguous(), residual, None, *batch, "relu", False)
     assert torch.equal(y, plain[0]) and y.stride() == torch.empty_like(x).stride()
     mask = norm.pack_mask(x.contiguous() > 0)
     pair = functools.partial(
@@ -553,9 +555,9 @@ def test_non_contiguous_views():
 def test_invalid_arguments_raise():
     x, _, _, weight, bias = norm_operands((2, 6, 4, 4), NCHW, torch.float32)
     stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
-    batch = weight, bias, None, None, True, 1e-5, True, False
+    batch = weight, bias, None, None, True, 1e-5, "relu", False
     forward, backward = kernels.batch_norm_act_forward, kernels.batch_norm_act_backward
-    flags = True, False, [True] * 4
+    flags = True, "identity", [True] * 4
     for call, error, message in (
         (lambda: forward(x.int(), None, None, *batch), TypeError, "input: expected a floating point"),
         (lambda: forward(x[0, 0, 0], None, None, *batch), ValueError, "input: expected"),
@@ -569,7 +571,7 @@ def test_invalid_arguments_raise():
         (lambda: backward(x[:1], x, weight, stats, None, *flags), ValueError, "grad_output: expected the shape"),
         (lambda: backward(x, x, weight, stats.double(), None, *flags), ValueError, r"stats: expected \(5, 6\)"),
         (lambda: backward(x, x, weight, stats, stats, *flags), ValueError, "relu_mask: expected a contiguous uint8"),
-        (lambda: kernels.batch_norm_sums(x, x, stats, None, True, x, None), ValueError, "residual: expected"),
+        (lambda: kernels.batch_norm_sums(x, x, stats, None, "relu", x, None), ValueError, "residual: expected"),
         (lambda: kernels.merge_stats(stats, None, None, 1e-5, False), ValueError, "partials: expected"),
         (lambda: kernels.max_pool_forward(x, None, True, [3, 3], [1, 1], [2, 2]), ValueError, "padding: expected"),
         (lambda: kernels.max_pool_forward(x, None, True, [7, 7], [1, 1], [0, 0]), ValueError, "input: expected images"),

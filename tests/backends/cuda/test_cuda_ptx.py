@@ -125,17 +125,17 @@ def norm_case(shape: tuple[int, ...], format: torch.memory_format, dtype: torch.
     stats = norm.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
     residual_stats = norm.batch_norm_stats(residual, bias, weight, None, None, True, 1e-5)
     mask = norm.pack_mask(residual > 0)
-    sums = norm_sync.batch_norm_sums(dy, x, stats, mask, False, None, None)
+    sums = norm_sync.batch_norm_sums(dy, x, stats, mask, "identity", None, None)
     return SimpleNamespace(**{name: value for name, value in locals().items() if isinstance(value, torch.Tensor)})
 
 
 NORM_OPERATORS: dict[str, tuple[str, Callable[[SimpleNamespace], Sequence[Any]]]] = {
     "stats": ("batch_norm_stats", lambda c: (c.x, c.weight, c.bias, None, None, True, 1e-5)),
-    "apply": ("batch_norm_act_apply", lambda c: (c.x, c.stats, c.residual, c.residual_stats, True, True)),
-    "plain apply": ("batch_norm_act_apply", lambda c: (c.x, c.stats, None, None, False, False)),
+    "apply": ("batch_norm_act_apply", lambda c: (c.x, c.stats, c.residual, c.residual_stats, "relu", True)),
+    "plain apply": ("batch_norm_act_apply", lambda c: (c.x, c.stats, None, None, "identity", False)),
     "inference": (
         "batch_norm_act_inference_",
-        lambda c: (c.x, c.residual, None, c.weight, c.bias, c.bias * 9, c.weight**2 + 0.5, 1e-5, True),
+        lambda c: (c.x, c.residual, None, c.weight, c.bias, c.bias * 9, c.weight**2 + 0.5, 1e-5, "relu"),
     ),
     "pair": (
         "batch_norm_act_backward_pair",
@@ -153,8 +153,8 @@ NORM_OPERATORS: dict[str, tuple[str, Callable[[SimpleNamespace], Sequence[Any]]]
         "merge_stats",
         lambda c: (torch.cat([norm_sync.batch_norm_partials(c.x)] * 3), c.weight, None, 1e-5, False),
     ),
-    "sums": ("batch_norm_sums", lambda c: (c.dy, c.x, c.stats, None, True, None, None)),
-    "dx": ("batch_norm_act_dx", lambda c: (c.dy, c.x, c.stats, c.mask, False, c.sums, c.x[:, 0].numel())),
+    "sums": ("batch_norm_sums", lambda c: (c.dy, c.x, c.stats, None, "relu", None, None)),
+    "dx": ("batch_norm_act_dx", lambda c: (c.dy, c.x, c.stats, c.mask, "identity", c.sums, c.x[:, 0].numel())),
 }
 
 
@@ -222,11 +222,11 @@ def test_wavefronts_of_norm_kernels():
 
 
 def forward(c: SimpleNamespace) -> Sequence[Any]:
-    return c.x, c.residual, None, c.weight, c.bias, None, None, True, 1e-5, True, True
+    return c.x, c.residual, None, c.weight, c.bias, None, None, True, 1e-5, "relu", True
 
 
 def backward(c: SimpleNamespace) -> Sequence[Any]:
-    return c.dy, c.x, c.weight, c.stats, c.mask, True, False, [True] * 4
+    return c.dy, c.x, c.weight, c.stats, c.mask, True, "identity", [True] * 4
 
 
 FORWARD_AND_BACKWARD = {"batch_norm_act_forward": forward, "batch_norm_act_backward": backward}
@@ -387,7 +387,7 @@ def test_conv1x1_backward(channels, outputs, size, stride, has_input_norm, dtype
         stats = norm.batch_norm_stats(z, *randn(2, outputs).float(), None, None, True, 1e-5)
         mask = norm.pack_mask(image(*output_shape, seed=4) > 0) if has_input_norm else None
         gradient = dy, z, stats, mask, not has_input_norm
-        sums = norm_sync.batch_norm_sums(*gradient, None, None) if has_input_norm else None
+        sums = norm_sync.batch_norm_sums(*gradient[:4], "identity", None, None) if has_input_norm else None
         return *gradient, sums, z.numel() // outputs, filters(outputs, channels, 1, 1).to(dtype)
 
     def input_and_stats():

@@ -118,7 +118,7 @@ def norms(driver: StandInDriver) -> None:
             check_equal_launches(driver, lambda x=x, r=running: batch_norm_act.batch_norm_stats(x, *r, False, 1e-5))
             check_equal_launches(
                 driver,
-                lambda x=x, r=running: batch_norm_act.batch_norm_act_forward(x, x, None, *r, False, 1e-5, True, True),
+                lambda x=x, r=running: batch_norm_act.batch_norm_act_forward(x, x, None, *r, False, 1e-5, "relu", True),
             )
             check_equal_launches(driver, lambda x=x: batch_norm_sync.batch_norm_partials(x))
             check_equal_launches(driver, lambda x=x, s=stats: max_pool.max_pool_forward(x, s, True, *window))
@@ -132,7 +132,7 @@ def norms(driver: StandInDriver) -> None:
 
 
 def _apply(x: Tensor, stats: Tensor, residual: Tensor | None = None) -> Any:
-    return batch_norm_act.batch_norm_act_apply(x, stats, residual, None, True, False)
+    return batch_norm_act.batch_norm_act_apply(x, stats, residual, None, "relu", False)
 
 
 def alignment_and_dtypes(driver: StandInDriver) -> None:
@@ -153,7 +153,7 @@ def alignment_and_dtypes(driver: StandInDriver) -> None:
         check_equal_launches(
             driver,
             lambda w=weight: batch_norm_act.batch_norm_act_forward(
-                half, None, None, w, w, None, None, True, 0.1, True, False
+                half, None, None, w, w, None, None, True, 0.1, "relu", False
             ),
         )
     _apply(x, stats), _apply(x, stats, x)

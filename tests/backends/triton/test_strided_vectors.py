@@ -43,7 +43,7 @@ def new_stats() -> Tensor:
 
 def inference(kernels: Any, v: Vectors) -> Tensor:
     x = images()
-    kernels.batch_norm_act_inference_(x, None, None, v[0], v[1], v[2], v[3], 1e-5, True)
+    kernels.batch_norm_act_inference_(x, None, None, v[0], v[1], v[2], v[3], 1e-5, "relu")
     return x
 
 
@@ -64,13 +64,15 @@ CALLS: dict[str, Callable[[Any, Vectors], Any]] = {
     "batch_norm_stats, training": lambda k, v: k.batch_norm_stats(images(), *v[:2], None, None, True, 1e-5),
     "batch_norm_stats": lambda k, v: k.batch_norm_stats(images(), *v, False, 1e-5),
     "batch_norm_act_forward, training": lambda k, v: k.batch_norm_act_forward(
-        images(), None, None, *v, True, 1e-5, True, False
+        images(), None, None, *v, True, 1e-5, "relu", False
     ),
-    "batch_norm_act_forward": lambda k, v: k.batch_norm_act_forward(images(), None, None, *v, False, 1e-5, True, False),
+    "batch_norm_act_forward": lambda k, v: k.batch_norm_act_forward(
+        images(), None, None, *v, False, 1e-5, "relu", False
+    ),
     "batch_norm_act_inference_": inference,
     "merge_stats": lambda k, v: k.merge_stats(partials()[None], *v[:2], 1e-5, False),
     "batch_norm_act_backward": lambda k, v: k.batch_norm_act_backward(
-        images(), images(), v[0], new_stats(), None, True, True, [True] * 4
+        images(), images(), v[0], new_stats(), None, True, "relu", [True] * 4
     ),
     "batch_norm_act_backward_pair": lambda k, v: k.batch_norm_act_backward_pair(
         images(), images(), v[0], new_stats(), images(), v[1], new_stats(), None, True, True, [True] * 6

@@ -42,6 +42,7 @@ from fused_res.backends.triton.conv_dgrad import conv_dgrad
 from fused_res.backends.triton.conv_wgrad import conv_wgrad
 from fused_res.backends.triton.max_pool import max_pool_backward, max_pool_forward
 from fused_res.backends.triton.tiles import dense_tiling
+from fused_res.ops.checks import relu_or_identity
 from tools.ptx.compiled_session import needs_compiled_triton
 from tools.ptx.triton_runner import run_interpreted
 
@@ -126,8 +127,10 @@ def test_apply_matches_float64(shape, format):
         (residual, None, True),
         (residual, residual_stats, True),
     ):
-        y, mask = run_interpreted(lambda: batch_norm_act_apply(x, stats, *added, relu, relu))
-        expected, expected_mask = reference.batch_norm_act_apply(*to_float64(x, stats, *added), relu, relu)
+        y, mask = run_interpreted(lambda: batch_norm_act_apply(x, stats, *added, relu_or_identity(relu), relu))
+        expected, expected_mask = reference.batch_norm_act_apply(
+            *to_float64(x, stats, *added), relu_or_identity(relu), relu
+        )
         assert_close(y, expected, "y")
         assert torch.equal(mask, expected_mask)
         assert y.is_contiguous(memory_format=format)
@@ -138,14 +141,14 @@ def test_apply_matches_float64(shape, format):
 def test_running_statistics_are_folded(shape, format):
     x, residual, _, weight, bias, stats, _ = norm_case(shape, format)
     running = weight, bias, stats[ops.MEAN] + 0.25, stats[ops.VAR] * 2
-    for *added, relu in ((None, None, True), (residual, None, False), (residual, stats, True)):
-        arguments = x, *added, *running, False, 1e-5, relu, False
+    for *added, activation in ((None, None, "relu"), (residual, None, "identity"), (residual, stats, "relu")):
+        arguments = x, *added, *running, False, 1e-5, activation, False
         y, folded, _ = run_interpreted(lambda: batch_norm_act_forward(*arguments), 1)
         expected, expected_stats, _ = reference.batch_norm_act_forward(*to_float64(*arguments))
         assert_close(y, expected, "y")
         assert_close(folded, expected_stats, "stats")
         in_place = x.clone(memory_format=torch.preserve_format)
-        run_interpreted(lambda: batch_norm_act_inference_(in_place, *added, *running, 1e-5, relu))
+        run_interpreted(lambda: batch_norm_act_inference_(in_place, *added, *running, 1e-5, activation))
         assert torch.equal(in_place, y)
     assert torch.equal(run_interpreted(lambda: batch_norm_stats(x, *running, False, 1e-5)), folded)
 
@@ -156,14 +159,14 @@ def test_backward_reductions_and_dx_match_float64(shape, format):
     x, residual, dy, weight, bias, stats, residual_stats = norm_case(shape, format)
     mask, count = reference.pack_mask(residual > 0), x.numel() // shape[1]
     for relu_mask, relu in ((mask, False), (None, True), (None, False)):
-        arguments = dy, x, stats, relu_mask, relu
+        arguments = dy, x, stats, relu_mask, relu_or_identity(relu)
         sums = run_interpreted(lambda: batch_norm_sums(*arguments, None, None), 2)
         assert_close(sums, reference_sync.batch_norm_sums(*to_float64(*arguments), None, None), "sums")
         for dx_sums in (sums, None) if relu else (sums,):
             dx = run_interpreted(lambda: batch_norm_act_dx(*arguments, dx_sums, count))
             assert_close(dx, reference_sync.batch_norm_act_dx(*to_float64(*arguments, dx_sums), count), "dx")
     for training, relu_mask in ((True, mask), (False, None)):
-        arguments = dy, x, weight, stats, relu_mask, training, False, [True] * 4
+        arguments = dy, x, weight, stats, relu_mask, training, "identity", [True] * 4
         actual = run_interpreted(lambda: batch_norm_act_backward(*arguments), 1)
         for index, pair in enumerate(
             zip(actual, reference.batch_norm_act_backward(*to_float64(*arguments)), strict=True)
@@ -202,7 +205,7 @@ def test_relu_sign_is_equal_in_forward_recomputation_and_backward(shape, format)
     close = (y == 0) & (x == zero.view(1, -1, 1, 1))
     assert close.sum() >= shape[1] // 4 and reference.unpack_mask(mask, x)[x == zero.view(1, -1, 1, 1)].any()
 
-    recomputed_y, recomputed_mask = run_interpreted(lambda: batch_norm_act_apply(x, stats, None, None, True, True))
+    recomputed_y, recomputed_mask = run_interpreted(lambda: batch_norm_act_apply(x, stats, None, None, "relu", True))
     assert torch.equal(recomputed_y, y) and torch.equal(recomputed_mask, mask)
     for backward_pass in (
         lambda *masking: batch_norm_sums(dy, x, stats, *masking, None, None),
@@ -364,9 +367,9 @@ def test_conv1x1_backward_matches_float64(channels, outputs, size, stride, maske
     slack = operand_rounding_slack(dz, weight)
     if input_norm:
         dx, sums = run_interpreted(lambda: conv_dgrad(*norm_backward_args, weight, *input_args), 2)
-        expected_sums = reference_sync.batch_norm_sums(expected, *to_float64(x, x_stats), None, True, None, None)
+        expected_sums = reference_sync.batch_norm_sums(expected, *to_float64(x, x_stats), None, "relu", None, None)
         assert_close(sums, expected_sums, "reductions of conv_dgrad", 4 * slack)
-        expected = reference_sync.relu_backward(expected, *to_float64(x, x_stats), None, True)
+        expected = reference.activation_backward(expected, *to_float64(x, x_stats), None, "relu")
     else:
         added, mask = random_nchw(*x.shape, seed=5), reference.pack_mask(x > 1) if masked == "relu" else None
         dx, _ = run_interpreted(lambda: conv_dgrad(*norm_backward_args, weight, None, None, False, added, mask), 2)
@@ -451,7 +454,7 @@ def int64_offsets_case(shape, seed):
 def test_apply_with_64_bit_offsets(shape):
     (x, stats, tail_stats), (residual, *_) = (int64_offsets_case(shape, seed) for seed in range(2))
     count = shape[-1] % 256 if len(shape) == 3 else ROWS % 64
-    y, mask = run_interpreted(lambda: batch_norm_act_apply(x, stats, residual, None, True, True), ctas=last_cta)
+    y, mask = run_interpreted(lambda: batch_norm_act_apply(x, stats, residual, None, "relu", True), ctas=last_cta)
     expected, bits = reference.batch_norm_act_apply(
         *to_float64(tail(x, count), tail_stats, tail(residual, count), None), True, True
     )
@@ -478,11 +481,11 @@ def test_reductions_and_dx_with_64_bit_offsets(shape, monkeypatch):
         assert_close(partials[row], expected[row], name)
     operands = dy, x, tiling, None, stats, None, True, None, None, NO_GRADS
     sums = run_interpreted(lambda: compute_sums(*operands), ctas=last_cta)[-1]
-    expected = reference_sync.batch_norm_sums(*to_float64(dy_tail, x_tail, tail_stats), None, True, None, None)
+    expected = reference_sync.batch_norm_sums(*to_float64(dy_tail, x_tail, tail_stats), None, "relu", None, None)
     assert_close(sums[:, -tail_stats.shape[1] :], expected, "sums")
 
     count = shape[-1] % 256 if len(shape) == 3 else ROWS % 64
-    dx = run_interpreted(lambda: batch_norm_act_dx(dy, x, stats, None, True, None, 1), ctas=last_cta)
+    dx = run_interpreted(lambda: batch_norm_act_dx(dy, x, stats, None, "relu", None, 1), ctas=last_cta)
     expected = reference_sync.batch_norm_act_dx(
         *to_float64(tail(dy, count), tail(x, count), tail_stats), None, True, None, 1
     )

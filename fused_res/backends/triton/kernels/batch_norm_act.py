@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 
 from fused_res.backends.triton.kernels.elementwise import (
+    activate,
+    activation_backward,
     channels_of,
     column_sum,
     mask_at,
     normalize,
     pack_bits,
-    relu,
     relu_grad_mask,
     tile_at,
     unpack_bits,
@@ -219,10 +220,11 @@ def apply_kernel(
     mean_ptr, var_ptr, weight_ptr, bias_ptr,  # FOLD: running statistics, (channels)
     mask_ptr,            # relu_mask, or None
     rows, cols, channels, blocks,
-    eps: tl.constexpr, RELU: tl.constexpr, FOLD: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACC: tl.constexpr,
+    eps: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, FOLD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """Normalize one tile, add the residual, apply the ReLU, and store the output and the ReLU mask."""
+    """Normalize one tile, add the residual, apply the activation, and store the output and the ReLU mask."""
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     channel, exists = channels_of(block, channels, CHANNELS_LAST, BLOCK_COLS)
     if FOLD:
@@ -242,24 +244,24 @@ def apply_kernel(
     if mask_ptr is not None:
         at, there = mask_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
         tl.store(mask_ptr + at, pack_bits(relu_grad_mask(y) & inside, BLOCK_ROWS, BLOCK_COLS), there)
-    if RELU:
-        y = relu(y)
+    y = activate(y, ACTIVATION, SLOPE)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
-def _masked_dy(
+def _activation_input_grad(
     dy_ptr, mask_ptr, x, mean, scale, shift, offsets, inside, tile, block, rows, cols, channels,
-    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACC: tl.constexpr,
 ):
-    """Load a tile of ``dy``, masked by the stored ReLU mask or, with RELU, by the recomputed sign of the output."""
+    """Load a tile of ``dy`` times ``act'(z)``: the stored ReLU mask, or recomputed from ``z = norm(x)``."""
     dy = tl.load(dy_ptr + offsets, inside, other=0).to(ACC)
     if mask_ptr is not None:
         at, there = mask_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
         dy = tl.where(unpack_bits(tl.load(mask_ptr + at, there, other=0), BLOCK_ROWS, BLOCK_COLS), dy, 0)
-    elif RELU:
-        dy = tl.where(relu_grad_mask(normalize(x, mean, scale, shift)) & inside, dy, 0)
+    elif ACTIVATION != 0:
+        z = normalize(x, mean, scale, shift)
+        dy = tl.where(inside, activation_backward(dy, z, ACTIVATION, SLOPE), 0)
     return dy
 
 
@@ -270,10 +272,10 @@ def sums_kernel(
     mask_ptr,
     partials_ptr,                      # (parts, 2, channels): partial sums dy, dy * xhat; a third row for the residual
     rows, cols, channels, blocks, tiles, tiles_per_part,
-    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACC: tl.constexpr,
 ):
-    """Compute the backward reductions of each part: ``sum dy`` and ``sum dy * xhat`` of the masked gradient."""
+    """Compute the reductions of each part, ``sum dy`` and ``sum dy * xhat``, of the activation's input gradient."""
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     if LARGE:
         part = part.to(tl.int64)
@@ -289,9 +291,9 @@ def sums_kernel(
     for tile in range(first, tl.minimum(first + tiles_per_part, tiles)):
         offsets, inside = tile_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
         x = tl.load(x_ptr + offsets, inside, other=0).to(ACC)
-        dy = _masked_dy(
+        dy = _activation_input_grad(
             dy_ptr, mask_ptr, x, mean, scale, shift, offsets, inside, tile, block, rows, cols, channels,
-            RELU, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS, ACC,
+            ACTIVATION, SLOPE, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS, ACC,
         )
         sum_dy += dy
         sum_dyx = tl.fma(dy, x - mean, sum_dyx)
@@ -351,7 +353,7 @@ def dx_kernel(
     sums_ptr,                          # (2 or 3, channels)
     dx_ptr, dresidual_ptr,             # None if not requested
     rows, cols, channels, blocks, count,
-    RELU: tl.constexpr, TRAINING: tl.constexpr, RESIDUAL_TRAINING: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, TRAINING: tl.constexpr, RESIDUAL_TRAINING: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, LARGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -361,9 +363,9 @@ def dx_kernel(
     mean, scale, shift = load_norm(stats_ptr, channel, exists, channels)
     offsets, inside = tile_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
     x = tl.load(x_ptr + offsets, inside, other=0).to(ACC)
-    dy = _masked_dy(
+    dy = _activation_input_grad(
         dy_ptr, mask_ptr, x, mean, scale, shift, offsets, inside, tile, block, rows, cols, channels,
-        RELU, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS, ACC,
+        ACTIVATION, SLOPE, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS, ACC,
     )
     if dx_ptr is not None:
         dx = dy * scale
@@ -392,9 +394,9 @@ def add_masked_kernel(
     """Add one tile of the masked gradient to ``into`` in place."""
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     offsets, inside = tile_at(tile, block, rows, cols, channels, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS)
-    grad = _masked_dy(
+    grad = _activation_input_grad(
         grad_ptr, mask_ptr, None, None, None, None, offsets, inside, tile, block, rows, cols, channels,
-        False, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS, ACC,
+        0, 0.0, CHANNELS_LAST, LARGE, BLOCK_ROWS, BLOCK_COLS, ACC,
     )
     total = tl.load(into_ptr + offsets, inside, other=0).to(ACC) + grad
     tl.store(into_ptr + offsets, total.to(into_ptr.dtype.element_ty), inside)

@@ -28,6 +28,41 @@ def relu_grad_mask(y):
 
 
 @triton.jit
+def sigmoid(z):
+    """Return ``1 / (1 + exp(-z))``."""
+    return 1 / (1 + tl.exp(-z))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """Return ``act(z)``. ACTIVATION is the index in ``fused_res.ops.checks.ACTIVATIONS``, SLOPE that of leaky ReLU."""
+    if ACTIVATION == 1:
+        z = relu(z)
+    elif ACTIVATION == 2:
+        z = tl.where(z >= 6, 6, relu(z))
+    elif ACTIVATION == 3:
+        z = tl.where(z > 0, z, z * SLOPE)
+    elif ACTIVATION == 4:
+        z = z / (1 + tl.exp(-z))
+    return z
+
+
+@triton.jit
+def activation_backward(dy, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """Return ``dy * act'(z)``, with the derivatives of :mod:`fused_res.ops.schemas`."""
+    if ACTIVATION == 1:
+        dy = tl.where(relu_grad_mask(z), dy, 0)
+    elif ACTIVATION == 2:
+        dy = tl.where((z <= 0) | (z >= 6), 0, dy)
+    elif ACTIVATION == 3:
+        dy = tl.where(z > 0, dy, dy * SLOPE)
+    elif ACTIVATION == 4:
+        s = sigmoid(z)
+        dy = dy * (s * tl.fma(z, 1 - s, tl.full(z.shape, 1, z.dtype)))
+    return dy
+
+
+@triton.jit
 def pack_bits(flags, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Pack ``(ROWS, COLS)`` booleans into ``(ROWS, COLS / 8)`` bytes, least significant bit first."""
     bits = tl.reshape(flags.to(tl.int32), (ROWS, COLS // 8, 8))
