@@ -29,9 +29,12 @@ class Unit(NamedTuple):
         return chain.Unit(None if self.conv is None else self.conv.layer, self.norm.layer, *self.settings)
 
     @property
-    def settings(self) -> tuple[str]:
-        """The activation's name."""
-        return ("identity" if self.activation is None else "relu",)
+    def settings(self) -> tuple[Any, ...]:
+        """The activation's name, and its negative slope if it has one."""
+        if self.activation is None:
+            return ("identity",)
+        name = self.activation.activation
+        return (name, self.activation.negative_slope) if name == "leaky_relu" else (name,)
 
     @property
     def input(self) -> Node:
@@ -64,7 +67,7 @@ class Segment:
     def __post_init__(self) -> None:
         projection = self.shortcut.nodes if isinstance(self.shortcut, Unit) else ()
         nodes = [node for unit in self.units for node in unit.nodes] + [*projection, self.add, self.pool]
-        inside = {node for node in nodes if node is not None}
+        inside = {part for node in nodes if node is not None for part in (node, *node.parts)}
         for node in tuple(inside):
             for operand in node.operands:
                 if _is_inside(operand, inside):  # operations in between that return their operand
@@ -190,7 +193,7 @@ def find_segments(graph: Graph, inference: bool = False) -> list[Segment]:
         graph: the graph of one forward.
         inference: whether no gradient is computed; ``clamp(min=0)`` is then a ReLU.
     """
-    matcher = _Matcher(graph, (Op.RELU, Op.CLAMP) if inference else (Op.RELU,))
+    matcher = _Matcher(graph, (Op.RELU, Op.ACTIVATION, Op.CLAMP) if inference else (Op.RELU, Op.ACTIVATION))
     for node in graph.nodes:
         if node.op is Op.ADD:
             matcher.match_addition(node)
@@ -216,9 +219,9 @@ def _in_order(graph: Graph, segments: list[Segment]) -> list[Segment]:
 
 
 class _Matcher:
-    def __init__(self, graph: Graph, relu_ops: tuple[Op, ...]) -> None:
+    def __init__(self, graph: Graph, activation_ops: tuple[Op, ...]) -> None:
         self.graph = graph
-        self.relu_ops = relu_ops
+        self.activation_ops = activation_ops
         self.segments: list[Segment] = []
         self.taken: set[Node] = set()
 
@@ -241,7 +244,9 @@ class _Matcher:
         norm, other = source(add, operand), source(add, 1 - operand)
         if norm.op is not Op.NORM or norm in self.taken or only_reader(norm, Op.ADD) is not add:
             return
-        last = self.unit_of(norm, only_reader(add, *self.relu_ops))
+        activation = only_reader(add, *self.activation_ops)
+        is_relu = activation is not None and activation.activation == "relu"
+        last = self.unit_of(norm, activation if is_relu else None)
         projection = None
         if other.op is Op.NORM and other is not norm and only_reader(other, Op.ADD) is add:
             projection = self.unit_of(other, None)
@@ -261,36 +266,36 @@ class _Matcher:
         if len(units) > 1:
             yield Segment((last,), "tensor", add, other)
 
-    def unit_of(self, norm: Node, relu: Node | None) -> Unit:
+    def unit_of(self, norm: Node, activation: Node | None) -> Unit:
         conv = source(norm)
         if conv.op is not Op.CONV or conv in self.taken or only_reader(conv, Op.NORM) is not norm:
-            return Unit(None, norm, relu)
-        return Unit(conv, norm, relu)
+            return Unit(None, norm, activation)
+        return Unit(conv, norm, activation)
 
     def unit_before(self, unit: Unit, nodes: list[Node]) -> Unit | None:
         """Return the unit whose output only `unit` reads, if it joins the chain of `nodes`."""
         if unit.conv is None:
             return None
-        relu = None
+        activation = None
         norm = unit.input
-        if norm.op in self.relu_ops:
-            relu, norm = norm, source(norm)
-            if norm.op is not Op.NORM or only_reader(norm, relu.op) is not relu:
+        if norm.op in self.activation_ops:
+            activation, norm = norm, source(norm)
+            if norm.op is not Op.NORM or only_reader(norm, activation.op) is not activation:
                 return None
-        if norm.op is not Op.NORM or norm in self.taken or only_reader(relu or norm, Op.CONV) is not unit.conv:
+        if norm.op is not Op.NORM or norm in self.taken or only_reader(activation or norm, Op.CONV) is not unit.conv:
             return None
-        found = self.unit_of(norm, relu)
+        found = self.unit_of(norm, activation)
         return found if found.conv is not None and _joins(nodes, found.nodes) else None
 
     # Chains without addition
 
     def match_norm(self, norm: Node) -> None:
-        units = [self.unit_of(norm, only_reader(norm, *self.relu_ops))]
+        units = [self.unit_of(norm, only_reader(norm, *self.activation_ops))]
         if units[0].conv is not None:
             while (following := self.unit_after(units)) is not None:
                 units.append(following)
             last = units[-1].activation or units[-1].norm
-            pool = only_reader(last, Op.MAX_POOL)
+            pool = only_reader(last, Op.MAX_POOL) if units[-1].settings[0] in ("identity", "relu") else None
             chained = Segment(tuple(units))
             if pool is not None and _joins(chained.nodes, [pool]) and self.accept(replace(chained, pool=pool)):
                 return
@@ -305,7 +310,7 @@ class _Matcher:
         norm = None if conv is None else only_reader(conv, Op.NORM)
         if norm is None or norm in self.taken:
             return None
-        found = Unit(conv, norm, only_reader(norm, *self.relu_ops))
+        found = Unit(conv, norm, only_reader(norm, *self.activation_ops))
         return found if _joins([node for unit in units for node in unit.nodes], found.nodes) else None
 
     # Legality

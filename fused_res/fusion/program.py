@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from fused_res.fusion.fused import fused_class
 from fused_res.fusion.matcher import Segment, Unit, source
 from fused_res.graph.ir import Graph, Node, Op
-from fused_res.graph.recording import Frame, Read, Size, assumed_rank, nodes_in
+from fused_res.graph.recording import Frame, Read, Size, assumed_rank, evaluate, nodes_in
 from fused_res.graph.symbolic import is_layer, stock_forward
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import stock_class
@@ -119,7 +119,7 @@ class _Generator:
         self.namespace: dict[str, Any] = {
             "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
-            "is_equal": is_equal, "has_same_layout": has_same_layout,
+            "is_equal": is_equal, "reject": _reject, "has_same_layout": has_same_layout,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
         self.numbers: dict[fx.Node, int] = {}  # those of the recording differ between the calls of one module
@@ -128,6 +128,8 @@ class _Generator:
         #: Lines that verify the arguments, and the module; each with what its failure means.
         self.argument_guards: list[tuple[str, str]] = []
         self.guards: list[tuple[str, str]] = []
+        #: Norms whose module asserts the rank of its input, by the first operation of the norm.
+        self.rank_checks: dict[Node, Node] = {}
         self.within = [frame for frame in frames if frame.within(owner)]
         self.inlined = self._inlined()
         self.kept = {value for frame in self.within for value in (*nodes_in(frame.call), *frame.outputs)}
@@ -271,6 +273,23 @@ class _Generator:
             return None if None in operands else f"{self.constant(expression[0])}({', '.join(map(str, operands))})"
         return self.text(expression)
 
+    def _norm_of(self, frame: Frame) -> Node | None:
+        """Return the only norm that a call of a batch norm of rank 4 computes by operations, or None."""
+        norms = [node for node in self.graph.nodes if node.frame is frame and node.op is Op.NORM]
+        is_own = frame is not self.owner and len(norms) == 1 and norms[0].layer is frame.module
+        return norms[0] if is_own and isinstance(frame.module, nn.BatchNorm2d) else None
+
+    def _is_rank(self, expression: Any, norm: Node) -> bool:
+        """Return whether an expression depends on nothing but the rank of a norm's input, which is no argument."""
+
+        def is_rank(size: Size) -> bool:
+            node = self.nodes[size.tensor]
+            while node.op is Op.IDENTITY:
+                node = node.operands[0]
+            return size.name == "ndim" and node is source(norm) and node.source not in self.owner.inputs
+
+        return all(map(is_rank, _sizes(expression)))
+
     def _has_rank_of_inputs(self, node: Node) -> bool:
         """Return whether a result has the assumed rank, and elements, if all arguments have."""
         while node.source not in self.owner.inputs:
@@ -285,6 +304,8 @@ class _Generator:
         self.lines.append((indent, text, tuple(defined), tuple([self.same.get(value, value) for value in read])))
 
     def emit_node(self, node: Node, indent: int) -> None:
+        if node in self.rank_checks:
+            self._emit_rank_check(self.rank_checks[node], indent)
         value = node.source
         target: Any = value.target
         arguments, options = value.args, value.kwargs
@@ -300,6 +321,13 @@ class _Generator:
         else:
             code = f"{self.constant(target)}({self.arguments(arguments, options)})"
         self.emit(indent, f"{self.text(value)} = {code}", (value,), value.all_input_nodes)
+
+    def _emit_rank_check(self, norm: Node, indent: int) -> None:
+        """Raise the error of a norm's own forward for an input of another rank; fused operators refuse such inputs."""
+        value, frame = source(norm).source, norm.frame
+        call = f"{self.module(frame.path)}({self.arguments(*frame.call)})"
+        failure = f"{self.text(value)}.ndim != {evaluate(Size(value, 'ndim'))}"
+        self.emit(indent, f"if {failure}: reject({call})", (), (value, *nodes_in(frame.call)))
 
     def emit_call(self, frame: Frame, indent: int) -> None:
         """Call a child module and assign its result to the values that stand for it."""
@@ -354,8 +382,9 @@ class _Generator:
         if not part.has_clamp:
             input, norm = self.text(part.values[0]), self.module(unit.norm.path)
             if unit.conv is None:
-                (activation,) = unit.settings
-                call = f"run_fused_norm({input}, {norm}, {self.residual(part)}, {activation!r}, settings.backend)"
+                activation, *slope = map(repr, unit.settings)
+                rest = ", ".join([self.residual(part), activation, "settings.backend", *slope])
+                call = f"run_fused_norm({input}, {norm}, {rest})"
             else:
                 call = f"run_fused({input}, {self.chain(part)}, *settings, calls)"
             self.emit_attempt(call, values, part.values, indent)
@@ -503,13 +532,23 @@ class _Generator:
         for path, node in layers.items():
             self.module(path, runs=True)
             kind: Any = type(node.layer)
-            if node.op is Op.IDENTITY or not kind.__module__.startswith("torch.nn."):
+            if node.op in (Op.IDENTITY, Op.ACTIVATION) or not kind.__module__.startswith("torch.nn."):
                 self.guard_read(Read("class", kind, "forward", kind.forward))
+            if node.op is Op.ACTIVATION:
+                for name in ("min_val", "max_val", "negative_slope"):
+                    if name in node.layer.__dict__:
+                        self.guard_read(Read("attribute", path, name, node.layer.__dict__[name]))
         reads: dict[Any, Read] = {}
         conditions = []
         for frame in frames:
             reads |= frame.reads
             conditions += frame.conditions
+            norm = self._norm_of(frame)
+            for expression, value in frame.assertions:
+                if norm is not None and self._is_rank(expression, norm):
+                    self.rank_checks[min((norm, *norm.parts), key=lambda node: node.index)] = norm
+                else:
+                    conditions.append((expression, value))
         for read in reads.values():
             if (read.kind, read.name) != ("absent", "forward"):  # has_no_hooks
                 self.guard_read(read)
@@ -585,6 +624,20 @@ def _copy(value: Any) -> Any:
     if type(value) is set:
         return set(value)
     return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
+
+
+def _sizes(expression: Any) -> Iterator[Size]:
+    """Yield the sizes in an expression, see :attr:`fused_res.graph.recording.Frame.conditions`."""
+    if isinstance(expression, Size):
+        yield expression
+    elif type(expression) is tuple and expression and callable(expression[0]):
+        for operand in expression[1:]:
+            yield from _sizes(operand)
+
+
+def _reject(output: Any) -> None:
+    """Raise RuntimeError: the call that returned `output` should have raised an exception."""
+    raise RuntimeError("the input of a batch norm has another rank than its forward was recorded for")
 
 
 def _leaves(code: str, value: Any) -> Iterator[tuple[str, fx.Node]]:

@@ -9,16 +9,19 @@ place that knows their spellings.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fused_res.graph.norms import NormCall, find_norms, is_read_at_once
 from fused_res.nn import chain
+from fused_res.ops.checks import ACTIVATIONS
 
 
 class Op(Enum):
@@ -27,7 +30,8 @@ class Op(Enum):
     CONV = auto()
     NORM = auto()
     RELU = auto()
-    CLAMP = auto()  # relu, except that its gradient at 0 is 1
+    CLAMP = auto()  # an activation that is bounded by numbers, except that its gradient at a bound is 1
+    ACTIVATION = auto()  # any other supported activation, see Node.activation
     ADD = auto()
     MAX_POOL = auto()
     IDENTITY = auto()  # returns its operand
@@ -43,18 +47,25 @@ class Node:
         frame: module call that it was recorded in.
         operands: producers of the tensors that it reads; of an addition, in the order of its arguments.
         layer, path: module that holds the parameters of a convolution or norm, or the settings of a pooling.
+        activation, negative_slope: name and setting of an activation, as of
+            :func:`fused_res.functional.batch_norm_act`.
         in_place: the output is the first operand's storage.
+        parts: operations before it that belong to it, such as the reads of the tensors of a norm that is written as
+            ``F.batch_norm``. They are of no other use, and no users of their operands.
         returned: whether a module call returns it, or gets it as an argument, without any operation that reads it.
         storage, writes: storages of the output and of what it writes to, see :meth:`Graph.root`.
     """
 
     __slots__ = (
+        "activation",
         "frame",
         "in_place",
         "index",
         "layer",
+        "negative_slope",
         "op",
         "operands",
+        "parts",
         "path",
         "returned",
         "source",
@@ -71,7 +82,10 @@ class Node:
         self.operands: tuple[Node, ...] = ()
         self.layer: Any = None
         self.path = ""
+        self.activation = "identity"
+        self.negative_slope = 0.01
         self.in_place = False
+        self.parts: tuple[Node, ...] = ()
         self.writes: tuple[int, ...] = ()
         self.storage = -1
         self.users: list[Node] = []
@@ -107,17 +121,31 @@ class Graph:
         return any(self.root(storage) in storages for writes in written for storage in writes)
 
 
-#: Spellings: the operation that a function, or a method of this name, computes, and whether it is in place.
-_SPELLINGS: dict[Any, tuple[Op, bool]] = {
-    torch.relu: (Op.RELU, False), F.relu: (Op.RELU, False), "relu": (Op.RELU, False),
-    torch.relu_: (Op.RELU, True), F.relu_: (Op.RELU, True), "relu_": (Op.RELU, True),
-    torch.clamp: (Op.CLAMP, False), torch.clamp_min: (Op.CLAMP, False),
-    torch.clamp_: (Op.CLAMP, True), torch.clamp_min_: (Op.CLAMP, True),
-    "clamp": (Op.CLAMP, False), "clamp_min": (Op.CLAMP, False),
-    "clamp_": (Op.CLAMP, True), "clamp_min_": (Op.CLAMP, True),
-    torch.add: (Op.ADD, False), operator.add: (Op.ADD, False), "add": (Op.ADD, False),
-    operator.iadd: (Op.ADD, True), "add_": (Op.ADD, True),
+#: Spellings: the operation that a function, or a method of this name, computes, and whether it is in place without a
+#: setting.
+_SPELLINGS: dict[Any, tuple[str, bool]] = {
+    torch.relu: ("relu", False), F.relu: ("relu", False), "relu": ("relu", False),
+    torch.relu_: ("relu", True), F.relu_: ("relu", True), "relu_": ("relu", True),
+    torch.clamp: ("clamp", False), torch.clamp_min: ("clamp_min", False),
+    torch.clamp_: ("clamp", True), torch.clamp_min_: ("clamp_min", True),
+    "clamp": ("clamp", False), "clamp_min": ("clamp_min", False),
+    "clamp_": ("clamp", True), "clamp_min_": ("clamp_min", True),
+    F.relu6: ("relu6", False), F.hardtanh: ("hardtanh", False), F.hardtanh_: ("hardtanh", True),
+    F.leaky_relu: ("leaky_relu", False), F.leaky_relu_: ("leaky_relu", True), F.silu: ("silu", False),
+    torch.add: ("add", False), operator.add: ("add", False), "add": ("add", False),
+    operator.iadd: ("add", True), "add_": ("add", True),
 }  # fmt: skip
+#: Arguments of activations after the input.
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "relu": ("inplace",), "relu6": ("inplace",), "silu": ("inplace",), "clamp": ("min", "max"), "clamp_min": ("min",),
+    "hardtanh": ("min_val", "max_val", "inplace"), "leaky_relu": ("negative_slope", "inplace"),
+}  # fmt: skip
+#: Modules that call these functions with their attributes of these names.
+_ACTIVATION_MODULES: dict[type, str] = {
+    nn.ReLU: "relu", nn.ReLU6: "hardtanh", nn.Hardtanh: "hardtanh", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu",
+}  # fmt: skip
+_MULTIPLICATIONS = {torch.mul, operator.mul, "mul", operator.imul, "mul_"}
+_SIGMOIDS = {torch.sigmoid, F.sigmoid, "sigmoid"}
 _IN_PLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem),
@@ -162,15 +190,27 @@ def build_graph(source: fx.Graph, module_of: Callable[[str], nn.Module], frames:
     graph = Graph()
     producers = graph.producers
     names: dict[Node, list[fx.Node]] = {}  # the values that a node is the current producer of
+    calls = find_norms(source, module_of) | _find_silu(source, module_of)
+    parts = {part for call in calls.values() for part in call.parts}
     read_from = {str(node.target).rpartition(".")[0] for node in source.nodes if node.op == "get_attr"}
     inputs = graph.new_storage()  # any two arguments may alias
     for index, fx_node in enumerate(source.nodes):
         node = Node(fx_node, index, fx_node.meta["frame"])
         graph.nodes.append(node)
-        _classify(node, module_of)
-        if node.op is Op.NORM and node.path in read_from:
-            node.op = Op.OTHER  # fusion may change the order in which its running statistics are updated and read
-        tensors = fx_node.args[: 2 if node.op is Op.ADD else 1] if node.op is not Op.OTHER else fx_node.all_input_nodes
+        if fx_node in parts:
+            node.storage = graph.new_storage()
+            names[node] = [fx_node]
+            producers[fx_node] = [node]
+            continue
+        if fx_node in calls:
+            _classify_call(node, calls[fx_node], producers)
+            tensors: Any = (calls[fx_node].input,)
+        else:
+            _classify(node, module_of)
+            if node.op is Op.NORM and node.path in read_from:
+                node.op = Op.OTHER  # fusion may change the order in which its running statistics are updated and read
+            count = 2 if node.op is Op.ADD else 1
+            tensors = fx_node.args[:count] if node.op is not Op.OTHER else fx_node.all_input_nodes
         node.operands = tuple([producers[tensor][-1] for tensor in tensors])
         for operand in node.operands:
             operand.users.append(node)
@@ -220,8 +260,8 @@ def _classify(node: Node, module_of: Callable[[str], nn.Module]) -> None:
             node.op = Op.CONV
         elif kind in chain.norm_types or any(computes_like(kind, stock) for stock in _BATCH_NORMS):
             node.op = Op.NORM
-        elif kind is nn.ReLU:
-            node.op, node.in_place = Op.RELU, bool(module.inplace)
+        elif kind in _ACTIVATION_MODULES:
+            _classify_activation(node, _ACTIVATION_MODULES[kind], module.__dict__)
         elif kind is nn.MaxPool2d and chain.inspect_pool(module) is None:
             node.op = Op.MAX_POOL
         elif kind is nn.Identity:
@@ -232,19 +272,70 @@ def _classify(node: Node, module_of: Callable[[str], nn.Module]) -> None:
         return
     if target not in _SPELLINGS or not arguments or not isinstance(arguments[0], fx.Node):
         return
-    op, in_place = _SPELLINGS[target]
+    name, in_place = _SPELLINGS[target]
     rest: Any = arguments[1:]
-    if op is Op.ADD:
-        fits = len(rest) == 1 and isinstance(rest[0], fx.Node) and options in ({}, {"alpha": 1})
-    elif op is Op.RELU:
-        given = dict(zip(("inplace",), rest, strict=False)) | options
-        fits = given in ({}, {"inplace": False}, {"inplace": True})
-        in_place = in_place or given.get("inplace") is True
+    if name != "add":
+        settings = dict(zip(_SETTINGS[name], rest, strict=False)) | options
+        if len(rest) <= len(_SETTINGS[name]) and settings.keys() <= set(_SETTINGS[name]):
+            _classify_activation(node, name, settings, in_place)
+    elif len(rest) == 1 and isinstance(rest[0], fx.Node) and options in ({}, {"alpha": 1}):
+        node.op, node.in_place = Op.ADD, in_place
+
+
+def _classify_activation(node: Node, name: str, settings: Mapping[str, Any], in_place: bool = False) -> None:
+    """Classify a call of the function `name`, if it computes a supported activation with these settings."""
+    numbers = {key: value for key, value in settings.items() if type(value) in (int, float)}
+    found = None
+    if name in ("relu", "relu6", "silu"):
+        found = Op.ACTIVATION if name != "relu" else Op.RELU, name
+    elif name == "leaky_relu":
+        slope = numbers.get("negative_slope") if "negative_slope" in settings else 0.01
+        if slope is not None and 0 <= slope < math.inf:  # PyTorch refuses gradients of some negative slopes
+            found, node.negative_slope = (Op.ACTIVATION, name), float(slope)
+    elif name == "hardtanh":
+        if numbers.get("min_val") == 0 and numbers.get("max_val") == 6:
+            found = Op.ACTIVATION, "relu6"
+    elif numbers.get("min") == 0 and (settings.get("max") is None or numbers.get("max") == 6):
+        found = Op.CLAMP, "relu" if settings.get("max") is None else "relu6"
+    inplace = settings.get("inplace", False)
+    if found is not None and found[1] in ACTIVATIONS and type(inplace) is bool:
+        node.op, node.activation = found
+        node.in_place = in_place or inplace
+
+
+class _Silu(NamedTuple):
+    """``input * sigmoid(input)``, with the sigmoid as its only part."""
+
+    input: fx.Node
+    parts: tuple[fx.Node]
+
+
+def _find_silu(graph: fx.Graph, module_of: Callable[[str], nn.Module]) -> dict[fx.Node, _Silu]:
+    """Return the multiplications of a value by its sigmoid, which nothing else reads."""
+    found = {}
+    for node in graph.nodes:
+        if node.target not in _MULTIPLICATIONS or len(node.args) != 2 or node.kwargs:
+            continue
+        for value, gate in (node.args, node.args[::-1]):
+            if isinstance(gate, fx.Node) and gate.args == (value,) and not gate.kwargs and list(gate.users) == [node]:
+                is_module = gate.op == "call_module" and type(module_of(str(gate.target))) is nn.Sigmoid
+                call = _Silu(value, (gate,))
+                if (
+                    "silu" in ACTIVATIONS
+                    and (is_module or gate.target in _SIGMOIDS)
+                    and is_read_at_once(node, call.input, call.parts)
+                ):
+                    found[node] = call
+    return found
+
+
+def _classify_call(node: Node, call: NormCall | _Silu, producers: Mapping[fx.Node, list[Node]]) -> None:
+    node.parts = tuple([producers[part][-1] for part in call.parts])
+    if isinstance(call, NormCall):
+        node.op, node.layer, node.path = Op.NORM, call.layer, call.path
     else:
-        given = dict(zip(("min", "max"), rest, strict=False)) | options
-        fits = type(given.get("min")) in (int, float) and given["min"] == 0 and given.get("max") is None
-    if fits:
-        node.op, node.in_place = op, in_place
+        node.op, node.activation = Op.ACTIVATION, "silu"
+        node.in_place = node.source.target in (operator.imul, "mul_") and node.source.args[0] is call.input
 
 
 def _classify_functional_conv(node: Node, module_of: Callable[[str], nn.Module]) -> None:

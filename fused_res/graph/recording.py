@@ -65,6 +65,7 @@ class Frame:
         self.has_unknown = False  # this call handles a value that may be one of them
         self.changes_arguments = False  # the call changes a list or dict of its caller
         self.conditions: list[tuple[Any, Any]] = []  # expressions of sizes, with the value that the recording assumes
+        self.assertions: list[tuple[Any, Any]] = []  # those whose failure is an error
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:

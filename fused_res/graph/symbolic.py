@@ -164,7 +164,8 @@ class _Proxy(fx.Proxy):
         expression = size_expression(self.node)
         if isinstance(expression, Size) and expression.name == "ndim":
             tracer: Any = self.tracer
-            return str(tracer.assume(expression))  # in the message of an assertion
+            tracer.frame.assertions.append((expression, evaluate(expression)))  # in the message of an assertion
+            return str(evaluate(expression))
         return refuse("formats a tensor, or a property of one")
 
     def __format__(self, specification: str) -> str:
@@ -310,10 +311,14 @@ class _Tracer(GraphAppendingTracer):
         return value
 
     def assert_now(self, condition: Any, message: str) -> None:
+        conditions = self.frame.conditions
+        count = len(conditions)
         try:
             assert condition, message
         except Untraceable:  # it depends on more than the sizes of the arguments
             self.create_proxy("call_function", torch._assert, (condition, message), {})
+        self.frame.assertions += conditions[count:]
+        del conditions[count:]
 
     def keys(self, proxy: fx.Proxy) -> Any:
         refuse("unpacks a tensor as a mapping")

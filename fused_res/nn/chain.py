@@ -111,7 +111,17 @@ class Chain:
     The units of the main path come first, then the projection, if there is one.
     """
 
-    __slots__ = ("keys", "momentum", "norms", "num_batches_tracked", "process_groups", "spec", "tensors", "training")
+    __slots__ = (
+        "has_constant_norm",
+        "keys",
+        "momentum",
+        "norms",
+        "num_batches_tracked",
+        "process_groups",
+        "spec",
+        "tensors",
+        "training",
+    )
 
     spec: BlockSpec
 
@@ -123,6 +133,7 @@ class Chain:
         self.norms: list[nn.Module] = []
         self.process_groups: list[ProcessGroup | None] = []  # one for each norm that uses batch statistics
         self.num_batches_tracked: list[Tensor] = []
+        self.has_constant_norm = False
 
     def add(self, conv: Any, norm: Any, activation: str, negative_slope: float = 0.01) -> Unsupported | None:
         """Append a unit, or return why its settings are unsupported and leave the chain unchanged.
@@ -142,6 +153,8 @@ class Chain:
         if not accepts_rank(norm, weight.dim()):
             return Unsupported(f"does not accept the convolution's outputs of rank {weight.dim()}", norm)
         norm_weight, norm_bias, mean, var, training, momentum, num_batches = norm_args
+        if "track_running_stats" not in norm_state:
+            self.has_constant_norm = True
         # fmt: off
         self.keys.append((
             conv_state["stride"], conv_state["padding"], conv_state["dilation"], conv_state["groups"],
@@ -218,6 +231,8 @@ def read_norm(state: dict[str, Any]) -> NormArgs | str:
     Args:
         state: the norm's ``__dict__``.
     """
+    if "track_running_stats" not in state:
+        return _read_constant_norm(state)
     parameters, buffers = state["_parameters"], state["_buffers"]
     if "weight" not in parameters or "bias" not in parameters or len(buffers) < 3:
         return "does not hold its tensors as parameters and buffers"
@@ -236,6 +251,47 @@ def read_norm(state: dict[str, Any]) -> NormArgs | str:
     elif not (isinstance(momentum, (int, float)) and math.isfinite(momentum)):
         return "has a momentum that is not a finite number"
     return weight, bias, mean, var, True, momentum, num_batches
+
+
+def is_constant_norm(state: dict[str, Any]) -> bool:
+    """Return whether a module with this ``__dict__`` holds the tensors of a batch norm whose statistics never change.
+
+    Such a *frozen* batch norm computes the same in both modes. Its weight and bias are often buffers.
+    """
+    names = state["_parameters"].keys() | state["_buffers"].keys()
+    return "track_running_stats" not in state and "eps" in state and {"running_mean", "running_var"} <= names
+
+
+def _read_constant_norm(state: dict[str, Any]) -> NormArgs | str:
+    tensors = state["_buffers"] | state["_parameters"]
+    mean, var = tensors.get("running_mean"), tensors.get("running_var")
+    if mean is None or var is None:
+        return "has no running statistics"
+    if mean.requires_grad or var.requires_grad:
+        return "has running statistics that require a gradient"
+    return tensors.get("weight"), tensors.get("bias"), mean, var, False, 0.0, None
+
+
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def norm_dependencies(state: dict[str, Any]) -> list[tuple[dict[str, Any], tuple[str, ...]]] | None:
+    """Return the dictionaries and keys that :func:`read_norm` reads in evaluation mode, for a snapshot.
+
+    None if a snapshot may miss a write: PyTorch does not count the training forward's writes to the running statistics,
+    but that to num_batches_tracked.
+    """
+    parameters, buffers = state["_parameters"], state["_buffers"]
+    if "track_running_stats" in state:
+        if buffers["num_batches_tracked"] is None:
+            return None
+        return [
+            (state, ("_parameters", "_buffers", "training", "eps")),
+            (parameters, ("weight", "bias")),
+            (buffers, ("running_mean", "running_var", "num_batches_tracked")),
+        ]
+    held = [(group, tuple([name for name in _NORM_TENSORS if name in group])) for group in (parameters, buffers)]
+    return [(state, ("_parameters", "_buffers", "eps")), *held]
 
 
 def inspect_pool(pool: nn.Module) -> Unsupported | None:
@@ -338,13 +394,16 @@ def compute_dtype(input: Tensor, identity: bool) -> tuple[torch.dtype, bool] | U
     return dtype, True
 
 
-def inspect_tensors(tensors: Sequence[Tensor | None], dtype: torch.dtype, autocast: bool) -> Unsupported | None:
+def inspect_tensors(
+    tensors: Sequence[Tensor | None], dtype: torch.dtype, autocast: bool, has_constant_norm: bool = False
+) -> Unsupported | None:
     """Return Unsupported unless all tensors are plain tensors whose dtypes match a computation in `dtype`.
 
     Args:
         tensors: the tensors of every unit, in the order of :class:`fused_res.spec.UnitTensors`.
         dtype: dtype of the computation.
         autocast: whether autocast casts the convolutions' operands to `dtype`.
+        has_constant_norm: whether a norm is arithmetic on its tensors, whose dtypes determine that of its output.
     """
     for index, tensor in enumerate(tensors):
         if tensor is None:
@@ -352,18 +411,22 @@ def inspect_tensors(tensors: Sequence[Tensor | None], dtype: torch.dtype, autoca
         kind, actual = type(tensor), tensor.dtype
         if kind is not Parameter and kind is not Tensor:
             return Unsupported(f"a parameter or buffer is a {kind.__name__}")
-        if actual is not dtype and not is_supported_dtype(index, actual, dtype, autocast):
+        if actual is not dtype and not is_supported_dtype(index, actual, dtype, autocast, has_constant_norm):
             return Unsupported(f"a parameter or buffer has dtype {actual}, but the block computes in {dtype}")
     return None
 
 
-def is_supported_dtype(index: int, actual: torch.dtype, dtype: torch.dtype, autocast: bool) -> bool:
+def is_supported_dtype(
+    index: int, actual: torch.dtype, dtype: torch.dtype, autocast: bool, has_constant_norm: bool = False
+) -> bool:
     """Return whether the tensor at `index` of :func:`inspect_tensors` may have the dtype `actual`."""
     # Autocast casts a convolution's operands; batch norm accepts float32 parameters with a 16-bit input.
     of_norm = index % _UNIT_FIELDS >= _FIRST_NORM_FIELD
     if actual is dtype:
         return True
-    return (actual is torch.float32 and dtype in _HALF) if of_norm else (autocast and actual in _AUTOCAST_DTYPES)
+    if of_norm:
+        return actual is torch.float32 and dtype in _HALF and not has_constant_norm
+    return autocast and actual in _AUTOCAST_DTYPES
 
 
 def run_fused(
@@ -397,7 +460,7 @@ def run_fused(
     if (
         isinstance(dtype_and_autocast, Unsupported)
         or isinstance(chain, Unsupported)
-        or inspect_tensors(chain.tensors, *dtype_and_autocast)
+        or inspect_tensors(chain.tensors, *dtype_and_autocast, chain.has_constant_norm)
     ):
         return None
     if shortcut == "identity" and is_permuted(input):
@@ -442,7 +505,8 @@ def run_fused_norm(
     ):
         return None
     norm_args = read_norm(norm.__dict__)
-    if isinstance(norm_args, str) or inspect_tensors((None, None, *norm_args[:4]), input.dtype, False):
+    is_constant = "track_running_stats" not in norm.__dict__
+    if isinstance(norm_args, str) or inspect_tensors((None, None, *norm_args[:4]), input.dtype, False, is_constant):
         return None
     try:
         return apply_norm(input, norm, norm_args, residual, activation, backend)

@@ -174,10 +174,23 @@ class _Sequence:
 class _Layer:
     """A convolution with its norm folded in: the folded bias, and the folded weight as packed for each algorithm."""
 
-    __slots__ = ("__weakref__", "_packed", "bias", "eps", "geometry", "like", "snapshot", "tensors")
+    __slots__ = (
+        "__weakref__",
+        "_packed",
+        "bias",
+        "eps",
+        "geometry",
+        "has_constant_norm",
+        "like",
+        "snapshot",
+        "tensors",
+    )
 
-    def __init__(self, tensors: UnitTensors, geometry: tuple[Any, ...], eps: float, snapshot: Snapshot) -> None:
+    def __init__(
+        self, tensors: UnitTensors, geometry: tuple[Any, ...], eps: float, has_constant_norm: bool, snapshot: Snapshot
+    ) -> None:
         self.tensors, self.geometry, self.eps, self.snapshot = tensors, geometry, eps, snapshot
+        self.has_constant_norm = has_constant_norm
         self._packed: dict[Hashable, Tensor] = {}
         weight = tensors.weight
         _, self.bias = fold(tensors._replace(weight=weight[:, :0]), eps)
@@ -264,9 +277,8 @@ def _read_layer(conv: dict[str, Any], norm: dict[str, Any]) -> _Layer | None:
     if weight is None or "bias" not in parameters or isinstance(norm_args, str):
         return None
     norm_weight, norm_bias, mean, var, batch_statistics, _, _ = norm_args
-    buffers = norm["_buffers"]
-    # PyTorch does not count the training forward's writes to the running statistics, but that to num_batches_tracked.
-    if batch_statistics or buffers["num_batches_tracked"] is None:
+    norm_attributes = chain.norm_dependencies(norm)
+    if batch_statistics or norm_attributes is None:
         return None
     tensors = UnitTensors(weight, parameters["bias"], norm_weight, norm_bias, mean, var)
     if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors if t is not None):
@@ -284,14 +296,12 @@ def _read_layer(conv: dict[str, Any], norm: dict[str, Any]) -> _Layer | None:
             [
                 (conv, ("_parameters", *_GEOMETRY)),
                 (parameters, ("weight", "bias")),
-                (norm, ("_parameters", "_buffers", "training", "eps")),
-                (norm["_parameters"], ("weight", "bias")),
-                (buffers, ("running_mean", "running_var", "num_batches_tracked")),
+                *norm_attributes,
             ]
         )
     except RuntimeError:  # a tensor without storage, such as one that was returned from inside a torch.func transform
         return None
-    return _Layer(tensors, geometry, norm["eps"], snapshot)
+    return _Layer(tensors, geometry, norm["eps"], chain.is_constant_norm(norm), snapshot)
 
 
 # What was prepared for one input shape
@@ -336,10 +346,16 @@ class PackedConv:
 
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         spec, settings = self.spec, self._settings
-        return registry.dispatch_conv_bias_act(
-            settings.kernels, x, self._layer.like, self.bias, residual, spec.geometry, spec.relu, settings.preference,
-            self.operand,
+        y = registry.dispatch_conv_bias_act(
+            settings.kernels, x, self._layer.like, self.bias, residual, spec.geometry, spec.activation == "relu",
+            settings.preference, self.operand,
         )  # fmt: skip
+        # The convolutions' epilogues compute a ReLU only.
+        if spec.activation == "relu6":
+            return F.relu6(y, inplace=True)
+        if spec.activation == "leaky_relu":
+            return F.leaky_relu(y, spec.negative_slope, inplace=True)
+        return F.silu(y, inplace=True) if spec.activation == "silu" else y
 
 
 class _GraphStep(NamedTuple):
@@ -386,6 +402,8 @@ class _BlockStep(NamedTuple):
         """Return the block's specification for an inference graph, or None if a graph cannot contain it."""
         shortcut = self.shortcut.spec if isinstance(self.shortcut, PackedConv) else self.shortcut
         if shortcut == "tensor" or (self.pool is not None and shortcut != "none"):
+            return None
+        if any(unit.spec.activation not in ("identity", "relu") for unit in self.units):
             return None
         return BlockSpec(tuple([unit.spec for unit in self.units]), shortcut, self.pool)
 
@@ -465,7 +483,7 @@ def _read_block(block: Block, input: Shape, settings: _Settings, snapshots: list
             return None
         if len(input) != layer.tensors.weight.dim() or not chain.accepts_rank(unit.norm, len(input)):
             return None
-        if chain.inspect_tensors(layer.tensors, settings.dtype, settings.autocast) is not None:
+        if chain.inspect_tensors(layer.tensors, settings.dtype, settings.autocast, layer.has_constant_norm):
             return None
         spec = layer.spec(unit, pool_key)
         if spec is None:
@@ -480,7 +498,7 @@ def _read_block(block: Block, input: Shape, settings: _Settings, snapshots: list
     shortcut: Literal["none", "identity", "tensor"] | PackedConv
     if not isinstance(block.shortcut, str):
         shortcut = convolutions[-1]
-        added = None if shortcut.spec.relu else shortcut.output_shape(input)
+        added = None if shortcut.spec.activation != "identity" else shortcut.output_shape(input)
     else:
         shortcut = block.shortcut
         added = input if shortcut == "identity" else sum_shape

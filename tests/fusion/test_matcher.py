@@ -305,7 +305,7 @@ class TestLayers:
             ("n1", lambda: nn.SyncBatchNorm(4), ["c1 n1 relu pool"]),
             ("n1", lambda: Renamed(4), ["c1 n1 relu pool"]),
             ("n1", lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False), ["c1 n1 relu pool"]),
-            ("n1", lambda: Scaled(4), []),
+            ("n1", lambda: Scaled(4), ["c1 n1"]),
             ("n1", lambda: nn.BatchNorm3d(4), ["n1 relu"]),  # the stock layers run, and raise
             ("n1", lambda: nn.GroupNorm(2, 4), []),
             ("n1", lambda: nn.InstanceNorm2d(4), []),
