@@ -114,15 +114,44 @@ def batch_norm_act(
     check_negative_slope(negative_slope)
     kernels = registry.resolve(backend, input.device)
     tensors = (input, residual, weight, bias, residual_scale, residual_shift)
-    if _needs_reference():
-        _check_no_process_group(group)
-        norm = input, running_mean, running_var, weight, bias, residual, training, eps, activation
-        output, mean, var = reference_norm.batch_norm_act(*norm, residual_scale, residual_shift, negative_slope)
-        stats = _mean_var_stats(mean, var)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        output, stats = BatchNormAct.apply(
-            *tensors, running_mean, running_var, training, eps, activation, negative_slope, kernels.name, group
-        )
+    if not _needs_reference():
+        settings: tuple[Any, ...] = running_mean, running_var, training, momentum, eps, activation, negative_slope
+        return run_norm(kernels, group, *tensors, *settings)
+    _check_no_process_group(group)
+    norm = input, running_mean, running_var, weight, bias, residual, training, eps, activation
+    output, mean, var = reference_norm.batch_norm_act(*norm, residual_scale, residual_shift, negative_slope)
+    if training and running_mean is not None and input.numel() and not is_recomputing():
+        kernels.update_running_stats([running_mean], [running_var], [_mean_var_stats(mean, var)], [momentum])
+    return output
+
+
+def run_norm(
+    kernels: Kernels,
+    group: str,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """Compute :func:`batch_norm_act` for a caller that has checked the arguments.
+
+    Args:
+        kernels: the backend's kernels.
+        group: name of the process group, "" for none.
+    """
+    tensors = (input, residual, weight, bias, residual_scale, residual_shift)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        arguments = training, eps, activation, negative_slope, kernels.name, group
+        output, stats = BatchNormAct.apply(*tensors, running_mean, running_var, *arguments)
     else:
         residual_stats = affine_stats(residual_scale, residual_shift, stats_dtype(input.dtype))
         output, stats, _ = batch_norm_act_forward(
@@ -262,7 +291,7 @@ def run_block(
 
 
 def run_planned_block(
-    block_plan: Plan, kernels: Kernels, input: Tensor, tensors: Sequence[Tensor | None], momentum: Sequence[float]
+    block_plan: Plan, kernels: Kernels, tensors: Sequence[Tensor | None], momentum: Sequence[float], input: Tensor
 ) -> Tensor:
     """Compute :func:`run_block` with the plan of an earlier call for tensors with the same metadata, in one process."""
     output, stats = _run_plan(block_plan, kernels, input, tensors)

@@ -383,7 +383,7 @@ class _Generator:
             input, norm = self.text(part.values[0]), self.module(unit.norm.path)
             if unit.conv is None:
                 activation, *slope = map(repr, unit.settings)
-                rest = ", ".join([self.residual(part), activation, "settings.backend", *slope])
+                rest = ", ".join([self.residual(part), activation, "settings.backend", *slope, "calls=calls"])
                 call = f"run_fused_norm({input}, {norm}, {rest})"
             else:
                 call = f"run_fused({input}, {self.chain(part)}, *settings, calls)"

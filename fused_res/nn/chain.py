@@ -9,6 +9,7 @@ through ``nn.Module.__getattr__``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Conv1d, Conv2d, Conv
 from fused_res import _torch_compat, distributed, env, functional
 from fused_res.backends import registry
 from fused_res.block.plan import Plan
-from fused_res.nn.cached_call import CachedCall, Calls, chain_attributes
+from fused_res.nn.cached_call import CachedCall, Calls, read_modules
 from fused_res.nn.spec_builder import UnitKey, build_block_spec
 from fused_res.ops.memory_format import has_channels_last_strides, has_same_layout, is_permuted, to_stock_layout
 from fused_res.spec import BlockSpec, UnitTensors
@@ -472,11 +473,14 @@ def run_fused(
     except (ValueError, TypeError):
         return None  # PyTorch broadcasts the operands, or raises its own exception
     if calls is not None and plan is not None and not dtype_and_autocast[1] and not tune and chain.is_repeatable:
-        attributes = chain_attributes([*units] if isinstance(shortcut, str) else [*units, shortcut], pool)
+        all_units = units if isinstance(shortcut, str) else (*units, shortcut)
+        modules = [module for unit in all_units for module in unit[:2]]
+        attributes = read_modules(modules if pool is None else [*modules, pool])
         if attributes is not None:
             kernels = registry.resolve(plan.config.backend, input.device)
+            function = functools.partial(functional.run_planned_block, plan, kernels, chain.tensors, chain.momentum)
             calls[units, shortcut, pool] = CachedCall(
-                attributes, plan, kernels, input, chain.tensors, chain.momentum, chain.num_batches_tracked
+                attributes, (input,), chain.tensors, chain.num_batches_tracked, function
             )
     return output
 
@@ -488,42 +492,74 @@ def run_fused_norm(
     activation: str,
     backend: str = "auto",
     negative_slope: float = 0.01,
+    calls: Calls | None = None,
 ) -> Tensor | None:
     """Return ``activation(norm(input) [+ residual])`` from the fused operator, or None if the stock forward has to run.
 
     The caller has checked :func:`unsupported_context`, and that `norm` has a supported class and no hooks.
+
+    Args:
+        backend: the same in all calls with `calls`.
+        calls: as of :func:`run_fused`.
     """
+    key: Any = None
+    operands = (input,) if residual is None else (input, residual)
+    if calls is not None and not torch.compiler.is_compiling():
+        key = norm, activation, negative_slope, residual is None
+        last = calls.get(key)
+        if last is not None and (output := last.run(*operands)) is not None:
+            return output
     if inspect_input(input) or not accepts_rank(norm, input.dim()):
         return None
-    input = to_stock_layout(input)
+    dense = to_stock_layout(input)
     if residual is not None and (
         inspect_input(residual)
         or residual.dtype is not input.dtype
         or residual.shape != input.shape
         or residual.device != input.device
-        or not has_same_layout(input, residual)
+        or not has_same_layout(dense, residual)
     ):
         return None
-    norm_args = read_norm(norm.__dict__)
-    is_constant = "track_running_stats" not in norm.__dict__
+    state = norm.__dict__
+    norm_args = read_norm(state)
+    is_constant = "track_running_stats" not in state
     if isinstance(norm_args, str) or inspect_tensors((None, None, *norm_args[:4]), input.dtype, False, is_constant):
         return None
+    options = state["eps"], activation, backend, negative_slope, sync_process_group(state)
     try:
-        return apply_norm(input, norm, norm_args, residual, activation, backend)
+        output = apply_norm(dense, residual, norm_args, *options)
     except (ValueError, TypeError):
         return None  # PyTorch raises its own exception
+    weight, bias, mean, var, training, momentum, num_batches = norm_args
+    is_repeatable = dense is input and options[-1] is None and not (training and state.get("momentum", 0) is None)
+    if key is not None and is_repeatable and (attributes := read_modules([norm])) is not None:
+        kernels = registry.resolve(backend, input.device)
+        settings = mean, var, training, momentum, state["eps"], activation, negative_slope
+
+        def run(input: Tensor, residual: Tensor | None = None) -> Tensor:
+            return functional.run_norm(kernels, "", input, residual, weight, bias, None, None, *settings)
+
+        counters = () if num_batches is None else (num_batches,)
+        calls[key] = CachedCall(attributes, operands, norm_args[:4], counters, run)  # type: ignore[index]
+    return output
 
 
 def apply_norm(
-    input: Tensor, norm: nn.Module, norm_args: NormArgs, residual: Tensor | None, activation: str, backend: str
+    input: Tensor,
+    residual: Tensor | None,
+    norm_args: NormArgs,
+    eps: float,
+    activation: str,
+    backend: str,
+    negative_slope: float = 0.01,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Return the fused batch norm of `input`; update the running statistics and num_batches_tracked as `norm` would."""
     weight, bias, mean, var, training, momentum, num_batches = norm_args
-    state = norm.__dict__
     count = num_batches is not None and not functional.is_recomputing()
     output = functional.batch_norm_act(
-        input, mean, var, weight, bias, residual, training, momentum, state["eps"], activation,
-        process_group=sync_process_group(state), backend=backend,
+        input, mean, var, weight, bias, residual, training, momentum, eps, activation,
+        negative_slope=negative_slope, process_group=process_group, backend=backend,
     )  # fmt: skip
     if count:
         num_batches.add_(1)  # type: ignore[union-attr]

@@ -43,13 +43,14 @@ class SyncBatchNorm(BatchNorm):
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
-        if chain.sync_process_group(self.__dict__) is None:
+        group = chain.sync_process_group(self.__dict__)
+        if group is None:
             return super().forward(input)
         norm_args = chain.read_norm(self.__dict__)
         if isinstance(norm_args, str):
             reason = norm_args
             raise RuntimeError(f"a synchronized batch norm that {reason} cannot run")
-        return chain.apply_norm(input, self, norm_args, None, "identity", "auto")
+        return chain.apply_norm(input, None, norm_args, self.eps, "identity", "auto", process_group=group)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if not 2 <= input.dim() <= 5:
