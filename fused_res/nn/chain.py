@@ -509,13 +509,19 @@ def run_fused_norm(
     if isinstance(norm_args, str) or inspect_tensors((None, None, *norm_args[:4]), input.dtype, False, is_constant):
         return None
     try:
-        return apply_norm(input, norm, norm_args, residual, activation, backend)
+        return apply_norm(input, norm, norm_args, residual, activation, backend, negative_slope)
     except (ValueError, TypeError):
         return None  # PyTorch raises its own exception
 
 
 def apply_norm(
-    input: Tensor, norm: nn.Module, norm_args: NormArgs, residual: Tensor | None, activation: str, backend: str
+    input: Tensor,
+    norm: nn.Module,
+    norm_args: NormArgs,
+    residual: Tensor | None,
+    activation: str,
+    backend: str,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     """Return the fused batch norm of `input`; update the running statistics and num_batches_tracked as `norm` would."""
     weight, bias, mean, var, training, momentum, num_batches = norm_args
@@ -523,7 +529,7 @@ def apply_norm(
     count = num_batches is not None and not functional.is_recomputing()
     output = functional.batch_norm_act(
         input, mean, var, weight, bias, residual, training, momentum, state["eps"], activation,
-        process_group=sync_process_group(state), backend=backend,
+        negative_slope=negative_slope, process_group=sync_process_group(state), backend=backend,
     )  # fmt: skip
     if count:
         num_batches.add_(1)  # type: ignore[union-attr]
