@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from fused_res.graph.norms import NormCall, find_norms, is_read_at_once
 from fused_res.nn import chain
-from fused_res.ops.checks import ACTIVATIONS
 
 
 class Op(Enum):
@@ -298,7 +297,7 @@ def _classify_activation(node: Node, name: str, settings: Mapping[str, Any], in_
     elif numbers.get("min") == 0 and (settings.get("max") is None or numbers.get("max") == 6):
         found = Op.CLAMP, "relu" if settings.get("max") is None else "relu6"
     inplace = settings.get("inplace", False)
-    if found is not None and found[1] in ACTIVATIONS and type(inplace) is bool:
+    if found is not None and type(inplace) is bool:
         node.op, node.activation = found
         node.in_place = in_place or inplace
 
@@ -320,11 +319,7 @@ def _find_silu(graph: fx.Graph, module_of: Callable[[str], nn.Module]) -> dict[f
             if isinstance(gate, fx.Node) and gate.args == (value,) and not gate.kwargs and list(gate.users) == [node]:
                 is_module = gate.op == "call_module" and type(module_of(str(gate.target))) is nn.Sigmoid
                 call = _Silu(value, (gate,))
-                if (
-                    "silu" in ACTIVATIONS
-                    and (is_module or gate.target in _SIGMOIDS)
-                    and is_read_at_once(node, call.input, call.parts)
-                ):
+                if (is_module or gate.target in _SIGMOIDS) and is_read_at_once(node, call.input, call.parts):
                     found[node] = call
     return found
 

@@ -87,7 +87,7 @@ def _expand(value: Any, rank: int) -> tuple[int, ...]:
 
 
 def _unit_spec(key: UnitKey) -> UnitSpec:
-    stride, padding, dilation, groups, padding_mode, shape, eps, activation, _ = key
+    stride, padding, dilation, groups, padding_mode, shape, eps, activation, negative_slope = key
     rank = len(shape) - 2
     if not 1 <= rank <= 3:
         raise ValueError(f"a convolution's weight has rank {len(shape)}")
@@ -101,7 +101,8 @@ def _unit_spec(key: UnitKey) -> UnitSpec:
             raise ValueError(f"a convolution's padding={padding!r} is asymmetric")
         padding = same
     stride, padding, dilation = (_expand(value, rank) for value in (stride, padding, dilation))
-    return UnitSpec(stride, padding, dilation, groups, eps, activation)  # type: ignore[arg-type]
+    geometry = stride, padding, dilation, groups
+    return UnitSpec(*geometry, eps, activation, negative_slope)  # type: ignore[arg-type]
 
 
 def _size_map(dim: int, units: Sequence[UnitSpec], shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:

@@ -228,6 +228,11 @@ def _live(module: nn.Module, program: Program, unit: Unit) -> chain.Unit:
     return chain.Unit(conv, module.get_submodule(program.relative(unit.norm.path)), *unit.settings)
 
 
+_ACTIVATION_NAMES = {
+    "identity": "", "relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "leaky ReLU", "silu": "SiLU",
+}  # fmt: skip
+
+
 def _name_of(segment: Segment) -> str:
     """Return what a segment computes, in the field's words."""
     if isinstance(segment.shortcut, Unit) or segment.shortcut == "identity":
@@ -236,8 +241,8 @@ def _name_of(segment: Segment) -> str:
     added = segment.shortcut == "tensor"  # before the last ReLU
     kinds: Counter[str] = Counter()
     for unit in segment.units:
-        relu = unit.activation is not None and not (added and unit is segment.units[-1])
-        kinds["-".join(filter(None, ["conv" * (unit.conv is not None), "norm", "ReLU" * relu]))] += 1
+        activation = "" if added and unit is segment.units[-1] else _ACTIVATION_NAMES[unit.settings[0]]
+        kinds["-".join(filter(None, ["conv" * (unit.conv is not None), "norm", activation]))] += 1
     text = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
     text += " + addition" * added + " + ReLU" * (added and segment.units[-1].activation is not None)
     text += " + max pool" * (segment.pool is not None)

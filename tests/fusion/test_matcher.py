@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -58,6 +59,8 @@ class Layers(nn.Module):
             self.add_module(f"n{index}", nn.BatchNorm2d(4))
         self.relu, self.relu_ = nn.ReLU(), nn.ReLU(inplace=True)
         self.pool, self.identity, self.drop = nn.MaxPool2d(2), nn.Identity(), nn.Dropout(0.5)
+        self.relu6, self.hardtanh, self.leaky = nn.ReLU6(inplace=True), nn.Hardtanh(0, 6), nn.LeakyReLU(0.1)
+        self.silu, self.sigmoid, self.prelu = nn.SiLU(inplace=True), nn.Sigmoid(), nn.PReLU()
         self.b1, self.b2 = ConvNormRelu(), ConvNormRelu()
         self.chain = nn.Sequential(self.c1, self.n1, self.relu, self.c2, self.n2, self.relu, self.pool)
 
@@ -74,18 +77,19 @@ def record(forward: Forward, change: Callable[[Any], Any] | None = None) -> Grap
 def describe(segment: Segment) -> str:
     """Return the layers of a segment in their order; what an addition adds follows a plus sign."""
 
-    def unit(one: Unit, relu: bool) -> list[str]:
-        return [node.path for node in (one.conv, one.norm) if node is not None] + ["relu"] * relu
+    def unit(one: Unit, activation: str = "identity") -> list[str]:
+        activations = [activation] if activation != "identity" else []
+        return [node.path for node in (one.conv, one.norm) if node is not None] + activations
 
-    words = [word for one in segment.units[:-1] for word in unit(one, one.activation is not None)]
+    words = [word for one in segment.units[:-1] for word in unit(one, one.settings[0])]
     last, shortcut = segment.units[-1], segment.shortcut
-    words += unit(last, False)
+    words += unit(last)
     if shortcut == "tensor":
         assert segment.residual is not None
         words.append(f"+{segment.residual.source.name}")
     elif shortcut != "none":
-        words.append("+identity" if isinstance(shortcut, str) else f"+({' '.join(unit(shortcut, False))})")
-    words += ["relu"] * (last.activation is not None) + ["pool"] * (segment.pool is not None)
+        words.append("+identity" if isinstance(shortcut, str) else f"+({' '.join(unit(shortcut))})")
+    words += [last.settings[0]] * (last.activation is not None) + ["pool"] * (segment.pool is not None)
     return " ".join(words)
 
 
@@ -204,6 +208,29 @@ CLAMPS: list[Callable[[Any, Tensor], Tensor]] = [
     lambda self, y: torch.clamp(y, 0, None),
     lambda self, y: torch.clamp_min(y, 0),
 ]
+#: Spellings of the activations that a norm without an addition may have, by what the matcher calls them.
+ACTIVATIONS: list[tuple[Callable[[Any, Tensor], Tensor], tuple[Any, ...]]] = [
+    (lambda self, y: F.relu6(y), ("relu6",)),
+    (lambda self, y: F.relu6(y, inplace=True), ("relu6",)),
+    (lambda self, y: F.hardtanh(y, 0.0, 6.0), ("relu6",)),
+    (lambda self, y: F.hardtanh(y, min_val=0, max_val=6, inplace=True), ("relu6",)),
+    (lambda self, y: F.hardtanh_(y, 0.0, 6.0), ("relu6",)),
+    (lambda self, y: F.leaky_relu(y), ("leaky_relu", 0.01)),
+    (lambda self, y: F.leaky_relu(y, 0.2, True), ("leaky_relu", 0.2)),
+    (lambda self, y: F.leaky_relu(y, negative_slope=0), ("leaky_relu", 0.0)),
+    (lambda self, y: F.leaky_relu_(y, 0.3), ("leaky_relu", 0.3)),
+    (lambda self, y: F.silu(y), ("silu",)),
+    (lambda self, y: F.silu(y, inplace=True), ("silu",)),
+    (lambda self, y: y * torch.sigmoid(y), ("silu",)),
+    (lambda self, y: y.sigmoid() * y, ("silu",)),
+    (lambda self, y: torch.mul(y, F.sigmoid(y)), ("silu",)),
+    (lambda self, y: y.mul(self.sigmoid(y)), ("silu",)),
+    (lambda self, y: y.mul_(y.sigmoid()), ("silu",)),
+    (lambda self, y: self.relu6(y), ("relu6",)),
+    (lambda self, y: self.hardtanh(y), ("relu6",)),
+    (lambda self, y: self.leaky(y), ("leaky_relu", 0.1)),
+    (lambda self, y: self.silu(y), ("silu",)),
+]
 ADDITIONS: list[Callable[[Any, Tensor, Tensor], Tensor]] = [
     lambda self, y, x: y + x,
     lambda self, y, x: x + y,
@@ -237,15 +264,61 @@ class TestSpellings:
         (segment,) = find_segments(record(forward), inference=True)
         assert segment.has_clamp
 
+    @pytest.mark.parametrize("index", range(len(ACTIVATIONS)))
+    def test_activation(self, index: int) -> None:
+        activation, settings = ACTIVATIONS[index]
+        for inference in (False, True):
+            (segment,) = find_segments(record(self.unit(activation)), inference)
+            assert segment.units[0].settings == settings
+            assert describe(segment) == f"c1 n1 {settings[0]}"
+
+    @pytest.mark.parametrize("index", range(len(ACTIVATIONS)))
+    def test_activation_in_a_block(self, index: int) -> None:
+        """A unit before another may have any, and no addition or pooling may follow it."""
+        activation, (name, *_) = ACTIVATIONS[index]
+
+        def block(self: Any, x: Tensor) -> Tensor:
+            return self.relu(self.n2(self.c2(activation(self, self.n1(self.c1(x))))) + x)
+
+        def after_addition(self: Any, x: Tensor) -> Tensor:
+            return activation(self, self.n1(self.c1(x)) + x)
+
+        def before_addition(self: Any, x: Tensor) -> Tensor:
+            return activation(self, self.n1(self.c1(x))) + x
+
+        def pooled(self: Any, x: Tensor) -> Tensor:
+            return self.pool(activation(self, self.n1(self.c1(x))))
+
+        assert match(block) == [f"c1 n1 {name} c2 n2 +identity relu"]
+        assert match(after_addition) == ["c1 n1 +identity"]
+        assert match(before_addition) == [f"c1 n1 {name}"]
+        assert match(pooled) == [f"c1 n1 {name}"]
+
+    def test_clamp_to_6_is_a_relu6_without_gradients_only(self) -> None:
+        for clamp in (lambda self, y: y.clamp(0, 6), lambda self, y: torch.clamp_(y, min=0, max=6.0)):
+            forward = self.unit(clamp)
+            assert match(forward) == ["c1 n1"]
+            assert match(forward, inference=True) == ["c1 n1 relu6"]
+
     @pytest.mark.parametrize(
         "activation",
         [
-            lambda self, y: y.clamp(0, 6),
+            lambda self, y: y.clamp(0, 5),
+            lambda self, y: y.clamp(0, y.max()),
+            lambda self, y: F.hardtanh(y),
+            lambda self, y: F.hardtanh(y, 0.0, 5.0),
+            lambda self, y: F.leaky_relu(y, -0.1),
+            lambda self, y: F.leaky_relu(y, math.inf),
+            lambda self, y: F.hardswish(y),
+            lambda self, y: F.gelu(y),
+            lambda self, y: self.prelu(y),
+            lambda self, y: y * torch.sigmoid(1.702 * y),
+            lambda self, y: y * torch.sigmoid(self.identity(y) + y),
+            lambda self, y: y * torch.tanh(y),
+            lambda self, y: (gate := torch.sigmoid(y)) * y * gate,
             lambda self, y: y.clamp(min=1),
             lambda self, y: y.clamp(max=0),
             lambda self, y: torch.clamp(y, y),
-            lambda self, y: F.relu6(y),
-            lambda self, y: F.leaky_relu(y),
             lambda self, y: F.threshold(y, 0, 0),
             lambda self, y: y.maximum(y),
             lambda self, y: self.relu(self.drop(y)),
@@ -317,8 +390,13 @@ class TestLayers:
             ("c1", lambda: nn.Linear(4, 4), ["n1 relu"]),
             ("c1", lambda: nn.Conv1d(4, 4, 3), ["n1 relu"]),
             ("c1", lambda: nn.Conv2d(6, 4, 3, groups=2, dilation=2, padding="same"), ["c1 n1 relu pool"]),
-            ("relu", lambda: nn.ReLU6(), ["c1 n1"]),
-            ("relu", lambda: nn.SiLU(), ["c1 n1"]),
+            ("relu", lambda: nn.ReLU6(), ["c1 n1 relu6"]),
+            ("relu", lambda: nn.Hardtanh(0, 6), ["c1 n1 relu6"]),
+            ("relu", lambda: nn.Hardtanh(0, 5), ["c1 n1"]),
+            ("relu", lambda: nn.LeakyReLU(-0.1), ["c1 n1"]),
+            ("relu", lambda: nn.SiLU(), ["c1 n1 silu"]),
+            ("relu", lambda: nn.Hardswish(), ["c1 n1"]),
+            ("relu", lambda: nn.PReLU(), ["c1 n1"]),
             ("pool", lambda: nn.AvgPool2d(2), ["c1 n1 relu"]),
             ("pool", lambda: nn.MaxPool2d(2, ceil_mode=True), ["c1 n1 relu"]),
             ("pool", lambda: nn.MaxPool2d(2, dilation=2), ["c1 n1 relu"]),
