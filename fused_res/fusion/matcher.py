@@ -18,10 +18,13 @@ from fused_res.nn import chain
 
 
 class Unit(NamedTuple):
-    """Nodes of one conv-BN-act unit; ``conv`` is None if the norm's input is any tensor."""
+    """Nodes of one conv-BN-act unit; ``conv`` is None if the norm's input is any tensor.
+
+    ``norm`` is None in the last unit of a pre-activation block, a convolution whose output is added.
+    """
 
     conv: Node | None
-    norm: Node
+    norm: Any
     activation: Node | None = None
 
     def layers(self) -> chain.Unit:
@@ -48,6 +51,8 @@ class Unit(NamedTuple):
 @dataclass(frozen=True)
 class Segment:
     """A chain that one fused operator computes, or two: with a ``"tensor"`` shortcut, the last norm is one by itself.
+
+    A last unit without a norm runs fused in packed inference only.
 
     Args:
         units: units of the main path, in order. The last one's activation follows the addition.
@@ -110,6 +115,8 @@ class Segment:
         if self.shortcut != "tensor":
             return (self,)
         *first, last = self.units
+        if last.norm is None:
+            return (Segment(tuple(first)),)
         norm = Segment((Unit(None, last.norm, last.activation),), "tensor", self.add, self.residual)
         return (Segment(tuple(first)), norm) if first else (norm,)
 
@@ -193,7 +200,8 @@ def find_segments(graph: Graph, inference: bool = False) -> list[Segment]:
         graph: the graph of one forward.
         inference: whether no gradient is computed; ``clamp(min=0)`` is then a ReLU.
     """
-    matcher = _Matcher(graph, (Op.RELU, Op.ACTIVATION, Op.CLAMP) if inference else (Op.RELU, Op.ACTIVATION))
+    activation_ops = (Op.RELU, Op.ACTIVATION, Op.CLAMP) if inference else (Op.RELU, Op.ACTIVATION)
+    matcher = _Matcher(graph, activation_ops, inference)
     for node in graph.nodes:
         if node.op is Op.ADD:
             matcher.match_addition(node)
@@ -219,9 +227,10 @@ def _in_order(graph: Graph, segments: list[Segment]) -> list[Segment]:
 
 
 class _Matcher:
-    def __init__(self, graph: Graph, activation_ops: tuple[Op, ...]) -> None:
+    def __init__(self, graph: Graph, activation_ops: tuple[Op, ...], inference: bool) -> None:
         self.graph = graph
         self.activation_ops = activation_ops
+        self.inference = inference
         self.segments: list[Segment] = []
         self.taken: set[Node] = set()
 
@@ -236,17 +245,17 @@ class _Matcher:
 
     def match_addition(self, add: Node) -> None:
         found = [segment for operand in (0, 1) for segment in self.residual_segments(add, operand)]
+        if self.inference:
+            found += [segment for operand in (0, 1) for segment in self.preactivation_segments(add, operand)]
         # A whole block first, then the longest chain.
-        found.sort(key=lambda s: (s.shortcut != "tensor", len(s.units), s.units[-1].norm.index), reverse=True)
+        found.sort(key=lambda s: (s.shortcut != "tensor", len(s.units), s.units[-1].nodes[-1].index), reverse=True)
         any(self.accept(segment) for segment in found)
 
     def residual_segments(self, add: Node, operand: int) -> Iterator[Segment]:
         norm, other = source(add, operand), source(add, 1 - operand)
         if norm.op is not Op.NORM or norm in self.taken or only_reader(norm, Op.ADD) is not add:
             return
-        activation = only_reader(add, *self.activation_ops)
-        is_relu = activation is not None and activation.activation == "relu"
-        last = self.unit_of(norm, activation if is_relu else None)
+        last = self.unit_of(norm, self.relu_after(add))
         projection = None
         if other.op is Op.NORM and other is not norm and only_reader(other, Op.ADD) is add:
             projection = self.unit_of(other, None)
@@ -265,6 +274,22 @@ class _Matcher:
         yield Segment(tuple(units), "tensor", add, other)
         if len(units) > 1:
             yield Segment((last,), "tensor", add, other)
+
+    def preactivation_segments(self, add: Node, operand: int) -> Iterator[Segment]:
+        """Yield a chain whose last convolution is added without a norm, as in pre-activation blocks."""
+        conv, other = source(add, operand), source(add, 1 - operand)
+        if conv.op is not Op.CONV or conv in self.taken or only_reader(conv, Op.ADD) is not add:
+            return
+        units = [Unit(conv, None, self.relu_after(add))]
+        while (previous := self.unit_before(units[0], [add, *(n for unit in units for n in unit.nodes)])) is not None:
+            units.insert(0, previous)
+        if len(units) > 1:
+            yield Segment(tuple(units), "tensor", add, other)
+
+    def relu_after(self, add: Node) -> Node | None:
+        """Return the ReLU that alone reads a sum, or None."""
+        activation = only_reader(add, *self.activation_ops)
+        return activation if activation is not None and activation.activation == "relu" else None
 
     def unit_of(self, norm: Node, activation: Node | None) -> Unit:
         conv = source(norm)

@@ -374,6 +374,10 @@ class _Generator:
             if part.units[0].conv is None and conv is not None:
                 self.emit_node(conv, indent)
             self.emit_part(part, indent)
+        last = segment.units[-1]
+        for node in (last.conv, segment.add, last.activation) if last.norm is None else ():
+            if node is not None:
+                self.emit_node(node, indent)
 
     def emit_part(self, part: Segment, indent: int) -> None:
         """Run one operator; where that does not support the input, each norm of a chain alone, the rest unchanged."""
@@ -416,7 +420,8 @@ class _Generator:
     def unit(self, unit: Unit) -> str:
         assert unit.conv is not None
         settings = ", ".join(map(repr, unit.settings))
-        return f"({self.module(unit.conv.path)}, {self.module(unit.norm.path)}, {settings})"
+        norm = "None" if unit.norm is None else self.module(unit.norm.path)
+        return f"({self.module(unit.conv.path)}, {norm}, {settings})"
 
     def residual(self, segment: Segment) -> str:
         return "None" if segment.residual is None else self.text(segment.values[1])

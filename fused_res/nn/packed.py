@@ -47,7 +47,7 @@ class Block(NamedTuple):
     """Consecutive units with an optional shortcut and an optional max pooling.
 
     Args:
-        units: one or more units.
+        units: one or more units; the norm of a unit may be None.
         shortcut: what the last unit adds before its activation. ``"none"``: nothing; ``"identity"``: the block's input;
             ``"tensor"``: the caller's residual; a :class:`Unit` without activation: a projection of the block's input.
         pool: max pooling at the end.
@@ -233,7 +233,7 @@ def fold(tensors: UnitTensors, eps: float) -> tuple[Tensor, Tensor]:
     """Return weight and bias of a convolution with the following norm folded in, computed in float64.
 
     Args:
-        tensors: the unit's tensors, with running statistics.
+        tensors: the unit's tensors, with running statistics; all None for a convolution without a norm.
         eps: constant that is added to the variance.
 
     Returns:
@@ -242,8 +242,10 @@ def fold(tensors: UnitTensors, eps: float) -> tuple[Tensor, Tensor]:
     """
     weight, *rest = tensors
     bias, norm_weight, norm_bias, mean, var = (None if tensor is None else tensor.double() for tensor in rest)
-    assert mean is not None and var is not None
-    folded, shift = fuse_conv_bn_weights(weight.double(), bias, mean, var, eps, norm_weight, norm_bias)
+    if mean is None or var is None:
+        folded, shift = weight, weight.new_zeros(len(weight)) if bias is None else bias
+    else:
+        folded, shift = fuse_conv_bn_weights(weight.double(), bias, mean, var, eps, norm_weight, norm_bias)
     format = _weight_format(weight)
     return folded.detach().to(weight.dtype, memory_format=format), shift.detach().to(weight.dtype)
 
@@ -252,13 +254,14 @@ def _weight_format(weight: Tensor) -> torch.memory_format:
     return torch.channels_last if weight.dim() == 4 else torch.contiguous_format
 
 
-def _find_layer(conv: nn.Module, norm: nn.Module) -> _Layer | None:
+def _find_layer(conv: nn.Module, norm: nn.Module | None) -> _Layer | None:
     """Return the current layer of a convolution and a norm, or None if their state is not supported."""
-    key = id(conv.__dict__), id(norm.__dict__)
+    norm_state = None if norm is None else norm.__dict__
+    key = id(conv.__dict__), id(norm_state)
     with _lock:
         layer = _layers.get(key)
     if layer is None or not layer.snapshot.is_current():
-        layer = _read_layer(conv.__dict__, norm.__dict__)
+        layer = _read_layer(conv.__dict__, norm_state)
         if layer is not None:
             with _lock:
                 _layers[key] = layer
@@ -269,15 +272,19 @@ _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 
 
-def _read_layer(conv: dict[str, Any], norm: dict[str, Any]) -> _Layer | None:
+#: Arguments of :func:`fold` for a convolution without a norm.
+_NO_NORM: chain.NormArgs = (None, None, None, None, False, 0.0, None)
+
+
+def _read_layer(conv: dict[str, Any], norm: dict[str, Any] | None) -> _Layer | None:
     """Return the layer for the ``__dict__`` of a convolution and of a norm, or None if their state is not supported."""
     parameters = conv["_parameters"]
-    norm_args = chain.read_norm(norm)
+    norm_args = _NO_NORM if norm is None else chain.read_norm(norm)
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters or isinstance(norm_args, str):
         return None
     norm_weight, norm_bias, mean, var, batch_statistics, _, _ = norm_args
-    norm_attributes = chain.norm_dependencies(norm)
+    norm_attributes = [] if norm is None else chain.norm_dependencies(norm)
     if batch_statistics or norm_attributes is None:
         return None
     tensors = UnitTensors(weight, parameters["bias"], norm_weight, norm_bias, mean, var)
@@ -301,7 +308,8 @@ def _read_layer(conv: dict[str, Any], norm: dict[str, Any]) -> _Layer | None:
         )
     except RuntimeError:  # a tensor without storage, such as one that was returned from inside a torch.func transform
         return None
-    return _Layer(tensors, geometry, norm["eps"], chain.is_constant_norm(norm), snapshot)
+    eps, is_constant = (0.0, False) if norm is None else (norm["eps"], chain.is_constant_norm(norm))
+    return _Layer(tensors, geometry, eps, is_constant, snapshot)
 
 
 # What was prepared for one input shape
@@ -481,7 +489,9 @@ def _read_block(block: Block, input: Shape, settings: _Settings, snapshots: list
         layer = _find_layer(unit.conv, unit.norm)
         if layer is None or layer.tensors.weight.device != settings.device:
             return None
-        if len(input) != layer.tensors.weight.dim() or not chain.accepts_rank(unit.norm, len(input)):
+        if len(input) != layer.tensors.weight.dim():
+            return None
+        if unit.norm is not None and not chain.accepts_rank(unit.norm, len(input)):
             return None
         if chain.inspect_tensors(layer.tensors, settings.dtype, settings.autocast, layer.has_constant_norm):
             return None

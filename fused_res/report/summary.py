@@ -193,8 +193,9 @@ def _describe(module: Any, program: Program) -> tuple[str, set[nn.Module]]:
         units, shortcut, pool = [_live(module, program, unit) for unit in segment.units], segment.shortcut, segment.pool
         unsupported: Any = None
         if units[0][0] is None or shortcut == "tensor":
-            args = chain.read_norm(units[-1][1].__dict__)
-            unsupported = chain.Unsupported(args, units[-1][1]) if isinstance(args, str) else None
+            norm = next(unit[1] for unit in reversed(units) if unit[1] is not None)
+            args = chain.read_norm(norm.__dict__)
+            unsupported = chain.Unsupported(args, norm) if isinstance(args, str) else None
         else:
             projection = _live(module, program, shortcut) if isinstance(shortcut, Unit) else shortcut
             live_pool = None if pool is None else module.get_submodule(program.relative(pool.path))
@@ -219,13 +220,14 @@ def _describe(module: Any, program: Program) -> tuple[str, set[nn.Module]]:
 
 def _norm_layers(segment: Segment) -> list[Any]:
     projection = (segment.shortcut,) if isinstance(segment.shortcut, Unit) else ()
-    return [unit.norm.layer for unit in (*segment.units, *projection)]
+    return [unit.norm.layer for unit in (*segment.units, *projection) if unit.norm is not None]
 
 
 def _live(module: nn.Module, program: Program, unit: Unit) -> chain.Unit:
     """Return a unit's present modules."""
     conv = None if unit.conv is None else module.get_submodule(program.relative(unit.conv.path))
-    return chain.Unit(conv, module.get_submodule(program.relative(unit.norm.path)), *unit.settings)
+    norm = None if unit.norm is None else module.get_submodule(program.relative(unit.norm.path))
+    return chain.Unit(conv, norm, *unit.settings)
 
 
 _ACTIVATION_NAMES = {
@@ -242,7 +244,8 @@ def _name_of(segment: Segment) -> str:
     kinds: Counter[str] = Counter()
     for unit in segment.units:
         activation = "" if added and unit is segment.units[-1] else _ACTIVATION_NAMES[unit.settings[0]]
-        kinds["-".join(filter(None, ["conv" * (unit.conv is not None), "norm", activation]))] += 1
+        layers = ["conv" * (unit.conv is not None), "norm" * (unit.norm is not None), activation]
+        kinds["-".join(filter(None, layers))] += 1
     text = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
     text += " + addition" * added + " + ReLU" * (added and segment.units[-1].activation is not None)
     text += " + max pool" * (segment.pool is not None)
