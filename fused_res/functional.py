@@ -149,14 +149,16 @@ def run_norm(
         group: name of the process group, "" for none.
     """
     tensors = (input, residual, weight, bias, residual_scale, residual_shift)
+    # Statistics that are updated below must not be operands: a compiler may repeat the operator in backward.
+    mean, var = (None, None) if training else (running_mean, running_var)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        arguments = training, eps, activation, negative_slope, kernels.name, group
-        output, stats = BatchNormAct.apply(*tensors, running_mean, running_var, *arguments)
+        options = training, eps, activation, negative_slope, kernels.name, group
+        output, stats = BatchNormAct.apply(*tensors, mean, var, *options)
     else:
         residual_stats = affine_stats(residual_scale, residual_shift, stats_dtype(input.dtype))
         output, stats, _ = batch_norm_act_forward(
-            kernels, group, input, residual, residual_stats, weight, bias, running_mean, running_var, training, eps,
-            activation, False, negative_slope,
+            kernels, group, input, residual, residual_stats, weight, bias, mean, var, training, eps, activation, False,
+            negative_slope,
         )  # fmt: skip
     if training and running_mean is not None and (input.numel() or group) and not is_recomputing():
         kernels.update_running_stats([running_mean], [running_var], [stats], [momentum])

@@ -66,8 +66,7 @@ def plan(
         requires_grad = (False,) * len(metas)
     under_torch_dispatch = _under_torch_dispatch(input, *tensors)
     key = PlanKey(config, metas, is_channels_last(input), requires_grad, algorithms, under_torch_dispatch, *settings)
-    # Fake tensors may have symbolic sizes, which cannot be dictionary keys.
-    if isinstance(input, FakeTensor):
+    if _is_symbolic(input, input.shape):
         return _check_and_plan(key)
     found = _cached_check_and_plan(key)
     if recallable and not under_torch_dispatch:
@@ -107,7 +106,12 @@ def plan_backward(
         registry.selection_settings(config.backend),
     )
     key = PlanKey(config, metas, channels_last, requires_grad, None, under_torch_dispatch, *settings)
-    return _plan(key) if isinstance(grad_output, FakeTensor) else cached_plan(key)
+    return _plan(key) if _is_symbolic(grad_output, size) else cached_plan(key)
+
+
+def _is_symbolic(input: Tensor, size: Sequence[int]) -> bool:
+    """Return whether sizes may be symbolic, which cannot be dictionary keys: of fake tensors and their wrappers."""
+    return isinstance(input, FakeTensor) or any(isinstance(length, torch.SymInt) for length in size)
 
 
 def _meta(tensor: Tensor) -> tuple[Any, ...]:

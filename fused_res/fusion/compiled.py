@@ -9,7 +9,7 @@ its guards recompile the graph if a dtype, device, rank, setting, ``requires_gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -188,8 +188,9 @@ def _rewrite(module: fx.GraphModule, settings: Settings, checkpointed: bool = Fa
     rewrite = _Rewrite(graph, captured, settings)
     for segment in find_segments(captured.graph):
         for part in segment.parts():
-            if not rewrite.fuse(part) and part.shortcut == "tensor":
-                rewrite.fuse(Segment((segment.units[-1]._replace(activation=None),)))  # without the addition
+            if not rewrite.fuse(part):
+                for smaller in _without_addition(part, segment):
+                    rewrite.fuse(smaller)
     state = set(captured.state)
     for node in graph.nodes:
         body = dynamo.checkpoint_body(node)
@@ -207,6 +208,15 @@ def _rewrite(module: fx.GraphModule, settings: Settings, checkpointed: bool = Fa
     graph.lint()
     module.recompile()
     return state
+
+
+def _without_addition(part: Segment, segment: Segment) -> Iterator[Segment]:
+    """Yield the chains of a part of `segment` that ends in an addition, without the addition and what follows it."""
+    if part.add is not None:
+        units = segment.units[-1:] if part.shortcut == "tensor" else part.units
+        yield Segment((*units[:-1], units[-1]._replace(activation=None)))
+        if not isinstance(part.shortcut, str):
+            yield Segment((part.shortcut,))
 
 
 def _checkpoint_eagerly(node: fx.Node, body: fx.GraphModule, state: tuple[int, ...]) -> None:

@@ -257,15 +257,12 @@ def test_graph_break(spy: Spy) -> None:
 def test_ambient_autocast(training: bool, spy: Spy) -> None:
     stock = block().float().train(training)
     model = compiled(stock, spy)
-    fused = fuse(copy.deepcopy(stock))
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            outputs = [m(images(dtype=torch.float32)) for m in (model, stock, fused)]
-        # The sum with the float32 identity is not one chain under autocast: the second norm has a "tensor" residual.
-        assert outputs[0].dtype is outputs[1].dtype
-        assert torch.equal(outputs[0], outputs[2])
-        assert_near(outputs[0], outputs[1], f"autocast {enabled}", 5e-2 if enabled else None)
-    assert len(spy.graphs) == 2
+            outputs = [m(images(dtype=torch.float32)) for m in (model, stock)]
+        assert_near(outputs[0], outputs[1], f"autocast {enabled}", 2e-2 if enabled else None)
+    # With the float32 identity, the addition is not part of the chain under autocast.
+    assert [call.spec.shortcut for call in spy.fused] == ["none", "identity"] and not spy.norms
 
 
 class InnerAutocast(nn.Module):
@@ -577,11 +574,14 @@ def test_permuted_identity_stays_stock(spy: Spy) -> None:
 
 
 def test_vmap_runs_stock(spy: Spy) -> None:
-    stock = block().eval()
-    function = torch.compile(lambda x: torch.func.vmap(stock)(x), backend=spy)
+    def norm(x: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(F.conv2d(x, weight), None, None, training=True))
+
+    weight = images(4)[:, :, :3, :3]
     x = torch.stack([images(), images() + 1])
-    assert_near(function(x), torch.stack([stock(part) for part in x]), "output")
-    assert spy.graphs and not spy.fused
+    function = torch.compile(lambda x: torch.func.vmap(norm)(x), backend=spy)
+    assert_near(function(x), torch.stack([norm(part) for part in x]), "output")
+    assert spy.norms == 1 and not spy.fused
 
 
 def test_fused_model_is_not_fused_twice(spy: Spy) -> None:
@@ -593,28 +593,35 @@ def test_fused_model_is_not_fused_twice(spy: Spy) -> None:
     assert len(spy.nodes(torch.ops.fused_res.block_forward.default)) == 2 * 5
 
 
-def test_ddp(spy: Spy) -> None:
-    """Dynamo splits the graph for DDP's buckets, and compiles every part."""
+class Three(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(channels) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.blocks:
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize("channels", [4, 128])
+def test_ddp(channels: int, spy: Spy) -> None:
+    """Dynamo splits the graph for DDP's buckets, the first of which has 1 MiB, and compiles every part."""
     torch.manual_seed(0)
-    stock = randomize_norms(nn.Sequential(Block(), Block(), Block())).double()
+    stock = randomize_norms(Three(channels)).double()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        for bucket in (25, 1e-3):
-            spy.graphs.clear()
-            wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(stock), bucket_cap_mb=bucket)
-            model = torch.compile(wrapped, backend=spy)
-            for _ in range(2):
-                for m in (model, stock):
-                    m(images()).square().sum().backward()
-            for (name, actual), expected in zip(wrapped.module.named_parameters(), stock.parameters(), strict=True):
-                assert_near(actual.grad, expected.grad, name)
-            for (name, actual), expected in zip(wrapped.module.named_buffers(), stock.buffers(), strict=True):
-                assert_near(actual, expected, name)
-            stock.zero_grad()
-            assert len(spy.fused) == 3 and not spy.norms
-            assert (len(spy.graphs) > 1) is (bucket < 1)
-            torch._dynamo.reset()
-            stock.load_state_dict(wrapped.module.state_dict())
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(stock), bucket_cap_mb=2)
+        model = torch.compile(wrapped, backend=spy)
+        for _ in range(2):
+            for m in (model, stock):
+                m(images(channels=channels)).square().sum().backward()
+        for (name, actual), expected in zip(wrapped.module.named_parameters(), stock.parameters(), strict=True):
+            assert_near(actual.grad, expected.grad, name)
+        for (name, actual), expected in zip(wrapped.module.named_buffers(), stock.buffers(), strict=True):
+            assert_near(actual, expected, name)
+        assert spy.fused and not spy.norms
+        assert (len(spy.graphs) > 1) is (channels > 4)
     finally:
         dist.destroy_process_group()
 
@@ -692,25 +699,37 @@ def test_traced_dynamic_batch_and_requires_grad(aot_eager: list[fx.Graph], spy: 
     for m in (model, stock):
         m.conv1.weight.requires_grad_(False)
         m.bn2.bias.requires_grad_(False)
-    for batch in (2, 3, 5):
+    assert_models_match(model, stock, images(2), steps=1)
+    compilations = len(spy.graphs)  # Dynamo may capture the graph twice, to specialize the settings of norms
+    for batch in (3, 5):
         assert_models_match(model, stock, images(batch), steps=1)
-    assert len(spy.graphs) == 1 and spy.fused
+    assert len(spy.graphs) == compilations and spy.fused
 
 
-def test_traced_checkpoint_and_autocast(aot_eager: list[fx.Graph], spy: Spy) -> None:
+def test_traced_checkpoint(aot_eager: list[fx.Graph], spy: Spy) -> None:
     torch.manual_seed(0)
-    stock = randomize_norms(Checkpointed())
+    stock = randomize_norms(Checkpointed()).double()
     model = compiled(stock, spy, options={"inner": "inductor"})
     plain = nn.Sequential(stock.first, stock.second)
-    x = images(dtype=torch.float32)
     for m in (model, plain):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = m(x)
-        y.float().square().sum().backward()
+        m(images()).square().sum().backward()
     for (name, actual), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
-        assert_near(actual, expected, name, 2e-2)
+        assert_near(actual, expected, name)
     for (name, actual), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert_near(actual.grad, expected.grad, name, 1e-1)
+        assert_near(actual.grad, expected.grad, name)
+    assert operators(aot_eager[1]).count("fused_res.block_forward.default") == 1  # recomputed in backward
+    assert spy.fused and not spy.norms
+
+
+def test_traced_autocast(aot_eager: list[fx.Graph], spy: Spy) -> None:
+    stock = block().float()
+    model = compiled(stock, spy, options={"inner": "inductor"})
+    for m in (model, stock):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = m(images(dtype=torch.float32))
+        y.float().square().sum().backward()
+    for (name, actual), expected in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert_near(actual.grad, expected.grad, name, 5e-2)
     assert spy.fused and not spy.norms
 
 
