@@ -62,13 +62,13 @@ def test_models_that_fail_get_a_row_and_the_others_are_measured() -> None:
     titles = ("resnet18", "resnet50", "googlenet", "densenet121", "mobilenet_v2")
     chosen = [BY_NAME[f"torchvision:{title}"] for title in titles]
     settings: Any = None  # measure.Settings would import torch in each worker
-    rows = list(command.rows_of(chosen, settings, 10.0, work=unreliable))
+    rows = list(command.rows_of(chosen, settings, 5.0, work=unreliable))
     assert [row["name"] for row in rows] == [model.title for model in chosen]
     assert [row.get("failure") for row in rows] == [
         None,
         "ended its process with exit code 7",
         "ValueError: no such model",
-        "exceeded its time limit of 10 s",
+        "exceeded its time limit of 5 s",
         None,
     ]
 
