@@ -13,7 +13,8 @@ import fnmatch
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fused_res import backends
 HELP = "models of public packages: norms that run fused, equality with stock, speed"
 
 Document = dict[str, Any]
+Work = Callable[[Connection, list[str], measure.Settings], None]
 #: Parts of the environment that are equal for all rows of a results file.
 MACHINE = ("cpu", "cores", "threads", "isa", "torch")
 QUICK = ("torchvision:shufflenet_v2_x1_0", "timm:resnet50")
@@ -39,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         metavar="PATTERN",
-        help="models whose name contains PATTERN or matches it as a shell pattern, such as 'timm:*'; the other rows of "
-        "the results file stay (default: all)",
+        help="models whose name contains PATTERN or matches it as a shell pattern, such as 'timm:*', in upper or lower "
+        "case; the other rows of the results file stay (default: all)",
     )
     parser.add_argument("--resume", action="store_true", help="skip models that the results file has a row for")
     parser.add_argument(
@@ -68,7 +70,8 @@ def select(options: argparse.Namespace) -> list[ZooModel]:
     """Return the models that `--only` and `--quick` select, without those of missing packages, which are printed."""
     names = QUICK if options.quick else [model.title for model in ZOO]
     if options.only:
-        names = [name for name in names if options.only in name or fnmatch.fnmatch(name, options.only)]
+        pattern = options.only.lower()
+        names = [name for name in names if pattern in name.lower() or fnmatch.fnmatchcase(name.lower(), pattern)]
     if not names:
         raise SystemExit(f"--only {options.only!r} matches no model; --list prints them")
     chosen = [model for model in ZOO if model.title in names]
@@ -79,18 +82,26 @@ def select(options: argparse.Namespace) -> list[ZooModel]:
     return [model for model in chosen if model.package not in missing_packages()]
 
 
-def rows_of(models: Sequence[ZooModel], settings: measure.Settings, limit: float) -> Iterator[measure.Row]:
+def rows_of(
+    models: Sequence[ZooModel], settings: measure.Settings, limit: float, work: Work = measure.work
+) -> Iterator[measure.Row]:
     """Yield the row of each model, measured in a worker process.
 
     The worker is replaced after a model that crashes it or exceeds the time limit. The row of a model that fails has
     the key `failure`.
+
+    Args:
+        models: the models, in order.
+        settings: settings of the measurement.
+        limit: time limit of each model, in seconds; that of a worker's first model includes its start.
+        work: function that the worker runs.
     """
     context = multiprocessing.get_context("spawn")
     pending = list(models)
     while pending:
         receiver, sender = context.Pipe(duplex=False)
         titles = [model.title for model in pending]
-        worker = context.Process(target=measure.work, args=(sender, titles, settings), daemon=True)
+        worker = context.Process(target=work, args=(sender, titles, settings), daemon=True)
         worker.start()
         sender.close()  # the worker has its own: its end is noticed as the end of the pipe
         failure = None
@@ -118,8 +129,7 @@ def failed_row(model: ZooModel, reason: str) -> measure.Row:
         "shape": list(model.shape),
         "failure": reason,
         "providers": {},
-        "date": environment.describe()["date"],
-        "commit": environment.commit(),
+        **measure.provenance(),
     }
 
 

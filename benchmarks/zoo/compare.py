@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo.count import count_stock_norms, is_norm
-from fused_res import freeze, fuse
+from fused_res import freeze, fuse, summarize
 from fused_res.report.comparison import Errors, Named, backward, named_tensors, seed
 
 #: Largest error of equal models in float64, relative to each tensor's largest value. Rounding stays below it in outputs
 #: and buffers. At 64 x 64 pixels the last norms reduce over few values and amplify rounding in gradients: by 1e-8.
 ALLOWED = {"outputs": 1e-9, "buffers": 1e-9, "gradients": 1e-6}
 
-Norms = dict[str, tuple[int, int]]
+#: Largest number of reasons that a comparison gives.
+MOST_REASONS = 3
+
+
+class Comparison(NamedTuple):
+    """Result of :func:`compare`.
+
+    Args:
+        errors: largest error by ``"MODE KIND"``, relative to each tensor's largest value; inf where a tensor is missing
+            or has another shape.
+        norms: for each of the modes training, evaluation and frozen, the number of norms that run fused, and of those
+            that run in the stock model.
+        reasons: why norms do not run fused, the most frequent reason first.
+    """
+
+    errors: dict[str, float]
+    norms: dict[str, tuple[int, int]]
+    reasons: list[str]
 
 
 def randomize_norms(model: nn.Module) -> None:
@@ -33,23 +51,18 @@ def randomize_norms(model: nn.Module) -> None:
                     tensor.uniform_(low, high)
 
 
-def compare(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, float], Norms]:
+def compare(model: nn.Module, shape: tuple[int, ...]) -> Comparison:
     """Compare `model` with its fused and frozen copies.
 
     Args:
         model: a stock model; it is converted to float64, and its norms are randomized.
         shape: shape of the input.
-
-    Returns:
-        The largest error by ``"MODE KIND"``, relative to each tensor's largest value and inf where tensors are missing
-        or of another shape; and for each of the modes training, evaluation and frozen, the number of norms that run
-        fused and the number of norms that run in the stock model.
     """
     randomize_norms(model)
     stock = model.double()
     x = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     errors: dict[str, float] = {}
-    norms: Norms = {}
+    norms: dict[str, tuple[int, int]] = {}
 
     def add(mode: str, other: nn.Module, reference: nn.Module, step: Callable[[nn.Module], dict[str, Named]]) -> None:
         counts, results = [], []
@@ -72,7 +85,13 @@ def compare(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, float],
     infer(frozen)  # packs the weights
     add("frozen", frozen, stock, infer)
     add("training", fused.train(), stock.train(), lambda module: train(module, x))
-    return errors, norms
+    return Comparison(errors, norms, reasons(fused) if norms["training"][0] < norms["training"][1] else [])
+
+
+def reasons(fused: nn.Module) -> list[str]:
+    """Return why norms of a fused model run stock, as :func:`fused_res.summarize` says."""
+    rows = Counter(f"{row.kind} {row.why}" for row in summarize(fused).left)
+    return [f"{count} x {text}" for text, count in rows.most_common(MOST_REASONS)]
 
 
 def run(model: nn.Module, x: Tensor) -> Named:
@@ -101,9 +120,3 @@ def excesses(errors: dict[str, float]) -> Iterator[str]:
         allowed = ALLOWED[name.split()[-1]]
         if not error <= allowed:  # NaN exceeds it, too
             yield f"{name}: error {error:.1e}, allowed {allowed:.0e}"
-
-
-def largest(errors: dict[str, float], *modes: str) -> Any:
-    """Return the largest error of the modes in units of the allowed one; NaN is larger than any number."""
-    shares = [error / ALLOWED[name.split()[-1]] for name, error in errors.items() if name.split()[0] in modes]
-    return max(shares, key=lambda share: float("inf") if share != share else share)

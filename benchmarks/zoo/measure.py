@@ -135,20 +135,28 @@ def speedups(row: Row) -> dict[str, float]:
     }
 
 
+def provenance() -> Row:
+    """Return the date and the commit of a measurement."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": environment.commit(),
+    }
+
+
 def measure(model: ZooModel, settings: Settings) -> Row:
     """Return the row of one model, as plain data."""
     torch.manual_seed(settings.seed)
-    errors, norms = compare(model.build(), model.compared_shape)
+    compared = compare(model.build(), model.compared_shape)
     torch.manual_seed(settings.seed)
     return {
         "name": model.title,
         "package": model.package,
         "version": environment.version_of(model.package.replace("_", "-")),
         "shape": list(model.shape),
-        "norms": {mode: list(counts) for mode, counts in norms.items()},
-        "errors": errors,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": environment.commit(),
+        "norms": {mode: list(counts) for mode, counts in compared.norms.items()},
+        "errors": compared.errors,
+        "reasons": compared.reasons,
+        **provenance(),
         "providers": times(model.build(), model.shape, settings, model.title),
     }
 

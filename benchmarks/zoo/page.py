@@ -12,19 +12,33 @@ from benchmarks.zoo.models import PACKAGES, ZOO
 
 Row = dict[str, Any]
 
-HEADER = ("model", "input", "norms", "fused: training", "evaluation", "equal", "training", "evaluation", "frozen")
+HEADER = (
+    "model",
+    "input",
+    "norms",
+    "fused: training",
+    "evaluation",
+    "equal",
+    "speed: training",
+    "evaluation",
+    "frozen",
+)
 NOTE = (
-    "*Fused*: share of the norms of one forward that run fused, counted from outside by remaining calls of PyTorch's"
-    " batch norm. *Equal*: outputs, gradients, buffers and frozen outputs in float64, relative to stock PyTorch."
-    " *Training*, *evaluation*, *frozen*: speed of a training step (forward, backward, SGD), of `fuse(model)` in"
-    " evaluation mode and of `freeze(model)`, as the time of stock PyTorch over that of fused_res: medians of"
-    " interleaved runs in one process, float32, channels_last, random weights."
+    "*Fused*: share of the norms of one forward that run fused, counted from outside: those for which neither PyTorch's"
+    " batch norm nor the forward of a frozen norm is called. *Equal*: outputs, gradients, buffers and frozen outputs in"
+    " float64, relative to stock PyTorch. *Speed* of a training step (forward, backward, SGD) and of evaluation of"
+    " `fuse(model)`, and of `freeze(model)`: the time of stock PyTorch over that of fused_res, medians of interleaved"
+    " runs in one process, float32, channels_last, random weights."
 )
 
 
 def share(fused: int, total: int) -> str:
     """Return a share as text; only a complete one is 100 %."""
     return "-" if not total else f"{int(100 * fused / total)} %"
+
+
+def name_of(row: Row) -> str:
+    return row["name"].partition(":")[2]
 
 
 def norms_fused(row: Row) -> str:
@@ -36,7 +50,7 @@ def norms_fused(row: Row) -> str:
 
 def cells(row: Row) -> list[str]:
     """Return the cells of one model."""
-    name, shape = row["name"].partition(":")[2], "x".join(map(str, row["shape"]))
+    name, shape = name_of(row), "x".join(map(str, row["shape"]))
     if "failure" in row:
         return [name, shape, "", "", "", f"not measured: {row['failure']}".replace("|", "\\|"), "", "", ""]
     speeds = measure.speedups(row)
@@ -107,6 +121,9 @@ def section(document: dict[str, Any]) -> str:
         chosen = [row for row in rows if row["package"] == package]
         if chosen:
             parts += [f"**{package}**", report.markdown(HEADER, [cells(row) for row in chosen])]
+            left = [f"- {name_of(row)}: {'; '.join(row['reasons'])}" for row in chosen if row.get("reasons")]
+            if left:
+                parts.append("Norms that run stock:\n\n" + "\n".join(left))
     present = {row["name"] for row in rows}
     absent = [model.title for model in ZOO if model.title not in present]
     if absent:
