@@ -397,6 +397,11 @@ class OtherOptions(Options):
         return 5.0 if name == "gain" else super().__getattribute__(name)
 
 
+class FalsyOptions(Options):
+    def __bool__(self) -> bool:
+        return False
+
+
 class SlotOptions:
     __slots__ = ("gain",)
 
@@ -496,6 +501,7 @@ CHANGES: dict[str, tuple[type[nn.Module], Callable[[Any], None]]] = {
     "options": (ConfigurationObject, set_all("options", Options(gain=4.0, double=False))),
     "options to None": (ConfigurationObject, set_all("options", None)),
     "class of the options": (ConfigurationObject, lambda model: setattr(model.options, "__class__", OtherOptions)),
+    "truth of the options": (ConfigurationObject, lambda model: setattr(model.options, "__class__", FalsyOptions)),
     "parameter to None": (OptionalParameter, set_all("gain", None)),
 }
 
