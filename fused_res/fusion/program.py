@@ -232,6 +232,12 @@ class _Generator:
             where = ".".join(filter(None, (self.relative(owner), name)))
             if kind == "attribute":
                 failure = self._differs(f"{module}.__dict__.get({name!r}, ...)", value)
+            elif kind in ("field", "kind"):
+                first, *names = name.split(".")
+                actual = f"{module}.__dict__.get({first!r})"
+                for attribute in names:
+                    actual = f"getattr({actual}, {attribute!r}, ...)"
+                failure = self._differs(actual if kind == "field" else f"{actual}.__class__", value)
             elif value is True:
                 failure = f"{module}.{kind}.get({name!r}) is None"
             elif kind == "children":
@@ -491,7 +497,10 @@ class _Generator:
         keyword_only = False
         for parameter in list(inspect.signature(forward, follow_wrapped=False).parameters.values())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise Unemittable("its forward has a variable number of arguments")
+                stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+                parameters.append(stars + parameter.name)
+                keyword_only = True
+                continue
             if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
                 parameters.append("*")
                 keyword_only = True

@@ -151,7 +151,7 @@ _IN_PLACE_OPERATORS = {
 }
 #: Functions and methods that read sizes and attributes, and arithmetic on them.
 _PURE = {
-    *(getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv),
+    *(int, getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv),
     *(operator.mod, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
     *("size", "dim", "numel", "stride", "ndimension"),
 }

@@ -24,10 +24,11 @@ class Read(NamedTuple):
 
     Args:
         kind: "attribute" (in the ``__dict__`` of the module at path `owner`), "absent" (not in it), "_parameters",
-            "_buffers" or "_modules" (in there, None or not), "missing" (nowhere), "children" (the names), "class"
+            "_buffers" or "_modules" (in there, None or not), "missing" (nowhere), "children" (the names), "field"
+            (attribute of an object in there, ``...`` if there is none) or "kind" (class of that object), "class"
             (attribute of a class or module), "global" (in a dictionary) or "cell" (of a closure).
         owner: path of the module, or the class, dictionary or cell.
-        name: name of the attribute or variable.
+        name: name of the attribute or variable; dotted for "field" and "kind".
         value: the value read.
     """
 
@@ -142,7 +143,7 @@ def size_expression(node: fx.Node) -> Any:
         return (operator.getitem, shape, arguments[1]) if len(arguments) > 1 else shape
     if node.op == "call_method" and target in ("dim", "numel", "ndimension"):
         return Size(arguments[0], "numel()" if target == "numel" else "ndim")
-    if node.op == "call_function" and getattr(target, "__module__", "") == "_operator":
+    if node.op == "call_function" and (target is int or getattr(target, "__module__", "") == "_operator"):
         return target, *[size_expression(value) if isinstance(value, fx.Node) else value for value in arguments]
     return refuse("depends on the values of a tensor")
 

@@ -49,7 +49,7 @@ def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Rec
     """Record the forward of `root`, including all submodules that can be recorded.
 
     Args:
-        root: any module. Its parameters without a default are tensors.
+        root: any module. Its parameters without a default are tensors, the others are not given.
         training: the training mode that all modules have in this recording.
         inline_fusable: record the operations of this package's own modules, too.
 
@@ -60,22 +60,25 @@ def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Rec
         raise Untraceable(reason)
     tracer = _Tracer(training, inline_fusable)
     shape = ordinary_shape(root)
-    arguments = []
+    arguments: list[Any] = []
+    keywords: dict[str, Any] = {}
     for parameter in list(inspect.signature(stock_forward(root), follow_wrapped=False).parameters.values())[1:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            refuse("has a forward with a variable number of arguments")
-        if parameter.default is parameter.empty:
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                refuse("has a forward with keyword-only arguments")
-            arguments.append(tracer.create_proxy("placeholder", parameter.name, (), {}))
-            arguments[-1].node.meta["shape"] = shape
-    tracer.inline("", root, tuple(arguments), {})
-    for argument in arguments:
+        if parameter.default is not parameter.empty or parameter.kind in _VARIABLE:  # of those, none is given
+            continue
+        argument = tracer.create_proxy("placeholder", parameter.name, (), {})
+        argument.node.meta["shape"] = shape
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            keywords[parameter.name] = argument
+        else:
+            arguments.append(argument)
+    tracer.inline("", root, tuple(arguments), keywords)
+    for argument in (*arguments, *keywords.values()):
         argument.node.meta["frame"] = tracer.frames[0]
     eliminate_dead_reads(tracer.graph, {node for frame in tracer.frames for node in (*frame.inputs, *frame.outputs)})
     return Recording(tracer.graph, tracer.frames, tracer.opaque, tracer.reads_training)
 
 
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -114,6 +117,8 @@ def opaque_reason(module: nn.Module, inline_fusable: bool, called: bool = True) 
         return "wraps a model for parallel execution"
     if not isinstance(stock_forward(module), types.FunctionType):
         return "has no function as its forward"
+    if stock_forward(module) is nn.Module.forward:
+        return "has no forward"
     if "forward" in module.__dict__ or (called and not has_no_hooks(module.__dict__)):
         return "has a hook, or a forward of its own"
     if isinstance(module, fx.GraphModule):
@@ -289,6 +294,8 @@ class _Tracer(GraphAppendingTracer):
     def create_arg(self, value: Any) -> Any:
         if isinstance(value, (Tensor, nn.Module)):
             refuse("uses a tensor that is neither an input, a parameter nor a buffer")
+        if type(value) is _Object:
+            refuse(f"passes a {value.__class__.__name__} to an operation")
         if isinstance(value, (_Recorder, _Namespace, _Class, types.FunctionType, types.MethodType)):
             refuse("passes a function or class to an operation")
         if type(value) is _Shadow:
@@ -563,6 +570,8 @@ def _read(shadow: _Shadow, name: str) -> Any:
         tracer.note("class", kind, name, found)
         return tracer.instrument(found.fget)(shadow)
     if name in state:
+        if _is_plain_object(state[name]):
+            return _Object(tracer, path, (name,), state[name])
         tracer.note("attribute", path, name, state[name])
         return tracer.convert(state[name], f"the attribute {name}")
     if found is not _MISSING:
@@ -638,6 +647,79 @@ class _Globals(dict[str, Any]):
         return self.tracer.convert(value, f"the global variable {name}")
 
 
+#: Modules whose classes override ``__getattribute__`` only to give an attribute a second name.
+_PLAIN_ACCESS = ("transformers.configuration_utils",)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Return whether a value is an object whose attributes are only looked up, such as a configuration."""
+    kind: Any = type(value)
+    access = kind.__getattribute__
+    if kind is types.SimpleNamespace:
+        return True
+    return (
+        bool(kind.__flags__ & _HEAP_TYPE)
+        and not isinstance(value, (*ATOMS, type, Tensor, nn.Module, *_READ_ONLY, tuple, frozenset, functools.partial))
+        and (access is object.__getattribute__ or getattr(access, "__module__", None) in _PLAIN_ACCESS)
+        and not hasattr(kind, "__getattr__")
+        and not callable(value)
+    )
+
+
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: defined by a class statement
+
+
+class _Object:
+    """Stands for a plain object that an attribute of a module holds: each attribute read is verified on every call."""
+
+    __slots__ = ("_shadowed",)
+
+    def __init__(self, tracer: _Tracer, path: str, names: tuple[str, ...], value: Any) -> None:
+        object.__setattr__(self, "_shadowed", (tracer, path, names, value))
+        tracer.note("kind", path, ".".join(names), type(value))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._shadowed[3])
+
+    def __getattr__(self, name: str) -> Any:
+        tracer, path, names, value = self._shadowed
+        found = inspect.getattr_static(type(value), name, _MISSING)
+        if hasattr(type(found), "__get__") and not isinstance(found, types.MemberDescriptorType):
+            refuse(f"calls {'.'.join(names)}.{name}")
+        field = getattr(value, name, ...)
+        if _is_plain_object(field):
+            return _Object(tracer, path, (*names, name), field)
+        tracer.note("field", path, ".".join((*names, name)), field)
+        if field is ...:
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        return tracer.convert(field, f"the attribute {'.'.join(names)}.{name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse(f"sets the attribute {name!r} of an object")
+
+    def __delattr__(self, name: str) -> None:
+        refuse(f"deletes the attribute {name!r} of an object")
+
+    def __bool__(self) -> bool:
+        kind = self.__class__
+        return True if not hasattr(kind, "__bool__") and not hasattr(kind, "__len__") else refuse("tests an object")
+
+    def __eq__(self, other: object) -> bool:
+        refuse("compares an object")
+
+    def __hash__(self) -> int:
+        refuse("uses an object as a key")
+
+    def __str__(self) -> str:
+        refuse("formats an object")
+
+    __repr__ = __str__
+
+    def __format__(self, specification: str) -> str:
+        refuse("formats an object")
+
+
 class _Namespace:
     """Stands for a module of torch, or one of pure functions."""
 
@@ -709,6 +791,17 @@ class _Super:
 
 # Builtins
 
+
+class _Int(int):
+    """``int`` for recorded code: the conversion of a tensor's size is recorded."""
+
+    def __new__(cls, value: Any = 0, *arguments: Any) -> Any:
+        if not isinstance(value, fx.Proxy):
+            return int(value, *arguments)
+        size_expression(value.node)
+        return value.tracer.create_proxy("call_function", int, (value, *arguments), {})
+
+
 _BUILTIN_TYPES = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, slice, range, object)
 _PURE_BUILTINS = (
     *(abs, all, any, divmod, enumerate, filter, iter, map, max, min, next, reversed, round, sorted, sum, zip),
@@ -760,10 +853,10 @@ def _builtins_for(tracer: _Tracer) -> dict[str, Any]:
         keep = is_exception or not callable(value) or any(value is pure for pure in _PURE_BUILTINS)
         allowed[name] = value if keep else refusing(name)
     safe = (safe_isinstance, safe_getattr, safe_hasattr, safe_callable, safe_len, safe_super)
-    return allowed | {function.__name__.removeprefix("safe_"): function for function in safe}
+    return allowed | {function.__name__.removeprefix("safe_"): function for function in safe} | {"int": _Int}
 
 
 def _unwrap(kinds: Any) -> Any:
     if isinstance(kinds, tuple):
         return tuple([_unwrap(kind) for kind in kinds])
-    return kinds._shadowed[1] if type(kinds) is _Class else kinds
+    return int if kinds is _Int else kinds._shadowed[1] if type(kinds) is _Class else kinds

@@ -6,8 +6,10 @@ operation has to be read correctly, verified on every call, or refused.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -379,7 +381,83 @@ class HiddenBuiltin(Body):
         return super().forward(x) * max(1.0, 2.0)
 
 
+class Options:
+    """A configuration object."""
+
+    offset = 1.0
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+class OtherOptions(Options):
+    gain = 7.0
+
+    def __getattribute__(self, name: str) -> Any:
+        return 5.0 if name == "gain" else super().__getattribute__(name)
+
+
+class FalsyOptions(Options):
+    def __bool__(self) -> bool:
+        return False
+
+
+class SlotOptions:
+    __slots__ = ("gain",)
+
+
+class ComputedOptions(Options):
+    reads = 0
+
+    @property
+    def gain(self) -> float:
+        ComputedOptions.reads += 1
+        return float(self.reads)
+
+
+class ConfigurationObject(Body):
+    def prepare(self) -> None:
+        self.options = Options(gain=2.0, double=True, names=["relu"], inner=types.SimpleNamespace(gains=(1.0, 2.0)))
+        self.slots = SlotOptions()
+        self.slots.gain = 2.0
+        self.parsed = argparse.Namespace(power=2)
+
+    def is_doubled(self, x: Tensor, y: Tensor) -> Any:
+        return self.options.double and "relu" in self.options.names and not hasattr(self.options, "missing")
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = self.options
+        y = super().forward(x) * options.gain * options.inner.gains[1] + options.offset * self.slots.gain
+        return y * self.parsed.power if options is not None and options else y
+
+
+class ComputedOption(Body):
+    def prepare(self) -> None:
+        self.options = ComputedOptions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.options.gain
+
+
+class ConfigurationIsWritten(Body):
+    def prepare(self) -> None:
+        self.options = Options(count=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.options.count += 1
+        return super().forward(x) * self.options.count
+
+
+class ConfigurationIsCompared(Body):
+    def prepare(self) -> None:
+        self.options, self.other = Options(gain=2.0), Options(gain=2.0)
+
+    def is_doubled(self, x: Tensor, y: Tensor) -> Any:
+        return self.options == self.other
+
+
 MODULES: list[type[nn.Module]] = [
+    ConfigurationObject, ComputedOption, ConfigurationIsWritten, ConfigurationIsCompared,
     ListAttribute, DictAttribute, SetAttribute, NestedClassAttribute, ScalarAttribute, ShapeInSet, ShapeAsKey,
     FormattedShape, StringOfShape, PercentFormat, DtypeInSet, MatchedShape, BoolOfModule, DtypeIdentity, FlagIdentity,
     TensorIdentity, ModuleIdentity, ClassIdentity, ClassEquality, NoGradient, NoHistory, MissingAttribute,
@@ -388,7 +466,10 @@ MODULES: list[type[nn.Module]] = [
     OptionalParameter,
 ]  # fmt: skip
 #: Modules in which the whole body runs fused all the same.
-FUSED = (ListAttribute, DictAttribute, SetAttribute, NestedClassAttribute, ScalarAttribute, OptionalParameter)
+FUSED = (
+    *(ListAttribute, DictAttribute, SetAttribute, NestedClassAttribute, ScalarAttribute, OptionalParameter),
+    ConfigurationObject,
+)
 
 
 def set_all(name: str, value: Any) -> Callable[[nn.Module], None]:
@@ -407,6 +488,20 @@ CHANGES: dict[str, tuple[type[nn.Module], Callable[[Any], None]]] = {
     "number in a list to tensor": (ScalarAttribute, set_all("gains", [own_gain()])),
     "list to None": (ScalarAttribute, set_all("gains", None)),
     "list to array": (ScalarAttribute, set_all("gains", np.array([3.0, 4.0]))),
+    "option": (ConfigurationObject, lambda model: setattr(model.options, "gain", 3.0)),
+    "type of an option": (ConfigurationObject, lambda model: setattr(model.options, "double", 0)),
+    "list among the options": (ConfigurationObject, lambda model: model.options.names.clear()),
+    "nested option": (ConfigurationObject, lambda model: setattr(model.options.inner, "gains", (1.0, 3.0))),
+    "nested options": (ConfigurationObject, lambda model: setattr(model.options, "inner", Options(gains=(1, 3.0)))),
+    "option in a slot": (ConfigurationObject, lambda model: setattr(model.slots, "gain", 3.0)),
+    "missing option": (ConfigurationObject, lambda model: setattr(model.options, "missing", None)),
+    "default option": (ConfigurationObject, lambda model: setattr(model.options, "offset", 2.0)),
+    "parsed option": (ConfigurationObject, lambda model: setattr(model.parsed, "power", 3)),
+    "deleted option": (ConfigurationObject, lambda model: delattr(model.options, "gain")),
+    "options": (ConfigurationObject, set_all("options", Options(gain=4.0, double=False))),
+    "options to None": (ConfigurationObject, set_all("options", None)),
+    "class of the options": (ConfigurationObject, lambda model: setattr(model.options, "__class__", OtherOptions)),
+    "truth of the options": (ConfigurationObject, lambda model: setattr(model.options, "__class__", FalsyOptions)),
     "parameter to None": (OptionalParameter, set_all("gain", None)),
 }
 
@@ -420,6 +515,7 @@ SHARED_CHANGES: dict[str, tuple[type[nn.Module], Callable[[pytest.MonkeyPatch], 
     "nested class attribute": (NestedClassAttribute, lambda m: m.setitem(NestedClassAttribute.GAINS[1], "gain", 5.0)),
     "setting of torch": (TorchSetting, lambda m: m.setattr(torch.backends.cudnn, "benchmark", True)),
     "code": (Edited, edit_code),
+    "default of an option": (ConfigurationObject, lambda m: m.setattr(Options, "offset", 3.0)),
     "default argument": (EditedDefault, lambda m: m.setattr(scaled, "__defaults__", (5.0,))),
     "hidden builtin": (HiddenBuiltin, lambda m: m.setitem(globals(), "max", min)),
 }
@@ -432,7 +528,7 @@ def make(kind: type[nn.Module]) -> nn.Module:
 
 def call(model: nn.Module, grad: bool) -> tuple[list[Any], list[Tensor | None]]:
     """Return the outputs, or the exception's type, and the gradients of a call; class counters start at 0."""
-    CountingClass.calls = CALLS[0] = 0
+    CountingClass.calls = ComputedOptions.reads = CALLS[0] = 0
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=grad)
     with torch.set_grad_enabled(grad):
         try:
@@ -462,9 +558,9 @@ def pairs(kind: type[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module, bool]]:
     """Yield a fused and a frozen model, each with its stock counterpart and whether gradients are compared."""
     for frozen in (False, True):
         stock = make(kind)
-        CountingClass.calls = CALLS[0] = 0
+        CountingClass.calls = ComputedOptions.reads = CALLS[0] = 0
         ours = freeze(stock) if frozen else fuse(copy.deepcopy(stock))
-        assert CountingClass.calls == CALLS[0] == 0, "recording has run code with side effects"
+        assert CountingClass.calls == ComputedOptions.reads == CALLS[0] == 0, "recording has run code with side effects"
         yield ours, stock.eval() if frozen else stock, not frozen
 
 
@@ -517,12 +613,50 @@ class CallsVariadic(nn.Module):
 
 
 def test_variadic_forward_is_fused_inside_another() -> None:
-    """A forward of its own needs a fixed signature; within its caller's the arguments are known."""
     with record_fused_calls() as calls:
         fuse(make(CallsVariadic))(torch.randn(2, 3, 6, 6, dtype=torch.float64))
     assert len(calls) == 2
     for ours, stock, grad in pairs(CallsVariadic):
         assert_same_call(ours, stock, grad)
+
+
+class VariadicRoot(Body):
+    def forward(self, x: Tensor, *tensors: Tensor, gain: Any, **options: Any) -> Any:
+        return super().forward(x) * gain + sum(tensors) + options.get("offset", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "fused"),
+    [((), {}, 2), ((1.0,), {}, 0), ((), {"offset": 3.0}, 0), ((2.0,), {"offset": 3.0}, 0)],
+)
+def test_variadic_forward(arguments: tuple[float, ...], options: dict[str, float], fused: int) -> None:
+    """It is recorded without further arguments, and runs stock with any."""
+    x, gain = torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.full((4, 1, 1), 2.0, dtype=torch.float64)
+    for ours, stock, trained in pairs(VariadicRoot):
+        with record_fused_calls() as calls:
+            actual = ours(x, *arguments, gain=gain, **options)
+        assert len(calls) == fused or not trained
+        assert_near(actual, stock(x, *arguments, gain=gain, **options), "output")
+        assert_near(ours(x, gain=2.0), stock(x, gain=2.0), "output with a number in place of a tensor")
+
+
+class PadsToEvenSize(Body):
+    """Pads by the remainder of a size, as TensorFlow's convolutions do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = int(x.shape[-2])
+        pad = 0 if height % 2 == 0 else 2 - int(height % 2)
+        return super().forward(F.pad(x, [0, 0, 0, pad]) if pad else x)
+
+
+@pytest.mark.parametrize("height", [6, 7])
+def test_integers_of_sizes(height: int) -> None:
+    x = torch.randn(2, 3, height, 6, dtype=torch.float64)
+    for ours, stock, trained in pairs(PadsToEvenSize):
+        with record_fused_calls() as calls:
+            actual = ours(x)
+        assert len(calls) == (2 if height == 6 else 0) or not trained
+        assert_near(actual, stock(x), "output")
 
 
 def with_default(function: Any) -> Any:

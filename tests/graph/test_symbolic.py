@@ -41,6 +41,22 @@ class Kind(Enum):
 class Other:
     """An object of user code, which may change at any time."""
 
+    scale = 2.0
+
+    def method(self) -> float:
+        return 2.0
+
+    @property
+    def last(self) -> float:
+        return 2.0
+
+
+class Dynamic:
+    def __getattr__(self, name: str) -> float:
+        if name != "scale":
+            raise AttributeError(name)
+        return 2.0
+
 
 OBJECT = Other()
 
@@ -74,7 +90,7 @@ class Layers(nn.Module):
         self.weight, self.shortcut = nn.Parameter(torch.ones(3, 1, 1)), None
         self.register_buffer("offset", torch.zeros(3, 1, 1))
         self.scale, self.kind, self.settings, self.order = 2.0, Kind.ADD, {"alpha": 1}, ["conv", "norm"]
-        self.object, self.tensor, self.activation = OBJECT, (torch.ones(3),), F.relu
+        self.object, self.tensor, self.activation, self.dynamic = OBJECT, (torch.ones(3),), F.relu, Dynamic()
         self.partial = functools.partial(scaled, 2.0)
 
     def method(self, x: Tensor) -> Tensor:
@@ -416,6 +432,11 @@ class TestReads:
         ("forward", "expected"),
         [
             (lambda self, x: x * self.scale, {("attribute", "scale")}),
+            (lambda self, x: x * self.object.scale, {("kind", "object"), ("field", "object.scale")}),
+            (
+                lambda self, x: x if hasattr(self.object, "gamma") else -x,
+                {("kind", "object"), ("field", "object.gamma")},
+            ),
             (lambda self, x: x * self.width, {("absent", "width"), ("class", "width")}),
             (lambda self, x: self.method(x), {("absent", "method"), ("class", "method")}),
             (lambda self, x: self.last(x), {("class", "last")}),
@@ -601,15 +622,18 @@ def hidden_by_except(self: Any, x: Tensor) -> Tensor:
 
 def hides(self: Any, x: Tensor) -> Tensor:
     try:
-        return x * self.object.scale
+        return x * self.dynamic.scale
     except BaseException:
         return x
 
 
+def writes_object(self: Any, x: Tensor) -> Tensor:
+    self.object.scale = 2
+    return x
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
-    "any arguments": (lambda self, *args: args[0], "has a forward with a variable number of arguments"),
-    "any keywords": (lambda self, x, **options: x, "has a forward with a variable number of arguments"),
-    "keyword-only": (lambda self, x, *, y: x, "has a forward with keyword-only arguments"),
+    "any arguments": (lambda self, *args: args[0], "cannot be recorded (IndexError"),
     "global written": (writes_global, "sets the global variable COUNTER"),
     "exceptions": (handles_exceptions, "handles exceptions, or uses a context manager"),
     "context manager": (no_grad, "handles exceptions, or uses a context manager"),
@@ -621,7 +645,14 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "print": (lambda self, x: print(x), "print"),
     "random": (lambda self, x: x * random.random(), "reads the global variable random, a module"),
     "environment": (lambda self, x: x if os.environ.get("A") else -x, "reads the global variable os, a module"),
-    "object": (lambda self, x: x * self.object.scale, "reads the attribute object, a Other"),
+    "method of an object": (lambda self, x: x * self.object.method(), "calls object.method"),
+    "property of an object": (lambda self, x: x * self.object.last, "calls object.last"),
+    "object written": (writes_object, "sets the attribute 'scale' of an object"),
+    "object compared": (lambda self, x: x if self.object == OBJECT else -x, "reads the global variable OBJECT"),
+    "object as a key": (lambda self, x: x if self.object in (1, 2) else -x, "compares an object"),
+    "object formatted": (lambda self, x: x if f"{self.object}" else -x, "formats an object"),
+    "object passed on": (lambda self, x: torch.add(x, self.object), "passes a Other to an operation"),
+    "object with its own access": (lambda self, x: x * self.dynamic.scale, "reads the attribute dynamic, a Dynamic"),
     "global object": (lambda self, x: x * OBJECT.scale, "reads the global variable OBJECT, a Other"),
     "plain tensor": (lambda self, x: x * self.tensor[0], "reads the attribute tensor, a Tensor"),
     "dictionary written": (lambda self, x: self.settings.update(alpha=2), "changes a dict"),
@@ -706,10 +737,10 @@ class TestRefused:
 
         class Net(Layers):
             def attempt(self, x: Tensor) -> Tensor:
-                return x * self.object.scale if hasattr(self, "object") else x
+                return x * self.dynamic.scale if hasattr(self, "dynamic") else x
 
         Net.forward = forward
-        with pytest.raises(Untraceable, match="reads the attribute object"):
+        with pytest.raises(Untraceable, match="reads the attribute dynamic"):
             symbolic.record(Net(), True)
 
     def test_unpickled_module_is_recorded_anew(self) -> None:
