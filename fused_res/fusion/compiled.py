@@ -129,6 +129,7 @@ class FusedNorm:
     momentum: float
     eps: float
     activation: str
+    negative_slope: float
     settings: Settings
     __name__ = "fused_norm"
 
@@ -137,8 +138,9 @@ class FusedNorm:
         mean, var, weight, bias, residual = tensors
         options = self.training, self.momentum, self.eps, self.activation
         return functional.batch_norm_act(
-            input, mean, var, weight, bias, residual, *options, backend=self.settings.backend
-        )
+            input, mean, var, weight, bias, residual, *options, negative_slope=self.negative_slope,
+            backend=self.settings.backend,
+        )  # fmt: skip
 
 
 def count_batch(counter: Tensor, number: int) -> Tensor:
@@ -304,7 +306,8 @@ class _Rewrite:
         eps = unit.norm.__dict__["eps"]
         check_norm(input, mean, var, weight, bias, training, True, eps)
         check_residual(input, residual, None, None)
-        return FusedNorm(training, float(momentum), eps, unit.activation, self.settings), (mean, var, weight, bias)
+        activation = unit.activation, unit.negative_slope
+        return FusedNorm(training, float(momentum), eps, *activation, self.settings), (mean, var, weight, bias)
 
     def _replace(self, part: Segment, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
         """Call `function` where the segment's last node is, unless a node outside reads a result inside."""
