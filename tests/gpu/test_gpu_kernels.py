@@ -139,17 +139,14 @@ class TestNorm:
         for row in (ops.MEAN, ops.INVSTD, ops.SCALE, ops.VAR):
             assert_close(stats[row], expected[row], accumulated, row)
         relu_mask = reference.pack_mask(dy > 0)
-        for mask, relu in ((relu_mask, False), (None, True), (None, False)):
-            sums = kernels.batch_norm_sums(dy, x, stats, mask, relu_or_identity(relu), None, None)
-            expected = reference_sync.batch_norm_sums(
-                dy.double(), x.double(), stats.double(), mask, relu_or_identity(relu), None, None
-            )
+        for mask, activation in ((relu_mask, "identity"), *((None, name) for name in kernels.activations)):
+            sums = kernels.batch_norm_sums(dy, x, stats, mask, activation, None, None)
+            wide = dy.double(), x.double(), stats.double()
+            expected = reference_sync.batch_norm_sums(*wide, mask, activation, None, None)
             assert_close(sums, expected, accumulated, "sums", 4)
             count = x.numel() // shape[1]
-            dx = kernels.batch_norm_act_dx(dy, x, stats, mask, relu_or_identity(relu), sums, count)
-            expected = reference_sync.batch_norm_act_dx(
-                dy.double(), x.double(), stats.double(), mask, relu_or_identity(relu), sums.double(), count
-            )
+            dx = kernels.batch_norm_act_dx(dy, x, stats, mask, activation, sums, count)
+            expected = reference_sync.batch_norm_act_dx(*wide, mask, activation, sums.double(), count)
             assert_close(dx, expected, dtype, "dx")
 
     def test_apply_and_norm_pair_backward(self, kernels, shape, format, dtype):
@@ -158,6 +155,11 @@ class TestNorm:
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
         stats = kernels.batch_norm_stats(x, weight, bias, None, None, True, 1e-5)
         residual_stats = kernels.batch_norm_stats(residual, bias, weight, None, None, True, 1e-5)
+        for activation in kernels.activations:
+            y, _ = kernels.batch_norm_act_apply(x, stats, None, None, activation, False)
+            wide = x.double(), stats.double()
+            expected, _ = reference.batch_norm_act_apply(*wide, None, None, activation, False)
+            assert_close(y, expected, dtype, activation, 4)
         for r, r_stats, relu in ((None, None, True), (residual, None, True), (residual, residual_stats, False)):
             y, mask = kernels.batch_norm_act_apply(x, stats, r, r_stats, relu_or_identity(relu), relu)
             wide = [None if t is None else t.double() for t in (x, stats, r, r_stats)]

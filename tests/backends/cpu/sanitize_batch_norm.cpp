@@ -3,6 +3,7 @@
 // all results with naive loops. With an argument, a fault is injected into the named kernels: the buffer of
 // partial statistics or outputs is one element too short, and all threads write to the same part of it. The
 // sanitizer must report it.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -21,6 +22,7 @@ namespace fused_res::cpu {
 namespace {
 
 constexpr double kEps = 1e-3;
+constexpr double kNegativeSlope = 0.2;
 
 template <class T>
 Array<T> random_values(int64_t n, float mean) {
@@ -81,10 +83,10 @@ class Norms {
  public:
   using S = Compute<T>;
 
-  Norms(const Shape& shape, Residual kind, bool relu, bool save_mask)
+  Norms(const Shape& shape, Residual kind, Activation activation, bool save_mask)
       : shape_(shape),
         kind_(kind),
-        relu_(relu),
+        activation_(activation),
         x_(random_values<T>(shape.numel(), 3)),
         r_(random_values<T>(shape.numel(), -2)),
         dy_(random_values<T>(shape.numel(), 0)),
@@ -108,8 +110,8 @@ class Norms {
                               .residual_norm = kind_ == kNormalized ? norm(r_stats_) : NormArgs{},
                               .y = y_.get(),
                               .mask = mask(),
-                              .activation = relu_ ? Activation::kRelu : Activation::kIdentity,
-                              .negative_slope = 0,
+                              .activation = activation_,
+                              .negative_slope = kNegativeSlope,
                               .stream = false};
     statistics(kernel, x_, stats_, parallel, [&](const Block& block) { kernel.forward(block, args); });
     backward(kernel, parallel);
@@ -126,8 +128,8 @@ class Norms {
       expect(stats_[kMean * channels + c], mean, 1e-4, "mean", shape_);
       expect(stats_[kVar * channels + c], count > 1 ? var * count / (count - 1) : var, 1e-3, "var", shape_);
       double sum = 0, product = 0, r_product = 0;
-      for_channel(c, [&](int64_t i, bool active) {
-        const double g = active ? load_scalar(dy_.get() + i) : 0.0;
+      for_channel(c, [&](int64_t i, double derivative) {
+        const double g = derivative * load_scalar(dy_.get() + i);
         sum += g, product += g * (load_scalar(x_.get() + i) - mean) * invstd;
         r_product += g * (load_scalar(r_.get() + i) - r_mean) * r_invstd;
       });
@@ -136,14 +138,14 @@ class Norms {
       expect(sums_[channels + c], product, sum_tolerance, "dweight", shape_);
       if (kind_ == kNormalized)
         expect(sums_[2 * channels + c], r_product, sum_tolerance, "residual's dweight", shape_);
-      for_channel(c, [&](int64_t i, bool active) {
+      for_channel(c, [&](int64_t i, double derivative) {
         const double centered = load_scalar(x_.get() + i) - mean, r = load_scalar(r_.get() + i);
         double y = centered * invstd * weight_[c] + bias_[c];
         if (kind_ == kAdded) y += r;
         if (kind_ == kNormalized) y += (r - r_mean) * r_invstd * weight_[c] + bias_[c];
         const double magnitude = 1 + std::abs(y);
-        expect(load_scalar(y_.get() + i), relu_ && y <= 0 ? 0 : y, tolerance * magnitude, "y", shape_);
-        const double g = active ? load_scalar(dy_.get() + i) : 0.0;
+        expect(load_scalar(y_.get() + i), activated(y), tolerance * magnitude, "y", shape_);
+        const double g = derivative * load_scalar(dy_.get() + i);
         const double dx = weight_[c] * invstd * (g - sum / count - centered * invstd * product / count);
         expect(load_scalar(dx_.get() + i), dx, tolerance * 4, "dx", shape_);
         double dr = g;
@@ -199,8 +201,8 @@ class Norms {
                   {r_.get(), norm(r_stats_), coefficients + 2 * channels, coefficients + 3 * channels,
                    dr_.get()}},
         .dresidual = kind_ == kAdded ? dr_.get() : nullptr,
-        .activation = relu_ && !mask() ? Activation::kRelu : Activation::kIdentity,
-        .negative_slope = 0,
+        .activation = mask() ? Activation::kIdentity : activation_,
+        .negative_slope = kNegativeSlope,
         .stream = false};
     const Partition partition(shape_, rows * static_cast<int64_t>(sizeof(T)), parallel.threads());
     const Array<double> partial = partials(partition, rows);
@@ -225,7 +227,39 @@ class Norms {
         [&](const Block& block) { kernel.backward[pair](block, args); });
   }
 
-  // Calls f(index, whether the ReLU passes its gradient) for every value of a channel.
+  double activated(double z) const {
+    switch (activation_) {
+      case Activation::kRelu:
+        return std::max(z, 0.0);
+      case Activation::kRelu6:
+        return std::min(std::max(z, 0.0), 6.0);
+      case Activation::kLeakyRelu:
+        return z > 0 ? z : kNegativeSlope * z;
+      case Activation::kSilu:
+        return z / (1 + std::exp(-z));
+      case Activation::kIdentity:
+        break;
+    }
+    return z;
+  }
+  double derivative(double z) const {
+    const double s = 1 / (1 + std::exp(-z));
+    switch (activation_) {
+      case Activation::kRelu:
+        return z > 0;
+      case Activation::kRelu6:
+        return z > 0 && z < 6;
+      case Activation::kLeakyRelu:
+        return z > 0 ? 1 : kNegativeSlope;
+      case Activation::kSilu:
+        return s * (1 + z * (1 - s));
+      case Activation::kIdentity:
+        break;
+    }
+    return 1;
+  }
+
+  // Calls f(index, derivative of the activation) for every value of a channel.
   template <class F>
   void for_channel(int64_t c, F f) const {
     for (int64_t n = 0; n < shape_.images; ++n) {
@@ -233,28 +267,31 @@ class Norms {
         const int64_t i = shape_.layout == Layout::kNhwc ? (n * shape_.spatial + s) * shape_.channels + c
                                                          : (n * shape_.channels + c) * shape_.spatial + s;
         const int64_t row = i / shape_.cols(), col = i % shape_.cols();
-        bool active = !relu_ || !(load_scalar(y_.get() + i) <= 0);
         if (mask()) {
           const bool bit = mask_[row * ((shape_.cols() + 7) / 8) + col / 8] >> (col % 8) & 1;
-          if (relu_ && sizeof(T) > 2) expect(bit, active, 0, "mask", shape_);
-          active = bit;
+          if (sizeof(T) > 2) expect(bit, !(load_scalar(y_.get() + i) <= 0), 0, "mask", shape_);
+          f(i, bit);
+        } else {
+          const int64_t channels = shape_.channels;
+          const S centered = load_scalar(x_.get() + i) - stats_[kMean * channels + c];
+          const S scale = stats_[kScale * channels + c], shift = stats_[kShift * channels + c];
+          f(i, derivative(std::fma(centered, scale, shift)));
         }
-        f(i, active);
       }
     }
   }
   std::pair<double, double> moments(const Array<T>& values, int64_t c) const {
     const auto count = static_cast<double>(shape_.values_per_channel());
     double mean = 0, m2 = 0;
-    for_channel(c, [&](int64_t i, bool) { mean += load_scalar(values.get() + i) / count; });
-    for_channel(c, [&](int64_t i, bool) { m2 += std::pow(load_scalar(values.get() + i) - mean, 2); });
+    for_channel(c, [&](int64_t i, double) { mean += load_scalar(values.get() + i) / count; });
+    for_channel(c, [&](int64_t i, double) { m2 += std::pow(load_scalar(values.get() + i) - mean, 2); });
     return {mean, m2 / count};
   }
 
   Kernel<T> kernels_;
   Shape shape_;
   Residual kind_;
-  bool relu_;
+  Activation activation_;
   Array<T> x_, r_, dy_, y_;
   Array<S> weight_, bias_, stats_, r_stats_;
   Array<uint8_t> mask_;
@@ -263,13 +300,13 @@ class Norms {
 };
 
 template <class T>
-void check_norm(const Shape& shape, Residual kind, bool relu, bool mask) {
+void check_norm(const Shape& shape, Residual kind, Activation activation, bool mask) {
   const auto before = seed;
-  Norms<T> multi_threaded(shape, kind, relu, mask);
+  Norms<T> multi_threaded(shape, kind, activation, mask);
   multi_threaded.run(Threads{3});
   multi_threaded.check();
   seed = before;
-  Norms<T> single_threaded(shape, kind, relu, mask);
+  Norms<T> single_threaded(shape, kind, activation, mask);
   single_threaded.run(Threads{1});
   expect(multi_threaded.bitwise_equal(single_threaded), 1, 0, "bitwise equality with one thread", shape);
 }
@@ -281,12 +318,13 @@ void check_norms() {
                                Shape{3, 33, 50, layout}, Shape{7, 9, 131, layout}}) {
       int64_t count = 0;
       for (const Residual kind : {kNone, kAdded, kNormalized}) {
-        for (const bool relu : {false, true}) {
-          // A ReLU after a residual add has a stored mask. Without a residual, the mask is alternately stored
-          // and recomputed.
-          check_norm<T>(shape, kind, relu, relu && (kind != kNone || ++count % 2));
-        }
+        check_norm<T>(shape, kind, Activation::kIdentity, false);
+        // A ReLU after a residual add has a stored mask. Without a residual, the mask is alternately stored
+        // and recomputed.
+        check_norm<T>(shape, kind, Activation::kRelu, kind != kNone || ++count % 2);
       }
+      for (const Activation activation : {Activation::kRelu6, Activation::kLeakyRelu, Activation::kSilu})
+        check_norm<T>(shape, kNone, activation, false);
     }
   }
 }
@@ -294,10 +332,10 @@ void check_norms() {
 void check_large() {
   // Several chunks and groups in either layout, more channels than kStackChannels, and chunks that are part
   // of an image.
-  check_norm<float>({2, 2100, 70, Layout::kNhwc}, kAdded, true, true);
-  check_norm<float>({3, 20, 900, Layout::kNhwc}, kNormalized, true, true);
-  check_norm<float>({2, 3, 40000, Layout::kNchw}, kAdded, true, true);
-  check_norm<float>({3, 40, 900, Layout::kNchw}, kNormalized, true, true);
+  check_norm<float>({2, 2100, 70, Layout::kNhwc}, kAdded, Activation::kRelu, true);
+  check_norm<float>({3, 20, 900, Layout::kNhwc}, kNormalized, Activation::kRelu, true);
+  check_norm<float>({2, 3, 40000, Layout::kNchw}, kAdded, Activation::kRelu, true);
+  check_norm<float>({3, 40, 900, Layout::kNchw}, kNormalized, Activation::kRelu, true);
 }
 
 // --- max pooling ---
@@ -434,9 +472,9 @@ int main(int argc, char** argv) {
   const std::string_view name = argc > 1 ? argv[1] : "";
   inject_fault = argc > 1;
   if (name == "nhwc") {
-    check_norm<float>({3, 20, 900, Layout::kNhwc}, kNone, false, false);
+    check_norm<float>({3, 20, 900, Layout::kNhwc}, kNone, Activation::kIdentity, false);
   } else if (name == "nchw") {
-    check_norm<float>({2, 2, 40000, Layout::kNchw}, kNone, false, false);
+    check_norm<float>({2, 2, 40000, Layout::kNchw}, kNone, Activation::kIdentity, false);
   } else if (name == "max_pool") {
     check_pool<float, Layout::kNhwc>(2, 19, 17, 19, {3, 3, 2, 2, 1, 1}, true);
   } else {
