@@ -93,10 +93,10 @@ class Segment:
     def values(self) -> tuple[Any, ...]:
         """The values of :attr:`inputs` as the recorded code names them."""
         unit, add = self.units[0], self.add
-        first = (unit.norm if unit.conv is None else unit.conv).source.args[0]
+        first = (unit.norm if unit.conv is None else unit.conv).values[0]
         if self.residual is None or add is None:
             return (first,)
-        return first, add.source.args[0 if source(add, 0) is self.residual else 1]
+        return first, add.values[0 if source(add, 0) is self.residual else 1]
 
     @property
     def last(self) -> Node:
@@ -294,7 +294,8 @@ class _Matcher:
     def unit_of(self, norm: Node, activation: Node | None) -> Unit:
         conv = source(norm)
         if conv.op is not Op.CONV or conv in self.taken or only_reader(conv, Op.NORM) is not norm:
-            return Unit(None, norm, activation)
+            is_clamp = activation is not None and activation.op is Op.CLAMP  # packed convolutions have no gradient
+            return Unit(None, norm, None if is_clamp else activation)
         return Unit(conv, norm, activation)
 
     def unit_before(self, unit: Unit, nodes: list[Node]) -> Unit | None:

@@ -45,6 +45,7 @@ class Node:
         index: position in the order of execution.
         frame: module call that it was recorded in.
         operands: producers of the tensors that it reads; of an addition, in the order of its arguments.
+        values: the same tensors, as the recorded code names them.
         layer, path: module that holds the parameters of a convolution or norm, or the settings of a pooling.
         activation, negative_slope: name and setting of an activation, as of
             :func:`fused_res.functional.batch_norm_act`.
@@ -70,6 +71,7 @@ class Node:
         "source",
         "storage",
         "users",
+        "values",
         "writes",
     )
 
@@ -79,6 +81,7 @@ class Node:
         self.index = index
         self.frame = frame
         self.operands: tuple[Node, ...] = ()
+        self.values: tuple[fx.Node, ...] = ()
         self.layer: Any = None
         self.path = ""
         self.activation = "identity"
@@ -210,6 +213,7 @@ def build_graph(source: fx.Graph, module_of: Callable[[str], nn.Module], frames:
                 node.op = Op.OTHER  # fusion may change the order in which its running statistics are updated and read
             count = 2 if node.op is Op.ADD else 1
             tensors = fx_node.args[:count] if node.op is not Op.OTHER else fx_node.all_input_nodes
+        node.values = tuple(tensors)
         node.operands = tuple([producers[tensor][-1] for tensor in tensors])
         for operand in node.operands:
             operand.users.append(node)

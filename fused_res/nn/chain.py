@@ -175,7 +175,7 @@ class Chain:
     @property
     def is_repeatable(self) -> bool:
         """Whether reading the same attributes again gives the same chain, in a single process."""
-        cumulative = any(norm.training and norm.momentum is None for norm in self.norms)
+        cumulative = any(norm.training and norm.__dict__.get("momentum", 0) is None for norm in self.norms)
         return not cumulative and all(group is None for group in self.process_groups)
 
     def has_channels_last_3d(self, input: Tensor) -> bool:

@@ -18,7 +18,7 @@ from fused_res.backends import registry
 from fused_res.block.plan import Plan
 from fused_res.fusion.convert import recordings
 from fused_res.fusion.fused import Settings, fusion_of
-from fused_res.fusion.matcher import Segment, Unit
+from fused_res.fusion.matcher import Segment, Unit, readers
 from fused_res.fusion.program import Program
 from fused_res.nn import chain
 from fused_res.nn.batch_norm_act import BatchNormAct2d
@@ -53,6 +53,7 @@ class Summary:
         plans: the plan that each block ran last, by the name of its first convolution.
         norms, norms_fused: number of normalization layers, and of those that run fused.
         bytes_fused: share of the fused ones in the bytes of all norms' inputs, 0 to 1; None without example inputs.
+        notes: activations that no fused norm computes, each once.
     """
 
     rows: tuple[Row, ...]
@@ -60,6 +61,7 @@ class Summary:
     norms: int = 0
     norms_fused: int = 0
     bytes_fused: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> str:
@@ -90,7 +92,7 @@ class Summary:
             for line in lines
         ]
         share = "" if self.bytes_fused is None else f", {self.bytes_fused:.0%} of their bytes"
-        return "\n".join((*table, f"{self.norms_fused} of {self.norms} norms run fused{share}"))
+        return "\n".join((*table, f"{self.norms_fused} of {self.norms} norms run fused{share}", *self.notes))
 
 
 def summarize(model: nn.Module, *inputs: Any) -> Summary:
@@ -112,8 +114,9 @@ def summarize(model: nn.Module, *inputs: Any) -> Summary:
     """
     check_model(model)
     fused_norms: set[nn.Module] = set()
-    rows = tuple(_rows(model, fused_norms))
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    notes: dict[str, None] = {}
+    rows = tuple(_rows(model, fused_norms, notes))
+    norms = [module for module in model.modules() if _is_norm(module)]
     share = None
     if inputs:
         sizes = _norm_bytes(model, norms, inputs)
@@ -121,11 +124,11 @@ def summarize(model: nn.Module, *inputs: Any) -> Summary:
     weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
     ran = {name: functional.last_plan.get(one) for name, one in weights.items() if isinstance(one, Tensor)}
     plans = {name: plan for name, plan in ran.items() if plan is not None}
-    return Summary(rows, plans, len(norms), sum(norm in fused_norms for norm in norms), share)
+    return Summary(rows, plans, len(norms), sum(norm in fused_norms for norm in norms), share, tuple(sorted(notes)))
 
 
-def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
-    """Yield all rows, and collect the norms that run fused."""
+def _rows(model: nn.Module, fused_norms: set[nn.Module], notes: dict[str, None]) -> Iterator[Row]:
+    """Yield all rows, and collect the norms that run fused and the activations that run after them."""
     names = {module: name for name, module in model.named_modules()}
     parents = {child: module for module in names for child in module.children()}
     context = chain.unsupported_context()
@@ -145,13 +148,14 @@ def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
             if context is None and running:
                 why, found = _describe(module, running[0])
                 fused_norms |= found
+                notes |= dict.fromkeys(note for segment in running[0].segments for note in _separate(segment))
                 rows[module] = Row(name, kind, bool(found), why)
             else:
                 advice = ": move the hook to the block" if why is not None and " hook" in why and not context else ""
                 rows[module] = Row(name, kind, False, f"runs its stock forward: {why}{advice}")
         elif isinstance(module, FusableModule):
             unsupported = context or module.unsupported_reason()
-            inside = {child for child in _norms_of(module) if isinstance(child, NORMS)}
+            inside = {child for child in _norms_of(module) if _is_norm(child)}
             covered |= inside
             if unsupported is None and module.fused:
                 fused_norms |= inside
@@ -159,7 +163,7 @@ def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
             else:
                 why = _reason(module, unsupported) if unsupported else "switched off"
                 rows[module] = Row(name, kind, False, str(why))
-    norms: set[nn.Module] = {module for module in names if isinstance(module, NORMS)}
+    norms: set[nn.Module] = {module for module in names if _is_norm(module)}
     remaining = norms - covered - fused_norms
     reasons = _reasons(model, remaining, names) if remaining else {}
     for module, name in names.items():
@@ -169,6 +173,10 @@ def _rows(model: nn.Module, fused_norms: set[nn.Module]) -> Iterator[Row]:
             yield Row(name, type(module).__name__, False, "is compiled by torch.jit: fuse the model before")
         elif module in remaining:
             yield Row(name, type(module).__name__, False, reasons[module])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, NORMS) or chain.is_constant_norm(module.__dict__)
 
 
 def _present(program: Program, module: nn.Module) -> Iterator[str]:
@@ -218,6 +226,39 @@ def _describe(module: Any, program: Program) -> tuple[str, set[nn.Module]]:
     return f"{how}{text}: {settings}" + "".join(f"; stock: {why}" for why in dict.fromkeys(refused)), found
 
 
+#: Functions and methods that are activations; no fused norm computes them, or not after an addition.
+_ACTIVATIONS = {
+    *(
+        "relu6",
+        "leaky_relu",
+        "leaky_relu_",
+        "silu",
+        "hardtanh",
+        "hardtanh_",
+        "hardswish",
+        "gelu",
+        "elu",
+        "elu_",
+        "mish",
+    ),
+    *("prelu", "selu", "selu_", "celu", "celu_", "rrelu", "rrelu_", "softplus", "softsign", "hardsigmoid", "tanh"),
+}
+
+
+def _separate(segment: Segment) -> Iterator[str]:
+    """Yield a note for each activation that follows a segment without activation."""
+    if segment.units[-1].activation is not None or segment.pool is not None:
+        return
+    for reader in readers(segment.last):
+        target = reader.source.target
+        name = getattr(target, "__name__", target)
+        if type(reader.layer).__module__ == nn.Hardswish.__module__:
+            name = type(reader.layer).__name__
+        elif name not in _ACTIVATIONS:
+            continue
+        yield f"activation {name} runs separately after the fused {'norm' if segment.add is None else 'addition'}"
+
+
 def _norm_layers(segment: Segment) -> list[Any]:
     projection = (segment.shortcut,) if isinstance(segment.shortcut, Unit) else ()
     return [unit.norm.layer for unit in (*segment.units, *projection) if unit.norm is not None]
@@ -262,12 +303,12 @@ def _reasons(model: nn.Module, norms: set[nn.Module], names: Mapping[nn.Module, 
         for norm in norms & ways.keys():
             if norm in segmented:
                 reasons[norm] = "not fused as yet: call fused_res.fuse"
-            elif isinstance(norm, chain_norms()):
+            elif is_batch_norm(norm):
                 reasons[norm] = "its input is written to by another operation, or its calls would change their order"
     for norm in norms:
         if norm in reasons:
             continue
-        if not isinstance(norm, chain_norms()):
+        if not is_batch_norm(norm):
             reasons[norm] = f"is a {type(norm).__name__}: batch norms are fused"
             continue
         name = names[norm]
@@ -277,12 +318,12 @@ def _reasons(model: nn.Module, norms: set[nn.Module], names: Mapping[nn.Module, 
             advice = "move the hook to the block" if "hook" in failures[path] else "write its blocks with fused_res.nn"
             reasons[norm] = f"{path or 'the model'} {failures[path]}: {advice}"
         else:
-            reasons[norm] = "no recorded forward calls it as a layer"
+            reasons[norm] = "no recorded forward calls it as a layer, or computes it exactly"
     return reasons
 
 
-def chain_norms() -> tuple[type, ...]:
-    return tuple(chain.norm_types)
+def is_batch_norm(norm: nn.Module) -> bool:
+    return isinstance(norm, tuple(chain.norm_types)) or chain.is_constant_norm(norm.__dict__)
 
 
 def _norm_bytes(model: nn.Module, norms: Sequence[nn.Module], inputs: Sequence[Any]) -> dict[nn.Module, int]:

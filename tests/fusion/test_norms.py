@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_res import freeze, fuse
+from fused_res import freeze, fuse, summarize
 from fused_res.testing import stub_torchvision_operators
 from tests.support.cpu_backends import BACKENDS
 from tests.support.model_comparison import assert_near, randomize_norms
@@ -460,3 +460,18 @@ class TestRank:
             with pytest.raises(AssertionError, match="expected 4D input .got 3D input."):
                 model(x)
         assert torch.equal(fused.norm.num_batches_tracked, stock.norm.num_batches_tracked + ("cpu" in BACKENDS))
+
+
+@pytest.mark.parametrize("name", RECOGNIZED)
+def test_summary_counts(name: str) -> None:
+    model = stock_block(RECOGNIZED[name])
+    assert (summarize(model).norms, summarize(model).norms_fused) == (3, 0)
+    assert {row.why for row in summarize(model).rows} == {"not fused as yet: call fused_res.fuse"}
+    summary = summarize(fuse(model))
+    assert (summary.norms, summary.norms_fused) == (3, 3)
+
+
+def test_summary_of_a_twin() -> None:
+    summary = summarize(fuse(stock_block(WrongSign)))
+    assert (summary.norms, summary.norms_fused) == (3, 0)
+    assert {row.why for row in summary.rows} == {"no recorded forward calls it as a layer, or computes it exactly"}
