@@ -99,18 +99,20 @@ def test_most_used_models_run_fused() -> None:
 
 def count_fused(model: ZooModel) -> list[tuple[int, int]]:
     """Return the number of fused norms and of all norms, in training and in evaluation."""
+    x = torch.zeros(2, *model.shape[1:])
+
+    def count(module: nn.Module) -> list[int]:
+        counts = []
+        for training in (True, False):
+            module.train(training)
+            with torch.set_grad_enabled(training):
+                counts.append(count_stock_norms(module, lambda: module(x)))
+        return counts
+
     with ZeroInitialization():
         stock = build(model)
-    fused = fuse(copy.deepcopy(stock))
-    x = torch.zeros(2, *model.shape[1:])
-    counts = []
-    for training in (True, False):
-        with torch.set_grad_enabled(training):
-            total, left = (
-                count_stock_norms(one, lambda: one(x)) for one in (stock.train(training), fused.train(training))
-            )
-        counts.append((total - left, total))
-    return counts
+    totals = count(stock)
+    return [(total - left, total) for total, left in zip(totals, count(fuse(stock)), strict=True)]
 
 
 def test_count_of_norms_sees_every_spelling() -> None:
