@@ -247,8 +247,13 @@ class _Matcher:
         found = [segment for operand in (0, 1) for segment in self.residual_segments(add, operand)]
         if self.inference:
             found += [segment for operand in (0, 1) for segment in self.preactivation_segments(add, operand)]
+
         # A whole block first, then the longest chain.
-        found.sort(key=lambda s: (s.shortcut != "tensor", len(s.units), s.units[-1].nodes[-1].index), reverse=True)
+        def priority(segment: Segment) -> tuple[bool, int, int]:
+            last = segment.units[-1]._replace(activation=None)
+            return segment.shortcut != "tensor", len(segment.units), last.nodes[-1].index
+
+        found.sort(key=priority, reverse=True)
         any(self.accept(segment) for segment in found)
 
     def residual_segments(self, add: Node, operand: int) -> Iterator[Segment]:

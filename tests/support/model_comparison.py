@@ -125,6 +125,7 @@ def record_fused_calls() -> Iterator[list[str]]:
 
     class FunctionalSpy:
         run_block = staticmethod(spy("run_block", "residual_block"))
+        run_planned_block = staticmethod(spy("run_planned_block", "residual_block"))  # of cached calls
         batch_norm_act = staticmethod(spy("batch_norm_act", "batch_norm_act"))
         is_recomputing = staticmethod(functional.is_recomputing)
         autocast_dtype = staticmethod(functional.autocast_dtype)
