@@ -259,7 +259,9 @@ def _classify(node: Node, module_of: Callable[[str], nn.Module]) -> None:
             return
         node.layer, node.path = module, target
         kind = type(module)
-        if any(computes_like(kind, stock, "_conv_forward") for stock in _CONVOLUTIONS):
+        if source.meta.get("is_norm"):
+            node.op = Op.NORM
+        elif any(computes_like(kind, stock, "_conv_forward") for stock in _CONVOLUTIONS):
             node.op = Op.CONV
         elif kind in chain.norm_types or any(computes_like(kind, stock) for stock in _BATCH_NORMS):
             node.op = Op.NORM

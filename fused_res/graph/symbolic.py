@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from fused_res.graph.bytecode import may_be_bool, side_effect, tests_value_for_none
 from fused_res.graph.graph_modules import forward_in, opaque_graph_reason
 from fused_res.graph.ir import eliminate_dead_reads
+from fused_res.graph.norms import find_norms
 from fused_res.graph.recording import (
     ATOMS,
     Frame,
@@ -45,20 +46,23 @@ from fused_res.nn.chain import has_no_hooks
 from fused_res.nn.fusable_module import FusableModule, stock_class
 
 
-def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Recording:
+def record(
+    root: nn.Module, training: bool, inline_fusable: bool = False, requires_grad: bool | None = None
+) -> Recording:
     """Record the forward of `root`, including all submodules that can be recorded.
 
     Args:
         root: any module. Its parameters without a default are tensors, the others are not given.
         training: the training mode that all modules have in this recording.
         inline_fusable: record the operations of this package's own modules, too.
+        requires_grad: what a test of a tensor's ``requires_grad`` returns; None refuses to record one.
 
     Raises:
         Untraceable: the forward of `root` itself cannot be recorded.
     """
     if reason := opaque_reason(root, inline_fusable, called=False):
         raise Untraceable(reason)
-    tracer = _Tracer(training, inline_fusable)
+    tracer = _Tracer(training, inline_fusable, requires_grad)
     shape = ordinary_shape(root)
     arguments: list[Any] = []
     keywords: dict[str, Any] = {}
@@ -79,6 +83,30 @@ def record(root: nn.Module, training: bool, inline_fusable: bool = False) -> Rec
 
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+TESTS_REQUIRES_GRAD = "tests whether a tensor requires a gradient"
+
+
+def _reads_of_norm(path: str, module: nn.Module, training: bool) -> list[Read] | None:
+    """Return what a forward depends on if it computes a batch norm, whether or not its input requires a gradient.
+
+    Frozen batch norms may save memory by arithmetic in place of ``F.batch_norm``, whose backward computes more.
+    """
+    reads: list[Read] = []
+    for requires_grad in (False, True):
+        try:
+            recording = record(module, training, requires_grad=requires_grad)
+        except Untraceable:
+            return None
+        (root, *others), nodes = recording.frames, set(recording.graph.nodes)
+        if others or root.conditions or root.assertions or len(root.outputs) != 1 or root.outputs[0] is not root.result:
+            return None
+        call = None if module._modules else find_norms(recording.graph, {"": module}.__getitem__).get(root.result)
+        if call is None or nodes != {call.input, root.result, *call.parts} or len(root.inputs) != 1:
+            return None
+        reads += [read._replace(owner=path) if read.owner == "" else read for read in root.reads.values()]
+    return reads
+
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -265,10 +293,11 @@ def _read_only_copy(value: Any, convert: Callable[[Any], Any]) -> Any:
 class _Tracer(GraphAppendingTracer):
     """Records operations into a graph, and what the recorded code depends on into the current frame."""
 
-    def __init__(self, training: bool, inline_fusable: bool) -> None:
+    def __init__(self, training: bool, inline_fusable: bool, requires_grad: bool | None) -> None:
         super().__init__(fx.Graph())
         self.training = training
         self.inline_fusable = inline_fusable
+        self.requires_grad = requires_grad
         self.frames: list[Frame] = []
         self.frame: Any = None
         self.opaque: dict[str, str] = {}
@@ -309,6 +338,9 @@ class _Tracer(GraphAppendingTracer):
             refuse(f"passes a {type(value).__name__} to an operation")
 
     def to_bool(self, proxy: fx.Proxy) -> bool:
+        node = proxy.node
+        if node.target is getattr and node.args[1] == "requires_grad":
+            return refuse(TESTS_REQUIRES_GRAD) if self.requires_grad is None else self.requires_grad
         return bool(self.assume(size_expression(proxy.node)))
 
     def assume(self, expression: Any) -> Any:
@@ -347,6 +379,12 @@ class _Tracer(GraphAppendingTracer):
                     del self.frames[frames:]
                     for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - nodes]:
                         self.graph.erase_node(node)
+                if reason == TESTS_REQUIRES_GRAD and (reads := _reads_of_norm(path, module, self.training)):
+                    for read in reads:
+                        self.note(*read)
+                    norm = self.create_proxy("call_module", path, arguments, options)
+                    norm.node.meta["is_norm"] = True
+                    return norm
             self.opaque[path] = reason
             if any(isinstance(value, (list, dict, set)) for value in (*arguments, *options.values())):
                 refuse(f"passes a list or dict to {path or 'a module'}, which {reason}")

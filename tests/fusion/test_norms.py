@@ -168,6 +168,29 @@ class FrozenFunctional(Frozen):
         )
 
 
+class Detectron2(Frozen):
+    """Arithmetic if the input requires a gradient, otherwise F.batch_norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            bias = self.bias - self.running_mean * scale
+            scale = scale.reshape(1, -1, 1, 1)
+            bias = bias.reshape(1, -1, 1, 1)
+            out_dtype = x.dtype
+            return x * scale.to(out_dtype) + bias.to(out_dtype)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+class OneBranchDiffers(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return super().forward(x)
+        return super().forward(x) * 2
+
+
 class Divided(Frozen):
     def forward(self, x: Tensor) -> Tensor:
         deviation = torch.sqrt(self.eps + self.running_var)[None, :, None, None]
@@ -292,14 +315,16 @@ RECOGNIZED: dict[str, Callable[[int], nn.Module]] = {
     "functional, not affine": not_affine, "with activation": WithActivation, "timm": timm_norm,
     "timm, frozen": timm_frozen, "torchvision, frozen": torchvision_frozen, "frozen": Frozen,
     "frozen, reshaped last": ReshapedLast, "frozen, functional": FrozenFunctional, "frozen, divided": Divided,
-    "frozen, power": Power, "frozen, parameters": Parameters, "frozen, with activation": FrozenWithActivation,
+    "frozen, detectron2": Detectron2, "frozen, power": Power, "frozen, parameters": Parameters,
+    "frozen, with activation": FrozenWithActivation,
 }  # fmt: skip
 TWINS: dict[str, Callable[[int], nn.Module]] = {
     "counts two": CountsTwo, "not counted": NotCounted, "counts True": CountsInFloat, "other momentum": OtherMomentum,
     "other eps": OtherEps, "unscaled": Unscaled, "swapped": Swapped, "always tracked": AlwaysTracked,
     "weight of another": OfAnother, "reads again": ReadsAgain, "frozen, other eps": FrozenOtherEps,
     "frozen, wrong sign": WrongSign, "frozen, no shift": NoShift, "frozen, scale of another": FrozenOfAnother,
-    "frozen, in float": InFloat, "frozen, written between": WrittenBetween, "frozen, scale is read": ScaleIsReturned,
+    "frozen, one branch differs": OneBranchDiffers, "frozen, in float": InFloat,
+    "frozen, written between": WrittenBetween, "frozen, scale is read": ScaleIsReturned,
 }  # fmt: skip
 
 
@@ -362,7 +387,9 @@ class TestRecognized:
             if name != "functional, not tracking" or model._fused_res.packed is None:  # freeze folds fixed statistics
                 assert stock_norms(lambda model=model: infer(model, images())) == 0
 
-    @pytest.mark.parametrize("name", ["functional", "with activation", "frozen", "frozen, parameters"])
+    @pytest.mark.parametrize(
+        "name", ["functional", "with activation", "frozen", "frozen, parameters", "frozen, detectron2"]
+    )
     def test_settings_may_change(self, name: str) -> None:
         """The generated forward runs stock, or with the new settings."""
         stock = stock_block(RECOGNIZED[name]).eval()
@@ -377,7 +404,7 @@ class TestRecognized:
         for model in (stock, fused, frozen):
             model.bn2.running_mean.add_(1)
             weight = torch.full((4,), 2.0, dtype=torch.float64)
-            model.bn2.weight = weight if name == "frozen" else nn.Parameter(weight)
+            model.bn2.weight = nn.Parameter(weight) if isinstance(model.bn2.weight, nn.Parameter) else weight
         expected = infer(stock, images())
         for model in (fused, frozen):
             assert_near(infer(model, images()), expected, "output")
