@@ -22,11 +22,11 @@ from fused_res.block.checks import TensorMeta, check_block
 from fused_res.fusion.matcher import Segment, find_segments
 from fused_res.graph import dynamo
 from fused_res.graph.dynamo import Captured, value_of
-from fused_res.graph.ir import Op
+from fused_res.graph.ir import Node, Op
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import check_settings
 from fused_res.ops.checks import DTYPES, check_norm, check_residual
-from fused_res.ops.memory_format import has_same_layout, is_permuted
+from fused_res.ops.memory_format import has_same_layout, is_permuted, to_stock_layout
 from fused_res.spec import BlockSpec, group_by_unit
 
 INNER = ("eager", "inductor")
@@ -136,10 +136,9 @@ class FusedNorm:
     def __call__(self, input: Tensor, *tensors: Tensor | None) -> Tensor:
         """Return ``activation(norm(input) [+ residual])`` for the mean, variance, weight, bias and residual."""
         mean, var, weight, bias, residual = tensors
-        options = self.training, self.momentum, self.eps, self.activation
         return functional.batch_norm_act(
-            input, mean, var, weight, bias, residual, *options, negative_slope=self.negative_slope,
-            backend=self.settings.backend,
+            to_stock_layout(input), mean, var, weight, bias, residual, self.training, self.momentum, self.eps,
+            self.activation, negative_slope=self.negative_slope, backend=self.settings.backend,
         )  # fmt: skip
 
 
@@ -190,9 +189,8 @@ def _rewrite(module: fx.GraphModule, settings: Settings, checkpointed: bool = Fa
     rewrite = _Rewrite(graph, captured, settings)
     for segment in find_segments(captured.graph):
         for part in segment.parts():
-            if not rewrite.fuse(part):
-                for smaller in _without_addition(part, segment):
-                    rewrite.fuse(smaller)
+            for candidate in (part, *_without_addition(part, segment), *part.norm_passes()):
+                rewrite.fuse(candidate)
     state = set(captured.state)
     for node in graph.nodes:
         body = dynamo.checkpoint_body(node)
@@ -250,36 +248,39 @@ class _Rewrite:
         self.producers = captured.graph.producers
         self.placeholders = captured.tensors
         self.settings = settings
+        self.fused: set[Node] = set()
         self.fused_norms: set[Any] = set()
 
-    def fuse(self, part: Segment) -> bool:
-        """Replace a segment by one call if its tensors are supported; return whether they are."""
+    def fuse(self, part: Segment) -> None:
+        """Replace a segment by one call if its tensors are supported, and no part of it has been replaced."""
         inputs = [self.nodes[value] for value in part.values]
-        if part.has_clamp or not all(_is_supported_input(value_of(node)) for node in inputs):
-            return False
+        if part.has_clamp or not self.fused.isdisjoint(part.nodes):
+            return
+        if not all(_is_supported_input(value_of(node)) for node in inputs):
+            return
         try:
             call = self._chain_call(part) if part.units[0].conv is not None else self._norm_call(part)
         except (ValueError, TypeError, RuntimeError):
-            return False  # PyTorch broadcasts the operands, or raises its own exception, or a size is unknown
+            return  # PyTorch broadcasts the operands, or raises its own exception, or a size is unknown
         if call is None:
-            return False
+            return
         function, tensors = call
         arguments = [None if tensor is None else self.placeholders[id(tensor)] for tensor in tensors]
         if part.units[0].conv is None:
             arguments.append(inputs[1] if len(inputs) > 1 else None)
-        return self._replace(part, function, (inputs[0], *arguments))
+        self._replace(part, function, (inputs[0], *arguments))
 
     # Selection of the call: what fused_res.nn.chain verifies for real tensors is verified for fake ones.
 
     def _chain_call(self, part: Segment) -> _Call | None:
-        matched = chain.match_chain(*part.layers())
-        if isinstance(matched, chain.Unsupported):
+        matched, conv = chain.match_chain(*part.layers()), part.units[0].conv
+        if isinstance(matched, chain.Unsupported) or conv is None:
             return None
         input = value_of(self.nodes[part.values[0]])
         # The dtype of the convolution's output is that of the computation, which autocast may have chosen.
-        dtype = value_of(self.nodes[part.nodes[0].source]).dtype
+        dtype = value_of(self.nodes[conv.source]).dtype
         autocast = any(tensor is not None and tensor.dtype is not dtype for tensor in (input, *matched.tensors))
-        if not _have_supported_dtypes(matched.tensors, dtype, autocast):
+        if not _have_supported_dtypes(matched.tensors, dtype, autocast, matched.has_constant_norm):
             return None
         if part.shortcut == "identity" and (input.dtype is not dtype or is_permuted(input)):
             return None
@@ -296,27 +297,30 @@ class _Rewrite:
 
     def _norm_call(self, part: Segment) -> _Call | None:
         (unit,), _, _ = part.layers()
-        norm = chain.read_norm(unit.norm.__dict__)
+        state = unit.norm.__dict__
+        norm, is_constant = chain.read_norm(state), "track_running_stats" not in state
         input, residual = (*(value_of(self.nodes[value]) for value in part.values), None)[:2]
-        if isinstance(norm, str) or not _have_supported_dtypes((None, None, *norm[:4]), input.dtype, False):
+        if isinstance(norm, str) or not _have_supported_dtypes(
+            (None, None, *norm[:4]), input.dtype, False, is_constant
+        ):
             return None
         weight, bias, mean, var, training, momentum, _ = norm
-        if residual is not None and not has_same_layout(input, residual):
+        if residual is not None and not has_same_layout(to_stock_layout(input), residual):
             return None
-        eps = unit.norm.__dict__["eps"]
-        check_norm(input, mean, var, weight, bias, training, True, eps)
+        check_norm(input, mean, var, weight, bias, training, True, state["eps"])
         check_residual(input, residual, None, None)
         activation = unit.activation, unit.negative_slope
-        return FusedNorm(training, float(momentum), eps, *activation, self.settings), (mean, var, weight, bias)
+        return FusedNorm(training, float(momentum), state["eps"], *activation, self.settings), (mean, var, weight, bias)
 
-    def _replace(self, part: Segment, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
+    def _replace(self, part: Segment, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
         """Call `function` where the segment's last node is, unless a node outside reads a result inside."""
         inside = [self.nodes[node.source] for node in part.nodes]
         #: More than one if the last operations are in place.
         results = [node.source for node in part.nodes if part.last in self.producers[node.source]]
         held = [self.nodes[value] for value in results]
         if any(user not in inside for node in inside if node not in held for user in node.users):
-            return False
+            return
+        self.fused.update(part.nodes)
         self.fused_norms |= {_module_call(self.nodes[node.source]) for node in part.nodes if node.op is Op.NORM}
         with self.graph.inserting_before(inside[-1]):
             new = self.graph.call_function(function, arguments)
@@ -327,7 +331,6 @@ class _Rewrite:
             self.graph.erase_node(node)
         for value in results:
             self.nodes[value] = new
-        return True
 
     def count_once(self) -> None:
         """Count a batch of the fused norms once if a checkpoint repeats the forward, as their statistics do."""
@@ -351,9 +354,12 @@ def _is_supported_input(value: Any) -> bool:
     return dynamo.is_plain(value) and 2 <= value.dim() <= 5 and value.dtype in DTYPES
 
 
-def _have_supported_dtypes(tensors: Sequence[Tensor | None], dtype: torch.dtype, autocast: bool) -> bool:
-    present = [(index, tensor) for index, tensor in enumerate(tensors) if tensor is not None]
-    return all(chain.is_supported_dtype(index, tensor.dtype, dtype, autocast) for index, tensor in present)
+def _have_supported_dtypes(
+    tensors: Sequence[Tensor | None], dtype: torch.dtype, autocast: bool, has_constant_norm: bool
+) -> bool:
+    """Return what :func:`fused_res.nn.chain.inspect_tensors` returns for the dtypes of these tensors."""
+    actual = [(index, tensor.dtype) for index, tensor in enumerate(tensors) if tensor is not None]
+    return all(chain.is_supported_dtype(index, kind, dtype, autocast, has_constant_norm) for index, kind in actual)
 
 
 def _meta(tensor: Tensor, dtype: torch.dtype) -> TensorMeta:
