@@ -235,7 +235,7 @@ def test_unfuse_restores_stock(style: Style) -> None:
     assert left == every
 
 
-@pytest.mark.parametrize("name", ["cifar-basic", "mmcv-conv-module", "detectron2"])
+@pytest.mark.parametrize("name", ["cifar-basic", "mmcv-conv-module", "detectron2", "signal-1d"])
 def test_compiled_is_one_graph_and_matches_stock(name: str) -> None:
     graphs: list[torch.fx.Graph] = []
 
