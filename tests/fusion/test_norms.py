@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_res import freeze, fuse, summarize
+from fused_res.nn import chain
 from fused_res.testing import stub_torchvision_operators
 from tests.support.cpu_backends import BACKENDS
 from tests.support.model_comparison import assert_near, randomize_norms
@@ -386,6 +387,18 @@ class TestRecognized:
             assert_near(infer(model, images()), expected, "output")
             if name != "functional, not tracking" or model._fused_res.packed is None:  # freeze folds fixed statistics
                 assert stock_norms(lambda model=model: infer(model, images())) == 0
+
+    @pytest.mark.parametrize("name", RECOGNIZED)
+    def test_inputs_that_the_fused_operators_refuse(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The recorded operations run one by one, or the module itself: equal bits."""
+        stock = stock_block(RECOGNIZED[name]).train()
+        fused = fuse(copy.deepcopy(stock))
+        monkeypatch.setattr(chain, "inspect_input", lambda input: chain.Unsupported("refused in this test"))
+        actual, expected = train(fused, images()), train(stock, images())
+        for key, value in expected.items():
+            assert value is None or torch.equal(actual[key], value), key
+        assert torch.equal(infer(fused.eval(), images()), infer(stock.eval(), images()))
+        assert torch.equal(infer(freeze(stock), images()), infer(stock, images()))
 
     @pytest.mark.parametrize(
         "name", ["functional", "with activation", "frozen", "frozen, parameters", "frozen, detectron2"]
