@@ -166,7 +166,7 @@ def test_exponential_overflows_and_underflows(dtype, overflow, isa):
 @pytest.mark.parametrize("activation", OTHERS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_first_and_second_derivatives(training, activation, backend):
-    tensors, running, _ = make((4, 3, 3, 2), torch.float64, residual=False)
+    tensors, running, grad = make((4, 3, 3, 2), torch.float64, residual=False)
     leaves = [t.requires_grad_() for t in tensors.values() if t is not None]
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -176,6 +176,11 @@ def test_first_and_second_derivatives(training, activation, backend):
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+    # With create_graph, the first derivative is computed by plain PyTorch.
+    kernel_grads = torch.autograd.grad(function(*leaves), leaves, grad)
+    graph_grads = torch.autograd.grad(function(*leaves), leaves, grad, create_graph=True)
+    for kernel_grad, graph_grad in zip(kernel_grads, graph_grads, strict=True):
+        torch.testing.assert_close(graph_grad, kernel_grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
