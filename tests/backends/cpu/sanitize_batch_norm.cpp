@@ -472,9 +472,9 @@ int main(int argc, char** argv) {
   const std::string_view name = argc > 1 ? argv[1] : "";
   inject_fault = argc > 1;
   if (name == "nhwc") {
-    check_norm<float>({3, 20, 900, Layout::kNhwc}, kNone, Activation::kIdentity, false);
+    check_norm<float>({3, 20, 900, Layout::kNhwc}, kNone, fused_res::Activation::kIdentity, false);
   } else if (name == "nchw") {
-    check_norm<float>({2, 2, 40000, Layout::kNchw}, kNone, Activation::kIdentity, false);
+    check_norm<float>({2, 2, 40000, Layout::kNchw}, kNone, fused_res::Activation::kIdentity, false);
   } else if (name == "max_pool") {
     check_pool<float, Layout::kNhwc>(2, 19, 17, 19, {3, 3, 2, 2, 1, 1}, true);
   } else {

@@ -29,6 +29,7 @@ from fused_res.backends.triton.batch_norm_act import (
 )
 from fused_res.backends.triton.batch_norm_sync import (
     NO_GRADS,
+    activation_constexprs,
     batch_norm_act_dx,
     batch_norm_partials,
     batch_norm_sums,
@@ -42,7 +43,7 @@ from fused_res.backends.triton.conv_dgrad import conv_dgrad
 from fused_res.backends.triton.conv_wgrad import conv_wgrad
 from fused_res.backends.triton.max_pool import max_pool_backward, max_pool_forward
 from fused_res.backends.triton.tiles import dense_tiling
-from fused_res.ops.checks import relu_or_identity
+from fused_res.ops.checks import ACTIVATIONS, relu_or_identity
 from tools.ptx.compiled_session import needs_compiled_triton
 from tools.ptx.triton_runner import run_interpreted
 
@@ -121,16 +122,14 @@ def test_statistics_match_float64(shape, format):
 def test_apply_matches_float64(shape, format):
     """Every kind of residual; the ReLU mask is computed before the output is rounded."""
     x, residual, _, _, _, stats, residual_stats = norm_case(shape, format)
-    for *added, relu in (
-        (None, None, False),
-        (None, None, True),
-        (residual, None, True),
-        (residual, residual_stats, True),
+    for *added, activation in (
+        *((None, None, activation) for activation in ACTIVATIONS),
+        (residual, None, "relu"),
+        (residual, residual_stats, "relu"),
     ):
-        y, mask = run_interpreted(lambda: batch_norm_act_apply(x, stats, *added, relu_or_identity(relu), relu))
-        expected, expected_mask = reference.batch_norm_act_apply(
-            *to_float64(x, stats, *added), relu_or_identity(relu), relu
-        )
+        options = activation, activation == "relu", 0.2
+        y, mask = run_interpreted(lambda: batch_norm_act_apply(x, stats, *added, *options))
+        expected, expected_mask = reference.batch_norm_act_apply(*to_float64(x, stats, *added), *options)
         assert_close(y, expected, "y")
         assert torch.equal(mask, expected_mask)
         assert y.is_contiguous(memory_format=format)
@@ -158,11 +157,11 @@ def test_running_statistics_are_folded(shape, format):
 def test_backward_reductions_and_dx_match_float64(shape, format):
     x, residual, dy, weight, bias, stats, residual_stats = norm_case(shape, format)
     mask, count = reference.pack_mask(residual > 0), x.numel() // shape[1]
-    for relu_mask, relu in ((mask, False), (None, True), (None, False)):
-        arguments = dy, x, stats, relu_mask, relu_or_identity(relu)
+    for relu_mask, activation in ((mask, "identity"), *((None, activation) for activation in ACTIVATIONS)):
+        arguments = dy, x, stats, relu_mask, activation
         sums = run_interpreted(lambda: batch_norm_sums(*arguments, None, None), 2)
         assert_close(sums, reference_sync.batch_norm_sums(*to_float64(*arguments), None, None), "sums")
-        for dx_sums in (sums, None) if relu else (sums,):
+        for dx_sums in (sums, None) if activation == "relu" else (sums,):
             dx = run_interpreted(lambda: batch_norm_act_dx(*arguments, dx_sums, count))
             assert_close(dx, reference_sync.batch_norm_act_dx(*to_float64(*arguments, dx_sums), count), "dx")
     for training, relu_mask in ((True, mask), (False, None)):
@@ -200,7 +199,7 @@ def test_relu_sign_is_equal_in_forward_recomputation_and_backward(shape, format)
     stats = reference.batch_norm_stats(x, weight, None, None, None, True, 1e-5)
     zero = x[0, :, 1, 1].float()
     bias = -(zero - stats[ops.MEAN]) * stats[ops.SCALE]
-    forward = x, None, None, weight, bias, None, None, True, 1e-5, True, True
+    forward = x, None, None, weight, bias, None, None, True, 1e-5, "relu", True
     y, stats, mask = run_interpreted(lambda: batch_norm_act_forward(*forward))
     close = (y == 0) & (x == zero.view(1, -1, 1, 1))
     assert close.sum() >= shape[1] // 4 and reference.unpack_mask(mask, x)[x == zero.view(1, -1, 1, 1)].any()
@@ -212,7 +211,8 @@ def test_relu_sign_is_equal_in_forward_recomputation_and_backward(shape, format)
         lambda *masking: batch_norm_act_dx(dy, x, stats, *masking, None, 1),
     ):
         assert torch.equal(
-            run_interpreted(lambda: backward_pass(None, True)), run_interpreted(lambda: backward_pass(mask, False))
+            run_interpreted(lambda: backward_pass(None, "relu")),
+            run_interpreted(lambda: backward_pass(mask, "identity")),
         )
     if format == CHANNELS_LAST:
         filter = random_nchw(16, shape[1], 1, 1, seed=3)
@@ -344,8 +344,15 @@ def conv1x1_case(channels, outputs, size, stride, masked, training, dtype=torch.
     x_stats = reference.batch_norm_stats(x, *randn(2, channels).float(), None, None, True, 1e-5)
     relu_mask = reference.pack_mask(random_nchw(*output_shape, seed=4) > 0) if masked == "mask" else None
     norm_backward_args = dy, z, stats, relu_mask, masked == "relu"
-    sums = reference_sync.batch_norm_sums(*to_float64(*norm_backward_args), None, None).float() if training else None
+    operands = *to_float64(dy, z, stats, relu_mask), relu_or_identity(masked == "relu")
+    sums = reference_sync.batch_norm_sums(*operands, None, None).float() if training else None
     return (*norm_backward_args, sums, z.numel() // outputs), weight, x, x_stats
+
+
+def norm_input_grad(dy, z, stats, relu_mask, relu, sums, count):
+    """Return the float64 reference of a convolution's dz operand."""
+    operands = *to_float64(dy, z, stats, relu_mask), relu_or_identity(relu), *to_float64(sums), count
+    return reference_sync.norm_input_grad(*operands)
 
 
 @needs_compiled_triton
@@ -354,7 +361,7 @@ def test_conv1x1_backward_matches_float64(channels, outputs, size, stride, maske
     """Prologues round both operands. The cases without an input norm also have running statistics in the output's norm,
     and the gradient of a shortcut."""
     norm_backward_args, weight, x, x_stats = conv1x1_case(channels, outputs, size, stride, masked, training=input_norm)
-    dz = reference_sync.norm_input_grad(*to_float64(*norm_backward_args)).bfloat16().double()
+    dz = norm_input_grad(*norm_backward_args).bfloat16().double()
     input_args = (x, x_stats, True) if input_norm else (x, None, False)
     operand = x[:, :, ::stride, ::stride]
     operand = apply_prologue(*to_float64(operand, input_args[1]), input_args[2]).bfloat16().double()
@@ -397,7 +404,7 @@ def test_tf32_follows_pytorch_setting(monkeypatch):
     geometry = (1, 1), (1, 1), (1, 1), 1
     norm_backward_args, weight1x1, conv_input, stats = conv1x1_case(36, 40, 4, 1, "mask", True, torch.float32)
     operands = (
-        reference_sync.norm_input_grad(*to_float64(*norm_backward_args)),
+        norm_input_grad(*norm_backward_args),
         apply_prologue(*to_float64(conv_input, stats), True),
     )
 
@@ -456,7 +463,7 @@ def test_apply_with_64_bit_offsets(shape):
     count = shape[-1] % 256 if len(shape) == 3 else ROWS % 64
     y, mask = run_interpreted(lambda: batch_norm_act_apply(x, stats, residual, None, "relu", True), ctas=last_cta)
     expected, bits = reference.batch_norm_act_apply(
-        *to_float64(tail(x, count), tail_stats, tail(residual, count), None), True, True
+        *to_float64(tail(x, count), tail_stats, tail(residual, count), None), "relu", True
     )
     assert_close(tail(y, count), expected, "y")
     mask = mask if len(shape) == 2 else mask.view(IMAGES, 2, -1)
@@ -479,7 +486,8 @@ def test_reductions_and_dx_with_64_bit_offsets(shape, monkeypatch):
     expected = reference_sync.batch_norm_partials(x_tail)[0]
     for row, name in enumerate(("count", "mean", "M2")):
         assert_close(partials[row], expected[row], name)
-    operands = dy, x, tiling, None, stats, None, True, None, None, NO_GRADS
+    relu = activation_constexprs("relu", 0.0)
+    operands = dy, x, tiling, None, stats, None, relu, None, None, NO_GRADS
     sums = run_interpreted(lambda: compute_sums(*operands), ctas=last_cta)[-1]
     expected = reference_sync.batch_norm_sums(*to_float64(dy_tail, x_tail, tail_stats), None, "relu", None, None)
     assert_close(sums[:, -tail_stats.shape[1] :], expected, "sums")
@@ -487,7 +495,7 @@ def test_reductions_and_dx_with_64_bit_offsets(shape, monkeypatch):
     count = shape[-1] % 256 if len(shape) == 3 else ROWS % 64
     dx = run_interpreted(lambda: batch_norm_act_dx(dy, x, stats, None, "relu", None, 1), ctas=last_cta)
     expected = reference_sync.batch_norm_act_dx(
-        *to_float64(tail(dy, count), tail(x, count), tail_stats), None, True, None, 1
+        *to_float64(tail(dy, count), tail(x, count), tail_stats), None, "relu", None, 1
     )
     assert_close(tail(dx, count), expected, "dx")
 
