@@ -29,7 +29,7 @@ from fused_res.nn.chain import Unit
 from fused_res.nn.snapshot import Snapshot
 from fused_res.nn.spec_builder import build_block_spec
 from fused_res.ops.geometry import conv_output_sizes
-from fused_res.ops.memory_format import conv_output_is_channels_last, is_permuted
+from fused_res.ops.memory_format import conv_output_is_channels_last, has_channels_last_strides, is_permuted
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, UnitTensors
 
 #: Bound on the packed weights of a layer and on the prepared input shapes of a sequence of blocks. Some packings depend
@@ -132,7 +132,7 @@ class PackedProgram:
             _insert(sequence.prepared, key, prepared, _MAX_CACHE_ENTRIES)
             _insert(self._sequences, blocks, sequence, _MAX_SEQUENCES)
         # The kernels return channels_last memory, PyTorch only if the input or a weight has it.
-        is_channels_last = any(conv_output_is_channels_last(x, weight) for weight in prepared.weights)
+        is_channels_last = prepared.has_channels_last_weight or has_channels_last_strides(x)
         if is_channels_last and x.dim() == 5:
             return None  # which memory format a Conv3d returns depends on the library that computes it
         if not prepared.accepts(residual) or (blocks[0][1] == "identity" and is_permuted(x)):
@@ -424,7 +424,7 @@ class _Prepared(NamedTuple):
     steps: Sequence[_GraphStep | _BlockStep]
     convolutions: list[PackedConv]
     residual_shape: Shape | None
-    weights: list[Tensor]
+    has_channels_last_weight: bool
 
     def accepts(self, residual: Tensor | None) -> bool:
         """Return whether `residual` can be added without broadcasting or a change of dtype, or there is none."""
@@ -464,6 +464,7 @@ def _prepare(x: Tensor, blocks: tuple[Block, ...], settings: _Settings, refuse_g
     residuals = [step.shapes[1] for step in steps if step.shortcut == "tensor"]
     if len(residuals) > 1:
         raise ValueError('blocks: expected at most one block with the shortcut "tensor"')
+    weights = [unit.conv.__dict__["_parameters"]["weight"] for block in blocks for unit in block.units]
     _synchronize(settings.device)  # the biases
     return _Prepared(
         Snapshot.join(snapshots),
@@ -471,7 +472,7 @@ def _prepare(x: Tensor, blocks: tuple[Block, ...], settings: _Settings, refuse_g
         _merge_into_graphs(steps, settings),
         [convolution for step in steps for convolution in step.convolutions],
         residuals[0] if residuals else None,
-        [unit.conv.__dict__["_parameters"]["weight"] for block in blocks for unit in block.units],
+        any(conv_output_is_channels_last(w, w) for w in weights),
     )
 
 

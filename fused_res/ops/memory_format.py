@@ -128,11 +128,12 @@ def has_channels_last_strides(tensor: Tensor) -> bool:
     """
     # With a single channel the strides are ambiguous. Besides, oneDNN's bfloat16 convolution returns wrong results for
     # 3D inputs with one channel and channels_last_3d strides.
-    if tensor.dim() not in _CHANNELS_LAST or tensor.shape[1] == 1 or tensor.stride(1) != 1:
+    strides, shape, rank = tensor.stride(), tensor.shape, tensor.dim()
+    if rank not in _CHANNELS_LAST or strides[1] != 1 or shape[1] == 1:
         return False
-    extent = tensor.shape[1]  # of the dimensions inside this one
-    for size, stride in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
-        if stride < extent:
+    extent = shape[1]  # of the dimensions inside this one
+    for dim in range(rank - 1, 1, -1):
+        if strides[dim] < extent:
             return False
-        extent = stride * size
-    return tensor.stride(0) >= extent
+        extent = strides[dim] * shape[dim]
+    return strides[0] >= extent
