@@ -259,8 +259,9 @@ def is_constant_norm(state: dict[str, Any]) -> bool:
 
     Such a *frozen* batch norm computes the same in both modes. Its weight and bias are often buffers.
     """
-    names = state["_parameters"].keys() | state["_buffers"].keys()
-    return "track_running_stats" not in state and "eps" in state and {"running_mean", "running_var"} <= names
+    if "track_running_stats" in state or "eps" not in state:
+        return False
+    return all(name in state["_parameters"] or name in state["_buffers"] for name in ("running_mean", "running_var"))
 
 
 def _read_constant_norm(state: dict[str, Any]) -> NormArgs | str:
