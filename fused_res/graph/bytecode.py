@@ -36,6 +36,31 @@ def side_effect(code: types.CodeType, outer: tuple[str, ...]) -> str | None:
     return next(filter(None, nested), None)
 
 
+_IN_MESSAGE = ("LOAD_", "FORMAT_", "BINARY_SUBSCR", "BUILD_STRING", "CONVERT_VALUE", "PRECALL", "CACHE")
+
+
+def call_of_message(code: types.CodeType, offset: int) -> range | None:
+    """Return the offsets of the call ``function(condition, f"... {value} ...")`` that formats the value at `offset`.
+
+    None if the text is not the last of two arguments of a call whose result is dropped.
+    """
+    following = [instruction for instruction in dis.get_instructions(code) if instruction.offset >= offset]
+    names: list[str] = []
+    for index, instruction in enumerate(following[:-1]):
+        if instruction.opname in ("CALL", "CALL_FUNCTION"):
+            last = next((name for name in reversed(names) if name not in ("PRECALL", "CACHE")), "")
+            fits = (
+                instruction.arg == 2
+                and (last == "BUILD_STRING" or last.startswith("FORMAT_"))
+                and following[index + 1].opname == "POP_TOP"
+            )
+            return range(instruction.offset, following[index + 1].offset) if fits else None
+        if not instruction.opname.startswith(_IN_MESSAGE):
+            return None
+        names.append(instruction.opname)
+    return None
+
+
 def tests_value_for_none(code: types.CodeType) -> bool:
     """Return whether a function tests by ``is`` a value that is not the attribute of a module."""
     instructions = list(dis.get_instructions(code))

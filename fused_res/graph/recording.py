@@ -19,6 +19,11 @@ def refuse(reason: str) -> NoReturn:
     raise Untraceable(reason)
 
 
+def assert_that(condition: Any, message: tuple[Any, ...]) -> None:
+    """Raise an AssertionError unless `condition` is true; the message is the concatenation of the parts."""
+    torch._assert(condition, "".join(map(str, message)))
+
+
 class Read(NamedTuple):
     """A value that the recorded code depended on.
 

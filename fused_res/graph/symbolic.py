@@ -25,10 +25,10 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, GraphAppendingTracer
 from torch.nn import functional as F
 
-from fused_res.graph.bytecode import may_be_bool, side_effect, tests_value_for_none
+from fused_res.graph.bytecode import call_of_message, may_be_bool, side_effect, tests_value_for_none
 from fused_res.graph.graph_modules import forward_in, opaque_graph_reason
 from fused_res.graph.ir import eliminate_dead_reads
-from fused_res.graph.norms import find_norms
+from fused_res.graph.norms import batch_norm, find_norms
 from fused_res.graph.recording import (
     ATOMS,
     Frame,
@@ -36,6 +36,7 @@ from fused_res.graph.recording import (
     Recording,
     Size,
     Untraceable,
+    assert_that,
     evaluate,
     ordinary_shape,
     refuse,
@@ -202,7 +203,18 @@ class _Proxy(fx.Proxy):
         return refuse("formats a tensor, or a property of one")
 
     def __format__(self, specification: str) -> str:
-        return format(str(self), specification)
+        tracer: Any = self.tracer
+        caller = sys._getframe(1)
+        call = call_of_message(caller.f_code, caller.f_lasti)
+        if call is None or specification or tracer.message not in (None, (caller.f_code, call)):
+            return format(str(self), specification)
+        size_expression(self.node)
+        tracer.message = caller.f_code, call  # the text is the message of the assertion that is called next
+        tracer.formatted.append(self)
+        return f"{_FORMATTED}{len(tracer.formatted) - 1}{_FORMATTED}"
+
+
+_FORMATTED = "\ue000"  # encloses the index of a formatted proxy in the message of an assertion
 
 
 class _Attribute(Attribute, _Proxy):
@@ -303,6 +315,8 @@ class _Tracer(GraphAppendingTracer):
         self.opaque: dict[str, str] = {}
         self.reads_training = False
         self.failure: Untraceable | None = None
+        self.formatted: list[_Proxy] = []
+        self.message: tuple[types.CodeType, range] | None = None  # the call whose last argument formats a size
         self.shadows: dict[str, _Shadow] = {}
         self.functions: dict[Any, types.FunctionType] = {}
         self.globals: dict[int, _Globals] = {}
@@ -350,6 +364,16 @@ class _Tracer(GraphAppendingTracer):
         return value
 
     def assert_now(self, condition: Any, message: str) -> None:
+        if self.message is not None:
+            caller = sys._getframe(1)
+            code, call = self.message
+            if caller.f_code is not code or caller.f_lasti not in call:
+                refuse("formats a tensor, or a property of one")
+            self.message = None
+            parts: list[Any] = message.split(_FORMATTED)
+            parts[1::2] = [self.formatted[int(index)] for index in parts[1::2]]
+            self.create_proxy("call_function", assert_that, (condition, tuple(parts)), {})
+            return
         conditions = self.frame.conditions
         count = len(conditions)
         try:
@@ -375,7 +399,8 @@ class _Tracer(GraphAppendingTracer):
                     return self.inline(path, module, arguments, options)
                 except Untraceable as failure:
                     reason = str(failure)
-                    self.failure, (self.reads_training, self.frame) = None, state
+                    self.failure = self.message = None
+                    self.reads_training, self.frame = state
                     del self.frames[frames:]
                     for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - nodes]:
                         self.graph.erase_node(node)
@@ -404,6 +429,8 @@ class _Tracer(GraphAppendingTracer):
             result = self.forward_of(path, module)(*arguments, **options)
             if self.failure is not None:  # the code has caught it
                 raise self.failure
+            if self.message is not None:
+                refuse("formats a tensor, or a property of one")
             frame.result = structure(result)
             if frame.parent is not None and any(node.meta.get("unknown") for node in frame.outputs):
                 frame.parent.has_unknown = True
@@ -766,6 +793,8 @@ class _Namespace:
 
     def __getattr__(self, name: str) -> Any:
         tracer, module = self._shadowed
+        if module is F and name == "batch_norm":
+            return _Recorder(tracer, batch_norm)
         value, what = getattr(module, name), f"{module.__name__}.{name}"
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
             tracer.note("global", vars(module), name, value)

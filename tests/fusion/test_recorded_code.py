@@ -381,6 +381,21 @@ class HiddenBuiltin(Body):
         return super().forward(x) * max(1.0, 2.0)
 
 
+class LogsSize(Body):
+    """Formats a size for a function that is no assertion."""
+
+    def prepare(self) -> None:
+        self.gains = {"6": 2.0, "": 3.0}
+
+    def keep(self, y: Tensor, key: str) -> None:
+        y *= self.gains[key]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x) * 1
+        self.keep(y, f"{x.shape[-1]}")
+        return y
+
+
 class Options:
     """A configuration object."""
 
@@ -457,7 +472,7 @@ class ConfigurationIsCompared(Body):
 
 
 MODULES: list[type[nn.Module]] = [
-    ConfigurationObject, ComputedOption, ConfigurationIsWritten, ConfigurationIsCompared,
+    LogsSize, ConfigurationObject, ComputedOption, ConfigurationIsWritten, ConfigurationIsCompared,
     ListAttribute, DictAttribute, SetAttribute, NestedClassAttribute, ScalarAttribute, ShapeInSet, ShapeAsKey,
     FormattedShape, StringOfShape, PercentFormat, DtypeInSet, MatchedShape, BoolOfModule, DtypeIdentity, FlagIdentity,
     TensorIdentity, ModuleIdentity, ClassIdentity, ClassEquality, NoGradient, NoHistory, MissingAttribute,
@@ -638,6 +653,50 @@ def test_variadic_forward(arguments: tuple[float, ...], options: dict[str, float
         assert len(calls) == fused or not trained
         assert_near(actual, stock(x, *arguments, gain=gain, **options), "output")
         assert_near(ours(x, gain=2.0), stock(x, gain=2.0), "output with a number in place of a tensor")
+
+
+class AssertsSize(Body):
+    """Checks sizes as timm's patch embeddings do, also of an intermediate tensor."""
+
+    size = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, height, width = x.shape
+        torch._assert(height == self.size, f"height {height} is not {self.size}")
+        torch._assert(width == self.size, f"{width}")
+        return super().forward(x)
+
+
+class AssertsSizeOfIntermediate(Body):
+    """The norm of the child and the addition are one segment."""
+
+    def prepare(self) -> None:
+        self.first_conv, self.child = nn.Conv2d(3, 3, 1, stride=2), AssertsSize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(self.first_conv(x)) + 1
+
+
+class AssertsSizeOfOutput(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        torch._assert(y.shape[-2] == 6, f"height {y.shape[-2]} is not 6 in {y.ndim} dimensions")
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [(AssertsSize, 6), (AssertsSizeOfIntermediate, 12), (AssertsSizeOfOutput, 6)]
+)
+def test_messages_of_assertions(kind: type[nn.Module], size: int) -> None:
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    for ours, stock, trained in pairs(kind):
+        with record_fused_calls() as calls:
+            actual = ours(x)
+        assert len(calls) == 2 or not trained
+        assert_near(actual, stock(x), "output")
+        for model in (ours, stock):
+            with pytest.raises(AssertionError, match="height 5 is not 6"):
+                model(x[:, :, : 10 if size == 12 else 5])
 
 
 class PadsToEvenSize(Body):
