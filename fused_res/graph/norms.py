@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fused_res._torch_compat import BatchNorm
+from fused_res.graph.recording import Read
 from fused_res.nn import chain
 
 
@@ -134,7 +135,16 @@ def _match_functional(
         if counter is None:
             return None
         parts += counter
+    _note_settings(node, path, module, "eps", "momentum")
     return NormCall(given["input"], module, path, tuple(dict.fromkeys(parts)))
+
+
+def _note_settings(node: fx.Node, path: str, module: nn.Module, *names: str) -> None:
+    """Note that a norm depends on settings of its module: the fused norm reads them, the forward may hold constants."""
+    reads = node.meta["frame"].reads
+    for name in names:
+        if name in module.__dict__:
+            reads.setdefault(("attribute", path, name), Read("attribute", path, name, module.__dict__[name]))
 
 
 def _is_read(value: Any, path: str, name: str) -> bool:
@@ -192,6 +202,7 @@ def _match_arithmetic(
             (input,) = inputs
             module = module_of(path)
             if _is_batch_norm(module, parts, input):
+                _note_settings(node, path, module, "eps")
                 yield node, NormCall(input, module, path, tuple([part for part in parts if part is not node]))
                 continue
         path_of[node] = path

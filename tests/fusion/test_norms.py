@@ -217,6 +217,19 @@ class Parameters(Frozen):
             setattr(self, name, nn.Parameter(tensor))
 
 
+class FrozenConstant(Frozen):
+    """Has its settings as constants in the forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (self.weight * (self.running_var + 1e-5).rsqrt()).reshape(1, -1, 1, 1)
+        return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale)
+
+
+class FunctionalConstant(Functional):
+    def compute(self, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, 0.1, 1e-5)
+
+
 class FrozenWithActivation(Frozen):
     """As timm's FrozenBatchNormAct2d."""
 
@@ -230,7 +243,7 @@ class FrozenWithActivation(Frozen):
 
 class FrozenOtherEps(Frozen):
     def forward(self, x: Tensor) -> Tensor:
-        scale = (self.weight * (self.running_var + 1.1e-5).rsqrt()).reshape(1, -1, 1, 1)
+        scale = (self.weight * (self.running_var + 1.0001e-5).rsqrt()).reshape(1, -1, 1, 1)
         return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale)
 
 
@@ -317,7 +330,8 @@ RECOGNIZED: dict[str, Callable[[int], nn.Module]] = {
     "timm, frozen": timm_frozen, "torchvision, frozen": torchvision_frozen, "frozen": Frozen,
     "frozen, reshaped last": ReshapedLast, "frozen, functional": FrozenFunctional, "frozen, divided": Divided,
     "frozen, detectron2": Detectron2, "frozen, power": Power, "frozen, parameters": Parameters,
-    "frozen, with activation": FrozenWithActivation,
+    "frozen, with activation": FrozenWithActivation, "frozen, constant": FrozenConstant,
+    "functional, constant": FunctionalConstant,
 }  # fmt: skip
 TWINS: dict[str, Callable[[int], nn.Module]] = {
     "counts two": CountsTwo, "not counted": NotCounted, "counts True": CountsInFloat, "other momentum": OtherMomentum,
@@ -401,7 +415,16 @@ class TestRecognized:
         assert torch.equal(infer(freeze(stock), images()), infer(stock, images()))
 
     @pytest.mark.parametrize(
-        "name", ["functional", "with activation", "frozen", "frozen, parameters", "frozen, detectron2"]
+        "name",
+        [
+            "functional",
+            "with activation",
+            "frozen",
+            "frozen, parameters",
+            "frozen, detectron2",
+            "frozen, constant",
+            "functional, constant",
+        ],
     )
     def test_settings_may_change(self, name: str) -> None:
         """The generated forward runs stock, or with the new settings."""
