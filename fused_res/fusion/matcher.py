@@ -1,7 +1,7 @@
 """The matcher: find every maximal chain of the graph that a fused operator computes.
 
 A :class:`Segment` is a chain of conv-BN-act units with an optional shortcut and pooling, or one norm with an optional
-addition and ReLU. The matcher sees only :class:`fused_res.graph.ir.Node`: an intermediate result may be inside a
+addition and activation. The matcher sees only :class:`fused_res.graph.ir.Node`: an intermediate result may be inside a
 segment if nothing else reads it, and a segment runs where its last node is, so no operation in between may write to
 its inputs.
 """
