@@ -13,6 +13,8 @@ and does not read statistics that it updates.
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -81,7 +83,7 @@ def lower(source: fx.Graph) -> Captured:
     layers = _Layers(source)
     recorded, nodes, frames = fx.Graph(), {}, _Frames()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in source.nodes:
+    for node in layers.in_order_of_use(source):
         if node.op == "output":
             copied = fx.node.map_arg(node.args[0], copies.__getitem__)
             frames.root.result = list(_nodes_in(copied))
@@ -90,7 +92,7 @@ def lower(source: fx.Graph) -> Captured:
         if call is not None:
             copy = recorded.create_node("call_module", call.path, (copies[call.input],))
         elif node.op == "placeholder" and (node in layers.tensors or not _may_alias_input(node)):
-            copy = recorded.create_node("get_attr", node.name)
+            copy = recorded.create_node("get_attr", layers.attributes.get(node, node.name))
         elif node.op == "call_module":
             copy = recorded.create_node("call_function", _opaque, *_mapped(node, copies))
         else:
@@ -100,13 +102,14 @@ def lower(source: fx.Graph) -> Captured:
     used = {value for node in recorded.nodes for value in node.all_input_nodes} | set(frames.root.outputs)
     for copy in [copy for copy in recorded.nodes if copy.op == "get_attr" and copy not in used]:
         recorded.erase_node(copy)
-    modules = {call.path: call.layer for call in layers.calls.values()} | {"": nn.Module()}
+    modules = {call.path: call.layer for call in layers.calls.values()} | layers.constant_norms | {"": nn.Module()}
     graph = build_graph(recorded, modules.__getitem__, frames.all)
     _add_writes(graph, nodes)
     written = _written_state(graph, nodes)
     for node in graph.nodes:
         call = layers.calls.get(nodes[node.source])
-        if call is not None and not written.isdisjoint(call.tensors.values()):
+        operands = [nodes[part.source] for part in node.parts] if call is None else call.tensors.values()
+        if not written.isdisjoint(operands):
             node.op = Op.OTHER  # the fused call would read its tensors after the write
     tensors = {id(value_of(node)): node for node in layers.tensors}
     return Captured(graph, nodes, tensors, written | layers.updated)
@@ -204,6 +207,23 @@ _POOL_PARAMETERS = {
 }  # fmt: skip
 
 
+#: Dynamo's name of a placeholder that is a tensor of a batch norm.
+_NORM_TENSOR = re.compile(r"(?P<module>.*)_(buffers|parameters)_(?P<name>weight|bias|running_mean|running_var)_")
+_VIEWS = ("view", "reshape", "unsqueeze", "to", operator.getitem)
+
+
+def _eps_of(running_var: fx.Node) -> float | None:
+    """Return the number that a graph adds to a variance, or None."""
+    values = [running_var]
+    for node in values:
+        for user in node.users:
+            if user.target in (operator.add, torch.add, "add"):
+                return next((number for number in user.args if type(number) is float), None)
+            if user.target in _VIEWS:
+                values.append(user)
+    return None
+
+
 class _Unknown(Exception):
     """A call is not one of a layer."""
 
@@ -213,6 +233,8 @@ class _Layers:
 
     Attributes:
         calls: those calls.
+        constant_norms: layers of frozen batch norms, which the graph may compute by arithmetic; by their path.
+        attributes: path and name of the attribute for each placeholder of their tensors.
         tensors: the placeholders of all layers' tensors.
         updated: those of the running statistics that a norm updates.
     """
@@ -230,6 +252,10 @@ class _Layers:
         for node in [node for node, call in self.calls.items() if not self._owns_statistics(call)]:
             del self.calls[node]
         self.tensors = {tensor for call in self.calls.values() for tensor in call.tensors.values()}
+        self.constant_norms: dict[str, nn.Module] = {}
+        self.attributes: dict[fx.Node, str] = {}
+        self._find_constant_norms(source)
+        self.tensors |= self.attributes.keys()
         training = [call for call in self.calls.values() if call.layer.training]
         self.updated = {call.tensors[name] for call in training for name in call.tensors if name.startswith("running_")}
 
@@ -246,6 +272,38 @@ class _Layers:
         statistics = [node for name, node in call.tensors.items() if name.startswith("running_")]
         readers = (reader for node in statistics for reader in node.users)
         return all(reader in self.calls and self.calls[reader].layer is call.layer for reader in readers)
+
+    def in_order_of_use(self, source: fx.Graph) -> Iterator[fx.Node]:
+        """Yield the nodes of a graph, the tensors of frozen batch norms where they are first read, as in a module."""
+        pending = set(self.attributes)
+        for node in source.nodes:
+            if node not in self.attributes:
+                for operand in node.all_input_nodes:
+                    if operand in pending:
+                        pending.remove(operand)
+                        yield operand
+                yield node
+
+    def _find_constant_norms(self, source: fx.Graph) -> None:
+        """Give a layer to each set of placeholders with the names of one batch norm's tensors.
+
+        Nothing is decided by the names: :mod:`fused_res.graph.norms` verifies what is computed from the tensors.
+        """
+        groups: dict[str, dict[str, fx.Node]] = {}
+        for node in source.nodes:
+            named = _NORM_TENSOR.fullmatch(node.name) if node.op == "placeholder" else None
+            value = value_of(node)
+            if named and node not in self.tensors and is_plain(value) and value.dim() == 1 and type(len(value)) is int:
+                groups.setdefault(named["module"], {})[named["name"]] = node
+        for tensors in groups.values():
+            eps = _eps_of(tensors["running_var"]) if "running_var" in tensors else None
+            if eps is not None and "running_mean" in tensors:
+                path = f"constant_norm_{len(self.constant_norms)}"
+                layer = nn.Module()
+                layer.__dict__["eps"] = eps
+                layer._buffers |= {name: value_of(node) for name, node in tensors.items()}
+                self.constant_norms[path] = layer
+                self.attributes |= {node: f"{path}.{name}" for name, node in tensors.items()}
 
     # Recognition of one call
 

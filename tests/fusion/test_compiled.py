@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import subprocess
 import sys
@@ -637,6 +638,48 @@ def test_export_sees_stock_operators(spy: Spy) -> None:
     assert {"aten.conv2d.default", "aten.batch_norm.default"} <= targets
     assert not any("fused_res" in target for target in targets)
     assert_near(exported.module()(images()), stock(images()), "exported")
+
+
+class Frozen(nn.Module):
+    """A frozen batch norm as detection libraries write it."""
+
+    def __init__(self, channels: int, shift_sign: float = 1.0) -> None:
+        super().__init__()
+        self.eps, self.shift_sign = 1e-3, shift_sign
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels, dtype=torch.float64) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b, mean, var = (
+            tensor.reshape(1, -1, 1, 1) for tensor in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        scale = w * (var + self.eps).rsqrt()
+        return x * scale + (b - self.shift_sign * mean * scale)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_norms_in_a_block(training: bool, spy: Spy) -> None:
+    model = block().train(training)
+    model.bn1, model.bn2 = Frozen(4), Frozen(4)
+    fused = compiled(model, spy)
+    assert_models_match(fused, model, images())
+    assert [type(call) for call in spy.fused] == [FusedChain]
+    assert not spy.nodes(operator.mul)[1:]  # the block's own scale is left
+
+
+@pytest.mark.parametrize("change", ["sign", "other tensor", "statistics written"])
+def test_arithmetic_that_is_no_frozen_norm(change: str, spy: Spy) -> None:
+    class Writes(Frozen):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if change == "statistics written":
+                self.running_mean.add_(1)
+            return y * self.weight.sum() if change == "other tensor" else y
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), Writes(4, -1.0 if change == "sign" else 1.0), nn.ReLU()).double()
+    fused = compiled(model, spy)
+    assert_models_match(fused, model, images())
+    assert not spy.fused
 
 
 @pytest.mark.parametrize(
