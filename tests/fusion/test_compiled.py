@@ -150,14 +150,17 @@ class ConvNormAct(nn.Sequential):
 
 
 class Chained(nn.Module):
-    """Module calls in a row, one module twice."""
+    """Two module calls in a row, then two units in the module's own forward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = ConvNormAct(), ConvNormAct()
+        self.first, self.second, self.third, self.fourth = (ConvNormAct() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.second(self.first(x)))
+        x = self.second(self.first(x))
+        for layer in (*self.third, *self.fourth):
+            x = layer(x)
+        return x
 
 
 def test_chains_end_with_module_calls(spy: Spy) -> None:
@@ -165,7 +168,8 @@ def test_chains_end_with_module_calls(spy: Spy) -> None:
     stock = randomize_norms(Chained()).double()
     model = compiled(stock, spy)
     assert_models_match(model, stock, images().requires_grad_())
-    assert [len(call.spec.units) for call in spy.fused] == [1, 1, 1] and not spy.norms
+    # As fuse() does: a call joins units of its caller, but not another call.
+    assert [len(call.spec.units) for call in spy.fused] == [1, 3] and not spy.norms
 
 
 def test_control_flow_and_keyword_arguments(spy: Spy) -> None:
