@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fused_res
@@ -142,6 +143,34 @@ def test_same_chains_and_bits_as_fuse(spy: Spy) -> None:
         assert torch.equal(actual.grad, expected.grad)
     for actual, expected in zip(model.state_dict().values(), fused.state_dict().values(), strict=True):
         assert torch.equal(actual, expected)
+
+
+class ConvNormAct(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+
+class Chained(nn.Module):
+    """Two module calls in a row, then two units in the module's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (ConvNormAct() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x))
+        for layer in (*self.third, *self.fourth):
+            x = layer(x)
+        return x
+
+
+def test_chains_end_with_module_calls(spy: Spy) -> None:
+    torch.manual_seed(0)
+    stock = randomize_norms(Chained()).double()
+    model = compiled(stock, spy)
+    assert_models_match(model, stock, images().requires_grad_())
+    # As fuse() does: a call joins units of its caller, but not another call.
+    assert [len(call.spec.units) for call in spy.fused] == [1, 3] and not spy.norms
 
 
 def test_control_flow_and_keyword_arguments(spy: Spy) -> None:
@@ -585,6 +614,17 @@ def test_vmap_runs_stock(spy: Spy) -> None:
     function = torch.compile(lambda x: torch.func.vmap(norm)(x), backend=spy)
     assert_near(function(x), torch.stack([norm(part) for part in x]), "output")
     assert spy.norms == 1 and not spy.fused
+
+
+def test_forward_mode_runs_stock(spy: Spy) -> None:
+    stock = block()
+
+    def inside_dual_level(x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return stock(x)
+
+    assert_near(torch.compile(inside_dual_level, backend=spy)(images()), stock(images()), "output")
+    assert spy.norms == 2 and not spy.fused
 
 
 def test_fused_model_is_not_fused_twice(spy: Spy) -> None:
