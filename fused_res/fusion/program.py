@@ -497,6 +497,8 @@ class _Generator:
         keyword_only = False
         for parameter in list(inspect.signature(forward, follow_wrapped=False).parameters.values())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                if self.owner.arguments.get(parameter.name):  # an unpickled module is recorded without any
+                    raise Unemittable("it is called with a variable number of arguments")
                 stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
                 parameters.append(stars + parameter.name)
                 keyword_only = True
