@@ -16,6 +16,8 @@
 //     number of output channels, and the gradients that are not requested are None;
 //   snapshot_is_current(attributes, tensors, refuse_grad)
 //     snapshot.h: True if every dictionary still holds the value under its key and every tensor is unchanged;
+//   class_tags(classes), class_tags_are(classes, tags)
+//     snapshot.h: numbers that change with every change of a class;
 //   WINOGRAD_POINTS
 //     the number of transform-domain GEMMs, which is also the number of floats per input and output channel
 //     of a transformed filter;
@@ -94,6 +96,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("convolution_backward", &convolution_backward, py::call_guard<py::gil_scoped_release>());
   m.def("snapshot_is_current", &fused_res::snapshot_is_current, py::arg("attributes"), py::arg("tensors"),
         py::arg("refuse_grad"));
+  m.def("class_tags", &fused_res::class_tags, py::arg("classes"));
+  m.def("class_tags_are", &fused_res::class_tags_are, py::arg("classes"), py::arg("tags"));
   using namespace fused_res::cpu;
   m.attr("WINOGRAD_POINTS") = kTransformPoints;
   m.attr("GRAPH_LOCATIONS") = py::make_tuple(int64_t{kInput}, int64_t{kOutput}, int64_t{kNoOperand});

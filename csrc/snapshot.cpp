@@ -43,7 +43,35 @@ bool same_memory(const at::Tensor& tensor, const at::Tensor& alias, const void* 
          tensor.strides() == alias.strides();
 }
 
+// The version tag of CPython's method cache. It is never used again for another state of a class.
+unsigned int class_tag(PyObject* object) {
+  if (!PyType_Check(object)) throw py::type_error("classes: expected classes");
+  auto* type = reinterpret_cast<PyTypeObject*>(object);
+  return PyType_HasFeature(type, Py_TPFLAGS_VALID_VERSION_TAG) ? type->tp_version_tag : 0;
+}
+
 }  // namespace
+
+py::tuple class_tags(const py::tuple& classes) {
+  py::tuple tags(classes.size());
+  for (size_t i = 0; i < classes.size(); ++i) {
+    PyObject* object = PyTuple_GET_ITEM(classes.ptr(), i);
+    Py_XDECREF(PyObject_GetAttrString(object, "__call__"));  // CPython tags a class at its first look-up
+    PyErr_Clear();
+    tags[i] = class_tag(object);
+  }
+  return tags;
+}
+
+bool class_tags_are(const py::tuple& classes, const py::tuple& tags) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(classes.ptr());
+  if (PyTuple_GET_SIZE(tags.ptr()) != count) return false;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const unsigned int tag = class_tag(PyTuple_GET_ITEM(classes.ptr(), i));
+    if (tag == 0 || PyLong_AsUnsignedLong(PyTuple_GET_ITEM(tags.ptr(), i)) != tag) return false;
+  }
+  return true;
+}
 
 bool snapshot_is_current(const py::tuple& attributes, const py::tuple& tensors, bool refuse_grad) {
   // attributes: (dictionary, key, value); tensors: (tensor, alias, version, data pointer).

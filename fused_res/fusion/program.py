@@ -14,6 +14,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,10 +59,10 @@ class Program:
 
     @property
     def key(self) -> Any:
-        """Equal keys are equal programs."""
+        """Equal keys are equal programs, also of different modules."""
         constants = {k: v for k, v in self._namespace.items() if k not in ("forward", "__builtins__")}
         by_value = (int, float, complex, str, bytes, list, dict, set, tuple)
-        return self.source, [(name, repr(v) if isinstance(v, by_value) else id(v)) for name, v in constants.items()]
+        return self.source, *[(name, repr(v) if isinstance(v, by_value) else id(v)) for name, v in constants.items()]
 
     def relative(self, path: str) -> str:
         return path[len(self.prefix) :].removeprefix(".")  # "" for the module itself
@@ -101,6 +102,10 @@ def generate(graph: Graph, frames: Sequence[Frame], owner: Frame, segments: Sequ
         Unemittable: the module's forward cannot be generated.
     """
     return _Generator(graph, frames, owner, segments, packed).generate()
+
+
+#: Modules with equal forwards share a program: in a call after the first one, its code is in the processor's caches.
+_programs: WeakValueDictionary[Any, Program] = WeakValueDictionary()
 
 
 class _Generator:
@@ -486,7 +491,8 @@ class _Generator:
             for code, _ in (*self.argument_guards, *self.guards)
         ]
         text = "\n".join([header, *first, *body]) + "\n"
-        return Program(text, self.namespace, self.guards, self.segments, self.owner.path)
+        program = Program(text, self.namespace, self.guards, self.segments, self.owner.path)
+        return _programs.setdefault(program.key, program)
 
     def _header(self) -> str:
         """Return the signature, and guard the arguments: tensors where the recording had tensors, equal constants."""

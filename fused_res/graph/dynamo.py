@@ -106,11 +106,11 @@ def lower(source: fx.Graph) -> Captured:
     graph = build_graph(recorded, modules.__getitem__, frames.all)
     _add_writes(graph, nodes)
     written = _written_state(graph, nodes)
-    for node in graph.nodes:
-        call = layers.calls.get(nodes[node.source])
-        operands = [nodes[part.source] for part in node.parts] if call is None else call.tensors.values()
+    for lowered in graph.nodes:
+        call = layers.calls.get(nodes[lowered.source])
+        operands = [nodes[part.source] for part in lowered.parts] if call is None else call.tensors.values()
         if not written.isdisjoint(operands):
-            node.op = Op.OTHER  # the fused call would read its tensors after the write
+            lowered.op = Op.OTHER  # the fused call would read its tensors after the write
     tensors = {id(value_of(node)): node for node in layers.tensors}
     return Captured(graph, nodes, tensors, written | layers.updated)
 

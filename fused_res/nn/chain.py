@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Conv1d, Conv2d, Conv3d, Parameter
 
-from fused_res import _torch_compat, distributed, env, functional
+from fused_res import _extension, _torch_compat, distributed, env, functional
 from fused_res.backends import registry
 from fused_res.block.plan import Plan
 from fused_res.nn.cached_call import CachedCall, Calls, read_modules
@@ -351,9 +351,20 @@ _PATCHABLE: tuple[tuple[type, str], ...] = (
 _STOCK_METHODS = [getattr(kind, name) for kind, name in _PATCHABLE]
 
 
+_PATCHABLE_CLASSES = tuple(dict.fromkeys(kind for kind, _ in _PATCHABLE))
+_stock_tags: tuple[int, ...] = ()  # tags of these classes when all of their methods were stock
+
+
 def has_patched_layers() -> bool:
     """Return whether a method of a PyTorch layer was replaced, which changes what its modules compute."""
-    return [getattr(kind, name) for kind, name in _PATCHABLE] != _STOCK_METHODS
+    global _stock_tags
+    if _extension.loaded and _extension.cpp.class_tags_are(_PATCHABLE_CLASSES, _stock_tags):
+        return False
+    tags = _extension.cpp.class_tags(_PATCHABLE_CLASSES) if _extension.loaded else ()
+    if [getattr(kind, name) for kind, name in _PATCHABLE] != _STOCK_METHODS:
+        return True
+    _stock_tags = tags
+    return False
 
 
 def unsupported_context() -> Unsupported | None:

@@ -244,11 +244,23 @@ def _aten_wgrad_is_faster(problem: Problem) -> bool:
     return max(kernel_size) > 3 or channels < _MIN_CHANNELS or (problem.stride == (1, 1) and channels > 128)
 
 
-_FEW_PIXELS = Rule(
-    lambda problem: _output_pixels(problem) < _MIN_OUTPUT_PIXELS,
-    "few output pixels",
-    _EVIDENCE_ZEN4,
-    TRAINING_OPERATIONS,
+#: Weight elements up to which a 1x1 convolution of few pixels packs its weight faster than oneDNN reorders it.
+_MAX_POINTWISE_WEIGHT = 1 << 16
+
+
+def _has_few_pixels(problem: Problem) -> bool:
+    if problem.operation == "forward" and problem.pointwise and math.prod(problem.weight) <= _MAX_POINTWISE_WEIGHT:
+        return False
+    return _output_pixels(problem) < _MIN_OUTPUT_PIXELS
+
+
+_FEW_PIXELS = Rule(_has_few_pixels, "few output pixels", _EVIDENCE_ZEN4, TRAINING_OPERATIONS)
+_SMALL_IMAGE = Rule(
+    convolution.is_small_image,
+    "one small image, whose convolution is one GEMM in ATen, without oneDNN",
+    "2 Zen 4 cores, float32, us of ATen / direct or Winograd: 1x1, 16->96 channels, 32x32: 30 / 50; 192->64, 8x8: 21 /"
+    " 31; 64->256, 14x14: 50 / 53; 3x3, 64->64, 8x8: 53 / 58; 14x14: 95 / 110",
+    ("forward",),
 )
 _REASON_FITS_ALLOCATOR = "direct is no faster where the result is small enough for malloc to reuse freed memory"
 
@@ -286,6 +298,7 @@ WINOGRAD_F4X4 = _native_algorithm(
     (
         Rule(_f4x4_needs_more_macs, _REASON_SMALL, _EVIDENCE_MACS, ("inference",)),
         _FEW_PIXELS,
+        _SMALL_IMAGE,
         Rule(lambda problem: _channels(problem) < _MIN_CHANNELS, "few channels", _EVIDENCE_ZEN4, TRAINING_OPERATIONS),
     ),
     True,
@@ -303,6 +316,7 @@ DIRECT = _native_algorithm(
     _direct_unsupported_reason,
     (
         _FEW_PIXELS,
+        _SMALL_IMAGE,
         Rule(_prefer_aten_forward, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("forward",)),
         Rule(_prefer_aten_dgrad, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("input_gradient",)),
         Rule(
