@@ -298,7 +298,7 @@ class _Rewrite:
     def _norm_call(self, part: Segment) -> _Call | None:
         (unit,), _, _ = part.layers()
         state = unit.norm.__dict__
-        norm, is_constant = chain.read_norm(state), "track_running_stats" not in state
+        norm, is_constant = chain.read_norm(state), chain.is_constant_norm(state)
         input, residual = (*(value_of(self.nodes[value]) for value in part.values), None)[:2]
         if isinstance(norm, str) or not _have_supported_dtypes(
             (None, None, *norm[:4]), input.dtype, False, is_constant

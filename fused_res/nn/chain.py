@@ -154,7 +154,7 @@ class Chain:
         if not accepts_rank(norm, weight.dim()):
             return Unsupported(f"does not accept the convolution's outputs of rank {weight.dim()}", norm)
         norm_weight, norm_bias, mean, var, training, momentum, num_batches = norm_args
-        if "track_running_stats" not in norm_state:
+        if is_constant_norm(norm_state):
             self.has_constant_norm = True
         # fmt: off
         self.keys.append((
@@ -534,7 +534,7 @@ def run_fused_norm(
         return None
     state = norm.__dict__
     norm_args = read_norm(state)
-    is_constant = "track_running_stats" not in state
+    is_constant = is_constant_norm(state)
     if isinstance(norm_args, str) or inspect_tensors((None, None, *norm_args[:4]), input.dtype, False, is_constant):
         return None
     options = state["eps"], activation, backend, negative_slope, sync_process_group(state)

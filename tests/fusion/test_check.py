@@ -283,8 +283,8 @@ def change_dtype(output: Tensor, tensors: Any) -> Tensor:
 def test_wrong_fused_forward_is_named(mistake: Any, name: str, right: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = functional.run_block
 
-    def wrong(input: Tensor, spec: Any, tensors: Any, *arguments: Any) -> Tensor:
-        return mistake(original(input, spec, tensors, *arguments), tensors)
+    def wrong(input: Tensor, spec: Any, tensors: Any, *arguments: Any) -> tuple[Tensor, None]:
+        return mistake(original(input, spec, tensors, *arguments)[0], tensors), None
 
     model = conv_norm_relu()
     nn.init.constant_(model[1].running_mean, 0.1)

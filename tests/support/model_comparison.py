@@ -127,6 +127,7 @@ def record_fused_calls() -> Iterator[list[str]]:
         run_block = staticmethod(spy("run_block", "residual_block"))
         run_planned_block = staticmethod(spy("run_planned_block", "residual_block"))  # of cached calls
         batch_norm_act = staticmethod(spy("batch_norm_act", "batch_norm_act"))
+        run_norm = staticmethod(spy("run_norm", "batch_norm_act"))  # of cached calls
         is_recomputing = staticmethod(functional.is_recomputing)
         autocast_dtype = staticmethod(functional.autocast_dtype)
 
