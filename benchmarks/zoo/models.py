@@ -233,7 +233,6 @@ SMALL: tuple[ZooModel, ...] = (
     fpn_backbone("resnet18", shape=(2, 3, 32, 32)),
     timm("resnet10t"),
     timm("dla46_c"),
-    timm("skresnet18", shape=(2, 3, 32, 32)),
     timm("regnety_002", shape=(2, 3, 32, 32)),
     timm("test_efficientnet"),
     transformers(
@@ -242,7 +241,6 @@ SMALL: tuple[ZooModel, ...] = (
         {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 24], "depths": [1, 2, 1, 1], "layer_type": "basic"},
         shape=(2, 3, 32, 32),
     ),
-    segmentation("Linknet", "mobilenet_v2", shape=(2, 3, 32, 32)),
     pytorchcv("resnet20_cifar10", shape=(2, 3, 32, 32)),
     pytorchcv("preresnet20_cifar10", shape=(2, 3, 32, 32)),
     monai(

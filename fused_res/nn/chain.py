@@ -9,7 +9,6 @@ through ``nn.Module.__getattr__``.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -490,10 +489,12 @@ def run_fused(
         attributes = read_modules(modules if pool is None else [*modules, pool])
         if attributes is not None:
             kernels = registry.resolve(plan.config.backend, input.device)
-            function = functools.partial(functional.run_planned_block, plan, kernels, chain.tensors, chain.momentum)
-            calls[units, shortcut, pool] = CachedCall(
-                attributes, (input,), chain.tensors, chain.num_batches_tracked, function
-            )
+            tensors, momentum = chain.tensors, chain.momentum
+
+            def run(input: Tensor) -> Tensor:
+                return functional.run_planned_block(plan, kernels, tensors, momentum, input)
+
+            calls[units, shortcut, pool] = CachedCall(attributes, (input,), tensors, chain.num_batches_tracked, run)
     return output
 
 
