@@ -31,7 +31,7 @@ RELATIVES = (
         (
             "resnet18", "ghostnet_050", "legacy_seresnet18", "resnet18d", "resnet26t", "resnext50_32x4d",
             "wide_resnet50_2", "resnetblur18", "resnetaa50", "resnet50_clip", "seresnet18", "seresnext26t_32x4d",
-            "legacy_seresnext26_32x4d", "ecaresnet26t", "skresnet18", "skresnext50_32x4d", "res2net50_14w_8s", "res2next50",
+            "legacy_seresnext26_32x4d", "ecaresnet26t", "skresnext50_32x4d", "res2net50_14w_8s", "res2next50",
             "dla60_res2net", "hrnet_w18_ssld", "ghostnetv2_100", "selecsls60",
         ),
     ),
