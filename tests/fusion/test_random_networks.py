@@ -30,8 +30,8 @@ from tests.support.model_comparison import assert_near, randomize_norms
 from tests.support.network_changes import FROZEN, LOCAL, SHARED, Side
 from tests.support.random_networks import Choices, Network, imported, write_network
 
-#: Examples of one run; the suite makes the first two runs of each test, the tests marked `full` the others.
-EXAMPLES, RUNS, SUITE_RUNS = 100, 20, 2
+#: Examples of one run; the suite makes the first run of each test, the tests marked `full` the others.
+EXAMPLES, RUNS, SUITE_RUNS = 100, 20, 1
 PARTS = [pytest.param(part, marks=[pytest.mark.full] if part >= SUITE_RUNS else []) for part in range(RUNS)]
 
 #: Random bytes of an example; a network of three blocks takes about 300.
