@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from fused_res.fusion.fused import fused_class
 from fused_res.fusion.matcher import Segment, Unit, source
 from fused_res.graph.ir import Graph, Node, Op
-from fused_res.graph.recording import Frame, Read, Size, assumed_rank, evaluate, nodes_in
+from fused_res.graph.recording import Frame, Read, Size, assumed_rank, evaluate, nodes_in, sizes_in
 from fused_res.graph.symbolic import is_layer, stock_forward
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import stock_class
@@ -299,7 +299,7 @@ class _Generator:
                 node = node.operands[0]
             return size.name == "ndim" and node is source(norm) and node.source not in self.owner.inputs
 
-        return all(map(is_rank, _sizes(expression)))
+        return all(map(is_rank, sizes_in(expression)))
 
     def _has_rank_of_inputs(self, node: Node) -> bool:
         """Return whether a result has the assumed rank, and elements, if all arguments have."""
@@ -646,15 +646,6 @@ def _copy(value: Any) -> Any:
     if type(value) is set:
         return set(value)
     return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
-
-
-def _sizes(expression: Any) -> Iterator[Size]:
-    """Yield the sizes in an expression, see :attr:`fused_res.graph.recording.Frame.conditions`."""
-    if isinstance(expression, Size):
-        yield expression
-    elif type(expression) is tuple and expression and callable(expression[0]):
-        for operand in expression[1:]:
-            yield from _sizes(operand)
 
 
 def _reject(output: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import operator
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -194,3 +195,12 @@ def evaluate(expression: Any) -> Any:
     if type(expression) is tuple and expression and callable(expression[0]):
         return expression[0](*map(evaluate, expression[1:]))
     return expression
+
+
+def sizes_in(expression: Any) -> Iterator[Size]:
+    """Yield the sizes in an expression, see :attr:`fused_res.graph.recording.Frame.conditions`."""
+    if isinstance(expression, Size):
+        yield expression
+    elif type(expression) is tuple and expression and callable(expression[0]):
+        for operand in expression[1:]:
+            yield from sizes_in(operand)

@@ -41,6 +41,7 @@ from fused_res.graph.recording import (
     ordinary_shape,
     refuse,
     size_expression,
+    sizes_in,
     structure,
 )
 from fused_res.nn.chain import has_no_hooks
@@ -248,6 +249,17 @@ for _name in (
     _define_in_place(f"i{_name}")
 
 
+def _is_about_rank(condition: Any) -> bool:
+    """Return whether a condition depends on nothing but ranks, which norms and guards verify."""
+    if not isinstance(condition, fx.Proxy):
+        return False
+    try:
+        sizes = list(sizes_in(size_expression(condition.node)))
+    except Untraceable:
+        return False
+    return all(size.name == "ndim" for size in sizes)
+
+
 def _is_tensor(node: fx.Node) -> bool:
     """Return whether a value is certainly one tensor."""
     is_operation = node.op == "call_function" and node.target in (torch.cat, torch.relu, torch.add, F.relu)
@@ -370,10 +382,11 @@ class _Tracer(GraphAppendingTracer):
             if caller.f_code is not code or caller.f_lasti not in call:
                 refuse("formats a tensor, or a property of one")
             self.message = None
-            parts: list[Any] = message.split(_FORMATTED)
-            parts[1::2] = [self.formatted[int(index)] for index in parts[1::2]]
-            self.create_proxy("call_function", assert_that, (condition, tuple(parts)), {})
-            return
+            if not _is_about_rank(condition):
+                parts: list[Any] = message.split(_FORMATTED)
+                parts[1::2] = [self.formatted[int(index)] for index in parts[1::2]]
+                self.create_proxy("call_function", assert_that, (condition, tuple(parts)), {})
+                return
         conditions = self.frame.conditions
         count = len(conditions)
         try:
