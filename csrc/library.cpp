@@ -1,9 +1,9 @@
 // The Python module fused_res._C. Importing it registers the operators' CPU kernels: each file of csrc/cpu
 // that defines operators ends with their registration. The attributes of the module are
 //
-//   build_info, cpu_isa, set_cpu_isa, fma_peak, set_output_cache, output_cache_bytes
-//     the build's record, the active instruction set, its peak FMA throughput, and the output allocator's
-//     cache;
+//   build_info, cpu_isa, set_cpu_isa, fma_peak, bf16_peak, set_output_cache, output_cache_bytes
+//     the build's record, the active instruction set, its peak throughput of fp32 FMAs and of products of
+//     bfloat16, and the output allocator's cache;
 //   winograd_supports(kernel, stride, dilation)
 //     True if the Winograd kernels support this geometry of a 2D convolution, False also for a sequence that
 //     is not a pair: supports_winograd() of convolution.h;
@@ -88,6 +88,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &fused_res::cpu_isa);
   m.def("set_cpu_isa", &fused_res::set_cpu_isa, py::arg("name"));
   m.def("fma_peak", &fused_res::fma_peak, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("bf16_peak", &fused_res::bf16_peak, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("set_output_cache", &fused_res::set_output_cache, py::arg("bytes"));
   m.def("output_cache_bytes", &fused_res::output_cache_bytes);
   m.def("winograd_supports", &winograd_supports, py::arg("kernel"), py::arg("stride"), py::arg("dilation"));

@@ -17,7 +17,7 @@ namespace {
 // Packs a weight (K, C, kh, kw) of float32, bfloat16 or float16. winograd: the stride, 1 or 2, of a Winograd
 // convolution, or 0 for a direct one. transposed: pack the weight of the gradient with respect to the input
 // (dgrad), whose taps are reversed and whose input and output channels are swapped. bf16_products: pack
-// bfloat16 for products of bfloat16, with Winograd for F(2x2); otherwise float32.
+// bfloat16 for products of bfloat16, otherwise float32.
 Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transposed, bool bf16_products) {
   image_dtype(original, "weight");
   const Tensor weight = original.to(at::kFloat);
@@ -28,11 +28,10 @@ Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transpose
   TORCH_CHECK_VALUE(winograd == 0 || (kernel_h == 3 && kernel_w == 3),
                     "weight: Winograd supports 3x3 kernels, got ", weight.sizes());
   TORCH_CHECK_VALUE(
-      !bf16_products || (kernels().bf16_convolution && winograd <= 1 &&
-                         (winograd == 0 || weight.size(transposed ? 0 : 1) % kBlockK == 0)),
-      "bf16_products: expected an instruction set with products of bfloat16, and for Winograd stride "
-      "1 and a multiple of ",
-      kBlockK, " channels");
+      !bf16_products || (kernels().bf16_convolution && winograd == 0),
+      "bf16_products: expected a direct convolution, and an instruction set with products of bfloat16, "
+      "got ",
+      kernels().name);
   WeightView w = {float_data(weight, "weight"),
                   weight.size(0),
                   weight.size(1),
@@ -54,12 +53,9 @@ Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transpose
   Tensor packed =
       empty_output({size}, bf16_products ? at::kBFloat16 : at::kFloat, at::MemoryFormat::Contiguous);
   void* to = packed.mutable_data_ptr();
-  const auto pack = [&] {
-    if (bf16_products)
-      return winograd != 0 ? kernels().bf16_convolution->winograd.pack
-                           : kernels().bf16_convolution->direct.pack;
-    return winograd != 0 ? convolution_kernels().winograd[0].pack : convolution_kernels().direct[0].pack;
-  }();
+  const auto pack = bf16_products   ? kernels().bf16_convolution->direct.pack
+                    : winograd != 0 ? convolution_kernels().winograd[0].pack
+                                    : convolution_kernels().direct[0].pack;
   Parallel{size}(num_panels(w.out_channels), [&](int64_t begin, int64_t end) { pack(w, {begin, end}, to); });
   return packed;
 }

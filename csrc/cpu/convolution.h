@@ -21,16 +21,11 @@ inline Range balanced_range(int64_t n, int64_t index, int64_t parts) {
 }
 
 inline int64_t num_panels(int64_t out_channels) { return ceil_div(out_channels, kPanelWidth); }
-// The elements of a packed weight: float, or bfloat16 with bf16_products.
+// The elements of a packed weight: float, or bfloat16 with bf16_products, which pads K to whole blocks.
 inline int64_t packed_size(int64_t out_channels, int64_t channels, int64_t taps, bool winograd,
                            bool bf16_products) {
-  // With bf16_products, Winograd is F(2x2) with 16 transform points, and a direct convolution pads K to
-  // blocks.
-  const int64_t k = !winograd
-                        ? (bf16_products ? ceil_div(taps * channels, kBlockK) * kBlockK : taps * channels)
-                    : bf16_products ? channels * 16
-                                    : channels * kTransformPoints;
-  return num_panels(out_channels) * kPanelWidth * k;
+  const int64_t k = channels * (winograd ? kTransformPoints : taps);
+  return num_panels(out_channels) * kPanelWidth * (bf16_products ? ceil_div(k, kBlockK) * kBlockK : k);
 }
 
 // True if the Winograd kernels support this geometry.
@@ -40,10 +35,6 @@ inline bool supports_winograd(const ConvolutionArgs& args) {
 }
 // True if the Winograd kernels support the output tile size m = `tile`.
 constexpr bool supports_winograd_tile(int64_t tile) { return tile >= 2 && tile <= 4; }
-// True if the kernels of bfloat16 products support the geometry with this tile.
-inline bool supports_bf16_products(const ConvolutionArgs& args) {
-  return args.tile == 0 || (args.tile == 2 && args.stride_h == 1 && args.channels % kBlockK == 0);
-}
 
 // A chunk is a range of output pixels or tiles; in the arguments of the kernels, `block` is this range.
 //
@@ -196,29 +187,31 @@ class WinogradTasks {
     }
     return count;
   }
+  // Bytes.
   int64_t scratch(int64_t threads) const {
-    return staged_ ? kChunksPerStage * v_bytes() + threads * m_bytes() : threads * (v_bytes() + m_bytes());
+    const int64_t floats =
+        staged_ ? kChunksPerStage * v_floats() + threads * m_floats() : threads * (v_floats() + m_floats());
+    return floats * static_cast<int64_t>(sizeof(float));
   }
 
   template <class Parallel>
   void run(const Kernels& kernels, void* memory, const Parallel& parallel, ChunkMoments moments) const {
-    const WinogradKernels& k = args_.bf16_products ? kernels.bf16_convolution->winograd
-                                                   : kernels.convolution->winograd[dtype_index(args_)];
-    char* const scratch = static_cast<char*>(memory);
+    const WinogradKernels& k = kernels.convolution->winograd[dtype_index(args_)];
+    auto* const scratch = static_cast<float*>(memory);
     const int64_t panels = num_panels(args_.out_channels);
     if (!staged_) {
       parallel(chunks_, [&](int64_t begin, int64_t end) {
-        char* v = scratch + parallel.thread() * (v_bytes() + m_bytes());
-        float* m = reinterpret_cast<float*>(v + v_bytes());
+        float* v = scratch + parallel.thread() * (v_floats() + m_floats());
         for (int64_t chunk = begin; chunk < end; ++chunk) {
           const Range block = balanced_range(total_, chunk, chunks_);
           k.input_transform(args_, block, block, v);
-          k.gemm_output_transform(args_, block, {0, panels}, v, m, moments.of(chunk, args_.out_channels));
+          k.gemm_output_transform(args_, block, {0, panels}, v, v + v_floats(),
+                                  moments.of(chunk, args_.out_channels));
         }
       });
       return;
     }
-    char* const m = scratch + kChunksPerStage * v_bytes();
+    float* const m = scratch + kChunksPerStage * v_floats();
     for (int64_t first = 0; first < chunks_; first += kChunksPerStage) {
       const int64_t chunks = std::min(kChunksPerStage, chunks_ - first);
       parallel(chunks * kTransformTasks, [&](int64_t begin, int64_t end) {
@@ -226,15 +219,14 @@ class WinogradTasks {
           const Range block = balanced_range(total_, first + task / kTransformTasks, chunks_);
           const Range part = balanced_range(block.end - block.begin, task % kTransformTasks, kTransformTasks);
           k.input_transform(args_, block, {block.begin + part.begin, block.begin + part.end},
-                            scratch + task / kTransformTasks * v_bytes());
+                            scratch + task / kTransformTasks * v_floats());
         }
       });
       parallel(panels * chunks, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t panel = task / chunks, chunk = first + task % chunks;
           k.gemm_output_transform(args_, balanced_range(total_, chunk, chunks_), {panel, panel + 1},
-                                  scratch + task % chunks * v_bytes(),
-                                  reinterpret_cast<float*>(m + parallel.thread() * m_bytes()),
+                                  scratch + task % chunks * v_floats(), m + parallel.thread() * m_floats(),
                                   moments.of(chunk, args_.out_channels));
         }
       });
@@ -246,13 +238,10 @@ class WinogradTasks {
   static constexpr int64_t kFusedChunk = 14, kStagedChunk = 112, kFewTiles = 8 * kFusedChunk;  // tiles
   static constexpr int64_t kChunksPerStage = 4, kTransformTasks = 28;
 
-  // The rows of V and M of a chunk, and the size of V and of one panel of M, in bytes.
+  // The rows of V and M of a chunk, and the size of V and of one panel of M, in floats.
   int64_t rows() const { return ceil_div(total_, chunks_) * tiles_.transform_elements(); }
-  int64_t v_bytes() const {
-    return rows() *
-           (args_.bf16_products ? (args_.channels + kBlockK) * 2 : padded_row_stride(args_.channels) * 4);
-  }
-  int64_t m_bytes() const { return rows() * kPanelWidth * 4; }
+  int64_t v_floats() const { return rows() * padded_row_stride(args_.channels); }
+  int64_t m_floats() const { return rows() * kPanelWidth; }
 
   const ConvolutionArgs& args_;
   TileGrid tiles_;

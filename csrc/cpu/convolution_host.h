@@ -137,11 +137,12 @@ inline void check_conv_args(const ConvolutionArgs& args, int64_t packed) {
       "input: expected channels, and images at least as large as the kernel");
   TORCH_CHECK_VALUE(args.tile == 0 || (supports_winograd_tile(args.tile) && supports_winograd(args)),
                     "tile: Winograd supports 3x3 kernels with stride 1 or 2, and tiles of 2 to 4");
-  TORCH_CHECK_VALUE(!args.bf16_products || (args.dtype == Dtype::kBFloat16 && kernels().bf16_convolution &&
-                                            supports_bf16_products(args)),
-                    "bf16_products: expected bfloat16, an instruction set with products of bfloat16, and for "
-                    "Winograd F(2x2), stride 1 and a multiple of ",
-                    kBlockK, " channels");
+  TORCH_CHECK_VALUE(
+      !args.bf16_products || (args.dtype == Dtype::kBFloat16 && args.tile == 0 && kernels().bf16_convolution),
+      "bf16_products: expected a direct convolution of bfloat16, and an instruction set with products of "
+      "bfloat16, "
+      "got ",
+      kernels().name);
   TORCH_CHECK_VALUE(packed == packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w,
                                           args.tile != 0, args.bf16_products),
                     "packed: expected the weight packed for this convolution");

@@ -57,10 +57,7 @@ const std::vector<const cpu::Kernels*>& supported_kernels() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx512 && has_avx512_bf16()) {
-      // Winograd gains nothing on tiles: its products are a small part of its time there.
-      static cpu::Bf16ConvolutionKernels tiles = cpu::bf16_kernels_amx;
-      tiles.winograd = cpu::bf16_kernels_avx512_bf16.winograd;
-      static const cpu::Kernels amx = with_bf16("amx", tiles);
+      static const cpu::Kernels amx = with_bf16("amx", cpu::bf16_kernels_amx);
       static const cpu::Kernels bf16 = with_bf16("avx512_bf16", cpu::bf16_kernels_avx512_bf16);
       if (has_amx()) found.push_back(&amx);
       found.push_back(&bf16);

@@ -3,9 +3,6 @@
 // symbol.
 #include "cpu/isa/direct_bf16.h"
 #include "cpu/isa/kernels.h"
-#if !defined(FUSED_RES_TILES)
-#include "cpu/isa/winograd_bf16.h"
-#endif
 
 namespace fused_res::cpu {
 
@@ -14,11 +11,6 @@ namespace fused_res::cpu {
 
 extern constexpr Bf16ConvolutionKernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
     .direct = direct_bf16,
-#if defined(FUSED_RES_TILES)
-    .winograd = {},
-#else
-    .winograd = winograd<bfloat16, WinogradGemmBf16>,
-#endif
     .tiles = kTiles,
     .dot_loop = dot_loop,
 };

@@ -115,7 +115,7 @@ inline constexpr WeightGradientKernels direct_wgrad = {direct_wgrad_im2col, dire
 // --- Winograd ---
 
 void winograd_wgrad_input_transform(const WeightGradientArgs& args, Range block, Range part, float* v) {
-  winograd_input_transform<float, WinogradGemmFp32>(args.convolution, block, part, v);
+  winograd_input_transform<float>(args.convolution, block, part, v);
 }
 
 // A dz A^T of one tile for one vector of output channels. Gradients of outputs outside of the image are zero.

@@ -183,8 +183,8 @@ struct WinogradKernels {
   void (*pack)(const WeightView&, Range panels, void* packed);
   // Input transform V, and the GEMMs M = V U with the output transform. Tiles are counted through all images.
   // `block`: the tiles that V and M are laid out for (tiles.h); `tiles`: the part of them to transform.
-  void (*input_transform)(const ConvolutionArgs&, Range block, Range tiles, void* v);
-  void (*gemm_output_transform)(const ConvolutionArgs&, Range block, Range panels, const void* v, float* m,
+  void (*input_transform)(const ConvolutionArgs&, Range block, Range tiles, float* v);
+  void (*gemm_output_transform)(const ConvolutionArgs&, Range block, Range panels, const float* v, float* m,
                                 double* moments);
 };
 // Weight gradient: GEMMs whose K is a block of rows, which are output pixels (direct) or the rows of tiles at
@@ -215,7 +215,6 @@ struct ConvolutionKernels {
 // Convolutions with bfloat16 operands, products of pairs of channels and fp32 accumulators.
 struct Bf16ConvolutionKernels {
   DirectKernels direct;
-  WinogradKernels winograd;
   bool tiles;  // whether the micro-kernels multiply matrix tiles
   // Saturates the units that multiply and returns the number of floating-point operations. `values`:
   // kFmaValues floats, read and written.

@@ -13,31 +13,6 @@
 namespace fused_res::cpu {
 namespace {
 
-// The transform-domain GEMMs in fp32: the type of V and U, the layout of U, and the product.
-class WinogradGemmFp32 {
- public:
-  using Operand = float;
-  static int64_t v_stride(int64_t channels) { return padded_row_stride(channels); }
-  // The elements of U of one panel at one transform point, and the position of the matrix of point (i, j).
-  static int64_t point_size(int64_t channels) { return channels * kPanelWidth; }
-  static constexpr int kStoredPoints = kTransformPoints;
-  static int position(int i, int j) { return i * kPoints + j; }
-  // Stores the filters of one channel at one transform point.
-  static void store_filters(float* u, int64_t channel, const float* values, bool stream) {
-    for (int o = 0; o < kPanelWidth; o += Vec<float>::lanes)
-      store_or_stream(FullVector{}, u + channel * kPanelWidth + o, load(values + o), stream);
-  }
-  // m[rows][kPanelWidth] = v[rows][channels] * u
-  void run(int64_t rows, const float* v, const float* u, int64_t channels, float* m) {
-    const int64_t stride = v_stride(channels);
-    for (int column = 0; column < kPanelWidth; column += kNr) {
-      for_each_row_block(rows, [&](int64_t row, int64_t n) {
-        micro_gemm(n, v + row * stride, stride, u + column, channels, m + row * kPanelWidth + column);
-      });
-    }
-  }
-};
-
 // Calls f(Int<size>{}) for a run-time output tile size of 2 to 4.
 template <class F>
 inline void dispatch_tile_size(int64_t size, F f) {
@@ -72,8 +47,8 @@ struct Window {
 
 // Input transform B^T d B of one tile for one vector of channels. `to`: a pointer for each transform-domain
 // element. kInside: the whole input tile lies within the image, so no element is padding.
-template <int S, int MY, int MX, bool kInside, class Part, class T, class P>
-inline void input_transform_tile(Part part, const T* x, const Window& window, P* const* to, int64_t at) {
+template <int S, int MY, int MX, bool kInside, class Part, class T>
+inline void input_transform_tile(Part part, const T* x, const Window& window, float* const* to, int64_t at) {
   using V = Vec<float>;
   constexpr int NY = alpha(S, MY), NX = alpha(S, MX);
   if constexpr (kInside) {  // prefetch the columns that the next tile reads and this one does not
@@ -156,13 +131,12 @@ class TransformPointers {
   T* pointers_[4][kMaxTransformElements];
 };
 
-// Input transform of the tiles `range` of a block, all channels. T: type of x.
-template <class T, class Gemm>
-void winograd_input_transform(const ConvolutionArgs& args, Range block, Range range, void* v) {
+// Input transform of the tiles `range` of a block, all channels.
+template <class T>
+void winograd_input_transform(const ConvolutionArgs& args, Range block, Range range, float* v) {
   const TileGrid tiles(args);
-  const int64_t stride = Gemm::v_stride(args.channels);
-  using V = typename Gemm::Operand;
-  const TransformPointers<V> pointers(tiles, TransformLayout(tiles, block), static_cast<V*>(v), stride);
+  const int64_t stride = padded_row_stride(args.channels);
+  const TransformPointers<float> pointers(tiles, TransformLayout(tiles, block), v, stride);
   for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int tile_class, int64_t index) {
     const int64_t y = ty * args.tile * args.stride_h - args.pad_h;
     const int64_t x = tx * args.tile * args.stride_w - args.pad_w;
@@ -248,18 +222,17 @@ inline void store_tile(const ConvolutionArgs& args, const Epilogue<T>& epilogue,
 }
 
 // For each panel of output channels: one GEMM per transform point into M, then output transform and epilogue.
-template <class T, class Gemm>
-void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Range panels, const void* v,
+template <class T>
+void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Range panels, const float* v,
                                     float* m, double* moments) {
   using V = Vec<float>;
-  using Operand = typename Gemm::Operand;
-  Gemm gemm;
   const TileGrid tiles(args);
   const TransformLayout layout(tiles, block);
-  const int64_t stride = Gemm::v_stride(args.channels), size = Gemm::point_size(args.channels);
+  const int64_t stride = padded_row_stride(args.channels);
   const TransformPointers<const float> pointers(tiles, layout, m, kPanelWidth);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const auto* u = static_cast<const Operand*>(args.packed) + panel * Gemm::kStoredPoints * size;
+    const float* u =
+        static_cast<const float*>(args.packed) + panel * kTransformPoints * args.channels * kPanelWidth;
     for (int i = 0; i < kPoints; ++i) {
       for (int j = 0; j < kPoints; ++j) {
         const int64_t first = layout.begin(i, j);
@@ -268,10 +241,13 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
         const int64_t first_tile = block.begin + i * kPoints + j;
         for (int64_t t = first_tile; t < block.end; t += kTransformPoints)
           prefetch_tile<T>(args, tiles, t, panel * kPanelWidth);
-        if (layout.rows(i, j) > 0) {
-          gemm.run(layout.rows(i, j), static_cast<const Operand*>(v) + first * stride,
-                   u + Gemm::position(i, j) * size, args.channels, m + first * kPanelWidth);
+        for (int column = 0; column < kPanelWidth; column += kNr) {
+          for_each_row_block(layout.rows(i, j), [&](int64_t row, int64_t rows) {
+            micro_gemm(rows, v + (first + row) * stride, stride, u + column, args.channels,
+                       m + (first + row) * kPanelWidth + column);
+          });
         }
+        u += args.channels * kPanelWidth;
       }
     }
     for (int64_t at = 0; at < kPanelWidth; at += V::lanes) {
@@ -303,14 +279,13 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
 constexpr int64_t kStreamFloats = 4 << 20;
 
 // Filter transform U = G g G^T of the panels, in double.
-template <class Gemm>
 void winograd_pack(const WeightView& weight, Range panels, void* packed) {
   constexpr int kChannelBlock = 16;  // channels that fill a cache line if they are contiguous in the weight
-  const int64_t size = Gemm::point_size(weight.channels);
-  const bool stream = Gemm::kStoredPoints * size * (weight.out_channels / kPanelWidth) > kStreamFloats;
+  const int64_t size = weight.channels * kPanelWidth;
+  const bool stream = kTransformPoints * size * (weight.out_channels / kPanelWidth) > kStreamFloats;
   float g[kChannelBlock][kTaps * kTaps][kPanelWidth] = {};
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    auto* u = static_cast<typename Gemm::Operand*>(packed) + panel * Gemm::kStoredPoints * size;
+    float* u = static_cast<float*>(packed) + panel * kTransformPoints * size;
     const float* first = weight.data + panel * kPanelWidth * weight.output_stride;
     const int64_t width = min(kPanelWidth, weight.out_channels - panel * kPanelWidth);
     if (width < kPanelWidth) memset(g, 0, sizeof(g));
@@ -352,10 +327,10 @@ void winograd_pack(const WeightView& weight, Range panels, void* packed) {
             for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
           }
         }
-        for (int i = 0; i < kPoints; ++i) {
-          for (int j = 0; j < kPoints; ++j) {
-            if (const int position = Gemm::position(i, j); position >= 0)
-              Gemm::store_filters(u + position * size, begin + c, to[i][j], stream);
+        for (int p = 0; p < kTransformPoints; ++p) {
+          float* line = u + p * size + (begin + c) * kPanelWidth;
+          for (int o = 0; o < kPanelWidth; o += Vec<float>::lanes) {
+            store_or_stream(FullVector{}, line + o, load(to[0][0] + p * kPanelWidth + o), stream);
           }
         }
       }
@@ -364,9 +339,9 @@ void winograd_pack(const WeightView& weight, Range panels, void* packed) {
   stream_fence();
 }
 
-template <class T, class Gemm = WinogradGemmFp32>
-inline constexpr WinogradKernels winograd = {winograd_pack<Gemm>, winograd_input_transform<T, Gemm>,
-                                             winograd_gemm_output_transform<T, Gemm>};
+template <class T>
+inline constexpr WinogradKernels winograd = {winograd_pack, winograd_input_transform<T>,
+                                             winograd_gemm_output_transform<T>};
 
 }  // namespace
 }  // namespace fused_res::cpu

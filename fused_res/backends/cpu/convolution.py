@@ -5,8 +5,8 @@ F(4x4, 3x3) and F(2x2, 3x3) for 3x3 filters with stride 1 or 2 (``csrc/cpu/isa/w
 https://arxiv.org/abs/1509.09308), and ``direct``, blocked im2col and GEMM, for filters of any size
 (``csrc/cpu/isa/direct.h``). ``direct`` performs the multiply-adds of the definition; it is not oneDNN's algorithm of
 that name, which has no im2col. These compute in float32; in inference the tensors may be bfloat16 or float16. With the
-instruction sets avx512_bf16 and amx, ``direct_bf16`` and ``winograd_f2x2_bf16`` multiply bfloat16 and accumulate in
-float32 (``csrc/cpu/isa/direct_bf16.h``, ``winograd_bf16.h``). After them come oneDNN with a fused epilogue, and ATen.
+instruction sets avx512_bf16 and amx, ``direct_bf16`` multiplies bfloat16 and accumulates in float32
+(``csrc/cpu/isa/direct_bf16.h``). After them come oneDNN with a fused epilogue, and ATen.
 
 Inference and training have separate rules. In inference a weight is packed once, and the number of multiply-adds
 decides. In training the weight is packed in every step, gradients are computed, and page faults on newly mapped memory
@@ -47,7 +47,6 @@ class Kernel(NamedTuple):
 #: The algorithms with C++ kernels.
 KERNELS = {
     "winograd_f4x4": Kernel(4),
-    "winograd_f2x2_bf16": Kernel(2, True),
     "winograd_f2x2": Kernel(2),
     "direct_bf16": Kernel(0, True),
     "direct": Kernel(0),
@@ -161,16 +160,6 @@ def _bf16_unsupported_reason(problem: Problem) -> str | None:
     if problem.dtype != torch.bfloat16:
         return "products of bfloat16 are for bfloat16 only"
     return None if problem.machine.isa in _BF16_MAC_COST else "products of bfloat16 require avx512_bf16 or amx"
-
-
-def _winograd_bf16_unsupported_reason(problem: Problem) -> str | None:
-    if reason := _bf16_unsupported_reason(problem) or _winograd_unsupported_reason(problem):
-        return reason
-    if problem.machine.isa == "amx_emulated":
-        return "not part of the emulation of amx"
-    if problem.stride != (1, 1) or problem.weight[1] % 32:
-        return "Winograd with products of bfloat16 requires stride 1 and a multiple of 32 channels"
-    return None
 
 
 def _winograd_unsupported_reason(problem: Problem) -> str | None:
@@ -375,13 +364,6 @@ WINOGRAD_F4X4 = _native_algorithm(
     True,
     _describe_saving,
 )
-WINOGRAD_F2X2_BF16 = _native_algorithm(
-    "winograd_f2x2_bf16",
-    _winograd_bf16_unsupported_reason,
-    (),
-    False,
-    lambda problem: "products of bfloat16, and a filter transform that takes less memory than F(4x4)'s",
-)
 WINOGRAD_F2X2 = _native_algorithm(
     "winograd_f2x2",
     _winograd_unsupported_reason,
@@ -430,6 +412,6 @@ ONEDNN = Algorithm(
     weight_packing="cached",
 )
 ALGORITHMS = (
-    WINOGRAD_F4X4, WINOGRAD_F2X2_BF16, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, *convolution.ALGORITHMS
+    WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, *convolution.ALGORITHMS
 )  # fmt: skip
 ALGORITHMS_BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
