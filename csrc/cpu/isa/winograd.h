@@ -13,6 +13,31 @@
 namespace fused_res::cpu {
 namespace {
 
+// The transform-domain GEMMs in fp32: the type of V and U, the layout of U, and the product.
+class WinogradGemmFp32 {
+ public:
+  using Operand = float;
+  static int64_t v_stride(int64_t channels) { return padded_row_stride(channels); }
+  // The elements of U of one panel at one transform point, and the position of the matrix of point (i, j).
+  static int64_t point_size(int64_t channels) { return channels * kPanelWidth; }
+  static constexpr int kStoredPoints = kTransformPoints;
+  static int position(int i, int j) { return i * kPoints + j; }
+  // Stores the filters of one channel at one transform point.
+  static void store_filters(float* u, int64_t channel, const float* values, bool stream) {
+    for (int o = 0; o < kPanelWidth; o += Vec<float>::lanes)
+      store_or_stream(FullVector{}, u + channel * kPanelWidth + o, load(values + o), stream);
+  }
+  // m[rows][kPanelWidth] = v[rows][channels] * u
+  void run(int64_t rows, const float* v, const float* u, int64_t channels, float* m) {
+    const int64_t stride = v_stride(channels);
+    for (int column = 0; column < kPanelWidth; column += kNr) {
+      for_each_row_block(rows, [&](int64_t row, int64_t n) {
+        micro_gemm(n, v + row * stride, stride, u + column, channels, m + row * kPanelWidth + column);
+      });
+    }
+  }
+};
+
 // Calls f(Int<size>{}) for a run-time output tile size of 2 to 4.
 template <class F>
 inline void dispatch_tile_size(int64_t size, F f) {
@@ -47,9 +72,8 @@ struct Window {
 
 // Input transform B^T d B of one tile for one vector of channels. `to`: a pointer for each transform-domain
 // element. kInside: the whole input tile lies within the image, so no element is padding.
-template <int S, int MY, int MX, bool kInside, class Part>
-inline void input_transform_tile(Part part, const float* x, const Window& window, float* const* to,
-                                 int64_t at) {
+template <int S, int MY, int MX, bool kInside, class Part, class T, class P>
+inline void input_transform_tile(Part part, const T* x, const Window& window, P* const* to, int64_t at) {
   using V = Vec<float>;
   constexpr int NY = alpha(S, MY), NX = alpha(S, MX);
   if constexpr (kInside) {  // prefetch the columns that the next tile reads and this one does not
@@ -65,7 +89,7 @@ inline void input_transform_tile(Part part, const float* x, const Window& window
     V d[NY], u[NY];
 #pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) {
-      const float* p = x + i * window.row_stride + j * window.column_stride;
+      const T* p = x + i * window.row_stride + j * window.column_stride;
       if constexpr (kInside) {
         d[i] = part.load(p);
       } else {
@@ -132,15 +156,18 @@ class TransformPointers {
   T* pointers_[4][kMaxTransformElements];
 };
 
-// Input transform of the tiles `range` of a block, all channels.
-void winograd_input_transform(const ConvolutionArgs& args, Range block, Range range, float* v) {
+// Input transform of the tiles `range` of a block, all channels. T: type of x.
+template <class T, class Gemm>
+void winograd_input_transform(const ConvolutionArgs& args, Range block, Range range, void* v) {
   const TileGrid tiles(args);
-  const int64_t stride = padded_row_stride(args.channels);
-  const TransformPointers<float> pointers(tiles, TransformLayout(tiles, block), v, stride);
+  const int64_t stride = Gemm::v_stride(args.channels);
+  using V = typename Gemm::Operand;
+  const TransformPointers<V> pointers(tiles, TransformLayout(tiles, block), static_cast<V*>(v), stride);
   for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int tile_class, int64_t index) {
     const int64_t y = ty * args.tile * args.stride_h - args.pad_h;
     const int64_t x = tx * args.tile * args.stride_w - args.pad_w;
-    const float* corner = args.x + ((image * args.height + y) * args.width + x) * args.channels;
+    const T* corner =
+        static_cast<const T*>(args.x) + ((image * args.height + y) * args.width + x) * args.channels;
     const Window window = {
         args.width * args.channels, args.channels, {-y, args.height - y}, {-x, args.width - x}};
     dispatch_tile_class(tiles, tile_class, [&](auto s, auto my, auto mx) {
@@ -185,19 +212,20 @@ inline void output_transform_tile(const float* const* from, int64_t at, Vec<floa
 }
 
 // Prefetches the operands of the epilogue of tile t.
+template <class T>
 inline void prefetch_tile(const ConvolutionArgs& args, const TileGrid& tiles, int64_t t, int64_t c) {
   const int64_t image = t / tiles.per_image(), y = t % tiles.per_image() / tiles.tiles_w * tiles.tile;
   const int64_t x = t % tiles.tiles_w * tiles.tile;
   for (int64_t i = y; i < min(y + tiles.tile, args.out_height); ++i) {
     for (int64_t j = x; j < min(x + tiles.tile, args.out_width); ++j) {
-      prefetch_epilogue(args, (image * args.out_height + i) * args.out_width + j, c);
+      prefetch_epilogue<T>(args, (image * args.out_height + i) * args.out_width + j, c);
     }
   }
 }
 
 // Epilogue and store of one output tile, of which only `rows` x `columns` outputs may lie within the image.
-template <int MY, int MX, class Part>
-inline void store_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Part part, int64_t pixel,
+template <class T, int MY, int MX, class Part>
+inline void store_tile(const ConvolutionArgs& args, const Epilogue<T>& epilogue, Part part, int64_t pixel,
                        int64_t rows, int64_t columns, Vec<float> (&outputs)[MY][MX],
                        MomentAccumulator* moments) {
   if (rows >= MY && columns >= MX) {
@@ -220,15 +248,18 @@ inline void store_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Pa
 }
 
 // For each panel of output channels: one GEMM per transform point into M, then output transform and epilogue.
-void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Range panels, const float* v,
+template <class T, class Gemm>
+void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Range panels, const void* v,
                                     float* m, double* moments) {
   using V = Vec<float>;
+  using Operand = typename Gemm::Operand;
+  Gemm gemm;
   const TileGrid tiles(args);
   const TransformLayout layout(tiles, block);
-  const int64_t stride = padded_row_stride(args.channels);
+  const int64_t stride = Gemm::v_stride(args.channels), size = Gemm::point_size(args.channels);
   const TransformPointers<const float> pointers(tiles, layout, m, kPanelWidth);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const float* u = args.packed + panel * kTransformPoints * args.channels * kPanelWidth;
+    const auto* u = static_cast<const Operand*>(args.packed) + panel * Gemm::kStoredPoints * size;
     for (int i = 0; i < kPoints; ++i) {
       for (int j = 0; j < kPoints; ++j) {
         const int64_t first = layout.begin(i, j);
@@ -236,21 +267,18 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
         // prefetches those of every kTransformPoints-th tile.
         const int64_t first_tile = block.begin + i * kPoints + j;
         for (int64_t t = first_tile; t < block.end; t += kTransformPoints)
-          prefetch_tile(args, tiles, t, panel * kPanelWidth);
-        for (int column = 0; column < kPanelWidth; column += kNr) {
-          for_each_row_block(layout.rows(i, j), [&](int64_t row, int64_t rows) {
-            micro_gemm(rows, v + (first + row) * stride, stride, u + column, args.channels,
-                       m + (first + row) * kPanelWidth + column);
-          });
+          prefetch_tile<T>(args, tiles, t, panel * kPanelWidth);
+        if (layout.rows(i, j) > 0) {
+          gemm.run(layout.rows(i, j), static_cast<const Operand*>(v) + first * stride,
+                   u + Gemm::position(i, j) * size, args.channels, m + first * kPanelWidth);
         }
-        u += args.channels * kPanelWidth;
       }
     }
     for (int64_t at = 0; at < kPanelWidth; at += V::lanes) {
       const int64_t c = panel * kPanelWidth + at;
       if (c >= args.out_channels) break;
       dispatch_tail(args.out_channels - c, [&](auto part) {
-        const Epilogue epilogue(args, part, c);
+        const Epilogue<T> epilogue(args, part, c);
         MomentAccumulator accumulator;
         for_each_tile(
             tiles, block, [&](int64_t image, int64_t ty, int64_t tx, int tile_class, int64_t index) {
@@ -275,13 +303,14 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
 constexpr int64_t kStreamFloats = 4 << 20;
 
 // Filter transform U = G g G^T of the panels, in double.
-void winograd_pack(const WeightView& weight, Range panels, float* packed) {
+template <class Gemm>
+void winograd_pack(const WeightView& weight, Range panels, void* packed) {
   constexpr int kChannelBlock = 16;  // channels that fill a cache line if they are contiguous in the weight
-  const int64_t size = weight.channels * kPanelWidth;
-  const bool stream = kTransformPoints * size * (weight.out_channels / kPanelWidth) > kStreamFloats;
+  const int64_t size = Gemm::point_size(weight.channels);
+  const bool stream = Gemm::kStoredPoints * size * (weight.out_channels / kPanelWidth) > kStreamFloats;
   float g[kChannelBlock][kTaps * kTaps][kPanelWidth] = {};
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    float* u = packed + panel * kTransformPoints * size;
+    auto* u = static_cast<typename Gemm::Operand*>(packed) + panel * Gemm::kStoredPoints * size;
     const float* first = weight.data + panel * kPanelWidth * weight.output_stride;
     const int64_t width = min(kPanelWidth, weight.out_channels - panel * kPanelWidth);
     if (width < kPanelWidth) memset(g, 0, sizeof(g));
@@ -323,10 +352,10 @@ void winograd_pack(const WeightView& weight, Range panels, float* packed) {
             for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
           }
         }
-        for (int p = 0; p < kTransformPoints; ++p) {
-          float* line = u + p * size + (begin + c) * kPanelWidth;
-          for (int o = 0; o < kPanelWidth; o += Vec<float>::lanes) {
-            store_or_stream(FullVector{}, line + o, load(to[0][0] + p * kPanelWidth + o), stream);
+        for (int i = 0; i < kPoints; ++i) {
+          for (int j = 0; j < kPoints; ++j) {
+            if (const int position = Gemm::position(i, j); position >= 0)
+              Gemm::store_filters(u + position * size, begin + c, to[i][j], stream);
           }
         }
       }
@@ -335,8 +364,9 @@ void winograd_pack(const WeightView& weight, Range panels, float* packed) {
   stream_fence();
 }
 
-inline constexpr WinogradKernels winograd = {winograd_pack, winograd_input_transform,
-                                             winograd_gemm_output_transform};
+template <class T, class Gemm = WinogradGemmFp32>
+inline constexpr WinogradKernels winograd = {winograd_pack<Gemm>, winograd_input_transform<T, Gemm>,
+                                             winograd_gemm_output_transform<T, Gemm>};
 
 }  // namespace
 }  // namespace fused_res::cpu
