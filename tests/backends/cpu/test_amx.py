@@ -1,12 +1,12 @@
-"""The AMX kernels' machine code on a machine without AMX: a signal handler emulates the instructions (amx_emulator.h).
+"""The AMX kernels' machine code, compiled as for the extension, runs convolutions.
 
-The emulator itself is tested first: decoding and execution of every instruction, and its exceptions.
+A machine without AMX emulates the instructions in a signal handler (amx_emulator.h). The emulator itself is tested
+first: decoding and execution of every instruction, and its exceptions.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from fused_res import _extension
+
 HERE = Path(__file__).parent
+SOURCES = HERE.parents[2] / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
 POSITION_INDEPENDENT = ["-fPIC", "-fvisibility=hidden"]
@@ -65,20 +68,12 @@ library.run_all() if len(sys.argv) == 2 else library.run_one(sys.argv[2].encode(
 """
 
 
-def missing_requirement() -> str | None:
-    """Return the reason why the emulator cannot run on this machine, or None."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"AMX instructions are x86-64 machine code; this machine is {platform.machine()}"
-    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
-    if "amx_tile" in flags:
-        return "this machine executes AMX instructions: there is nothing to emulate"
-    if missing := [flag for flag in ("avx2", "fma") if flag not in flags]:
-        return f"the emulator requires {' and '.join(missing)}"
-    return None
-
-
-if reason := missing_requirement():
-    pytest.skip(reason, allow_module_level=True)
+CPUINFO = Path("/proc/cpuinfo")
+CPU_FLAGS = set(CPUINFO.read_text().partition("flags")[2].partition("\n")[0].split() if CPUINFO.exists() else ())
+if not {"avx2", "fma"} <= CPU_FLAGS:
+    pytest.skip("AMX kernels and the emulator require an x86-64 CPU with AVX2 and FMA", allow_module_level=True)
+HAS_AMX = "amx_tile" in CPU_FLAGS
+emulated = pytest.mark.skipif(HAS_AMX, reason="this machine executes AMX instructions: there is nothing to emulate")
 
 
 def build(target: Path, *arguments: str | Path) -> Path:
@@ -108,11 +103,13 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=240)
 
 
+@emulated
 def test_emulator_executes_every_instruction(folder: Path) -> None:
     done = run(folder / "instructions")
     assert (done.returncode, done.stdout, done.stderr) == (0, "all instructions are correct\n", "")
 
 
+@emulated
 @pytest.mark.parametrize(("name", "number", "reason"), EXCEPTIONS, ids=[name for name, _, _ in EXCEPTIONS])
 def test_emulator_raises_exceptions(folder: Path, name: str, number: int, reason: str) -> None:
     done = run(folder / "instructions", name)
@@ -120,6 +117,7 @@ def test_emulator_raises_exceptions(folder: Path, name: str, number: int, reason
     assert reason in done.stderr and bool(done.stderr) == bool(reason)
 
 
+@emulated
 def test_preloaded_emulator_serves_a_python_process(folder: Path) -> None:
     command = [sys.executable, "-c", PRELOADED, folder / "instructions.so"]
     done = run(*command, LD_PRELOAD=str(folder / "preload.so"))
@@ -129,3 +127,35 @@ def test_preloaded_emulator_serves_a_python_process(folder: Path) -> None:
     assert done.returncode == -signal.SIGILL
     assert "not an emulated instruction: 0f 0b" in done.stderr
     assert "Fatal Python error: Illegal instruction" in done.stderr
+
+
+def build_kernels(isa: str, folder: Path) -> Path:
+    """Compile the kernel table of `isa` with the flags that CMakeLists.txt has for it."""
+    flags = [*_extension.build_info["flags"].split(), *_extension.build_info["isas"][isa].split()]
+    flags += ["-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", f"-DFUSED_RES_ISA={isa}"]
+    return build(folder / f"{isa}.o", *flags, f"-I{SOURCES}", "-c", SOURCES / "cpu/isa/bf16_kernels.cpp")
+
+
+@pytest.mark.skipif(not _extension.loaded, reason=str(_extension.unavailable_reason))
+@pytest.mark.skipif("avx512dq" not in CPU_FLAGS, reason="the AMX kernels require AVX-512, which this machine lacks")
+# avx512_bf16 takes 30 s to compile, because it includes Winograd.
+@pytest.mark.parametrize("isa", ["amx", pytest.param("avx512_bf16", marks=pytest.mark.full)])
+def test_bf16_convolutions(folder: Path, isa: str) -> None:
+    if isa not in ("amx", *CPU_FLAGS):
+        pytest.skip(f"this machine has no {isa}")
+    macros = [f"-DFUSED_RES_TEST_{isa.upper()}"]
+    if isa == "amx" and not HAS_AMX:
+        macros.append("-DFUSED_RES_EMULATE_AMX")
+    program = build(
+        folder / "bf16_convolution",
+        f"-I{SOURCES}",
+        *macros,
+        HERE / "bf16_convolution.cpp",
+        folder / "amx_emulator.o",
+        *(build_kernels(name, folder) for name in ("amx_emulated", isa)),
+    )
+    done = run(program)
+    assert done.returncode == 0 and done.stdout.endswith(" convolutions are correct\n"), done.stdout + done.stderr
+    # Accesses outside of the operands end at a guard page.
+    for name in ("input", "scratch", "output"):
+        assert run(program, name).returncode == -signal.SIGSEGV

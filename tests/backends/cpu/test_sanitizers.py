@@ -1,7 +1,8 @@
 """CPU kernels under address, undefined-behavior and thread sanitizers, in programs without torch.
 
-sanitize_convolution.cpp runs the convolutions and their weight gradients, sanitize_batch_norm.cpp the batch norms and
-max pooling. Every kernel runs under each sanitizer for one instruction set; `make test-full` adds the other sets.
+sanitize_convolution.cpp runs the convolutions and their weight gradients, bf16_convolution.cpp the convolutions with
+bfloat16 products on tiles in plain C++, sanitize_batch_norm.cpp the batch norms and max pooling. Every kernel runs
+under each sanitizer for one instruction set; `make test-full` adds the other sets.
 """
 
 from __future__ import annotations
@@ -74,6 +75,19 @@ def test_convolutions_have_no_sanitizer_reports(sanitizer: str, isa: str, tmp_pa
     program = build("sanitize_convolution.cpp", sanitizer, isa, tmp_path)
     check_program(
         program, sanitizer, "weight gradients are correct\n", ["convolution", "direct_wgrad", "winograd_wgrad"]
+    )
+
+
+@pytest.mark.skipif(ISAS[0] != "avx512", reason="the kernels with bfloat16 products require AVX-512")
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_bf16_convolutions_have_no_sanitizer_reports(sanitizer: str, tmp_path: Path) -> None:
+    kernels = ["-DFUSED_RES_ISA=amx_emulated", str(ROOT / "csrc/cpu/isa/bf16_kernels.cpp")]
+    program = build("bf16_convolution.cpp", sanitizer, "amx_emulated", tmp_path, *kernels)
+    check_program(
+        program,
+        sanitizer,
+        "convolutions are correct\n",
+        ["scratch", "input"] if sanitizer == "address" else ["scratch"],
     )
 
 
