@@ -39,7 +39,8 @@ if not _extension.loaded:
     pytest.skip(_extension.unavailable_reason, allow_module_level=True)
 
 
-def build(source: str, sanitizer: str, isa: str, folder: Path, *more: str) -> Path:
+def build(source: str, sanitizer: str, isa: str, folder: Path, *more: str, kernels: str | None = None) -> Path:
+    """Compile the program `source`, and with `kernels` a file of csrc/cpu/isa."""
     program = folder / "cpu_sanitize"
     flags = [*FLAGS, *more, *_extension.build_info["isas"][isa].split(), *SANITIZERS[sanitizer]]
     (folder / "empty.cpp").write_text("int main() {}\n")
@@ -49,8 +50,9 @@ def build(source: str, sanitizer: str, isa: str, folder: Path, *more: str) -> Pa
         pytest.skip(f"{COMPILER} is not installed")
     if probe.returncode:
         pytest.skip(f"{COMPILER} has no {sanitizer} sanitizer")
+    sources = [Path(__file__).with_name(source), *([ROOT / "csrc/cpu/isa" / kernels] if kernels else [])]
     built = subprocess.run(
-        [COMPILER, *flags, f"-I{ROOT / 'csrc'}", Path(__file__).with_name(source), "-o", program],
+        [COMPILER, *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", program],
         capture_output=True,
         text=True,
     )
@@ -81,14 +83,10 @@ def test_convolutions_have_no_sanitizer_reports(sanitizer: str, isa: str, tmp_pa
 @pytest.mark.skipif(ISAS[0] != "avx512", reason="the kernels with bfloat16 products require AVX-512")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_bf16_convolutions_have_no_sanitizer_reports(sanitizer: str, tmp_path: Path) -> None:
-    kernels = ["-DFUSED_RES_ISA=amx_emulated", str(ROOT / "csrc/cpu/isa/bf16_kernels.cpp")]
-    program = build("bf16_convolution.cpp", sanitizer, "amx_emulated", tmp_path, *kernels)
-    check_program(
-        program,
-        sanitizer,
-        "convolutions are correct\n",
-        ["scratch", "input"] if sanitizer == "address" else ["scratch"],
-    )
+    isa, faults = "amx_emulated", ["scratch", "input"] if sanitizer == "address" else ["scratch"]
+    macro = f"-DFUSED_RES_ISA={isa}"
+    program = build("bf16_convolution.cpp", sanitizer, isa, tmp_path, macro, kernels="bf16_kernels.cpp")
+    check_program(program, sanitizer, "convolutions are correct\n", faults)
 
 
 @pytest.mark.parametrize(("sanitizer", "isa"), NORMS)
