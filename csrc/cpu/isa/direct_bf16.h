@@ -134,7 +134,7 @@ class RowCursor {
   RowCursor() = default;
   RowCursor(const Segment& s, int64_t row, int64_t skip)
       : pixel_(s.pixel + row), column_(row), pitch_(s.pitch), valid_(s.valid), skip_(skip) {
-    if (kTiles && row >= s.pitch) {
+    if (kTiles && row >= s.valid) {
       column_ = row % pitch_;
       pixel_ = s.pixel + row / pitch_ * valid_ + (column_ < valid_ ? column_ : valid_);
     }
