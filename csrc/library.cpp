@@ -4,6 +4,9 @@
 //   build_info, cpu_isa, set_cpu_isa, fma_peak, set_output_cache, output_cache_bytes
 //     the build's record, the active instruction set, its peak FMA throughput, and the output allocator's
 //     cache;
+//   cpu_caches(), set_cpu_caches(sizes)
+//     caches.h: the bytes of L1 data cache, L2 and L3 in force as a tuple, and the source of each; sizes are
+//     three positive integers, or None for those of the machine;
 //   winograd_supports(kernel, stride, dilation)
 //     True if the Winograd kernels support this geometry of a 2D convolution, False also for a sequence that
 //     is not a pair: supports_winograd() of convolution.h;
@@ -38,6 +41,7 @@
 #include <vector>
 
 #include "build_info.h"  // written by CMakeLists.txt
+#include "cpu/caches.h"
 #include "cpu/conv_program.h"
 #include "cpu/convolution.h"
 #include "cpu/fma_peak.h"
@@ -50,6 +54,21 @@ namespace py = pybind11;
 namespace {
 
 using Integers = std::vector<int64_t>;
+
+std::tuple<Integers, std::array<std::string, 3>> cpu_caches() {
+  const fused_res::cpu::Caches& sizes = fused_res::cpu::caches();
+  const fused_res::cpu::CacheSources sources = fused_res::cpu::cache_sources();
+  return {{sizes.l1, sizes.l2, sizes.l3}, {sources.l1, sources.l2, sources.l3}};
+}
+
+void set_cpu_caches(const std::optional<std::array<int64_t, 3>>& sizes) {
+  if (!sizes) return fused_res::cpu::set_caches(nullptr);
+  for (const int64_t size : *sizes) {
+    if (size <= 0) throw py::value_error("sizes: expected positive integers, got " + std::to_string(size));
+  }
+  const fused_res::cpu::Caches caches = {(*sizes)[0], (*sizes)[1], (*sizes)[2]};
+  fused_res::cpu::set_caches(&caches);
+}
 
 bool winograd_supports(const Integers& kernel, const Integers& stride, const Integers& dilation) {
   if (kernel.size() != 2 || stride.size() != 2 || dilation.size() != 2) return false;
@@ -88,6 +107,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &fused_res::cpu_isa);
   m.def("set_cpu_isa", &fused_res::set_cpu_isa, py::arg("name"));
   m.def("fma_peak", &fused_res::fma_peak, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_caches", &cpu_caches);
+  m.def("set_cpu_caches", &set_cpu_caches, py::arg("sizes"));
   m.def("set_output_cache", &fused_res::set_output_cache, py::arg("bytes"));
   m.def("output_cache_bytes", &fused_res::output_cache_bytes);
   m.def("winograd_supports", &winograd_supports, py::arg("kernel"), py::arg("stride"), py::arg("dilation"));
