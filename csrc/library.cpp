@@ -7,6 +7,9 @@
 //   cpu_caches(), set_cpu_caches(sizes)
 //     caches.h: the bytes of L1 data cache, L2 and L3 in force as a tuple, and the source of each; sizes are
 //     three positive integers, or None for those of the machine;
+//   streams_output(bytes, norm)
+//     True if a convolution's or, with `norm`, a norm's output of this size is written with streaming stores
+//     (caches.h), apart from its alignment;
 //   winograd_supports(kernel, stride, dilation)
 //     True if the Winograd kernels support this geometry of a 2D convolution, False also for a sequence that
 //     is not a pair: supports_winograd() of convolution.h;
@@ -109,6 +112,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", &fused_res::fma_peak, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("cpu_caches", &cpu_caches);
   m.def("set_cpu_caches", &set_cpu_caches, py::arg("sizes"));
+  m.def(
+      "streams_output",
+      [](int64_t bytes, bool norm) {
+        const fused_res::cpu::Caches& c = fused_res::cpu::caches();
+        return norm ? c.streams_norm_output(bytes) : !c.keeps_in_l3(bytes);
+      },
+      py::arg("bytes"), py::arg("norm"));
   m.def("set_output_cache", &fused_res::set_output_cache, py::arg("bytes"));
   m.def("output_cache_bytes", &fused_res::output_cache_bytes);
   m.def("winograd_supports", &winograd_supports, py::arg("kernel"), py::arg("stride"), py::arg("dilation"));

@@ -33,7 +33,8 @@ Tensor pack_conv_weight(const Tensor& weight, int64_t winograd, bool transposed)
                   weight.stride(1),
                   weight.stride(2),
                   weight.stride(3),
-                  winograd};
+                  winograd,
+                  /*stream=*/false};
   if (transposed) {
     w.data += (kernel_h - 1) * w.row_stride + (kernel_w - 1) * w.column_stride;
     w.row_stride = -w.row_stride, w.column_stride = -w.column_stride;
@@ -43,6 +44,8 @@ Tensor pack_conv_weight(const Tensor& weight, int64_t winograd, bool transposed)
   const int64_t size = packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0);
   Tensor packed = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
   float* to = packed.data_ptr<float>();
+  // Half of the L3, not keeps_in_l3()'s quarter: nothing is read between the packing of U and its use.
+  w.stream = static_cast<int64_t>(packed.nbytes()) > caches().l3 / 2;
   const auto& k = convolution_kernels();
   const auto pack = winograd != 0 ? k.winograd.pack : k.direct.pack;
   Parallel{size}(num_panels(w.out_channels), [&](int64_t begin, int64_t end) { pack(w, {begin, end}, to); });

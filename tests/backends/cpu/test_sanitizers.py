@@ -16,6 +16,7 @@ import torch
 from fused_res import _extension
 
 ROOT = Path(__file__).resolve().parents[3]
+CACHES = ROOT / "csrc/cpu/caches.cpp"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
 SANITIZERS = {
@@ -49,7 +50,7 @@ def build(source: str, sanitizer: str, isa: str, folder: Path, *more: str) -> Pa
     if probe.returncode:
         pytest.skip(f"{COMPILER} has no {sanitizer} sanitizer")
     built = subprocess.run(
-        [COMPILER, *flags, f"-I{ROOT / 'csrc'}", Path(__file__).with_name(source), "-o", program],
+        [COMPILER, *flags, f"-I{ROOT / 'csrc'}", Path(__file__).with_name(source), CACHES, "-o", program],
         capture_output=True,
         text=True,
     )
