@@ -4,6 +4,12 @@
 //   build_info, cpu_isa, set_cpu_isa, fma_peak, bf16_peak, set_output_cache, output_cache_bytes
 //     the build's record, the active instruction set, its peak throughput of fp32 FMAs and of products of
 //     bfloat16, and the output allocator's cache;
+//   cpu_caches(), set_cpu_caches(sizes)
+//     caches.h: the bytes of L1 data cache, L2 and L3 in force as a tuple, and the source of each; sizes are
+//     three positive integers, or None for those of the machine;
+//   streams_output(bytes, norm)
+//     True if a convolution's or, with `norm`, a norm's output of this size is written with streaming stores
+//     (caches.h), apart from its alignment;
 //   winograd_supports(kernel, stride, dilation)
 //     True if the Winograd kernels support this geometry of a 2D convolution, False also for a sequence that
 //     is not a pair: supports_winograd() of convolution.h;
@@ -38,6 +44,7 @@
 #include <vector>
 
 #include "build_info.h"  // written by CMakeLists.txt
+#include "cpu/caches.h"
 #include "cpu/conv_program.h"
 #include "cpu/convolution.h"
 #include "cpu/fma_peak.h"
@@ -50,6 +57,21 @@ namespace py = pybind11;
 namespace {
 
 using Integers = std::vector<int64_t>;
+
+std::tuple<Integers, std::array<std::string, 3>> cpu_caches() {
+  const fused_res::cpu::Caches& sizes = fused_res::cpu::caches();
+  const fused_res::cpu::CacheSources sources = fused_res::cpu::cache_sources();
+  return {{sizes.l1, sizes.l2, sizes.l3}, {sources.l1, sources.l2, sources.l3}};
+}
+
+void set_cpu_caches(const std::optional<std::array<int64_t, 3>>& sizes) {
+  if (!sizes) return fused_res::cpu::set_caches(nullptr);
+  for (const int64_t size : *sizes) {
+    if (size <= 0) throw py::value_error("sizes: expected positive integers, got " + std::to_string(size));
+  }
+  const fused_res::cpu::Caches caches = {(*sizes)[0], (*sizes)[1], (*sizes)[2]};
+  fused_res::cpu::set_caches(&caches);
+}
 
 bool winograd_supports(const Integers& kernel, const Integers& stride, const Integers& dilation) {
   if (kernel.size() != 2 || stride.size() != 2 || dilation.size() != 2) return false;
@@ -89,6 +111,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &fused_res::set_cpu_isa, py::arg("name"));
   m.def("fma_peak", &fused_res::fma_peak, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("bf16_peak", &fused_res::bf16_peak, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_caches", &cpu_caches);
+  m.def("set_cpu_caches", &set_cpu_caches, py::arg("sizes"));
+  m.def(
+      "streams_output",
+      [](int64_t bytes, bool norm) {
+        const fused_res::cpu::Caches& c = fused_res::cpu::caches();
+        return norm ? c.streams_norm_output(bytes) : !c.keeps_in_l3(bytes);
+      },
+      py::arg("bytes"), py::arg("norm"));
   m.def("set_output_cache", &fused_res::set_output_cache, py::arg("bytes"));
   m.def("output_cache_bytes", &fused_res::output_cache_bytes);
   m.def("winograd_supports", &winograd_supports, py::arg("kernel"), py::arg("stride"), py::arg("dilation"));

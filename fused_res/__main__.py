@@ -16,7 +16,7 @@ import torch
 
 import fused_res
 from fused_res import _cli, _extension, env
-from fused_res.backends import cpu, registry, triton
+from fused_res.backends import registry, triton
 from fused_res.nn import chain
 
 
@@ -46,9 +46,22 @@ def _versions() -> str:
             ("torch", torch.__version__),
             ("triton", _version("triton")),
             ("machine", f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"),
-            ("caches", ", ".join(f"{size >> 10} KiB" for size in cpu.cache_sizes()) + " (L1 data, L2, L3; 0: unknown)"),
+            ("caches", _caches()),
         ]
     )
+
+
+def _caches() -> str:
+    if not _extension.loaded:
+        return "unknown without the C++ extension"
+    sizes, sources = _extension.cpu_caches(), _extension.cpu_cache_sources()
+    levels = zip(("L1 data", "L2", "L3"), sizes, sources, strict=True)
+    return ", ".join(f"{level} {_format_size(size)} ({source})" for level, size, source in levels)
+
+
+def _format_size(size: int) -> str:
+    exponent = next((e for e in (3, 2, 1) if size % 1024**e == 0), 0)
+    return f"{size >> 10 * exponent} {('bytes', 'KiB', 'MiB', 'GiB')[exponent]}"
 
 
 def _extension_rows() -> str:

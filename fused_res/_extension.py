@@ -106,6 +106,9 @@ if loaded:
     except ValueError as error:  # the instruction set was requested by name: no fallback to another one
         raise ValueError(f"{env.CPU_ISA.name}: {error}") from None
 
+    if (_sizes := env.CPU_CACHES.read()) != "auto":
+        _module.set_cpu_caches(env.parse_sizes(_sizes))
+
 #: The C++ module, None if it is not loaded; csrc/library.cpp documents the properties of the kernels that it exposes.
 cpp = _module
 
@@ -149,6 +152,21 @@ def output_cache_bytes() -> int:
 def cpu_isa() -> str:
     """Return the instruction set that the C++ kernels use."""
     return str(_require_module().cpu_isa())
+
+
+def cpu_caches() -> tuple[int, ...]:
+    """Return the bytes of a core's L1 data cache, of its L2, and of the L3 that it uses, shared with other cores."""
+    return tuple(_require_module().cpu_caches()[0])
+
+
+def cpu_cache_sources() -> tuple[str, ...]:
+    """Return where each size of :func:`cpu_caches` comes from.
+
+    ``"cpuid"``, ``"sysconf"``, ``"default"`` (the machine does not report the level), or the variable
+    ``FUSED_RES_CPU_CACHES``.
+    """
+    sources = _require_module().cpu_caches()[1]
+    return tuple(env.CPU_CACHES.name if source == "set" else source for source in sources)
 
 
 def fma_peak(threads: int) -> float:

@@ -4,6 +4,7 @@ This module imports only the standard library, because setup.py runs it before a
 """
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ class Variable:
         allowed: allowed values, in lower case; empty for a non-negative integer.
         doc: description for `python -m fused_res info` and the documentation.
         path: the value is a path, which is not validated.
+        sizes: the value may also be this many sizes, see :func:`parse_sizes`.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Variable:
     allowed: tuple[str, ...]
     doc: str
     path: bool = False
+    sizes: int = 0
 
     def read(self, environ: Mapping[str, str] = os.environ) -> str:
         """Return the variable's value; raise ValueError if it is not allowed."""
@@ -34,8 +37,25 @@ class Variable:
         if not self.allowed and not (value.isascii() and value.isdigit()):
             raise ValueError(f"{self.name}={value!r} is not a known value: use a non-negative integer")
         if self.allowed and value not in self.allowed:
-            raise ValueError(f"{self.name}={value!r} is not a known value: use one of {', '.join(self.allowed)}")
+            if self.sizes and len(parse_sizes(value)) == self.sizes:
+                return value
+            alternative = f", or {self.sizes} sizes such as {_SIZES_EXAMPLE}" if self.sizes else ""
+            names = ", ".join(self.allowed)
+            raise ValueError(f"{self.name}={value!r} is not a known value: use one of {names}{alternative}")
         return value
+
+
+_SIZES_EXAMPLE = "48K,2M,300M"
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Return the bytes of sizes such as ``48K,2M,300M`` (powers of 1024), or an empty tuple if one is not valid.
+
+    A size is a positive integer below 10**9 with an optional suffix K, M or G.
+    """
+    matches = [re.fullmatch(r"([0-9]{1,9})([kmg]?)", size.strip().lower()) for size in text.split(",")]
+    sizes = [int(match[1]) << 10 * " kmg".index(match[2] or " ") for match in matches if match]
+    return tuple(sizes) if len(sizes) == len(matches) and all(sizes) else ()
 
 
 ENABLED = Variable(
@@ -76,6 +96,14 @@ CPU_CACHE = Variable(
     allowed=(),
     doc="capacity in MiB of the C++ kernels' cache of freed output buffers, which later outputs reuse; 0 disables it",
 )
+CPU_CACHES = Variable(
+    "FUSED_RES_CPU_CACHES",
+    default="auto",
+    allowed=("auto",),
+    doc="sizes of the L1 data cache and the L2 of a core, and of the L3 that it uses, such as 48K,2M,300M, from which"
+    " block sizes, streaming stores and algorithms are chosen; auto is what the processor reports",
+    sizes=3,
+)
 SINGLE_PASS = Variable(
     "FUSED_RES_SINGLE_PASS",
     default="0",
@@ -103,7 +131,7 @@ SIMULATOR = Variable(
     doc="for tests: library of the CUDA kernels compiled for the CPU (tools/cuda_sim), which implements backend cuda",
     path=True,
 )
-VARIABLES = (ENABLED, BACKEND, CONVOLUTION, WINOGRAD, CPU_ISA, CPU_CACHE, SINGLE_PASS, CPP, CUDA, SIMULATOR)
+VARIABLES = (ENABLED, BACKEND, CONVOLUTION, WINOGRAD, CPU_ISA, CPU_CACHE, CPU_CACHES, SINGLE_PASS, CPP, CUDA, SIMULATOR)
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:

@@ -6,20 +6,15 @@
 #include <memory>
 #include <string_view>
 
+#include "cpu/caches.h"
 #include "cpu/isa.h"
 #include "cpu/tensor.h"
 
 namespace fused_res::cpu {
 
-// Outputs of at least this size are written with streaming stores. A normal store reads the cache line first
-// and evicts data that the second pass is about to read: forward + backward of 3 MB takes 0.57 ms with normal
-// stores and 0.40 ms with streaming stores. In a residual block, where a convolution reads the output next,
-// both are equal from 1 to 4 MB and streaming stores are faster for larger outputs.
-constexpr int64_t kStreamBytes = 1 << 20;
-
 inline bool use_streaming_stores(const ActivationTensor& x, const Tensor& output) {
   const int64_t line = 64, row_bytes = x.shape.cols() * output.element_size();
-  return static_cast<int64_t>(output.nbytes()) >= kStreamBytes && row_bytes % line == 0 &&
+  return caches().streams_norm_output(static_cast<int64_t>(output.nbytes())) && row_bytes % line == 0 &&
          reinterpret_cast<uintptr_t>(output.data_ptr()) % line == 0;
 }
 

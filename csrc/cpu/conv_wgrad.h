@@ -92,7 +92,9 @@ class WeightGradientTasks {
   }
 
  private:
-  static constexpr int64_t kSplitKMaxFloats = 1 << 18;  // floats; 1 MB stays in a core's private cache
+  // Floats: 1 MB, which a core's L2 of 1 or 2 MB keeps. These constants are the order of summation, so they
+  // do not depend on the caches.
+  static constexpr int64_t kSplitKMaxFloats = 1 << 18;
   static constexpr int64_t kSplitKParts = 16;
   static constexpr int64_t kPixels = 128, kSplitKTiles = 28, kStagedTiles = 84;
   static constexpr int64_t kChunksPerStage = 4, kPackTasks = 28;

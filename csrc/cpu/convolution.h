@@ -52,7 +52,10 @@ class DirectTasks {
  public:
   explicit DirectTasks(const ConvolutionArgs& args)
       : args_(args), rows_(args.images * args.out_height * args.out_width), k_(gemm_k(args)) {
-    // The im2col rows of a chunk stay in L2 while the panels are streamed.
+    // The im2col rows of a chunk stay in L2 while the panels are streamed: 256 KB, a quarter of a Zen 4
+    // core's L2 and an eighth of a Xeon's. The size does not follow the machine's L2, because a chunk's
+    // partial statistics are summed in its order, and because kMaxRows bounds all but the longest rows
+    // already.
     const int64_t chunk_pixels = std::clamp<int64_t>(kChunkFloats / k_, kMinRows, kMaxRows);
     chunks_ = ceil_div(rows_, chunk_pixels);
   }
@@ -234,6 +237,9 @@ class WinogradTasks {
   }
 
  private:
+  // Chunks are the order of summation of the partial statistics, so these do not depend on the caches. Nor is
+  // it the size of the L3 alone that bounds kCachedWeight, 12 MB: the fused schedule reads all of U from the
+  // L3 once per kFusedChunk tiles, so its limit is the bandwidth of the L3. Not measured with a larger L3.
   static constexpr int64_t kSmallWeight = 1 << 20, kCachedWeight = 3 << 20;                    // floats
   static constexpr int64_t kFusedChunk = 14, kStagedChunk = 112, kFewTiles = 8 * kFusedChunk;  // tiles
   static constexpr int64_t kChunksPerStage = 4, kTransformTasks = 28;

@@ -120,14 +120,13 @@ inline void set_geometry(ConvolutionArgs& args, at::IntArrayRef kernel_size, at:
 }
 
 // True if the output is to be written with streaming stores. A normal store reads the cache line first, which
-// does not pay off for an output that is evicted before it is read: 64 -> 256 channels of 16 images of 56x56,
-// with a residual, take 13.4 ms with normal stores and 9.8 ms with streaming stores. `images`: the images of
-// the whole output, of which `args` may describe a part.
+// does not pay off for an output that is evicted before it is read (keeps_in_l3() has the measurements).
+// `images`: the images of the whole output, of which `args` may describe a part.
 inline bool use_streaming_stores(const ConvolutionArgs& args, int64_t images) {
   constexpr int64_t kLine = 64;  // bytes
-  const int64_t pixel = args.out_channels * element_size(args.dtype);
-  return images * args.out_height * args.out_width * pixel > caches().l3 / 4 && pixel % kLine == 0 &&
-         reinterpret_cast<uintptr_t>(args.y) % kLine == 0;
+  const int64_t pixel_bytes = args.out_channels * element_size(args.dtype);
+  return !caches().keeps_in_l3(images * args.out_height * args.out_width * pixel_bytes) &&
+         pixel_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(args.y) % kLine == 0;
 }
 
 inline void check_conv_args(const ConvolutionArgs& args, int64_t packed) {

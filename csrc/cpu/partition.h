@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "cpu/caches.h"
 #include "cpu/isa/kernels.h"
 
 namespace fused_res::cpu {
@@ -32,8 +33,8 @@ struct ChannelRange {
 // development machine) is still in cache.
 //
 // A channel's values are partitioned into chunks. Each chunk has its own partial statistics, which are merged
-// in order. The chunks depend on the shape only, not on the number of threads, so results are bitwise
-// reproducible.
+// in order. The chunks depend on the shape only, not on the number of threads nor on the caches, so results
+// are bitwise reproducible, on other machines with the same instruction set as well.
 //
 // NHWC processes all channels at once. Slices of channels that are small enough to stay in cache between the
 // passes would read x from memory only once. But such a slice is 64 to 512 bytes of each row, a pattern that
@@ -45,7 +46,8 @@ class Partition {
   // `bytes`: size of one element, summed over all operands that both passes read.
   Partition(const Shape& shape, int64_t bytes, int64_t threads) : shape_(shape) {
     const int64_t channel_bytes = std::max<int64_t>(shape.values_per_channel() * bytes, 1);
-    const int64_t cached_channels = kCacheBytes / channel_bytes;
+    // Half of the L3, and of a core's L2 a quarter, for a group of channels that both passes read.
+    const int64_t cached_channels = caches().l3 / 2 / channel_bytes;
     if (shape.layout == Layout::kNhwc) {
       // A power of two, so that threads get equal shares. Chunks are long enough that there are few partial
       // statistics.
@@ -63,7 +65,7 @@ class Partition {
       // passes, and a group stays in the thread's L2.
       group_per_thread_ = shape.channels >= 2 * threads && cached_channels >= threads;
       group_channels_ = group_per_thread_
-                            ? std::min(kThreadCacheBytes / channel_bytes, shape.channels / (2 * threads))
+                            ? std::min(caches().l2 / 4 / channel_bytes, shape.channels / (2 * threads))
                             : cached_channels;
     }
     group_channels_ = std::clamp<int64_t>(group_channels_, 1, std::max<int64_t>(shape.channels, 1));
@@ -102,8 +104,7 @@ class Partition {
   }
 
  private:
-  static constexpr int64_t kCacheBytes = 16 << 20;                // about half of a last-level cache
-  static constexpr int64_t kThreadCacheBytes = 256 << 10;         // a quarter of a core's private cache
+  // The chunks are the order of summation, so they do not depend on the caches.
   static constexpr int64_t kRowChunk = 128, kMaxRowChunk = 2048;  // rows
   // Values; a multiple of 8, so that chunks begin at whole bytes of the mask.
   static constexpr int64_t kPlaneChunk = 16384;

@@ -28,7 +28,7 @@ class Machine(NamedTuple):
     Args:
         isa: instruction set of the backend's kernels, such as ``"avx2"``, or a GPU's architecture, such as ``"sm_90"``.
         onednn_dtypes: dtypes for which oneDNN has native kernels.
-        cache_sizes: bytes of the L1 data, L2 and L3 cache per core; 0 for an unknown size.
+        cache_sizes: bytes of a core's L1 data cache, of its L2, and of the L3 that it uses; empty if unknown.
     """
 
     isa: str = ""

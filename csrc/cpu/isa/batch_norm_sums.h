@@ -14,7 +14,7 @@ namespace {
 constexpr int kFp32Terms = 32;
 // Channels whose sums are on the stack.
 constexpr int64_t kStackChannels = 2048;
-// Prefetch distance in each operand, in bytes.
+// Prefetch distance in each operand, in bytes: the latency of memory in time, not a part of a cache.
 constexpr int64_t kPrefetchBytes = 16384;
 // Rows added per load and store of the accumulators.
 constexpr int kRowUnroll = 4;

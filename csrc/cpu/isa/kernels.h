@@ -131,6 +131,7 @@ struct WeightView {
   int64_t out_channels, channels, kernel_h, kernel_w;
   int64_t output_stride, channel_stride, row_stride, column_stride;
   int64_t stride;  // stride of the Winograd convolution to pack for
+  bool stream;     // Winograd: write U with streaming stores
 };
 
 struct ConvolutionArgs {

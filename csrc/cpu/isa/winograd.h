@@ -274,15 +274,10 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
   if (args.stream) stream_fence();
 }
 
-// A transformed filter U of more floats than this is evicted from the caches before it is read, and is
-// written with streaming stores.
-constexpr int64_t kStreamFloats = 4 << 20;
-
 // Filter transform U = G g G^T of the panels, in double.
 void winograd_pack(const WeightView& weight, Range panels, void* packed) {
   constexpr int kChannelBlock = 16;  // channels that fill a cache line if they are contiguous in the weight
   const int64_t size = weight.channels * kPanelWidth;
-  const bool stream = kTransformPoints * size * (weight.out_channels / kPanelWidth) > kStreamFloats;
   float g[kChannelBlock][kTaps * kTaps][kPanelWidth] = {};
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     float* u = static_cast<float*>(packed) + panel * kTransformPoints * size;
@@ -330,7 +325,7 @@ void winograd_pack(const WeightView& weight, Range panels, void* packed) {
         for (int p = 0; p < kTransformPoints; ++p) {
           float* line = u + p * size + (begin + c) * kPanelWidth;
           for (int o = 0; o < kPanelWidth; o += Vec<float>::lanes) {
-            store_or_stream(FullVector{}, line + o, load(to[0][0] + p * kPanelWidth + o), stream);
+            store_or_stream(FullVector{}, line + o, load(to[0][0] + p * kPanelWidth + o), weight.stream);
           }
         }
       }

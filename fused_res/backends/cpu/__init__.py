@@ -6,9 +6,6 @@ memory of that size take longer than the kernel. ``FUSED_RES_CPU_CACHE`` and :fu
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 from fused_res import _extension
 from fused_res._extension import output_cache_bytes, set_output_cache
 from fused_res.dispatch import Machine
@@ -30,18 +27,7 @@ def unavailable() -> str | None:
 def machine() -> Machine:
     from fused_res.backends.cpu import onednn
 
-    return Machine(_extension.cpu_isa(), onednn.dtypes(), cache_sizes())
-
-
-@cache
-def cache_sizes() -> tuple[int, ...]:
-    """Return the sizes in bytes of core 0's L1 data, L2 and L3 cache; 0 for a level that Linux does not report."""
-    sizes = {1: 0, 2: 0, 3: 0}
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        level, kind, size = (index.joinpath(name).read_text().strip() for name in ("level", "type", "size"))
-        if kind != "Instruction" and int(level) in sizes and size.endswith("K"):
-            sizes[int(level)] = int(size[:-1]) << 10
-    return tuple(sizes.values())
+    return Machine(_extension.cpu_isa(), onednn.dtypes(), _extension.cpu_caches())
 
 
 def load() -> Kernels:

@@ -196,6 +196,7 @@ def _describe_direct(problem: Problem) -> str:
 
 #: Costs, in multiply-adds of float32, of reading one weight element of 4 bytes, packing it for ``direct``, transforming
 #: and packing it for Winograd, and transforming one element of an input or output tile (per input or output channel).
+#: They are ratios of bandwidth and arithmetic, measured with 32 MB of L3, where a network's weights are read from memory.
 _READ_COST, _PACK_DIRECT_COST, _PACK_WINOGRAD_COST, _TRANSFORM_COST = 10, 60, 100, 8
 #: Cost of a multiply-add of bfloat16, by instruction set: vdpbf16ps has twice the rate of fp32 FMAs on Zen 4, and the
 #: tiles of amx 16 times the rate.
@@ -259,8 +260,9 @@ _EVIDENCE_ZEN4 = "measured on 2 Zen 4 cores (AVX-512), shapes of ResNet-18 and R
 _MIN_CHANNELS = 16
 #: Output pixels from which Winograd amortises the filter transform of every training step and the larger weight.
 _MIN_OUTPUT_PIXELS = 128
-#: Elements of a float32 tensor of 32 MB. glibc's malloc serves larger allocations by mmap every time, and the page
-#: faults take as long as a 1x1 convolution; this library's outputs come from its cache of freed outputs.
+#: Elements of a float32 tensor of 32 MB, not a cache's size: glibc's malloc serves larger allocations by mmap every
+#: time, and the page faults take as long as a 1x1 convolution; this library's outputs come from its cache of freed
+#: outputs.
 _MALLOC_MMAP_FLOATS = 1 << 23
 
 
@@ -297,7 +299,8 @@ def _aten_wgrad_is_faster(problem: Problem) -> bool:
     return max(kernel_size) > 3 or channels < _MIN_CHANNELS or (problem.stride == (1, 1) and channels > 128)
 
 
-#: Weight elements up to which a 1x1 convolution of few pixels packs its weight faster than oneDNN reorders it.
+#: Weight elements, 256 KB, up to which a 1x1 convolution of few pixels packs its weight faster than oneDNN reorders it:
+#: a comparison of two call overheads, for weights that the L2 of any supported processor holds.
 _MAX_POINTWISE_WEIGHT = 1 << 16
 
 

@@ -17,6 +17,7 @@ import torch
 from fused_res import _extension
 
 ROOT = Path(__file__).resolve().parents[3]
+CACHES = ROOT / "csrc/cpu/caches.cpp"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
 SANITIZERS = {
@@ -52,7 +53,7 @@ def build(source: str, sanitizer: str, isa: str, folder: Path, *more: str, kerne
         pytest.skip(f"{COMPILER} has no {sanitizer} sanitizer")
     sources = [Path(__file__).with_name(source), *([ROOT / "csrc/cpu/isa" / kernels] if kernels else [])]
     built = subprocess.run(
-        [COMPILER, *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", program],
+        [COMPILER, *flags, f"-I{ROOT / 'csrc'}", *sources, CACHES, "-o", program],
         capture_output=True,
         text=True,
     )
