@@ -19,7 +19,7 @@ from fused_res.nn.fusable_module import FusableModule, check_model, check_settin
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def freeze(model: Model, backend: str = "auto") -> Model:
+def freeze(model: Model, backend: str = "auto", tune: bool = False) -> Model:
     """Return a copy of `model` for inference that runs with batch norms folded into packed weights.
 
     The copy has the model's modules, parameters, buffers and ``state_dict``, in evaluation mode and without gradients.
@@ -41,6 +41,14 @@ def freeze(model: Model, backend: str = "auto") -> Model:
         model: any module; it is not modified.
         backend: name of a backend, see :mod:`fused_res.backends`; default ``"auto"``.
 
+        tune: whether to measure, at the first call with each input shape, which algorithms are fastest, instead of
+            selecting them by rules; on the CPU only. Each supported algorithm of a convolution computes it with its
+            weights, after 64 MB of other data have passed through the caches. The rules' choice stays unless another is
+            3 % faster. Where the fastest cannot be a part of an inference graph, whole sequences of blocks are timed.
+            Measured once a process for equal convolutions, with the threads of that call; other processes may choose
+            other algorithms, and so give other rounding errors. Nothing is measured, and the rules select, under
+            ``torch.use_deterministic_algorithms``. Default False.
+
     Returns:
         The copy, of `model`'s class.
 
@@ -60,7 +68,7 @@ def freeze(model: Model, backend: str = "auto") -> Model:
                 module.configure(backend)
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-    install(frozen, Settings(backend), packed=True, frozen=True)
+    install(frozen, Settings(backend, tune=tune), packed=True, frozen=True)
     return frozen
 
 

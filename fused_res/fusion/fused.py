@@ -41,7 +41,7 @@ class Fusion:
 
     def __init__(self, settings: Settings, packed: bool, frozen: bool, programs: tuple[Any, ...] = ()) -> None:
         self.settings = settings
-        self.packed = PackedProgram() if packed else None
+        self.packed = PackedProgram(settings.tune) if packed else None
         self.frozen = frozen
         self.programs = programs
         self.calls: Calls = {}

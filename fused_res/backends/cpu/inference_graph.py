@@ -114,7 +114,7 @@ def plan(
             return None
         problem = Problem(
             "inference", (batch, channels, *size), weight, *spec.geometry, torch.float32, "cpu", True, prepacked=True,
-            allow_winograd=winograd, machine=machine,
+            residual=node.residual is not None, allow_winograd=winograd, machine=machine,
         )  # fmt: skip
         problems[node.weight_index], selections[node.weight_index] = problem, select(ALGORITHMS, problem, preference)
         if selections[node.weight_index].name not in OUTPUT_TILE:
