@@ -173,5 +173,10 @@ class Algorithm:
     pack_key: Callable[[Problem], Hashable] = field(default=lambda problem: None)
     weight_packing: Literal["always", "cached", "never"] = "never"
 
+    @property
+    def runs_in_graphs(self) -> bool:
+        """Whether an inference graph can contain it: only the backend's own kernels require a packed weight."""
+        return self.weight_packing == "always"
+
     def __repr__(self) -> str:
         return f"Algorithm({self.name!r})"

@@ -73,6 +73,18 @@ def _exclusion_reason(algorithm: Algorithm, problem: Problem, preference: str) -
 _cached = lru_cache(maxsize=8192)(select_uncached)
 
 
+class Measured(NamedTuple):
+    """The fastest algorithms of one inference problem: of all, and of those that an inference graph can contain."""
+
+    fastest: Selection
+    fastest_in_graph: Selection
+
+
+#: What tuning (:func:`fused_res.dispatch.tuning.measure_inference`) has found. Entries are never replaced, so that
+#: selections and the graphs that are planned from them do not change.
+measured: dict[tuple[tuple[Algorithm, ...], Problem], Measured] = {}
+
+
 def select(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str) -> Selection:
     """Return the first algorithm that supports the problem and that no rule excludes.
 
@@ -82,8 +94,11 @@ def select(algorithms: tuple[Algorithm, ...], problem: Problem, preference: str)
         algorithms: a backend's list, in order of priority.
         problem: the convolution.
         preference: ``"planned"`` for selection by the rules; ``"aten"`` for ATen's convolution only; ``"fused"`` to
-            ignore the rules of fused algorithms.
+            ignore the rules of fused algorithms; ``"tuned"`` for the fastest measured algorithm, ``"tuned_graph"`` for
+            the fastest that an inference graph can contain, both by the rules where nothing was measured.
     """
+    if preference in ("tuned", "tuned_graph") and (found := measured.get((algorithms, problem))) is not None:
+        return found.fastest if preference == "tuned" else found.fastest_in_graph
     return (select_uncached if problem.symbolic else _cached)(algorithms, problem, preference)
 
 

@@ -1,8 +1,8 @@
 """Autotuning: on first use, time a backend's algorithms for a convolution and select the fastest.
 
-``fuse(..., tune=True)`` requests it. Only algorithms that support the problem are
-timed; their rules are ignored. Nothing is timed during CUDA graph capture and compilation, nor under
-``torch.use_deterministic_algorithms``, because two runs may select different algorithms.
+``fuse(..., tune=True)`` requests it for training, ``freeze(..., tune=True)`` for inference on the CPU. Only algorithms
+that support the problem are timed; their rules are ignored. Nothing is timed during CUDA graph capture and compilation,
+nor under ``torch.use_deterministic_algorithms``, because two runs may select different algorithms.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from itertools import product
 from operator import itemgetter
 from typing import NamedTuple
@@ -18,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.dispatch.algorithm import TRAINING_OPERATIONS, Algorithm, Operation, Problem
+from fused_res.dispatch.algorithm import TRAINING_OPERATIONS, Algorithm, Operation, PackedWeight, Problem
 from fused_res.dispatch.backend import Kernels
-from fused_res.dispatch.selection import Selection, TrainingAlgorithms, candidates
+from fused_res.dispatch.selection import Measured, Selection, TrainingAlgorithms, candidates, measured, select
 
 #: Seconds for which an algorithm is timed on a CPU. On a GPU `do_bench_cudagraph` chooses the number of calls.
 _MIN_RUN_TIME = 0.02
@@ -53,7 +54,7 @@ def tuned_training_algorithms(
         device: device to time on.
     """
     key = _TuningKey(kernels.name, _name(device), problem, normalizes_input, training)
-    if key not in _training_cache and _can_measure(device):
+    if key not in _training_cache and can_measure(device):
         with _lock:
             if key not in _training_cache:
                 _training_cache[key] = _measure(key, kernels, device)
@@ -64,7 +65,8 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _can_measure(device: torch.device) -> bool:
+def can_measure(device: torch.device) -> bool:
+    """Return whether algorithms may be timed in the current context."""
     if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
@@ -99,6 +101,114 @@ def _measure(key: _TuningKey, kernels: Kernels, device: torch.device) -> Trainin
         for operation in TRAINING_OPERATIONS
     )
     return TrainingAlgorithms(*map(Selection, best, timings))
+
+
+# Inference
+
+#: Bytes that are written before each timed call, as the other layers of a network do between two calls of one. Weights
+#: are evicted from an L3 of 32 MB and remain in one of 300 MB, as those of a network do.
+_EVICTING_BYTES = 64 << 20
+#: Timed calls of each algorithm. After the second, algorithms that are slower by the given factor are dropped.
+_ROUNDS, _HOPELESS = 7, 3.0
+#: The rules' choice, and a whole graph, are kept unless something else takes less than this part of their time.
+_TIE = 0.97
+_faster_with_graph: dict[Hashable, bool] = {}
+
+
+def measure_inference(
+    kernels: Kernels,
+    problem: Problem,
+    operand: Callable[[Algorithm], PackedWeight | Tensor],
+    bias: Tensor | None,
+    relu: bool,
+) -> None:
+    """Time the algorithms of an inference problem on the CPU, once a process, for :func:`fused_res.dispatch.select`.
+
+    Args:
+        kernels: the backend.
+        problem: the convolution.
+        operand: function that returns the weight, packed for an algorithm that packs it.
+        bias: ``(K,)`` or None.
+        relu: whether the epilogue has a ReLU.
+    """
+    key = kernels.algorithms, problem
+    if key not in measured:
+        with _lock:
+            if key not in measured:
+                measured[key] = _measure_inference(kernels, problem, operand, bias, relu)
+
+
+@torch.no_grad()
+def _measure_inference(
+    kernels: Kernels,
+    problem: Problem,
+    operand: Callable[[Algorithm], PackedWeight | Tensor],
+    bias: Tensor | None,
+    relu: bool,
+) -> Measured:
+    def images(*shape: int) -> Tensor:
+        x = torch.randn(shape).to(problem.dtype)
+        return x.contiguous(memory_format=torch.channels_last) if problem.channels_last and x.dim() == 4 else x
+
+    source, x = images(*problem.input), images(*problem.input)
+    residual = images(problem.input[0], problem.weight[0], *problem.output_size) if problem.residual else None
+    found = candidates(kernels.algorithms, problem)
+    operands = {algorithm: operand(algorithm) for algorithm in found}
+    other_data = torch.empty(_EVICTING_BYTES, dtype=torch.uint8)
+    planned = select(kernels.algorithms, problem, "planned").algorithm
+    times: dict[Algorithm, list[float]] = {algorithm: [] for algorithm in found}
+    for round in range(_ROUNDS):
+        for algorithm in found:
+            run = kernels.implementation("inference", algorithm)
+            other_data.fill_(round)
+            x.copy_(source)  # the preceding layer has just written the input
+            begin = time.perf_counter()
+            run(x, operands[algorithm], bias, residual, problem.geometry, relu)
+            times[algorithm].append(time.perf_counter() - begin)
+        if round == 1:
+            limit = _HOPELESS * min(map(min, times.values()))
+            found = [algorithm for algorithm in found if algorithm is planned or min(times[algorithm]) <= limit]
+    reason = _format_timings({algorithm.name: min(seconds) for algorithm, seconds in times.items()})
+
+    def fastest(among: Sequence[Algorithm]) -> Selection:
+        best = min(among, key=lambda algorithm: min(times[algorithm]))
+        kept = planned in among and not _is_faster(times[best], times[planned])
+        return Selection(planned if kept else best, reason)
+
+    in_graphs = [algorithm for algorithm in times if algorithm.runs_in_graphs]
+    return Measured(fastest([*times]), fastest(in_graphs or [*times]))
+
+
+def _is_faster(times: Sequence[float], baseline: Sequence[float]) -> bool:
+    """Return whether an algorithm takes clearly less time than another that was timed in the same rounds.
+
+    Other processes may share the cores and stop a call for longer than it takes. So the shortest times are compared,
+    and besides the algorithm must have been faster in all rounds but one, which chance achieves in one case of 16.
+    """
+    wins = sum(a < b for a, b in zip(times, baseline, strict=False))
+    return min(times) < _TIE * min(baseline) and wins >= _ROUNDS - 1
+
+
+def graph_is_faster(key: Hashable, graph: Callable[[], object], separate: Callable[[], object]) -> bool:
+    """Return whether blocks run at least as fast as one graph as with the fastest algorithm for each convolution.
+
+    An algorithm that a graph cannot contain splits it, which costs calls and memory traffic that the times of single
+    convolutions do not show.
+
+    Args:
+        key: the blocks and the input's shape; each key is measured once a process.
+        graph, separate: the two ways to run the blocks.
+    """
+    with _lock:
+        if key not in _faster_with_graph:
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in range(_ROUNDS):
+                for call, seconds in zip((graph, separate), times, strict=True):
+                    begin = time.perf_counter()
+                    call()
+                    seconds.append(time.perf_counter() - begin)
+            _faster_with_graph[key] = not _is_faster(times[1], times[0])
+        return _faster_with_graph[key]
 
 
 def _format_timings(seconds: dict[str, float]) -> str:

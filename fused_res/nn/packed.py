@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fused_res import _torch_compat, functional
 from fused_res.backends import registry
-from fused_res.dispatch import PackedWeight, Problem, Selection
+from fused_res.dispatch import Algorithm, PackedWeight, Problem, Selection, select, tuning
 from fused_res.dispatch.backend import Kernels
 from fused_res.nn import chain
 from fused_res.nn.chain import Unit
@@ -75,11 +75,12 @@ class PackedProgram:
     the modules: keep it in the model, not in a global variable. Copies and pickles of a program start empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tune: bool = False) -> None:
+        self._tune = tune
         self._sequences: dict[tuple[Block, ...], _Sequence] = {}
 
-    def __reduce__(self) -> tuple[type[PackedProgram], tuple[()]]:
-        return PackedProgram, ()  # a copied model has other modules
+    def __reduce__(self) -> tuple[type[PackedProgram], tuple[bool]]:
+        return PackedProgram, (self._tune,)  # a copied model has other modules
 
     def run(
         self, x: Tensor, blocks: tuple[Block, ...], residual: Tensor | None = None, backend: str = "auto"
@@ -110,6 +111,8 @@ class PackedProgram:
             return None
         kernels = registry.resolve(backend, x.device)
         autocast, preference = functional.autocast_dtype(x), registry.conv_preference()
+        if self._tune and preference == "planned" and x.device.type == "cpu" and tuning.can_measure(x.device):
+            preference = "tuned"
         key = (
             x.shape, x.dtype, x.device, autocast, preference, kernels.name, *registry.selection_settings(kernels.name)
         )  # fmt: skip
@@ -126,7 +129,10 @@ class PackedProgram:
                 return None  # tensors that are created during the capture must not outlive the CUDA graph
             settings = _Settings(kernels, preference, x.device, autocast or x.dtype, autocast is not None)
             blocks = tuple([Block.of(*block) for block in blocks])
-            prepared = _prepare(x, blocks, settings, refuse_grad)
+            if preference == "tuned":
+                prepared = _prepare_tuned(x, residual, blocks, settings, refuse_grad)
+            else:
+                prepared = _prepare(x, blocks, settings, refuse_grad)
             if prepared is None:
                 return None
             _insert(sequence.prepared, key, prepared, _MAX_CACHE_ENTRIES)
@@ -347,6 +353,26 @@ class PackedConv:
         operand = self.operand(selected, problem)
         return operand.tensor if isinstance(operand, PackedWeight) else operand
 
+    def problem(self, input: Shape, residual: bool) -> Problem:
+        """Return the problem that :meth:`run` solves for an input of this shape."""
+        layer, settings = self._layer, self._settings
+        x = torch.empty(input, dtype=settings.dtype, device="meta", memory_format=_weight_format(layer.like))
+        problem, _ = registry.select(
+            settings.kernels.name, "inference", x, layer.like, self.spec.geometry, "planned", True, residual
+        )
+        return problem._replace(device=settings.device.type)
+
+    def measure(self, problem: Problem) -> None:
+        """Time the algorithms of a problem with this layer's weight; what they pack is not cached."""
+
+        def operand(algorithm: Algorithm) -> PackedWeight | Tensor:
+            pack = algorithm.pack
+            return folded if pack is None else PackedWeight(pack(problem, folded), problem.weight)
+
+        folded = fold(self._layer.tensors, self._layer.eps)[0].to(problem.dtype)
+        relu = self.spec.activation == "relu"
+        tuning.measure_inference(self._settings.kernels, problem, operand, self.bias, relu)
+
     def output_shape(self, input: Shape) -> Shape | None:
         """Return the output's shape, or None if PyTorch's convolution rejects the input."""
         outputs, channels, *kernel_size = self.weight_shape
@@ -398,6 +424,16 @@ class _BlockStep(NamedTuple):
     def convolutions(self) -> tuple[PackedConv, ...]:
         return (*self.units, self.shortcut) if isinstance(self.shortcut, PackedConv) else self.units
 
+    def problems(self) -> Iterator[tuple[PackedConv, Problem]]:
+        """Yield each convolution and its problem."""
+        shape: Shape | None = self.shapes[0]
+        for unit in self.units:
+            assert shape is not None, "the shapes of a step are valid"
+            yield unit, unit.problem(shape, unit is self.units[-1] and self.shortcut != "none")
+            shape = unit.output_shape(shape)
+        if isinstance(self.shortcut, PackedConv):
+            yield self.shortcut, self.shortcut.problem(self.shapes[0], False)
+
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y = x
         for unit in self.units[:-1]:
@@ -428,6 +464,7 @@ class _Prepared(NamedTuple):
     convolutions: list[PackedConv]
     residual_shape: Shape | None
     has_channels_last_weight: bool
+    problems: tuple[Problem, ...]  # that were measured
 
     def accepts(self, residual: Tensor | None) -> bool:
         """Return whether `residual` can be added without broadcasting or a change of dtype, or there is none."""
@@ -467,6 +504,12 @@ def _prepare(x: Tensor, blocks: tuple[Block, ...], settings: _Settings, refuse_g
     residuals = [step.shapes[1] for step in steps if step.shortcut == "tensor"]
     if len(residuals) > 1:
         raise ValueError('blocks: expected at most one block with the shortcut "tensor"')
+    problems: list[Problem] = []
+    if settings.preference == "tuned_graph":
+        with torch.autocast(settings.device.type, enabled=False):
+            for convolution, problem in [pair for step in steps for pair in step.problems()]:
+                convolution.measure(problem)
+                problems.append(problem)
     weights = [unit.conv.__dict__["_parameters"]["weight"] for block in blocks for unit in block.units]
     _synchronize(settings.device)  # the biases
     return _Prepared(
@@ -476,7 +519,32 @@ def _prepare(x: Tensor, blocks: tuple[Block, ...], settings: _Settings, refuse_g
         [convolution for step in steps for convolution in step.convolutions],
         residuals[0] if residuals else None,
         any(conv_output_is_channels_last(w, w) for w in weights),
+        tuple(problems),
     )
+
+
+def _prepare_tuned(
+    x: Tensor, residual: Tensor | None, blocks: tuple[Block, ...], settings: _Settings, refuse_grad: bool
+) -> _Prepared | None:
+    """Return what :func:`_prepare` does, with the measured algorithms.
+
+    Where the fastest algorithm of a convolution cannot run in an inference graph, the blocks are timed with and without
+    it.
+    """
+    graph = _prepare(x, blocks, settings._replace(preference="tuned_graph"), refuse_grad)
+    algorithms = settings.kernels.algorithms
+    if graph is None or all(
+        select(algorithms, problem, "tuned") == select(algorithms, problem, "tuned_graph") for problem in graph.problems
+    ):
+        return graph
+    split = _prepare(x, blocks, settings, refuse_grad)
+    if split is None or not graph.accepts(residual):
+        return graph
+    if not any(isinstance(step, _GraphStep) for step in graph.steps):
+        return split
+    key = settings.kernels.name, tuple(x.shape), graph.problems
+    keeps_graph = tuning.graph_is_faster(key, lambda: graph.run(x, residual), lambda: split.run(x, residual))
+    return graph if keeps_graph else split
 
 
 def _read_block(block: Block, input: Shape, settings: _Settings, snapshots: list[Snapshot]) -> _BlockStep | None:
