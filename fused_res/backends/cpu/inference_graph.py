@@ -115,7 +115,7 @@ def plan(
         if weight[1] * spec.groups != channels:
             return None
         problem = Problem(
-            "inference", (batch, channels, *size), weight, *spec.geometry, torch.float32, "cpu", True, prepacked=True,
+            "inference", (batch, channels, *size), weight, *spec.geometry, dtype, "cpu", True, prepacked=True,
             residual=node.residual is not None, allow_winograd=winograd, machine=machine,
         )  # fmt: skip
         problems[node.weight_index], selections[node.weight_index] = problem, select(ALGORITHMS, problem, preference)
