@@ -1,9 +1,9 @@
 // The Python module fused_res._C. Importing it registers the operators' CPU kernels: each file of csrc/cpu
 // that defines operators ends with their registration. The attributes of the module are
 //
-//   build_info, cpu_isa, set_cpu_isa, fma_peak, set_output_cache, output_cache_bytes
-//     the build's record, the active instruction set, its peak FMA throughput, and the output allocator's
-//     cache;
+//   build_info, cpu_isa, set_cpu_isa, fma_peak, bf16_peak, set_output_cache, output_cache_bytes
+//     the build's record, the active instruction set, its peak throughput of fp32 FMAs and of products of
+//     bfloat16, and the output allocator's cache;
 //   cpu_caches(), set_cpu_caches(sizes)
 //     caches.h: the bytes of L1 data cache, L2 and L3 in force as a tuple, and the source of each; sizes are
 //     three positive integers, or None for those of the machine;
@@ -110,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &fused_res::cpu_isa);
   m.def("set_cpu_isa", &fused_res::set_cpu_isa, py::arg("name"));
   m.def("fma_peak", &fused_res::fma_peak, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("bf16_peak", &fused_res::bf16_peak, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("cpu_caches", &cpu_caches);
   m.def("set_cpu_caches", &set_cpu_caches, py::arg("sizes"));
   m.def(

@@ -87,7 +87,7 @@ WINOGRAD = Variable(
 CPU_ISA = Variable(
     "FUSED_RES_CPU_ISA",
     default="auto",
-    allowed=("auto", "baseline", "avx2", "avx512"),
+    allowed=("auto", "baseline", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"),
     doc="instruction set of the C++ kernels; auto is the widest one that the processor supports",
 )
 CPU_CACHE = Variable(

@@ -14,8 +14,8 @@ namespace {
 class GraphExecutor {
  public:
   GraphExecutor(at::IntArrayRef steps, at::TensorList packed, at::TensorList bias, int64_t arena,
-                int64_t chunk)
-      : packed_(packed), bias_(bias), arena_(arena), chunk_(chunk) {
+                int64_t chunk, Dtype dtype)
+      : packed_(packed), bias_(bias), arena_(arena), chunk_(chunk), dtype_(dtype) {
     TORCH_CHECK_VALUE(steps.size() % kStepSize == 0 && !steps.empty(),
                       "steps: expected a positive multiple of ", kStepSize, " integers, got ", steps.size());
     TORCH_CHECK_VALUE(packed.size() == bias.size(), "bias: expected as many tensors as packed weights, ",
@@ -25,41 +25,45 @@ class GraphExecutor {
 
   Tensor run(const Tensor& input, at::IntArrayRef sizes) const {
     const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-    Tensor output = empty_output(sizes, at::kFloat, at::MemoryFormat::ChannelsLast);
+    Tensor output = empty_output(sizes, x.scalar_type(), at::MemoryFormat::ChannelsLast);
     const int64_t images = x.size(0);
     if (output.numel() == 0) return output;
-    const int64_t chunk = std::min(chunk_, images), input_floats = x.numel() / images,
-                  output_floats = output.numel() / images;
+    const int64_t chunk = std::min(chunk_, images), input_elements = x.numel() / images,
+                  output_elements = output.numel() / images, size = element_size(dtype_);
     // Chunks of images of nearly equal size.
     const int64_t chunks = ceil_div(images, chunk), largest = ceil_div(images, chunks);
     int64_t scratch = 0;
     for (const Step& step : steps_) {
-      check_bounds(step, input_floats, output_floats);
-      scratch = std::max(scratch, scratch_floats(step, largest));
+      check_bounds(step, input_elements, output_elements);
+      scratch = std::max(scratch, scratch_bytes(step, largest));
     }
-    Scratch memory(arena_ * largest + scratch);
+    // Scratch memory begins at a cache line.
+    const int64_t arena_bytes = ceil_div(arena_ * largest * size, 64) * 64;
+    Scratch memory(arena_bytes + scratch);
     for (int64_t i = 0; i < chunks; ++i) {
       const Range part = balanced_range(images, i, chunks);
-      Buffers buffers = {float_data(x, "input") + part.begin * input_floats,
-                         output.data_ptr<float>() + part.begin * output_floats, memory.data(),
-                         part.end - part.begin};
-      for (const Step& step : steps_) run(step, images, buffers, memory.data() + arena_ * largest);
+      Buffers buffers = {static_cast<const char*>(x.const_data_ptr()) + part.begin * input_elements * size,
+                         static_cast<char*>(output.mutable_data_ptr()) + part.begin * output_elements * size,
+                         memory.data(), part.end - part.begin, size};
+      for (const Step& step : steps_) run(step, images, buffers, memory.data() + arena_bytes);
     }
     return output;
   }
 
  private:
   struct Buffers {
-    const float* input;
-    float* output;
-    float* arena;
-    int64_t images;
+    const char* input;
+    char* output;
+    char* arena;
+    int64_t images, element_size;
 
-    const float* input_pointer(int64_t location) const {
+    const void* input_pointer(int64_t location) const {
       return location == kInput ? input : output_pointer(location);
     }
-    float* output_pointer(int64_t location) const {
-      return location == kNoOperand ? nullptr : location == kOutput ? output : arena + location * images;
+    void* output_pointer(int64_t location) const {
+      return location == kNoOperand ? nullptr
+             : location == kOutput  ? output
+                                    : arena + location * images * element_size;
     }
   };
 
@@ -67,9 +71,10 @@ class GraphExecutor {
     ConvolutionArgs args = {};
     args.images = images, args.channels = step.channels, args.height = step.height, args.width = step.width;
     args.out_channels = step.out_channels, args.tile = step.tile, args.relu = step.relu != 0;
+    args.dtype = dtype_, args.bf16_products = step.bf16_products != 0;
     set_geometry(args, step.kernel_size, step.stride, step.padding, step.dilation);
     check_conv_args(args, packed_[step.weight].numel());
-    args.packed = float_data(packed_[step.weight], "packed");
+    args.packed = packed_data(args, packed_[step.weight]);
     TORCH_CHECK_VALUE(bias_[step.weight].numel() == step.out_channels && bias_[step.weight].is_contiguous(),
                       "bias: expected ", step.out_channels, " contiguous elements, got ",
                       bias_[step.weight].sizes(), " with strides ", bias_[step.weight].strides());
@@ -87,7 +92,7 @@ class GraphExecutor {
     return args;
   }
 
-  void check_bounds(const Step& step, int64_t input_floats, int64_t output_floats) const {
+  void check_bounds(const Step& step, int64_t input_elements, int64_t output_elements) const {
     int64_t written;
     if (step.kind == kConvolution) {
       TORCH_CHECK_VALUE(step.weight >= 0 && step.weight < static_cast<int64_t>(packed_.size()),
@@ -99,8 +104,8 @@ class GraphExecutor {
       written = args.channels * args.out_height * args.out_width;
     }
     const auto room = [&](int64_t location) {
-      return location == kInput    ? input_floats
-             : location == kOutput ? output_floats
+      return location == kInput    ? input_elements
+             : location == kOutput ? output_elements
              : location >= 0       ? arena_ - location
                                    : -1;
     };
@@ -110,19 +115,19 @@ class GraphExecutor {
                       "steps: a value does not fit into its location");
   }
 
-  int64_t scratch_floats(const Step& step, int64_t images) const {
+  int64_t scratch_bytes(const Step& step, int64_t images) const {
     if (step.kind == kMaxPool) return 0;
     const ConvolutionArgs args = convolution(step, images);
-    return dispatch_tasks(args,
+    return dispatch_tasks(kernels(), args,
                           [&](const auto& tasks) { return tasks.scratch(DynamicParallel(args).threads()); });
   }
 
-  void run(const Step& step, int64_t images, const Buffers& buffers, float* scratch) const {
+  void run(const Step& step, int64_t images, const Buffers& buffers, void* scratch) const {
     if (step.kind == kMaxPool) {
       PoolArgs args = pool(step, buffers.images);
       args.x = buffers.input_pointer(step.input), args.y = buffers.output_pointer(step.output);
       const auto forward =
-          kernels().max_pool[static_cast<int>(Dtype::kFloat32)][static_cast<int>(Layout::kNhwc)].forward;
+          kernels().max_pool[static_cast<int>(dtype_)][static_cast<int>(Layout::kNhwc)].forward;
       const int64_t rows = args.images * args.out_height;
       Parallel{rows * args.width * args.channels}(
           rows, [&](int64_t begin, int64_t end) { forward(args, begin, end); });
@@ -132,14 +137,14 @@ class GraphExecutor {
     args.x = buffers.input_pointer(step.input), args.y = buffers.output_pointer(step.output),
     args.residual = buffers.input_pointer(step.residual);
     args.stream = use_streaming_stores(args, step.output == kOutput ? images : buffers.images);
-    dispatch_tasks(args, [&](const auto& tasks) {
-      tasks.run(convolution_kernels(), scratch, DynamicParallel(args), {});
-    });
+    dispatch_tasks(kernels(), args,
+                   [&](const auto& tasks) { tasks.run(kernels(), scratch, DynamicParallel(args), {}); });
   }
 
   std::span<const Step> steps_;
   at::TensorList packed_, bias_;
   int64_t arena_, chunk_;
+  Dtype dtype_;
 };
 
 Tensor conv_program(const Tensor& input, at::TensorList packed, at::TensorList bias, at::IntArrayRef steps,
@@ -148,7 +153,7 @@ Tensor conv_program(const Tensor& input, at::TensorList packed, at::TensorList b
   TORCH_CHECK_VALUE(sizes.size() == 4, "output_size: expected (N, C, H, W), got ", sizes);
   TORCH_CHECK_VALUE(chunk > 0, "chunk: expected a positive integer, got ", chunk);
   TORCH_CHECK_VALUE(arena >= 0, "arena: expected a non-negative integer, got ", arena);
-  return GraphExecutor(steps, packed, bias, arena, chunk).run(input, sizes);
+  return GraphExecutor(steps, packed, bias, arena, chunk, image_dtype(input, "input")).run(input, sizes);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 namespace fused_res::cpu {
 
-// Locations of a value. A location of 0 or more is an offset into the arena, in floats per image; negative
+// Locations of a value. A location of 0 or more is an offset into the arena, in elements per image; negative
 // ones are the graph's input, the graph's output and an absent operand.
 enum Location : int64_t { kInput = -1, kOutput = -2, kNoOperand = -3 };
 enum StepKind : int64_t { kConvolution, kMaxPool };
@@ -16,7 +16,8 @@ enum StepKind : int64_t { kConvolution, kMaxPool };
 // those of ConvolutionArgs and PoolArgs. Python encodes a step by these names (_C.GRAPH_STEP_FIELDS).
 // clang-format off
 #define FUSED_RES_STEP_FIELDS(N, P)                                \
-  N(kind) N(input) N(output) N(residual) N(weight) N(tile) N(relu) \
+  N(kind) N(input) N(output) N(residual) N(weight)                 \
+  N(tile) N(bf16_products) N(relu)                                 \
   N(channels) N(height) N(width) N(out_channels)                   \
   P(kernel_size) P(stride) P(padding) P(dilation)
 // clang-format on

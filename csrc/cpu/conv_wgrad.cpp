@@ -43,8 +43,8 @@ Tensor conv_weight_gradient(const Tensor& grad, const Tensor& input, const Tenso
   args.row_stride = dweight.stride(2), args.column_stride = dweight.stride(3);
   const DynamicParallel parallel(dz.numel() * gemm_k(shape));
   const WeightGradientTasks tasks(args);
-  Scratch scratch(tasks.scratch(parallel.threads()));
-  tasks.run(convolution_kernels(), scratch.data(), parallel);
+  Scratch scratch(tasks.scratch(parallel.threads()) * sizeof(float));
+  tasks.run(convolution_kernels(), reinterpret_cast<float*>(scratch.data()), parallel);
   return dweight;
 }
 

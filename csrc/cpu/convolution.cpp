@@ -14,16 +14,24 @@
 namespace fused_res::cpu {
 namespace {
 
-// Packs a weight (K, C, kh, kw). winograd: the stride, 1 or 2, of a Winograd convolution, or 0 for a direct
-// one. transposed: pack the weight of the gradient with respect to the input (dgrad), whose taps are reversed
-// and whose input and output channels are swapped.
-Tensor pack_conv_weight(const Tensor& weight, int64_t winograd, bool transposed) {
+// Packs a weight (K, C, kh, kw) of float32, bfloat16 or float16. winograd: the stride, 1 or 2, of a Winograd
+// convolution, or 0 for a direct one. transposed: pack the weight of the gradient with respect to the input
+// (dgrad), whose taps are reversed and whose input and output channels are swapped. bf16_products: pack
+// bfloat16 for products of bfloat16, otherwise float32.
+Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transposed, bool bf16_products) {
+  image_dtype(original, "weight");
+  const Tensor weight = original.to(at::kFloat);
   TORCH_CHECK_VALUE(weight.dim() == 4, "weight: expected (K, C, kh, kw), got ", weight.sizes());
   const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3);
   TORCH_CHECK_VALUE(winograd >= 0 && winograd <= 2,
                     "winograd: expected a stride of 1 or 2, or 0 for direct, got ", winograd);
   TORCH_CHECK_VALUE(winograd == 0 || (kernel_h == 3 && kernel_w == 3),
                     "weight: Winograd supports 3x3 kernels, got ", weight.sizes());
+  TORCH_CHECK_VALUE(
+      !bf16_products || (kernels().bf16_convolution && winograd == 0),
+      "bf16_products: expected a direct convolution, and an instruction set with products of bfloat16, "
+      "got ",
+      kernels().name);
   WeightView w = {float_data(weight, "weight"),
                   weight.size(0),
                   weight.size(1),
@@ -41,13 +49,16 @@ Tensor pack_conv_weight(const Tensor& weight, int64_t winograd, bool transposed)
     std::swap(w.out_channels, w.channels);
     std::swap(w.output_stride, w.channel_stride);
   }
-  const int64_t size = packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0);
-  Tensor packed = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
-  float* to = packed.data_ptr<float>();
+  const int64_t size =
+      packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0, bf16_products);
+  Tensor packed =
+      empty_output({size}, bf16_products ? at::kBFloat16 : at::kFloat, at::MemoryFormat::Contiguous);
+  void* to = packed.mutable_data_ptr();
+  const auto pack = bf16_products   ? kernels().bf16_convolution->direct.pack
+                    : winograd != 0 ? convolution_kernels().winograd[0].pack
+                                    : convolution_kernels().direct[0].pack;
   // Half of the L3, not keeps_in_l3()'s quarter: nothing is read between the packing of U and its use.
   w.stream = static_cast<int64_t>(packed.nbytes()) > caches().l3 / 2;
-  const auto& k = convolution_kernels();
-  const auto pack = winograd != 0 ? k.winograd.pack : k.direct.pack;
   Parallel{size}(num_panels(w.out_channels), [&](int64_t begin, int64_t end) { pack(w, {begin, end}, to); });
   return packed;
 }
@@ -77,41 +88,48 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
                                     const OptionalTensor& residual, int64_t out_channels,
                                     at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t tile,
-                                    bool relu, bool partials) {
+                                    bool relu, bool partials, bool bf16_products) {
   TORCH_CHECK_VALUE(input.dim() == 4, "input: expected (N, C, H, W), got ", input.sizes());
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   ConvolutionArgs args = {};
   args.images = x.size(0), args.channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
-  args.out_channels = out_channels, args.tile = tile, args.relu = relu;
+  args.out_channels = out_channels, args.tile = tile, args.relu = relu, args.bf16_products = bf16_products;
+  args.dtype = image_dtype(x, "input");
+  TORCH_CHECK_TYPE(!partials || args.dtype == Dtype::kFloat32,
+                   "partials: expected a float32 input for partial statistics, got ", x.scalar_type());
   set_geometry(args, kernel_size, stride, padding, dilation);
   check_conv_args(args, packed.numel());
   TORCH_CHECK_VALUE(packed.is_contiguous(),
                     "packed: expected a contiguous tensor, as pack_conv_weight returns it");
   const std::array<int64_t, 4> sizes = {args.images, out_channels, args.out_height, args.out_width};
-  Tensor added;
+  Tensor added, shift;
   if (residual && residual->defined()) {
     TORCH_CHECK_VALUE(residual->sizes().equals(sizes), "residual: expected the shape of the output, ",
                       at::IntArrayRef(sizes), ", got ", residual->sizes());
     added = residual->contiguous(at::MemoryFormat::ChannelsLast);
-    args.residual = float_data(added, "residual");
+    args.residual = data_of(added, args.dtype, "residual");
   }
   if (bias && bias->defined()) {
     TORCH_CHECK_VALUE(bias->numel() == out_channels && bias->is_contiguous(), "bias: expected ", out_channels,
                       " elements, got ", bias->sizes());
-    args.bias = float_data(*bias, "bias");
+    TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat || bias->scalar_type() == x.scalar_type(),
+                     "bias: expected float32 or the dtype of the input, ", x.scalar_type(), ", got ",
+                     bias->scalar_type());
+    shift = bias->to(at::kFloat);
+    args.bias = float_data(shift, "bias");
   }
-  Tensor output = empty_output(sizes, at::kFloat, at::MemoryFormat::ChannelsLast);
-  args.x = float_data(x, "input"), args.packed = float_data(packed, "packed"),
-  args.y = output.data_ptr<float>();
+  Tensor output = empty_output(sizes, x.scalar_type(), at::MemoryFormat::ChannelsLast);
+  args.x = data_of(x, args.dtype, "input"), args.y = output.mutable_data_ptr();
+  args.packed = packed_data(args, packed);
   args.stream = use_streaming_stores(args, args.images);
   Tensor statistics = empty_placeholder(at::kDouble);
   if (output.numel() == 0)
     return {output, partials ? at::zeros({1, 3, out_channels}, at::kDouble) : statistics};
   const DynamicParallel parallel(args);
-  dispatch_tasks(args, [&](const auto& tasks) {
+  dispatch_tasks(kernels(), args, [&](const auto& tasks) {
     Scratch scratch(tasks.scratch(parallel.threads()));
     std::unique_ptr<double[]> partial(partials ? new double[tasks.chunks() * 2 * out_channels] : nullptr);
-    tasks.run(convolution_kernels(), scratch.data(), parallel, ChunkMoments{partial.get()});
+    tasks.run(kernels(), scratch.data(), parallel, ChunkMoments{partial.get()});
     if (partials) {
       std::vector<double> counts;
       for (int64_t i = 0; i < tasks.chunks(); ++i)

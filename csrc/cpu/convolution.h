@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/caches.h"
 #include "cpu/isa/kernels.h"
+#include "cpu/isa/operand.h"
 #include "cpu/isa/tiles.h"
 
 namespace fused_res::cpu {
@@ -19,9 +21,11 @@ inline Range balanced_range(int64_t n, int64_t index, int64_t parts) {
 }
 
 inline int64_t num_panels(int64_t out_channels) { return ceil_div(out_channels, kPanelWidth); }
-// The size of a packed weight, in floats.
-inline int64_t packed_size(int64_t out_channels, int64_t channels, int64_t taps, bool winograd) {
-  return num_panels(out_channels) * kPanelWidth * channels * (winograd ? kTransformPoints : taps);
+// The elements of a packed weight: float, or bfloat16 with bf16_products, which pads K to whole blocks.
+inline int64_t packed_size(int64_t out_channels, int64_t channels, int64_t taps, bool winograd,
+                           bool bf16_products) {
+  const int64_t k = channels * (winograd ? kTransformPoints : taps);
+  return num_panels(out_channels) * kPanelWidth * (bf16_products ? ceil_div(k, kBlockK) * kBlockK : k);
 }
 
 // True if the Winograd kernels support this geometry.
@@ -61,23 +65,26 @@ class DirectTasks {
     const Range rows = balanced_range(rows_, chunk, chunks_);
     return rows.end - rows.begin;
   }
-  int64_t scratch(int64_t threads) const { return args_.needs_im2col ? threads * im2col_floats() : 0; }
+  // Bytes.
+  int64_t scratch(int64_t threads) const {
+    return args_.needs_im2col ? threads * im2col_floats() * static_cast<int64_t>(sizeof(float)) : 0;
+  }
 
   template <class Parallel>
-  void run(const ConvolutionKernels& k, float* scratch, const Parallel& parallel,
-           ChunkMoments moments) const {
+  void run(const Kernels& k, void* scratch, const Parallel& parallel, ChunkMoments moments) const {
     // More than one group of panels only where there are too few chunks for the threads, because im2col is
     // repeated for each group. The chunks of a group are consecutive tasks, so that a thread reads
     // only its own part of the weight.
     const int64_t panels = num_panels(args_.out_channels), target = kTasksPerThread * parallel.threads();
     const int64_t groups = chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_));
     parallel(groups * chunks_, [&](int64_t begin, int64_t end) {
-      float* im2col_rows = scratch + parallel.thread() * (args_.needs_im2col ? im2col_floats() : 0);
+      float* im2col_rows =
+          static_cast<float*>(scratch) + parallel.thread() * (args_.needs_im2col ? im2col_floats() : 0);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t chunk = task % chunks_;
-        k.direct.run(args_, balanced_range(rows_, chunk, chunks_),
-                     balanced_range(panels, task / chunks_, groups), im2col_rows,
-                     moments.of(chunk, args_.out_channels));
+        k.convolution->direct[dtype_index(args_)].run(args_, balanced_range(rows_, chunk, chunks_),
+                                                      balanced_range(panels, task / chunks_, groups),
+                                                      im2col_rows, moments.of(chunk, args_.out_channels));
       }
     });
   }
@@ -89,6 +96,73 @@ class DirectTasks {
 
   const ConvolutionArgs& args_;
   int64_t rows_, k_, chunks_;
+};
+
+// Convolution with bfloat16 products (isa/direct_bf16.h): a task is a chunk of output pixels and a group of
+// panels.
+class DirectBf16Tasks {
+ public:
+  explicit DirectBf16Tasks(const ConvolutionArgs& args, bool tiles)
+      : args_(args),
+        operand_(select_operand(args, tiles)),
+        rows_(args.images * args.out_height * args.out_width),
+        // Chunks of whole register blocks, or of whole lines of the output where a band of the input is
+        // copied.
+        unit_(operand_ == Operand::kBand ? args.out_width
+              : tiles                    ? 32
+                                         : 14) {
+    // The rows of A of a chunk stay in L2, beside a panel of the weight.
+    const int64_t row_elements =
+        operand_ == Operand::kBand ? band_width(args) * args.channels / args.out_width : padded_k(args);
+    const int64_t rows = std::clamp<int64_t>(caches().l2 / 4 / (row_elements * kElement), kMinRows, kMaxRows);
+    units_ = std::max<int64_t>(rows / unit_, 1);
+    chunks_ = ceil_div(ceil_div(rows_, unit_), units_);
+  }
+
+  int64_t chunks() const { return chunks_; }
+  int64_t pixel_count(int64_t chunk) const { return rows(chunk).end - rows(chunk).begin; }
+  int64_t scratch(int64_t threads) const {
+    return operand_ == Operand::kInPlace ? 0 : threads * operand_elements() * kElement;
+  }
+
+  template <class Parallel>
+  void run(const Kernels& k, void* scratch, const Parallel& parallel, ChunkMoments) const {
+    const int64_t panels = num_panels(args_.out_channels), target = kTasksPerThread * parallel.threads();
+    const int64_t groups = chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_));
+    // A group's panels are read again for every block of pixels if they stay in L2.
+    ConvolutionArgs args = args_;
+    const int64_t group_bytes = ceil_div(panels, groups) * kPanelWidth * padded_k(args) * kElement;
+    args.pixels_outer = group_bytes <= caches().l2 / 2;
+    parallel(groups * chunks_, [&](int64_t begin, int64_t end) {
+      char* operand = static_cast<char*>(scratch) +
+                      (operand_ == Operand::kInPlace ? 0 : parallel.thread() * operand_elements() * kElement);
+      for (int64_t task = begin; task < end; ++task) {
+        k.bf16_convolution->direct.run(args, rows(task % chunks_),
+                                       balanced_range(panels, task / chunks_, groups), operand, nullptr);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kElement = 2;  // bytes
+  static constexpr int64_t kMinRows = 64, kMaxRows = 448, kTasksPerThread = 4;
+
+  Range rows(int64_t chunk) const {
+    const Range units = balanced_range(ceil_div(rows_, unit_), chunk, chunks_);
+    return {units.begin * unit_, std::min(units.end * unit_, rows_)};
+  }
+  // The largest copied operand of a chunk; 32 rows more for the surplus rows of the last tile.
+  int64_t operand_elements() const {
+    const int64_t units = ceil_div(ceil_div(rows_, unit_), chunks_);
+    if (operand_ == Operand::kIm2col) return (units * unit_ + 32) * im2col_stride(args_);
+    const int64_t images = std::min(args_.images, (units - 1) / args_.out_height + 2);
+    const int64_t lines = units + images * (band_height(args_, 1) - 1);
+    return (lines * band_width(args_) + 32) * args_.channels;
+  }
+
+  const ConvolutionArgs& args_;
+  Operand operand_;
+  int64_t rows_, unit_, units_, chunks_;
 };
 
 // Winograd convolution, in one of two schedules. Fused: a task takes a chunk of tiles through input
@@ -116,23 +190,26 @@ class WinogradTasks {
     }
     return count;
   }
+  // Bytes.
   int64_t scratch(int64_t threads) const {
-    return staged_ ? kChunksPerStage * v_floats() + threads * m_floats()
-                   : threads * (v_floats() + m_floats());
+    const int64_t floats =
+        staged_ ? kChunksPerStage * v_floats() + threads * m_floats() : threads * (v_floats() + m_floats());
+    return floats * static_cast<int64_t>(sizeof(float));
   }
 
   template <class Parallel>
-  void run(const ConvolutionKernels& k, float* scratch, const Parallel& parallel,
-           ChunkMoments moments) const {
+  void run(const Kernels& kernels, void* memory, const Parallel& parallel, ChunkMoments moments) const {
+    const WinogradKernels& k = kernels.convolution->winograd[dtype_index(args_)];
+    auto* const scratch = static_cast<float*>(memory);
     const int64_t panels = num_panels(args_.out_channels);
     if (!staged_) {
       parallel(chunks_, [&](int64_t begin, int64_t end) {
         float* v = scratch + parallel.thread() * (v_floats() + m_floats());
         for (int64_t chunk = begin; chunk < end; ++chunk) {
           const Range block = balanced_range(total_, chunk, chunks_);
-          k.winograd.input_transform(args_, block, block, v);
-          k.winograd.gemm_output_transform(args_, block, {0, panels}, v, v + v_floats(),
-                                           moments.of(chunk, args_.out_channels));
+          k.input_transform(args_, block, block, v);
+          k.gemm_output_transform(args_, block, {0, panels}, v, v + v_floats(),
+                                  moments.of(chunk, args_.out_channels));
         }
       });
       return;
@@ -144,17 +221,16 @@ class WinogradTasks {
         for (int64_t task = begin; task < end; ++task) {
           const Range block = balanced_range(total_, first + task / kTransformTasks, chunks_);
           const Range part = balanced_range(block.end - block.begin, task % kTransformTasks, kTransformTasks);
-          k.winograd.input_transform(args_, block, {block.begin + part.begin, block.begin + part.end},
-                                     scratch + task / kTransformTasks * v_floats());
+          k.input_transform(args_, block, {block.begin + part.begin, block.begin + part.end},
+                            scratch + task / kTransformTasks * v_floats());
         }
       });
       parallel(panels * chunks, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t panel = task / chunks, chunk = first + task % chunks;
-          k.winograd.gemm_output_transform(args_, balanced_range(total_, chunk, chunks_), {panel, panel + 1},
-                                           scratch + task % chunks * v_floats(),
-                                           m + parallel.thread() * m_floats(),
-                                           moments.of(chunk, args_.out_channels));
+          k.gemm_output_transform(args_, balanced_range(total_, chunk, chunks_), {panel, panel + 1},
+                                  scratch + task % chunks * v_floats(), m + parallel.thread() * m_floats(),
+                                  moments.of(chunk, args_.out_channels));
         }
       });
     }
@@ -179,10 +255,11 @@ class WinogradTasks {
   bool staged_;
 };
 
-// Calls f(tasks) with the tasks of the algorithm that args.tile selects.
+// Calls f(tasks) with the tasks of the algorithm that args.tile and args.bf16_products select.
 template <class F>
-auto dispatch_tasks(const ConvolutionArgs& args, F f) {
-  return args.tile == 0 ? f(DirectTasks(args)) : f(WinogradTasks(args));
+auto dispatch_tasks(const Kernels& k, const ConvolutionArgs& args, F f) {
+  if (args.tile != 0) return f(WinogradTasks(args));
+  return args.bf16_products ? f(DirectBf16Tasks(args, k.bf16_convolution->tiles)) : f(DirectTasks(args));
 }
 
 }  // namespace

@@ -19,6 +19,26 @@ inline const ConvolutionKernels& convolution_kernels() {
   return *found;
 }
 
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// The dtype of an image that the convolutions support.
+inline Dtype image_dtype(const Tensor& tensor, const char* name) {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE((dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) && tensor.is_cpu(),
+                   name, ": expected float32, bfloat16 or float16 on the CPU, got ", dtype, " on ",
+                   tensor.device());
+  return dtype_of(tensor, name);
+}
+inline at::ScalarType scalar_type_of(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? at::kFloat : dtype == Dtype::kBFloat16 ? at::kBFloat16 : at::kHalf;
+}
+inline const void* data_of(const Tensor& tensor, Dtype dtype, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == scalar_type_of(dtype) && tensor.is_cpu(), name, ": expected ",
+                   scalar_type_of(dtype), " on the CPU, as the input, got ", tensor.scalar_type(), " on ",
+                   tensor.device());
+  return tensor.const_data_ptr();
+}
+
 inline const float* float_data(const Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat && tensor.is_cpu(), name,
                    ": expected float32 on the CPU, got ", tensor.scalar_type(), " on ", tensor.device());
@@ -59,16 +79,24 @@ class DynamicParallel {
 // size reuse the same cached block.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) {
-    constexpr int64_t kUnit = 1 << 18;
-    const int64_t size = ceil_div(std::max<int64_t>(floats, 1), kUnit) * kUnit;
-    memory_ = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
+  explicit Scratch(int64_t bytes) {
+    constexpr int64_t kUnit = 1 << 20;
+    const int64_t size = ceil_div(std::max<int64_t>(bytes, 1), kUnit) * kUnit;
+    memory_ = empty_output({size}, at::kByte, at::MemoryFormat::Contiguous);
   }
-  float* data() { return memory_.data_ptr<float>(); }
+  char* data() { return static_cast<char*>(memory_.mutable_data_ptr()); }
 
  private:
   Tensor memory_;
 };
+
+inline const void* packed_data(const ConvolutionArgs& args, const Tensor& packed) {
+  const auto expected = args.bf16_products ? at::kBFloat16 : at::kFloat;
+  TORCH_CHECK_TYPE(packed.scalar_type() == expected && packed.is_cpu() && packed.is_contiguous(),
+                   "packed: expected a contiguous tensor of ", expected,
+                   ", as pack_conv_weight returns it, got ", packed.scalar_type());
+  return packed.const_data_ptr();
+}
 
 inline void set_geometry(ConvolutionArgs& args, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation) {
@@ -86,16 +114,17 @@ inline void set_geometry(ConvolutionArgs& args, at::IntArrayRef kernel_size, at:
   args.out_width = output_size(args.width, args.kernel_w, args.stride_w, args.pad_w, args.dilation_w);
   const bool pointwise =
       args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
-  // Rows that are a multiple of 4 KB apart would alias in one set of the L1.
-  args.needs_im2col = !pointwise || args.channels % 1024 == 0;
+  // Rows that are a multiple of 4 KB apart would alias in one set of the L1, and 16-bit elements are widened
+  // first.
+  args.needs_im2col = !pointwise || args.channels % 1024 == 0 || args.dtype != Dtype::kFloat32;
 }
 
 // True if the output is to be written with streaming stores. A normal store reads the cache line first, which
 // does not pay off for an output that is evicted before it is read (keeps_in_l3() has the measurements).
 // `images`: the images of the whole output, of which `args` may describe a part.
 inline bool use_streaming_stores(const ConvolutionArgs& args, int64_t images) {
-  constexpr int64_t kElement = sizeof(*args.y), kLine = 64;  // bytes
-  const int64_t pixel_bytes = args.out_channels * kElement;
+  constexpr int64_t kLine = 64;  // bytes
+  const int64_t pixel_bytes = args.out_channels * element_size(args.dtype);
   return !caches().keeps_in_l3(images * args.out_height * args.out_width * pixel_bytes) &&
          pixel_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(args.y) % kLine == 0;
 }
@@ -108,8 +137,14 @@ inline void check_conv_args(const ConvolutionArgs& args, int64_t packed) {
   TORCH_CHECK_VALUE(args.tile == 0 || (supports_winograd_tile(args.tile) && supports_winograd(args)),
                     "tile: Winograd supports 3x3 kernels with stride 1 or 2, and tiles of 2 to 4");
   TORCH_CHECK_VALUE(
-      packed == packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w, args.tile != 0),
-      "packed: expected the weight packed for this convolution");
+      !args.bf16_products || (args.dtype == Dtype::kBFloat16 && args.tile == 0 && kernels().bf16_convolution),
+      "bf16_products: expected a direct convolution of bfloat16, and an instruction set with products of "
+      "bfloat16, "
+      "got ",
+      kernels().name);
+  TORCH_CHECK_VALUE(packed == packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w,
+                                          args.tile != 0, args.bf16_products),
+                    "packed: expected the weight packed for this convolution");
 }
 
 }  // namespace

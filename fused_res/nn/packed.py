@@ -243,8 +243,8 @@ def fold(tensors: UnitTensors, eps: float) -> tuple[Tensor, Tensor]:
         eps: constant that is added to the variance.
 
     Returns:
-        The weight ``(K, C / groups, ...)``, that of a 2-D convolution in channels_last memory, and the bias ``(K,)``,
-        both of the weight's dtype.
+        The weight ``(K, C / groups, ...)`` of its dtype, that of a 2-D convolution in channels_last memory, and the
+        bias ``(K,)``, float64 for a float64 weight and float32 otherwise.
     """
     weight, *rest = tensors
     bias, norm_weight, norm_bias, mean, var = (None if tensor is None else tensor.double() for tensor in rest)
@@ -253,7 +253,8 @@ def fold(tensors: UnitTensors, eps: float) -> tuple[Tensor, Tensor]:
     else:
         folded, shift = fuse_conv_bn_weights(weight.double(), bias, mean, var, eps, norm_weight, norm_bias)
     format = _weight_format(weight)
-    return folded.detach().to(weight.dtype, memory_format=format), shift.detach().to(weight.dtype)
+    bias_dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    return folded.detach().to(weight.dtype, memory_format=format), shift.detach().to(bias_dtype)
 
 
 def _weight_format(weight: Tensor) -> torch.memory_format:
@@ -334,11 +335,13 @@ class _Settings(NamedTuple):
 class PackedConv:
     """One use of a layer, with its operands in the dtype of the computation, and its activation."""
 
-    __slots__ = ("_layer", "_settings", "bias", "selected", "spec", "weight_shape")
+    __slots__ = ("_layer", "_settings", "bias", "graph_bias", "selected", "spec", "weight_shape")
 
     def __init__(self, layer: _Layer, spec: UnitSpec, settings: _Settings) -> None:
         self._layer, self._settings, self.spec = layer, settings, spec
         self.bias = layer.bias.to(settings.dtype)
+        #: An inference graph adds the bias in float32.
+        self.graph_bias = layer.bias
         self.weight_shape: Shape = tuple(layer.like.shape)
         self.selected: Selection | None = None
 
@@ -592,7 +595,7 @@ def _read_block(block: Block, input: Shape, settings: _Settings, snapshots: list
 
 def _merge_into_graphs(steps: list[_BlockStep], settings: _Settings) -> Sequence[_GraphStep | _BlockStep]:
     """Return the steps with as few inference graphs as possible, each of consecutive blocks."""
-    if settings.autocast or settings.dtype is not torch.float32 or settings.kernels.prepare_inference_graph is None:
+    if settings.dtype is torch.float64 or settings.kernels.prepare_inference_graph is None:
         return steps
     if (graph := _prepare_graph(steps, settings)) is not None:
         return [graph]
@@ -611,7 +614,7 @@ def _prepare_graph(steps: list[_BlockStep], settings: _Settings) -> _GraphStep |
     if prepare is None or None in specs:
         return None
     convolutions = [convolution for step in steps for convolution in step.convolutions]
-    graph = prepare(tuple(specs), convolutions, steps[0].shapes[0], settings.preference)
+    graph = prepare(tuple(specs), convolutions, steps[0].shapes[0], settings.dtype, settings.preference)
     return None if graph is None else _GraphStep(graph)
 
 

@@ -235,25 +235,27 @@ OP_FAMILIES: dict[str, tuple[str, ...]] = {
     "conv_wgrad": ("conv_wgrad",),
 }
 
-#: Building blocks of the CPU backend's ``conv_*`` families: float32 images in channels_last memory, and packed weights.
+#: Building blocks of the CPU backend's ``conv_*`` families: images of float32, bfloat16 or float16 in channels_last
+#: memory, and packed weights.
 #: They are not part of the interface that all backends share and have no fake implementations.
 CPU_SCHEMAS = {
     # Pack `weight` (K, C, kh, kw) into the panels that the kernels read. winograd: 0 for direct convolution; the
     # stride (1 or 2) of a Winograd convolution, whose filter is transformed first. transposed: the weight of the input
-    # gradient, with filter positions reversed, and input and output channels exchanged.
-    "pack_conv_weight": "(Tensor weight, int winograd, bool transposed) -> Tensor",
+    # gradient, with filter positions reversed, and input and output channels exchanged. bf16_products: pack bfloat16,
+    # for an algorithm that multiplies bfloat16, instead of float32.
+    "pack_conv_weight": "(Tensor weight, int winograd, bool transposed, bool bf16_products=False) -> Tensor",
     # act(conv(input) + bias [+ residual]) from a packed weight. outputs: number of output channels. tile: output pixels
     # per side of a Winograd tile, m of F(m x m, 3 x 3), or 0 for direct convolution. partials: also return the partial
-    # statistics (1, 3, outputs) of the output.
+    # statistics (1, 3, outputs) of a float32 output. bf16_products: multiply bfloat16, instead of float32.
     "convolve": "(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int outputs, int[2] kernel_size,"
-    " int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu, bool partials)"
-    " -> (Tensor output, Tensor partials)",
+    " int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu, bool partials,"
+    " bool bf16_products=False) -> (Tensor output, Tensor partials)",
     # Weight gradient, in the shape of `weight`, of a convolution without groups. winograd: whether to use a Winograd
     # algorithm.
     "conv_weight_gradient": "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding,"
     " int[2] dilation, bool winograd) -> Tensor",
     # Run an inference graph: convolutions and max poolings with intermediate values in an arena. steps: the graph in
-    # the format of csrc/cpu/conv_program.h. arena: size of the arena in floats per image. chunk: number of images
+    # the format of csrc/cpu/conv_program.h. arena: size of the arena in elements per image. chunk: number of images
     # processed at a time.
     "conv_program": "(Tensor input, Tensor[] packed, Tensor[] bias, int[] steps, int arena, int chunk,"
     " int[] output_size) -> Tensor",

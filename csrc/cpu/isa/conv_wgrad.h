@@ -58,7 +58,7 @@ inline Vec<float> reduce_split_k(const float* acc, int64_t parts, int64_t stride
 void direct_wgrad_im2col(const WeightGradientArgs& args, Range block, Range part, float* v) {
   const auto& shape = args.convolution;
   if (!shape.needs_im2col) return;
-  im2col(shape, part, v + (part.begin - block.begin) * padded_row_stride(gemm_k(shape)));
+  im2col<float>(shape, part, v + (part.begin - block.begin) * padded_row_stride(gemm_k(shape)));
 }
 
 void direct_wgrad_pack_dz(const WeightGradientArgs& args, Range block, Range part, float* dz) {
@@ -79,7 +79,8 @@ void direct_wgrad_gemm(const WeightGradientArgs& args, Range block, Range panels
                        const float* v, const float* dz, bool overwrite, float* acc) {
   const auto& shape = args.convolution;
   const int64_t k = gemm_k(shape), rows = block.end - block.begin;
-  const float* from = shape.needs_im2col ? v : shape.x + block.begin * shape.channels;
+  const float* from =
+      shape.needs_im2col ? v : static_cast<const float*>(shape.x) + block.begin * shape.channels;
   const int64_t stride = shape.needs_im2col ? padded_row_stride(k) : shape.channels;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const float* columns = args.pack_dz ? dz + panel * rows * kPanelWidth
@@ -114,7 +115,7 @@ inline constexpr WeightGradientKernels direct_wgrad = {direct_wgrad_im2col, dire
 // --- Winograd ---
 
 void winograd_wgrad_input_transform(const WeightGradientArgs& args, Range block, Range part, float* v) {
-  winograd_input_transform(args.convolution, block, part, v);
+  winograd_input_transform<float>(args.convolution, block, part, v);
 }
 
 // A dz A^T of one tile for one vector of output channels. Gradients of outputs outside of the image are zero.

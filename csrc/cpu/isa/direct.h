@@ -6,15 +6,17 @@
 
 #include "cpu/isa/epilogue.h"
 #include "cpu/isa/micro_kernel.h"
+#include "cpu/isa/operand.h"
 #include "cpu/isa/tiles.h"
 
 namespace fused_res::cpu {
 namespace {
 
 // Packs B: packed[panel][kernel row][kernel column][channel][kPanelWidth], padded with zeros.
-void direct_pack(const WeightView& weight, Range panels, float* packed) {
+void direct_pack(const WeightView& weight, Range panels, void* packed) {
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    float* to = packed + panel * weight.kernel_h * weight.kernel_w * weight.channels * kPanelWidth;
+    float* to = static_cast<float*>(packed) +
+                panel * weight.kernel_h * weight.kernel_w * weight.channels * kPanelWidth;
     const int64_t width = min(kPanelWidth, weight.out_channels - panel * kPanelWidth);
     const float* from = weight.data + panel * kPanelWidth * weight.output_stride;
     for (int64_t y = 0; y < weight.kernel_h; ++y) {
@@ -33,15 +35,9 @@ inline void clear_floats(float* to, int64_t n) {
   for_each_vector<Vec<float>>(n, [&](auto part, int64_t i) { part.store(to + i, Vec<float>::zero()); });
 }
 
-// The taps [begin, end) of one dimension that read within the image when tap 0 reads at `position`.
-inline Range valid_taps(int64_t position, int64_t taps, int64_t dilation, int64_t size) {
-  const int64_t begin = position < 0 ? min((-position + dilation - 1) / dilation, taps) : 0;
-  const int64_t end = position < size ? min((size - 1 - position) / dilation + 1, taps) : 0;
-  return {begin, end < begin ? begin : end};
-}
-
 // im2col: copies the receptive field of each output pixel of `rows` into a row of `to`; rows are
 // padded_row_stride(K) floats apart. Padding is filled with zeros.
+template <class T>
 inline void im2col(const ConvolutionArgs& args, Range rows, float* to) {
   using V = Vec<float>;
   const int64_t line_floats = args.kernel_w * args.channels,
@@ -54,12 +50,13 @@ inline void im2col(const ConvolutionArgs& args, Range rows, float* to) {
       if (++y == args.out_height) y = 0, ++image;
     }
   };
-  const float* const end = args.x + args.images * args.height * args.width * args.channels;
+  const T* const input = static_cast<const T*>(args.x);
+  const T* const end = input + args.images * args.height * args.width * args.channels;
   for (int64_t row = rows.begin; row < rows.end; ++row, to += stride) {
     const int64_t top = y * args.stride_h - args.pad_h, left = x * args.stride_w - args.pad_w;
     const Range valid_h = valid_taps(top, args.kernel_h, args.dilation_h, args.height);
     const Range valid_w = valid_taps(left, args.kernel_w, args.dilation_w, args.width);
-    const float* corner = args.x + ((image * args.height + top) * args.width + left) * args.channels;
+    const T* corner = input + ((image * args.height + top) * args.width + left) * args.channels;
     const int64_t pitch = args.dilation_h * args.width * args.channels;
     if (valid_h.end - valid_h.begin == args.kernel_h && valid_w.end - valid_w.begin == args.kernel_w &&
         args.dilation_w == 1 && corner + (args.kernel_h - 1) * pitch + line_floats + V::lanes <= end) {
@@ -78,7 +75,7 @@ inline void im2col(const ConvolutionArgs& args, Range rows, float* to) {
         clear_floats(line, line_floats);
         continue;
       }
-      const float* from = corner + i * pitch;
+      const T* from = corner + i * pitch;
       clear_floats(line, valid_w.begin * args.channels);
       if (args.dilation_w == 1) {
         copy_floats(line + valid_w.begin * args.channels, from + valid_w.begin * args.channels,
@@ -97,7 +94,7 @@ inline void im2col(const ConvolutionArgs& args, Range rows, float* to) {
 // Micro-kernel with the epilogue applied to the accumulators in registers, for register blocks of full
 // vectors. With the accumulators stored and loaded again, as in direct_run, a block with a K of 64 to 256
 // takes 4 % longer.
-template <int R>
+template <class T, int R>
 inline void micro_kernel_epilogue(const ConvolutionArgs& args, const float* a, int64_t stride, const float* b,
                                   int64_t k, int64_t pixel, int64_t c) {
   using V = Vec<float>;
@@ -119,7 +116,7 @@ inline void micro_kernel_epilogue(const ConvolutionArgs& args, const float* a, i
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
       for (int v = 0; v < kNrVectors; ++v)
-        acc[r][v] = acc[r][v] + load(args.residual + first + r * pitch + v * V::lanes);
+        acc[r][v] = acc[r][v] + load(static_cast<const T*>(args.residual) + first + r * pitch + v * V::lanes);
     }
   }
   if (args.relu) {
@@ -129,43 +126,46 @@ inline void micro_kernel_epilogue(const ConvolutionArgs& args, const float* a, i
       for (int v = 0; v < kNrVectors; ++v) acc[r][v] = maskz(not_less_equal_zero(acc[r][v]), acc[r][v]);
     }
   }
-  const bool stream = streaming_enabled(args);
+  const bool stream = streaming_enabled<T>(args);
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kNrVectors; ++v)
-      store_or_stream(FullVector{}, args.y + first + r * pitch + v * V::lanes, acc[r][v], stream);
+      store_or_stream(FullVector{}, static_cast<T*>(args.y) + first + r * pitch + v * V::lanes, acc[r][v],
+                      stream);
   }
 }
 
 // Computes the output pixels `rows` for the output channels of `panels`: im2col if needed, then GEMM and
 // epilogue, one register block at a time. With `moments`, the output's partial statistics are accumulated as
 // well.
-void direct_run(const ConvolutionArgs& args, Range rows, Range panels, float* scratch, double* moments) {
+template <class T>
+void direct_run(const ConvolutionArgs& args, Range rows, Range panels, void* scratch, double* moments) {
   constexpr int kLanes = Vec<float>::lanes;
   const int64_t k = args.kernel_h * args.kernel_w * args.channels;
-  const float* a = args.x + rows.begin * args.channels;
+  const float* a = static_cast<const float*>(args.x) + rows.begin * args.channels;
   int64_t stride = args.channels;
-  if (args.needs_im2col) {
-    im2col(args, rows, scratch);
-    a = scratch, stride = padded_row_stride(k);
+  if (sizeof(T) != sizeof(float) || args.needs_im2col) {  // im2col also widens
+    im2col<T>(args, rows, static_cast<float*>(scratch));
+    a = static_cast<const float*>(scratch), stride = padded_row_stride(k);
   }
   const int64_t end = min(panels.end * kPanelWidth, args.out_channels);
   for (int64_t c = panels.begin * kPanelWidth; c < end; c += kNr) {
-    const float* b = args.packed + c / kPanelWidth * kPanelWidth * k + c % kPanelWidth;
+    const float* b =
+        static_cast<const float*>(args.packed) + c / kPanelWidth * kPanelWidth * k + c % kPanelWidth;
     MomentAccumulator accumulators[kNrVectors];
     for_each_row_block(rows.end - rows.begin, [&](int64_t row, int64_t n) {
-      for (int64_t r = 0; r < n; ++r) prefetch_epilogue(args, rows.begin + row + r, c);
+      for (int64_t r = 0; r < n; ++r) prefetch_epilogue<T>(args, rows.begin + row + r, c);
       if (c + kNr <= end && moments == nullptr) {
         return dispatch_mr(n, [&](auto count) {
-          micro_kernel_epilogue<count.value>(args, a + row * stride, stride, b, k, rows.begin + row, c);
+          micro_kernel_epilogue<T, count.value>(args, a + row * stride, stride, b, k, rows.begin + row, c);
         });
       }
       float acc[kMr * kPanelWidth];
       micro_gemm(n, a + row * stride, stride, b, k, acc);
       for (int v = 0; v < kNrVectors && c + v * kLanes < end; ++v) {
         dispatch_tail(end - (c + v * kLanes), [&](auto part) {
-          const Epilogue epilogue(args, part, c + v * kLanes);
+          const Epilogue<T> epilogue(args, part, c + v * kLanes);
           Vec<float> values[kMr];
           for (int64_t r = 0; r < n; ++r) {
             values[r] = load(acc + r * kPanelWidth + v * kLanes);
@@ -185,7 +185,8 @@ void direct_run(const ConvolutionArgs& args, Range rows, Range panels, float* sc
   if (args.stream) stream_fence();
 }
 
-inline constexpr DirectKernels direct = {direct_pack, direct_run};
+template <class T>
+inline constexpr DirectKernels direct = {direct_pack, direct_run<T>};
 
 }  // namespace
 }  // namespace fused_res::cpu

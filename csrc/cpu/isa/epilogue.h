@@ -19,23 +19,25 @@ inline void dispatch_tail(int64_t n, F f) {
   }
 }
 
-// Streaming stores only with vectors of a full cache line (AVX-512): a line written in two halves, with
-// stores to other lines between them, would go to memory twice.
+// Streaming stores only with vectors of a full cache line (AVX-512, float): a line written in two halves,
+// with stores to other lines between them, would go to memory twice.
+template <class T>
 inline bool streaming_enabled(const ConvolutionArgs& args) {
-  return args.stream && Vec<float>::lanes * sizeof(float) == 64;
+  return args.stream && Vec<float>::lanes * sizeof(T) == 64;
 }
 
 // The epilogue for one vector of output channels, starting at channel c.
+template <class T>
 class Epilogue {
  public:
   template <class Part>
   Epilogue(const ConvolutionArgs& args, Part part, int64_t c)
       : out_channels_(args.out_channels),
-        y_(args.y + c),
-        residual_(args.residual ? args.residual + c : nullptr),
+        y_(static_cast<T*>(args.y) + c),
+        residual_(args.residual ? static_cast<const T*>(args.residual) + c : nullptr),
         bias_(args.bias ? part.load(args.bias + c) : Vec<float>::zero()),
         relu_(args.relu),
-        stream_(streaming_enabled(args)) {}
+        stream_(streaming_enabled<T>(args)) {}
 
   // Applies the epilogue to the accumulators of an output pixel, stores the result and returns it.
   template <class Part>
@@ -49,19 +51,21 @@ class Epilogue {
 
  private:
   int64_t out_channels_;
-  float* y_;
-  const float* residual_;
+  T* y_;
+  const T* residual_;
   Vec<float> bias_;
   bool relu_, stream_;
 };
 
 // Prefetch the epilogue's operands for kNr channels of an output pixel so that their loads overlap the GEMM
 // main loop.
+template <class T>
 inline void prefetch_epilogue(const ConvolutionArgs& args, int64_t pixel, int64_t c) {
   const int64_t at = pixel * args.out_channels + c;
-  for (int64_t line = 0; line < 32; line += 16) {
-    if (args.residual) prefetch(args.residual + at + line);
-    if (!streaming_enabled(args)) prefetch_to_write(args.y + at + line);
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t line = 0; line < 32; line += kLine) {
+    if (args.residual) prefetch(static_cast<const T*>(args.residual) + at + line);
+    if (!streaming_enabled<T>(args)) prefetch_to_write(static_cast<T*>(args.y) + at + line);
   }
 }
 

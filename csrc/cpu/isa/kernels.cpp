@@ -34,7 +34,11 @@ template <class T>
 inline constexpr MaxPoolKernels max_pool_nchw = {max_pool_forward_nchw<T>, max_pool_backward_nchw<T>};
 
 #if defined(__AVX2__)
-inline constexpr ConvolutionKernels convolution = {direct, winograd, direct_wgrad, winograd_wgrad};
+inline constexpr ConvolutionKernels convolution = {
+    .direct = {direct<float>, {}, direct<bfloat16>, direct<float16>},
+    .winograd = {winograd<float>, {}, winograd<bfloat16>, winograd<float16>},
+    .direct_wgrad = direct_wgrad,
+    .winograd_wgrad = winograd_wgrad};
 #endif
 
 }  // namespace
@@ -51,6 +55,7 @@ extern constexpr Kernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
 #else
     .convolution = nullptr,
 #endif
+    .bf16_convolution = nullptr,
     .batch_norm_act = {{batch_norm_act_nhwc<float>, batch_norm_act_nchw<float>},
                        {batch_norm_act_nhwc<double>, batch_norm_act_nchw<double>},
                        {batch_norm_act_nhwc<bfloat16>, batch_norm_act_nchw<bfloat16>},

@@ -122,6 +122,7 @@ struct MaxPoolKernels {
 // --- convolutions of float32 images in channels_last memory, with packed weights ---
 
 constexpr int kPanelWidth = 32;  // output channels of a packed panel of the weight
+constexpr int kBlockK = 32;      // rows of a block of a weight that is packed for bfloat16 products
 
 // An unpacked weight with arbitrary strides. With reversed taps and swapped channels it is the weight of the
 // gradient with respect to the input (dgrad).
@@ -137,16 +138,21 @@ struct ConvolutionArgs {
   int64_t images, channels, height, width;  // input shape
   int64_t out_channels, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  const float* x;
-  const float* packed;
-  const float* bias;      // [out_channels], or null
-  const float* residual;  // like y, or null
-  float* y;
+  Dtype dtype;  // of x, residual and y: float32, bfloat16 or float16
+  const void* x;
+  const void* packed;    // float, or bfloat16 with bf16_products
+  const float* bias;     // [out_channels], or null
+  const void* residual;  // like y, or null
+  void* y;
   bool relu;
   bool stream;        // streaming stores: only where the channels of an output pixel fill aligned cache lines
                       // exactly
   int64_t tile;       // Winograd output tile size m, 2 to 4; 0: direct
   bool needs_im2col;  // direct: copy receptive fields into rows first, which 1x1 kernels may not need
+  // Products of bfloat16 pairs, accumulated in fp32 (direct_bf16.h), instead of fp32 arithmetic.
+  bool bf16_products;
+  bool pixels_outer;  // bf16_products: compute each block of pixels for all panels, not each panel for all
+                      // pixels
 };
 
 struct Range {
@@ -168,14 +174,14 @@ struct WeightGradientArgs {
 // `moments`: partial statistics of the outputs written, double (mean, M2)[out_channels], or null.
 struct DirectKernels {
   // packed[panel][kernel row][kernel column][channel][kPanelWidth]
-  void (*pack)(const WeightView&, Range panels, float* packed);
+  void (*pack)(const WeightView&, Range panels, void* packed);
   // Convolution for the output pixels `rows`, counted through all images. `scratch`: an im2col matrix of
   // these rows, if args.needs_im2col.
-  void (*run)(const ConvolutionArgs&, Range rows, Range panels, float* scratch, double* moments);
+  void (*run)(const ConvolutionArgs&, Range rows, Range panels, void* scratch, double* moments);
 };
 struct WinogradKernels {
   // Filter transform: U = packed[panel][transform point][channel][kPanelWidth].
-  void (*pack)(const WeightView&, Range panels, float* packed);
+  void (*pack)(const WeightView&, Range panels, void* packed);
   // Input transform V, and the GEMMs M = V U with the output transform. Tiles are counted through all images.
   // `block`: the tiles that V and M are laid out for (tiles.h); `tiles`: the part of them to transform.
   void (*input_transform)(const ConvolutionArgs&, Range block, Range tiles, float* v);
@@ -199,17 +205,29 @@ struct WeightGradientKernels {
                            int64_t parts, int64_t stride);
 };
 
+// Convolutions in fp32 arithmetic.
 struct ConvolutionKernels {
-  DirectKernels direct;
-  WinogradKernels winograd;
+  // By the dtype of x, residual and y; empty for float64.
+  DirectKernels direct[kDtypes];
+  WinogradKernels winograd[kDtypes];
   WeightGradientKernels direct_wgrad, winograd_wgrad;
+};
+
+// Convolutions with bfloat16 operands, products of pairs of channels and fp32 accumulators.
+struct Bf16ConvolutionKernels {
+  DirectKernels direct;
+  bool tiles;  // whether the micro-kernels multiply matrix tiles
+  // Saturates the units that multiply and returns the number of floating-point operations. `values`:
+  // kFmaValues floats, read and written.
+  int64_t (*dot_loop)(int64_t rounds, float* values);
 };
 
 constexpr int kFmaValues = 14;  // 12 independent accumulators and their two shared operands
 
 struct Kernels {
   const char* name;
-  const ConvolutionKernels* convolution;  // null for the baseline: the kernels require AVX2
+  const ConvolutionKernels* convolution;           // null for the baseline: the kernels require AVX2
+  const Bf16ConvolutionKernels* bf16_convolution;  // null without avx512_bf16 or amx
   BatchNormActKernels batch_norm_act[kDtypes][kLayouts];
   MaxPoolKernels max_pool[kDtypes][kLayouts];
   // self += mask ? grad : 0, in rows of `cols` elements. A null mask adds all of grad.
@@ -236,6 +254,9 @@ extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Bf16ConvolutionKernels bf16_kernels_avx512_bf16;
+extern const Bf16ConvolutionKernels bf16_kernels_amx;
+extern const Bf16ConvolutionKernels bf16_kernels_amx_emulated;
 #endif
 
 }  // namespace fused_res::cpu

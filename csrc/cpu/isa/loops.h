@@ -35,7 +35,9 @@ inline void for_each_vector(int64_t n, F f) {
   for_each_strip<V, 1>(n, [&](auto strip, int64_t i) { f(strip.part, i); });
 }
 
-inline void copy_floats(float* to, const float* from, int64_t n) {
+// Copies n elements of float, bfloat16 or float16 and widens them.
+template <class T>
+inline void copy_floats(float* to, const T* from, int64_t n) {
   for_each_vector<Vec<float>>(n, [&](auto part, int64_t i) { part.store(to + i, part.load(from + i)); });
 }
 

@@ -138,6 +138,8 @@ inline int64_t gemm_rows_per_image(const TileGrid& tiles) {
   return count == 0 ? 0 : TransformLayout(tiles, {0, count}).total_rows();
 }
 
+inline int dtype_index(const ConvolutionArgs& args) { return static_cast<int>(args.dtype); }
+
 // K of the im2col GEMM: the elements of an output pixel's receptive field.
 inline int64_t gemm_k(const ConvolutionArgs& args) { return args.kernel_h * args.kernel_w * args.channels; }
 

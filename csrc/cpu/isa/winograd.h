@@ -47,9 +47,8 @@ struct Window {
 
 // Input transform B^T d B of one tile for one vector of channels. `to`: a pointer for each transform-domain
 // element. kInside: the whole input tile lies within the image, so no element is padding.
-template <int S, int MY, int MX, bool kInside, class Part>
-inline void input_transform_tile(Part part, const float* x, const Window& window, float* const* to,
-                                 int64_t at) {
+template <int S, int MY, int MX, bool kInside, class Part, class T>
+inline void input_transform_tile(Part part, const T* x, const Window& window, float* const* to, int64_t at) {
   using V = Vec<float>;
   constexpr int NY = alpha(S, MY), NX = alpha(S, MX);
   if constexpr (kInside) {  // prefetch the columns that the next tile reads and this one does not
@@ -65,7 +64,7 @@ inline void input_transform_tile(Part part, const float* x, const Window& window
     V d[NY], u[NY];
 #pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) {
-      const float* p = x + i * window.row_stride + j * window.column_stride;
+      const T* p = x + i * window.row_stride + j * window.column_stride;
       if constexpr (kInside) {
         d[i] = part.load(p);
       } else {
@@ -133,6 +132,7 @@ class TransformPointers {
 };
 
 // Input transform of the tiles `range` of a block, all channels.
+template <class T>
 void winograd_input_transform(const ConvolutionArgs& args, Range block, Range range, float* v) {
   const TileGrid tiles(args);
   const int64_t stride = padded_row_stride(args.channels);
@@ -140,7 +140,8 @@ void winograd_input_transform(const ConvolutionArgs& args, Range block, Range ra
   for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int tile_class, int64_t index) {
     const int64_t y = ty * args.tile * args.stride_h - args.pad_h;
     const int64_t x = tx * args.tile * args.stride_w - args.pad_w;
-    const float* corner = args.x + ((image * args.height + y) * args.width + x) * args.channels;
+    const T* corner =
+        static_cast<const T*>(args.x) + ((image * args.height + y) * args.width + x) * args.channels;
     const Window window = {
         args.width * args.channels, args.channels, {-y, args.height - y}, {-x, args.width - x}};
     dispatch_tile_class(tiles, tile_class, [&](auto s, auto my, auto mx) {
@@ -185,19 +186,20 @@ inline void output_transform_tile(const float* const* from, int64_t at, Vec<floa
 }
 
 // Prefetches the operands of the epilogue of tile t.
+template <class T>
 inline void prefetch_tile(const ConvolutionArgs& args, const TileGrid& tiles, int64_t t, int64_t c) {
   const int64_t image = t / tiles.per_image(), y = t % tiles.per_image() / tiles.tiles_w * tiles.tile;
   const int64_t x = t % tiles.tiles_w * tiles.tile;
   for (int64_t i = y; i < min(y + tiles.tile, args.out_height); ++i) {
     for (int64_t j = x; j < min(x + tiles.tile, args.out_width); ++j) {
-      prefetch_epilogue(args, (image * args.out_height + i) * args.out_width + j, c);
+      prefetch_epilogue<T>(args, (image * args.out_height + i) * args.out_width + j, c);
     }
   }
 }
 
 // Epilogue and store of one output tile, of which only `rows` x `columns` outputs may lie within the image.
-template <int MY, int MX, class Part>
-inline void store_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Part part, int64_t pixel,
+template <class T, int MY, int MX, class Part>
+inline void store_tile(const ConvolutionArgs& args, const Epilogue<T>& epilogue, Part part, int64_t pixel,
                        int64_t rows, int64_t columns, Vec<float> (&outputs)[MY][MX],
                        MomentAccumulator* moments) {
   if (rows >= MY && columns >= MX) {
@@ -220,6 +222,7 @@ inline void store_tile(const ConvolutionArgs& args, const Epilogue& epilogue, Pa
 }
 
 // For each panel of output channels: one GEMM per transform point into M, then output transform and epilogue.
+template <class T>
 void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Range panels, const float* v,
                                     float* m, double* moments) {
   using V = Vec<float>;
@@ -228,7 +231,8 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
   const int64_t stride = padded_row_stride(args.channels);
   const TransformPointers<const float> pointers(tiles, layout, m, kPanelWidth);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const float* u = args.packed + panel * kTransformPoints * args.channels * kPanelWidth;
+    const float* u =
+        static_cast<const float*>(args.packed) + panel * kTransformPoints * args.channels * kPanelWidth;
     for (int i = 0; i < kPoints; ++i) {
       for (int j = 0; j < kPoints; ++j) {
         const int64_t first = layout.begin(i, j);
@@ -236,7 +240,7 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
         // prefetches those of every kTransformPoints-th tile.
         const int64_t first_tile = block.begin + i * kPoints + j;
         for (int64_t t = first_tile; t < block.end; t += kTransformPoints)
-          prefetch_tile(args, tiles, t, panel * kPanelWidth);
+          prefetch_tile<T>(args, tiles, t, panel * kPanelWidth);
         for (int column = 0; column < kPanelWidth; column += kNr) {
           for_each_row_block(layout.rows(i, j), [&](int64_t row, int64_t rows) {
             micro_gemm(rows, v + (first + row) * stride, stride, u + column, args.channels,
@@ -250,7 +254,7 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
       const int64_t c = panel * kPanelWidth + at;
       if (c >= args.out_channels) break;
       dispatch_tail(args.out_channels - c, [&](auto part) {
-        const Epilogue epilogue(args, part, c);
+        const Epilogue<T> epilogue(args, part, c);
         MomentAccumulator accumulator;
         for_each_tile(
             tiles, block, [&](int64_t image, int64_t ty, int64_t tx, int tile_class, int64_t index) {
@@ -271,12 +275,12 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
 }
 
 // Filter transform U = G g G^T of the panels, in double.
-void winograd_pack(const WeightView& weight, Range panels, float* packed) {
+void winograd_pack(const WeightView& weight, Range panels, void* packed) {
   constexpr int kChannelBlock = 16;  // channels that fill a cache line if they are contiguous in the weight
   const int64_t size = weight.channels * kPanelWidth;
   float g[kChannelBlock][kTaps * kTaps][kPanelWidth] = {};
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    float* u = packed + panel * kTransformPoints * size;
+    float* u = static_cast<float*>(packed) + panel * kTransformPoints * size;
     const float* first = weight.data + panel * kPanelWidth * weight.output_stride;
     const int64_t width = min(kPanelWidth, weight.out_channels - panel * kPanelWidth);
     if (width < kPanelWidth) memset(g, 0, sizeof(g));
@@ -330,8 +334,9 @@ void winograd_pack(const WeightView& weight, Range panels, float* packed) {
   stream_fence();
 }
 
-inline constexpr WinogradKernels winograd = {winograd_pack, winograd_input_transform,
-                                             winograd_gemm_output_transform};
+template <class T>
+inline constexpr WinogradKernels winograd = {winograd_pack, winograd_input_transform<T>,
+                                             winograd_gemm_output_transform<T>};
 
 }  // namespace
 }  // namespace fused_res::cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fused_res import ops
@@ -41,7 +42,7 @@ class PackedConvLayer(Protocol):
 
     Attributes:
         weight_shape: shape ``(K, C / groups, ...)`` of the weight.
-        bias: contiguous bias ``(K,)``, float32.
+        graph_bias: contiguous bias ``(K,)``, float32.
         packed_weight: function that returns the weight as packed for a selected algorithm and its problem.
     """
 
@@ -49,7 +50,7 @@ class PackedConvLayer(Protocol):
     def weight_shape(self) -> tuple[int, ...]: ...
 
     @property
-    def bias(self) -> Tensor: ...
+    def graph_bias(self) -> Tensor: ...
 
     def packed_weight(self, selected: Selection, problem: Problem) -> Tensor: ...
 
@@ -69,25 +70,30 @@ class BoundInferenceGraph(NamedTuple):
 
 
 def prepare_inference_graph(
-    blocks: tuple[BlockSpec, ...], layers: Sequence[PackedConvLayer], input: tuple[int, ...], preference: str
+    blocks: tuple[BlockSpec, ...],
+    layers: Sequence[PackedConvLayer],
+    input: tuple[int, ...],
+    dtype: torch.dtype,
+    preference: str,
 ) -> BoundInferenceGraph | None:
     """Plan the inference graph for an input shape and pack its weights.
 
     Args:
         blocks: consecutive blocks, in any order; each may end with a max pooling.
-        layers: their convolutions, block by block, a block's projection last; all tensors are float32 CPU tensors.
+        layers: their convolutions, block by block, a block's projection last; all tensors are CPU tensors.
         input: shape ``(N, C, H, W)``.
+        dtype: float32, bfloat16 or float16, of the input and all values.
         preference: algorithm preference, see :func:`fused_res.dispatch.select`.
 
     Returns:
         The graph with its operands, or None if a shape is invalid or a convolution falls back to oneDNN or ATen.
     """
     shapes = tuple([layer.weight_shape for layer in layers])
-    graph = inference_graph.plan(blocks, shapes, input, *registry.selection_settings("cpu"), preference)
+    graph = inference_graph.plan(blocks, shapes, input, dtype, *registry.selection_settings("cpu"), preference)
     if graph is None:
         return None
     packed = [
         layer.packed_weight(selection, problem)
         for layer, selection, problem in zip(layers, graph.selections, graph.problems, strict=True)
     ]
-    return BoundInferenceGraph(graph, packed, [layer.bias for layer in layers])
+    return BoundInferenceGraph(graph, packed, [layer.graph_bias for layer in layers])

@@ -1,10 +1,12 @@
 """The CPU backend's convolution algorithms and selection rules, in the order in which they are tried.
 
-This library's implementations support float32 inputs ``(N, C, H, W)`` in channels_last memory, without groups: Winograd
+This library's implementations support inputs ``(N, C, H, W)`` in channels_last memory, without groups: Winograd
 F(4x4, 3x3) and F(2x2, 3x3) for 3x3 filters with stride 1 or 2 (``csrc/cpu/isa/winograd.h``; Lavin & Gray 2015,
 https://arxiv.org/abs/1509.09308), and ``direct``, blocked im2col and GEMM, for filters of any size
 (``csrc/cpu/isa/direct.h``). ``direct`` performs the multiply-adds of the definition; it is not oneDNN's algorithm of
-that name, which has no im2col. After them come oneDNN with a fused epilogue, and ATen.
+that name, which has no im2col. These compute in float32; in inference the tensors may be bfloat16 or float16. With the
+instruction sets avx512_bf16 and amx, ``direct_bf16`` multiplies bfloat16 and accumulates in float32
+(``csrc/cpu/isa/direct_bf16.h``). After them come oneDNN with a fused epilogue, and ATen.
 
 Inference and training have separate rules. In inference a weight is packed once, and the number of multiply-adds
 decides. In training the weight is packed in every step, gradients are computed, and page faults on newly mapped memory
@@ -17,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,21 +31,40 @@ from fused_res.dispatch import TRAINING_OPERATIONS, Algorithm, Operation, Packed
 from fused_res.dispatch.convolution import Gradients, OutputMask
 from fused_res.ops.geometry import Geometry
 
-#: Output tile size m of the Winograd algorithm F(m x m, 3x3); 0 for ``direct``.
-OUTPUT_TILE = {"winograd_f4x4": 4, "winograd_f2x2": 2, "direct": 0}
+
+class Kernel(NamedTuple):
+    """The C++ kernels of an algorithm.
+
+    Args:
+        tile: output tile size m of the Winograd algorithm F(m x m, 3x3); 0 for a direct convolution.
+        bf16_products: whether bfloat16 is multiplied, instead of float32.
+    """
+
+    tile: int
+    bf16_products: bool = False
 
 
-def pack(weight: Tensor, tile: int, stride: Sequence[int], transposed: bool = False) -> Tensor:
-    """Return the packed weight.
+#: The algorithms with C++ kernels.
+KERNELS = {
+    "winograd_f4x4": Kernel(4),
+    "winograd_f2x2": Kernel(2),
+    "direct_bf16": Kernel(0, True),
+    "direct": Kernel(0),
+}
+
+
+def pack(weight: Tensor, kernel: Kernel, stride: Sequence[int], transposed: bool = False) -> Tensor:
+    """Return the packed weight, as bfloat16 or float32.
 
     F(2x2) uses a subset of the interpolation points of F(4x4), so both read the same transformed filter U.
     """
-    packed: Tensor = pack_conv_weight(weight, stride[0] if tile else 0, transposed)
+    tile, bf16_products = kernel
+    packed: Tensor = pack_conv_weight(weight, stride[0] if tile else 0, transposed, bf16_products)
     return packed
 
 
 def _run(
-    tile: int,
+    kernel: Kernel,
     input: Tensor,
     packed: Tensor,
     bias: Tensor | None,
@@ -56,13 +77,14 @@ def _run(
     """Call the C++ operator with a packed weight; ``weight`` is the shape of the unpacked weight."""
     bias = None if bias is None else bias.contiguous()
     output, statistics = convolve(
-        input, packed, bias, residual, weight[0], weight[2:], *geometry[:3], tile, relu, partials
-    )
+        input, packed, bias, residual, weight[0], weight[2:], *geometry[:3], kernel.tile, relu, partials,
+        kernel.bf16_products,
+    )  # fmt: skip
     return output, statistics
 
 
 def _inference(
-    tile: int,
+    kernel: Kernel,
     input: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
@@ -70,18 +92,24 @@ def _inference(
     geometry: Geometry,
     relu: bool,
 ) -> Tensor:
-    return _run(tile, input, weight.tensor, bias, weight.shape, geometry, residual, relu)[0]
+    return _run(kernel, input, weight.tensor, bias, weight.shape, geometry, residual, relu)[0]
 
 
 def _forward(
-    tile: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, partials: bool
+    kernel: Kernel, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, partials: bool
 ) -> tuple[Tensor, Tensor]:
-    packed = pack(weight, tile, geometry[0])
-    return _run(tile, input, packed, bias, weight.shape, geometry, partials=partials)
+    packed = pack(weight, kernel, geometry[0])
+    return _run(kernel, input, packed, bias, weight.shape, geometry, partials=partials)
 
 
 def _backward(
-    tile: int, grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, mask: OutputMask
+    kernel: Kernel,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    mask: OutputMask,
 ) -> Gradients:
     stride, padding, dilation, groups = geometry
     dx = dweight = dbias = None
@@ -93,9 +121,11 @@ def _backward(
         dgrad_weight_shape = (input.shape[1], weight.shape[0], *kernel_size)
         dgrad_geometry = (1, 1), dgrad_padding, dilation, groups
         # Packed within the call expression: the transposed packed weight is freed before dweight is allocated.
-        dx, _ = _run(tile, grad, pack(weight, tile, stride, transposed=True), None, dgrad_weight_shape, dgrad_geometry)
+        dx, _ = _run(
+            kernel, grad, pack(weight, kernel, stride, transposed=True), None, dgrad_weight_shape, dgrad_geometry
+        )
     if mask[1]:
-        dweight = conv_weight_gradient(grad, input, weight, stride, padding, dilation, tile > 0)
+        dweight = conv_weight_gradient(grad, input, weight, stride, padding, dilation, kernel.tile > 0)
     if mask[2]:
         dbias = grad.sum((0, 2, 3))
     return dx, dweight, dbias
@@ -107,8 +137,11 @@ def _backward(
 def _unsupported_reason(problem: Problem) -> str | None:
     if problem.under_torch_dispatch:
         return "a dispatch mode or a tensor subclass requires ATen's operators"
-    if problem.dtype != torch.float32 or not problem.channels_last or len(problem.weight) != 4:
-        return "the CPU backend's kernels support float32 (N, C, H, W) in channels_last memory only"
+    if not problem.channels_last or len(problem.weight) != 4:
+        return "the CPU backend's convolutions support (N, C, H, W) in channels_last memory only"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if problem.operation == "inference" else (torch.float32,)
+    if problem.dtype not in dtypes:
+        return "the CPU backend's convolutions support float32, in inference also bfloat16 and float16"
     if problem.operation == "inference" and 0 in problem.input:
         return "empty batch"
     if problem.groups > 1:
@@ -119,6 +152,14 @@ def _unsupported_reason(problem: Problem) -> str | None:
 def _is_winograd_shape(problem: Problem) -> bool:
     supported: bool = _extension.cpp.winograd_supports(problem.weight[2:], problem.stride, problem.dilation)
     return supported
+
+
+def _bf16_unsupported_reason(problem: Problem) -> str | None:
+    if reason := _unsupported_reason(problem):
+        return reason
+    if problem.dtype != torch.bfloat16:
+        return "products of bfloat16 are for bfloat16 only"
+    return None if problem.machine.isa in _BF16_MAC_COST else "products of bfloat16 require avx512_bf16 or amx"
 
 
 def _winograd_unsupported_reason(problem: Problem) -> str | None:
@@ -153,42 +194,54 @@ def _describe_direct(problem: Problem) -> str:
 
 # Inference rules: the fewest multiply-adds
 
-#: Costs, in multiply-adds, of reading one weight element, packing it for ``direct``, transforming and packing it
-#: for Winograd, and transforming one element of an input or output tile (per input or output channel). They are ratios
-#: of bandwidth and arithmetic, measured with 32 MB of L3, where a network's weights are read from memory.
+#: Costs, in multiply-adds of float32, of reading one weight element of 4 bytes, packing it for ``direct``, transforming
+#: and packing it for Winograd, and transforming one element of an input or output tile (per input or output channel).
+#: They are ratios of bandwidth and arithmetic, measured with 32 MB of L3, where a network's weights are read from memory.
 _READ_COST, _PACK_DIRECT_COST, _PACK_WINOGRAD_COST, _TRANSFORM_COST = 10, 60, 100, 8
+#: Cost of a multiply-add of bfloat16, by instruction set: vdpbf16ps has twice the rate of fp32 FMAs on Zen 4, and the
+#: tiles of amx 16 times the rate.
+_BF16_MAC_COST = {"avx512_bf16": 1 / 2, "amx": 1 / 16, "amx_emulated": 1 / 16}
 
 
 @lru_cache(maxsize=4096)
-def _modelled_macs(problem: Problem) -> dict[int, float]:
-    """Return the modelled multiply-adds per (input channel, output channel) pair, by output tile size."""
+def _modelled_costs(problem: Problem) -> dict[str, float]:
+    """Return the modelled cost, in multiply-adds of float32, per (input channel, output channel) pair.
+
+    The keys are the algorithms that support the problem.
+    """
     batch, channels, *_ = problem.input
     out_channels, _, *kernel_size = problem.weight
     height, width = problem.output_size
     taps = kernel_size[0] * kernel_size[1]
-    costs: dict[int, float] = {
-        0: taps * (batch * height * width + _READ_COST + (0 if problem.prepacked else _PACK_DIRECT_COST))
-    }
-    for tile in (4, 2):
-        gemm_macs = batch * _extension.cpp.winograd_gemm_rows(height, width, tile, problem.stride[0])
-        transforms = gemm_macs * _TRANSFORM_COST * (1 / channels + 1 / out_channels)
-        packing = 0 if problem.prepacked else _extension.cpp.WINOGRAD_POINTS * _PACK_WINOGRAD_COST
-        costs[tile] = gemm_macs + transforms + (tile + 2) ** 2 * _READ_COST + packing
+    costs: dict[str, float] = {}
+    for name, (tile, bf16_products) in KERNELS.items():
+        if ALGORITHMS_BY_NAME[name].unsupported_reason(problem) is not None:
+            continue
+        mac, read = (_BF16_MAC_COST[problem.machine.isa], _READ_COST / 2) if bf16_products else (1, _READ_COST)
+        if tile:
+            macs = batch * _extension.cpp.winograd_gemm_rows(height, width, tile, problem.stride[0])
+            transforms = macs * _TRANSFORM_COST * (1 / channels + 1 / out_channels)
+            packing = 0 if problem.prepacked else _extension.cpp.WINOGRAD_POINTS * _PACK_WINOGRAD_COST
+            costs[name] = macs * mac + transforms + (tile + 2) ** 2 * read + packing
+        else:
+            costs[name] = taps * (batch * height * width * mac + read)
+            costs[name] += 0 if problem.prepacked else taps * _PACK_DIRECT_COST
     return costs
 
 
-def _f4x4_needs_more_macs(problem: Problem) -> bool:
-    costs = _modelled_macs(problem)
-    return costs[4] >= costs[0] or costs[4] > costs[2]
+def _is_costlier(name: str) -> Callable[[Problem], bool]:
+    """Return the predicate whether another algorithm with C++ kernels has a lower modelled cost than `name`."""
+
+    def is_costlier(problem: Problem) -> bool:
+        costs = _modelled_costs(problem)
+        # Of equal costs the last algorithm of the list wins.
+        return any(cost < costs[name] for cost in costs.values())
+
+    return is_costlier
 
 
-def _f2x2_needs_more_macs(problem: Problem) -> bool:
-    costs = _modelled_macs(problem)
-    return costs[2] >= costs[0]
-
-
-_EVIDENCE_MACS = "estimated: multiply-adds, including the cost of reading and transforming the weight"
-_REASON_SMALL = "too few pixels or channels to amortise Winograd's transforms and larger weight"
+_EVIDENCE_COSTS = "estimated: multiply-adds, including the cost of reading and transforming the weight"
+_REASON_COSTLIER = "another algorithm has a lower modelled cost for this number of pixels and channels"
 
 # Training rules: the shapes for which these implementations were measured to be faster than ATen
 
@@ -275,45 +328,53 @@ def _native_algorithm(
     training: bool,
     selection_reason: Callable[[Problem], str],
 ) -> Algorithm:
-    tile = OUTPUT_TILE[name]
-    implementations: dict[Operation, Callable[..., Any] | str] = {"inference": partial(_inference, tile)}
+    kernel = KERNELS[name]
+    implementations: dict[Operation, Callable[..., Any] | str] = {"inference": partial(_inference, kernel)}
     if training:
-        gradient = partial(_backward, tile)
-        implementations |= {"forward": partial(_forward, tile), "input_gradient": gradient, "weight_gradient": gradient}
-    packed_format = "winograd" if tile else "direct"
+        gradient = partial(_backward, kernel)
+        implementations |= {
+            "forward": partial(_forward, kernel), "input_gradient": gradient, "weight_gradient": gradient
+        }  # fmt: skip
+    packed_format = "winograd" if kernel.tile else "direct", kernel.bf16_products
+    costlier = Rule(_is_costlier(name), _REASON_COSTLIER, _EVIDENCE_COSTS, ("inference",))
     return Algorithm(
         name,
         unsupported_reason,
         implementations,
-        rules,
+        (costlier, *rules),
         selection_reason,
         returns_partials=True,
         compact_input_gradient=True,
         weight_packing="always",
-        pack=lambda problem, weight: pack(weight, tile, problem.stride),
+        pack=lambda problem, weight: pack(weight, kernel, problem.stride),
         pack_key=lambda problem: packed_format,
     )
+
+
+def _describe_saving(problem: Problem) -> str:
+    costs = _modelled_costs(problem)
+    return f"1/{costs['direct'] / costs['winograd_f4x4']:.1f} of the multiply-adds (modelled)"
 
 
 WINOGRAD_F4X4 = _native_algorithm(
     "winograd_f4x4",
     _winograd_unsupported_reason,
     (
-        Rule(_f4x4_needs_more_macs, _REASON_SMALL, _EVIDENCE_MACS, ("inference",)),
         _FEW_PIXELS,
         _SMALL_IMAGE,
         Rule(lambda problem: _channels(problem) < _MIN_CHANNELS, "few channels", _EVIDENCE_ZEN4, TRAINING_OPERATIONS),
     ),
     True,
-    lambda problem: f"1/{_modelled_macs(problem)[0] / _modelled_macs(problem)[4]:.1f} of the multiply-adds (modelled)",
+    _describe_saving,
 )
 WINOGRAD_F2X2 = _native_algorithm(
     "winograd_f2x2",
     _winograd_unsupported_reason,
-    (Rule(_f2x2_needs_more_macs, _REASON_SMALL, _EVIDENCE_MACS),),
+    (),
     False,
     lambda problem: "small feature map: reads less of the weight than F(4x4)",
 )
+DIRECT_BF16 = _native_algorithm("direct_bf16", _bf16_unsupported_reason, (), False, _describe_direct)
 DIRECT = _native_algorithm(
     "direct",
     _direct_unsupported_reason,
@@ -327,6 +388,12 @@ DIRECT = _native_algorithm(
             "ATen's weight gradient was measured to be faster",
             _EVIDENCE_ZEN4,
             ("weight_gradient",),
+        ),
+        Rule(
+            lambda problem: problem.dtype == torch.float16 and problem.dtype in problem.machine.onednn_dtypes,
+            "oneDNN has products of float16 on this processor, at twice the rate of float32",
+            "estimated: half the time of the multiply-adds",
+            ("inference",),
         ),
     ),
     True,
@@ -347,4 +414,7 @@ ONEDNN = Algorithm(
     pack_key=lambda problem: ("onednn", problem.input, problem.dtype, torch.get_num_threads()),
     weight_packing="cached",
 )
-ALGORITHMS = (WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT, ONEDNN, *convolution.ALGORITHMS)
+ALGORITHMS = (
+    WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, *convolution.ALGORITHMS
+)  # fmt: skip
+ALGORITHMS_BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}

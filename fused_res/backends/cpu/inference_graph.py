@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from fused_res import _extension
-from fused_res.backends.cpu.convolution import ALGORITHMS, OUTPUT_TILE
+from fused_res.backends.cpu.convolution import ALGORITHMS, KERNELS
 from fused_res.backends.cpu.operators import conv_program
 from fused_res.dispatch import Machine, Problem, Selection, select
 from fused_res.ops.geometry import conv_output_sizes
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
-#: Bound on the arena, 64 MB. Larger chunks of the batch are not faster with 32 MB of L3. With 300 MB, the bound keeps a
+#: Bound on the arena in bytes. Larger chunks of the batch are not faster with 32 MB of L3. With 300 MB, the bound keeps a
 #: chunk's values in the quarter of the L3 up to which they are not streamed (``csrc/cpu/caches.h``).
-_MAX_ARENA_FLOATS = 16 << 20
+_MAX_ARENA_BYTES = 64 << 20
 #: Locations outside the arena, kinds of steps, and the names of a step's fields, defined in csrc/cpu.
 _INPUT, _OUTPUT, _NO_OPERAND = _extension.cpp.GRAPH_LOCATIONS
 _CONVOLUTION, _MAX_POOL = _extension.cpp.GRAPH_STEP_KINDS
@@ -41,7 +41,7 @@ class InferenceGraph:
     Args:
         selections, problems: algorithm and problem of each convolution, block by block, a block's projection last.
         steps: the encoded steps.
-        arena_floats: floats of the arena per batch element.
+        arena_elements: elements of the arena per batch element.
         chunk_size: batch elements that run through the graph at a time.
         output_shape: shape of the output.
     """
@@ -49,14 +49,14 @@ class InferenceGraph:
     selections: tuple[Selection, ...]
     problems: tuple[Problem, ...]
     steps: tuple[int, ...]
-    arena_floats: int
+    arena_elements: int
     chunk_size: int
     output_shape: Shape
 
     def run(self, input: Tensor, packed: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
         """Run the graph on `input` with the packed weights and biases of its convolutions."""
         output: Tensor = conv_program(
-            input, packed, biases, self.steps, self.arena_floats, self.chunk_size, self.output_shape
+            input, packed, biases, self.steps, self.arena_elements, self.chunk_size, self.output_shape
         )
         return output
 
@@ -79,6 +79,7 @@ def plan(
     blocks: tuple[BlockSpec, ...],
     weights: tuple[Shape, ...],
     input: Shape,
+    dtype: torch.dtype,
     winograd: bool,
     machine: Machine,
     preference: str = "planned",
@@ -89,6 +90,7 @@ def plan(
         blocks: the blocks, in order.
         weights: shapes of all weights, block by block, a projection's after the others of its block.
         input: shape ``(N, C, H, W)``.
+        dtype: float32, bfloat16 or float16, of the input and all values.
         winograd: whether Winograd algorithms are allowed.
         machine: the processor.
         preference: the algorithm preference, see :func:`fused_res.dispatch.select`.
@@ -113,11 +115,11 @@ def plan(
         if weight[1] * spec.groups != channels:
             return None
         problem = Problem(
-            "inference", (batch, channels, *size), weight, *spec.geometry, torch.float32, "cpu", True, prepacked=True,
+            "inference", (batch, channels, *size), weight, *spec.geometry, dtype, "cpu", True, prepacked=True,
             residual=node.residual is not None, allow_winograd=winograd, machine=machine,
         )  # fmt: skip
         problems[node.weight_index], selections[node.weight_index] = problem, select(ALGORITHMS, problem, preference)
-        if selections[node.weight_index].name not in OUTPUT_TILE:
+        if selections[node.weight_index].name not in KERNELS:
             return None
         shapes.append((weight[0], *problem.output_size))
     if any(size < 1 for shape in shapes for size in shape):
@@ -133,7 +135,7 @@ def plan(
         tuple(problems[index] for index in sorted(problems)),
         tuple(steps),
         arena,
-        max(1, min(batch, _MAX_ARENA_FLOATS // max(arena, 1))),
+        max(1, min(batch, _MAX_ARENA_BYTES // max(arena * dtype.itemsize, 1))),
         (batch, *shapes[-1]),
     )
 
@@ -163,10 +165,10 @@ def _plan_arena(nodes: Sequence[_GraphNode], sizes: Sequence[int]) -> tuple[list
 
     Args:
         nodes: the graph's nodes.
-        sizes: floats of each value per batch element.
+        sizes: elements of each value per batch element.
 
     Returns:
-        The location of each value (an arena offset in floats per batch element, the graph's input or its output), and
+        The location of each value (an arena offset in elements per batch element, the graph's input or its output), and
         the arena's size. Offsets are assigned first-fit in the order of definition.
     """
     output = len(nodes)
@@ -232,7 +234,8 @@ def _encode_step(
     }
     step |= {"stride": spec.stride, "padding": spec.padding, "kind": _MAX_POOL if pool else _CONVOLUTION}
     if not isinstance(spec, PoolSpec):
-        step |= {"tile": OUTPUT_TILE[selections[node.weight_index].name], "relu": int(spec.relu)}
+        tile, bf16_products = KERNELS[selections[node.weight_index].name]
+        step |= {"tile": tile, "bf16_products": int(bf16_products), "relu": int(spec.relu)}
     step["dilation"] = (1, 1) if isinstance(spec, PoolSpec) else spec.dilation
     values = [step.get(field, 0) for field in _FIELDS]
     return [item for value in values for item in (value if isinstance(value, Sequence) else [value])]

@@ -8,6 +8,9 @@
 #include <vector>
 
 #include "cpu/convolution.h"
+#if __has_include("cpu/caches.cpp")
+#include "cpu/caches.cpp"
+#endif
 
 namespace fused_res::cpu {
 namespace {
@@ -29,7 +32,7 @@ struct Array {
 uint32_t seed = 1;
 
 // Reproducible random numbers: multiples of 1/64 around `mean`.
-Array<float> random_floats(int64_t n, float mean) {
+inline Array<float> random_floats(int64_t n, float mean) {
   Array<float> values(n);
   for (int64_t i = 0; i < n; ++i) {
     seed = seed * 1664525 + 1013904223;

@@ -1,7 +1,8 @@
 """CPU kernels under address, undefined-behavior and thread sanitizers, in programs without torch.
 
-sanitize_convolution.cpp runs the convolutions and their weight gradients, sanitize_batch_norm.cpp the batch norms and
-max pooling. Every kernel runs under each sanitizer for one instruction set; `make test-full` adds the other sets.
+sanitize_convolution.cpp runs the convolutions and their weight gradients, bf16_convolution.cpp the convolutions with
+bfloat16 products on tiles in plain C++, sanitize_batch_norm.cpp the batch norms and max pooling. Every kernel runs
+under each sanitizer for one instruction set; `make test-full` adds the other sets.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ if not _extension.loaded:
     pytest.skip(_extension.unavailable_reason, allow_module_level=True)
 
 
-def build(source: str, sanitizer: str, isa: str, folder: Path, *more: str) -> Path:
+def build(source: str, sanitizer: str, isa: str, folder: Path, *more: str, kernels: str | None = None) -> Path:
+    """Compile the program `source`, and with `kernels` a file of csrc/cpu/isa."""
     program = folder / "cpu_sanitize"
     flags = [*FLAGS, *more, *_extension.build_info["isas"][isa].split(), *SANITIZERS[sanitizer]]
     (folder / "empty.cpp").write_text("int main() {}\n")
@@ -49,8 +51,9 @@ def build(source: str, sanitizer: str, isa: str, folder: Path, *more: str) -> Pa
         pytest.skip(f"{COMPILER} is not installed")
     if probe.returncode:
         pytest.skip(f"{COMPILER} has no {sanitizer} sanitizer")
+    sources = [Path(__file__).with_name(source), *([ROOT / "csrc/cpu/isa" / kernels] if kernels else [])]
     built = subprocess.run(
-        [COMPILER, *flags, f"-I{ROOT / 'csrc'}", Path(__file__).with_name(source), CACHES, "-o", program],
+        [COMPILER, *flags, f"-I{ROOT / 'csrc'}", *sources, CACHES, "-o", program],
         capture_output=True,
         text=True,
     )
@@ -76,6 +79,15 @@ def test_convolutions_have_no_sanitizer_reports(sanitizer: str, isa: str, tmp_pa
     check_program(
         program, sanitizer, "weight gradients are correct\n", ["convolution", "direct_wgrad", "winograd_wgrad"]
     )
+
+
+@pytest.mark.skipif(ISAS[0] != "avx512", reason="the kernels with bfloat16 products require AVX-512")
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_bf16_convolutions_have_no_sanitizer_reports(sanitizer: str, tmp_path: Path) -> None:
+    isa, faults = "amx_emulated", ["scratch", "input"] if sanitizer == "address" else ["scratch"]
+    macro = f"-DFUSED_RES_ISA={isa}"
+    program = build("bf16_convolution.cpp", sanitizer, isa, tmp_path, macro, kernels="bf16_kernels.cpp")
+    check_program(program, sanitizer, "convolutions are correct\n", faults)
 
 
 @pytest.mark.parametrize(("sanitizer", "isa"), NORMS)

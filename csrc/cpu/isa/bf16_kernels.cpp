@@ -1,0 +1,18 @@
+// The kernels with bfloat16 products of one instruction set, amx or avx512_bf16, as a table. Everything else
+// of these instruction sets is that of avx512. The rules of kernels.cpp hold: the table is the only external
+// symbol.
+#include "cpu/isa/direct_bf16.h"
+#include "cpu/isa/kernels.h"
+
+namespace fused_res::cpu {
+
+#define FUSED_RES_PASTE(a, b) a##b
+#define FUSED_RES_TABLE(isa) FUSED_RES_PASTE(bf16_kernels_, isa)
+
+extern constexpr Bf16ConvolutionKernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
+    .direct = direct_bf16,
+    .tiles = kTiles,
+    .dot_loop = dot_loop,
+};
+
+}  // namespace fused_res::cpu

@@ -1,0 +1,244 @@
+// Micro-kernels of GEMMs with bfloat16 operands and fp32 accumulators, for the instruction sets amx (matrix
+// tiles) and avx512_bf16 (vdpbf16ps). Both read the same packed weights.
+//
+// B is packed in blocks of kBlockK rows x kPanelWidth columns, in VNNI layout: [half of the
+// columns][pair of rows][16 columns][2 rows]. A half of a block is one tile, and a pair of rows of it one
+// vector.
+#pragma once
+
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/vec.h"
+#if defined(FUSED_RES_TILES)
+#include "cpu/isa/tile.h"
+#endif
+
+namespace fused_res::cpu {
+namespace {
+
+constexpr int kHalfWidth = kPanelWidth / 2;
+constexpr int64_t kBlockElements = kBlockK * kPanelWidth, kHalfElements = kBlockElements / 2;
+
+// The position of element (k, column) in a packed panel.
+inline int64_t vnni_offset(int64_t k, int64_t column) {
+  return k / kBlockK * kBlockElements + column / kHalfWidth * kHalfElements + k % kBlockK / 2 * kPanelWidth +
+         column % kHalfWidth * 2 + k % 2;
+}
+
+// The K loop of one GEMM: for each filter tap, `blocks` blocks of kBlockK channels. The rows of A of tap
+// (i, j) begin i * tap_row + j * tap_column elements after those of tap (0, 0).
+struct TapLoop {
+  int64_t height, width, blocks;
+  int64_t tap_row, tap_column;
+};
+
+// Whether the instruction set multiplies matrix tiles.
+#if defined(FUSED_RES_TILES)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+
+// Memory that is read or written next, prefetched linearly, a few cache lines per block of K.
+struct PrefetchStream {
+  const char* next = nullptr;
+  int64_t lines = 0;  // per block of K
+  bool write = false;
+
+  void advance() {
+    for (int64_t i = 0; i < lines; ++i, next += 64) write ? prefetch_to_write(next) : prefetch(next);
+  }
+};
+struct PrefetchStreams {
+  PrefetchStream input, residual, output;
+  void advance() { input.advance(), residual.advance(), output.advance(); }
+};
+
+#if defined(FUSED_RES_TILES)
+
+// 32 rows x 32 columns, four accumulator tiles: one tile load for each product, the least that eight tiles
+// allow, because tile loads and not products limit the throughput.
+//
+// The epilogue of a block runs while the next block is multiplied, a few rows after every block of K: with a
+// K of 64 it takes longer than the products, and out-of-order execution does not reach from one to the other.
+// Hence finish() at the end.
+//
+// Epilogue: copyable; its `store(low, high)` takes columns [0, 16) and [16, 32) of the rows, in order.
+template <class Epilogue>
+class DotMicroKernel {
+ public:
+  static constexpr int kRows = 2 * kTileRows;
+  // Rows that are read: the rows of a last tile beyond `rows` must be readable, and are not stored.
+  static int64_t rows_read(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+
+  // Computes `rows` rows of A B, from rows of A that are `lda` elements apart, and passes them to the
+  // epilogue.
+  void run(int64_t rows, const bfloat16* a, int64_t lda, const bfloat16* b, const TapLoop& taps,
+           PrefetchStreams& streams, Epilogue epilogue) {
+    if (rows > kTileRows) {
+      multiply<2>(a, lda, b, taps, streams);
+    } else {
+      multiply<1>(a, lda, b, taps, streams);
+    }
+    finish();
+    epilogue_ = epilogue, pending_rows_ = rows, next_row_ = 0;
+    current_ ^= 1;
+  }
+  void finish() { store_rows(pending_rows_); }
+
+ private:
+  template <int RowTiles>
+  void multiply(const bfloat16* a, int64_t lda, const bfloat16* b, const TapLoop& taps,
+                PrefetchStreams& streams) {
+    constexpr int64_t kElement = sizeof(bfloat16), kAccStride = kPanelWidth * sizeof(float);
+    const int64_t steps = taps.height * taps.width * taps.blocks, rows_per_step = (kRows + steps - 1) / steps;
+    tiles_.zero<0>(), tiles_.zero<1>();
+    if constexpr (RowTiles == 2) tiles_.zero<2>(), tiles_.zero<3>();
+    for (int64_t i = 0; i < taps.height; ++i) {
+      for (int64_t j = 0; j < taps.width; ++j) {
+        const bfloat16* rows = a + i * taps.tap_row + j * taps.tap_column;
+        for (int64_t block = 0; block < taps.blocks; ++block, rows += kBlockK, b += kBlockElements) {
+          streams.advance();
+          tiles_.load<4>(rows, lda * kElement);
+          tiles_.load<6>(b, kTileRowBytes);
+          tiles_.multiply_add_bf16<0, 4, 6>();
+          tiles_.load<7>(b + kHalfElements, kTileRowBytes);
+          tiles_.multiply_add_bf16<1, 4, 7>();
+          if constexpr (RowTiles == 2) {
+            tiles_.load<5>(rows + kTileRows * lda, lda * kElement);
+            tiles_.multiply_add_bf16<2, 5, 6>();
+            tiles_.multiply_add_bf16<3, 5, 7>();
+          }
+          store_rows(rows_per_step);
+        }
+      }
+    }
+    float (*acc)[kPanelWidth] = acc_[current_];
+    tiles_.store<0>(acc[0], kAccStride), tiles_.store<1>(acc[0] + kHalfWidth, kAccStride);
+    if constexpr (RowTiles == 2) {
+      tiles_.store<2>(acc[kTileRows], kAccStride);
+      tiles_.store<3>(acc[kTileRows] + kHalfWidth, kAccStride);
+    }
+  }
+
+  // Runs the epilogue of the next `count` rows of the previous block.
+  void store_rows(int64_t count) {
+    const int64_t end = next_row_ + count < pending_rows_ ? next_row_ + count : pending_rows_;
+    for (; next_row_ < end; ++next_row_) {
+      const float* row = acc_[current_ ^ 1][next_row_];
+      epilogue_.store(cpu::load(row), cpu::load(row + kHalfWidth));
+    }
+  }
+
+  Tiles tiles_;
+  alignas(64) float acc_[2][kRows][kPanelWidth];
+  int current_ = 0;
+  Epilogue epilogue_;
+  int64_t pending_rows_ = 0, next_row_ = 0;
+};
+
+// Saturates the multiplier of tiles and returns the number of floating-point operations.
+int64_t dot_loop(int64_t rounds, float* values) {
+  constexpr int64_t kFlops = 2 * kTileRows * kTileRows * kBlockK;
+  alignas(64) bfloat16 operand[kTileRows][kBlockK] = {};
+  Tiles tiles;
+  tiles.load<6>(operand, kTileRowBytes), tiles.load<7>(operand, kTileRowBytes);
+  tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
+  for (int64_t round = 0; round < rounds; ++round) {
+    tiles.multiply_add_bf16<0, 6, 7>(), tiles.multiply_add_bf16<1, 6, 7>();
+    tiles.multiply_add_bf16<2, 6, 7>(), tiles.multiply_add_bf16<3, 6, 7>();
+  }
+  alignas(64) float acc[kTileRows][kTileRows];
+  tiles.store<0>(acc, kTileRowBytes);
+  values[0] = acc[0][0];
+  return rounds * 4 * kFlops;
+}
+
+#else
+
+// 14 rows x 32 columns in registers, as the fp32 micro-kernel; a broadcast element of A is a pair of
+// channels.
+template <class Epilogue>
+class DotMicroKernel {
+ public:
+  static constexpr int kRows = 14;
+  static int64_t rows_read(int64_t rows) { return rows; }
+
+  void run(int64_t rows, const bfloat16* a, int64_t lda, const bfloat16* b, const TapLoop& taps,
+           PrefetchStreams& streams, Epilogue epilogue) {
+    dispatch<kRows>(rows, a, lda, b, taps, streams, epilogue);
+  }
+  void finish() {}
+
+ private:
+  template <int R>
+  static void dispatch(int64_t rows, const bfloat16* a, int64_t lda, const bfloat16* b, const TapLoop& taps,
+                       PrefetchStreams& streams, Epilogue epilogue) {
+    if constexpr (R > 1) {
+      if (rows < R) return dispatch<R - 1>(rows, a, lda, b, taps, streams, epilogue);
+    }
+    multiply<R>(a, lda, b, taps, streams, epilogue);
+  }
+
+  static __m512bh broadcast_pair(const bfloat16* p) {
+    int32_t pair;
+    memcpy(&pair, p, sizeof pair);
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+  }
+  static __m512bh load_pairs(const bfloat16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+
+  template <int R>
+  static void multiply(const bfloat16* a, int64_t lda, const bfloat16* b, const TapLoop& taps,
+                       PrefetchStreams& streams, Epilogue epilogue) {
+    constexpr int64_t kPrefetchDistance = 2 * kBlockElements;
+    __m512 acc[R][2];
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+    // One pointer for three rows, as in micro_kernel.h.
+    constexpr int kPointers = (R + 2) / 3;
+    for (int64_t i = 0; i < taps.height; ++i) {
+      for (int64_t j = 0; j < taps.width; ++j) {
+        const bfloat16* pointers[kPointers];
+        for (int p = 0; p < kPointers; ++p)
+          pointers[p] = a + i * taps.tap_row + j * taps.tap_column + 3 * p * lda;
+        for (int64_t block = 0; block < taps.blocks; ++block, b += kHalfElements) {
+          streams.advance();
+          for (int pair = 0; pair < kBlockK / 2; ++pair) {
+            prefetch(b + kPrefetchDistance);
+            prefetch(b + kPrefetchDistance + kHalfElements);
+            const __m512bh b0 = load_pairs(b), b1 = load_pairs(b + kHalfElements);
+#pragma GCC unroll 14
+            for (int r = 0; r < R; ++r) {
+              const __m512bh element = broadcast_pair(pointers[r / 3] + r % 3 * lda);
+              acc[r][0] = _mm512_dpbf16_ps(acc[r][0], element, b0);
+              acc[r][1] = _mm512_dpbf16_ps(acc[r][1], element, b1);
+            }
+#pragma GCC unroll 5
+            for (int p = 0; p < kPointers; ++p) pointers[p] += 2;
+            b += kPanelWidth;
+          }
+        }
+      }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) epilogue.store({acc[r][0]}, {acc[r][1]});
+  }
+};
+
+// Saturates the units of vdpbf16ps and returns the number of floating-point operations.
+int64_t dot_loop(int64_t rounds, float* values) {
+  constexpr int kChains = kFmaValues - 2;
+  const auto operand = reinterpret_cast<__m512bh>(_mm512_set1_ps(values[kChains]));
+  __m512 chains[kChains];
+  for (int i = 0; i < kChains; ++i) chains[i] = _mm512_setzero_ps();
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) chains[i] = _mm512_dpbf16_ps(chains[i], operand, operand);
+  }
+  for (int i = 0; i < kChains; ++i) values[i] = _mm512_cvtss_f32(chains[i]);
+  return rounds * kChains * 16 * 4;
+}
+
+#endif
+
+}  // namespace
+}  // namespace fused_res::cpu
