@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
     TORCH_CHECK_VALUE(residual->sizes().equals(sizes), "residual: expected the shape of the output, ",
                       at::IntArrayRef(sizes), ", got ", residual->sizes());
     added = residual->contiguous(at::MemoryFormat::ChannelsLast);
-    args.residual = data_of(added, args.dtype, "residual");
+    args.residual = data_like_input(added, args.dtype, "residual");
   }
   if (bias && bias->defined()) {
     TORCH_CHECK_VALUE(bias->numel() == out_channels && bias->is_contiguous(), "bias: expected ", out_channels,
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
     args.bias = float_data(shift, "bias");
   }
   Tensor output = empty_output(sizes, x.scalar_type(), at::MemoryFormat::ChannelsLast);
-  args.x = data_of(x, args.dtype, "input"), args.y = output.mutable_data_ptr();
+  args.x = x.const_data_ptr(), args.y = output.mutable_data_ptr();
   args.packed = packed_data(args, packed);
   args.stream = use_streaming_stores(args, args.images);
   Tensor statistics = empty_placeholder(at::kDouble);

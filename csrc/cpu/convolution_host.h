@@ -32,10 +32,11 @@ inline Dtype image_dtype(const Tensor& tensor, const char* name) {
 inline at::ScalarType scalar_type_of(Dtype dtype) {
   return dtype == Dtype::kFloat32 ? at::kFloat : dtype == Dtype::kBFloat16 ? at::kBFloat16 : at::kHalf;
 }
-inline const void* data_of(const Tensor& tensor, Dtype dtype, const char* name) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == scalar_type_of(dtype) && tensor.is_cpu(), name, ": expected ",
-                   scalar_type_of(dtype), " on the CPU, as the input, got ", tensor.scalar_type(), " on ",
-                   tensor.device());
+// The data of a tensor that must have the input's dtype.
+inline const void* data_like_input(const Tensor& tensor, Dtype dtype, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == scalar_type_of(dtype) && tensor.is_cpu(), name,
+                   ": expected the dtype of input, ", scalar_type_of(dtype), ", on the CPU, got ",
+                   tensor.scalar_type(), " on ", tensor.device());
   return tensor.const_data_ptr();
 }
 
@@ -92,9 +93,9 @@ class Scratch {
 
 inline const void* packed_data(const ConvolutionArgs& args, const Tensor& packed) {
   const auto expected = args.bf16_products ? at::kBFloat16 : at::kFloat;
-  TORCH_CHECK_TYPE(packed.scalar_type() == expected && packed.is_cpu() && packed.is_contiguous(),
-                   "packed: expected a contiguous tensor of ", expected,
-                   ", as pack_conv_weight returns it, got ", packed.scalar_type());
+  TORCH_CHECK_TYPE(packed.scalar_type() == expected && packed.is_cpu(), "packed: expected ",
+                   args.bf16_products ? "bfloat16" : "float32", " on the CPU, got ", packed.scalar_type(),
+                   " on ", packed.device());
   return packed.const_data_ptr();
 }
 

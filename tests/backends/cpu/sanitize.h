@@ -8,9 +8,6 @@
 #include <vector>
 
 #include "cpu/convolution.h"
-#if __has_include("cpu/caches.cpp")
-#include "cpu/caches.cpp"
-#endif
 
 namespace fused_res::cpu {
 namespace {

@@ -138,7 +138,6 @@ def build_kernels(isa: str, folder: Path) -> Path:
 
 @pytest.mark.skipif(not _extension.loaded, reason=str(_extension.unavailable_reason))
 @pytest.mark.skipif("avx512dq" not in CPU_FLAGS, reason="the AMX kernels require AVX-512, which this machine lacks")
-# avx512_bf16 takes 30 s to compile, because it includes Winograd.
 @pytest.mark.parametrize("isa", ["amx", pytest.param("avx512_bf16", marks=pytest.mark.full)])
 def test_bf16_convolutions(folder: Path, isa: str) -> None:
     if isa not in ("amx", *CPU_FLAGS):
@@ -151,6 +150,7 @@ def test_bf16_convolutions(folder: Path, isa: str) -> None:
         f"-I{SOURCES}",
         *macros,
         HERE / "bf16_convolution.cpp",
+        SOURCES / "cpu/caches.cpp",
         folder / "amx_emulator.o",
         *(build_kernels(name, folder) for name in ("amx_emulated", isa)),
     )

@@ -41,6 +41,8 @@ def _is_supported(isa: str) -> bool:
 
 
 ISAS = [isa for isa in ("avx2", "avx512") if _is_supported(isa)]
+#: Instruction sets with dot products of bfloat16.
+BF16_ISAS = [isa for isa in ("avx512_bf16", "amx", "amx_emulated") if _is_supported(isa)]
 if not ISAS:
     pytest.skip("the convolutions need AVX2", allow_module_level=True)
 
@@ -49,6 +51,8 @@ DIRECT = 0
 #: Values of the argument `tile`: m of the Winograd algorithm F(m x m, 3x3), or 0 for the direct algorithm.
 TILES = (DIRECT, 2, 3, 4)
 CHANNELS = (1, 3, 17, 33, 64, 100)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
 
 Pair = tuple[int, int]
 
@@ -92,7 +96,7 @@ class Case:
 
 @dataclass
 class Operands:
-    """Float32 operands of a case, with a mean away from zero, scaled so that the outputs are about 1."""
+    """Operands of a case, with a mean away from zero, scaled so that the outputs are about 1. The bias is float32."""
 
     case: Case
     x: Tensor
@@ -101,7 +105,7 @@ class Operands:
     residual: Tensor | None
 
     @staticmethod
-    def random(case: Case, mean: float = 1.0) -> Operands:
+    def random(case: Case, mean: float = 1.0, dtype: torch.dtype = torch.float32) -> Operands:
         generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
 
         def randn(*size: int) -> Tensor:
@@ -110,22 +114,26 @@ class Operands:
         weight = randn(case.outputs, case.channels, *case.kernel)
         return Operands(
             case,
-            to_channels_last(randn(case.images, case.channels, case.height, case.width) + mean),
-            weight / weight[0].numel() ** 0.5,
+            to_channels_last(randn(case.images, case.channels, case.height, case.width) + mean).to(dtype),
+            (weight / weight[0].numel() ** 0.5).to(dtype),
             randn(case.outputs) + mean if case.bias else None,
-            to_channels_last(randn(case.images, case.outputs, *case.output_size()) - mean) if case.residual else None,
+            to_channels_last(randn(case.images, case.outputs, *case.output_size()) - mean).to(dtype)
+            if case.residual
+            else None,
         )
 
-    def packed(self, tile: int) -> Tensor:
+    def packed(self, tile: int, bf16_products: bool = False) -> Tensor:
         winograd_stride = 0 if tile == DIRECT else self.case.stride[0]
-        return PACK(self.weight, winograd_stride, False)
+        return PACK(self.weight, winograd_stride, False, bf16_products)
 
-    def run(self, tile: int, partials: bool = False, packed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def run(
+        self, tile: int, partials: bool = False, packed: Tensor | None = None, bf16_products: bool = False
+    ) -> tuple[Tensor, Tensor]:
         case = self.case
         if packed is None:
-            packed = self.packed(tile)
+            packed = self.packed(tile, bf16_products)
         geometry = case.outputs, case.kernel, case.stride, case.padding, case.dilation
-        return CONVOLVE(self.x, packed, self.bias, self.residual, *geometry, tile, case.relu, partials)
+        return CONVOLVE(self.x, packed, self.bias, self.residual, *geometry, tile, case.relu, partials, bf16_products)
 
     def reference(self) -> Tensor:
         case = self.case
@@ -150,15 +158,18 @@ def check_output(operands: Operands, tile: int, output: Tensor, reference: Tenso
     small by chance.
     """
     case = operands.case
-    assert output.shape == reference.shape and output.dtype == torch.float32
+    dtype = operands.x.dtype
+    assert output.shape == reference.shape and output.dtype == dtype
     assert output.is_contiguous(memory_format=torch.channels_last)
     expected = rms(operands.x) * rms(operands.weight) * operands.weight[0].numel() ** 0.5
-    error = rms(output - reference) / max(rms(reference), expected)
+    # The result is rounded once: a 16-bit output has the error of the rounded reference, and no more.
+    rounding = 0.0 if dtype == torch.float32 else rms(reference.to(dtype) - reference)
+    error = (rms(output - reference) - rounding) / max(rms(reference), expected)
     assert error <= limit(tile), f"{case}, tile {tile}, {_C.cpu_isa()}: {error:.2g}"
 
 
-def check_all(case: Case) -> None:
-    operands = Operands.random(case)
+def check_all(case: Case, dtype: torch.dtype = torch.float32) -> None:
+    operands = Operands.random(case, dtype=dtype)
     reference = operands.reference()
     winograd = case.kernel == (3, 3) and case.stride in ((1, 1), (2, 2)) and case.dilation == (1, 1)
     packed = {tile: operands.packed(tile) for tile in (TILES if winograd else (DIRECT,))}
@@ -268,6 +279,218 @@ class TestAgainstFloat64:
         check_all(Case(images, channels, height, width, outputs, kernel, stride, padding, dilation, **options))
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+class TestSixteenBits:
+    """bfloat16 and float16 in memory, fp32 arithmetic."""
+
+    @pytest.mark.parametrize("height", [1, 2, 5, 8])
+    def test_small_sizes(self, dtype: torch.dtype, height: int) -> None:
+        for width, padding in itertools.product((1, 3, 6, 9), range(3)):
+            n = height * 41 + width * 7 + padding * 3
+            case = Case(1 + n % 3, CHANNELS[n % 6], height, width, CHANNELS[n // 6 % 6], padding=(padding, padding))
+            case = replace(case, **epilogue_options(n))
+            if case.is_valid():
+                check_all(case, dtype)
+                check_all(replace(case, stride=(2, 2)), dtype)
+
+    @pytest.mark.parametrize("channels", CHANNELS)
+    def test_channel_counts(self, dtype: torch.dtype, channels: int) -> None:
+        for index, outputs in enumerate(CHANNELS):
+            check_all(Case(1 + index % 2, channels, 7, 9, outputs, **epilogue_options(outputs + index)), dtype)
+
+    @pytest.mark.parametrize("number", range(8))
+    def test_epilogue_combinations(self, dtype: torch.dtype, number: int) -> None:
+        for kernel, padding in (((3, 3), (1, 1)), ((1, 1), (0, 0))):
+            check_all(Case(2, 20, 13, 18, 96, kernel, padding=padding, **epilogue_options(number)), dtype)
+
+    @pytest.mark.parametrize("kernel", [(1, 1), (5, 3), (7, 7)])
+    def test_strides_paddings_and_dilations(self, dtype: torch.dtype, kernel: Pair) -> None:
+        for count, (stride, padding, dilation) in enumerate(
+            itertools.product(((1, 1), (2, 2), (1, 3)), ((0, 0), (2, 1)), ((1, 1), (2, 1)))
+        ):
+            case = Case(2, 5, 14, 15, 35, kernel, stride, padding, dilation, **epilogue_options(count))
+            check_all(case, dtype)
+
+    @pytest.mark.parametrize("channels", [1000, 1024])
+    def test_pointwise_with_many_channels(self, dtype: torch.dtype, channels: int) -> None:
+        check_all(Case(2, channels, 5, 7, 65, (1, 1), padding=(0, 0)), dtype)
+
+    @pytest.mark.parametrize("case", [Case(1, 512, 7, 7, 512), Case(4, 40, 57, 56, 70)], ids=str)
+    def test_large_cases(self, dtype: torch.dtype, case: Case) -> None:
+        check_all(case, dtype)
+
+    def test_dtype_of_bias_and_weight(self, dtype: torch.dtype) -> None:
+        """A 16-bit bias and a float32 weight of the same values give the same bits."""
+        operands = Operands.random(Case(2, 9, 8, 7, 35), dtype=dtype)
+        assert operands.bias is not None
+        bias = operands.bias.to(dtype)
+        for tile in TILES:
+            expected = replace(operands, bias=bias.float(), weight=operands.weight.float()).run(tile)[0]
+            assert torch.equal(replace(operands, bias=bias).run(tile)[0], expected)
+
+    @pytest.mark.parametrize("isa", ISAS)
+    @pytest.mark.parametrize(("kernel", "padding"), [((3, 3), (1, 1)), ((1, 1), (0, 0))], ids=["3x3", "1x1"])
+    def test_non_finite_matches_float64(self, dtype: torch.dtype, isa: str, kernel: Pair, padding: Pair) -> None:
+        _C.set_cpu_isa(isa)
+        operands = TestNonFinite.operands(Case(2, 19, 15, 13, 35, kernel, padding=padding), dtype)
+        output, reference = operands.run(DIRECT)[0], operands.reference()
+        assert torch.equal(output.isnan(), reference.isnan()) and reference.isnan().any()
+        assert torch.equal(output.isposinf(), reference.isposinf()) and reference.isinf().any()
+        for tile in TILES[1:] if kernel == (3, 3) else ():
+            output = operands.run(tile)[0]
+            assert output[reference.isnan()].isnan().all()
+            assert not output[reference.isposinf()].isfinite().any()
+
+    def test_overflow_rounds_to_infinity(self, dtype: torch.dtype) -> None:
+        """An output beyond the dtype's range is infinite; one that fits after the addition of the residual is not."""
+        largest = torch.finfo(dtype).max
+        case = Case(1, 1, 3, 3, 1, (1, 1), padding=(0, 0), bias=False)
+        x = to_channels_last(torch.full((1, 1, 3, 3), largest)).to(dtype)
+        weight = torch.full((1, 1, 1, 1), 1.5).to(dtype)
+        for isa, (residual, expected) in itertools.product(ISAS, ((0.0, float("inf")), (-largest, largest / 2))):
+            _C.set_cpu_isa(isa)
+            operands = Operands(case, x, weight, None, torch.full_like(x, residual))
+            if dtype == torch.float16 or residual == 0:  # 1.5 times the largest bfloat16 is infinite in float32 as well
+                assert (operands.run(DIRECT)[0] == torch.tensor(expected, dtype=dtype)).all()
+
+    @pytest.mark.parametrize("isa", ISAS)
+    @pytest.mark.parametrize("case", [Case(2, 17, 33, 30, 65), Case(2, 320, 14, 15, 320)], ids=str)
+    def test_results_are_bitwise_equal_for_any_thread_count(self, dtype: torch.dtype, isa: str, case: Case) -> None:
+        _C.set_cpu_isa(isa)
+        operands = Operands.random(case, dtype=dtype)
+        for tile in (DIRECT, 4):
+            torch.set_num_threads(1)
+            output = operands.run(tile)[0]
+            torch.set_num_threads(2)
+            assert torch.equal(operands.run(tile)[0], output)
+
+    def test_error_is_at_most_that_of_aten(self, dtype: torch.dtype) -> None:
+        """Relative RMS error of F(4x4) and `direct` with activations after a ReLU, as in a network."""
+        for channels, size in ((64, 28), (256, 14)):
+            case = Case(2, channels, size, size, channels)
+            operands = Operands.random(case, mean=0, dtype=dtype)
+            operands.x.relu_()
+            assert operands.bias is not None and operands.residual is not None
+            stock = F.conv2d(operands.x, operands.weight, operands.bias.to(dtype), padding=1)
+            stock = (stock + operands.residual).relu()
+            reference = operands.reference()
+            for tile in (DIRECT, 4):
+                assert rms(operands.run(tile)[0] - reference) <= rms(stock - reference)
+
+
+@pytest.mark.parametrize("isa", BF16_ISAS)
+class TestBf16Products:
+    """Direct convolutions of bfloat16 by dot products, accumulated in float32."""
+
+    @staticmethod
+    def check(case: Case) -> None:
+        operands = Operands.random(case, dtype=torch.bfloat16)
+        check_output(operands, DIRECT, operands.run(DIRECT, bf16_products=True)[0], operands.reference())
+
+    @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3), (7, 7)])
+    def test_strides_paddings_and_dilations(self, isa: str, kernel: Pair) -> None:
+        _C.set_cpu_isa(isa)
+        for count, (stride, padding, dilation, channels) in enumerate(
+            itertools.product(((1, 1), (2, 2), (1, 3)), ((0, 0), (2, 1)), ((1, 1), (2, 1)), (5, 32))
+        ):
+            self.check(Case(2, channels, 14, 15, 35, kernel, stride, padding, dilation, **epilogue_options(count)))
+
+    @pytest.mark.parametrize("width", [1, 7, 13, 31, 32, 56, 63])
+    def test_widths(self, isa: str, width: int) -> None:
+        """Bands of an image and tiles of 16 or 32 pixels, which end within a line or an image."""
+        _C.set_cpu_isa(isa)
+        for height, outputs, images in ((1, 64, 3), (5, 32, 2), (9, 33, 1)):
+            self.check(Case(images, 32, height, width, outputs))
+            self.check(Case(images, 64, height, width, outputs, (1, 1), padding=(0, 0)))
+
+    def test_channel_counts(self, isa: str) -> None:
+        _C.set_cpu_isa(isa)
+        for channels, outputs in itertools.product((*CHANNELS, 2, 31, 32, 2048), CHANNELS):
+            self.check(Case(2, channels, 7, 9, outputs, (1, 1), padding=(0, 0), **epilogue_options(outputs)))
+        for channels in CHANNELS:
+            self.check(Case(1, channels, 7, 9, 40, **epilogue_options(channels)))
+
+    def test_error_is_at_most_that_of_aten(self, isa: str) -> None:
+        _C.set_cpu_isa(isa)
+        for channels, size in ((64, 28), (256, 14)):
+            operands = Operands.random(Case(2, channels, size, size, channels), mean=0, dtype=torch.bfloat16)
+            assert operands.bias is not None and operands.residual is not None
+            stock = F.conv2d(operands.x, operands.weight, operands.bias.bfloat16(), padding=1)
+            stock = (stock + operands.residual).relu()
+            reference = operands.reference()
+            assert rms(operands.run(DIRECT, bf16_products=True)[0] - reference) <= rms(stock - reference)
+
+    def test_packed_weight(self, isa: str) -> None:
+        """[panel][block of 32 rows of K][half of the outputs][pair of rows][16 outputs][2], padded with zeros."""
+        _C.set_cpu_isa(isa)
+        operands = Operands.random(Case(1, 5, 5, 5, 35), dtype=torch.bfloat16)
+        k = F.pad(operands.weight.permute(0, 2, 3, 1).flatten(1), (0, 64 - 45, 0, 64 - 35))
+        expected = k.view(2, 2, 16, 2, 16, 2).permute(0, 3, 1, 4, 2, 5)
+        assert torch.equal(operands.packed(DIRECT, bf16_products=True).view(expected.shape), expected)
+
+    @pytest.mark.parametrize(("kernel", "padding"), [((3, 3), (1, 1)), ((1, 1), (0, 0))], ids=["3x3", "1x1"])
+    @pytest.mark.parametrize("channels", [19, 32])
+    def test_non_finite_matches_float64(self, isa: str, kernel: Pair, padding: Pair, channels: int) -> None:
+        _C.set_cpu_isa(isa)
+        operands = TestNonFinite.operands(Case(2, channels, 15, 13, 35, kernel, padding=padding), torch.bfloat16)
+        output, reference = operands.run(DIRECT, bf16_products=True)[0], operands.reference()
+        assert torch.equal(output.isnan(), reference.isnan()) and reference.isnan().any()
+        assert torch.equal(output.isposinf(), reference.isposinf()) and reference.isinf().any()
+
+    def test_denormals_are_flushed(self, isa: str) -> None:
+        """The dot products treat denormal operands as zero; fp32 arithmetic does not."""
+        _C.set_cpu_isa(isa)
+        case = Case(1, 2, 4, 4, 1, bias=False, residual=False, relu=False)
+        x = to_channels_last(torch.full((1, 2, 4, 4), 1e-39)).bfloat16()
+        operands = Operands(case, x, torch.full((1, 2, 3, 3), 64.0).bfloat16(), None, None)
+        assert (operands.run(DIRECT, bf16_products=True)[0] == 0).all()
+        assert (operands.run(DIRECT)[0] > 0).all()
+
+    def test_results_are_bitwise_equal_for_any_thread_count(self, isa: str) -> None:
+        _C.set_cpu_isa(isa)
+        for case in (Case(2, 64, 33, 30, 65), Case(1, 512, 14, 14, 96), Case(3, 64, 30, 30, 96, (1, 1))):
+            operands = Operands.random(case, dtype=torch.bfloat16)
+            torch.set_num_threads(1)
+            output = operands.run(DIRECT, bf16_products=True)[0]
+            torch.set_num_threads(2)
+            assert torch.equal(operands.run(DIRECT, bf16_products=True)[0], output)
+
+    @pytest.mark.parametrize(
+        ("changed", "match"),
+        [
+            ({"tile": 2}, "bf16_products: expected a direct convolution of bfloat16"),
+            ({"input": torch.ones(2, 4, 6, 5)}, "bf16_products: expected a direct convolution of bfloat16"),
+            ({"packed": torch.ones(32 * 64)}, "packed: expected bfloat16"),
+            ({"packed": torch.ones(7).bfloat16()}, "packed: expected the weight packed"),
+            ({"bf16_products": False}, "packed: expected"),
+            ({"residual": torch.ones(2, 8, 6, 5)}, "residual: expected the dtype of input, BFloat16"),
+            ({"bias": torch.ones(8).half()}, "bias: expected float32 or the dtype of the input"),
+            ({"partials": True}, "partials: expected a float32 input"),
+        ],
+        ids=str,
+    )
+    def test_invalid_arguments_raise(self, isa: str, changed: dict[str, Any], match: str) -> None:
+        _C.set_cpu_isa(isa)
+        operands = Operands.random(Case(2, 4, 6, 5, 8), dtype=torch.bfloat16)
+        arguments: dict[str, Any] = {
+            "input": operands.x, "packed": operands.packed(DIRECT, bf16_products=True), "bias": None, "residual": None,
+            "outputs": 8, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1),
+            "tile": DIRECT, "relu": True, "partials": False, "bf16_products": True,
+        }  # fmt: skip
+        CONVOLVE(**arguments)
+        with pytest.raises((ValueError, TypeError), match=match):
+            CONVOLVE(**(arguments | changed))
+        with pytest.raises(ValueError, match="bf16_products: expected a direct convolution"):
+            PACK(operands.weight, 1, False, True)
+
+
+def test_bf16_products_need_an_instruction_set() -> None:
+    _C.set_cpu_isa(ISAS[0])
+    operands = Operands.random(Case(1, 4, 6, 5, 8), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=f"bf16_products: .*, got {ISAS[0]}"):
+        operands.packed(DIRECT, bf16_products=True)
+
+
 class TestInputGradient:
     @pytest.mark.parametrize("size", [(1, 1), (2, 7), (6, 5), (9, 12), (14, 15)])
     @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3)])
@@ -325,9 +548,9 @@ class TestStatistics:
 
 class TestNonFinite:
     @staticmethod
-    def operands(case: Case) -> Operands:
+    def operands(case: Case, dtype: torch.dtype = torch.float32) -> Operands:
         """Return operands with NaN, inf and -inf, spaced so that some windows contain none and some contain two."""
-        operands = Operands.random(case)
+        operands = Operands.random(case, dtype=dtype)
         x, residual = operands.x, operands.residual
         x[0, 1, 2, 3], x[0, 2, 9, 9], x[1, 0, 5, 0] = float("nan"), float("inf"), -float("inf")
         x[1, 3, 6, 2] = float("inf")
@@ -444,19 +667,31 @@ def run_with_guard_pages() -> None:
             ((7, 7), 2, 3, (9, 8)),
         ):
             case = Case(2, channels, *size, outputs, kernel, (stride, stride), (padding, padding))
-            operands = Operands.random(case)
-            for tile in TILES if kernel == (3, 3) and stride == 1 else (DIRECT,):
-                plain, partials = operands.run(tile, partials=True)
-                tensors = (operands.x, operands.weight, operands.bias, operands.residual, operands.packed(tile))
-                guards = [GuardedTensor(tensor, at_end) for tensor in tensors if tensor is not None]
-                *copies, packed = (guard.copy for guard in guards)
-                guarded = Operands(case, *copies)
-                assert torch.equal(guarded.packed(tile), packed)
-                for a, b in zip(guarded.run(tile, partials=True, packed=packed), (plain, partials), strict=True):
-                    assert torch.equal(a, b)
-                del copies, packed, guarded
-                for guard in guards:
-                    guard.close()
+            winograd = kernel == (3, 3) and stride == 1
+            for tile in TILES if winograd else (DIRECT,):
+                check_with_guard_pages(Operands.random(case), at_end, tile)
+            dtype = SIXTEEN_BITS[channels % 2]
+            for tile in (DIRECT, 2, 4) if winograd else (DIRECT,):
+                check_with_guard_pages(Operands.random(case, dtype=dtype), at_end, tile)
+            for bf16_isa in BF16_ISAS:
+                _C.set_cpu_isa(bf16_isa)
+                check_with_guard_pages(Operands.random(case, dtype=torch.bfloat16), at_end, DIRECT, bf16_products=True)
+                _C.set_cpu_isa(isa)
+
+
+def check_with_guard_pages(operands: Operands, at_end: bool, tile: int, bf16_products: bool = False) -> None:
+    partials = operands.x.dtype == torch.float32
+    plain = operands.run(tile, partials, bf16_products=bf16_products)
+    tensors = (operands.x, operands.weight, operands.bias, operands.residual, operands.packed(tile, bf16_products))
+    guards = [GuardedTensor(tensor, at_end) for tensor in tensors if tensor is not None]
+    *copies, packed = (guard.copy for guard in guards)
+    guarded = Operands(operands.case, *copies)
+    assert torch.equal(guarded.packed(tile, bf16_products), packed)
+    for a, b in zip(guarded.run(tile, partials, packed, bf16_products), plain, strict=True):
+        assert torch.equal(a, b)
+    del copies, packed, guarded
+    for guard in guards:
+        guard.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="guards pages with mprotect")
@@ -485,8 +720,8 @@ class TestInvalidArguments:
         ("changed", "match"),
         [
             ({"input": torch.ones(4, 6, 5)}, "input: expected"),
-            ({"input": torch.ones(2, 4, 6, 5, dtype=torch.float64)}, "input: expected float32"),
-            ({"input": torch.ones(2, 4, 6, 5, dtype=torch.int8)}, "input: expected float32"),
+            ({"input": torch.ones(2, 4, 6, 5, dtype=torch.float64)}, "input: expected float32, bfloat16 or float16"),
+            ({"input": torch.ones(2, 4, 6, 5).int()}, "input: expected float32, bfloat16 or float16"),
             ({"input": torch.ones(2, 5, 6, 5)}, "packed: expected"),
             ({"input": torch.ones(2, 0, 6, 5)}, "input: expected"),
             ({"input": torch.ones(2, 4, 0, 5), "padding": (0, 0)}, "input: expected"),
@@ -501,7 +736,10 @@ class TestInvalidArguments:
             ({"bias": torch.ones(8, dtype=torch.float64)}, "bias: expected float32"),
             ({"residual": torch.ones(2, 8, 6, 4)}, "residual: expected the shape"),
             ({"residual": torch.ones(8)}, "residual: expected the shape"),
-            ({"residual": torch.ones(2, 8, 6, 5, dtype=torch.float64)}, "residual: expected float32"),
+            ({"residual": torch.ones(2, 8, 6, 5, dtype=torch.float64)}, "residual: expected the dtype of input, Float"),
+            ({"residual": torch.ones(2, 8, 6, 5).bfloat16()}, "residual: expected the dtype of input, Float"),
+            ({"bias": torch.ones(8).bfloat16()}, "bias: expected float32"),
+            ({"packed": torch.ones(1152).bfloat16()}, "packed: expected float32"),
             ({"outputs": 0}, "expected"),
             ({"outputs": -8}, "expected"),
             ({"outputs": 40}, "packed: expected"),
@@ -531,6 +769,20 @@ class TestInvalidArguments:
     def test_winograd_raises(self, changed: dict[str, Any]) -> None:
         message = "tile: Winograd supports 3x3 kernels with stride 1 or 2, and tiles of 2 to 4"
         self.check_raises(message, valid_tile=4, **changed)
+
+    @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+    def test_16_bit_input_raises(self, dtype: torch.dtype) -> None:
+        operands = Operands.random(self.VALID, dtype=dtype)
+        packed = operands.packed(DIRECT)
+        with pytest.raises(TypeError, match="input: expected float32 with partials"):
+            operands.run(DIRECT, partials=True, packed=packed)
+        assert operands.residual is not None and operands.bias is not None
+        for other in [o for o in (torch.float32, torch.float64, *SIXTEEN_BITS) if o != dtype]:
+            with pytest.raises(TypeError, match="residual: expected the dtype of input"):
+                replace(operands, residual=operands.residual.to(other)).run(DIRECT, packed=packed)
+            if other != torch.float32:
+                with pytest.raises(TypeError, match="bias: expected float32"):
+                    replace(operands, bias=operands.bias.to(other)).run(DIRECT, packed=packed)
 
     def test_wrong_number_of_dimensions_raises(self) -> None:
         for name in ("kernel_size", "stride", "padding", "dilation"):
