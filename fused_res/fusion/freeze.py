@@ -40,14 +40,13 @@ def freeze(model: Model, backend: str = "auto", tune: bool = False) -> Model:
     Args:
         model: any module; it is not modified.
         backend: name of a backend, see :mod:`fused_res.backends`; default ``"auto"``.
-
         tune: whether to measure, at the first call with each input shape, which algorithms are fastest, instead of
             selecting them by rules; on the CPU only. Each supported algorithm of a convolution computes it with its
             weights, after 64 MB of other data have passed through the caches. The rules' choice stays unless another is
-            3 % faster, in six of seven rounds. Where the fastest cannot be a part of an inference graph, whole sequences of blocks are timed.
-            Measured once a process for equal convolutions, with the threads of that call; other processes may choose
-            other algorithms, and so give other rounding errors. Nothing is measured, and the rules select, under
-            ``torch.use_deterministic_algorithms``. Default False.
+            3 % faster, in six of seven rounds. Where the fastest cannot be a part of an inference graph, whole
+            sequences of blocks are timed. Measured once a process for equal convolutions, with the threads of that
+            call; other processes may choose other algorithms, and so give other rounding errors. Nothing is measured,
+            and the rules select, under ``torch.use_deterministic_algorithms``. Default False.
 
     Returns:
         The copy, of `model`'s class.
