@@ -13,13 +13,13 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from fused_res.backends import registry
 from fused_res.fusion.convert import install, unfuse
-from fused_res.fusion.fused import Settings
+from fused_res.fusion.fused import Settings, run_under_autocast
 from fused_res.nn.fusable_module import FusableModule, check_model, check_settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def freeze(model: Model, backend: str = "auto", tune: bool = False) -> Model:
+def freeze(model: Model, backend: str = "auto", tune: bool = False, dtype: torch.dtype | None = None) -> Model:
     """Return a copy of `model` for inference that runs with batch norms folded into packed weights.
 
     The copy has the model's modules, parameters, buffers and ``state_dict``, in evaluation mode and without gradients.
@@ -47,17 +47,22 @@ def freeze(model: Model, backend: str = "auto", tune: bool = False) -> Model:
             sequences of blocks are timed. Measured once a process for equal convolutions, with the threads of that
             call; other processes may choose other algorithms, and so give other rounding errors. Nothing is measured,
             and the rules select, under ``torch.use_deterministic_algorithms``. Default False.
+        dtype: bfloat16 or float16: the copy runs under ``torch.autocast`` with this dtype. Its parameters stay in their
+            dtype, and weights with folded norms are computed from them in float64 and rounded once. Default None: the
+            dtype of the parameters.
 
     Returns:
         The copy, of `model`'s class.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `backend` is not a known name.
+        ValueError: `backend` is not a known name, or `dtype` is neither None, bfloat16 nor float16.
         BackendUnavailableError: the named backend cannot run here.
     """
     check_model(model)
     check_settings(backend, "none")
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.float16, got {dtype!r}")
     registry.check_devices(backend, {parameter.device for parameter in model.parameters()})
     with torch.inference_mode(False), torch.no_grad():
         frozen = unfuse(_copy(model)).eval()
@@ -68,6 +73,8 @@ def freeze(model: Model, backend: str = "auto", tune: bool = False) -> Model:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
     install(frozen, Settings(backend, tune=tune), packed=True, frozen=True)
+    if dtype is not None:
+        run_under_autocast(frozen, dtype)
     return frozen
 
 

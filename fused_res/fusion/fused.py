@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from fused_res.graph.graph_modules import known_forward
 from fused_res.nn import chain
@@ -22,6 +23,7 @@ class Settings(NamedTuple):
     backend: str = "auto"
     recompute: str = "none"
     tune: bool = False
+    autocast: torch.dtype | None = None  # dtype of an autocast region around the forward
 
 
 class Fusion:
@@ -88,6 +90,10 @@ def _forward(base: Any) -> Callable[..., Any]:
     @functools.wraps(base.forward)  # torch.fx and inspect see the parameters of the stock forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         fusion = self.__dict__.get("_fused_res")
+        dtype = None if fusion is None else fusion.settings.autocast
+        if dtype is not None and not torch.is_autocast_enabled(device := _device_type(args, kwargs)):
+            with torch.autocast(device, dtype):
+                return forward(self, *args, **kwargs)
         if fusion is not None and chain.unsupported_context() is None:
             for program in fusion.programs:
                 output = program.forward(self, *args, **kwargs)
@@ -96,6 +102,23 @@ def _forward(base: Any) -> Callable[..., Any]:
         return base.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return the device type of the first tensor among the arguments, or "cpu"."""
+    return next((value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), "cpu")
+
+
+def run_under_autocast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make the forward of a frozen model run under autocast; an autocast region of the caller has precedence.
+
+    Raises:
+        ValueError: the forward of `model` cannot be replaced.
+    """
+    fusion = fusion_of(model)
+    if fusion is None:
+        raise ValueError(f"dtype: expected None for a {type(model).__name__}, whose forward cannot be replaced")
+    fusion.settings = fusion.settings._replace(autocast=dtype)
 
 
 def _methods(base: Any) -> dict[str, Any]:
