@@ -37,7 +37,8 @@ def fuse(
         backend: name of a backend, see :mod:`fused_res.backends`; default ``"auto"``.
         recompute, tune: see :func:`fused_res.functional.residual_block`; default ``"none"`` and False.
         cache_eval: in evaluation mode without gradients, run with batch norms folded into packed weights, as
-            :func:`freeze` does; the weights are packed again after they have changed. Default False.
+            :func:`freeze` does, with the same `tune`; the weights are packed again after they have changed. Default
+            False.
 
     Returns:
         `model`.

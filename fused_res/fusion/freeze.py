@@ -43,10 +43,10 @@ def freeze(model: Model, backend: str = "auto", tune: bool = False, dtype: torch
         tune: whether to measure, at the first call with each input shape, which algorithms are fastest, instead of
             selecting them by rules; on the CPU only. Each supported algorithm of a convolution computes it with its
             weights, after 64 MB of other data have passed through the caches. The rules' choice stays unless another is
-            3 % faster. Where the fastest cannot be a part of an inference graph, whole sequences of blocks are timed.
-            Measured once a process for equal convolutions, with the threads of that call; other processes may choose
-            other algorithms, and so give other rounding errors. Nothing is measured, and the rules select, under
-            ``torch.use_deterministic_algorithms``. Default False.
+            3 % faster, in six of seven rounds. Where the fastest cannot be a part of an inference graph, whole
+            sequences of blocks are timed. Measured once a process for equal convolutions, with the threads of that
+            call; other processes may choose other algorithms, and so give other rounding errors. Nothing is measured,
+            and the rules select, under ``torch.use_deterministic_algorithms``. Default False.
         dtype: bfloat16 or float16: the copy runs under ``torch.autocast`` with this dtype. Its parameters stay in their
             dtype, and weights with folded norms are computed from them in float64 and rounded once. Default None: the
             dtype of the parameters.

@@ -196,7 +196,7 @@ def _describe_direct(problem: Problem) -> str:
 
 #: Costs, in multiply-adds of float32, of reading one weight element of 4 bytes, packing it for ``direct``, transforming
 #: and packing it for Winograd, and transforming one element of an input or output tile (per input or output channel).
-#: They are ratios of bandwidth and arithmetic, measured with 32 MB of L3, where a network's weights are read from memory.
+#: They are ratios of bandwidth and arithmetic, measured with 32 MB of L3: a network's weights are read from memory.
 _READ_COST, _PACK_DIRECT_COST, _PACK_WINOGRAD_COST, _TRANSFORM_COST = 10, 60, 100, 8
 #: Cost of a multiply-add of bfloat16, by instruction set: vdpbf16ps has twice the rate of fp32 FMAs on Zen 4, and the
 #: tiles of amx 16 times the rate.

@@ -23,8 +23,8 @@ from fused_res.dispatch import Machine, Problem, Selection, select
 from fused_res.ops.geometry import conv_output_sizes
 from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
 
-#: Bound on the arena in bytes. Larger chunks of the batch are not faster with 32 MB of L3. With 300 MB, the bound keeps a
-#: chunk's values in the quarter of the L3 up to which they are not streamed (``csrc/cpu/caches.h``).
+#: Bound on the arena in bytes. Larger chunks of the batch are not faster with 32 MB of L3. With 300 MB, the bound keeps
+#: a chunk's values in the quarter of the L3 up to which they are not streamed (``csrc/cpu/caches.h``).
 _MAX_ARENA_BYTES = 64 << 20
 #: Locations outside the arena, kinds of steps, and the names of a step's fields, defined in csrc/cpu.
 _INPUT, _OUTPUT, _NO_OPERAND = _extension.cpp.GRAPH_LOCATIONS

@@ -48,12 +48,16 @@ CASES: dict[str, tuple[tuple[BlockSpec, ...], list[tuple[int, ...]], tuple[int, 
 }
 
 
-def plan_case(case: str, batch: int, winograd: bool = True) -> Any:
+#: Largest relative error of rounding once to the dtype, and of a convolution in float32.
+ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+
+
+def plan_case(case: str, batch: int, dtype: torch.dtype) -> Any:
     from fused_res import _extension
     from fused_res.backends.cpu import inference_graph
 
     blocks, weights, shape = CASES[case]
-    return inference_graph.plan(blocks, tuple(weights), (batch, *shape), winograd, Machine(_extension.cpu_isa()))
+    return inference_graph.plan(blocks, tuple(weights), (batch, *shape), dtype, True, Machine(_extension.cpu_isa()))
 
 
 def float64_reference(blocks: tuple[BlockSpec, ...], x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -78,31 +82,35 @@ def float64_reference(blocks: tuple[BlockSpec, ...], x: Tensor, weights: list[Te
     return x
 
 
-@pytest.mark.parametrize("arena", [1, 1 << 16, 1 << 30])  # floats: chunks of one batch element, of some, of all
+@pytest.mark.parametrize("arena", [4, 1 << 18, 1 << 32])  # bytes: chunks of one batch element, of some, of all
 @pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_graph_matches_float64(case: str, batch: int, arena: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_matches_float64(
+    case: str, dtype: torch.dtype, batch: int, arena: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fused_res.backends.cpu import convolution, inference_graph
 
     blocks, shapes, input_shape = CASES[case]
-    monkeypatch.setattr(inference_graph, "_MAX_ARENA_FLOATS", arena)
+    monkeypatch.setattr(inference_graph, "_MAX_ARENA_BYTES", arena)
     inference_graph.plan.cache_clear()
-    plan = plan_case(case, batch)
+    plan = plan_case(case, batch, dtype)
     inference_graph.plan.cache_clear()
     generator = torch.Generator().manual_seed(prod(input_shape))
-    x = torch.randn(batch, *input_shape, generator=generator) + 1
-    weights = [torch.randn(shape, generator=generator) / prod(shape[1:]) ** 0.5 for shape in shapes]
+    x = (torch.randn(batch, *input_shape, generator=generator) + 1).to(dtype)
+    weights = [(torch.randn(shape, generator=generator) / prod(shape[1:]) ** 0.5).to(dtype) for shape in shapes]
     biases = [torch.randn(shape[0], generator=generator) for shape in shapes]
     specs = [spec for block in blocks for spec in block.convolutions]
     packed = [
-        convolution.pack(weight, convolution.OUTPUT_TILE[selection.name], spec.stride)
+        convolution.pack(weight, convolution.KERNELS[selection.name], spec.stride)
         for weight, selection, spec in zip(weights, plan.selections, specs, strict=True)
     ]
     output = plan.run(x, packed, biases)
     expected = float64_reference(blocks, x, weights, biases)
     assert output.shape == expected.shape and output.is_contiguous(memory_format=torch.channels_last)
-    # Each convolution has a relative error of up to 3e-6; the errors of consecutive convolutions add in quadrature.
-    assert (output - expected).norm() <= 3e-6 * len(shapes) ** 0.5 * expected.norm()
+    assert output.dtype is dtype
+    # Values are rounded once after each convolution; the errors of consecutive convolutions add in quadrature.
+    assert (output - expected).norm() <= ROUNDING[dtype] * len(shapes) ** 0.5 * expected.norm()
     copied = output.clone()
     plan.run(x * 2, packed, biases)
     assert torch.equal(output, copied), "the next call overwrote the output"
@@ -162,11 +170,12 @@ def test_winograd_disabled_accuracy_vs_stock() -> None:
         fused_res.backends.use("auto", winograd="no")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @torch.inference_mode()
-def test_concurrent_calls_of_one_frozen_model_are_bitwise_equal() -> None:
+def test_concurrent_calls_of_one_frozen_model_are_bitwise_equal(dtype: torch.dtype) -> None:
     """Threads that call one model with different shapes at the same time do not affect each other's results."""
-    frozen = fused_res.freeze(network())
-    inputs = [torch.randn(n, 3, size, size) for n, size in ((1, 64), (3, 64), (2, 75), (5, 33))]
+    frozen = fused_res.freeze(network().to(dtype))
+    inputs = [torch.randn(n, 3, size, size).to(dtype) for n, size in ((1, 64), (3, 64), (2, 75), (5, 33))]
     expected = [frozen(x) for x in inputs]
     errors: list[int] = []
 
