@@ -4,6 +4,8 @@
 #   make test                     the tests; make test ARGS="-k wheel" for a part of them
 #   make test-full                also the tests marked `full`: every architecture, instruction set and shape
 #   make bench                    the benchmark suite that takes less than ten minutes
+#   make bench-amx                on a processor with AMX: test its kernels, then measure what needs it, and compare with
+#                                 what the library has to reach; resumes; half an hour
 #   make gpu                      on a machine with an NVIDIA GPU, with its own Python (torch, Triton; nothing is downloaded):
 #                                 check every kernel, then benchmark, within nine minutes; OUT=folder for the results,
 #                                 ARGS="--only op,conv" for some of the stages
@@ -43,7 +45,7 @@ GPU_ENV_PYTHON := python3.12
 GPU_ENV := build/gpu-env/venv
 STEPS := build,check,compile,test
 
-.PHONY: test test-full bench study docs gpu gpu-more gpu-rehearsal gpu-env gpu-library lint format build clean FORCE
+.PHONY: test test-full bench bench-amx study docs gpu gpu-more gpu-rehearsal gpu-env gpu-library lint format build clean FORCE
 
 test: $(BUILT)
 	$(PYTEST) $(ARGS)
@@ -53,6 +55,9 @@ test-full: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks all
+
+bench-amx: $(BUILT)
+	$(BIN)/python -m benchmarks.amx $(ARGS)
 
 study: $(BUILT)
 	$(BIN)/python -m examples.depth_study

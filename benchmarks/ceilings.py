@@ -1,4 +1,4 @@
-"""Measured ceilings of this machine: copy bandwidth for memory-bound operators, peak FMA throughput for the others."""
+"""Measured ceilings of this machine: copy bandwidth for memory-bound operators, peak throughput for the others."""
 
 import statistics
 
@@ -35,10 +35,18 @@ def fma_peak() -> float | None:
     return _extension.fma_peak(torch.get_num_threads()) if _extension.loaded else None
 
 
+def bf16_peak() -> float | None:
+    """Return the FLOP/s of bfloat16 products on registers in all threads; None without avx512_bf16 or amx."""
+    try:
+        return float(_extension.cpp.bf16_peak(torch.get_num_threads())) if _extension.loaded else None
+    except RuntimeError:
+        return None
+
+
 def measure(device: str, quick: bool) -> dict[str, float]:
     ceilings = {"copy_bytes_per_s": copy_bandwidth(copy_size(device, quick), device=device)}
-    peak = fma_peak() if device == "cpu" else None
-    return ceilings if peak is None else {**ceilings, "fma_flops_per_s": peak}
+    peaks = {"fma_flops_per_s": fma_peak(), "bf16_flops_per_s": bf16_peak()} if device == "cpu" else {}
+    return ceilings | {name: peak for name, peak in peaks.items() if peak is not None}
 
 
 def elementwise_max(*measured: dict[str, float]) -> dict[str, float]:

@@ -359,14 +359,21 @@ def tables(run: dict[str, Any]) -> str:
     return "\n\n".join([*texts, summary(run)])
 
 
+def peak_of(run: dict[str, Any]) -> float | None:
+    """Return the measured FLOP/s of products in the dtype of the run, or None where they were not measured."""
+    bf16 = run["cases"][0]["dtype"] == "bfloat16" and "bf16_flops_per_s" in run["ceilings"]
+    peak: float | None = run["ceilings"].get("bf16_flops_per_s" if bf16 else "fma_flops_per_s")
+    return peak
+
+
 def gflops_title(run: dict[str, Any]) -> str:
-    peak = run["ceilings"].get("fma_flops_per_s")
-    return "GFLOP/s of a direct convolution" + (f" (share of the measured FMA peak, {peak / 1e9:.0f})" if peak else "")
+    peak = peak_of(run)
+    return "GFLOP/s of a direct convolution" + (f" (share of the measured peak, {peak / 1e9:.0f})" if peak else "")
 
 
 def gflops_text(run: dict[str, Any], flops: float, seconds: float) -> str:
-    """Return GFLOP/s as text, with the share of the FMA peak (which is for float32) where that was measured."""
-    peak = run["ceilings"].get("fma_flops_per_s")
+    """Return GFLOP/s as text, with the share of the peak where that was measured."""
+    peak = peak_of(run)
     share = f" ({flops / seconds / peak:.0%})" if peak else ""
     return f"{flops / seconds / 1e9:.0f}{share}"
 
@@ -393,7 +400,19 @@ def summary(run: dict[str, Any]) -> str:
         f"{report.allocator_title(run)}"
     )
     header = ["provider", "networks ms", "GFLOP/s", *(f"time / {base}" for base in bases), "max error"]
-    return title + "\n" + report.table(header, rows)
+    slower = slower_than_onednn(cases) if ONEDNN in names else ""
+    return title + "\n" + report.table(header, rows) + slower
+
+
+def slower_than_onednn(cases: list[dict[str, Any]]) -> str:
+    """Return a line on the layers that run slower than oneDNN's fused operator by more than 3 %."""
+    ratios = {case["name"]: report.minimum(case, "ours-packed") / report.minimum(case, ONEDNN) for case in cases}
+    worst = max(ratios, key=lambda name: ratios[name])
+    count = sum(ratio > 1.03 for ratio in ratios.values())
+    return (
+        f"\nours-packed slower than {ONEDNN} by more than 3 % (minima): {count} of {len(cases)} layers; worst"
+        f" {ratios[worst]:.2f}, {worst}"
+    )
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

@@ -79,6 +79,11 @@ def ratios(cases: Sequence[dict[str, Any]], name: str, other: str) -> list[float
     return [case["providers"][name]["median_s"] / case["providers"][other]["median_s"] for case in cases]
 
 
+def minimum(case: dict[str, Any], name: str) -> float:
+    """Return the shortest time of provider `name` in seconds."""
+    return float(min(case["providers"][name]["samples_s"]))
+
+
 def common_providers(cases: Sequence[dict[str, Any]]) -> list[str]:
     """Return the providers of all cases: some do not support every shape."""
     return [name for name in cases[0]["providers"] if all(name in case["providers"] for case in cases)]
@@ -163,5 +168,6 @@ def ceilings(run: dict[str, Any]) -> list[str]:
     texts = {
         "copy_bytes_per_s": "copy bandwidth {:.1f} GB/s (read + write)",
         "fma_flops_per_s": "FMA peak {:.0f} GFLOP/s",
+        "bf16_flops_per_s": "peak of bfloat16 products {:.0f} GFLOP/s",
     }
     return [text.format(measured[name] / 1e9) for name, text in texts.items() if name in measured]

@@ -31,6 +31,12 @@ CPU_SUITE = (
     SuiteEntry(
         "infer", "infer --model resnet18 resnet50 --batch 1 16 --repeat 5 --min-time 0.5", single_allocator=True
     ),
+    SuiteEntry(
+        "infer-bf16",
+        "infer --dtype bfloat16 --providers ours,eager-channels-last,openvino --model resnet18 resnet50 --batch 1 16"
+        " --repeat 5 --min-time 0.5",
+        single_allocator=True,
+    ),
     SuiteEntry("conv", "conv --model resnet50 --batch 4 --repeat 5 --min-time 0.1", single_allocator=True),
     SuiteEntry("model", f"model --providers {STOCK} --model resnet50 --mode train --repeat 5", single_allocator=True),
     SuiteEntry("op-compile", f"op --providers {COMPILED} --cases 'layer2 ' {FAST}", single_allocator=True),
