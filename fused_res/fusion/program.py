@@ -401,7 +401,7 @@ class _Generator:
                 rest = ", ".join([self.residual(part), activation, "settings.backend", *slope, "calls=calls"])
                 call = f"run_fused_norm({input}, {norm}, {rest})"
             else:
-                call = f"run_fused({input}, {self.chain(part)}, *settings, calls)"
+                call = f"run_fused({input}, {self.chain(part)}, *settings[:3], calls)"
             self.emit_attempt(call, values, part.values, indent)
             inner = indent + 1
             passes = {norm_pass.last: norm_pass for norm_pass in part.norm_passes()}
@@ -430,7 +430,8 @@ class _Generator:
 
     def unit(self, unit: Unit) -> str:
         assert unit.conv is not None
-        settings = ", ".join(map(repr, unit.settings))
+        # With the defaults, because packed programs look up their blocks by equality.
+        settings = ", ".join(map(repr, chain.Unit(None, None, *unit.settings)[2:]))
         norm = "None" if unit.norm is None else self.module(unit.norm.path)
         return f"({self.module(unit.conv.path)}, {norm}, {settings})"
 

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations
 import fused_res
 from fused_res import freeze, functional, fuse, models, summarize
 from fused_res import nn as fnn
+from fused_res.nn import packed
 from fused_res.testing import stub_torchvision_operators
 from tests.support.model_comparison import assert_near, randomize_norms, record_stock_norms, small_resnet
 
@@ -384,3 +385,21 @@ class TestSettings:
                 one(x)
             errors.append((error.type, str(error.value)))
         assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
+def test_input_shape_is_prepared_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generated forward passes its blocks in tuples, which must equal those that a program has prepared."""
+    prepared = []
+    prepare = packed._prepare
+
+    def count(x: Tensor, *args: Any) -> Any:
+        prepared.append(tuple(x.shape))
+        return prepare(x, *args)
+
+    monkeypatch.setattr(packed, "_prepare", count)
+    frozen = freeze(network(kind).float().eval())
+    with torch.no_grad():
+        for batch in (2, 2, 1, 2, 1):
+            frozen(images(batch=batch, dtype=torch.float32))
+    assert len(prepared) == len(set(prepared)) and {shape[0] for shape in prepared} == {1, 2}, prepared

@@ -183,3 +183,15 @@ def test_copies_and_new_weights_keep_the_choice(measure: Any, block: Block) -> N
         check(block, one)
         assert names(one) == ["winograd_f2x2"] * 2
     assert len(clock.runs) == ran
+
+
+def test_bfloat16_is_measured_as_such(measure: Any, block: Block) -> None:
+    """The graph finds what was measured: its problems equal those of the convolutions."""
+    measure({"direct": 1.0})
+    model = fused_res.freeze(block, "cpu", tune=True).bfloat16()
+    with torch.no_grad():
+        output = model(X.bfloat16())
+        expected = block.double()(X.double())
+    assert {problem.dtype for _, problem in selection.measured} == {torch.bfloat16}
+    assert names(model) == ["direct"] * 2
+    assert (output - expected).norm() <= 0.02 * expected.norm()
