@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations
 import fused_res
 from fused_res import freeze, functional, fuse, models, summarize
 from fused_res import nn as fnn
+from fused_res.fusion.fused import fusion_of
 from fused_res.nn import packed
 from fused_res.testing import stub_torchvision_operators
 from tests.support.model_comparison import assert_near, randomize_norms, record_stock_norms, small_resnet
@@ -403,3 +404,54 @@ def test_input_shape_is_prepared_once(kind: str, monkeypatch: pytest.MonkeyPatch
         for batch in (2, 2, 1, 2, 1):
             frozen(images(batch=batch, dtype=torch.float32))
     assert len(prepared) == len(set(prepared)) and {shape[0] for shape in prepared} == {1, 2}, prepared
+
+
+class TestDtype:
+    """freeze(model, dtype=...): the copy runs under autocast."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_error_is_at_most_that_of_stock_under_autocast(self, dtype: torch.dtype) -> None:
+        model = network().float().eval().to(memory_format=torch.channels_last)
+        x = images(32, 64, torch.float32).to(memory_format=torch.channels_last)  # so many that chance is small
+        exact = evaluate(model.double(), x.double())
+        model.float()
+        with torch.autocast("cpu", dtype):
+            stock = evaluate(model, x)
+        frozen = freeze(model, dtype=dtype)
+        output = frozen(x)
+        assert output.dtype == stock.dtype == dtype
+        assert (output - exact).norm() <= 1.1 * (stock - exact).norm()
+        assert count_graphs(frozen) == 1 or not packed_is_native()
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(freeze(model)(x), output)
+
+    def test_state_copies_and_pickles(self) -> None:
+        model = network().float().eval()
+        frozen, x = freeze(model, dtype=torch.bfloat16), images(dtype=torch.float32)
+        expected = frozen(x)
+        state = frozen.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+        for same in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+            assert torch.equal(same(x), expected)
+
+    def test_the_callers_autocast_has_precedence(self) -> None:
+        model, x = network().float().eval(), images(dtype=torch.float32)
+        with torch.autocast("cpu", torch.float16):
+            assert freeze(model, dtype=torch.bfloat16)(x).dtype == torch.float16
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int8, "bfloat16"])
+    def test_other_dtypes_raise(self, dtype: Any) -> None:
+        with pytest.raises(ValueError, match=r"dtype: expected None, torch\.bfloat16 or torch\.float16, got"):
+            freeze(network(), dtype=dtype)
+
+
+def count_graphs(frozen: nn.Module) -> int:
+    """Return the number of steps that a frozen model's packed program consists of."""
+    (program,) = (fusion_of(module).packed for module in frozen.modules() if fusion_of(module) is not None)
+    (sequence,) = program._sequences.values()
+    return len(sequence.last.steps)
+
+
+def packed_is_native() -> bool:
+    return fused_res.backends.resolve("auto", torch.device("cpu")).name == "cpu"
