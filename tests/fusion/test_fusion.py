@@ -67,7 +67,7 @@ class TestStateUnchanged:
     def test_second_fuse_changes_settings_only(self) -> None:
         model = fuse(fuse(network(), recompute="norm"), backend="reference", recompute="conv", tune=True)
         block = model.layer1[0]
-        assert block._fused_res.settings == ("reference", "conv", True)
+        assert block._fused_res.settings == ("reference", "conv", True, None)
         kind = type(block)
         assert kind.__bases__ == (resnet.BasicBlock,) and fuse(network()).layer1[0].__class__ is kind
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
