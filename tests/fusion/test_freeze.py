@@ -411,17 +411,23 @@ class TestDtype:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_error_is_at_most_that_of_stock_under_autocast(self, dtype: torch.dtype) -> None:
-        model = network().float().eval().to(memory_format=torch.channels_last)
-        x = images(32, 64, torch.float32).to(memory_format=torch.channels_last)  # so many that chance is small
-        exact = evaluate(model.double(), x.double())
-        model.float()
-        with torch.autocast("cpu", dtype):
-            stock = evaluate(model, x)
-        frozen = freeze(model, dtype=dtype)
-        output = frozen(x)
-        assert output.dtype == stock.dtype == dtype
-        assert (output - exact).norm() <= 1.1 * (stock - exact).norm()
-        assert count_graphs(frozen) == 1 or not packed_is_native()
+        """Over several networks: the rounding of one network's weights moves all of its outputs alike."""
+        x = images(32, 16, torch.float32).to(memory_format=torch.channels_last)
+        errors = torch.zeros(2, dtype=torch.float64)
+        for seed in range(8):
+            model = network().float().eval().to(memory_format=torch.channels_last)
+            torch.manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.data += 0.1 * parameter.data.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0
+            exact = evaluate(copy.deepcopy(model).double(), x.double())
+            with torch.autocast("cpu", dtype):
+                stock = evaluate(model, x)
+            frozen = freeze(model, dtype=dtype)
+            output = frozen(x)
+            assert output.dtype == stock.dtype == dtype
+            errors += torch.stack([(one - exact).square().sum() for one in (output, stock)])
+        assert errors[0] <= 1.1 * errors[1]  # eight networks scatter by 10 %
+        assert fusion_of(frozen).packed.selected()  # it ran with packed weights
         with torch.autocast("cpu", dtype):
             assert torch.equal(freeze(model)(x), output)
 
@@ -444,14 +450,3 @@ class TestDtype:
     def test_other_dtypes_raise(self, dtype: Any) -> None:
         with pytest.raises(ValueError, match=r"dtype: expected None, torch\.bfloat16 or torch\.float16, got"):
             freeze(network(), dtype=dtype)
-
-
-def count_graphs(frozen: nn.Module) -> int:
-    """Return the number of steps that a frozen model's packed program consists of."""
-    (program,) = (fusion_of(module).packed for module in frozen.modules() if fusion_of(module) is not None)
-    (sequence,) = program._sequences.values()
-    return len(sequence.last.steps)
-
-
-def packed_is_native() -> bool:
-    return fused_res.backends.resolve("auto", torch.device("cpu")).name == "cpu"
