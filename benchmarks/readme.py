@@ -23,6 +23,7 @@ BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 Document = dict[str, Any]
 NO_ZOO = "Not measured yet: `python -m benchmarks zoo --out benchmarks/results/MACHINE` does it."
+NO_AMX = "**Xeon with AMX**: not measured: `make bench-amx` measures it, in bfloat16 and float32."
 NO_GPU = "Not measured: no GPU was available. `make gpu` runs the benchmarks on one."
 
 
@@ -52,13 +53,19 @@ def network_table(documents: list[Document]) -> str:
             first = speeds[names[0]]
             rows.append(
                 [
-                    f"{case['model']}, {case['batch']} x {case['size']}²"
-                    + ", training" * (case.get("mode") == "train"),
+                    case_title(case),
                     f"**{first:.1f}**",
                     *(f"{speeds[n]:.1f} ({report.ratio(first / speeds[n])})" if n in speeds else "" for n in names[1:]),
                 ]
             )
     return report.markdown(["images/s", *map(report.provider_title, names)], rows)
+
+
+def case_title(case: dict[str, Any]) -> str:
+    """Return network, shape, dtype unless it is float32, and mode of a case."""
+    dtype = "" if case.get("dtype", "float32") == "float32" else f", {case['dtype']}"
+    mode = ", training" * (case.get("mode") == "train")
+    return f"{case['model']}, {case['batch']} x {case['size']}²{dtype}{mode}"
 
 
 #: Columns of the README's table: title, and the provider for inference and for training steps.
@@ -82,8 +89,7 @@ def readme_table(documents: list[Document]) -> str:
             if n in case["providers"]
         }
         first = times["fused_res"]
-        row = [f"{case['model']}, {case['batch']} x {case['size']}²" + ", training" * (case.get("mode") == "train")]
-        row.append(f"**{case['batch'] / first:.1f}**")
+        row = [case_title(case), f"**{case['batch'] / first:.1f}**"]
         for title, _ in README_COLUMNS[1:]:
             time = times.get(title)
             row.append("" if time is None else f"{case['batch'] / time:.1f} ({report.ratio(time / first)})")
@@ -139,7 +145,7 @@ class Section:
 SECTIONS = (
     Section(
         "Inference",
-        ("infer",),
+        ("infer", "infer-bf16"),
         network_table,
         "Medians of interleaved runs in one process; in brackets, the speedup of `fused_res`.",
     ),
@@ -172,7 +178,7 @@ def provenance_lines(documents: list[Document]) -> Iterator[str]:
 
 def readme_section(device: str, documents: dict[str, Document]) -> str:
     """Return the README's paragraph and table about one device; empty without results of networks."""
-    shown = [documents[name] for name in ("infer", "model-resnet18", "model") if name in documents]
+    shown = [documents[name] for name in ("infer", "infer-bf16", "model-resnet18", "model") if name in documents]
     if not shown:
         return ""
     env = shown[0]["runs"][0]["environment"]
@@ -180,7 +186,7 @@ def readme_section(device: str, documents: dict[str, Document]) -> str:
         "Inference, and training steps (forward, backward, SGD): medians of interleaved runs; in brackets, the speedup"
         " of `fused_res`. `torch.compile` is with freezing for inference, in channels_last for training."
     )
-    return f"**{device}**: {report.machine(env)}, float32. {note}\n\n{readme_table(shown)}"
+    return f"**{device}**: {report.machine(env)}, float32 unless stated. {note}\n\n{readme_table(shown)}"
 
 
 def tables_section(device: str, documents: dict[str, Document]) -> str:
@@ -237,7 +243,8 @@ def render_pages() -> dict[Path, str]:
     if not any(map(is_gpu, devices.values())):
         parts.append(f"## GPU\n\n{NO_GPU}")
     parts += [summaries_section(*item) for item in devices.items()]
-    tables = "\n\n".join(filter(None, (readme_section(*item) for item in devices.items())))
+    no_amx = "" if any("-amx-" in device for device in devices) else NO_AMX
+    tables = "\n\n".join(filter(None, (*(readme_section(*item) for item in devices.items()), no_amx)))
     return {
         readme: replace_between_markers(readme.read_text(), tables),
         RESULTS / "README.md": "\n\n".join(parts) + "\n",

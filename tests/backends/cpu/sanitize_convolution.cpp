@@ -21,12 +21,38 @@
 namespace fused_res::cpu {
 namespace {
 
-constexpr ConvolutionKernels kKernels = {direct, winograd, direct_wgrad, winograd_wgrad};
+constexpr ConvolutionKernels kConvolution = {.direct = {direct<float>, {}, direct<bfloat16>, {}},
+                                             .winograd = {winograd<float>, {}, winograd<bfloat16>, {}},
+                                             .direct_wgrad = direct_wgrad,
+                                             .winograd_wgrad = winograd_wgrad};
+const Kernels kKernels = [] {
+  Kernels kernels = {};
+  kernels.convolution = &kConvolution;
+  return kernels;
+}();
 
 struct Case {
   int64_t images, channels, height, width, out_channels, kernel_h, kernel_w, stride, pad, dilation, tile;
-  bool transposed = false, bias = false, residual = false, relu = false;
+  bool transposed = false, bias = false, residual = false, relu = false, bf16 = false;
 };
+
+float widened(bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+// Truncates the values to bfloat16 in place and returns them as such.
+Array<bfloat16> truncated(const Array<float>& values) {
+  Array<bfloat16> narrow(values.size);
+  for (int64_t i = 0; i < values.size; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &values[i], sizeof bits);
+    narrow[i] = {static_cast<uint16_t>(bits >> 16)};
+    values[i] = widened(narrow[i]);
+  }
+  return narrow;
+}
 
 struct Image {
   int64_t images, height, width;
@@ -35,16 +61,28 @@ struct Image {
 struct Operands {
   ConvolutionArgs args = {};
   Array<float> x, weight_data, bias, residual;
+  Array<bfloat16> x_bf16, residual_bf16;  // the memory of the operands with Case::bf16
   WeightView weight;
 
   explicit Operands(const Case& c)
       : x(random_floats(c.images * c.height * c.width * c.channels, 1)),
         weight_data(random_floats(c.out_channels * c.channels * c.kernel_h * c.kernel_w, 0)),
         bias(random_floats(c.out_channels, 10)),
-        residual(0) {
+        residual(0),
+        x_bf16(0),
+        residual_bf16(0) {
     const int64_t taps = c.kernel_h * c.kernel_w;
-    weight = {weight_data.get(), c.out_channels, c.channels, c.kernel_h, c.kernel_w,
-              c.channels * taps, taps,           c.kernel_w, 1,          c.stride};
+    weight = {weight_data.get(),
+              c.out_channels,
+              c.channels,
+              c.kernel_h,
+              c.kernel_w,
+              c.channels * taps,
+              taps,
+              c.kernel_w,
+              1,
+              c.stride,
+              false};
     if (c.transposed) {
       weight.data += taps - 1;
       weight.row_stride = -c.kernel_w, weight.column_stride = -1;
@@ -58,12 +96,15 @@ struct Operands {
     args.out_height = size(c.height, c.kernel_h), args.out_width = size(c.width, c.kernel_w);
     args.stride_h = args.stride_w = c.stride, args.pad_h = args.pad_w = c.pad;
     args.dilation_h = args.dilation_w = c.dilation;
-    args.relu = c.relu, args.tile = c.tile, args.needs_im2col = taps * c.stride != 1 || c.pad != 0;
+    args.relu = c.relu, args.tile = c.tile, args.needs_im2col = taps * c.stride != 1 || c.pad != 0 || c.bf16;
+    args.dtype = c.bf16 ? Dtype::kBFloat16 : Dtype::kFloat32;
     args.x = x.get();
+    if (c.bf16) x_bf16 = truncated(x), args.x = x_bf16.get();
     if (c.bias) args.bias = bias.get();
     if (c.residual) {
       residual = random_floats(numel(), 0);
       args.residual = residual.get();
+      if (c.bf16) residual_bf16 = truncated(residual), args.residual = residual_bf16.get();
     }
   }
 
@@ -74,7 +115,7 @@ struct Operands {
     const int64_t h = y * args.stride_h - args.pad_h + i * args.dilation_h;
     const int64_t w = x * args.stride_w - args.pad_w + j * args.dilation_w;
     if (h < 0 || h >= args.height || w < 0 || w >= args.width) return nullptr;
-    return args.x + ((image * args.height + h) * args.width + w) * args.channels;
+    return this->x.get() + ((image * args.height + h) * args.width + w) * args.channels;
   }
   // The offset of an element of the weight and of its gradient.
   int64_t at(int64_t o, int64_t c, int64_t i, int64_t j) const {
@@ -88,7 +129,7 @@ struct Operands {
   // One output in double. `magnitude`: the sum of the absolute values of its terms.
   double reference_output(int64_t pixel, int64_t o, double& magnitude) const {
     double sum = args.bias ? args.bias[o] : 0;
-    if (args.residual) sum += args.residual[pixel * args.out_channels + o];
+    if (args.residual) sum += residual[pixel * args.out_channels + o];
     magnitude = std::abs(sum);
     for (int64_t i = 0; i < args.kernel_h; ++i) {
       for (int64_t j = 0; j < args.kernel_w; ++j) {
@@ -162,7 +203,7 @@ Array<float> nan_filled(int64_t size) {
 
 template <class Tasks>
 Array<float> scratch_of(const Tasks& tasks, const Threads& parallel) {
-  return nan_filled(inject_fault ? tasks.scratch(1) - 1 : tasks.scratch(parallel.threads()));
+  return nan_filled(inject_fault ? tasks.scratch(1) / 4 - 1 : tasks.scratch(parallel.threads()) / 4);
 }
 
 void check_bits(const Case& c, const Array<float>& multi_threaded, const Array<float>& single_threaded) {
@@ -172,18 +213,20 @@ void check_bits(const Case& c, const Array<float>& multi_threaded, const Array<f
 }
 
 Array<float> run(const Case& c, Operands& operands, const Threads& parallel) {
-  Array<float> packed(packed_size(c.out_channels, c.channels, c.kernel_h * c.kernel_w, c.tile != 0));
-  const auto pack = c.tile ? kKernels.winograd.pack : kKernels.direct.pack;
+  Array<float> packed(packed_size(c.out_channels, c.channels, c.kernel_h * c.kernel_w, c.tile != 0, false));
+  const auto pack = c.tile ? kConvolution.winograd[0].pack : kConvolution.direct[0].pack;
   parallel(num_panels(c.out_channels),
            [&](int64_t begin, int64_t end) { pack(operands.weight, {begin, end}, packed.get()); });
   Array<float> y(operands.numel());
-  operands.args.packed = packed.get(), operands.args.y = y.get();
-  dispatch_tasks(operands.args, [&](const auto& tasks) {
+  Array<bfloat16> y_bf16(c.bf16 ? y.size : 0);
+  operands.args.packed = packed.get(), operands.args.y = c.bf16 ? static_cast<void*>(y_bf16.get()) : y.get();
+  dispatch_tasks(kKernels, operands.args, [&](const auto& tasks) {
     Array<double> moments(tasks.chunks() * 2 * c.out_channels);
     const Array<float> scratch = scratch_of(tasks, parallel);
-    tasks.run(kKernels, scratch.get(), parallel, ChunkMoments{moments.get()});
-    check_moments(c, operands, y, tasks, moments);
+    tasks.run(kKernels, scratch.get(), parallel, ChunkMoments{c.bf16 ? nullptr : moments.get()});
+    if (!c.bf16) check_moments(c, operands, y, tasks, moments);
   });
+  for (int64_t i = 0; i < y_bf16.size; ++i) y[i] = widened(y_bf16[i]);
   return y;
 }
 
@@ -198,7 +241,9 @@ void check(const Case& c) {
   for (int64_t i = 0; i < operands.numel(); i += step) {
     double magnitude;
     const double expected = operands.reference_output(i / c.out_channels, i % c.out_channels, magnitude);
-    if (!(std::abs(y[i] - expected) <= 1e-5 * (magnitude + field))) fail(c, "output", y[i], expected);
+    const double rounding = c.bf16 ? std::abs(expected) / 256 : 0;  // half a unit in the last place
+    if (!(std::abs(y[i] - expected) <= 1e-5 * (magnitude + field) + rounding))
+      fail(c, "output", y[i], expected);
   }
   check_bits(c, y, run(c, operands, Threads{1}));
 }
@@ -214,7 +259,9 @@ Array<float> run_gradient(const Case& c, const Operands& operands, const Array<f
   args.output_stride = operands.weight.output_stride, args.channel_stride = operands.weight.channel_stride;
   args.row_stride = operands.weight.row_stride, args.column_stride = operands.weight.column_stride;
   const WeightGradientTasks tasks(args);
-  tasks.run(kKernels, scratch_of(tasks, parallel).get(), parallel);
+  const Array<float> scratch =
+      nan_filled(inject_fault ? tasks.scratch(1) - 1 : tasks.scratch(parallel.threads()));
+  tasks.run(kConvolution, scratch.get(), parallel);
   return dweight;
 }
 
@@ -242,6 +289,7 @@ void check_all() {
   int64_t count = 0;
   const auto next = [&](Case c) {
     c.transposed = count & 1, c.bias = count & 2, c.residual = count & 4, c.relu = count & 8;
+    c.bf16 = count % 3 == 0;
     ++count;
     check(c);
   };
