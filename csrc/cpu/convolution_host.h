@@ -131,6 +131,7 @@ inline bool use_streaming_stores(const ConvolutionArgs& args, int64_t images) {
 }
 
 inline void check_conv_args(const ConvolutionArgs& args, int64_t packed) {
+  convolution_kernels();  // raises without them
   TORCH_CHECK_VALUE(args.out_channels > 0, "outputs: expected a positive integer, got ", args.out_channels);
   TORCH_CHECK_VALUE(
       args.out_height > 0 && args.out_width > 0 && args.channels > 0 && args.height > 0 && args.width > 0,
