@@ -1,11 +1,10 @@
 """Other inference runtimes (OpenVINO, ONNX Runtime) on the CPU.
 
 Each runtime gets the stock model and as many threads as PyTorch, and reads its input and writes its output in place. In
-bfloat16 OpenVINO gets a float32 model and float32 images, as its users do, and computes in bfloat16 itself.
+bfloat16 OpenVINO gets the float32 model and float32 images, as its users do, and computes in bfloat16 itself.
 """
 
 import argparse
-import copy
 import importlib.util
 import io
 import warnings
@@ -50,23 +49,28 @@ class PeerModel:
         return self.output
 
 
-def build(name: str, stock: nn.Module, x: Tensor) -> PeerModel:
-    """Compile `stock` for the input `x`, whose dtype is the one to compute in, with the runtime `name`."""
+def build(name: str, stock: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> PeerModel:
+    """Compile a model with a runtime.
+
+    Args:
+        name: name of the runtime.
+        stock: float32 model.
+        x: float32 input.
+        dtype: dtype to compute in, one that `unavailable` accepts.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of the tracer
-        return {"openvino": openvino, "onnxruntime": onnxruntime}[name](stock, x)
+        return openvino(stock, x, dtype) if name == "openvino" else onnxruntime(stock, x)
 
 
-def openvino(stock: nn.Module, x: Tensor) -> PeerModel:
+def openvino(stock: nn.Module, x: Tensor, dtype: torch.dtype) -> PeerModel:
     import openvino
 
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[x.dtype]
-    stock, x = copy.deepcopy(stock).float(), x.float()
     model = openvino.convert_model(stock, example_input=x, input=list(x.shape))
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
     }
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     output = torch.empty(list(compiled.output(0).shape))

@@ -1,5 +1,7 @@
 """`infer` and `conv`: frozen networks and convolutions compared with other runtimes, also with a restricted ISA."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,31 @@ def test_openvino_uses_the_thread_count_of_pytorch_and_reads_its_input_in_place(
     x.neg_()
     assert not torch.equal(network(), before)
     torch.testing.assert_close(network(), model(x).detach())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_runtimes_get_the_network_and_the_images_unrounded(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float64 result of what the runtime gets equals the reference; that of rounded operands does not."""
+    pytest.importorskip("openvino")
+    computed, references = [], []
+
+    def exact(name: str, stock: nn.Module, x: torch.Tensor, compute: torch.dtype) -> Callable[[], torch.Tensor]:
+        assert compute == options.DTYPES[dtype]
+        with torch.no_grad():
+            computed.append(copy.deepcopy(stock).double()(x.double()))
+        return lambda: computed[0]
+
+    def record(name: str, results: check.Results, reference: check.Results, *_: object, **__: object) -> float:
+        references.append(reference["output"])
+        return 0.0
+
+    monkeypatch.setattr(peers, "build", exact)
+    monkeypatch.setattr(command_line.infer, "check_results", record)
+    small = ["--model", "resnet18", "--batch", "2", "--size", "32", "--providers", "openvino", "--dtype", dtype]
+    parsed = command_line.build_parser().parse_args(["infer", "--quick", *small])
+    (case,) = command_line.infer.select_cases(parsed)
+    command_line.infer.check_and_build([providers.INFERENCE_PROVIDERS["openvino"]], case, parsed)
+    torch.testing.assert_close(computed[0], references[0], rtol=1e-12, atol=1e-12)
 
 
 def test_missing_runtime_is_skipped_or_an_error_if_requested(
