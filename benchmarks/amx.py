@@ -71,6 +71,13 @@ def measured(case: dict[str, Any] | None, target: float) -> tuple[str, str]:
     return infer.fastest_peer(case, "ours"), "met" if speedup >= target else f"missed by {1 - speedup / target:.0%}"
 
 
+def rehearsal(text: str) -> list[str]:
+    """Return the arguments of a step with tiny sizes and without providers that are compiled for minutes."""
+    subcommand = text.partition(" ")[0]
+    dtype = ["--dtype", "bfloat16"] if "bfloat16" in text else []
+    return [subcommand, "--quick", *dtype, *(["--providers", "ours,openvino"] if subcommand == "infer" else [])]
+
+
 def run(command: list[str], environment: dict[str, str]) -> None:
     print("$", shlex.join(command), flush=True)
     subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | environment, check=True)
@@ -98,8 +105,7 @@ def main(arguments: list[str]) -> None:
     for step, text in STEPS.items():
         if (folder / f"{step}.json").exists() and not options.again:
             continue
-        command = shlex.split(text) if options.rehearse is None else [*shlex.split(text)[:1], "--quick"]
-        command += ["--dtype", "bfloat16"] if options.rehearse is not None and "bfloat16" in text else []
+        command = shlex.split(text) if options.rehearse is None else rehearsal(text)
         scratch = ROOT / "build" / "bench-amx"
         run(["benchmarks", *command, "--allocator", "as-shipped", "--out", str(scratch)], environment)
         for suffix in ("json", "png"):
