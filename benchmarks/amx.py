@@ -125,9 +125,9 @@ def run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def quick(command: list[str]) -> list[str]:
-    """Return `command` with tiny shapes instead of its own, in the same dtype."""
+    """Return `command` with tiny shapes instead of its own and few providers, in the same dtype."""
     dtype = command[command.index("--dtype") :][:2] if "--dtype" in command else []
-    return [command[0], "--quick", *dtype]
+    return [command[0], "--quick", *dtype, *(["--providers", "ours,openvino"] if command[0] == "infer" else [])]
 
 
 def main(arguments: list[str]) -> None:

@@ -48,8 +48,8 @@ def freeze(model: Model, backend: str = "auto", tune: bool = False, dtype: torch
             call; other processes may choose other algorithms, and so give other rounding errors. Nothing is measured,
             and the rules select, under ``torch.use_deterministic_algorithms``. Default False.
         dtype: bfloat16 or float16: the copy runs under ``torch.autocast`` with this dtype. Its parameters stay in their
-            dtype, and weights with folded norms are computed from them in float64 and rounded once. Default None: the
-            dtype of the parameters.
+            dtype, and weights with folded norms are computed from them in float64 and rounded to float32, then to
+            `dtype`. Default None: the dtype of the parameters.
 
     Returns:
         The copy, of `model`'s class.

@@ -41,7 +41,7 @@ def test_infer_with_other_runtimes(name: str, tmp_path: Path) -> None:
     assert list(case["providers"]) == ["ours", name]
     assert 0 < case["share_of_allowed_error"][name] <= 1
     summary = command_line.infer.summary(one)
-    assert "fastest peer / ours" in summary and f"x {name}\n" in summary + "\n"
+    assert "fastest peer / ours (minima)" in summary and f"x) {name}\n" in summary + "\n"
 
 
 def test_openvino_uses_the_thread_count_of_pytorch_and_reads_its_input_in_place() -> None:
@@ -83,13 +83,16 @@ def test_missing_runtime_is_skipped_or_an_error_if_requested(
     assert names("--isa", "avx2")[-1] == "openvino"
     assert "onnxruntime is skipped: its kernels cannot be restricted to AVX2\n" in capsys.readouterr().out
     assert names("--isa", "avx512")[-2:] == ["openvino", "onnxruntime"]
-    assert names("--dtype", "bfloat16")[-1] == names("--device", "cuda")[-1] == "eager-channels-last"
+    assert names("--dtype", "bfloat16")[-1] == "openvino"
+    assert names("--dtype", "float16")[-1] == names("--device", "cuda")[-1] == "eager-channels-last"
 
 
 def test_fastest_peer() -> None:
     seconds = {"ours": 2.0, "eager": 1.0, "compile-freezing": 5.0, "openvino": 3.0, "onnxruntime": 4.0}
-    case = {"providers": {name: {"median_s": value} for name, value in seconds.items()}}
-    assert command_line.infer.fastest_peer(case, "ours") == "1.50x openvino"
+    case = {
+        "providers": {name: {"median_s": value, "samples_s": [value, value - 1]} for name, value in seconds.items()}
+    }
+    assert command_line.infer.fastest_peer(case, "ours") == "1.50x (2.00x) openvino"
 
 
 def test_isa_restricts_all_providers_in_the_child_process(tmp_path: Path) -> None:
@@ -162,18 +165,20 @@ def test_gflops_of_convolutions() -> None:
         "name": "c",
         "count": 2,
         "flops": 2e9,
+        "dtype": "float32",
         "providers": {
-            name: {"median_s": seconds, "error": 1e-7}
+            name: {"median_s": seconds, "samples_s": [seconds], "error": 1e-7}
             for name, seconds in (("aten", 0.02), ("ours-packed", 0.01), ("onednn-fused", 0.016))
         },
     }
     measured = {"allocator": "warm", "environment": {}, "ceilings": {"copy_bytes_per_s": 1, "fma_flops_per_s": 4e11}}
     tables = conv.tables(measured | {"cases": [case]})
-    assert "GFLOP/s of a direct convolution (share of the measured FMA peak, 400)" in tables
+    assert "GFLOP/s of a direct convolution (share of the measured peak, 400)" in tables
     assert ["c", "100", "(25%)", "200", "(50%)", "125", "(31%)", "0.62x"] in map(str.split, tables.splitlines())
     assert ["ours-packed", "20", "200", "(50%)", "0.50x", "0.62x", "1.0e-07"] in map(str.split, tables.splitlines())
+    assert "slower than onednn-fused by more than 3 % (minima): 0 of 1 layers; worst 0.62, c" in tables
     without = conv.summary(measured | {"cases": [case], "ceilings": {"copy_bytes_per_s": 1}})
-    assert "measured" not in without and "%" not in without
+    assert "measured" not in without and "50%" not in without
 
 
 def test_wrong_convolution_is_rejected_before_timing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,15 +15,19 @@ from fused_res import _extension
 
 
 def test_ceilings_are_the_maximum_of_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies, peaks = iter([3e9, 2e9, 2e9]), iter([5e11, 6e11])
+    copies, peaks, bf16_peaks = iter([3e9, 2e9, 2e9]), iter([5e11, 6e11]), iter([1e12, 9e11])
     monkeypatch.setattr(ceilings, "copy_bandwidth", lambda *_, **__: next(copies))
     monkeypatch.setattr(ceilings, "fma_peak", lambda: next(peaks))
+    monkeypatch.setattr(ceilings, "bf16_peak", lambda: next(bf16_peaks))
     ceilings_of_run = ceilings.elementwise_max(ceilings.measure("cpu", True), ceilings.measure("cpu", True))
-    assert ceilings_of_run == {"copy_bytes_per_s": 3e9, "fma_flops_per_s": 6e11}
+    assert ceilings_of_run == {"copy_bytes_per_s": 3e9, "fma_flops_per_s": 6e11, "bf16_flops_per_s": 1e12}
     assert ceilings.measure("cuda", True) == {"copy_bytes_per_s": 2e9}
     run = {"allocator": "warm", "environment": environment.describe() | {"backend": "cpu"}, "ceilings": ceilings_of_run}
     line = report.environment({"runs": [run]})
-    assert " · copy bandwidth 3.0 GB/s (read + write) · FMA peak 600 GFLOP/s · " in line
+    assert (
+        " · copy bandwidth 3.0 GB/s (read + write) · FMA peak 600 GFLOP/s · peak of bfloat16 products 1000 GFLOP/s"
+        in line
+    )
 
 
 @pytest.mark.skipif(not _extension.loaded, reason=_extension.unavailable_reason)

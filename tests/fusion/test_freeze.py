@@ -431,6 +431,29 @@ class TestDtype:
         with torch.autocast("cpu", dtype):
             assert torch.equal(freeze(model)(x), output)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("in_place", [True, False], ids=["+=", "+"])
+    def test_identity_block_with_float32_input(self, in_place: bool, dtype: torch.dtype) -> None:
+        """Autocast does not cast the input that is added: the sum is in float32, unless it is written in place."""
+
+        class Block(torchvision.models.resnet.BasicBlock):
+            def forward(self, x: Tensor) -> Tensor:
+                if in_place:
+                    return super().forward(x)
+                return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+
+        torch.manual_seed(0)
+        block = randomize_norms(Block(8, 8)).eval()
+        x = torch.randn(2, 8, 9, 9)
+        exact = evaluate(copy.deepcopy(block).double(), x.double())
+        requested = freeze(block, dtype=dtype)(x)
+        with torch.autocast("cpu", dtype):
+            stock, ambient = evaluate(block, x), freeze(block)(x)
+        assert stock.dtype is (dtype if in_place else torch.float32)
+        for actual in (requested, ambient):
+            assert actual.dtype is stock.dtype
+            assert (actual - exact).norm() <= (stock - exact).norm()
+
     def test_state_copies_and_pickles(self) -> None:
         model = network().float().eval()
         frozen, x = freeze(model, dtype=torch.bfloat16), images(dtype=torch.float32)

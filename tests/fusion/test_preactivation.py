@@ -160,8 +160,8 @@ class TestFrozen:
         with record_packed() as ran, torch.no_grad():
             output = freeze(stock)(x)
             assert_within_stock_error("output", output, stock(x), exact(x.double()), floor=1e-6)
-        # In float32 an inference graph runs all but the convolution that adds another tensor than its input.
-        assert ran == (PACKED_BLOCK[1:] if dtype is torch.float32 else PACKED_BLOCK)
+        # An inference graph runs all but the convolution that adds another tensor than its input.
+        assert ran == PACKED_BLOCK[1:]
 
     @pytest.mark.parametrize("dim", [1, 3])
     def test_other_dimensions(self, dim: int) -> None:

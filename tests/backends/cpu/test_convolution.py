@@ -774,7 +774,7 @@ class TestInvalidArguments:
     def test_16_bit_input_raises(self, dtype: torch.dtype) -> None:
         operands = Operands.random(self.VALID, dtype=dtype)
         packed = operands.packed(DIRECT)
-        with pytest.raises(TypeError, match="input: expected float32 with partials"):
+        with pytest.raises(TypeError, match="partials: expected a float32 input"):
             operands.run(DIRECT, partials=True, packed=packed)
         assert operands.residual is not None and operands.bias is not None
         for other in [o for o in (torch.float32, torch.float64, *SIXTEEN_BITS) if o != dtype]:
