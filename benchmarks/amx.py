@@ -82,17 +82,13 @@ def cases_of(path: Path) -> list[Case]:
     return json.loads(path.read_text())["runs"][0]["cases"] if path.exists() else []
 
 
-def met(value: float, limit: float) -> str:
-    """Return the verdict on a value that has to be at most `limit`."""
-    return "met" if value <= limit else f"missed by {value / limit - 1:.0%}"
-
-
 def speedup_verdict(document: str, name: str, target: float, case: Case | None) -> Verdict:
     row = Verdict(document, name, f"at least {target}x, medians (minima)")
     if case is None:
         return row
     speedup = min(infer.peer_speedups(case, "ours"))
-    return row._replace(measured=infer.fastest_peer(case, "ours"), verdict=met(1 / speedup, 1 / target))
+    verdict = "met" if speedup >= target else f"missed by {1 - speedup / target:.0%}"
+    return row._replace(measured=infer.fastest_peer(case, "ours"), verdict=verdict)
 
 
 def error_verdict(document: str, cases: list[Case]) -> Verdict:
@@ -103,7 +99,8 @@ def error_verdict(document: str, cases: list[Case]) -> Verdict:
         return row
     worst = max(cases, key=lambda case: module.error_multiple(case, ours))
     multiple = round(module.error_multiple(worst, ours), 2)
-    return row._replace(measured=f"{multiple:.2f}x, {worst['name']}", verdict=met(multiple, 1.0))
+    verdict = "met" if multiple <= 1 else f"missed by {multiple - 1:.0%}"
+    return row._replace(measured=f"{multiple:.2f}x, {worst['name']}", verdict=verdict)
 
 
 def layers_verdict(document: str, cases: list[Case]) -> Verdict:
