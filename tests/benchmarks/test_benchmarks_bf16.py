@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import ceilings, check, conv, headline, infer, suite
+from benchmarks import ceilings, check, conv, headline, infer, readme, suite
 from fused_res import _extension
 from fused_res.backends.cpu.convolution import KERNELS
 
@@ -120,3 +120,28 @@ def test_headlines_name_the_dtype() -> None:
     for dtype, suffix in (("float32", " in 1000 ms"), ("bfloat16", " in bfloat16 in 1000 ms")):
         (line,) = headline.network_headlines([case | {"dtype": dtype}], lambda case: "infers")
         assert line.startswith(f"resnet50 infers 1 image of 224x224{suffix}, 2.00 times as fast")
+
+
+def test_pages_name_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {
+        "gpu": None, "cpu": "Xeon", "cores": 2, "threads": 2, "backend": "cpu", "isa": "amx", "torch": "2",
+        "fused_res": "0", "commit": None, "date": "2026-11-30",
+    }  # fmt: skip
+    case = {"model": "resnet50", "batch": 1, "size": 224, "name": "resnet50", "providers": {"ours": provider(0.1)}}
+
+    def document(dtype: str) -> dict[str, Any]:
+        return {
+            "command": f"python -m benchmarks infer --dtype {dtype}",
+            "runs": [{"environment": environment, "cases": [case | {"dtype": dtype}], "allocator": "as-shipped"}],
+        }
+
+    only = readme.readme_section("xeon", {"infer-bf16": document("bfloat16")})
+    assert "resnet50, 1 x 224², bfloat16 | **10.0**" in only
+    assert only.endswith("Inference in float32 on this machine: not measured.")
+    both = readme.readme_section("xeon", {"infer-bf16": document("bfloat16"), "infer": document("float32")})
+    assert "not measured" not in both and "resnet50, 1 x 224² | **10.0**" in both
+    monkeypatch.setattr(readme, "load_results", lambda: {"xeon-2-cores": {"infer": document("float32")}})
+    monkeypatch.setattr(readme, "summaries_section", lambda *_: "")
+    pages = readme.render_pages()
+    assert f"## GPU\n\n{readme.NO_GPU}" in pages[readme.RESULTS / "README.md"]
+    assert readme.NO_AMX in pages[readme.ROOT / "README.md"]
