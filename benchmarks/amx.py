@@ -3,7 +3,8 @@
 First the tests of the kernels run on the AMX instructions; nothing is measured if they fail. Then `infer` in bfloat16
 and float32 and `conv` in bfloat16 run as users run them, and their results are written to a folder of
 benchmarks/results that is named after the processor. A document that exists already is not measured again, so that an
-interrupted run resumes; `--again` replaces them. The last table compares with what the library has to reach.
+interrupted run resumes; `--again` replaces them. The last table compares with what the library has to reach, in medians
+and in minima, each against the peer that is fastest in them.
 """
 
 import argparse
@@ -13,19 +14,24 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import infer, report
+from benchmarks import conv, infer, report
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/backends/cpu/test_amx.py", "tests/backends/cpu/test_convolution.py"]
+SCRATCH = ROOT / "build" / "bench-amx"
+TESTS = [
+    "tests/backends/cpu/test_amx.py",
+    "tests/backends/cpu/test_convolution.py",
+    "tests/backends/cpu/test_inference_graph.py",
+]
 NETWORKS = "--model resnet18 resnet50 --batch 1 16"
+PEERS = "compile-freezing,openvino"
 #: Name of the document -> arguments of `python -m benchmarks`.
 STEPS = {
-    "infer-bf16": f"infer --dtype bfloat16 {NETWORKS} --providers"
-    " ours,eager-channels-last,compile-freezing,openvino --repeat 9 --min-time 2",
-    "infer": f"infer {NETWORKS} --providers ours,eager-channels-last,compile-freezing,openvino,onnxruntime"
+    "infer-bf16": f"infer --dtype bfloat16 {NETWORKS} --providers ours,eager-channels-last,{PEERS}"
     " --repeat 9 --min-time 2",
+    "infer": f"infer {NETWORKS} --providers ours,eager-channels-last,{PEERS},onnxruntime --repeat 9 --min-time 2",
     "conv-bf16": "conv --dtype bfloat16 --model resnet50 --batch 16 --repeat 7 --min-time 0.2",
 }
 #: Speedup over the fastest peer to reach on this kind of machine, by document, model and batch size.
@@ -39,6 +45,17 @@ TARGETS = {
     ("infer", "resnet50", 1): 1.2,
     ("infer", "resnet50", 16): 1.4,
 }
+Case = dict[str, Any]
+
+
+class Verdict(NamedTuple):
+    """One row of the last table."""
+
+    document: str
+    case: str
+    asked: str
+    measured: str = "not measured"
+    verdict: str = ""
 
 
 def processor(cpuinfo: str) -> tuple[str, bool]:
@@ -50,37 +67,64 @@ def processor(cpuinfo: str) -> tuple[str, bool]:
     return f"{vendor}{'-amx' * has_amx}-{os.cpu_count()}-cores", has_amx
 
 
-def rows(folder: Path) -> list[list[str]]:
-    """Return a row for each target: what is asked, what was measured, and whether it was met."""
+def verdicts(folder: Path) -> list[Verdict]:
+    """Return a row for everything that is to be reached: what is asked, what was measured, whether it was met."""
+    documents = {name: cases_of(folder / f"{name}.json") for name in STEPS}
     found = []
     for (name, model, batch), target in TARGETS.items():
-        path = folder / f"{name}.json"
-        cases = json.loads(path.read_text())["runs"][0]["cases"] if path.exists() else []
-        case = next((one for one in cases if one["model"] == model and one["batch"] == batch), None)
-        found.append([name, f"{model} batch {batch}", f"{target}x", *measured(case, target)])
-    return found
+        case = next((one for one in documents[name] if (one["model"], one["batch"]) == (model, batch)), None)
+        found.append(speedup_verdict(name, f"{model} batch {batch}", target, case))
+    found += [error_verdict(name, documents[name]) for name in ("infer-bf16", "conv-bf16")]
+    return [*found, layers_verdict("conv-bf16", documents["conv-bf16"])]
 
 
-def measured(case: dict[str, Any] | None, target: float) -> tuple[str, str]:
-    """Return the speedup over the fastest peer as text, and the verdict."""
+def cases_of(path: Path) -> list[Case]:
+    return json.loads(path.read_text())["runs"][0]["cases"] if path.exists() else []
+
+
+def speedup_verdict(document: str, name: str, target: float, case: Case | None) -> Verdict:
+    row = Verdict(document, name, f"at least {target}x, medians (minima)")
     if case is None:
-        return "not measured", ""
-    peers = [name for name in infer.INFERENCE_PEERS if name in case["providers"]]
-    fastest = min(case["providers"][name]["median_s"] for name in peers)
-    speedup = fastest / case["providers"]["ours"]["median_s"]
-    return infer.fastest_peer(case, "ours"), "met" if speedup >= target else f"missed by {1 - speedup / target:.0%}"
+        return row
+    speedup = min(infer.peer_speedups(case, "ours"))
+    verdict = "met" if speedup >= target else f"missed by {1 - speedup / target:.0%}"
+    return row._replace(measured=infer.fastest_peer(case, "ours"), verdict=verdict)
 
 
-def rehearsal(text: str) -> list[str]:
-    """Return the arguments of a step with tiny sizes and without providers that are compiled for minutes."""
-    subcommand = text.partition(" ")[0]
-    dtype = ["--dtype", "bfloat16"] if "bfloat16" in text else []
-    return [subcommand, "--quick", *dtype, *(["--providers", "ours,openvino"] if subcommand == "infer" else [])]
+def error_verdict(document: str, cases: list[Case]) -> Verdict:
+    """Return the verdict on the largest error against float64, as a multiple of stock's."""
+    module, ours = (conv, "ours-packed") if document.startswith("conv") else (infer, "ours")
+    row = Verdict(document, "error against float64", "at most stock's")
+    if not cases:
+        return row
+    worst = max(cases, key=lambda case: module.error_multiple(case, ours))
+    multiple = round(module.error_multiple(worst, ours), 2)
+    verdict = "met" if multiple <= 1 else f"missed by {multiple - 1:.0%}"
+    return row._replace(measured=f"{multiple:.2f}x, {worst['name']}", verdict=verdict)
+
+
+def layers_verdict(document: str, cases: list[Case]) -> Verdict:
+    """Return the verdict on the layers that are slower than oneDNN's fused operator."""
+    row = Verdict(document, "layers slower than oneDNN by over 3 %", "none, medians (minima)")
+    cases = [case for case in cases if conv.ONEDNN in case["providers"]]
+    if not cases:
+        return row
+    by_statistic = zip(*map(conv.onednn_ratios, cases), strict=True)
+    slower = [sum(ratio > conv.SLOWER for ratio in ratios) for ratios in by_statistic]
+    return row._replace(
+        measured=f"{slower[0]} ({slower[1]}) of {len(cases)}", verdict="missed" if any(slower) else "met"
+    )
 
 
 def run(command: list[str], environment: dict[str, str]) -> None:
     print("$", shlex.join(command), flush=True)
     subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | environment, check=True)
+
+
+def quick(command: list[str]) -> list[str]:
+    """Return `command` with tiny shapes instead of its own and few providers, in the same dtype."""
+    dtype = command[command.index("--dtype") :][:2] if "--dtype" in command else []
+    return [command[0], "--quick", *dtype, *(["--providers", "ours,openvino"] if command[0] == "infer" else [])]
 
 
 def main(arguments: list[str]) -> None:
@@ -89,28 +133,32 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--rehearse",
         type=Path,
+        nargs="?",
+        const=SCRATCH / "rehearsal",
         metavar="FOLDER",
-        help="run every step with tiny sizes and emulated tiles, on any machine with AVX-512; results go to FOLDER",
+        help="run every step with tiny sizes and emulated tiles, on any machine with AVX-512, and measure nothing of "
+        "use; results replace those of FOLDER (default: build/bench-amx/rehearsal)",
     )
     options = parser.parse_args(arguments)
     name, has_amx = processor(Path("/proc/cpuinfo").read_text())
-    if not has_amx and options.rehearse is None:
+    rehearsal = options.rehearse is not None
+    if not has_amx and not rehearsal:
         raise SystemExit("bench-amx: this processor lacks amx_bf16 (flags in /proc/cpuinfo)")
-    isa = "amx" if options.rehearse is None else "amx_emulated"
-    folder = ROOT / "benchmarks" / "results" / name if options.rehearse is None else options.rehearse.resolve()
+    folder = options.rehearse.resolve() if rehearsal else ROOT / "benchmarks" / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {"FUSED_RES_CPU_ISA": isa}
-    tests = TESTS if options.rehearse is None else ["tests/backends/cpu/test_convolution.py", "-k", "packed_weight"]
-    run(["pytest", "-q", "-n", "0", *tests], environment)
+    environment = {"FUSED_RES_CPU_ISA": "amx_emulated" if rehearsal else "amx"}
+    run(["pytest", "-q", "-n", "0", *(["-k", "packed_weight", TESTS[1]] if rehearsal else TESTS)], environment)
     for step, text in STEPS.items():
-        if (folder / f"{step}.json").exists() and not options.again:
+        if (folder / f"{step}.json").exists() and not (options.again or rehearsal):
+            print(f"{step} is skipped: {folder / f'{step}.json'} exists; --again replaces it", flush=True)
             continue
-        command = shlex.split(text) if options.rehearse is None else rehearsal(text)
-        scratch = ROOT / "build" / "bench-amx"
-        run(["benchmarks", *command, "--allocator", "as-shipped", "--out", str(scratch)], environment)
-        for suffix in ("json", "png"):
-            (scratch / f"{command[0]}.{suffix}").replace(folder / f"{step}.{suffix}")
-    print(report.table(["document", "case", "asked", "measured, medians (minima)", ""], rows(folder)))
+        command = quick(shlex.split(text)) if rehearsal else shlex.split(text)
+        run(["benchmarks", *command, "--allocator", "as-shipped", "--out", str(SCRATCH)], environment)
+        for suffix in ("png", "json"):  # the JSON last: its presence means that the step is complete
+            (SCRATCH / f"{command[0]}.{suffix}").replace(folder / f"{step}.{suffix}")
+    print(f"\n{report.table(['document', 'case', 'asked', 'measured', ''], verdicts(folder))}\n\nresults in {folder}")
+    if not rehearsal:
+        print("`make docs` adds them to the pages; commit both")
 
 
 if __name__ == "__main__":

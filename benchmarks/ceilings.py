@@ -10,6 +10,8 @@ from fused_res import _extension
 COPY_BYTES = 256 << 20  # far larger than any last-level cache
 GPU_COPY_BYTES = 1 << 30
 QUICK_COPY_BYTES = 1 << 20
+#: Instruction sets of the C++ kernels with products of bfloat16.
+BF16_ISAS = ("avx512_bf16", "amx", "amx_emulated")
 
 
 def copy_size(device: str, quick: bool) -> int:
@@ -35,12 +37,17 @@ def fma_peak() -> float | None:
     return _extension.fma_peak(torch.get_num_threads()) if _extension.loaded else None
 
 
+def bf16_unavailable() -> str | None:
+    """Return why the C++ kernels have no products of bfloat16 here, or None if they have."""
+    if not _extension.loaded:
+        return "the C++ extension is not loaded"
+    isa = _extension.cpu_isa()
+    return None if isa in BF16_ISAS else f"products of bfloat16 require amx or avx512_bf16, this machine runs {isa}"
+
+
 def bf16_peak() -> float | None:
     """Return the FLOP/s of bfloat16 products on registers in all threads; None without avx512_bf16 or amx."""
-    try:
-        return float(_extension.cpp.bf16_peak(torch.get_num_threads())) if _extension.loaded else None
-    except RuntimeError:
-        return None
+    return float(_extension.cpp.bf16_peak(torch.get_num_threads())) if bf16_unavailable() is None else None
 
 
 def measure(device: str, quick: bool) -> dict[str, float]:

@@ -7,9 +7,10 @@ GPU, `ours` is what the heuristics select, and `ours-triton` and `ours-cuda` are
 
 The baseline is `aten`, as PyTorch runs it (cuDNN, oneDNN); it does less work than the others. `ours-packed` runs a
 layer as a frozen network does, with its weight packed once into the layout of the backend; on a CPU its peer is
-`onednn-fused`, oneDNN's own operator on a weight that is packed once. GFLOP/s count the operations of a direct
-convolution, two for each multiply-add, whatever the algorithm; on a CPU they are compared with the measured FMA peak.
-Errors are relative to float64, in the Euclidean norm.
+`onednn-fused`, oneDNN's own operator on a weight that is packed once, and every algorithm with C++ kernels that
+supports the layer is measured as well (`ours-direct_bf16`, ...), to judge the selection. GFLOP/s count the operations
+of a direct convolution, two for each multiply-add, whatever the algorithm; on a CPU they are compared with the measured
+peak of FMAs, or of products of bfloat16. Errors are relative to float64, in the Euclidean norm.
 """
 
 import argparse
@@ -31,6 +32,10 @@ from benchmarks.network import Convolution, build_network
 from benchmarks.roofline import MODELS
 from benchmarks.timing import Clock, Workload, clock_of, measure_interleaved
 from fused_res import backends
+from fused_res.backends import registry
+from fused_res.backends.cpu import convolution
+from fused_res.dispatch import PackedWeight, Problem
+from fused_res.dispatch.selection import Selection, candidates
 from fused_res.functional import conv_bias_act
 from fused_res.nn.packed import Block, PackedProgram, Unit
 
@@ -43,6 +48,10 @@ GPU_BACKENDS = ("triton", "cuda")
 ERROR_FACTOR = 2.0
 ERROR_FLOOR_ULP = 4
 WINOGRAD_FLOOR = 3e-6
+#: `ours-packed` must not take more than this multiple of the time of oneDNN's fused operator.
+SLOWER = 1.03
+PACKED = "ours-packed"
+CANDIDATES = tuple(f"ours-{name}" for name in convolution.KERNELS)
 
 
 @dataclass(frozen=True)
@@ -136,10 +145,12 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
         ATEN: lambda: aten(t, layer),
         "aten-unfused": lambda: aten_unfused(t, layer),
         "ours": lambda: conv_bias_act(t.x, t.weight, t.bias, t.residual, *conv_args, spec.activation, backend=backend),
-        "ours-packed": packed,
+        PACKED: packed,
     }
     if not t.x.is_cuda and is_supported(ONEDNN, onednn := onednn_fused(t, layer)):
         calls[ONEDNN] = onednn
+    if runs_on_cpu(t, backend):
+        calls |= candidate_calls(t, layer)
     if t.x.is_cuda:
         if is_supported("cudnn-fused", cudnn := lambda: cudnn_fused(t, layer)):
             calls["cudnn-fused"] = cudnn
@@ -155,6 +166,10 @@ def build(t: Operands, layer: Convolution, backend: str) -> dict[str, Callable[[
         calls["aten+stats"] = with_statistics
         calls["ours+stats"] = lambda: kernels.conv_bn_stats(t.x, t.weight, None, None, False, *conv_args, True)
     return calls
+
+
+def runs_on_cpu(t: Operands, backend: str) -> bool:
+    return backends.resolve(backend, t.x.device).name == "cpu"
 
 
 def packed_call(t: Operands, layer: Convolution, backend: str) -> Callable[[], Tensor]:
@@ -175,6 +190,27 @@ def packed_call(t: Operands, layer: Convolution, backend: str) -> Callable[[], T
         return output
 
     return call
+
+
+def select_on_cpu(t: Operands, layer: Convolution) -> tuple[Problem, Selection]:
+    """Return the problem of this layer in a frozen network on the CPU, and the selected algorithm."""
+    has_residual = t.residual is not None
+    return registry.select(
+        "cpu", "inference", t.x, t.weight, layer.spec.geometry, registry.conv_preference(), True, has_residual
+    )
+
+
+def candidate_calls(t: Operands, layer: Convolution) -> dict[str, Callable[[], Tensor]]:
+    """Return a call of every algorithm with C++ kernels that supports the layer, on a weight that is packed once."""
+    problem, _ = select_on_cpu(t, layer)
+    bias, calls = t.bias.float(), {}
+    for algorithm in candidates(convolution.ALGORITHMS, problem):
+        if algorithm.name in convolution.KERNELS:
+            assert algorithm.pack is not None
+            weight = PackedWeight(algorithm.pack(problem, t.weight), problem.weight)
+            arguments = t.x, weight, bias, t.residual, problem.geometry, layer.relu
+            calls[f"ours-{algorithm.name}"] = functools.partial(algorithm.implementations["inference"], *arguments)
+    return calls
 
 
 def forced(t: Operands, layer: Convolution) -> dict[str, Callable[[], Any]]:
@@ -332,6 +368,7 @@ def measure_case(
         "count": case.count,
         "flops": case.layer.flops,
         "dtype": common.dtype_name(options),
+        "selected": select_on_cpu(t, case.layer)[1].name if runs_on_cpu(t, options.backend) else None,
         "share_of_allowed_error": checks,
         "providers": {name: {**values.summary(), "error": errors[name]} for name, values in samples.items()},
     }
@@ -339,9 +376,9 @@ def measure_case(
 
 def tables(run: dict[str, Any]) -> str:
     cases = run["cases"]
-    names = report.common_providers(cases)
+    names = [name for name in report.common_providers(cases) if name not in CANDIDATES]
     rows, rates, errors = [], [], []
-    others = [name for name in names if name.startswith("ours") and "+" not in name] if ONEDNN in names else []
+    others = [name for name in ("ours", PACKED) if name in names] if ONEDNN in names else []
     for case in cases:
         time = report.milliseconds(case["providers"][ATEN]["median_s"])
         relative = (report.ratio(*report.ratios([case], name, ATEN)) for name in names[1:])
@@ -353,27 +390,21 @@ def tables(run: dict[str, Any]) -> str:
     header = ["case", "count", f"{ATEN} ms", *(f"{name} / {ATEN}" for name in names[1:])]
     texts = [
         report.table(header, rows),
+        *([selection_table(cases)] if any(case.get("selected") for case in cases) else []),
         gflops_title(run) + "\n" + report.table(["case", *names, *(f"{name} / {ONEDNN}" for name in others)], rates),
         "relative error vs float64\n" + report.table(["case", *names], errors),
     ]
     return "\n\n".join([*texts, summary(run)])
 
 
-def peak_of(run: dict[str, Any]) -> float | None:
-    """Return the measured FLOP/s of products in the dtype of the run, or None where they were not measured."""
-    bf16 = run["cases"][0]["dtype"] == "bfloat16" and "bf16_flops_per_s" in run["ceilings"]
-    peak: float | None = run["ceilings"].get("bf16_flops_per_s" if bf16 else "fma_flops_per_s")
-    return peak
-
-
 def gflops_title(run: dict[str, Any]) -> str:
-    peak = peak_of(run)
+    peak = report.product_peak(run, run["cases"][0]["dtype"])
     return "GFLOP/s of a direct convolution" + (f" (share of the measured peak, {peak / 1e9:.0f})" if peak else "")
 
 
 def gflops_text(run: dict[str, Any], flops: float, seconds: float) -> str:
     """Return GFLOP/s as text, with the share of the peak where that was measured."""
-    peak = peak_of(run)
+    peak = report.product_peak(run, run["cases"][0]["dtype"])
     share = f" ({flops / seconds / peak:.0%})" if peak else ""
     return f"{flops / seconds / 1e9:.0f}{share}"
 
@@ -404,15 +435,54 @@ def summary(run: dict[str, Any]) -> str:
     return title + "\n" + report.table(header, rows) + slower
 
 
+def selection_table(cases: list[dict[str, Any]]) -> str:
+    """Return a table of the selected algorithm of each layer, and of every candidate relative to oneDNN's operator.
+
+    The peer is oneDNN's fused operator; where it does not support the layer, the time is in ms.
+    """
+    names = list(dict.fromkeys(name for case in cases for name in case["providers"] if name in CANDIDATES))
+    rows = []
+    for case in cases:
+        has_peer = ONEDNN in case["providers"]
+        row = [case["name"], case["selected"]]
+        for name in (PACKED, *names):
+            if name not in case["providers"]:
+                row.append("-")
+            elif has_peer:
+                row.append(pair(onednn_ratios(case, name)))
+            else:
+                row.append(f"{report.milliseconds(case['providers'][name]['median_s'])} ms")
+        slower = has_peer and max(onednn_ratios(case)) > SLOWER
+        rows.append([*row, "slower" if slower else "", f"{error_multiple(case, PACKED):.2f}x"])
+    header = ["case", "selected", PACKED, *names, f"over {SLOWER - 1:.0%}", f"error {PACKED} / aten-unfused"]
+    return f"time / {ONEDNN}, medians (minima)\n" + report.table(header, rows)
+
+
+def pair(ratios: tuple[float, float]) -> str:
+    return f"{report.ratio(ratios[0])} ({report.ratio(ratios[1])})"
+
+
+def onednn_ratios(case: dict[str, Any], name: str = PACKED) -> tuple[float, float]:
+    """Return the time of a provider relative to oneDNN's fused operator: of the medians, and of the minima."""
+    (median,) = report.ratios([case], name, ONEDNN)
+    return median, report.minimum(case, name) / report.minimum(case, ONEDNN)
+
+
+def error_multiple(case: dict[str, Any], name: str) -> float:
+    """Return the error against float64 as a multiple of that of stock's convolution, addition and ReLU."""
+    stock: float = case["providers"]["aten-unfused"]["error"]
+    return float(case["providers"][name]["error"]) / stock if stock else 1.0
+
+
 def slower_than_onednn(cases: list[dict[str, Any]]) -> str:
     """Return a line on the layers that run slower than oneDNN's fused operator by more than 3 %."""
-    ratios = {case["name"]: report.minimum(case, "ours-packed") / report.minimum(case, ONEDNN) for case in cases}
-    worst = max(ratios, key=lambda name: ratios[name])
-    count = sum(ratio > 1.03 for ratio in ratios.values())
-    return (
-        f"\nours-packed slower than {ONEDNN} by more than 3 % (minima): {count} of {len(cases)} layers; worst"
-        f" {ratios[worst]:.2f}, {worst}"
-    )
+    texts = []
+    for statistic, index in (("medians", 0), ("minima", 1)):
+        ratios = {case["name"]: onednn_ratios(case)[index] for case in cases}
+        worst = max(ratios, key=lambda name: ratios[name])
+        count = sum(ratio > SLOWER for ratio in ratios.values())
+        texts.append(f"{count} of {len(cases)} layers in {statistic} (worst: {report.ratio(ratios[worst])}, {worst})")
+    return f"\n{PACKED} slower than {ONEDNN} by more than {SLOWER - 1:.0%}: " + "; ".join(texts)
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

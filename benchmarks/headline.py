@@ -17,6 +17,7 @@ def network_headlines(cases: Sequence[Case], verb: Callable[[Case], str]) -> Ite
         if others:
             fastest = min(others, key=others.__getitem__)
             images = f"{case['batch']} image{'s' * (case['batch'] > 1)} of {case['size']}x{case['size']}"
+            images += "" if case.get("dtype", "float32") == "float32" else f" in {case['dtype']}"
             yield (
                 f"{case['model']} {verb(case)} {images} in {report.milliseconds(ours)} ms,"
                 f" {others[fastest] / ours:.2f} times as fast as {report.provider_title(fastest)}, the fastest of"

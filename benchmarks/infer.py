@@ -2,7 +2,10 @@
 
 The providers are frozen fused_res networks, stock PyTorch, torch.compile with its own freezing, and on a CPU OpenVINO
 and ONNX Runtime where they are installed. Below float32 the network and the images are rounded first, except for
-OpenVINO, which rounds them itself.
+OpenVINO, which rounds them itself. Errors are relative to float64, in the Euclidean norm. For ResNets on a CPU two
+lower bounds of the time are printed (Williams, Waterman, Patterson 2009): FLOPs of the definition at the measured peak,
+which Winograd may undercut, and the bytes that a network of fused layers moves at least, at the measured copy
+bandwidth, which caches may undercut.
 """
 
 import argparse
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 
 from benchmarks import data, peers, plots, progress, report
 from benchmarks import options as common
-from benchmarks.check import Results, check_results
+from benchmarks.check import Results, check_results, relative_error
+from benchmarks.levels import LEVELS, kernels
+from benchmarks.network import build_network
 from benchmarks.providers import (
     EAGER,
     EAGER_CHANNELS_LAST,
@@ -25,6 +30,7 @@ from benchmarks.providers import (
     Provider,
     build_module,
 )
+from benchmarks.roofline import MODELS as ROOFLINE_MODELS
 from benchmarks.steps import calibrate_batch_norm, capture_cuda_graph
 from benchmarks.stock import MODELS, stock_model
 from benchmarks.timing import IDLE_SECONDS, Clock, Workload, measure_interleaved, quantile
@@ -108,7 +114,8 @@ def build_peer(runtime: str, stock: nn.Module, x: Tensor, dtype: torch.dtype) ->
 
 def check_and_build(
     providers: list[Provider], case: InferCase, options: argparse.Namespace
-) -> tuple[dict[str, Workload], dict[str, float]]:
+) -> tuple[dict[str, Workload], dict[str, float], dict[str, float]]:
+    """Check the results of each provider; return the workloads, the shares of the tolerance, and all errors."""
     stock = stock_model(case.model)
     images = data.photographs(case.batch, case.size, options.seed)
     calibrate_batch_norm(stock, images)
@@ -135,7 +142,8 @@ def check_and_build(
         for provider in providers
         if provider not in (EAGER, EAGER_CHANNELS_LAST)
     }
-    return {provider.name: workloads[provider.name] for provider in providers}, checks
+    errors = {name: relative_error(result["output"], reference["output"]) for name, result in results.items()}
+    return {provider.name: workloads[provider.name] for provider in providers}, checks, errors
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -145,7 +153,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     measured = []
     for case in progress.cases(select_cases(options), "infer"):
         torch._dynamo.reset()  # each case compiles for its own shape
-        workloads, checks = check_and_build(providers, case, options)
+        workloads, checks, errors = check_and_build(providers, case, options)
         samples = measure_interleaved(
             workloads, **common.timing(options), label=case.name, clock=clock, sample_seconds=0.0, idle=idle
         )
@@ -153,14 +161,47 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             {
                 "name": case.name,
                 **asdict(case),
+                **least_work(case),
                 "share_of_allowed_error": checks,
+                "stock_error": max(errors[provider.name] for provider in (EAGER, EAGER_CHANNELS_LAST)),
                 "providers": {
-                    name: {**values.summary(), "p99_s": quantile(values.totals, 0.99)}
+                    name: {**values.summary(), "p99_s": quantile(values.totals, 0.99), "error": errors[name]}
                     for name, values in samples.items()
                 },
             }
         )
     return {"cases": measured}
+
+
+def least_work(case: InferCase) -> dict[str, float]:
+    """Return the FLOPs of a ResNet, and the bytes that its fused layers read and write; {} for other networks."""
+    if case.model not in ROOFLINE_MODELS or case.device != "cpu":
+        return {}
+    network = build_network(case.model, case.batch, case.size)
+    step = kernels(network, LEVELS["fewest"], "eval", common.DTYPES[case.dtype])
+    return {"flops": sum(kernel.flops for kernel in step), "fewest_bytes": sum(kernel.bytes for kernel in step)}
+
+
+def bounds(run: dict[str, Any], case: dict[str, Any]) -> list[str]:
+    """Return the lower bounds of a case as lines of text; none for results without them."""
+    peak, copy, flops = report.product_peak(run, case["dtype"]), run["ceilings"]["copy_bytes_per_s"], case.get("flops")
+    if flops is None:
+        return []
+    first, provider = next(iter(case["providers"].items()))
+    bounds = [(f"{case['fewest_bytes'] / 1e6:.0f} MB at {copy / 1e9:.1f} GB/s", case["fewest_bytes"] / copy)]
+    if peak:
+        bounds.insert(0, (f"{flops / 1e9:.1f} GFLOP at {peak / 1e9:.0f} GFLOP/s", flops / peak))
+    share = [f"{text}: {report.milliseconds(s)} ms, {s / provider['median_s']:.0%} of {first}" for text, s in bounds]
+    return ["lower bounds: " + "; ".join(share)]
+
+
+def error_multiple(case: dict[str, Any], name: str) -> float:
+    """Return the error of a provider against float64 as a multiple of stock PyTorch's in the same dtype."""
+    return float(case["providers"][name]["error"]) / case["stock_error"] if case["stock_error"] else 1.0
+
+
+def error_text(case: dict[str, Any], name: str) -> str:
+    return f"{error_multiple(case, name):.2f}x" if "stock_error" in case else "-"  # older results have no errors
 
 
 def latency(case: dict[str, Any], name: str) -> list[str]:
@@ -175,19 +216,44 @@ def tables(run: dict[str, Any]) -> str:
     for case in run["cases"]:
         first = next(iter(case["providers"]))
         rows = [
-            [name, *latency(case, name), report.ratio(*report.ratios([case], name, first)), provider["rounds"]]
+            [
+                name,
+                *latency(case, name),
+                report.milliseconds(report.minimum(case, name)),
+                report.ratio(*report.ratios([case], name, first)),
+                report.ratio(report.minimum(case, name) / report.minimum(case, first)),
+                error_text(case, name),
+                provider["rounds"],
+            ]
             for name, provider in case["providers"].items()
         ]
-        parts.append(report.table([case["name"], "p50 ms", "p99 ms", "images/s", f"time / {first}", "rounds"], rows))
+        header = [
+            "p50 ms",
+            "p99 ms",
+            "images/s",
+            "min ms",
+            f"p50 / {first}",
+            f"min / {first}",
+            "error / stock",
+            "rounds",
+        ]
+        parts.append("\n".join([report.table([case["name"], *header], rows), *bounds(run, case)]))
     return "\n\n".join([*parts, summary(run)])
 
 
+def peer_speedups(case: dict[str, Any], first: str) -> tuple[float, float]:
+    """Return the time of the fastest peer relative to provider `first`: of the medians, and of the minima."""
+    peers = [name for name in INFERENCE_PEERS if name in case["providers"]]
+    medians = {name: case["providers"][name]["median_s"] for name in (first, *peers)}
+    minima = {name: report.minimum(case, name) for name in (first, *peers)}
+    return min(medians[name] for name in peers) / medians[first], min(minima[name] for name in peers) / minima[first]
+
+
 def fastest_peer(case: dict[str, Any], first: str) -> str:
-    """Return the time of the fastest peer relative to provider `first`, in medians and in minima, and its name."""
-    providers = case["providers"]
-    _, name = min((providers[name]["median_s"], name) for name in INFERENCE_PEERS if name in providers)
-    median = report.ratio(providers[name]["median_s"] / providers[first]["median_s"])
-    return f"{median} ({report.ratio(report.minimum(case, name) / report.minimum(case, first))}) {name}"
+    """Return both values of `peer_speedups` as text, and the name of the peer with the smallest median."""
+    median, minimum = map(report.ratio, peer_speedups(case, first))
+    peers = [name for name in INFERENCE_PEERS if name in case["providers"]]
+    return f"{median} ({minimum}) {min(peers, key=lambda name: case['providers'][name]['median_s'])}"
 
 
 def summary(run: dict[str, Any]) -> str:

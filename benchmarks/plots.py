@@ -100,9 +100,12 @@ def bandwidth(document: dict[str, Any], path: Path) -> None:
 
 
 def speedups(document: dict[str, Any], path: Path, title: str) -> None:
-    """Draw the speed of each provider relative to eager channels_last, or to the last provider without that one."""
+    """Draw the speed of each provider relative to eager channels_last, or to the last provider without that one.
+
+    Providers of some cases only, and those without a color, are left out: the candidate algorithms of `conv`.
+    """
     cases = document["runs"][0]["cases"]
-    providers = list(cases[0]["providers"])
+    providers = [name for name in report.common_providers(cases) if name in COLOR_OF]
     figure, pairs = panels(document, 1.6 + len(cases) * (0.15 + 0.13 * len(providers)))
     base = "eager-channels-last" if "eager-channels-last" in providers else providers[-1]
     for axis, run in pairs:

@@ -89,6 +89,13 @@ def common_providers(cases: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name in cases[0]["providers"] if all(name in case["providers"] for case in cases)]
 
 
+def product_peak(run: dict[str, Any], dtype: str) -> float | None:
+    """Return the measured FLOP/s of products of `dtype`: those of bfloat16, where the CPU has them, or of FMAs."""
+    measured = run["ceilings"]
+    names = ("bf16_flops_per_s",) * (dtype == "bfloat16") + ("fma_flops_per_s",)
+    return next((float(measured[name]) for name in names if name in measured), None)
+
+
 def allocator_title(run: dict[str, Any]) -> str:
     """Return what identifies a run within its document: the allocator setting, or on a GPU the name of the GPU."""
     gpu = run["environment"].get("gpu")

@@ -9,9 +9,10 @@ subcommands measure what the suites omit.
 import argparse
 import shlex
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks import allocator, headline, report, runner
+from benchmarks import allocator, ceilings, headline, report, runner
 
 HELP = "a suite of all of the above that takes at most ten minutes and ends with a summary"
 
@@ -24,18 +25,19 @@ class SuiteEntry(NamedTuple):
     title: str  # name of the result files
     command: str  # subcommand with its options
     single_allocator: bool = False  # only the first selected setting, to save time
+    unavailable: Callable[[], str | None] = lambda: None  # why this machine cannot run it, or None
 
 
 CPU_SUITE = (
-    SuiteEntry("op", f"op --providers {STOCK} {FAST}"),
+    SuiteEntry("op", f"op --providers {STOCK} {FAST}", single_allocator=True),
     SuiteEntry(
         "infer", "infer --model resnet18 resnet50 --batch 1 16 --repeat 5 --min-time 0.5", single_allocator=True
     ),
     SuiteEntry(
         "infer-bf16",
-        "infer --dtype bfloat16 --providers ours,eager-channels-last,openvino --model resnet18 resnet50 --batch 1 16"
-        " --repeat 5 --min-time 0.5",
+        "infer --dtype bfloat16 --model resnet50 --batch 1 16 --repeat 5 --min-time 0.5",
         single_allocator=True,
+        unavailable=ceilings.bf16_unavailable,
     ),
     SuiteEntry("conv", "conv --model resnet50 --batch 4 --repeat 5 --min-time 0.1", single_allocator=True),
     SuiteEntry("model", f"model --providers {STOCK} --model resnet50 --mode train --repeat 5", single_allocator=True),
@@ -99,16 +101,20 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks
     shared += ["--threads", str(options.threads)] if options.threads else []
     shared += ["--quick"] if options.quick else []
     shared += ["--device", "cuda"] if options.device == "cuda" else []
-    documents, summaries, skipped, failed = [], [], [], []
+    documents, summaries, missing, skipped, failed = [], [], [], [], []
     on_gpu = options.device == "cuda"
     for entry in GPU_SUITES[options.stage] if on_gpu else CPU_SUITE:
         if time.monotonic() - started > LATEST_START_SECONDS:
             skipped.append(f"python -m benchmarks {entry.command}")
             continue
+        if reason := entry.unavailable():
+            missing.append(f"{entry.title} ({reason}): python -m benchmarks {entry.command}")
+            continue
         setting = allocator.settings_for(options.allocator)[0] if entry.single_allocator else options.allocator
         subcommand, *entry_options = shlex.split(entry.command)
-        if options.quick:
-            entry_options = []  # --quick has its own shapes and skips the compiled providers
+        if options.quick:  # it has its own shapes and skips the compiled providers
+            dtype = parser.parse_args([subcommand, *entry_options]).dtype if "--dtype" in entry_options else None
+            entry_options = ["--dtype", dtype] if dtype else []
         arguments = [subcommand, *entry_options, *shared, "--allocator", setting]
         benchmark = benchmarks[subcommand]
         limit = GPU_SUITE_SECONDS - (time.monotonic() - started) if on_gpu else None
@@ -121,6 +127,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, benchmarks
             continue
         documents.append(document)
         summaries += [benchmark.summary(one) for one in document["runs"]]
+    if missing:
+        summaries.append("not measured on this machine:\n" + "\n".join(missing))
     if skipped:
         summaries.append("skipped, because this machine is too slow for the time limit:\n" + "\n".join(skipped))
     if failed:

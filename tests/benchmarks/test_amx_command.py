@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as command_line
 from benchmarks import amx
 from fused_res import _extension
 
@@ -30,18 +32,72 @@ def test_without_amx_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verdicts(tmp_path: Path) -> None:
-    def provider(seconds: float) -> dict[str, object]:
-        return {"median_s": seconds, "samples_s": [seconds]}
+    """A target is met only in medians and in minima, each against the peer that is fastest in it."""
+
+    def provider(median: float, minimum: float) -> dict[str, object]:
+        return {"median_s": median, "samples_s": [minimum, median]}
 
     case = {
+        "name": "resnet50 b16",
         "model": "resnet50",
         "batch": 16,
-        "providers": {"ours": provider(1.0), "openvino": provider(1.5), "compile-freezing": provider(1.3)},
+        "stock_error": 1e-3,
+        "providers": {
+            "ours": provider(1.0, 1.0) | {"error": 1.3e-3},
+            "openvino": provider(1.5, 1.45),
+            "compile-freezing": provider(1.6, 1.3),
+        },
     }
     (tmp_path / "infer-bf16.json").write_text(json.dumps({"runs": [{"cases": [case]}]}))
-    found = {(row[0], row[1]): row[3:] for row in amx.rows(tmp_path)}
-    assert found["infer-bf16", "resnet50 batch 16"] == ["1.30x (1.30x) compile-freezing", "missed by 7%"]
-    assert found["infer", "resnet50 batch 16"] == ["not measured", ""]
+    conv = {
+        "name": "1x1",
+        "providers": {
+            "ours-packed": provider(1.02, 1.0) | {"error": 0.9e-3},
+            "onednn-fused": provider(1.0, 0.95),
+            "aten-unfused": provider(2.0, 2.0) | {"error": 1e-3},
+        },
+    }
+    (tmp_path / "conv-bf16.json").write_text(json.dumps({"runs": [{"cases": [conv]}]}))
+    found = {(row.document, row.case): (row.measured, row.verdict) for row in amx.verdicts(tmp_path)}
+    assert found["infer-bf16", "resnet50 batch 16"] == ("1.50x (1.30x) openvino", "missed by 7%")
+    assert found["infer-bf16", "error against float64"] == ("1.30x, resnet50 b16", "missed by 30%")
+    assert found["infer", "resnet50 batch 16"] == ("not measured", "")
+    assert found["conv-bf16", "error against float64"] == ("0.90x, 1x1", "met")
+    assert found["conv-bf16", "layers slower than oneDNN by over 3 %"] == ("0 (1) of 1", "missed")
+
+
+def test_complete_steps_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], environment: dict[str, str]) -> None:
+        assert environment == {"FUSED_RES_CPU_ISA": "amx"}
+        commands.append(command)
+        if command[0] == "benchmarks":
+            for suffix in ("json", "png"):
+                (tmp_path / "scratch" / f"{command[1]}.{suffix}").write_text('{"runs": [{"cases": []}]}')
+
+    monkeypatch.setattr(amx, "processor", lambda text: ("xeon", True))
+    monkeypatch.setattr(amx, "ROOT", tmp_path)
+    monkeypatch.setattr(amx, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(amx, "run", run)
+    (tmp_path / "scratch").mkdir()
+    folder = tmp_path / "benchmarks" / "results" / "xeon"
+    folder.mkdir(parents=True)
+    (folder / "infer-bf16.json").write_text('{"runs": [{"cases": []}]}')
+    amx.main([])
+    assert [command[:2] for command in commands[1:]] == [["benchmarks", "infer"], ["benchmarks", "conv"]]
+    assert {path.stem for path in folder.glob("*.json")} == set(amx.STEPS)
+    commands.clear()
+    amx.main(["--again"])
+    assert commands[0][0] == "pytest" and len(commands) == 1 + len(amx.STEPS)
+
+
+def test_steps_parse() -> None:
+    parser = command_line.build_parser()
+    for text in amx.STEPS.values():
+        for command in (shlex.split(text), amx.quick(shlex.split(text))):
+            parsed = parser.parse_args(command)
+            assert (parsed.dtype == "bfloat16") == ("bfloat16" in text)
 
 
 @pytest.mark.full
