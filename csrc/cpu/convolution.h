@@ -115,8 +115,7 @@ class DirectBf16Tasks {
     const int64_t row_elements =
         operand_ == Operand::kBand ? band_width(args) * args.channels / args.out_width : padded_k(args);
     const int64_t rows = std::clamp<int64_t>(caches().l2 / 4 / (row_elements * kElement), kMinRows, kMaxRows);
-    units_ = std::max<int64_t>(rows / unit_, 1);
-    chunks_ = ceil_div(ceil_div(rows_, unit_), units_);
+    chunks_ = ceil_div(ceil_div(rows_, unit_), std::max<int64_t>(rows / unit_, 1));
   }
 
   int64_t chunks() const { return chunks_; }
@@ -162,7 +161,7 @@ class DirectBf16Tasks {
 
   const ConvolutionArgs& args_;
   Operand operand_;
-  int64_t rows_, unit_, units_, chunks_;
+  int64_t rows_, unit_, chunks_;
 };
 
 // Winograd convolution, in one of two schedules. Fused: a task takes a chunk of tiles through input
