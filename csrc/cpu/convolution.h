@@ -1,5 +1,8 @@
 // Work partition of a convolution into tasks. Free of torch, like partition.h. The arithmetic of each output
 // depends on the shape only, so results are bitwise identical for any number of threads.
+//
+// The tasks run in a parallel loop, one region a layer: parallel(n, body) runs body(begin, end) over parts of
+// [0, n), parallel.in_stages(...) the tasks of a TaskQueue (task_queue.h).
 #pragma once
 
 #include <algorithm>
@@ -214,25 +217,32 @@ class WinogradTasks {
       return;
     }
     float* const m = scratch + kChunksPerStage * v_floats();
-    for (int64_t first = 0; first < chunks_; first += kChunksPerStage) {
-      const int64_t chunks = std::min(kChunksPerStage, chunks_ - first);
-      parallel(chunks * kTransformTasks, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const Range block = balanced_range(total_, first + task / kTransformTasks, chunks_);
-          const Range part = balanced_range(block.end - block.begin, task % kTransformTasks, kTransformTasks);
-          k.input_transform(args_, block, {block.begin + part.begin, block.begin + part.end},
-                            scratch + task / kTransformTasks * v_floats());
-        }
-      });
-      parallel(panels * chunks, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t panel = task / chunks, chunk = first + task % chunks;
-          k.gemm_output_transform(args_, balanced_range(total_, chunk, chunks_), {panel, panel + 1},
-                                  scratch + task % chunks * v_floats(), m + parallel.thread() * m_floats(),
-                                  moments.of(chunk, args_.out_channels));
-        }
-      });
-    }
+    // The input transforms of a few chunks are one stage, their GEMMs the next.
+    const auto first_chunk = [](int64_t stage) { return stage / 2 * kChunksPerStage; };
+    const auto chunks_of = [&](int64_t stage) {
+      return std::min(kChunksPerStage, chunks_ - first_chunk(stage));
+    };
+    parallel.in_stages(
+        2 * ceil_div(chunks_, kChunksPerStage),
+        [&](int64_t stage) { return chunks_of(stage) * (stage % 2 == 0 ? kTransformTasks : panels); },
+        [&](int64_t stage, int64_t begin, int64_t end) {
+          const int64_t first = first_chunk(stage), chunks = chunks_of(stage);
+          for (int64_t task = begin; task < end; ++task) {
+            if (stage % 2 == 0) {
+              const int64_t index = task / kTransformTasks;
+              const Range block = balanced_range(total_, first + index, chunks_);
+              const Range part =
+                  balanced_range(block.end - block.begin, task % kTransformTasks, kTransformTasks);
+              k.input_transform(args_, block, {block.begin + part.begin, block.begin + part.end},
+                                scratch + index * v_floats());
+            } else {
+              const int64_t panel = task / chunks, index = task % chunks, chunk = first + index;
+              k.gemm_output_transform(args_, balanced_range(total_, chunk, chunks_), {panel, panel + 1},
+                                      scratch + index * v_floats(), m + parallel.thread() * m_floats(),
+                                      moments.of(chunk, args_.out_channels));
+            }
+          }
+        });
   }
 
  private:

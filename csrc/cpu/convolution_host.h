@@ -2,12 +2,11 @@
 // layer.
 #pragma once
 
-#include <atomic>
-
 #include "common/output_size.h"
 #include "cpu/caches.h"
 #include "cpu/convolution.h"
 #include "cpu/isa.h"
+#include "cpu/task_queue.h"
 #include "cpu/tensor.h"
 
 namespace fused_res::cpu {
@@ -46,10 +45,8 @@ inline const float* float_data(const Tensor& tensor, const char* name) {
   return tensor.const_data_ptr<float>();
 }
 
-// The parallel loop parallel(n, body) of convolution.h, with dynamic scheduling: each thread fetches the next
-// task when it has finished one, because tasks differ in length, and cores may be shared with other
-// processes. thread() indexes per-thread scratch memory. Uses one thread if the work does not amortize waking
-// others.
+// The parallel loops of convolution.h: threads that fetch tasks from a queue. thread() indexes per-thread
+// scratch memory. Uses one thread if the work does not amortize waking others.
 class DynamicParallel {
  public:
   // `fmas`: the number of FMAs.
@@ -62,11 +59,18 @@ class DynamicParallel {
 
   template <class Body>
   void operator()(int64_t n, const Body& body) const {
-    if (threads_ == 1 || n == 1) return body(int64_t{0}, n);
-    std::atomic<int64_t> next = 0;
-    at::parallel_for(0, threads_, 1, [&](int64_t, int64_t) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(task, task + 1);
-    });
+    if (n == 1) return body(int64_t{0}, n);
+    in_stages(1, [&](int64_t) { return n; }, [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
+  }
+
+  template <class Size, class Body>
+  void in_stages(int64_t stages, const Size& size, const Body& body) const {
+    if (threads_ == 1) {
+      for (int64_t stage = 0; stage < stages; ++stage) body(stage, int64_t{0}, size(stage));
+      return;
+    }
+    TaskQueue queue(stages, size, body);
+    at::parallel_for(0, threads_, 1, [&](int64_t, int64_t) { queue.work(); });
   }
 
  private:

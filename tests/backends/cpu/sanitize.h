@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/convolution.h"
+#include "cpu/task_queue.h"
 
 namespace fused_res::cpu {
 namespace {
@@ -38,8 +39,8 @@ inline Array<float> random_floats(int64_t n, float mean) {
   return values;
 }
 
-// The parallel loop parallel(n, body) of the tasks. Threads are synchronized only at the start and the end of
-// the loop.
+// The parallel loops of the tasks. Threads are synchronized only at the start and the end of a loop, and by
+// its queue.
 struct Threads {
   int64_t count;
   static thread_local int64_t number;
@@ -49,12 +50,26 @@ struct Threads {
 
   template <class Body>
   void operator()(int64_t n, const Body& body) const {
+    run([&] {
+      const Range part = balanced_range(n, number, count);
+      if (part.begin < part.end) body(part.begin, part.end);
+    });
+  }
+
+  template <class Size, class Body>
+  void in_stages(int64_t stages, const Size& size, const Body& body) const {
+    TaskQueue queue(stages, size, body);
+    run([&] { queue.work(); });
+  }
+
+ private:
+  template <class Work>
+  void run(const Work& work) const {
     std::vector<std::thread> threads;
     for (int64_t i = 0; i < count; ++i) {
       threads.emplace_back([&, i] {
         number = i;
-        const Range part = balanced_range(n, i, count);
-        if (part.begin < part.end) body(part.begin, part.end);
+        work();
       });
     }
     for (std::thread& thread : threads) thread.join();
