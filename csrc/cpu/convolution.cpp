@@ -14,24 +14,41 @@
 namespace fused_res::cpu {
 namespace {
 
+// Packs a weight for products of bfloat16; the arguments are those of pack_conv_weight.
+Tensor pack_bf16_weight(const Tensor& original, bool transposed) {
+  const Tensor rotated = transposed ? original.flip({2, 3}).transpose(0, 1) : original;
+  const Tensor weight = rotated.to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
+  const int64_t out_channels = weight.size(0), channels = weight.size(1),
+                taps = weight.size(2) * weight.size(3);
+  const int64_t size = packed_size(out_channels, channels, taps, /*winograd=*/false, /*bf16_products=*/true);
+  Tensor packed = empty_output({size}, at::kBFloat16, at::MemoryFormat::Contiguous);
+  const void* from = weight.const_data_ptr();
+  void* to = packed.mutable_data_ptr();
+  Parallel{size}(num_panels(out_channels), [&](int64_t begin, int64_t end) {
+    kernels().bf16_convolution->pack(from, out_channels, taps * channels, {begin, end}, to);
+  });
+  return packed;
+}
+
 // Packs a weight (K, C, kh, kw) of float32, bfloat16 or float16. winograd: the stride, 1 or 2, of a Winograd
 // convolution, or 0 for a direct one. transposed: pack the weight of the gradient with respect to the input
 // (dgrad), whose taps are reversed and whose input and output channels are swapped. bf16_products: pack
 // bfloat16 for products of bfloat16, otherwise float32.
 Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transposed, bool bf16_products) {
   image_dtype(original, "weight");
-  const Tensor weight = original.to(at::kFloat);
-  TORCH_CHECK_VALUE(weight.dim() == 4, "weight: expected (K, C, kh, kw), got ", weight.sizes());
-  const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3);
+  TORCH_CHECK_VALUE(original.dim() == 4, "weight: expected (K, C, kh, kw), got ", original.sizes());
+  const int64_t kernel_h = original.size(2), kernel_w = original.size(3);
   TORCH_CHECK_VALUE(winograd >= 0 && winograd <= 2,
                     "winograd: expected a stride of 1 or 2, or 0 for direct, got ", winograd);
   TORCH_CHECK_VALUE(winograd == 0 || (kernel_h == 3 && kernel_w == 3),
-                    "weight: Winograd supports 3x3 kernels, got ", weight.sizes());
+                    "weight: Winograd supports 3x3 kernels, got ", original.sizes());
   TORCH_CHECK_VALUE(
       !bf16_products || (kernels().bf16_convolution && winograd == 0),
       "bf16_products: expected a direct convolution, and an instruction set with products of bfloat16, "
       "got ",
       kernels().name);
+  if (bf16_products) return pack_bf16_weight(original, transposed);
+  const Tensor weight = original.to(at::kFloat);
   WeightView w = {float_data(weight, "weight"),
                   weight.size(0),
                   weight.size(1),
@@ -49,14 +66,12 @@ Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transpose
     std::swap(w.out_channels, w.channels);
     std::swap(w.output_stride, w.channel_stride);
   }
-  const int64_t size =
-      packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0, bf16_products);
-  Tensor packed =
-      empty_output({size}, bf16_products ? at::kBFloat16 : at::kFloat, at::MemoryFormat::Contiguous);
+  const int64_t size = packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0,
+                                   /*bf16_products=*/false);
+  Tensor packed = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
   void* to = packed.mutable_data_ptr();
-  const auto pack = bf16_products   ? kernels().bf16_convolution->direct.pack
-                    : winograd != 0 ? convolution_kernels().winograd[0].pack
-                                    : convolution_kernels().direct[0].pack;
+  const auto pack =
+      winograd != 0 ? convolution_kernels().winograd[0].pack : convolution_kernels().direct[0].pack;
   // Half of the L3, not keeps_in_l3()'s quarter: nothing is read between the packing of U and its use.
   w.stream = static_cast<int64_t>(packed.nbytes()) > caches().l3 / 2;
   Parallel{size}(num_panels(w.out_channels), [&](int64_t begin, int64_t end) { pack(w, {begin, end}, to); });

@@ -139,8 +139,8 @@ class DirectBf16Tasks {
       char* operand = static_cast<char*>(scratch) +
                       (operand_ == Operand::kInPlace ? 0 : parallel.thread() * operand_elements() * kElement);
       for (int64_t task = begin; task < end; ++task) {
-        k.bf16_convolution->direct.run(args, rows(task % chunks_),
-                                       balanced_range(panels, task / chunks_, groups), operand, nullptr);
+        k.bf16_convolution->run(args, rows(task % chunks_), balanced_range(panels, task / chunks_, groups),
+                                operand);
       }
     });
   }

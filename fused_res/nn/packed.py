@@ -251,7 +251,10 @@ def fold(tensors: UnitTensors, eps: float) -> tuple[Tensor, Tensor]:
     if mean is None or var is None:
         folded, shift = weight, weight.new_zeros(len(weight)) if bias is None else bias
     else:
-        folded, shift = fuse_conv_bn_weights(weight.double(), bias, mean, var, eps, norm_weight, norm_bias)
+        # Folding a weight of ones returns the norm's scale, so that the weight itself is copied once.
+        ones = mean.new_ones(len(weight), *[1] * (weight.dim() - 1))
+        scale, shift = fuse_conv_bn_weights(ones, bias, mean, var, eps, norm_weight, norm_bias)
+        folded = weight.to(torch.float64, copy=True).mul_(scale)
     format = _weight_format(weight)
     bias_dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     return folded.detach().to(weight.dtype, memory_format=format), shift.detach().to(bias_dtype)

@@ -10,7 +10,8 @@ namespace fused_res::cpu {
 #define FUSED_RES_TABLE(isa) FUSED_RES_PASTE(bf16_kernels_, isa)
 
 extern constexpr Bf16ConvolutionKernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
-    .direct = direct_bf16,
+    .pack = direct_bf16_pack,
+    .run = direct_bf16_run,
     .tiles = kTiles,
     .dot_loop = dot_loop,
 };

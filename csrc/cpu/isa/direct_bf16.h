@@ -27,29 +27,26 @@ inline void clear_elements(bfloat16* to, int64_t n) {
   if (n > 0) memset(to, 0, n * sizeof *to);
 }
 
-// Packs B: packed[panel][block of K][...], dot_micro_kernel.h has the layout of a block. K runs over kernel
-// rows, kernel columns and channels, and is padded with zeros to whole blocks.
-void direct_bf16_pack(const WeightView& weight, Range panels, void* packed) {
-  const int64_t k = weight.kernel_h * weight.kernel_w * weight.channels, blocks = (k + kBlockK - 1) / kBlockK;
-  const auto narrow_one = [](float value) {
-    bfloat16 narrow;
-    store(&narrow, Vec<float>::broadcast(value), 1);
-    return narrow;
-  };
+// Packs B: packed[panel][block of K][...], dot_micro_kernel.h has the layout of a block. K is padded with
+// zeros to whole blocks. `weight`: B^T, [out_channels][k].
+void direct_bf16_pack(const void* weight, int64_t out_channels, int64_t k, Range panels, void* packed) {
+  // A half of a block is the transpose of 16 output channels x 16 pairs of rows of K.
+  constexpr int kPairs = kBlockK / 2;
+  uint32_t pairs[kHalfWidth][kPairs];
+  auto* to =
+      static_cast<uint32_t*>(packed) + panels.begin * ((k + kBlockK - 1) / kBlockK) * kBlockElements / 2;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    bfloat16* to = static_cast<bfloat16*>(packed) + panel * blocks * kBlockElements;
-    memset(to, 0, blocks * kBlockElements * sizeof *to);
-    const int64_t width = min(kPanelWidth, weight.out_channels - panel * kPanelWidth);
-    for (int64_t o = 0; o < width; ++o) {
-      const float* from = weight.data + (panel * kPanelWidth + o) * weight.output_stride;
-      int64_t at = 0;
-      for (int64_t y = 0; y < weight.kernel_h; ++y) {
-        for (int64_t x = 0; x < weight.kernel_w; ++x) {
-          for (int64_t c = 0; c < weight.channels; ++c, ++at) {
-            const float value =
-                from[y * weight.row_stride + x * weight.column_stride + c * weight.channel_stride];
-            to[vnni_offset(at, o)] = narrow_one(value);
-          }
+    for (int64_t row = 0; row < k; row += kBlockK) {
+      const int64_t rows = min(kBlockK, k - row);
+      for (int64_t half = 0; half < kPanelWidth; half += kHalfWidth) {
+        const int64_t first = panel * kPanelWidth + half, width = min(kHalfWidth, out_channels - first);
+        if (rows < kBlockK || width < kHalfWidth) memset(pairs, 0, sizeof pairs);
+        for (int64_t o = 0; o < width; ++o) {
+          copy_elements(reinterpret_cast<bfloat16*>(pairs[o]),
+                        static_cast<const bfloat16*>(weight) + (first + o) * k + row, rows);
+        }
+        for (int pair = 0; pair < kPairs; ++pair) {
+          for (int o = 0; o < kHalfWidth; ++o) *to++ = pairs[o][pair];
         }
       }
     }
@@ -243,7 +240,7 @@ inline void compute_block(const ConvolutionArgs& args, const TapLoop& taps, cons
 
 // Computes the output pixels `rows`, counted through all images, for the output channels of `panels`. With
 // the operand kBand, `rows` are whole rows of the output.
-void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void* scratch, double*) {
+void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void* scratch) {
   constexpr int64_t kRows = Gemm::kRows;
   const Operand operand = select_operand(args, kTiles);
   auto* a = static_cast<bfloat16*>(scratch);
@@ -334,8 +331,6 @@ void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void
   gemm.finish();
   if (args.stream) stream_fence();
 }
-
-inline constexpr DirectKernels direct_bf16 = {direct_bf16_pack, direct_bf16_run};
 
 }  // namespace
 }  // namespace fused_res::cpu

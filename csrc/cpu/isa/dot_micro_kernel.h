@@ -18,12 +18,6 @@ namespace {
 constexpr int kHalfWidth = kPanelWidth / 2;
 constexpr int64_t kBlockElements = kBlockK * kPanelWidth, kHalfElements = kBlockElements / 2;
 
-// The position of element (k, column) in a packed panel.
-inline int64_t vnni_offset(int64_t k, int64_t column) {
-  return k / kBlockK * kBlockElements + column / kHalfWidth * kHalfElements + k % kBlockK / 2 * kPanelWidth +
-         column % kHalfWidth * 2 + k % 2;
-}
-
 // The K loop of one GEMM: for each filter tap, `blocks` blocks of kBlockK channels. The rows of A of tap
 // (i, j) begin i * tap_row + j * tap_column elements after those of tap (0, 0).
 struct TapLoop {

@@ -106,22 +106,16 @@ Memory<uint16_t> random_bf16(int64_t n, bool any_values) {
 
 struct Operands {
   ConvolutionArgs args = {};
-  Memory<uint16_t> x, residual;
-  Memory<float> weight_data, bias;
-  WeightView weight;
+  Memory<uint16_t> x, residual, weight;  // weight: [out_channels][kernel_h][kernel_w][channels]
+  Memory<float> bias;
 
   explicit Operands(const Case& c)
       : x(random_bf16(c.images * c.height * c.width * c.channels, c.any_values)),
         residual(0),
-        weight_data(c.out_channels * c.channels * c.kernel_h * c.kernel_w),
+        weight(random_bf16(c.out_channels * c.channels * c.kernel_h * c.kernel_w, c.any_values)),
         bias(c.out_channels) {
-    const Memory<uint16_t> narrow_weight = random_bf16(weight_data.size, c.any_values);
     const Memory<uint16_t> narrow_bias = random_bf16(bias.size, false);
-    for (int64_t i = 0; i < weight_data.size; ++i) weight_data[i] = widened(narrow_weight[i]);
     for (int64_t i = 0; i < bias.size; ++i) bias[i] = widened(narrow_bias[i]) * 1.001f;
-    const int64_t taps = c.kernel_h * c.kernel_w;
-    weight = {weight_data.get(), c.out_channels, c.channels, c.kernel_h, c.kernel_w,
-              c.channels * taps, taps,           c.kernel_w, 1,          1};
     args.images = c.images, args.channels = c.channels, args.height = c.height, args.width = c.width;
     args.out_channels = c.out_channels, args.kernel_h = c.kernel_h, args.kernel_w = c.kernel_w;
     args.out_height = output_size(c.height, c.kernel_h, c.stride_h, c.pad_h, c.dilation);
@@ -155,9 +149,9 @@ struct Operands {
         const int64_t w = out_x * args.stride_w - args.pad_w + j * args.dilation_w;
         if (h < 0 || h >= args.height || w < 0 || w >= args.width) continue;
         const uint16_t* from = x.get() + ((image * args.height + h) * args.width + w) * args.channels;
-        const float* filter = weight_data.get() + o * weight.output_stride + i * weight.row_stride + j;
+        const uint16_t* filter = weight.get() + ((o * args.kernel_h + i) * args.kernel_w + j) * args.channels;
         for (int64_t c = 0; c < args.channels; ++c)
-          add(static_cast<double>(widened(from[c])) * filter[c * weight.channel_stride]);
+          add(static_cast<double>(widened(from[c])) * widened(filter[c]));
       }
     }
     return args.relu && sum <= 0 ? 0 : sum;
@@ -190,8 +184,9 @@ Memory<uint16_t> run(Operands& operands, const Bf16ConvolutionKernels& k, const 
   const int64_t panels = num_panels(args.out_channels);
   Memory<uint16_t> packed(
       packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w, false, true));
-  parallel(panels,
-           [&](int64_t begin, int64_t end) { k.direct.pack(operands.weight, {begin, end}, packed.get()); });
+  parallel(panels, [&](int64_t begin, int64_t end) {
+    k.pack(operands.weight.get(), args.out_channels, gemm_k(args), {begin, end}, packed.get());
+  });
   Memory<uint16_t> y(operands.pixels() * args.out_channels - (fault == "output" ? 1 : 0));
   constexpr uint16_t kNan = 0x7FC1;
   std::fill_n(y.get(), y.size, kNan);

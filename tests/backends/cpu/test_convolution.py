@@ -420,13 +420,20 @@ class TestBf16Products:
             reference = operands.reference()
             assert rms(operands.run(DIRECT, bf16_products=True)[0] - reference) <= rms(stock - reference)
 
-    def test_packed_weight(self, isa: str) -> None:
+    @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3)])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_packed_weight(self, isa: str, kernel: Pair, dtype: torch.dtype) -> None:
         """[panel][block of 32 rows of K][half of the outputs][pair of rows][16 outputs][2], padded with zeros."""
         _C.set_cpu_isa(isa)
-        operands = Operands.random(Case(1, 5, 5, 5, 35), dtype=torch.bfloat16)
-        k = F.pad(operands.weight.permute(0, 2, 3, 1).flatten(1), (0, 64 - 45, 0, 64 - 35))
-        expected = k.view(2, 2, 16, 2, 16, 2).permute(0, 3, 1, 4, 2, 5)
-        assert torch.equal(operands.packed(DIRECT, bf16_products=True).view(expected.shape), expected)
+        for channels, outputs in ((5, 35), (32, 64), (33, 7), (70, 16)):
+            weight = torch.randn(outputs, channels, *kernel, dtype=dtype)
+            k = weight.bfloat16().permute(0, 2, 3, 1).flatten(1)
+            k = F.pad(k, (0, -k.shape[1] % 32, 0, -outputs % 32))
+            expected = k.view(-(-outputs // 32), 2, 16, -1, 16, 2).permute(0, 3, 1, 4, 2, 5).flatten()
+            dgrad_weight = weight.transpose(0, 1).flip(2, 3)  # whose dgrad weight is `weight`
+            for stored in (weight, to_channels_last(weight)):
+                assert torch.equal(PACK(stored, 0, False, True), expected)
+            assert torch.equal(PACK(dgrad_weight, 0, True, True), expected)
 
     @pytest.mark.parametrize(("kernel", "padding"), [((3, 3), (1, 1)), ((1, 1), (0, 0))], ids=["3x3", "1x1"])
     @pytest.mark.parametrize("channels", [19, 32])
