@@ -180,7 +180,7 @@ def test_winograd_disabled_accuracy_vs_stock() -> None:
         frozen = fused_res.freeze(model)
         assert (frozen(x) - expected).norm() <= 2 * stock_error + 1e-6 * expected.norm()
     algorithms = selected(frozen)
-    assert len(algorithms) == 20 and set(algorithms.values()) == {"direct"}
+    assert len(algorithms) == 21 and set(algorithms.values()) == {"direct"}
     assert (fused_res.freeze(model)(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     with pytest.raises(ValueError, match="winograd must be"):
         fused_res.backends.use("auto", winograd="no")  # type: ignore[arg-type]
@@ -295,7 +295,7 @@ def test_packed_weights_use_at_most_four_times_the_memory() -> None:
     frozen.layer1(torch.randn(1, 64, 16, 16))
     programs = [frozen._fused_res.packed, frozen.layer1._fused_res.packed]
     used = [[conv._layer for one in p._sequences.values() for conv in one.last.convolutions] for p in programs]
-    assert [len(layers) for layers in used] == [20, 4] and set(used[1]) <= set(used[0])
+    assert [len(layers) for layers in used] == [21, 4] and set(used[1]) <= set(used[0])
     for layer in used[0]:
         (packed,) = layer._packed.values()
         assert 0 < packed.nbytes <= 4.5 * layer.tensors.weight.nbytes
@@ -370,7 +370,7 @@ def test_non_contiguous_norms() -> None:
         norm.weight, norm.bias = (nn.Parameter(spread(t), requires_grad=False) for t in (norm.weight, norm.bias))
         norm.running_mean, norm.running_var = spread(norm.running_mean), spread(norm.running_var)
     assert len(norms) == 20 and not norms[0].bias.is_contiguous()
-    assert torch.equal(frozen(x), expected) and len(selected(frozen)) == 20
+    assert torch.equal(frozen(x), expected) and len(selected(frozen)) == 21
 
 
 def test_flop_count_with_native_convolutions() -> None:
