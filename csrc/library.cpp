@@ -133,7 +133,8 @@ PYBIND11_MODULE(_C, m) {
   using namespace fused_res::cpu;
   m.attr("WINOGRAD_POINTS") = kTransformPoints;
   m.attr("GRAPH_LOCATIONS") = py::make_tuple(int64_t{kInput}, int64_t{kOutput}, int64_t{kNoOperand});
-  m.attr("GRAPH_STEP_KINDS") = py::make_tuple(int64_t{kConvolution}, int64_t{kMaxPool});
+  m.attr("GRAPH_STEP_KINDS") =
+      py::make_tuple(int64_t{kConvolution}, int64_t{kMaxPool}, int64_t{kGlobalAveragePool});
   m.attr("GRAPH_STEP_FIELDS") =
       py::tuple(py::cast(std::vector<std::string>(std::begin(kStepFields), std::end(kStepFields))));
 }

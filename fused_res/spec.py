@@ -144,6 +144,11 @@ class PoolSpec:
 
 
 @dataclass(frozen=True)
+class GlobalAveragePoolSpec:
+    """Mean over the pixels of each channel, ``(N, C, H, W)`` to ``(N, C, 1, 1)``; inference graphs only."""
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """A residual block: a chain of units, the shortcut that is added to its end, and a stem's max pooling.
 

@@ -1,5 +1,5 @@
-// Graph executor for inference: runs a sequence of convolutions and poolings as one operator call, with all
-// intermediate activations in an arena. conv_program.h defines the encoding of the graph.
+// Graph executor for inference: runs a sequence of convolutions, poolings and linear layers as one operator
+// call, with all intermediate activations in an arena. conv_program.h defines the encoding of the graph.
 #include "cpu/conv_program.h"
 
 #include <torch/library.h>
@@ -84,6 +84,7 @@ class GraphExecutor {
   PoolArgs pool(const Step& step, int64_t images) const {
     PoolArgs args = {};
     args.images = images, args.channels = step.channels, args.height = step.height, args.width = step.width;
+    if (step.kind == kGlobalAveragePool) return args;
     args.kernel_h = step.kernel_size[0], args.kernel_w = step.kernel_size[1];
     args.stride_h = step.stride[0], args.stride_w = step.stride[1];
     args.pad_h = step.padding[0], args.pad_w = step.padding[1];
@@ -93,12 +94,19 @@ class GraphExecutor {
   }
 
   void check_bounds(const Step& step, int64_t input_elements, int64_t output_elements) const {
+    TORCH_CHECK_VALUE(step.kind == kConvolution || step.kind == kMaxPool || step.kind == kGlobalAveragePool,
+                      "steps: expected a kind of 0 to 2, got ", step.kind);
+    TORCH_CHECK_VALUE(step.channels > 0 && step.height > 0 && step.width > 0,
+                      "steps: expected positive channels, height and width, got ", step.channels, ", ",
+                      step.height, " and ", step.width);
     int64_t written;
     if (step.kind == kConvolution) {
       TORCH_CHECK_VALUE(step.weight >= 0 && step.weight < static_cast<int64_t>(packed_.size()),
                         "steps: weight is out of range");
       const ConvolutionArgs args = convolution(step, 1);
       written = args.out_channels * args.out_height * args.out_width;
+    } else if (step.kind == kGlobalAveragePool) {
+      written = step.channels;
     } else {
       const PoolArgs args = pool(step, 1);
       written = args.channels * args.out_height * args.out_width;
@@ -116,21 +124,25 @@ class GraphExecutor {
   }
 
   int64_t scratch_bytes(const Step& step, int64_t images) const {
-    if (step.kind == kMaxPool) return 0;
+    if (step.kind != kConvolution) return 0;
     const ConvolutionArgs args = convolution(step, images);
     return dispatch_tasks(kernels(), args,
                           [&](const auto& tasks) { return tasks.scratch(DynamicParallel(args).threads()); });
   }
 
   void run(const Step& step, int64_t images, const Buffers& buffers, void* scratch) const {
-    if (step.kind == kMaxPool) {
+    if (step.kind != kConvolution) {
       PoolArgs args = pool(step, buffers.images);
       args.x = buffers.input_pointer(step.input), args.y = buffers.output_pointer(step.output);
-      const auto forward =
-          kernels().max_pool[static_cast<int>(dtype_)][static_cast<int>(Layout::kNhwc)].forward;
-      const int64_t rows = args.images * args.out_height;
-      Parallel{rows * args.width * args.channels}(
-          rows, [&](int64_t begin, int64_t end) { forward(args, begin, end); });
+      const int dtype = static_cast<int>(dtype_);
+      const bool global = step.kind == kGlobalAveragePool;
+      const auto forward = global ? kernels().global_average_pool[dtype]
+                                  : kernels().max_pool[dtype][static_cast<int>(Layout::kNhwc)].forward;
+      const int64_t tasks =
+          args.images * (global ? ceil_div(args.channels, kPooledChannels) : args.out_height);
+      const int64_t lines = args.images * (global ? args.height : args.out_height);
+      Parallel{lines * args.width * args.channels}(
+          tasks, [&](int64_t begin, int64_t end) { forward(args, begin, end); });
       return;
     }
     ConvolutionArgs args = convolution(step, buffers.images);

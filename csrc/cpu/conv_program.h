@@ -9,11 +9,12 @@ namespace fused_res::cpu {
 // Locations of a value. A location of 0 or more is an offset into the arena, in elements per image; negative
 // ones are the graph's input, the graph's output and an absent operand.
 enum Location : int64_t { kInput = -1, kOutput = -2, kNoOperand = -3 };
-enum StepKind : int64_t { kConvolution, kMaxPool };
+enum StepKind : int64_t { kConvolution, kMaxPool, kGlobalAveragePool };
 
 // The fields of a step in order: N is a single integer, P a pair (height, width). `input`, `output` and
 // `residual` are locations, `weight` is an index into the lists of packed weights and biases, the others are
-// those of ConvolutionArgs and PoolArgs. Python encodes a step by these names (_C.GRAPH_STEP_FIELDS).
+// those of ConvolutionArgs and PoolArgs. A linear layer is a 1x1 convolution of a pooled image. Python
+// encodes a step by these names (_C.GRAPH_STEP_FIELDS).
 // clang-format off
 #define FUSED_RES_STEP_FIELDS(N, P)                                \
   N(kind) N(input) N(output) N(residual) N(weight)                 \

@@ -10,7 +10,7 @@ from torch import nn
 
 from fused_res.backends import registry
 from fused_res.fusion.fused import Fusion, Settings, fused_class
-from fused_res.fusion.matcher import Segment, find_segments
+from fused_res.fusion.matcher import Head, Segment, find_heads, find_segments
 from fused_res.fusion.program import Program, Unemittable, generate
 from fused_res.graph.ir import build_graph
 from fused_res.graph.recording import Frame, Recording, Untraceable
@@ -134,6 +134,7 @@ class Matched:
         modules = dict(root.named_modules(remove_duplicate=False))
         self.graph = build_graph(recorded.graph, modules.__getitem__, recorded.frames)
         self.segments = find_segments(self.graph, inference)
+        self.heads = find_heads(self.graph) if inference else []
         layers = {modules[str(node.target)] for node in recorded.graph.nodes if node.op == "call_module"}
         opaque = {modules[path] for path in recorded.opaque}
         #: Modules that need no recording of their own.
@@ -143,7 +144,8 @@ class Matched:
         """Yield every module that gets a forward, and that forward.
 
         Packed inference runs as much as possible in one call, so every module that contains a segment gets one;
-        otherwise only the smallest module that contains the whole segment, so that hooks around it stay.
+        otherwise only the smallest module that contains the whole segment, so that hooks around it stay. With a head, a
+        forward without it follows, for calls in which a guard of the head fails, for example because of a hook.
         """
         owners: dict[Frame, list[Segment]] = {}
         for segment in self.segments:
@@ -154,15 +156,16 @@ class Matched:
         pending = list(owners)
         while pending:
             frame = pending.pop()
-            try:
-                yield frame.module, self._generate(frame, packed)
-            except Unemittable:
-                if not packed and frame.parent is not None and frame.parent not in owners:
-                    owners[frame.parent] = []
-                    pending.append(frame.parent)
+            for heads in (self.heads, []) if packed and self.heads else ([],):
+                try:
+                    yield frame.module, self._generate(frame, packed, heads)
+                except Unemittable:
+                    if not packed and frame.parent is not None and frame.parent not in owners:
+                        owners[frame.parent] = []
+                        pending.append(frame.parent)
 
-    def _generate(self, owner: Frame, packed: bool) -> Program:
-        """Generate a forward that runs all segments within the calls that it looks into."""
+    def _generate(self, owner: Frame, packed: bool, heads: list[Head]) -> Program:
+        """Generate a forward that runs all segments within the calls that it looks into, and those of `heads`."""
         inside = [segment for segment in self.segments if segment.frame.within(owner)]
         if not packed:
             own = [segment for segment in inside if segment.frame is owner] or inside
@@ -178,7 +181,8 @@ class Matched:
                     break
                 own = more
             inside = own
-        return generate(self.graph, self.recording.frames, owner, inside, packed)
+        heads = [head for head in heads if all(node.frame.within(owner) for node in head.nodes)]
+        return generate(self.graph, self.recording.frames, owner, inside, heads, packed)
 
 
 def _up_to(frame: Frame, owner: Frame) -> Iterator[Frame]:

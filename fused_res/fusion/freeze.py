@@ -25,8 +25,9 @@ def freeze(model: Model, backend: str = "auto", tune: bool = False, dtype: torch
     The copy has the model's modules, parameters, buffers and ``state_dict``, in evaluation mode and without gradients.
     Its forwards run packed programs derived from them: each convolution contains the following norm in its weight and
     bias and runs with the addition and the ReLU as one kernel (:func:`fused_res.functional.conv_bias_act`). On the CPU
-    in float32, consecutive blocks run as one call. Children called by themselves, hooks, feature extractors and
-    gradients of the input compute what they do in the source model. Pruning, weight norm, spectral norm and other
+    in float32, bfloat16 and float16, consecutive blocks, the global average pooling after them and an ``nn.Linear``
+    classifier run as one call, so that a ResNet is one call. Children called by themselves, hooks, feature extractors
+    and gradients of the input compute what they do in the source model. Pruning, weight norm, spectral norm and other
     parametrizations are replaced by the effective weights. The copy can be copied, pickled, moved, compiled and
     exported; compiled and exported code contains the unfolded layers.
 

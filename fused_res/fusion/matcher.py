@@ -1,13 +1,15 @@
 """The matcher: find every maximal chain of the graph that a fused operator computes.
 
 A :class:`Segment` is a chain of conv-BN-act units with an optional shortcut and pooling, or one norm with an optional
-addition and activation. The matcher sees only :class:`fused_res.graph.ir.Node`: an intermediate result may be inside a
+addition and activation. A :class:`Head` is global pooling and a linear layer, which packed inference runs with the
+segment before it. The matcher sees only :class:`fused_res.graph.ir.Node`: an intermediate result may be inside a
 segment if nothing else reads it, and a segment runs where its last node is, so no operation in between may write to
 its inputs.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -147,6 +149,26 @@ class Segment:
         return [unit.layers() for unit in self.units], shortcut, pool  # type: ignore[return-value]
 
 
+class Head(NamedTuple):
+    """Global average pooling whose result is flattened to ``(N, C)``, and an optional linear layer.
+
+    Args:
+        nodes: all operations, in order, with eval-mode dropouts and reads of sizes between them.
+        linear: the linear layer, or None.
+    """
+
+    nodes: tuple[Node, ...]
+    linear: Node | None
+
+    @property
+    def input(self) -> Node:
+        return source(self.nodes[0])
+
+    @property
+    def last(self) -> Node:
+        return self.nodes[-1]
+
+
 def source(node: Node, operand: int = 0) -> Node:
     """Return the producer of an operand, past operations that return their operand."""
     found = node.operands[operand]
@@ -209,6 +231,49 @@ def find_segments(graph: Graph, inference: bool = False) -> list[Segment]:
         if node.op is Op.NORM and node not in matcher.taken:
             matcher.match_norm(node)
     return sorted(_in_order(graph, matcher.segments), key=lambda segment: segment.last.index)
+
+
+def find_heads(graph: Graph) -> list[Head]:
+    """Return all heads, in order; they are for inference only."""
+    heads = [_match_head(node) for node in graph.nodes if node.op is Op.GLOBAL_POOL]
+    return [head for head in heads if head is not None]
+
+
+def _match_head(pool: Node) -> Head | None:
+    """Return the head of a global pooling, or None."""
+    nodes, is_flat = [pool], not pool.keeps_dims
+    while (before := nodes[0].operands[0]).op is Op.IDENTITY and _only_step(before) == (nodes[0],):
+        nodes.insert(0, before)
+    head = Head(tuple(nodes), None) if is_flat else None
+    while (step := _only_step(nodes[-1])) is not None:
+        nodes += step
+        op = nodes[-1].op
+        if op is Op.LINEAR:
+            return Head(tuple(nodes), nodes[-1]) if is_flat else head
+        if op is Op.FLATTEN:
+            is_flat, head = True, Head(tuple(nodes), None)
+        elif op not in (Op.IDENTITY, Op.DROPOUT):
+            break
+    return head
+
+
+def _only_step(node: Node) -> tuple[Node, ...] | None:
+    """Return the only operation that reads a result, after reads of the result's sizes for that operation."""
+    if node.returned or not node.users:
+        return None
+    *reads, user = node.users
+    sizes: list[Node] = []
+    while reads:
+        read = reads.pop()
+        if read.returned or read.source.target not in _SIZE_READS or read.source.op == "call_module":
+            return None
+        sizes.append(read)
+        reads += [other for other in read.users if other is not user]
+    return (*sorted(sizes, key=lambda size: size.index), user)
+
+
+#: Functions and methods that read a tensor's sizes.
+_SIZE_READS = ("size", getattr, operator.getitem)
 
 
 def _in_order(graph: Graph, segments: list[Segment]) -> list[Segment]:

@@ -13,19 +13,20 @@ import linecache
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
 from fused_res.fusion.fused import fused_class
-from fused_res.fusion.matcher import Segment, Unit, source
+from fused_res.fusion.matcher import Head, Segment, Unit, source
 from fused_res.graph.ir import Graph, Node, Op
 from fused_res.graph.recording import Frame, Read, Size, assumed_rank, evaluate, nodes_in, sizes_in
 from fused_res.graph.symbolic import is_layer, stock_forward
 from fused_res.nn import chain
 from fused_res.nn.fusable_module import stock_class
+from fused_res.nn.packed import Head as PackedHead
 from fused_res.ops.memory_format import has_same_layout
 
 
@@ -40,15 +41,16 @@ class Program:
         source: text of the module that defines ``forward``.
         namespace: values that the text refers to.
         guards: what the first lines verify: a condition of failure and its description.
-        segments: what runs fused; paths of their layers are relative to the module.
+        segments, heads: what runs fused; paths of their layers are relative to the module.
     """
 
     def __init__(
         self, source: str, namespace: dict[str, Any], guards: Sequence[tuple[str, str]], segments: Sequence[Segment],
-        prefix: str,
+        heads: Sequence[Head], prefix: str,
     ) -> None:  # fmt: skip
         self.source = source
         self.segments = tuple(segments)
+        self.heads = tuple(heads)
         self.prefix = prefix
         self._namespace = namespace
         self._guards = guards
@@ -89,33 +91,57 @@ class Program:
         return None
 
 
-def generate(graph: Graph, frames: Sequence[Frame], owner: Frame, segments: Sequence[Segment], packed: bool) -> Program:
+def generate(
+    graph: Graph, frames: Sequence[Frame], owner: Frame, segments: Sequence[Segment], heads: Sequence[Head],
+    packed: bool,
+) -> Program:  # fmt: skip
     """Generate the forward of a module.
 
     Args:
         graph, frames: the recorded forward of a module that contains the owner.
         owner: call of the module.
         segments: all segments within that call. Calls of children without a segment are not looked into.
+        heads: heads within that call. Those that follow a packed segment run with it, the others unfused.
         packed: run inference with packed weights, see :class:`fused_res.nn.packed.PackedProgram`.
 
     Raises:
         Unemittable: the module's forward cannot be generated.
     """
-    return _Generator(graph, frames, owner, segments, packed).generate()
+    return _Generator(graph, frames, owner, segments, heads, packed).generate()
 
 
+class _Group(NamedTuple):
+    """Consecutive segments, and a head after them, that one packed program runs."""
+
+    segments: tuple[Segment, ...]
+    head: Head | None = None
+
+    @property
+    def last(self) -> Node:
+        return self.segments[-1].last if self.head is None else self.head.last
+
+
+#: Attributes that decide what a layer's operation is.
+_SETTINGS = {
+    Op.ACTIVATION: ("min_val", "max_val", "negative_slope"), Op.GLOBAL_POOL: ("output_size",),
+    Op.FLATTEN: ("start_dim", "end_dim"),
+}  # fmt: skip
 #: Modules with equal forwards share a program: in a call after the first one, its code is in the processor's caches.
 _programs: WeakValueDictionary[Any, Program] = WeakValueDictionary()
 
 
 class _Generator:
     def __init__(
-        self, graph: Graph, frames: Sequence[Frame], owner: Frame, segments: Sequence[Segment], packed: bool
-    ) -> None:
+        self, graph: Graph, frames: Sequence[Frame], owner: Frame, segments: Sequence[Segment], heads: Sequence[Head],
+        packed: bool,
+    ) -> None:  # fmt: skip
         self.graph = graph
         self.owner = owner
         self.segments = segments
         self.packed = packed
+        self.groups = self._groups(heads)
+        self.heads = [group.head for group in self.groups.values() if group.head is not None]
+        self.parts: list[Segment | Head] = [*segments, *self.heads]
         self.nodes = {node.source: node for node in graph.nodes}
         #: The values that operations within segments return unchanged, with their operands.
         self.same = {
@@ -124,7 +150,7 @@ class _Generator:
         self.namespace: dict[str, Any] = {
             "Tensor": Tensor, "Parameter": nn.Parameter, "is_compiling": torch.compiler.is_compiling,
             "has_no_hooks": chain.has_no_hooks, "run_fused": chain.run_fused, "run_fused_norm": chain.run_fused_norm,
-            "is_equal": is_equal, "reject": _reject, "has_same_layout": has_same_layout,
+            "is_equal": is_equal, "reject": _reject, "has_same_layout": has_same_layout, "Head": PackedHead,
         }  # fmt: skip
         self.constants: dict[Any, str] = {}
         self.numbers: dict[fx.Node, int] = {}  # those of the recording differ between the calls of one module
@@ -146,8 +172,8 @@ class _Generator:
     def _inlined(self) -> set[Frame]:
         """Return the calls that the program runs operation by operation."""
         inlined = {self.owner}
-        for segment in self.segments:
-            for node in segment.nodes:
+        for part in self.parts:
+            for node in part.nodes:
                 frame: Any = node.frame
                 while frame not in inlined:
                     inlined.add(frame)
@@ -304,7 +330,7 @@ class _Generator:
     def _has_rank_of_inputs(self, node: Node) -> bool:
         """Return whether a result has the assumed rank, and elements, if all arguments have."""
         while node.source not in self.owner.inputs:
-            if node.op is Op.OTHER:
+            if node.op in (Op.OTHER, Op.GLOBAL_POOL, Op.FLATTEN, Op.LINEAR):
                 return False
             node = node.operands[0]
         return True
@@ -361,20 +387,29 @@ class _Generator:
         held = [value for value in sources - {last.source} if last in self.graph.producers[value]]
         return (last.source, *[value for value in held if value in self.kept or not value.users.keys() <= sources])
 
-    def emit_group(self, group: Sequence[Segment], indent: int) -> None:
+    def emit_group(self, group: _Group, indent: int) -> None:
         """Run consecutive segments with packed weights, or one by one."""
-        first, last = group[0], group[-1]
+        segments, head = group
+        first, last = segments[0], segments[-1]
         if not self.packed or first.units[0].conv is None:
-            for segment in group:
+            for segment in segments:
                 self.emit_segment(segment, indent)
             return
-        blocks = "".join(f"({self.chain(block)}), " for segment in group for block in segment.blocks())
+        blocks = "".join(f"({self.chain(block)}), " for segment in segments for block in segment.blocks())
+        if head is not None:
+            linear = "None" if head.linear is None else self.module(head.linear.path)
+            call = f"packed.run({self.text(first.values[0])}, ({blocks}Head({linear})), None, settings.backend)"
+            self.emit_attempt(call, (head.last.source,), first.values[:1], indent)
+            self.emit_group(_Group(segments), indent + 1)
+            for node in head.nodes:
+                self.emit_node(node, indent + 1)
+            return
         call = f"packed.run({self.text(first.values[0])}, ({blocks}), {self.residual(last)}, settings.backend)"
         if last.residual is not None:  # the sum has the memory format of its first operand
             call += f" if has_same_layout({self.text(first.values[0])}, {self.residual(last)}) else None"
         values = self.values(last)
         self.emit_attempt(call, values, (first.values[0], *last.values[1:]), indent)
-        for segment in group:
+        for segment in segments:
             self.emit_segment(segment, indent + 1)
         self.emit_names(values, indent)
 
@@ -438,29 +473,33 @@ class _Generator:
     def residual(self, segment: Segment) -> str:
         return "None" if segment.residual is None else self.text(segment.values[1])
 
-    def groups(self) -> dict[Node, list[Segment]]:
-        """Return consecutive segments that one packed program runs, by the last node of each group."""
-        groups: dict[Node, list[Segment]] = {}
+    def _groups(self, heads: Sequence[Head]) -> dict[Node, _Group]:
+        """Return what one packed program runs, by the last node of each group."""
+        groups: dict[Node, _Group] = {}
         for segment in self.segments:
             previous = groups.get(segment.input)
-            if self.packed and previous is not None and self._continues(previous, segment):
+            is_chain = segment.units[0].conv is not None and segment.residual is not segment.input
+            if self.packed and previous is not None and is_chain and self._continues(previous, segment):
                 del groups[segment.input]
-                groups[segment.last] = [*previous, segment]
+                groups[segment.last] = _Group((*previous.segments, segment))
             else:
-                groups[segment.last] = [segment]
+                groups[segment.last] = _Group((segment,))
+        for head in heads:
+            previous = groups.get(head.input)
+            if self.packed and previous is not None and self._continues(previous, head):
+                del groups[head.input]
+                groups[head.last] = _Group(previous.segments, head)
         return groups
 
-    def _continues(self, previous: list[Segment], segment: Segment) -> bool:
-        """Return whether only `segment` reads the result of the `previous` ones, and one packed program may run all."""
-        first, last = previous[0], previous[-1]
+    def _continues(self, previous: _Group, part: Segment | Head) -> bool:
+        """Return whether only `part` reads the result of the `previous` ones, and one packed program may run all."""
+        first, last = previous.segments[0], previous.segments[-1]
         return (
             last.units[0].conv is not None
-            and segment.units[0].conv is not None
             and last.residual is None
-            and segment.residual is not segment.input
-            and not segment.input.returned
-            and all(user in segment.nodes for user in segment.input.users)
-            and not self.graph.is_written_between(first.nodes[0], segment.last, first.inputs, segment.nodes)
+            and not part.input.returned
+            and all(user in part.nodes for user in part.input.users)
+            and not self.graph.is_written_between(first.nodes[0], part.last, first.inputs, part.nodes)
         )
 
     # The whole
@@ -468,8 +507,7 @@ class _Generator:
     def generate(self) -> Program:
         header = self._header()
         self._emit_guards()
-        groups = self.groups()
-        covered = {node for segment in self.segments for node in segment.nodes}
+        covered = {node for part in self.parts for node in part.nodes}
         called: set[Frame] = set()
         for node in self.graph.nodes:
             if not node.frame.within(self.owner) or node.source in self.owner.inputs:
@@ -481,8 +519,8 @@ class _Generator:
                 if frame not in called:
                     called.add(frame)
                     self.emit_call(frame, 1)
-            elif node in groups:
-                self.emit_group(groups[node], 1)
+            elif node in self.groups:
+                self.emit_group(self.groups[node], 1)
             elif node not in covered:
                 self.emit_node(node, 1)
         self.emit(1, f"return {self.text(self.owner.result)}", (), self.owner.outputs)
@@ -492,7 +530,7 @@ class _Generator:
             for code, _ in (*self.argument_guards, *self.guards)
         ]
         text = "\n".join([header, *first, *body]) + "\n"
-        program = Program(text, self.namespace, self.guards, self.segments, self.owner.path)
+        program = Program(text, self.namespace, self.guards, self.segments, self.heads, self.owner.path)
         return _programs.setdefault(program.key, program)
 
     def _header(self) -> str:
@@ -540,10 +578,10 @@ class _Generator:
             raise Unemittable("an argument of its forward is nested")
 
     def _emit_guards(self) -> None:
-        """Guard all that the inlined calls depended on, and the layers of the segments."""
+        """Guard all that the inlined calls depended on, and the layers of the segments and heads."""
         layers: dict[str, Node] = {}
-        for segment in self.segments:
-            for node in segment.nodes:
+        for part in self.parts:
+            for node in part.nodes:
                 if node.path or node.layer is not None:
                     layers.setdefault(node.path, node)
         frames = [frame for frame in self.within if frame in self.inlined]
@@ -557,10 +595,11 @@ class _Generator:
             kind: Any = type(node.layer)
             if node.op in (Op.IDENTITY, Op.ACTIVATION) or not kind.__module__.startswith("torch.nn."):
                 self.guard_read(Read("class", kind, "forward", kind.forward))
-            if node.op is Op.ACTIVATION:
-                for name in ("min_val", "max_val", "negative_slope"):
-                    if name in node.layer.__dict__:
-                        self.guard_read(Read("attribute", path, name, node.layer.__dict__[name]))
+            if node.op is Op.DROPOUT:
+                self.guard_read(Read("attribute", path, "training", False))
+            for name in _SETTINGS.get(node.op, ()):
+                if name in node.layer.__dict__:
+                    self.guard_read(Read("attribute", path, name, node.layer.__dict__[name]))
         reads: dict[Any, Read] = {}
         conditions = []
         for frame in frames:

@@ -33,6 +33,10 @@ class Op(Enum):
     ACTIVATION = auto()  # any other supported activation, see Node.activation
     ADD = auto()
     MAX_POOL = auto()
+    GLOBAL_POOL = auto()  # mean over the last two dimensions, (N, C, H, W) to (N, C, 1, 1) or (N, C)
+    FLATTEN = auto()  # (N, C, 1, 1) or (N, C) to (N, C)
+    DROPOUT = auto()  # returns its operand in evaluation mode
+    LINEAR = auto()
     IDENTITY = auto()  # returns its operand
     OTHER = auto()
 
@@ -46,10 +50,12 @@ class Node:
         frame: module call that it was recorded in.
         operands: producers of the tensors that it reads; of an addition, in the order of its arguments.
         values: the same tensors, as the recorded code names them.
-        layer, path: module that holds the parameters of a convolution or norm, or the settings of a pooling.
+        layer, path: module that holds the parameters of a convolution, norm or linear layer, or the settings of a
+            pooling.
         activation, negative_slope: name and setting of an activation, as of
             :func:`fused_res.functional.batch_norm_act`.
         in_place: the output is the first operand's storage.
+        keeps_dims: whether a global pooling returns ``(N, C, 1, 1)``, not ``(N, C)``.
         parts: operations before it that belong to it, such as the reads of the tensors of a norm that is written as
             ``F.batch_norm``. They are of no other use, and no users of their operands.
         returned: whether a module call returns it, or gets it as an argument, without any operation that reads it.
@@ -61,6 +67,7 @@ class Node:
         "frame",
         "in_place",
         "index",
+        "keeps_dims",
         "layer",
         "negative_slope",
         "op",
@@ -87,6 +94,7 @@ class Node:
         self.activation = "identity"
         self.negative_slope = 0.01
         self.in_place = False
+        self.keeps_dims = True
         self.parts: tuple[Node, ...] = ()
         self.writes: tuple[int, ...] = ()
         self.storage = -1
@@ -160,6 +168,10 @@ _PURE = {
 }
 
 
+#: Operations whose operands are all tensors and sizes that the recorded call reads.
+_READS_ALL = (Op.OTHER, Op.FLATTEN)
+
+
 def computes_like(kind: type[nn.Module], stock: type[nn.Module], *methods: str) -> bool:
     """Return whether instances of `kind` run `stock`'s forward: it is `stock`, or a subclass that overrides nothing."""
     if kind is stock:
@@ -212,7 +224,7 @@ def build_graph(source: fx.Graph, module_of: Callable[[str], nn.Module], frames:
             if node.op is Op.NORM and node.path in read_from:
                 node.op = Op.OTHER  # fusion may change the order in which its running statistics are updated and read
             count = 2 if node.op is Op.ADD else 1
-            tensors = fx_node.args[:count] if node.op is not Op.OTHER else fx_node.all_input_nodes
+            tensors = fx_node.args[:count] if node.op not in _READS_ALL else fx_node.all_input_nodes
         node.values = tuple(tensors)
         node.operands = tuple([producers[tensor][-1] for tensor in tensors])
         for operand in node.operands:
@@ -225,7 +237,7 @@ def build_graph(source: fx.Graph, module_of: Callable[[str], nn.Module], frames:
             graph.alias(node.storage, target.storage)
             node.writes = (target.storage,)
             names[node] += names.pop(target)
-        elif node.op in (Op.OTHER, Op.IDENTITY):
+        elif node.op in (Op.OTHER, Op.IDENTITY, Op.FLATTEN, Op.DROPOUT):
             if node.op is Op.OTHER:
                 node.writes = tuple([operand.storage for operand in _written(node, module_of)])
             for operand in node.operands:  # the output may be a view of any operand
@@ -271,9 +283,20 @@ def _classify(node: Node, module_of: Callable[[str], nn.Module]) -> None:
             node.op = Op.MAX_POOL
         elif kind is nn.Identity:
             node.op = Op.IDENTITY
+        elif kind is nn.AdaptiveAvgPool2d and _is_one(module.output_size):
+            node.op = Op.GLOBAL_POOL
+        elif isinstance(module, nn.Flatten) and kind is nn.Flatten and module.start_dim == 1 and module.end_dim == -1:
+            node.op = Op.FLATTEN
+        elif kind is nn.Dropout and not module.inplace:
+            node.op = Op.DROPOUT
+        elif kind is nn.Linear:
+            node.op = Op.LINEAR
         return
     if target is F.conv2d:
         _classify_functional_conv(node, module_of)
+        return
+    if target in _HEAD_SPELLINGS and arguments and isinstance(arguments[0], fx.Node):
+        _classify_head(node, *_HEAD_SPELLINGS[target])
         return
     if target not in _SPELLINGS or not arguments or not isinstance(arguments[0], fx.Node):
         return
@@ -285,6 +308,59 @@ def _classify(node: Node, module_of: Callable[[str], nn.Module]) -> None:
             _classify_activation(node, name, settings, in_place)
     elif len(rest) == 1 and isinstance(rest[0], fx.Node) and options in ({}, {"alpha": 1}):
         node.op, node.in_place = Op.ADD, in_place
+
+
+#: Functions and methods that pool, flatten or drop, with the names of their arguments after the tensor. The sizes of
+#: ``view`` and ``reshape`` may be one sequence.
+_HEAD_SPELLINGS: dict[Any, tuple[Op, tuple[str, ...]]] = {
+    F.adaptive_avg_pool2d: (Op.GLOBAL_POOL, ("output_size",)),
+    torch.mean: (Op.GLOBAL_POOL, ("dim", "keepdim")), "mean": (Op.GLOBAL_POOL, ("dim", "keepdim")),
+    torch.flatten: (Op.FLATTEN, ("start_dim", "end_dim")), "flatten": (Op.FLATTEN, ("start_dim", "end_dim")),
+    "view": (Op.FLATTEN, ("batch", "channels")), "reshape": (Op.FLATTEN, ("batch", "channels")),
+    F.dropout: (Op.DROPOUT, ("p", "training", "inplace")),
+}  # fmt: skip
+
+
+def _classify_head(node: Node, op: Op, names: tuple[str, ...]) -> None:
+    """Classify a call that pools, flattens or drops, if its arguments are those of the end of a network."""
+    source = node.source
+    value, *rest = source.args
+    if names == ("batch", "channels") and len(rest) == 1 and isinstance(rest[0], (tuple, list)):
+        rest = list(rest[0])
+    given: dict[str, Any] = dict(zip(names, rest, strict=False)) | dict(source.kwargs)
+    if len(rest) > len(names) or not given.keys() <= set(names):
+        return
+    if "output_size" in names:
+        matches = _is_one(given.get("output_size"))
+    elif "keepdim" in names:
+        dims: Any = given.get("dim")
+        is_sequence = isinstance(dims, (tuple, list)) and all(type(dim) is int for dim in dims)
+        node.keeps_dims = given.get("keepdim", False)
+        matches = is_sequence and sorted(dims) in ([2, 3], [-2, -1], [-2, 3], [-1, 2]) and type(node.keeps_dims) is bool
+    elif "start_dim" in names:
+        matches = given.get("start_dim") == 1 and given.get("end_dim", -1) == -1
+    elif "batch" in names:
+        matches = given.get("channels") == -1 and _is_batch_size(given.get("batch"), value)
+    else:
+        matches = given.get("training") is False and given.get("inplace", False) is False
+    if matches:
+        node.op = op
+
+
+def _is_one(size: Any) -> bool:
+    return size == 1 or (isinstance(size, (tuple, list)) and [*size] == [1, 1])
+
+
+def _is_batch_size(size: Any, value: Any) -> bool:
+    """Return whether `size` is ``value.size(0)`` or ``value.shape[0]``."""
+    if not isinstance(size, fx.Node):
+        return False
+    if size.target == "size":
+        return size.args == (value, 0) and not size.kwargs
+    shape = size.args[0] if size.target is operator.getitem and size.args[1] == 0 else None
+    if not isinstance(shape, fx.Node) or shape.args[:1] != (value,):
+        return False
+    return shape.target in (getattr, "size") and shape.args[1:] in ((), ("shape",)) and not shape.kwargs
 
 
 def _classify_activation(node: Node, name: str, settings: Mapping[str, Any], in_place: bool = False) -> None:

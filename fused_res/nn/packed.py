@@ -2,8 +2,8 @@
 
 The modules are not modified, and nothing is stored in them. Their folded and packed weights are derived data: every
 call of :meth:`PackedProgram.run` compares the modules with a snapshot and derives them again after a change, so that
-the modules can be called alone, trained, loaded and moved in between. Consecutive blocks run as one inference graph
-where the backend supports it, otherwise convolution by convolution.
+the modules can be called alone, trained, loaded and moved in between. Consecutive blocks, and the pooling and
+classifier after the last one, run as one inference graph where the backend supports it, otherwise layer by layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fused_res.nn.snapshot import Snapshot
 from fused_res.nn.spec_builder import build_block_spec
 from fused_res.ops.geometry import conv_output_sizes
 from fused_res.ops.memory_format import conv_output_is_channels_last, has_channels_last_strides, is_permuted
-from fused_res.spec import BlockSpec, PoolSpec, UnitSpec, UnitTensors
+from fused_res.spec import BlockSpec, GlobalAveragePoolSpec, PoolSpec, UnitSpec, UnitTensors
 
 #: Bound on the packed weights of a layer and on the prepared input shapes of a sequence of blocks. Some packings depend
 #: on the input's shape, and a server's batch size varies. A packed weight occupies as much memory as the weight itself,
@@ -68,6 +68,21 @@ class Block(NamedTuple):
         return cls(tuple([Unit(*u) for u in units]), Unit(*shortcut) if isinstance(shortcut, tuple) else shortcut, pool)
 
 
+class Head(NamedTuple):
+    """The end of a network: global average pooling to ``(N, C)`` and an optional linear layer.
+
+    Args:
+        linear: the linear layer, or None.
+    """
+
+    linear: nn.Linear | None
+
+    @property
+    def convolutions(self) -> tuple[Unit, ...]:
+        """The linear layer, which is a 1x1 convolution of the pooled image."""
+        return () if self.linear is None else (Unit(self.linear, None, "identity"),)
+
+
 class PackedProgram:
     """Runs blocks of a model with packed weights; caches what it prepared for each sequence of blocks and input shape.
 
@@ -77,13 +92,13 @@ class PackedProgram:
 
     def __init__(self, tune: bool = False) -> None:
         self._tune = tune
-        self._sequences: dict[tuple[Block, ...], _Sequence] = {}
+        self._sequences: dict[tuple[Block | Head, ...], _Sequence] = {}
 
     def __reduce__(self) -> tuple[type[PackedProgram], tuple[bool]]:
         return PackedProgram, (self._tune,)  # a copied model has other modules
 
     def run(
-        self, x: Tensor, blocks: tuple[Block, ...], residual: Tensor | None = None, backend: str = "auto"
+        self, x: Tensor, blocks: tuple[Block | Head, ...], residual: Tensor | None = None, backend: str = "auto"
     ) -> Tensor | None:
         """Return the output of consecutive blocks, or None if the caller has to compute it another way.
 
@@ -94,7 +109,7 @@ class PackedProgram:
 
         Args:
             x: input ``(N, C, ...)`` of rank 3 to 5.
-            blocks: the blocks; the output of each is the input of the next.
+            blocks: the blocks, of which the last may be a :class:`Head`; the output of each is the input of the next.
             residual: tensor that the block with the shortcut ``"tensor"`` adds, of the dtype and shape of what it is
                 added to; None if there is no such block.
             backend: name of a backend, see :mod:`fused_res.backends`.
@@ -128,7 +143,7 @@ class PackedProgram:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None  # tensors that are created during the capture must not outlive the CUDA graph
             settings = _Settings(kernels, preference, x.device, autocast or x.dtype, autocast is not None)
-            blocks = tuple([Block.of(*block) for block in blocks])
+            blocks = tuple([block if isinstance(block, Head) else Block.of(*block) for block in blocks])
             if preference == "tuned":
                 prepared = _prepare_tuned(x, residual, blocks, settings, refuse_grad)
             else:
@@ -141,14 +156,17 @@ class PackedProgram:
         is_channels_last = prepared.has_channels_last_weight or has_channels_last_strides(x)
         if is_channels_last and x.dim() == 5:
             return None  # which memory format a Conv3d returns depends on the library that computes it
-        if not prepared.accepts(residual) or (blocks[0][1] == "identity" and is_permuted(x)):
+        if not prepared.accepts(residual) or (blocks[0][1:2] == ("identity",) and is_permuted(x)):
             return None
         sequence.last = prepared
         output = prepared.run(x, residual)
-        return output if is_channels_last else output.contiguous()
+        return output if is_channels_last or output.dim() == 2 else output.contiguous()
 
     def selected(self) -> dict[nn.Module, Selection]:
-        """Return the algorithm that each convolution ran last, for human-readable reports."""
+        """Return the algorithm that each convolution or linear layer ran last, for human-readable reports.
+
+        A linear layer that ran as a matrix multiplication of PyTorch is left out.
+        """
         found: dict[nn.Module, Selection] = {}
         for blocks, sequence in list(self._sequences.items()):
             if sequence.last is not None:
@@ -178,7 +196,10 @@ class _Sequence:
 
 
 class _Layer:
-    """A convolution with its norm folded in: the folded bias, and the folded weight as packed for each algorithm."""
+    """A convolution with its norm folded in: the folded bias, and the folded weight as packed for each algorithm.
+
+    A linear layer is a 1x1 convolution.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -265,13 +286,13 @@ def _weight_format(weight: Tensor) -> torch.memory_format:
 
 
 def _find_layer(conv: nn.Module, norm: nn.Module | None) -> _Layer | None:
-    """Return the current layer of a convolution and a norm, or None if their state is not supported."""
+    """Return the current layer of a convolution and a norm, or of a linear layer; None if its state is unsupported."""
     norm_state = None if norm is None else norm.__dict__
     key = id(conv.__dict__), id(norm_state)
     with _lock:
         layer = _layers.get(key)
     if layer is None or not layer.snapshot.is_current():
-        layer = _read_layer(conv.__dict__, norm_state)
+        layer = _read_layer(conv.__dict__, norm_state, isinstance(conv, nn.Linear))
         if layer is not None:
             with _lock:
                 _layers[key] = layer
@@ -282,12 +303,19 @@ _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 
 
+#: Stride, padding, dilation, groups and padding mode of a linear layer.
+_POINTWISE = (1, 0, 1, 1, "zeros")
 #: Arguments of :func:`fold` for a convolution without a norm.
 _NO_NORM: chain.NormArgs = (None, None, None, None, False, 0.0, None)
 
 
-def _read_layer(conv: dict[str, Any], norm: dict[str, Any] | None) -> _Layer | None:
-    """Return the layer for the ``__dict__`` of a convolution and of a norm, or None if their state is not supported."""
+def _read_layer(conv: dict[str, Any], norm: dict[str, Any] | None, is_linear: bool) -> _Layer | None:
+    """Return the layer for the ``__dict__`` of a convolution and of a norm, or None if their state is not supported.
+
+    Args:
+        conv, norm: the ``__dict__`` of the two modules; None without a norm.
+        is_linear: whether `conv` is that of a linear layer.
+    """
     parameters = conv["_parameters"]
     norm_args = _NO_NORM if norm is None else chain.read_norm(norm)
     weight = parameters.get("weight")
@@ -300,10 +328,11 @@ def _read_layer(conv: dict[str, Any], norm: dict[str, Any] | None) -> _Layer | N
     tensors = UnitTensors(weight, parameters["bias"], norm_weight, norm_bias, mean, var)
     if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors if t is not None):
         return None
-    geometry = tuple([conv[name] for name in _GEOMETRY])
+    attributes = () if is_linear else _GEOMETRY
+    geometry = _POINTWISE if is_linear else tuple([conv[name] for name in attributes])
     if any(isinstance(value, list) for value in geometry):  # a change in place would not be detected
         return None
-    if not 3 <= weight.dim() <= 5 or weight.numel() == 0:
+    if weight.dim() not in ((2,) if is_linear else (3, 4, 5)) or weight.numel() == 0:
         return None
     for tensor in tensors[1:]:
         if tensor is not None and (tensor.shape != weight.shape[:1] or tensor.device != weight.device):
@@ -311,13 +340,15 @@ def _read_layer(conv: dict[str, Any], norm: dict[str, Any] | None) -> _Layer | N
     try:
         snapshot = Snapshot(
             [
-                (conv, ("_parameters", *_GEOMETRY)),
+                (conv, ("_parameters", *attributes)),
                 (parameters, ("weight", "bias")),
                 *norm_attributes,
             ]
         )
     except RuntimeError:  # a tensor without storage, such as one that was returned from inside a torch.func transform
         return None
+    if is_linear:
+        tensors = tensors._replace(weight=weight.detach()[:, :, None, None])
     eps, is_constant = (0.0, False) if norm is None else (norm["eps"], chain.is_constant_norm(norm))
     return _Layer(tensors, geometry, eps, is_constant, snapshot)
 
@@ -355,6 +386,10 @@ class PackedConv:
     def packed_weight(self, selected: Selection, problem: Problem) -> Tensor:
         operand = self.operand(selected, problem)
         return operand.tensor if isinstance(operand, PackedWeight) else operand
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Return the output ``(N, K)`` of this linear layer, computed by PyTorch."""
+        return F.linear(x, self._layer.tensors.weight[:, :, 0, 0].to(self._settings.dtype), self.bias)
 
     def problem(self, input: Shape, residual: bool) -> Problem:
         """Return the problem that :meth:`run` solves for an input of this shape."""
@@ -399,13 +434,14 @@ class PackedConv:
 
 
 class _GraphStep(NamedTuple):
-    """Consecutive blocks as one inference graph."""
+    """Consecutive blocks as one inference graph, whose output is ``(N, C)`` if the last one is a head."""
 
     graph: Any
+    has_head: bool
 
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         output: Tensor = self.graph.run(x)
-        return output
+        return output.flatten(1) if self.has_head else output
 
 
 class _BlockStep(NamedTuple):
@@ -448,14 +484,45 @@ class _BlockStep(NamedTuple):
         y, pool = self.units[-1].run(y, residual), self.pool
         return y if pool is None else F.max_pool2d(y, pool.kernel_size, pool.stride, pool.padding)
 
-    def as_block_spec(self) -> BlockSpec | None:
+    def specs(self) -> tuple[BlockSpec, ...] | None:
         """Return the block's specification for an inference graph, or None if a graph cannot contain it."""
         shortcut = self.shortcut.spec if isinstance(self.shortcut, PackedConv) else self.shortcut
         if shortcut == "tensor" or (self.pool is not None and shortcut != "none"):
             return None
         if any(unit.spec.activation not in ("identity", "relu") for unit in self.units):
             return None
-        return BlockSpec(tuple([unit.spec for unit in self.units]), shortcut, self.pool)
+        return (BlockSpec(tuple([unit.spec for unit in self.units]), shortcut, self.pool),)
+
+
+class _HeadStep(NamedTuple):
+    """A :class:`Head` that PyTorch computes.
+
+    Args:
+        layer: the linear layer, or None.
+        shapes: shapes of the input, of the pooled input, and of the output.
+    """
+
+    layer: PackedConv | None
+    shapes: tuple[Shape, Shape, Shape]
+
+    @property
+    def convolutions(self) -> tuple[PackedConv, ...]:
+        return () if self.layer is None else (self.layer,)
+
+    def problems(self) -> Iterator[tuple[PackedConv, Problem]]:
+        """Yield nothing: whether the linear layer runs in a graph is not measured."""
+        yield from ()
+
+    def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return pooled if self.layer is None else self.layer.linear(pooled)
+
+    def specs(self) -> tuple[BlockSpec | GlobalAveragePoolSpec, ...]:
+        """Return the specifications for an inference graph."""
+        return (GlobalAveragePoolSpec(), *[BlockSpec((layer.spec,)) for layer in self.convolutions])
+
+
+_Step = _BlockStep | _HeadStep
 
 
 class _Prepared(NamedTuple):
@@ -463,7 +530,7 @@ class _Prepared(NamedTuple):
 
     snapshot: Snapshot
     settings: _Settings
-    steps: Sequence[_GraphStep | _BlockStep]
+    steps: Sequence[_GraphStep | _Step]
     convolutions: list[PackedConv]
     residual_shape: Shape | None
     has_channels_last_weight: bool
@@ -491,20 +558,26 @@ class _Prepared(NamedTuple):
         return x
 
 
-def _prepare(x: Tensor, blocks: tuple[Block, ...], settings: _Settings, refuse_grad: bool) -> _Prepared | None:
+def _prepare(x: Tensor, blocks: tuple[Block | Head, ...], settings: _Settings, refuse_grad: bool) -> _Prepared | None:
     """Return the steps for `blocks` and inputs like `x`, or None if they are not supported."""
-    if settings.dtype is not x.dtype and (x.dtype is torch.float64 or blocks[0].shortcut == "identity"):
+    if settings.dtype is not x.dtype and (x.dtype is torch.float64 or blocks[0][1:2] == ("identity",)):
         return None  # autocast does not cast float64, and does not cast the identity
     snapshots: list[Snapshot] = []
-    steps: list[_BlockStep] = []
+    steps: list[_Step] = []
     shape = _valid(tuple(x.shape))
     for block in blocks:
-        step = None if shape is None else _read_block(block, shape, settings, snapshots)
+        if shape is None:
+            return None
+        step: _Step | None
+        if isinstance(block, Head):
+            step = _read_head(block, shape, settings, snapshots)
+        else:
+            step = _read_block(block, shape, settings, snapshots)
         if step is None or (refuse_grad and any(snapshot.requires_grad() for snapshot in snapshots)):
             return None
         steps.append(step)
         shape = step.shapes[-1]
-    residuals = [step.shapes[1] for step in steps if step.shortcut == "tensor"]
+    residuals = [step.shapes[1] for step in steps if isinstance(step, _BlockStep) and step.shortcut == "tensor"]
     if len(residuals) > 1:
         raise ValueError('blocks: expected at most one block with the shortcut "tensor"')
     problems: list[Problem] = []
@@ -513,7 +586,8 @@ def _prepare(x: Tensor, blocks: tuple[Block, ...], settings: _Settings, refuse_g
             for convolution, problem in [pair for step in steps for pair in step.problems()]:
                 convolution.measure(problem)
                 problems.append(problem)
-    weights = [unit.conv.__dict__["_parameters"]["weight"] for block in blocks for unit in block.units]
+    units = [unit for block in blocks if isinstance(block, Block) for unit in block.units]
+    weights = [unit.conv.__dict__["_parameters"]["weight"] for unit in units]
     _synchronize(settings.device)  # the biases
     return _Prepared(
         Snapshot.join(snapshots),
@@ -527,7 +601,7 @@ def _prepare(x: Tensor, blocks: tuple[Block, ...], settings: _Settings, refuse_g
 
 
 def _prepare_tuned(
-    x: Tensor, residual: Tensor | None, blocks: tuple[Block, ...], settings: _Settings, refuse_grad: bool
+    x: Tensor, residual: Tensor | None, blocks: tuple[Block | Head, ...], settings: _Settings, refuse_grad: bool
 ) -> _Prepared | None:
     """Return what :func:`_prepare` does, with the measured algorithms.
 
@@ -596,14 +670,36 @@ def _read_block(block: Block, input: Shape, settings: _Settings, snapshots: list
     return None if output is None else _BlockStep(units, shortcut, pool, (input, sum_shape, output))
 
 
-def _merge_into_graphs(steps: list[_BlockStep], settings: _Settings) -> Sequence[_GraphStep | _BlockStep]:
+def _read_head(head: Head, input: Shape, settings: _Settings, snapshots: list[Snapshot]) -> _HeadStep | None:
+    """Return the step of a head, or None if it is not supported; append the snapshot of its linear layer."""
+    if len(input) != 4:
+        return None
+    pooled: Shape = (*input[:2], 1, 1)
+    if head.linear is None:
+        return _HeadStep(None, (input, pooled, pooled))
+    layer = _find_layer(head.linear, None)
+    if layer is None or layer.tensors.weight.device != settings.device:
+        return None
+    if chain.inspect_tensors(layer.tensors, settings.dtype, settings.autocast):
+        return None
+    (unit,) = head.convolutions
+    spec = layer.spec(unit, None)
+    if spec is None:
+        return None
+    packed = PackedConv(layer, spec.units[0], settings)
+    snapshots.append(layer.snapshot)
+    output = packed.output_shape(pooled)
+    return None if output is None else _HeadStep(packed, (input, pooled, output))
+
+
+def _merge_into_graphs(steps: list[_Step], settings: _Settings) -> Sequence[_GraphStep | _Step]:
     """Return the steps with as few inference graphs as possible, each of consecutive blocks."""
     if settings.dtype is torch.float64 or settings.kernels.prepare_inference_graph is None:
         return steps
     if (graph := _prepare_graph(steps, settings)) is not None:
         return [graph]
     # Whether a graph can contain a block does not depend on its other blocks.
-    merged: list[_GraphStep | _BlockStep] = []
+    merged: list[_GraphStep | _Step] = []
     for supported, group in groupby(steps, lambda step: _prepare_graph([step], settings) is not None):
         consecutive = list(group)
         graph = _prepare_graph(consecutive, settings) if supported else None
@@ -611,14 +707,17 @@ def _merge_into_graphs(steps: list[_BlockStep], settings: _Settings) -> Sequence
     return merged
 
 
-def _prepare_graph(steps: list[_BlockStep], settings: _Settings) -> _GraphStep | None:
-    specs = [step.as_block_spec() for step in steps]
-    prepare = settings.kernels.prepare_inference_graph
-    if prepare is None or None in specs:
-        return None
+def _prepare_graph(steps: list[_Step], settings: _Settings) -> _GraphStep | None:
+    specs: list[BlockSpec | GlobalAveragePoolSpec] = []
+    for step in steps:
+        found = step.specs()
+        if found is None:
+            return None
+        specs += found
+    prepare: Any = settings.kernels.prepare_inference_graph
     convolutions = [convolution for step in steps for convolution in step.convolutions]
     graph = prepare(tuple(specs), convolutions, steps[0].shapes[0], settings.dtype, settings.preference)
-    return None if graph is None else _GraphStep(graph)
+    return None if graph is None else _GraphStep(graph, isinstance(steps[-1], _HeadStep))
 
 
 def _synchronize(device: torch.device) -> None:

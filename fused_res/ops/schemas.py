@@ -254,9 +254,9 @@ CPU_SCHEMAS = {
     # algorithm.
     "conv_weight_gradient": "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding,"
     " int[2] dilation, bool winograd) -> Tensor",
-    # Run an inference graph: convolutions and max poolings with intermediate values in an arena. steps: the graph in
-    # the format of csrc/cpu/conv_program.h. arena: size of the arena in elements per image. chunk: number of images
-    # processed at a time.
+    # Run an inference graph: convolutions, poolings and linear layers with intermediate values in an arena. steps: the
+    # graph in the format of csrc/cpu/conv_program.h. arena: size of the arena in elements per image. chunk: number of
+    # images processed at a time.
     "conv_program": "(Tensor input, Tensor[] packed, Tensor[] bias, int[] steps, int arena, int chunk,"
     " int[] output_size) -> Tensor",
 }

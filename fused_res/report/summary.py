@@ -218,6 +218,8 @@ def _describe(module: Any, program: Program) -> tuple[str, set[nn.Module]]:
             if n.path and n.layer in _norm_layers(segment)
         }
         chains.append([unit[0] for unit in units if unit[0] is not None])
+    for head in program.heads:
+        kinds["global average pool" + " + linear" * (head.linear is not None)] += 1
     fusion = module._fused_res
     parts = [f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()]
     text = "; ".join(parts) or "nothing"
@@ -382,7 +384,7 @@ def _ran(module: Any, chains: list[list[Any]]) -> list[str]:
 
 
 def _append(sizes: dict[str, list[str]], algorithm: str, weight: Sequence[int]) -> None:
-    size = "x".join(map(str, weight[2:]))
+    size = "x".join(map(str, weight[2:])) or "linear"
     if size not in sizes.setdefault(algorithm, []):
         sizes[algorithm].append(size)
 

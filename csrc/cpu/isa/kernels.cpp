@@ -11,6 +11,7 @@
 #include "cpu/isa/winograd.h"
 #endif
 #include "cpu/isa/fma_peak.h"
+#include "cpu/isa/global_pool.h"
 #include "cpu/isa/max_pool.h"
 
 namespace fused_res::cpu {
@@ -64,6 +65,8 @@ extern constexpr Kernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
                  {max_pool_nhwc<double>, max_pool_nchw<double>},
                  {max_pool_nhwc<bfloat16>, max_pool_nchw<bfloat16>},
                  {max_pool_nhwc<float16>, max_pool_nchw<float16>}},
+    .global_average_pool = {global_average_pool<float>, nullptr, global_average_pool<bfloat16>,
+                            global_average_pool<float16>},
     .add_masked = {add_masked<float>, add_masked<double>, add_masked<bfloat16>, add_masked<float16>},
     .merge_partials = merge_partials,
     .add_partials = add_partials,

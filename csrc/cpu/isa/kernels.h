@@ -119,6 +119,8 @@ struct MaxPoolKernels {
   void (*backward)(const PoolArgs&, int64_t begin, int64_t end);
 };
 
+constexpr int64_t kPooledChannels = 512;  // channels of a task of global average pooling
+
 // --- convolutions of float32 images in channels_last memory, with packed weights ---
 
 constexpr int kPanelWidth = 32;  // output channels of a packed panel of the weight
@@ -234,6 +236,9 @@ struct Kernels {
   const Bf16ConvolutionKernels* bf16_convolution;  // null without avx512_bf16 or amx
   BatchNormActKernels batch_norm_act[kDtypes][kLayouts];
   MaxPoolKernels max_pool[kDtypes][kLayouts];
+  // Global average pooling of NHWC images: y[N][C]. A task is an image and kPooledChannels channels. Null for
+  // float64.
+  void (*global_average_pool[kDtypes])(const PoolArgs&, int64_t begin, int64_t end);
   // self += mask ? grad : 0, in rows of `cols` elements. A null mask adds all of grad.
   void (*add_masked[kDtypes])(void* self, const void* grad, const uint8_t* mask, int64_t begin, int64_t end,
                               int64_t cols);

@@ -13,7 +13,7 @@ from fused_res.backends import registry
 from fused_res.backends.cpu import inference_graph
 from fused_res.backends.cpu.inference_graph import InferenceGraph
 from fused_res.dispatch import Problem, Selection
-from fused_res.spec import BlockSpec
+from fused_res.spec import BlockSpec, GlobalAveragePoolSpec
 
 
 def _conv_bias_act(
@@ -38,7 +38,7 @@ conv_bias_act = ops.register_python_operator("fused_res_cpu", "conv_bias_act", _
 
 
 class PackedConvLayer(Protocol):
-    """A convolution that provides its bias and its packed weight: :class:`fused_res.nn.packed.PackedConv`.
+    """A layer that provides its bias and its packed weight: :class:`fused_res.nn.packed.PackedConv`.
 
     Attributes:
         weight_shape: shape ``(K, C / groups, ...)`` of the weight.
@@ -70,7 +70,7 @@ class BoundInferenceGraph(NamedTuple):
 
 
 def prepare_inference_graph(
-    blocks: tuple[BlockSpec, ...],
+    blocks: tuple[BlockSpec | GlobalAveragePoolSpec, ...],
     layers: Sequence[PackedConvLayer],
     input: tuple[int, ...],
     dtype: torch.dtype,
@@ -79,7 +79,8 @@ def prepare_inference_graph(
     """Plan the inference graph for an input shape and pack its weights.
 
     Args:
-        blocks: consecutive blocks, in any order; each may end with a max pooling.
+        blocks: consecutive blocks, in any order; each may end with a max pooling. A linear layer after global average
+            pooling is a block of one 1x1 convolution.
         layers: their convolutions, block by block, a block's projection last; all tensors are CPU tensors.
         input: shape ``(N, C, H, W)``.
         dtype: float32, bfloat16 or float16, of the input and all values.

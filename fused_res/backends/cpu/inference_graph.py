@@ -1,7 +1,8 @@
-"""Inference graphs: consecutive blocks as one call, with all intermediate values in one arena.
+"""Inference graphs: consecutive blocks, and the pooling and classifier after them, as one call.
 
-:func:`plan` selects the convolution algorithms, assigns every intermediate value an arena offset from its live range
-and encodes the steps for the C++ graph executor (``csrc/cpu``). The executor runs the batch in chunks, each through all
+All intermediate values are in one arena. :func:`plan` selects the convolution algorithms, assigns every intermediate
+value an arena offset from its live range and encodes the steps for the C++ graph executor (``csrc/cpu``). A linear
+layer is a 1x1 convolution of the pooled image. The executor runs the batch in chunks, each through all
 layers, so that the arena's size is bounded.
 """
 
@@ -21,14 +22,14 @@ from fused_res.backends.cpu.convolution import ALGORITHMS, KERNELS
 from fused_res.backends.cpu.operators import conv_program
 from fused_res.dispatch import Machine, Problem, Selection, select
 from fused_res.ops.geometry import conv_output_sizes
-from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
+from fused_res.spec import BlockSpec, GlobalAveragePoolSpec, PoolSpec, UnitSpec
 
 #: Bound on the arena in bytes. Larger chunks of the batch are not faster with 32 MB of L3. With 300 MB, the bound keeps
 #: a chunk's values in the quarter of the L3 up to which they are not streamed (``csrc/cpu/caches.h``).
 _MAX_ARENA_BYTES = 64 << 20
 #: Locations outside the arena, kinds of steps, and the names of a step's fields, defined in csrc/cpu.
 _INPUT, _OUTPUT, _NO_OPERAND = _extension.cpp.GRAPH_LOCATIONS
-_CONVOLUTION, _MAX_POOL = _extension.cpp.GRAPH_STEP_KINDS
+_CONVOLUTION, _MAX_POOL, _GLOBAL_AVERAGE_POOL = _extension.cpp.GRAPH_STEP_KINDS
 _FIELDS = _extension.cpp.GRAPH_STEP_FIELDS
 
 Shape = tuple[int, ...]
@@ -63,12 +64,12 @@ class InferenceGraph:
 
 @dataclass(frozen=True)
 class _GraphNode:
-    """One convolution or max pooling of the graph.
+    """One convolution or pooling of the graph.
 
     Value 0 is the graph's input, node i produces value i + 1, and the last value is the graph's output.
     """
 
-    spec: UnitSpec | PoolSpec
+    spec: UnitSpec | PoolSpec | GlobalAveragePoolSpec
     input_value: int
     residual: int | None  # the value that is added
     weight_index: int  # -1 for a pooling
@@ -76,7 +77,7 @@ class _GraphNode:
 
 @lru_cache(maxsize=1024)
 def plan(
-    blocks: tuple[BlockSpec, ...],
+    blocks: tuple[BlockSpec | GlobalAveragePoolSpec, ...],
     weights: tuple[Shape, ...],
     input: Shape,
     dtype: torch.dtype,
@@ -87,7 +88,7 @@ def plan(
     """Plan the graph of `blocks` for one input shape; cached.
 
     Args:
-        blocks: the blocks, in order.
+        blocks: the blocks and global poolings, in order.
         weights: shapes of all weights, block by block, a projection's after the others of its block.
         input: shape ``(N, C, H, W)``.
         dtype: float32, bfloat16 or float16, of the input and all values.
@@ -107,6 +108,9 @@ def plan(
     problems: dict[int, Problem] = {}
     for node in nodes:
         channels, *size = shapes[node.input_value]
+        if isinstance(node.spec, GlobalAveragePoolSpec):
+            shapes.append((channels, 1, 1))
+            continue
         if isinstance(node.spec, PoolSpec):
             pool = node.spec
             shapes.append((channels, *conv_output_sizes(size, pool.kernel_size, pool.stride, pool.padding, (1, 1))))
@@ -140,10 +144,13 @@ def plan(
     )
 
 
-def _graph_nodes(blocks: Sequence[BlockSpec]) -> list[_GraphNode]:
+def _graph_nodes(blocks: Sequence[BlockSpec | GlobalAveragePoolSpec]) -> list[_GraphNode]:
     nodes: list[_GraphNode] = []
     weight_index = 0
     for block in blocks:
+        if isinstance(block, GlobalAveragePoolSpec):
+            nodes.append(_GraphNode(block, len(nodes), None, -1))
+            continue
         block_input = len(nodes)
         residual = block_input if block.shortcut == "identity" else None
         if block.projection is not None:
@@ -217,25 +224,36 @@ def _encode_step(
 ) -> list[int]:
     """Return one step as a flat list of integers, in the order of the C++ structure's fields."""
     spec = node.spec
-    pool = isinstance(spec, PoolSpec)
-    out_channels, _, *kernel_size = (
-        (input_shape[0], 0, *spec.kernel_size) if isinstance(spec, PoolSpec) else weights[node.weight_index]
-    )
     step: dict[str, Any] = dict(zip(("channels", "height", "width"), input_shape, strict=True))
     step |= {
         "input": offsets[node.input_value],
         "output": offsets[index + 1],
-        "weight": node.weight_index,
-        "out_channels": out_channels,
-    }
-    step |= {
         "residual": _NO_OPERAND if node.residual is None else offsets[node.residual],
-        "kernel_size": kernel_size,
+        "weight": node.weight_index,
+        "out_channels": input_shape[0],
+        "dilation": (1, 1),
     }
-    step |= {"stride": spec.stride, "padding": spec.padding, "kind": _MAX_POOL if pool else _CONVOLUTION}
-    if not isinstance(spec, PoolSpec):
+    if isinstance(spec, UnitSpec):
+        out_channels, _, *kernel_size = weights[node.weight_index]
         tile, bf16_products = KERNELS[selections[node.weight_index].name]
-        step |= {"tile": tile, "bf16_products": int(bf16_products), "relu": int(spec.relu)}
-    step["dilation"] = (1, 1) if isinstance(spec, PoolSpec) else spec.dilation
+        step |= {
+            "kind": _CONVOLUTION,
+            "tile": tile,
+            "bf16_products": int(bf16_products),
+            "relu": int(spec.relu),
+            "out_channels": out_channels,
+            "kernel_size": kernel_size,
+            "stride": spec.stride,
+            "padding": spec.padding,
+            "dilation": spec.dilation,
+        }
+    elif isinstance(spec, PoolSpec):
+        step |= {
+            "kind": _MAX_POOL, "kernel_size": spec.kernel_size, "stride": spec.stride, "padding": spec.padding
+        }  # fmt: skip
+    else:
+        step |= {
+            "kind": _GLOBAL_AVERAGE_POOL, "kernel_size": input_shape[1:], "stride": (1, 1), "padding": (0, 0)
+        }  # fmt: skip
     values = [step.get(field, 0) for field in _FIELDS]
     return [item for value in values for item in (value if isinstance(value, Sequence) else [value])]

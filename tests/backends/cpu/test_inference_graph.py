@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_res
 from fused_res.dispatch import Machine
-from fused_res.spec import BlockSpec, PoolSpec, UnitSpec
+from fused_res.spec import BlockSpec, GlobalAveragePoolSpec, PoolSpec, UnitSpec
 from fused_res.testing import stub_torchvision_operators
 from tests.support.cpu_backends import BACKENDS
 from tests.support.model_comparison import randomize_norms, small_resnet
@@ -31,8 +31,10 @@ STRIDED = UnitSpec(stride=(2, 2), padding=(1, 1))
 PROJECTION = UnitSpec(stride=(2, 2), activation="identity")
 BASIC, BOTTLENECK = BlockSpec((THREE, THREE), "identity"), BlockSpec((ONE, THREE, ONE), "identity")
 
+POOLING, LINEAR = GlobalAveragePoolSpec(), BlockSpec((UnitSpec(activation="identity"),))
+
 #: Blocks, shapes of their weights, input shape (C, H, W).
-CASES: dict[str, tuple[tuple[BlockSpec, ...], list[tuple[int, ...]], tuple[int, ...]]] = {
+CASES: dict[str, tuple[tuple[BlockSpec | GlobalAveragePoolSpec, ...], list[tuple[int, ...]], tuple[int, ...]]] = {
     "basic": ((BASIC,), [(64, 64, 3, 3)] * 2, (64, 13, 11)),
     "bottleneck": ((BOTTLENECK,), [(32, 96, 1, 1), (32, 32, 3, 3), (96, 32, 1, 1)], (96, 9, 14)),
     "stage": (
@@ -50,6 +52,9 @@ CASES: dict[str, tuple[tuple[BlockSpec, ...], list[tuple[int, ...]], tuple[int, 
     # The identity shortcut is the input of the convolution that it is added to.
     "one unit": ((BlockSpec((THREE,)), BlockSpec((THREE,), "identity")), [(4, 4, 3, 3)] * 2, (4, 9, 9)),
     "no shortcut": ((BlockSpec((ONE, THREE)),), [(40, 24, 1, 1), (24, 40, 3, 3)], (24, 7, 7)),
+    "classifier": ((BASIC, POOLING, LINEAR), [*[(20, 20, 3, 3)] * 2, (37, 20, 1, 1)], (20, 7, 9)),
+    "pooling": ((BlockSpec((ONE,)), POOLING), [(531, 5, 1, 1)], (5, 12, 23)),
+    "only a classifier": ((POOLING, LINEAR), [(1000, 1025, 1, 1)], (1025, 3, 1)),
 }
 
 
@@ -65,7 +70,9 @@ def plan_case(case: str, batch: int, dtype: torch.dtype) -> Any:
     return inference_graph.plan(blocks, tuple(weights), (batch, *shape), dtype, True, Machine(_extension.cpu_isa()))
 
 
-def float64_reference(blocks: tuple[BlockSpec, ...], x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+def float64_reference(
+    blocks: tuple[BlockSpec | GlobalAveragePoolSpec, ...], x: Tensor, weights: list[Tensor], biases: list[Tensor]
+) -> Tensor:
     tensors = iter(zip(weights, biases, strict=True))
 
     def convolve(x: Tensor, unit: UnitSpec, weight: Tensor, bias: Tensor) -> Tensor:
@@ -73,6 +80,9 @@ def float64_reference(blocks: tuple[BlockSpec, ...], x: Tensor, weights: list[Te
 
     x = x.double()
     for block in blocks:
+        if isinstance(block, GlobalAveragePoolSpec):
+            x = x.mean((2, 3), keepdim=True)
+            continue
         parameters = [next(tensors) for _ in block.convolutions]
         residual = x if block.shortcut == "identity" else None
         if block.projection is not None:
@@ -105,7 +115,7 @@ def test_graph_matches_float64(
     x = (torch.randn(batch, *input_shape, generator=generator) + 1).to(dtype)
     weights = [(torch.randn(shape, generator=generator) / prod(shape[1:]) ** 0.5).to(dtype) for shape in shapes]
     biases = [torch.randn(shape[0], generator=generator) for shape in shapes]
-    specs = [spec for block in blocks for spec in block.convolutions]
+    specs = [spec for block in blocks if isinstance(block, BlockSpec) for spec in block.convolutions]
     packed = [
         convolution.pack(weight, convolution.KERNELS[selection.name], spec.stride)
         for weight, selection, spec in zip(weights, plan.selections, specs, strict=True)
@@ -114,8 +124,9 @@ def test_graph_matches_float64(
     expected = float64_reference(blocks, x, weights, biases)
     assert output.shape == expected.shape and output.is_contiguous(memory_format=torch.channels_last)
     assert output.dtype is dtype
-    # Values are rounded once after each convolution; the errors of consecutive convolutions add in quadrature.
-    assert (output - expected).norm() <= ROUNDING[dtype] * len(shapes) ** 0.5 * expected.norm()
+    # Values are rounded once after each step; the errors of consecutive steps add in quadrature.
+    count = len(shapes) + blocks.count(POOLING)
+    assert (output - expected).norm() <= ROUNDING[dtype] * count**0.5 * expected.norm()
     copied = output.clone()
     plan.run(x * 2, packed, biases)
     assert torch.equal(output, copied), "the next call overwrote the output"
@@ -128,7 +139,7 @@ def test_arena_has_no_overlapping_live_buffers(case: str) -> None:
     blocks, _, _ = CASES[case]
     nodes = inference_graph._graph_nodes(blocks)
     sizes = [100 + 7 * value for value in range(len(nodes) + 1)]
-    if len(blocks) > 1 or case in ("basic", "bottleneck"):
+    if any(block.shortcut != "none" for block in blocks if isinstance(block, BlockSpec)):
         sizes = [100] * len(sizes)  # a residual that is overwritten by a sum must have the sum's size
     offsets, arena = inference_graph._plan_arena(nodes, sizes)
     for index, node in enumerate(nodes):
@@ -169,7 +180,7 @@ def test_winograd_disabled_accuracy_vs_stock() -> None:
         frozen = fused_res.freeze(model)
         assert (frozen(x) - expected).norm() <= 2 * stock_error + 1e-6 * expected.norm()
     algorithms = selected(frozen)
-    assert len(algorithms) == 20 and set(algorithms.values()) == {"direct"}
+    assert len(algorithms) == 21 and set(algorithms.values()) == {"direct"}
     assert (fused_res.freeze(model)(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     with pytest.raises(ValueError, match="winograd must be"):
         fused_res.backends.use("auto", winograd="no")  # type: ignore[arg-type]
@@ -270,7 +281,7 @@ def test_results_are_bitwise_equal_for_any_thread_count() -> None:
         outputs = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outputs.append([frozen.layer1(torch.ones(3, 64, 17, 16)), stem(x)])
+            outputs.append([frozen.layer1(torch.ones(3, 64, 17, 16)), stem(x), frozen(x)])
     finally:
         torch.set_num_threads(before)
     assert len(selected(frozen.layer1)) == 4 and len(selected(stem)) == 1
@@ -284,7 +295,7 @@ def test_packed_weights_use_at_most_four_times_the_memory() -> None:
     frozen.layer1(torch.randn(1, 64, 16, 16))
     programs = [frozen._fused_res.packed, frozen.layer1._fused_res.packed]
     used = [[conv._layer for one in p._sequences.values() for conv in one.last.convolutions] for p in programs]
-    assert [len(layers) for layers in used] == [20, 4] and set(used[1]) <= set(used[0])
+    assert [len(layers) for layers in used] == [21, 4] and set(used[1]) <= set(used[0])
     for layer in used[0]:
         (packed,) = layer._packed.values()
         assert 0 < packed.nbytes <= 4.5 * layer.tensors.weight.nbytes
@@ -359,7 +370,7 @@ def test_non_contiguous_norms() -> None:
         norm.weight, norm.bias = (nn.Parameter(spread(t), requires_grad=False) for t in (norm.weight, norm.bias))
         norm.running_mean, norm.running_var = spread(norm.running_mean), spread(norm.running_var)
     assert len(norms) == 20 and not norms[0].bias.is_contiguous()
-    assert torch.equal(frozen(x), expected) and len(selected(frozen)) == 20
+    assert torch.equal(frozen(x), expected) and len(selected(frozen)) == 21
 
 
 def test_flop_count_with_native_convolutions() -> None:
