@@ -52,7 +52,8 @@ class DynamicParallel {
   // `fmas`: the number of FMAs.
   explicit DynamicParallel(int64_t fmas) : threads_(Parallel(fmas / kFmasPerElement).threads()) {}
   explicit DynamicParallel(const ConvolutionArgs& args)
-      : DynamicParallel(args.images * args.out_height * args.out_width * args.out_channels * gemm_k(args)) {}
+      : DynamicParallel((args.images * args.out_height * args.out_width + kFmasPerWeight) *
+                        args.out_channels * gemm_k(args)) {}
 
   int64_t threads() const { return threads_; }
   int64_t thread() const { return threads_ == 1 ? 0 : at::get_thread_num(); }
@@ -76,6 +77,9 @@ class DynamicParallel {
  private:
   // As many FMAs take about as long as one element of an elementwise kernel.
   static constexpr int64_t kFmasPerElement = 64;
+  // Reading an element of the weight from memory takes as long as so many FMAs (_READ_COST in
+  // convolution.py): most of the time of a linear layer and one image.
+  static constexpr int64_t kFmasPerWeight = 10;
 
   int64_t threads_;
 };

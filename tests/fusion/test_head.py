@@ -284,6 +284,8 @@ OTHER_HEADS: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {
     "writes to the features": (_writes, 3),
     "size used elsewhere": (_size_escapes, 3),
     "size 2": (lambda m, x: m.fc(F.adaptive_avg_pool2d(x, 2).flatten(2).mean(2)), 3),
+    "size 2, flattened": (lambda m, x: F.adaptive_avg_pool2d(x, 2).flatten(1), 3),
+    "F.dropout of everything": (lambda m, x: m.fc(F.dropout(m.avgpool(x).flatten(1), 1.0, True)), 4),
     "size (1, None)": (lambda m, x: m.fc(F.adaptive_avg_pool2d(x, (1, None)).mean(3).flatten(1)), 3),
     "mean over one dimension": (lambda m, x: m.fc(x.mean(2).mean(2)), 3),
     "mean over channels": (lambda m, x: x.mean((1, 2)), 3),
@@ -315,6 +317,8 @@ def test_other_heads(name: str, programs: list[SimpleNamespace]) -> None:
     frozen = freeze(model)
     assert_equal_to_stock(model, frozen, images())
     assert [call.steps for call in programs] == [steps]
+    heads = [head for program in frozen._fused_res.programs for head in program.heads]
+    assert [head.linear is not None for head in heads] == ([steps == 5] if steps > 3 else [])
 
 
 @torch.inference_mode()
@@ -411,7 +415,7 @@ class TestChanges:
         frozen.avgpool.output_size = 2
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
             frozen(x)
-        frozen.avgpool.output_size = 1
+        frozen.avgpool.output_size = (1, 1)
         assert_equal_to_stock(model, frozen, x)
         frozen.flatten.start_dim = 0
         with pytest.raises(RuntimeError, match="must match|mat1|size mismatch"):
