@@ -145,7 +145,8 @@ def _load(name: str) -> Kernels:
         kernels.op_families = op_families(name)
     else:
         kernels, other = Kernels(**vars(_load(norms))), _load(convolutions)
-        kernels.algorithms, kernels.op_families = other.algorithms, kernels.op_families | other.op_families
+        kernels.algorithms, kernels.float32_bias = other.algorithms, other.float32_bias
+        kernels.op_families |= other.op_families
         for operator in (operator for family in _CONVOLUTION_FAMILIES for operator in OP_FAMILIES[family]):
             setattr(kernels, operator, getattr(other, operator))
     kernels.name = name

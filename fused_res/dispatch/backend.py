@@ -27,6 +27,7 @@ class Kernels(SimpleNamespace):
         algorithms: convolution algorithms in order of priority, ATen's last.
         prepare_inference_graph: function that compiles consecutive blocks, with batch norms folded and weights packed,
             into one call (:func:`fused_res.backends.cpu.conv_bias_act.prepare_inference_graph`), or None.
+        float32_bias: whether every inference convolution accepts a float32 bias with bfloat16 and float16 operands.
         activations: those that the kernels of batch norm have. Any other activation is computed in pieces
             (:mod:`fused_res.backends.pieces`).
         selects_per_call: whether the operator ``conv_bias_act`` itself selects the algorithm, from the sizes of each
@@ -37,6 +38,7 @@ class Kernels(SimpleNamespace):
     op_families: frozenset[str]
     algorithms: tuple[Algorithm, ...]
     prepare_inference_graph: Callable[..., Any] | None = None
+    float32_bias: bool = False
     activations: tuple[Activation, ...] = ACTIVATIONS
     selects_per_call: bool = False
 

@@ -57,8 +57,10 @@ def aten_conv_bias_act(
 ) -> Tensor:
     """Return ``act(conv(input, weight) + bias [+ residual])``.
 
-    The epilogue is cuDNN's where it has one for these operands, else in place on the output of ATen's convolution.
+    The epilogue is cuDNN's where it has one for these operands, else in place on the output of ATen's convolution. A
+    float32 bias is rounded to the input's dtype, as ATen requires.
     """
+    bias = None if bias is None else bias.to(input.dtype)
     channels_last = conv_output_is_channels_last(input, weight)
     input = to_memory_format(input, channels_last)
     residual = None if residual is None else to_memory_format(residual, channels_last)

@@ -411,22 +411,24 @@ class TestDtype:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_error_is_at_most_that_of_stock_under_autocast(self, dtype: torch.dtype) -> None:
-        """Over several networks: the rounding of one network's weights moves all of its outputs alike."""
+        """Over many networks: the rounding of one network's weights moves all of its outputs alike."""
         x = images(32, 16, torch.float32).to(memory_format=torch.channels_last)
+        model = network().float().eval().to(memory_format=torch.channels_last)
+        frozen, weights = freeze(model, dtype=dtype), [p for p in model.parameters() if p.dim() > 1]
+        originals = copy.deepcopy(weights)
         errors = torch.zeros(2, dtype=torch.float64)
-        for seed in range(8):
-            model = network().float().eval().to(memory_format=torch.channels_last)
+        for seed in range(64):
             torch.manual_seed(seed)
-            for parameter in model.parameters():
-                parameter.data += 0.1 * parameter.data.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0
+            for weight, original in zip(weights, originals, strict=True):
+                weight.data = original + 0.1 * original.std() * torch.randn_like(original)
             exact = evaluate(copy.deepcopy(model).double(), x.double())
             with torch.autocast("cpu", dtype):
                 stock = evaluate(model, x)
-            frozen = freeze(model, dtype=dtype)
+            frozen.load_state_dict(model.state_dict())
             output = frozen(x)
             assert output.dtype == stock.dtype == dtype
             errors += torch.stack([(one - exact).square().sum() for one in (output, stock)])
-        assert errors[0] <= 1.1 * errors[1]  # eight networks scatter by 10 %
+        assert errors[0] <= 1.05 * errors[1]  # 64 networks scatter by 5 %
         assert fusion_of(frozen).packed.selected()  # it ran with packed weights
         with torch.autocast("cpu", dtype):
             assert torch.equal(freeze(model)(x), output)

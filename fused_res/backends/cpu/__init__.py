@@ -36,6 +36,7 @@ def load() -> Kernels:
     return Kernels(
         algorithms=convolution.ALGORITHMS,
         prepare_inference_graph=conv_bias_act.prepare_inference_graph,
+        float32_bias=True,
         selects_per_call=True,
         **operators.OPERATORS,
         conv_bias_act=conv_bias_act.conv_bias_act,

@@ -42,7 +42,7 @@ class PackedConvLayer(Protocol):
 
     Attributes:
         weight_shape: shape ``(K, C / groups, ...)`` of the weight.
-        graph_bias: contiguous bias ``(K,)``, float32.
+        bias: contiguous bias ``(K,)``, float32.
         packed_weight: function that returns the weight as packed for a selected algorithm and its problem.
     """
 
@@ -50,7 +50,7 @@ class PackedConvLayer(Protocol):
     def weight_shape(self) -> tuple[int, ...]: ...
 
     @property
-    def graph_bias(self) -> Tensor: ...
+    def bias(self) -> Tensor: ...
 
     def packed_weight(self, selected: Selection, problem: Problem) -> Tensor: ...
 
@@ -97,4 +97,4 @@ def prepare_inference_graph(
         layer.packed_weight(selection, problem)
         for layer, selection, problem in zip(layers, graph.selections, graph.problems, strict=True)
     ]
-    return BoundInferenceGraph(graph, packed, [layer.graph_bias for layer in layers])
+    return BoundInferenceGraph(graph, packed, [layer.bias for layer in layers])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fused_res import _extension
+from fused_res.backends import implicit_gemm
 from fused_res.backends.cpu import onednn
 from fused_res.backends.cpu.operators import conv_weight_gradient, convolve, pack_conv_weight
 from fused_res.dispatch import TRAINING_OPERATIONS, Algorithm, Operation, PackedWeight, Problem, Rule, convolution
@@ -414,7 +416,22 @@ ONEDNN = Algorithm(
     pack_key=lambda problem: ("onednn", problem.input, problem.dtype, torch.get_num_threads()),
     weight_packing="cached",
 )
+
+
+def _epilogue_unsupported_reason(problem: Problem) -> str | None:
+    if not problem.prepacked or problem.dtype not in (torch.bfloat16, torch.float16):
+        return "ATen adds a bias of the input's dtype; a float32 bias is that of a frozen model in bfloat16 or float16"
+    return implicit_gemm.ATEN_EPILOGUE.unsupported_reason(problem)
+
+
+#: ATen would round the float32 bias of a frozen model.
+ATEN_EPILOGUE = replace(
+    implicit_gemm.ATEN_EPILOGUE,
+    unsupported_reason=_epilogue_unsupported_reason,
+    rules=(),
+    selection_reason=lambda problem: "float32 bias, addition and ReLU in one pass after ATen's convolution",
+)
 ALGORITHMS = (
-    WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, *convolution.ALGORITHMS
+    WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, ATEN_EPILOGUE, *convolution.ALGORITHMS
 )  # fmt: skip
 ALGORITHMS_BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}

@@ -24,4 +24,4 @@ def unavailable() -> None:
 def load() -> Kernels:
     from fused_res.backends.reference import convolution
 
-    return Kernels(algorithms=convolution.ALGORITHMS, **import_operators(__name__, OP_FAMILIES))
+    return Kernels(algorithms=convolution.ALGORITHMS, float32_bias=True, **import_operators(__name__, OP_FAMILIES))
