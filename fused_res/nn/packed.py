@@ -389,7 +389,8 @@ class PackedConv:
 
     def linear(self, x: Tensor) -> Tensor:
         """Return the output ``(N, K)`` of this linear layer, computed by PyTorch."""
-        return F.linear(x, self._layer.tensors.weight[:, :, 0, 0].to(self._settings.dtype), self.bias)
+        dtype = self._settings.dtype
+        return F.linear(x, self._layer.tensors.weight[:, :, 0, 0].to(dtype), self.bias.to(dtype))
 
     def problem(self, input: Shape, residual: bool) -> Problem:
         """Return the problem that :meth:`run` solves for an input of this shape."""
