@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import conv, infer, report
+from benchmarks import conv, environment, infer, report
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "build" / "bench-amx"
@@ -59,12 +59,16 @@ class Verdict(NamedTuple):
 
 
 def processor(cpuinfo: str) -> tuple[str, bool]:
-    """Return a folder name for the processor that /proc/cpuinfo describes, and whether it has AMX with bfloat16."""
+    """Return a folder name for the processor that /proc/cpuinfo describes, and whether it has AMX with bfloat16.
+
+    The name counts the physical cores that this process may use, as the documents of results do.
+    """
     fields = [line.partition(":") for line in cpuinfo.splitlines()]
     values = {name.strip(): value.strip() for name, _, value in fields}
     has_amx = "amx_bf16" in values.get("flags", "").split()
     vendor = "xeon" if "Intel" in values.get("model name", "") else values.get("vendor_id", "cpu").lower()
-    return f"{vendor}{'-amx' * has_amx}-{os.cpu_count()}-cores", has_amx
+    cores = environment.physical_cores(environment.usable_cpus())
+    return f"{vendor}{'-amx' * has_amx}-{cores}-core{'s' * (cores > 1)}", has_amx
 
 
 def verdicts(folder: Path) -> list[Verdict]:
@@ -74,6 +78,9 @@ def verdicts(folder: Path) -> list[Verdict]:
     for (name, model, batch), target in TARGETS.items():
         case = next((one for one in documents[name] if (one["model"], one["batch"]) == (model, batch)), None)
         found.append(speedup_verdict(name, f"{model} batch {batch}", target, case))
+        if name == "infer-bf16":
+            fp32 = next((one for one in documents["infer"] if (one["model"], one["batch"]) == (model, batch)), None)
+            found.append(dtype_verdict(name, f"{model} batch {batch}, bfloat16", case, fp32))
     found += [error_verdict(name, documents[name]) for name in ("infer-bf16", "conv-bf16")]
     return [*found, layers_verdict("conv-bf16", documents["conv-bf16"])]
 
@@ -89,6 +96,17 @@ def speedup_verdict(document: str, name: str, target: float, case: Case | None) 
     speedup = min(infer.peer_speedups(case, "ours"))
     verdict = "met" if speedup >= target else f"missed by {1 - speedup / target:.0%}"
     return row._replace(measured=infer.fastest_peer(case, "ours"), verdict=verdict)
+
+
+def dtype_verdict(document: str, name: str, case: Case | None, fp32: Case | None) -> Verdict:
+    """Return the verdict on our bfloat16 against our float32, in medians and in minima."""
+    row = Verdict(document, name, "at least our float32, medians (minima)")
+    if case is None or fp32 is None:
+        return row
+    narrow, wide = case["providers"]["ours"], fp32["providers"]["ours"]
+    median, minimum = wide["median_s"] / narrow["median_s"], min(wide["samples_s"]) / min(narrow["samples_s"])
+    verdict = "met" if min(median, minimum) >= 1 else f"missed by {1 - min(median, minimum):.0%}"
+    return row._replace(measured=f"{median:.2f}x ({minimum:.2f}x)", verdict=verdict)
 
 
 def error_verdict(document: str, cases: list[Case]) -> Verdict:
@@ -116,9 +134,9 @@ def layers_verdict(document: str, cases: list[Case]) -> Verdict:
     )
 
 
-def run(command: list[str], environment: dict[str, str]) -> None:
+def run(command: list[str], variables: dict[str, str]) -> None:
     print("$", shlex.join(command), flush=True)
-    subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | environment, check=True)
+    subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | variables, check=True)
 
 
 def quick(command: list[str]) -> list[str]:
@@ -146,14 +164,14 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("bench-amx: this processor lacks amx_bf16 (flags in /proc/cpuinfo)")
     folder = options.rehearse.resolve() if rehearsal else ROOT / "benchmarks" / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {"FUSED_RES_CPU_ISA": "amx_emulated" if rehearsal else "amx"}
-    run(["pytest", "-q", "-n", "0", *(["-k", "packed_weight", TESTS[1]] if rehearsal else TESTS)], environment)
+    variables = {"FUSED_RES_CPU_ISA": "amx_emulated" if rehearsal else "amx"}
+    run(["pytest", "-q", "-n", "0", *(["-k", "packed_weight", TESTS[1]] if rehearsal else TESTS)], variables)
     for step, text in STEPS.items():
         if (folder / f"{step}.json").exists() and not (options.again or rehearsal):
             print(f"{step} is skipped: {folder / f'{step}.json'} exists; --again replaces it", flush=True)
             continue
         command = quick(shlex.split(text)) if rehearsal else shlex.split(text)
-        run(["benchmarks", *command, "--allocator", "as-shipped", "--out", str(SCRATCH)], environment)
+        run(["benchmarks", *command, "--allocator", "as-shipped", "--out", str(SCRATCH)], variables)
         for suffix in ("png", "json"):  # the JSON last: its presence means that the step is complete
             (SCRATCH / f"{command[0]}.{suffix}").replace(folder / f"{step}.{suffix}")
     print(f"\n{report.table(['document', 'case', 'asked', 'measured', ''], verdicts(folder))}\n\nresults in {folder}")

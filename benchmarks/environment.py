@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "gpu": gpu() if device == "cuda" else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": physical_cores(usable_cpus()),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "transparent_huge_pages": transparent_huge_pages(),
@@ -61,6 +62,21 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def usable_cpus() -> Iterable[int]:
+    """Return the logical processors that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def physical_cores(cpus: Iterable[int], sysfs: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return the number of physical cores of the logical processors `cpus`: hardware threads of a core count once."""
+
+    def core(cpu: int) -> str:
+        siblings = sysfs / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+        return siblings.read_text().strip() if siblings.exists() else str(cpu)
+
+    return len({core(cpu) for cpu in cpus})
 
 
 def transparent_huge_pages() -> str | None:

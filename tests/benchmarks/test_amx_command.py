@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import amx
+from benchmarks import amx, environment
 from fused_res import _extension
 
 CPUINFO = """processor : 0
@@ -20,9 +20,30 @@ flags : fpu avx512f {amx}
 
 
 def test_processor_is_named_from_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(environment, "physical_cores", lambda cpus: 2)
     assert amx.processor(CPUINFO.format(amx="amx_tile amx_bf16")) == ("xeon-amx-2-cores", True)
     assert amx.processor(CPUINFO.format(amx="")) == ("xeon-2-cores", False)
+    monkeypatch.setattr(environment, "physical_cores", lambda cpus: 1)
+    assert amx.processor(CPUINFO.format(amx="")) == ("xeon-1-core", False)
+
+
+@pytest.mark.parametrize(
+    ("siblings", "usable", "cores"),
+    [
+        (["0-1", "0-1"], [0, 1], 1),
+        (["0,2", "1,3", "0,2", "1,3"], [0, 1, 2, 3], 2),
+        (["0,2", "1,3", "0,2", "1,3"], [0, 2], 1),
+        (["0", "1"], [0, 1], 2),
+        ([], [0, 1], 2),  # a container without sysfs
+    ],
+)
+def test_hardware_threads_of_a_core_count_once(
+    siblings: list[str], usable: list[int], cores: int, tmp_path: Path
+) -> None:
+    for cpu, text in enumerate(siblings):
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(f"{text}\n")
+    assert environment.physical_cores(usable, tmp_path) == cores
 
 
 def test_without_amx_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +70,8 @@ def test_verdicts(tmp_path: Path) -> None:
         },
     }
     (tmp_path / "infer-bf16.json").write_text(json.dumps({"runs": [{"cases": [case]}]}))
+    fp32 = case | {"providers": {"ours": provider(2.0, 0.9), "openvino": provider(3.0, 2.9)}}
+    (tmp_path / "infer.json").write_text(json.dumps({"runs": [{"cases": [fp32]}]}))
     conv = {
         "name": "1x1",
         "providers": {
@@ -61,7 +84,10 @@ def test_verdicts(tmp_path: Path) -> None:
     found = {(row.document, row.case): (row.measured, row.verdict) for row in amx.verdicts(tmp_path)}
     assert found["infer-bf16", "resnet50 batch 16"] == ("1.50x (1.30x) openvino", "missed by 7%")
     assert found["infer-bf16", "error against float64"] == ("1.30x, resnet50 b16", "missed by 30%")
-    assert found["infer", "resnet50 batch 16"] == ("not measured", "")
+    assert found["infer-bf16", "resnet50 batch 16, bfloat16"] == ("2.00x (0.90x)", "missed by 10%")
+    assert found["infer-bf16", "resnet50 batch 1, bfloat16"] == ("not measured", "")
+    assert found["infer", "resnet50 batch 16"] == ("1.50x (3.22x) openvino", "met")
+    assert found["infer", "resnet18 batch 1"] == ("not measured", "")
     assert found["conv-bf16", "error against float64"] == ("0.90x, 1x1", "met")
     assert found["conv-bf16", "layers slower than oneDNN by over 3 %"] == ("0 (1) of 1", "missed")
 
@@ -69,8 +95,8 @@ def test_verdicts(tmp_path: Path) -> None:
 def test_complete_steps_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
-    def run(command: list[str], environment: dict[str, str]) -> None:
-        assert environment == {"FUSED_RES_CPU_ISA": "amx"}
+    def run(command: list[str], variables: dict[str, str]) -> None:
+        assert variables == {"FUSED_RES_CPU_ISA": "amx"}
         commands.append(command)
         if command[0] == "benchmarks":
             for suffix in ("json", "png"):

@@ -83,8 +83,9 @@ inline void micro_kernel_store(const float* a, int64_t lda, const float* b, int6
     for (int v = 0; v < kNrVectors; ++v) store(c + r * kPanelWidth + v * V::lanes, acc[r][v]);
   }
 }
-// The same for a run-time number of rows, 1 to kMr.
-inline void micro_gemm(int64_t rows, const float* a, int64_t lda, const float* b, int64_t k, float* c) {
+// The same for a run-time number of rows, 1 to kMr. Not inlined: its kernels are the same for every dtype.
+[[gnu::noinline]] void micro_gemm(int64_t rows, const float* a, int64_t lda, const float* b, int64_t k,
+                                  float* c) {
   dispatch_mr(rows, [&](auto count) { micro_kernel_store<count.value>(a, lda, b, k, c); });
 }
 

@@ -39,40 +39,31 @@ inline void dispatch_tile_class(const TileGrid& tiles, int tile_class, F f) {
   });
 }
 
-// An input tile: its strides in memory, and the rows and columns of the tile that are within the image.
+// An input tile of rows x columns pixels: its strides in memory, and the part of it within the image.
 struct Window {
+  int64_t rows, columns;
   int64_t row_stride, column_stride;
   Range valid_rows, valid_columns;
+
+  bool inside() const {
+    return valid_rows.begin <= 0 && valid_rows.end >= rows && valid_columns.begin <= 0 &&
+           valid_columns.end >= columns;
+  }
 };
 
 // Input transform B^T d B of one tile for one vector of channels. `to`: a pointer for each transform-domain
-// element. kInside: the whole input tile lies within the image, so no element is padding.
-template <int S, int MY, int MX, bool kInside, class Part, class T>
-inline void input_transform_tile(Part part, const T* x, const Window& window, float* const* to, int64_t at) {
+// element.
+template <int S, int MY, int MX, class T>
+[[gnu::noinline]] void input_transform_tile(const T* x, int64_t row_stride, int64_t column_stride,
+                                            float* const* to, int64_t at) {
   using V = Vec<float>;
   constexpr int NY = alpha(S, MY), NX = alpha(S, MX);
-  if constexpr (kInside) {  // prefetch the columns that the next tile reads and this one does not
-#pragma GCC unroll 9
-    for (int i = 0; i < NY; ++i) {
-#pragma GCC unroll 8
-      for (int j = NX; j < NX + S * MX; ++j) prefetch(x + i * window.row_stride + j * window.column_stride);
-    }
-  }
   V t[NY][NX];
 #pragma GCC unroll 9
   for (int j = 0; j < NX; ++j) {
     V d[NY], u[NY];
 #pragma GCC unroll 9
-    for (int i = 0; i < NY; ++i) {
-      const T* p = x + i * window.row_stride + j * window.column_stride;
-      if constexpr (kInside) {
-        d[i] = part.load(p);
-      } else {
-        const bool inside = i >= window.valid_rows.begin && i < window.valid_rows.end &&
-                            j >= window.valid_columns.begin && j < window.valid_columns.end;
-        d[i] = inside ? part.load(p) : V::zero();
-      }
-    }
+    for (int i = 0; i < NY; ++i) d[i] = load(x + i * row_stride + j * column_stride);
     transform_input<S, MY>(d, u);
 #pragma GCC unroll 9
     for (int i = 0; i < NY; ++i) t[i][j] = u[i];
@@ -82,8 +73,49 @@ inline void input_transform_tile(Part part, const T* x, const Window& window, fl
     V u[NX];
     transform_input<S, MX>(t[i], u);
 #pragma GCC unroll 9
-    for (int j = 0; j < NX; ++j) part.store(to[i * NX + j] + at, u[j]);
+    for (int j = 0; j < NX; ++j) store(to[i * NX + j] + at, u[j]);
   }
+}
+
+// Copies a tile for one vector of channels, widened, with zeros for padding and for the channels that a
+// TailVector lacks. With it one instance of input_transform_tile, that of full float vectors, serves the
+// edges and tails of all dtypes: instances of their own were half of an instruction set's code.
+template <class Part, class T>
+[[gnu::noinline]] void copy_tile(Part part, const T* x, const Window& window, float* to) {
+  using V = Vec<float>;
+  for (int64_t i = 0; i < window.rows; ++i, x += window.row_stride) {
+    const bool valid_row = i >= window.valid_rows.begin && i < window.valid_rows.end;
+    const T* p = x;
+    for (int64_t j = 0; j < window.columns; ++j, p += window.column_stride, to += V::lanes) {
+      const bool valid = valid_row && j >= window.valid_columns.begin && j < window.valid_columns.end;
+      store(to, valid ? part.load(p) : V::zero());
+    }
+  }
+}
+
+// Input transform of one tile, all channels.
+template <int S, int MY, int MX, class T>
+inline void input_transform(int64_t channels, const T* x, const Window& window, float* const* to,
+                            int64_t at) {
+  using V = Vec<float>;
+  constexpr int NY = alpha(S, MY), NX = alpha(S, MX);
+  const int64_t whole = window.inside() ? channels / V::lanes * V::lanes : 0;
+  for (int64_t c = 0; c < whole; c += V::lanes) {
+    // Prefetch the columns that the next tile reads and this one does not.
+#pragma GCC unroll 9
+    for (int i = 0; i < NY; ++i) {
+#pragma GCC unroll 8
+      for (int j = NX; j < NX + S * MX; ++j)
+        prefetch(x + c + i * window.row_stride + j * window.column_stride);
+    }
+    input_transform_tile<S, MY, MX>(x + c, window.row_stride, window.column_stride, to, at + c);
+  }
+  float copy[NY * NX * V::lanes];
+  for_each_vector<V>(channels - whole, [&](auto part, int64_t c) {
+    copy_tile(part, x + whole + c, window, copy);
+    // Stores full vectors: the rows of V are padded to them.
+    input_transform_tile<S, MY, MX>(copy, NX * V::lanes, V::lanes, to, at + whole + c);
+  });
 }
 
 // Calls f(image, y, x, tile_class, index) for every tile of the range. `index`: position within the tile
@@ -142,21 +174,12 @@ void winograd_input_transform(const ConvolutionArgs& args, Range block, Range ra
     const int64_t x = tx * args.tile * args.stride_w - args.pad_w;
     const T* corner =
         static_cast<const T*>(args.x) + ((image * args.height + y) * args.width + x) * args.channels;
-    const Window window = {
-        args.width * args.channels, args.channels, {-y, args.height - y}, {-x, args.width - x}};
     dispatch_tile_class(tiles, tile_class, [&](auto s, auto my, auto mx) {
-      constexpr int S = s.value, MY = my.value, MX = mx.value;
-      const auto run = [&](auto inside) {
-        for_each_vector<Vec<float>>(args.channels, [&](auto part, int64_t c) {
-          input_transform_tile<S, MY, MX, inside.value>(part, corner + c, window, pointers.of(tile_class),
-                                                        index * stride + c);
-        });
-      };
-      if (y >= 0 && x >= 0 && y + alpha(S, MY) <= args.height && x + alpha(S, MX) <= args.width) {
-        run(Int<true>{});
-      } else {
-        run(Int<false>{});
-      }
+      const Window window = {alpha(s.value, my.value),   alpha(s.value, mx.value),
+                             args.width * args.channels, args.channels,
+                             {-y, args.height - y},      {-x, args.width - x}};
+      input_transform<s.value, my.value, mx.value>(args.channels, corner, window, pointers.of(tile_class),
+                                                   index * stride);
     });
   });
 }
@@ -197,28 +220,19 @@ inline void prefetch_tile(const ConvolutionArgs& args, const TileGrid& tiles, in
   }
 }
 
-// Epilogue and store of one output tile, of which only `rows` x `columns` outputs may lie within the image.
-template <class T, int MY, int MX, class Part>
-inline void store_tile(const ConvolutionArgs& args, const Epilogue<T>& epilogue, Part part, int64_t pixel,
-                       int64_t rows, int64_t columns, Vec<float> (&outputs)[MY][MX],
-                       MomentAccumulator* moments) {
-  if (rows >= MY && columns >= MX) {
-#pragma GCC unroll 4
-    for (int i = 0; i < MY; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < MX; ++j) {
-        outputs[i][j] = epilogue.apply(part, outputs[i][j], pixel + i * args.out_width + j);
-      }
-    }
-    if (moments) moments->add(outputs[0], MY * MX);
-    return;
+// Epilogue and store of one output tile of height x width, of which only `rows` x `columns` outputs may lie
+// within the image.
+template <class T, class Part>
+[[gnu::noinline]] void store_tile(const ConvolutionArgs& args, const Epilogue<T>& epilogue, Part part,
+                                  int64_t pixel, int64_t rows, int64_t columns, int64_t height, int64_t width,
+                                  Vec<float>* outputs, MomentAccumulator* moments) {
+  const bool complete = rows >= height && columns >= width;
+  for (int64_t i = 0; i < min(height, rows); ++i, pixel += args.out_width) {
+    Vec<float>* row = outputs + i * width;
+    for (int64_t j = 0; j < min(width, columns); ++j) row[j] = epilogue.apply(part, row[j], pixel + j);
+    if (moments && !complete) moments->add(row, min(width, columns));
   }
-  for (int i = 0; i < MY && i < rows; ++i) {
-    for (int j = 0; j < MX && j < columns; ++j) {
-      outputs[i][j] = epilogue.apply(part, outputs[i][j], pixel + i * args.out_width + j);
-    }
-    if (moments) moments->add(outputs[i], min(columns, MX));
-  }
+  if (moments && complete) moments->add(outputs, height * width);
 }
 
 // For each panel of output channels: one GEMM per transform point into M, then output transform and epilogue.
@@ -263,7 +277,7 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
                 V outputs[my.value][mx.value];
                 output_transform_tile<s.value>(pointers.of(tile_class), index * kPanelWidth + at, outputs);
                 store_tile(args, epilogue, part, (image * args.out_height + y) * args.out_width + x,
-                           args.out_height - y, args.out_width - x, outputs,
+                           args.out_height - y, args.out_width - x, my.value, mx.value, outputs[0],
                            moments ? &accumulator : nullptr);
               });
             });
