@@ -1,7 +1,7 @@
 """`python -m benchmarks.amx`, run by `make bench-amx`: the measurements that need a processor with AMX.
 
 First the tests of the kernels run on the AMX instructions; nothing is measured if they fail. Then `infer` in bfloat16
-and float32 and `conv` in bfloat16 run as users run them, and their results are written to a folder of
+and float32, `conv` in bfloat16 and `benchmarks.frozen` run as users run them. Their results are written to a folder of
 benchmarks/results that is named after the processor. A document that exists already is not measured again, so that an
 interrupted run resumes; `--again` replaces them. The last table compares with what the library has to reach, in medians
 and in minima, each against the peer that is fastest in them.
@@ -45,6 +45,8 @@ TARGETS = {
     ("infer", "resnet50", 1): 1.2,
     ("infer", "resnet50", 16): 1.4,
 }
+#: Name of the document of `python -m benchmarks.frozen`, and the seconds that freezing ResNet-50 may take.
+FROZEN, FREEZE_SECONDS = "frozen", 3
 Case = dict[str, Any]
 
 
@@ -82,7 +84,8 @@ def verdicts(folder: Path) -> list[Verdict]:
             fp32 = next((one for one in documents["infer"] if (one["model"], one["batch"]) == (model, batch)), None)
             found.append(dtype_verdict(name, f"{model} batch {batch}, bfloat16", case, fp32))
     found += [error_verdict(name, documents[name]) for name in ("infer-bf16", "conv-bf16")]
-    return [*found, layers_verdict("conv-bf16", documents["conv-bf16"])]
+    found.append(layers_verdict("conv-bf16", documents["conv-bf16"]))
+    return found + frozen_verdicts(cases_of(folder / f"{FROZEN}.json"))
 
 
 def cases_of(path: Path) -> list[Case]:
@@ -134,6 +137,23 @@ def layers_verdict(document: str, cases: list[Case]) -> Verdict:
     )
 
 
+def frozen_verdicts(cases: list[Case]) -> list[Verdict]:
+    """Return the verdicts on the time to freeze and on the bits of concurrent calls."""
+    freezing = Verdict(FROZEN, "freezing resnet50", f"under {FREEZE_SECONDS} s")
+    concurrent = Verdict(FROZEN, "8 threads on one frozen model", "the same bits as alone")
+    if not cases:
+        return [freezing, concurrent]
+    (case,) = cases
+    seconds, equal, calls = case["freeze_s"], case["equal"], case["calls"]
+    return [
+        freezing._replace(
+            measured=f"{seconds:.2f} s",
+            verdict="met" if seconds < FREEZE_SECONDS else f"missed by {seconds / FREEZE_SECONDS - 1:.0%}",
+        ),
+        concurrent._replace(measured=f"{equal} of {calls} calls", verdict="met" if equal == calls else "missed"),
+    ]
+
+
 def run(command: list[str], variables: dict[str, str]) -> None:
     print("$", shlex.join(command), flush=True)
     subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | variables, check=True)
@@ -174,6 +194,9 @@ def main(arguments: list[str]) -> None:
         run(["benchmarks", *command, "--allocator", "as-shipped", "--out", str(SCRATCH)], variables)
         for suffix in ("png", "json"):  # the JSON last: its presence means that the step is complete
             (SCRATCH / f"{command[0]}.{suffix}").replace(folder / f"{step}.{suffix}")
+    frozen = folder / f"{FROZEN}.json"
+    if options.again or rehearsal or not frozen.exists():
+        run(["benchmarks.frozen", "--out", str(frozen), *(["--quick"] if rehearsal else [])], variables)
     print(f"\n{report.table(['document', 'case', 'asked', 'measured', ''], verdicts(folder))}\n\nresults in {folder}")
     if not rehearsal:
         print("`make docs` adds them to the pages; commit both")

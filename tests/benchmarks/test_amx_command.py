@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import amx, environment
+from benchmarks import amx, environment, frozen
 from fused_res import _extension
 
 CPUINFO = """processor : 0
@@ -92,12 +92,32 @@ def test_verdicts(tmp_path: Path) -> None:
     assert found["conv-bf16", "layers slower than oneDNN by over 3 %"] == ("0 (1) of 1", "missed")
 
 
+def test_frozen_verdicts() -> None:
+    case = {"freeze_s": 2.5, "equal": 40, "calls": 40}
+    assert [row.verdict for row in amx.frozen_verdicts([case])] == ["met", "met"]
+    worse = amx.frozen_verdicts([{"freeze_s": 3.6, "equal": 39, "calls": 40}])
+    assert [(row.measured, row.verdict) for row in worse] == [
+        ("3.60 s", "missed by 20%"),
+        ("39 of 40 calls", "missed"),
+    ]
+    assert [row.measured for row in amx.frozen_verdicts([])] == ["not measured"] * 2
+
+
+@pytest.mark.skipif(not _extension.loaded, reason=_extension.unavailable_reason)
+def test_frozen_document(tmp_path: Path) -> None:
+    frozen.main(["--quick", "--out", str(tmp_path / "frozen.json")])
+    (case,) = amx.cases_of(tmp_path / "frozen.json")
+    assert case["equal"] == case["calls"] == frozen.THREADS and case["freeze_s"] > 0
+
+
 def test_complete_steps_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
     def run(command: list[str], variables: dict[str, str]) -> None:
         assert variables == {"FUSED_RES_CPU_ISA": "amx"}
         commands.append(command)
+        if command[0] == "benchmarks.frozen":
+            Path(command[2]).write_text('{"runs": [{"cases": []}]}')
         if command[0] == "benchmarks":
             for suffix in ("json", "png"):
                 (tmp_path / "scratch" / f"{command[1]}.{suffix}").write_text('{"runs": [{"cases": []}]}')
@@ -111,11 +131,15 @@ def test_complete_steps_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
     folder.mkdir(parents=True)
     (folder / "infer-bf16.json").write_text('{"runs": [{"cases": []}]}')
     amx.main([])
-    assert [command[:2] for command in commands[1:]] == [["benchmarks", "infer"], ["benchmarks", "conv"]]
-    assert {path.stem for path in folder.glob("*.json")} == set(amx.STEPS)
+    assert [command[:2] for command in commands[1:]] == [
+        ["benchmarks", "infer"],
+        ["benchmarks", "conv"],
+        ["benchmarks.frozen", "--out"],
+    ]
+    assert {path.stem for path in folder.glob("*.json")} == {*amx.STEPS, amx.FROZEN}
     commands.clear()
     amx.main(["--again"])
-    assert commands[0][0] == "pytest" and len(commands) == 1 + len(amx.STEPS)
+    assert commands[0][0] == "pytest" and len(commands) == 2 + len(amx.STEPS)
 
 
 def test_steps_parse() -> None:
@@ -130,4 +154,4 @@ def test_steps_parse() -> None:
 @pytest.mark.skipif(not _extension.loaded, reason=_extension.unavailable_reason)
 def test_rehearsal(tmp_path: Path) -> None:
     amx.main(["--rehearse", str(tmp_path)])
-    assert {path.name for path in tmp_path.glob("*.json")} == {f"{step}.json" for step in amx.STEPS}
+    assert {path.name for path in tmp_path.glob("*.json")} == {f"{step}.json" for step in (*amx.STEPS, amx.FROZEN)}

@@ -1,0 +1,49 @@
+"""`python -m benchmarks.frozen --out FILE`: freezing ResNet-50 for bfloat16, and 8 threads that call it at once.
+
+One process measures the first freeze, whose time includes everything that happens once, and writes a document with one
+case: its seconds, and whether every call of a thread returned the bits of the same call alone.
+"""
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment
+from fused_res import freeze, models
+
+THREADS = 8
+
+
+def measure(model: str, size: int, calls: int) -> dict[str, object]:
+    """Freeze `model` for bfloat16; then compare calls of `THREADS` threads, each with another batch size."""
+    torch.manual_seed(0)
+    source = getattr(models, model)().eval().to(memory_format=torch.channels_last)
+    begin = time.perf_counter()
+    frozen = freeze(source, dtype=torch.bfloat16)
+    seconds = time.perf_counter() - begin
+    call = torch.inference_mode()(frozen)
+    inputs = [torch.randn(1 + i % 4, 3, size, size) for i in range(THREADS)]
+    alone = [call(x) for x in inputs]
+    with ThreadPoolExecutor(THREADS) as threads:
+        outputs = list(threads.map(call, inputs * calls))
+    equal = sum(torch.equal(output, alone[i % THREADS]) for i, output in enumerate(outputs))
+    return {"name": model, "freeze_s": seconds, "threads": THREADS, "equal": equal, "calls": len(outputs)}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.frozen", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="file of the document")
+    parser.add_argument("--quick", action="store_true", help="a small network and small images")
+    options = parser.parse_args(arguments)
+    case = measure(*(("resnet18", 33, 1) if options.quick else ("resnet50", 224, 5)))
+    run = {"environment": environment.describe(), "cases": [case]}
+    options.out.write_text(json.dumps({"runs": [run]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
