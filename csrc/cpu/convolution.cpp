@@ -10,18 +10,23 @@
 #include <vector>
 
 #include "cpu/convolution_host.h"
+#include "cpu/weight_memory.h"
 
 namespace fused_res::cpu {
 namespace {
 
+Tensor empty_packed(int64_t size, at::ScalarType dtype, bool resident) {
+  return resident ? empty_weight(size, dtype) : empty_output({size}, dtype, at::MemoryFormat::Contiguous);
+}
+
 // Packs a weight for products of bfloat16; the arguments are those of pack_conv_weight.
-Tensor pack_bf16_weight(const Tensor& original, bool transposed) {
+Tensor pack_bf16_weight(const Tensor& original, bool transposed, bool resident) {
   const Tensor rotated = transposed ? original.flip({2, 3}).transpose(0, 1) : original;
   const Tensor weight = rotated.to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t out_channels = weight.size(0), channels = weight.size(1),
                 taps = weight.size(2) * weight.size(3);
   const int64_t size = packed_size(out_channels, channels, taps, /*winograd=*/false, /*bf16_products=*/true);
-  Tensor packed = empty_output({size}, at::kBFloat16, at::MemoryFormat::Contiguous);
+  Tensor packed = empty_packed(size, at::kBFloat16, resident);
   const void* from = weight.const_data_ptr();
   void* to = packed.mutable_data_ptr();
   Parallel{size}(num_panels(out_channels), [&](int64_t begin, int64_t end) {
@@ -33,8 +38,9 @@ Tensor pack_bf16_weight(const Tensor& original, bool transposed) {
 // Packs a weight (K, C, kh, kw) of float32, bfloat16 or float16. winograd: the stride, 1 or 2, of a Winograd
 // convolution, or 0 for a direct one. transposed: pack the weight of the gradient with respect to the input
 // (dgrad), whose taps are reversed and whose input and output channels are swapped. bf16_products: pack
-// bfloat16 for products of bfloat16, otherwise float32.
-Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transposed, bool bf16_products) {
+// bfloat16 for products of bfloat16, otherwise float32. resident: many calls will read the packed weight.
+Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transposed, bool bf16_products,
+                        bool resident) {
   image_dtype(original, "weight");
   TORCH_CHECK_VALUE(original.dim() == 4, "weight: expected (K, C, kh, kw), got ", original.sizes());
   const int64_t kernel_h = original.size(2), kernel_w = original.size(3);
@@ -47,7 +53,7 @@ Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transpose
       "bf16_products: expected a direct convolution, and an instruction set with products of bfloat16, "
       "got ",
       kernels().name);
-  if (bf16_products) return pack_bf16_weight(original, transposed);
+  if (bf16_products) return pack_bf16_weight(original, transposed, resident);
   const Tensor weight = original.to(at::kFloat);
   WeightView w = {float_data(weight, "weight"),
                   weight.size(0),
@@ -68,7 +74,7 @@ Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transpose
   }
   const int64_t size = packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0,
                                    /*bf16_products=*/false);
-  Tensor packed = empty_output({size}, at::kFloat, at::MemoryFormat::Contiguous);
+  Tensor packed = empty_packed(size, at::kFloat, resident);
   void* to = packed.mutable_data_ptr();
   const auto pack =
       winograd != 0 ? convolution_kernels().winograd[0].pack : convolution_kernels().direct[0].pack;

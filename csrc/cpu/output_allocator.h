@@ -17,6 +17,10 @@ size_t output_cache_bytes();
 namespace cpu {
 // Lives until the process ends, because outputs may.
 c10::Allocator* output_allocator();
+
+// Asks for huge pages where they lie within this memory, without effect if there are none. They mean fewer
+// page faults now and fewer TLB misses for all later readers.
+void advise_huge_pages(void* data, size_t bytes);
 }  // namespace cpu
 
 }  // namespace fused_res

@@ -242,8 +242,9 @@ CPU_SCHEMAS = {
     # Pack `weight` (K, C, kh, kw) into the panels that the kernels read. winograd: 0 for direct convolution; the
     # stride (1 or 2) of a Winograd convolution, whose filter is transformed first. transposed: the weight of the input
     # gradient, with filter positions reversed, and input and output channels exchanged. bf16_products: pack bfloat16,
-    # for an algorithm that multiplies bfloat16, instead of float32.
-    "pack_conv_weight": "(Tensor weight, int winograd, bool transposed, bool bf16_products=False) -> Tensor",
+    # for an algorithm that multiplies bfloat16, instead of float32. resident: many calls will read the packed weight.
+    "pack_conv_weight": "(Tensor weight, int winograd, bool transposed, bool bf16_products=False,"
+    " bool resident=False) -> Tensor",
     # act(conv(input) + bias [+ residual]) from a packed weight. outputs: number of output channels. tile: output pixels
     # per side of a Winograd tile, m of F(m x m, 3 x 3), or 0 for direct convolution. partials: also return the partial
     # statistics (1, 3, outputs) of a float32 output. bf16_products: multiply bfloat16, instead of float32.

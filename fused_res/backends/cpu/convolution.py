@@ -55,13 +55,15 @@ KERNELS = {
 }
 
 
-def pack(weight: Tensor, kernel: Kernel, stride: Sequence[int], transposed: bool = False) -> Tensor:
-    """Return the packed weight, as bfloat16 or float32.
+def pack(
+    weight: Tensor, kernel: Kernel, stride: Sequence[int], transposed: bool = False, resident: bool = False
+) -> Tensor:
+    """Return the packed weight, as bfloat16 or float32; `resident` if many calls will read it.
 
     F(2x2) uses a subset of the interpolation points of F(4x4), so both read the same transformed filter U.
     """
     tile, bf16_products = kernel
-    packed: Tensor = pack_conv_weight(weight, stride[0] if tile else 0, transposed, bf16_products)
+    packed: Tensor = pack_conv_weight(weight, stride[0] if tile else 0, transposed, bf16_products, resident)
     return packed
 
 
@@ -348,7 +350,7 @@ def _native_algorithm(
         returns_partials=True,
         compact_input_gradient=True,
         weight_packing="always",
-        pack=lambda problem, weight: pack(weight, kernel, problem.stride),
+        pack=lambda problem, weight: pack(weight, kernel, problem.stride, resident=problem.prepacked),
         pack_key=lambda problem: packed_format,
     )
 
