@@ -50,6 +50,16 @@ struct ChunkMoments {
   }
 };
 
+// The chunk of pixels and the group of panels of a task. A thread's tasks are consecutive: its own pixels
+// where there are enough chunks, so that it reads activations that it wrote, else its own part of the weight.
+struct ChunkAndGroup {
+  int64_t chunk, group;
+};
+inline ChunkAndGroup chunk_and_group(int64_t task, int64_t chunks, int64_t groups, int64_t threads) {
+  if (chunks >= threads) return {task / groups, task % groups};
+  return {task % chunks, task / chunks};
+}
+
 // im2col + GEMM (isa/direct.h): a task is a chunk of output pixels and a group of panels.
 class DirectTasks {
  public:
@@ -76,18 +86,17 @@ class DirectTasks {
   template <class Parallel>
   void run(const Kernels& k, void* scratch, const Parallel& parallel, ChunkMoments moments) const {
     // More than one group of panels only where there are too few chunks for the threads, because im2col is
-    // repeated for each group. The chunks of a group are consecutive tasks, so that a thread reads
-    // only its own part of the weight.
+    // repeated for each group.
     const int64_t panels = num_panels(args_.out_channels), target = kTasksPerThread * parallel.threads();
     const int64_t groups = chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_));
     parallel(groups * chunks_, [&](int64_t begin, int64_t end) {
       float* im2col_rows =
           static_cast<float*>(scratch) + parallel.thread() * (args_.needs_im2col ? im2col_floats() : 0);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t chunk = task % chunks_;
+        const auto [chunk, group] = chunk_and_group(task, chunks_, groups, parallel.threads());
         k.convolution->direct[dtype_index(args_)].run(args_, balanced_range(rows_, chunk, chunks_),
-                                                      balanced_range(panels, task / chunks_, groups),
-                                                      im2col_rows, moments.of(chunk, args_.out_channels));
+                                                      balanced_range(panels, group, groups), im2col_rows,
+                                                      moments.of(chunk, args_.out_channels));
       }
     });
   }
@@ -143,8 +152,8 @@ class DirectBf16Tasks {
       char* operand = static_cast<char*>(scratch) +
                       (operand_ == Operand::kInPlace ? 0 : parallel.thread() * operand_elements() * kElement);
       for (int64_t task = begin; task < end; ++task) {
-        k.bf16_convolution->run(args, rows(task % chunks_), balanced_range(panels, task / chunks_, groups),
-                                operand);
+        const auto [chunk, group] = chunk_and_group(task, chunks_, groups, parallel.threads());
+        k.bf16_convolution->run(args, rows(chunk), balanced_range(panels, group, groups), operand);
       }
     });
   }

@@ -70,8 +70,8 @@ class DynamicParallel {
       for (int64_t stage = 0; stage < stages; ++stage) body(stage, int64_t{0}, size(stage));
       return;
     }
-    TaskQueue queue(stages, size, body);
-    at::parallel_for(0, threads_, 1, [&](int64_t, int64_t) { queue.work(); });
+    TaskQueue queue(stages, size, body, threads_);
+    at::parallel_for(0, threads_, 1, [&](int64_t, int64_t) { queue.work(at::get_thread_num()); });
   }
 
  private:

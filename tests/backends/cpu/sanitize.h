@@ -58,8 +58,8 @@ struct Threads {
 
   template <class Size, class Body>
   void in_stages(int64_t stages, const Size& size, const Body& body) const {
-    TaskQueue queue(stages, size, body);
-    run([&] { queue.work(); });
+    TaskQueue queue(stages, size, body, count);
+    run([&] { queue.work(number); });
   }
 
  private:
