@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <thread>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -42,7 +43,7 @@ class TaskQueue {
         const int64_t begin = count * range / threads_, end = count * (range + 1) / threads_;
         std::atomic<int64_t>& taken = taken_[stage * threads_ + range];
         for (int64_t task; (task = begin + taken.fetch_add(1, std::memory_order_relaxed)) < end;) {
-          while (done_.load(std::memory_order_acquire) < before) pause();
+          wait_for(before);
           body_(stage, task, task + 1);
           done_.fetch_add(1, std::memory_order_release);
         }
@@ -52,11 +53,20 @@ class TaskQueue {
   }
 
  private:
-  static void pause() {
+  // Waits until this many tasks are done: by spinning, which a stage's end rarely needs for long, then by
+  // giving the core to the thread that computes, which may have lost it.
+  void wait_for(int64_t tasks) const {
+    for (int64_t spins = 0; done_.load(std::memory_order_acquire) < tasks; ++spins) {
+      if (spins < kSpins) {
 #if defined(__x86_64__)
-    _mm_pause();
+        _mm_pause();
 #endif
+      } else {
+        std::this_thread::yield();
+      }
+    }
   }
+  static constexpr int kSpins = 1000;  // 20 to 40 us
 
   int64_t stages_, threads_;
   const Size& size_;

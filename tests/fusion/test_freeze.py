@@ -392,13 +392,13 @@ class TestSettings:
 def test_input_shape_is_prepared_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A generated forward passes its blocks in tuples, which must equal those that a program has prepared."""
     prepared = []
-    prepare = packed._prepare
+    prepare = packed.prepare
 
     def count(x: Tensor, *args: Any) -> Any:
         prepared.append(tuple(x.shape))
         return prepare(x, *args)
 
-    monkeypatch.setattr(packed, "_prepare", count)
+    monkeypatch.setattr(packed, "prepare", count)
     frozen = freeze(network(kind).float().eval())
     with torch.no_grad():
         for batch in (2, 2, 1, 2, 1):

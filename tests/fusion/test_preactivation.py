@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_res import freeze, fuse, summarize
-from fused_res.nn import packed
+from fused_res.nn import packed_steps
 from fused_res.testing import assert_within_stock_error, stub_torchvision_operators
 from tests.support.model_comparison import (
     assert_models_match,
@@ -93,7 +93,7 @@ def images(layout: torch.memory_format = torch.contiguous_format, dtype: torch.d
 def record_packed() -> Iterator[list[tuple[bool, bool]]]:
     """Record every packed convolution: whether a residual is added in its epilogue, and whether a ReLU follows."""
     ran: list[tuple[bool, bool]] = []
-    dispatch = packed.registry.dispatch_conv_bias_act
+    dispatch = packed_steps.registry.dispatch_conv_bias_act
 
     def record(
         kernels: Any, x: Tensor, weight: Any, bias: Any, residual: Any, geometry: Any, relu: bool, *rest: Any
@@ -101,11 +101,11 @@ def record_packed() -> Iterator[list[tuple[bool, bool]]]:
         ran.append((residual is not None, relu))
         return dispatch(kernels, x, weight, bias, residual, geometry, relu, *rest)
 
-    packed.registry.dispatch_conv_bias_act = record
+    packed_steps.registry.dispatch_conv_bias_act = record
     try:
         yield ran
     finally:
-        packed.registry.dispatch_conv_bias_act = dispatch
+        packed_steps.registry.dispatch_conv_bias_act = dispatch
 
 
 class TestTraining:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_res
 from fused_res import _extension
 from fused_res.backends import registry
-from fused_res.nn import packed, snapshot
+from fused_res.nn import folded_layer, packed, snapshot
 from fused_res.nn.packed import Block, PackedProgram, Unit
 from tests.support.cpu_backends import BACKENDS, FAST_BACKENDS
 
@@ -99,7 +99,7 @@ def make(case: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[
 
 def layer_of(unit: Unit) -> Any:
     """Return the packed weights of a unit that a program has run."""
-    return packed._layers[id(unit.conv.__dict__), id(unit.norm.__dict__)]
+    return folded_layer._layers[id(unit.conv.__dict__), id(unit.norm.__dict__)]
 
 
 def modules(blocks: Sequence[Block]) -> list[nn.Module]:
@@ -416,13 +416,13 @@ class TestCurrency:
 
     def test_unchanged_weights_are_packed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         blocks, program, calls = self.blocks(), PackedProgram(), []
-        fold = packed.fold
+        fold = folded_layer.fold
 
         def record(*arguments: Any) -> Any:
             calls.append(arguments)
             return fold(*arguments)
 
-        monkeypatch.setattr(packed, "fold", record)
+        monkeypatch.setattr(folded_layer, "fold", record)
         program.run(images(5), blocks)
         assert len(calls) == 2 * 3  # the bias, then the weight
         for _ in range(3):
@@ -752,10 +752,10 @@ class TestCaches:
         for size in range(8, 20):
             check(blocks, images(20, size=size), program)
         (sequence,) = program._sequences.values()
-        assert len(sequence.prepared) == packed._MAX_CACHE_ENTRIES
+        assert len(sequence.prepared) == folded_layer.MAX_CACHE_ENTRIES
         for block in blocks:
             for one in block.convolutions:
-                assert len(layer_of(one)._packed) <= packed._MAX_CACHE_ENTRIES
+                assert len(layer_of(one)._packed) <= folded_layer.MAX_CACHE_ENTRIES
 
     def test_sequences_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(packed, "_MAX_SEQUENCES", 3)

@@ -38,7 +38,7 @@ conv_bias_act = ops.register_python_operator("fused_res_cpu", "conv_bias_act", _
 
 
 class PackedConvLayer(Protocol):
-    """A layer that provides its bias and its packed weight: :class:`fused_res.nn.packed.PackedConv`.
+    """A layer that provides its bias and its packed weight: :class:`fused_res.nn.packed_steps.PackedConv`.
 
     Attributes:
         weight_shape: shape ``(K, C / groups, ...)`` of the weight.
