@@ -391,7 +391,7 @@ class TestBf16Products:
     def test_strides_paddings_and_dilations(self, isa: str, kernel: Pair) -> None:
         _C.set_cpu_isa(isa)
         for count, (stride, padding, dilation, channels) in enumerate(
-            itertools.product(((1, 1), (2, 2), (1, 3)), ((0, 0), (2, 1)), ((1, 1), (2, 1)), (5, 32))
+            itertools.product(((1, 1), (2, 2), (1, 3)), ((0, 0), (2, 1)), ((1, 1), (2, 2)), (5, 32))
         ):
             self.check(Case(2, channels, 14, 15, 35, kernel, stride, padding, dilation, **epilogue_options(count)))
 
