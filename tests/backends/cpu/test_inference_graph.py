@@ -52,7 +52,7 @@ CASES: dict[str, tuple[tuple[BlockSpec | GlobalAveragePoolSpec, ...], list[tuple
     # The identity shortcut is the input of the convolution that it is added to.
     "one unit": ((BlockSpec((THREE,)), BlockSpec((THREE,), "identity")), [(4, 4, 3, 3)] * 2, (4, 9, 9)),
     "no shortcut": ((BlockSpec((ONE, THREE)),), [(40, 24, 1, 1), (24, 40, 3, 3)], (24, 7, 7)),
-    "classifier": ((BASIC, POOLING, LINEAR), [*[(20, 20, 3, 3)] * 2, (37, 20, 1, 1)], (20, 7, 9)),
+    "classifier": ((BASIC, POOLING, LINEAR), [*[(20, 20, 3, 3)] * 2, (37, 20, 1, 1)], (20, 7, 7)),
     "pooling": ((BlockSpec((ONE,)), POOLING), [(531, 5, 1, 1)], (5, 12, 23)),
     "only a classifier": ((POOLING, LINEAR), [(1000, 1025, 1, 1)], (1025, 3, 1)),
 }
