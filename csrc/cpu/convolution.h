@@ -142,7 +142,7 @@ class DirectBf16Tasks {
     const int64_t panel_bytes = kPanelWidth * padded_k(args_) * kElement, cached = caches().l2 / 2;
     // A group whose panels stay in L2 is read again for every block of pixels: 1x1 kernels of 512 to 1024
     // channels take 0.94 to 0.97 of the time with two such groups. But every group reads A again, and im2col
-    // copies it again: four groups take 1.07 of the time there.
+    // copies it again: three groups take 1.08 of the time there.
     const int64_t fitting = std::min(panels, ceil_div(panels * panel_bytes, cached));
     const int64_t groups = std::max(chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_)),
                                     operand_ == Operand::kInPlace || fitting <= 2 ? fitting : 1);
