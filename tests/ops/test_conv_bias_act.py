@@ -140,10 +140,16 @@ class TestLayout:
 
     @pytest.mark.parametrize("channels", [1, 4])
     def test_padded_volume_of_depth_one_with_a_channel_per_group(self, channels: int, backend: str) -> None:
-        """The oneDNN of torch 2.11 leaves the output of this bfloat16 convolution uninitialized."""
+        """The oneDNN of torch 2.11 leaves the output of this bfloat16 convolution uninitialized.
+
+        With AMX that of torch 2.13 does so too, also when PyTorch calls it.
+        """
         x, weight = torch.randn(2, channels, 1, 8, 8).bfloat16(), torch.randn(2 * channels, 1, 3, 3, 3).bfloat16()
         y = conv_bias_act(x, weight, padding=1, groups=channels, backend=backend)
         exact = torch.conv3d(x.double(), weight.double(), padding=1, groups=channels).relu()
+        stock = torch.conv3d(x, weight, padding=1, groups=channels).relu()
+        if torch.cpu._is_amx_tile_supported() and not torch.allclose(stock.double(), exact, rtol=1e-2, atol=1e-2):
+            pytest.skip("PyTorch's own convolution is wrong on this processor, and ours calls it")
         torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2)
 
     def test_strided_views(self, backend: str) -> None:

@@ -1,10 +1,11 @@
 // Convolution with bfloat16 operands and fp32 accumulators (the algorithm `direct_bf16`), NHWC: a GEMM with M
 // = output pixels, N = output channels and K = filter taps x input channels. A is read in one of three ways:
 //   in place  1x1 filters with stride 1: the rows of A are the pixels in channels_last memory.
-//   band      other filters with stride 1: a band of input rows is copied with its padding, and every filter
-//             tap is another start of the rows of A within it (implicit GEMM).
+//   band      larger filters: a band of input rows is copied with its padding, and every filter tap is
+//   another
+//             start of the rows of A within it (implicit GEMM).
 //   im2col    everything else: the receptive fields are copied into rows.
-// operand.h selects the way.
+// operand.h selects the way and has the layout of a band.
 #pragma once
 
 #include "cpu/isa/dot_micro_kernel.h"
@@ -28,23 +29,30 @@ inline void clear_elements(bfloat16* to, int64_t n) {
 }
 
 // Packs B: packed[panel][block of K][...], dot_micro_kernel.h has the layout of a block. K is padded with
-// zeros to whole blocks. `weight`: B^T, [out_channels][k].
-void direct_bf16_pack(const void* weight, int64_t out_channels, int64_t k, Range panels, void* packed) {
+// zeros to whole blocks; where packs_filter_rows(), a block is one row of the filter. `weight`:
+// [out_channels][kernel_h][kernel_w][channels].
+void direct_bf16_pack(const void* weight, int64_t out_channels, int64_t channels, int64_t kernel_h,
+                      int64_t kernel_w, Range panels, void* packed) {
   // A half of a block is the transpose of 16 output channels x 16 pairs of rows of K.
   constexpr int kPairs = kBlockK / 2;
   uint32_t pairs[kHalfWidth][kPairs];
-  auto* to =
-      static_cast<uint32_t*>(packed) + panels.begin * ((k + kBlockK - 1) / kBlockK) * kBlockElements / 2;
+  const bool filter_rows = packs_filter_rows(channels, kernel_w, kTiles);
+  const int64_t k = kernel_h * kernel_w * channels, padded = padded_k(channels, kernel_h, kernel_w, kTiles);
+  // Copies block `block` of K of an output channel.
+  const auto copy_block = [&](const bfloat16* from, int64_t block, bfloat16* to) {
+    if (!filter_rows) return copy_elements(to, from + block * kBlockK, min(kBlockK, k - block * kBlockK));
+    for (int64_t j = 0; j < kernel_w; ++j)
+      copy_elements(to + j * kPixelChannels, from + (block * kernel_w + j) * channels, channels);
+  };
+  auto* to = static_cast<uint32_t*>(packed) + panels.begin * padded * kPanelWidth / 2;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    for (int64_t row = 0; row < k; row += kBlockK) {
-      const int64_t rows = min(kBlockK, k - row);
+    for (int64_t block = 0; block < padded / kBlockK; ++block) {
       for (int64_t half = 0; half < kPanelWidth; half += kHalfWidth) {
         const int64_t first = panel * kPanelWidth + half, width = min(kHalfWidth, out_channels - first);
-        if (rows < kBlockK || width < kHalfWidth) memset(pairs, 0, sizeof pairs);
-        for (int64_t o = 0; o < width; ++o) {
-          copy_elements(reinterpret_cast<bfloat16*>(pairs[o]),
-                        static_cast<const bfloat16*>(weight) + (first + o) * k + row, rows);
-        }
+        if (filter_rows || width < kHalfWidth || (block + 1) * kBlockK > k) memset(pairs, 0, sizeof pairs);
+        for (int64_t o = 0; o < width; ++o)
+          copy_block(static_cast<const bfloat16*>(weight) + (first + o) * k, block,
+                     reinterpret_cast<bfloat16*>(pairs[o]));
         for (int pair = 0; pair < kPairs; ++pair) {
           for (int o = 0; o < kHalfWidth; ++o) *to++ = pairs[o][pair];
         }
@@ -62,21 +70,85 @@ struct Segment {
   int64_t unread;  // rows after these that may be read
 };
 
-// Copies the band of input rows for the output rows [begin, end) of one image, with padding.
-inline void copy_band(const ConvolutionArgs& args, int64_t image, Range out_rows, bfloat16* to) {
-  const int64_t c = args.channels, pitch = band_width(args);
-  const int64_t left = min(args.pad_w, pitch), width = min(args.width, pitch - left);
-  const bfloat16* x = static_cast<const bfloat16*>(args.x) + image * args.height * args.width * c;
-  const int64_t first = out_rows.begin - args.pad_h, rows = band_height(args, out_rows.end - out_rows.begin);
-  for (int64_t row = first; row < first + rows; ++row, to += pitch * c) {
-    if (row < 0 || row >= args.height) {
-      clear_elements(to, pitch * c);
-      continue;
-    }
-    clear_elements(to, left * c);
-    copy_elements(to + left * c, x + row * args.width * c, width * c);
-    clear_elements(to + (left + width) * c, (pitch - left - width) * c);
+// Copies pixels of 1 to kPixelChannels channels into pixels of kPixelChannels, the others zero.
+inline void copy_and_pad_pixels(bfloat16* to, const bfloat16* from, int64_t channels, int64_t pixels) {
+  constexpr int64_t kPixels = 32 / kPixelChannels;
+  alignas(64) int16_t indices[32] = {};
+  __mmask32 valid = 0;
+  for (int i = 0; i < 32; ++i) {
+    if (i % kPixelChannels >= channels) continue;
+    indices[i] = static_cast<int16_t>(i / kPixelChannels * channels + i % kPixelChannels);
+    valid |= __mmask32{1} << i;
   }
+  const __m512i order = _mm512_load_si512(indices);
+  for (int64_t i = 0; i < pixels; i += kPixels) {
+    const int64_t n = min(kPixels, pixels - i);
+    const auto read = static_cast<__mmask32>((1ull << (n * channels)) - 1),
+               written = static_cast<__mmask32>((1ull << (n * kPixelChannels)) - 1);
+    const __m512i loaded = _mm512_maskz_loadu_epi16(read, from + i * channels);
+    _mm512_mask_storeu_epi16(to + i * kPixelChannels, written,
+                             _mm512_maskz_permutexvar_epi16(valid, order, loaded));
+  }
+}
+
+// Copies one padded input row of a band to the line `to` of each of its column phases, `plane` elements
+// apart. `row`: null for a row of the padding.
+inline void copy_band_line(const ConvolutionArgs& args, const BandLayout& band, const bfloat16* row,
+                           bfloat16* to, int64_t plane) {
+  const int64_t line = band.pitch * band.step, c = args.channels, s = args.stride_w;
+  for (int64_t phase = 0; phase < band.column_phases; ++phase, to += plane) {
+    // Position i of the line is column i * stride + phase - padding.
+    const Range valid = valid_taps(phase - args.pad_w, band.pitch, s, args.width);
+    if (row == nullptr) {
+      clear_elements(to, line);
+    } else if (kTiles && packs_filter_rows(c, args.kernel_w, kTiles)) {
+      const int64_t left = args.pad_w * kPixelChannels, n = min(args.width * kPixelChannels, line - left);
+      clear_elements(to, min(left, line));
+      if (n > 0) copy_and_pad_pixels(to + left, row, c, n / kPixelChannels);
+      clear_elements(to + left + n, line - left - n);
+    } else {
+      clear_elements(to, valid.begin * c);
+      const bfloat16* from = row + (valid.begin * s + phase - args.pad_w) * c;
+      if (s == 1) {
+        copy_elements(to + valid.begin * c, from, (valid.end - valid.begin) * c);
+      } else {
+        for (int64_t i = valid.begin; i < valid.end; ++i, from += s * c) copy_elements(to + i * c, from, c);
+      }
+      clear_elements(to + valid.end * c, (band.pitch - valid.end) * c);
+    }
+  }
+}
+
+// Copies the input rows, with their padding, of the output rows `rows` of one image. `to`: their first line
+// in the first of the planes, which are `plane` elements apart.
+inline void copy_band(const ConvolutionArgs& args, const BandLayout& band, int64_t image, Range rows,
+                      bfloat16* to, int64_t plane) {
+  const bfloat16* x = static_cast<const bfloat16*>(args.x) + image * args.height * args.width * args.channels;
+  const int64_t lines = rows.end - rows.begin + band.halo;
+  for (int64_t phase = 0; phase < band.row_phases; ++phase, to += band.column_phases * plane) {
+    for (int64_t line = 0; line < lines; ++line) {
+      const int64_t y = (rows.begin + line) * args.stride_h + phase - args.pad_h;
+      copy_band_line(args, band, y >= 0 && y < args.height ? x + y * args.width * args.channels : nullptr,
+                     to + line * band.pitch * band.step, plane);
+    }
+  }
+}
+
+// The start of the rows of A for each tap, relative to that of tap 0, in the order of the packed weight.
+inline TapLoop band_taps(const ConvolutionArgs& args, const BandLayout& band, int64_t plane,
+                         int64_t* offsets) {
+  const bool filter_rows = packs_filter_rows(args.channels, args.kernel_w, kTiles);
+  const int64_t columns = filter_rows ? 1 : args.kernel_w;
+  for (int64_t i = 0; i < args.kernel_h; ++i) {
+    const int64_t y = i * args.dilation_h, row_phase = y % args.stride_h;
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t x = j * args.dilation_w, column_phase = x % args.stride_w;
+      offsets[i * columns + j] = (row_phase * band.column_phases + column_phase) * plane +
+                                 (y / args.stride_h * band.pitch + x / args.stride_w) * band.step;
+    }
+  }
+  if (filter_rows) return {args.kernel_h, 1, offsets, static_cast<int>(args.kernel_w * kPixelChannels)};
+  return {args.kernel_h * columns, args.channels / kBlockK, offsets};
 }
 
 // im2col: copies the receptive field of each output pixel of `rows` into a row of `to`.
@@ -101,7 +173,7 @@ inline void im2col_bf16(const ConvolutionArgs& args, Range rows, bfloat16* to) {
         for (int64_t j = 0; j < line_elements; j += 32)
           _mm512_storeu_si512(line + j, _mm512_loadu_si512(corner + j));
       }
-      clear_elements(to + k, padded_k(args) - k);
+      clear_elements(to + k, padded_k(args, kTiles) - k);
       continue;
     }
     for (int64_t i = 0; i < args.kernel_h; ++i, line += args.kernel_w * c) {
@@ -120,44 +192,37 @@ inline void im2col_bf16(const ConvolutionArgs& args, Range rows, bfloat16* to) {
       }
       clear_elements(line + columns.end * c, (args.kernel_w - columns.end) * c);
     }
-    clear_elements(to + k, padded_k(args) - k);
+    clear_elements(to + k, padded_k(args, kTiles) - k);
   }
 }
 
-// The output pixels of consecutive rows of a segment. The rows that only tiles compute are no output pixels:
-// those before a last tile that begins earlier (`skip`), and the padding at the end of a line of a band.
-class RowCursor {
- public:
-  RowCursor() = default;
-  RowCursor(const Segment& s, int64_t row, int64_t skip)
-      : pixel_(s.pixel + row), column_(row), pitch_(s.pitch), valid_(s.valid), skip_(skip) {
-    if (kTiles && row >= s.valid) {
-      column_ = row % pitch_;
-      pixel_ = s.pixel + row / pitch_ * valid_ + (column_ < valid_ ? column_ : valid_);
+// The rows of a block that are output pixels, in order. Tiles also compute rows that are none: those before a
+// last tile that begins earlier (`skip`), and the padding at the end of a line of a band.
+struct OutputRows {
+  int64_t count = 0;
+  int32_t row[kDotRows];     // of the block
+  int64_t offset[kDotRows];  // elements, of the first output channel
+
+  // The rows [first, first + rows) of a segment.
+  void set(const Segment& s, int64_t first, int64_t rows, int64_t skip, int64_t out_channels) {
+    count = 0;
+    int64_t column = first % s.pitch, pixel = s.pixel + first / s.pitch * s.valid + min(column, s.valid);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (column < s.valid) {
+        if (r >= skip) row[count] = static_cast<int32_t>(r), offset[count++] = pixel * out_channels;
+        ++pixel;
+      }
+      if (++column == s.pitch) column = 0;
     }
   }
-
-  // Returns the output pixel of the current row, or -1, and moves on to the next row.
-  int64_t next() {
-    if (!kTiles) return pixel_++;
-    const bool is_output = column_ < valid_;
-    const int64_t pixel = pixel_;
-    if (++column_ == pitch_) column_ = 0;
-    pixel_ += is_output;
-    return is_output && --skip_ < 0 ? pixel : -1;
-  }
-
- private:
-  int64_t pixel_, column_, pitch_, valid_, skip_;
 };
 
 // The epilogue of one block of rows for one panel: bias, residual and ReLU in fp32, rounded once.
 class DotEpilogue {
  public:
   DotEpilogue() = default;
-  DotEpilogue(const ConvolutionArgs& args, int64_t panel, const RowCursor& rows)
-      : rows_(rows),
-        pitch_(args.out_channels),
+  DotEpilogue(const ConvolutionArgs& args, int64_t panel, const OutputRows& rows)
+      : rows_(&rows),
         y_(static_cast<bfloat16*>(args.y) + panel * kPanelWidth),
         residual_(args.residual ? static_cast<const bfloat16*>(args.residual) + panel * kPanelWidth
                                 : nullptr),
@@ -174,21 +239,19 @@ class DotEpilogue {
     }
   }
 
-  // Prefetches the operands of `rows` rows, so that their loads overlap the GEMM.
-  void prefetch_rows(int64_t rows) const {
-    RowCursor cursor = rows_;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t pixel = cursor.next();
-      if (pixel < 0) continue;
-      if (residual_) prefetch(residual_ + pixel * pitch_);
-      if (!stream_) prefetch_to_write(y_ + pixel * pitch_);
+  int64_t count() const { return rows_->count; }
+  int64_t row(int64_t i) const { return rows_->row[i]; }
+
+  // Prefetches the operands, so that their loads overlap the GEMM.
+  void prefetch_rows() const {
+    for (int64_t i = 0; i < count(); ++i) {
+      if (residual_) prefetch(residual_ + rows_->offset[i]);
+      if (!stream_) prefetch_to_write(y_ + rows_->offset[i]);
     }
   }
 
-  // Stores the next row from its columns [0, 16) and [16, 32).
-  void store(Vec<float> low, Vec<float> high) {
-    const int64_t pixel = rows_.next(), at = pixel * pitch_;
-    if (kTiles && pixel < 0) return;
+  void store(int64_t i, Vec<float> low, Vec<float> high) const {
+    const int64_t at = rows_->offset[i];
     low = low + bias_[0], high = high + bias_[1];
     if (residual_) {
       const bfloat16* from = residual_ + at;
@@ -214,8 +277,7 @@ class DotEpilogue {
   }
 
  private:
-  RowCursor rows_;
-  int64_t pitch_;
+  const OutputRows* rows_;
   bfloat16* y_;
   const bfloat16* residual_;
   bool relu_, stream_, full_;
@@ -225,18 +287,21 @@ class DotEpilogue {
 
 using Gemm = DotMicroKernel<DotEpilogue>;
 
-// One block of at most Gemm::kRows rows of a segment, for one panel.
-inline void compute_block(const ConvolutionArgs& args, const TapLoop& taps, const Segment& s, Range rows,
-                          int64_t panel, PrefetchStreams& streams, Gemm& gemm) {
-  const auto* b = static_cast<const bfloat16*>(args.packed) + panel * padded_k(args) * kPanelWidth;
-  // The rows of a last tile that do not exist: the tile begins earlier instead.
-  int64_t skip = rows.begin + gemm.rows_read(rows.end - rows.begin) - s.rows - s.unread;
-  if (skip < 0) skip = 0;
-  const int64_t first = rows.begin - skip, n = rows.end - first;
-  const DotEpilogue epilogue(args, panel, RowCursor(s, first, skip));
-  if (streams.output.next == nullptr) epilogue.prefetch_rows(n);
-  gemm.run(n, s.a + first * s.lda, s.lda, b, taps, streams, epilogue);
-}
+// A block of at most kDotRows rows of a segment.
+struct Block {
+  const bfloat16* a;
+  int64_t lda, rows;
+  OutputRows outputs;
+
+  void set(const Segment& s, Range range, int64_t out_channels) {
+    // The rows of a last tile that do not exist: the tile begins earlier instead.
+    int64_t skip = range.begin + Gemm::rows_read(range.end - range.begin) - s.rows - s.unread;
+    if (skip < 0) skip = 0;
+    const int64_t first = range.begin - skip;
+    a = s.a + first * s.lda, lda = s.lda, rows = range.end - first;
+    outputs.set(s, first, rows, skip, out_channels);
+  }
+};
 
 // Computes the output pixels `rows`, counted through all images, for the output channels of `panels`. With
 // the operand kBand, `rows` are whole rows of the output.
@@ -244,9 +309,26 @@ void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void
   constexpr int64_t kRows = Gemm::kRows;
   const Operand operand = select_operand(args, kTiles);
   auto* a = static_cast<bfloat16*>(scratch);
-  const int64_t blocks = padded_k(args) / kBlockK, count = rows.end - rows.begin;
-  TapLoop taps = {1, 1, blocks, 0, 0};
-  Gemm gemm;
+  const int64_t k_blocks = padded_k(args, kTiles) / kBlockK, count = rows.end - rows.begin;
+  int64_t offsets[kMaxTaps] = {0};
+  TapLoop taps = {1, k_blocks, offsets};
+  const BandLayout band(args, kTiles);
+  if (operand == Operand::kBand) {
+    int64_t lines = 0;
+    for_each_image(args, rows, [&](int64_t, Range part) { lines += part.end - part.begin + band.halo; });
+    const int64_t plane = band.plane(lines);
+    taps = band_taps(args, band, plane, offsets);
+    bfloat16* to = a;
+    for_each_image(args, rows, [&](int64_t image, Range part) {
+      copy_band(args, band, image, part, to, plane);
+      to += (part.end - part.begin + band.halo) * band.pitch * band.step;
+    });
+    for (int64_t i = 0; i < band.row_phases * band.column_phases; ++i)
+      clear_elements(to + i * plane, band.tail * band.step);
+  } else if (operand == Operand::kIm2col) {
+    im2col_bf16(args, rows, a);
+  }
+  Gemm gemm(taps.channels);
 
   // Calls f(segment) for every segment of these rows.
   const auto for_each_segment = [&](auto f) {
@@ -257,34 +339,21 @@ void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void
     }
     if (operand == Operand::kIm2col)
       return f(Segment{a, im2col_stride(args), count, rows.begin, count, count, kRows});
-    const int64_t pitch = band_width(args), c = args.channels;
-    const bfloat16* band = a;
-    for_each_image(args, rows, [&](int64_t image, Range out_rows) {
-      const int64_t pixel = (image * args.out_height + out_rows.begin) * args.out_width,
-                    lines = out_rows.end - out_rows.begin;
+    const bfloat16* from = a;
+    for_each_image(args, rows, [&](int64_t image, Range part) {
+      const int64_t pixel = (image * args.out_height + part.begin) * args.out_width,
+                    lines = part.end - part.begin, width = args.out_width;
       if (kTiles) {
-        f(Segment{band, c, (lines - 1) * pitch + args.out_width, pixel, pitch, args.out_width, kRows});
+        f(Segment{from, band.step, (lines - 1) * band.pitch + width, pixel, band.pitch, width, kRows});
       } else {
         for (int64_t line = 0; line < lines; ++line) {
-          f(Segment{band + line * pitch * c, c, args.out_width, pixel + line * args.out_width, args.out_width,
-                    args.out_width, kRows});
+          f(Segment{from + line * band.pitch * band.step, band.step, width, pixel + line * width, width,
+                    width, kRows});
         }
       }
-      band += band_height(args, lines) * pitch * c;
+      from += (lines + band.halo) * band.pitch * band.step;
     });
   };
-
-  if (operand == Operand::kBand) {
-    taps = {args.kernel_h, args.kernel_w, args.channels / kBlockK,
-            args.dilation_h * band_width(args) * args.channels, args.dilation_w * args.channels};
-    bfloat16* to = a;
-    for_each_image(args, rows, [&](int64_t image, Range out_rows) {
-      copy_band(args, image, out_rows, to);
-      to += band_height(args, out_rows.end - out_rows.begin) * band_width(args) * args.channels;
-    });
-  } else if (operand == Operand::kIm2col) {
-    im2col_bf16(args, rows, a);
-  }
 
   const auto for_each_block = [&](const Segment& s, auto f) {
     const int64_t parts = (s.rows + kRows - 1) / kRows;
@@ -295,36 +364,49 @@ void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void
     }
   };
   // While a block of rows is computed for all panels, the next block's memory is prefetched.
-  const int64_t steps = (panels.end - panels.begin) * blocks;
+  const int64_t steps = (panels.end - panels.begin) * k_blocks;
   const auto next_block = [&](const Segment& s, Range block) {
-    PrefetchStreams streams;
-    if (s.pitch != s.valid) return streams;
+    const int64_t pixel = s.pixel + block.end / s.pitch * s.valid + min(block.end % s.pitch, s.valid);
     const auto stream = [&](const void* base, int64_t row, int64_t elements) {
       return PrefetchStream{static_cast<const char*>(base) + row * elements * 2,
                             (kRows * elements * 2 / 64 + steps - 1) / steps};
     };
+    PrefetchStreams streams;
     if (operand == Operand::kInPlace) streams.input = stream(s.a, block.end, s.lda);
-    if (args.residual) streams.residual = stream(args.residual, s.pixel + block.end, args.out_channels);
-    streams.output = stream(args.y, s.pixel + block.end, args.out_channels);
+    if (args.residual) streams.residual = stream(args.residual, pixel, args.out_channels);
+    streams.output = stream(args.y, pixel, args.out_channels);
     streams.output.write = true;
     if (args.stream) streams.output.lines = 0;
     return streams;
   };
-  if (args.pixels_outer) {
+  // Two, because the epilogue of a block of tiles runs while the next block is multiplied.
+  Block blocks[2];
+  int current = 0;
+  const auto compute = [&](const Block& block, int64_t panel, PrefetchStreams& streams) {
+    const auto* b = static_cast<const bfloat16*>(args.packed) + panel * k_blocks * kBlockElements;
+    const DotEpilogue epilogue(args, panel, block.outputs);
+    if (streams.output.next == nullptr) epilogue.prefetch_rows();
+    gemm.run(block.rows, block.a, block.lda, b, taps, streams, epilogue);
+  };
+  const auto for_each_block_of = [&](auto f) {
     for_each_segment([&](const Segment& s) {
-      for_each_block(s, [&](Range block) {
-        PrefetchStreams streams = next_block(s, block);
-        for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-          compute_block(args, taps, s, block, panel, streams, gemm);
+      for_each_block(s, [&](Range range) {
+        current ^= 1;
+        blocks[current].set(s, range, args.out_channels);
+        f(s, range, blocks[current]);
       });
+    });
+  };
+  if (args.pixels_outer) {
+    for_each_block_of([&](const Segment& s, Range range, const Block& block) {
+      PrefetchStreams streams = next_block(s, range);
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel) compute(block, panel, streams);
     });
   } else {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      for_each_segment([&](const Segment& s) {
-        for_each_block(s, [&](Range block) {
-          PrefetchStreams none;
-          compute_block(args, taps, s, block, panel, none, gemm);
-        });
+      for_each_block_of([&](const Segment&, Range, const Block& block) {
+        PrefetchStreams none;
+        compute(block, panel, none);
       });
     }
   }

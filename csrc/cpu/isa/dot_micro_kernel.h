@@ -18,11 +18,12 @@ namespace {
 constexpr int kHalfWidth = kPanelWidth / 2;
 constexpr int64_t kBlockElements = kBlockK * kPanelWidth, kHalfElements = kBlockElements / 2;
 
-// The K loop of one GEMM: for each filter tap, `blocks` blocks of kBlockK channels. The rows of A of tap
-// (i, j) begin i * tap_row + j * tap_column elements after those of tap (0, 0).
+// The K loop of one GEMM: for each filter tap, `blocks` blocks of kBlockK channels, of which the first
+// `channels` are multiplied. The rows of A of tap i begin offsets[i] elements after `a`.
 struct TapLoop {
-  int64_t height, width, blocks;
-  int64_t tap_row, tap_column;
+  int64_t taps, blocks;
+  const int64_t* offsets;
+  int channels = kBlockK;
 };
 
 // Whether the instruction set multiplies matrix tiles.
@@ -31,6 +32,9 @@ constexpr bool kTiles = true;
 #else
 constexpr bool kTiles = false;
 #endif
+
+// Rows of the micro-kernel's block.
+constexpr int kDotRows = kTiles ? 32 : 14;
 
 // Memory that is read or written next, prefetched linearly, a few cache lines per block of K.
 struct PrefetchStream {
@@ -56,16 +60,21 @@ struct PrefetchStreams {
 // K of 64 it takes longer than the products, and out-of-order execution does not reach from one to the other.
 // Hence finish() at the end.
 //
-// Epilogue: copyable; its `store(low, high)` takes columns [0, 16) and [16, 32) of the rows, in order.
+// Epilogue: copyable. It stores count() rows; row i is row(i) of the block, and store(i, low, high) takes its
+// columns [0, 16) and [16, 32).
 template <class Epilogue>
 class DotMicroKernel {
  public:
-  static constexpr int kRows = 2 * kTileRows;
+  static constexpr int kRows = kDotRows;
+  static_assert(kRows == 2 * kTileRows);
+
+  // channels: TapLoop::channels of all runs.
+  explicit DotMicroKernel(int channels) : tiles_(channels) {}
+
   // Rows that are read: the rows of a last tile beyond `rows` must be readable, and are not stored.
   static int64_t rows_read(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
-  // Computes `rows` rows of A B, from rows of A that are `lda` elements apart, and passes them to the
-  // epilogue.
+  // Computes `rows` rows of A B, from rows of A that are `lda` elements apart, for the epilogue.
   void run(int64_t rows, const bfloat16* a, int64_t lda, const bfloat16* b, const TapLoop& taps,
            PrefetchStreams& streams, Epilogue epilogue) {
     if (rows > kTileRows) {
@@ -74,7 +83,7 @@ class DotMicroKernel {
       multiply<1>(a, lda, b, taps, streams);
     }
     finish();
-    epilogue_ = epilogue, pending_rows_ = rows, next_row_ = 0;
+    epilogue_ = epilogue, pending_rows_ = epilogue.count(), next_row_ = 0;
     current_ ^= 1;
   }
   void finish() { store_rows(pending_rows_); }
@@ -82,31 +91,31 @@ class DotMicroKernel {
  private:
   template <int RowTiles>
   void multiply(const bfloat16* a, int64_t lda, const bfloat16* b, const TapLoop& taps,
-                PrefetchStreams& streams) {
+                PrefetchStreams& prefetched) {
+    PrefetchStreams streams = prefetched;  // in registers
     constexpr int64_t kElement = sizeof(bfloat16), kAccStride = kPanelWidth * sizeof(float);
-    const int64_t steps = taps.height * taps.width * taps.blocks, rows_per_step = (kRows + steps - 1) / steps;
+    const int64_t steps = taps.taps * taps.blocks, rows_per_step = (kRows + steps - 1) / steps;
     tiles_.zero<0>(), tiles_.zero<1>();
     if constexpr (RowTiles == 2) tiles_.zero<2>(), tiles_.zero<3>();
-    for (int64_t i = 0; i < taps.height; ++i) {
-      for (int64_t j = 0; j < taps.width; ++j) {
-        const bfloat16* rows = a + i * taps.tap_row + j * taps.tap_column;
-        for (int64_t block = 0; block < taps.blocks; ++block, rows += kBlockK, b += kBlockElements) {
-          streams.advance();
-          tiles_.load<4>(rows, lda * kElement);
-          tiles_.load<6>(b, kTileRowBytes);
-          tiles_.multiply_add_bf16<0, 4, 6>();
-          tiles_.load<7>(b + kHalfElements, kTileRowBytes);
-          tiles_.multiply_add_bf16<1, 4, 7>();
-          if constexpr (RowTiles == 2) {
-            tiles_.load<5>(rows + kTileRows * lda, lda * kElement);
-            tiles_.multiply_add_bf16<2, 5, 6>();
-            tiles_.multiply_add_bf16<3, 5, 7>();
-          }
-          store_rows(rows_per_step);
+    for (int64_t tap = 0; tap < taps.taps; ++tap) {
+      const bfloat16* rows = a + taps.offsets[tap];
+      for (int64_t block = 0; block < taps.blocks; ++block, rows += kBlockK, b += kBlockElements) {
+        streams.advance();
+        tiles_.load<4>(rows, lda * kElement);
+        tiles_.load<6>(b, kTileRowBytes);
+        tiles_.multiply_add_bf16<0, 4, 6>();
+        tiles_.load<7>(b + kHalfElements, kTileRowBytes);
+        tiles_.multiply_add_bf16<1, 4, 7>();
+        if constexpr (RowTiles == 2) {
+          tiles_.load<5>(rows + kTileRows * lda, lda * kElement);
+          tiles_.multiply_add_bf16<2, 5, 6>();
+          tiles_.multiply_add_bf16<3, 5, 7>();
         }
+        store_rows(rows_per_step);
       }
     }
-    float (*acc)[kPanelWidth] = acc_[current_];
+    prefetched = streams;
+    float(*acc)[kPanelWidth] = acc_[current_];
     tiles_.store<0>(acc[0], kAccStride), tiles_.store<1>(acc[0] + kHalfWidth, kAccStride);
     if constexpr (RowTiles == 2) {
       tiles_.store<2>(acc[kTileRows], kAccStride);
@@ -118,8 +127,8 @@ class DotMicroKernel {
   void store_rows(int64_t count) {
     const int64_t end = next_row_ + count < pending_rows_ ? next_row_ + count : pending_rows_;
     for (; next_row_ < end; ++next_row_) {
-      const float* row = acc_[current_ ^ 1][next_row_];
-      epilogue_.store(cpu::load(row), cpu::load(row + kHalfWidth));
+      const float* row = acc_[current_ ^ 1][epilogue_.row(next_row_)];
+      epilogue_.store(next_row_, cpu::load(row), cpu::load(row + kHalfWidth));
     }
   }
 
@@ -134,7 +143,7 @@ class DotMicroKernel {
 int64_t dot_loop(int64_t rounds, float* values) {
   constexpr int64_t kFlops = 2 * kTileRows * kTileRows * kBlockK;
   alignas(64) bfloat16 operand[kTileRows][kBlockK] = {};
-  Tiles tiles;
+  Tiles tiles(kBlockK);
   tiles.load<6>(operand, kTileRowBytes), tiles.load<7>(operand, kTileRowBytes);
   tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
   for (int64_t round = 0; round < rounds; ++round) {
@@ -154,7 +163,10 @@ int64_t dot_loop(int64_t rounds, float* values) {
 template <class Epilogue>
 class DotMicroKernel {
  public:
-  static constexpr int kRows = 14;
+  static constexpr int kRows = kDotRows;
+
+  explicit DotMicroKernel(int) {}
+
   static int64_t rows_read(int64_t rows) { return rows; }
 
   void run(int64_t rows, const bfloat16* a, int64_t lda, const bfloat16* b, const TapLoop& taps,
@@ -189,32 +201,29 @@ class DotMicroKernel {
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
     // One pointer for three rows, as in micro_kernel.h.
     constexpr int kPointers = (R + 2) / 3;
-    for (int64_t i = 0; i < taps.height; ++i) {
-      for (int64_t j = 0; j < taps.width; ++j) {
-        const bfloat16* pointers[kPointers];
-        for (int p = 0; p < kPointers; ++p)
-          pointers[p] = a + i * taps.tap_row + j * taps.tap_column + 3 * p * lda;
-        for (int64_t block = 0; block < taps.blocks; ++block, b += kHalfElements) {
-          streams.advance();
-          for (int pair = 0; pair < kBlockK / 2; ++pair) {
-            prefetch(b + kPrefetchDistance);
-            prefetch(b + kPrefetchDistance + kHalfElements);
-            const __m512bh b0 = load_pairs(b), b1 = load_pairs(b + kHalfElements);
+    for (int64_t tap = 0; tap < taps.taps; ++tap) {
+      const bfloat16* pointers[kPointers];
+      for (int p = 0; p < kPointers; ++p) pointers[p] = a + taps.offsets[tap] + 3 * p * lda;
+      for (int64_t block = 0; block < taps.blocks; ++block, b += kHalfElements) {
+        streams.advance();
+        for (int pair = 0; pair < kBlockK / 2; ++pair) {
+          prefetch(b + kPrefetchDistance);
+          prefetch(b + kPrefetchDistance + kHalfElements);
+          const __m512bh b0 = load_pairs(b), b1 = load_pairs(b + kHalfElements);
 #pragma GCC unroll 14
-            for (int r = 0; r < R; ++r) {
-              const __m512bh element = broadcast_pair(pointers[r / 3] + r % 3 * lda);
-              acc[r][0] = _mm512_dpbf16_ps(acc[r][0], element, b0);
-              acc[r][1] = _mm512_dpbf16_ps(acc[r][1], element, b1);
-            }
-#pragma GCC unroll 5
-            for (int p = 0; p < kPointers; ++p) pointers[p] += 2;
-            b += kPanelWidth;
+          for (int r = 0; r < R; ++r) {
+            const __m512bh element = broadcast_pair(pointers[r / 3] + r % 3 * lda);
+            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], element, b0);
+            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], element, b1);
           }
+#pragma GCC unroll 5
+          for (int p = 0; p < kPointers; ++p) pointers[p] += 2;
+          b += kPanelWidth;
         }
       }
     }
 #pragma GCC unroll 14
-    for (int r = 0; r < R; ++r) epilogue.store({acc[r][0]}, {acc[r][1]});
+    for (int r = 0; r < R; ++r) epilogue.store(r, {acc[r][0]}, {acc[r][1]});
   }
 };
 

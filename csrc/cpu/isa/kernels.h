@@ -217,9 +217,9 @@ struct ConvolutionKernels {
 
 // Convolutions with bfloat16 operands, products of pairs of channels and fp32 accumulators.
 struct Bf16ConvolutionKernels {
-  // `weight`: bfloat16 [out_channels][k], k = kernel row, kernel column, channel. `packed`: padded to whole
-  // panels and blocks of kBlockK.
-  void (*pack)(const void* weight, int64_t out_channels, int64_t k, Range panels, void* packed);
+  // `weight`: bfloat16 [out_channels][kernel_h][kernel_w][channels]. `packed`: packed_bf16_size() elements.
+  void (*pack)(const void* weight, int64_t out_channels, int64_t channels, int64_t kernel_h, int64_t kernel_w,
+               Range panels, void* packed);
   // As DirectKernels::run, without `moments`; `scratch` is sized by DirectBf16Tasks.
   void (*run)(const ConvolutionArgs&, Range rows, Range panels, void* scratch);
   bool tiles;  // whether the micro-kernels multiply matrix tiles

@@ -10,36 +10,75 @@ namespace {
 
 enum class Operand { kInPlace, kBand, kIm2col };
 
-// K, padded to whole blocks, of the im2col matrix; the pitch of its rows has one cache line more, so that
-// rows do not alias in one set of the L1.
-inline int64_t padded_k(const ConvolutionArgs& args) {
-  return (gemm_k(args) + kBlockK - 1) / kBlockK * kBlockK;
-}
-inline int64_t im2col_stride(const ConvolutionArgs& args) { return padded_k(args) + kBlockK; }
+constexpr int64_t kMaxTaps = 64;  // filter taps of the operand kBand
 
-// The size in pixels of the band of input rows for `lines` output rows.
-inline int64_t band_width(const ConvolutionArgs& args) {
-  return args.out_width + (args.kernel_w - 1) * args.dilation_w;
+// With tiles, images of up to kPixelChannels channels are copied to a band with kPixelChannels channels, so
+// that the taps of a filter row are consecutive elements: one block of K, of which `kernel_w` pixels are
+// multiplied.
+constexpr int64_t kPixelChannels = 4;
+inline bool packs_filter_rows(int64_t channels, int64_t kernel_w, bool tiles) {
+  return tiles && channels <= kPixelChannels && kernel_w * kPixelChannels <= kBlockK;
 }
-inline int64_t band_height(const ConvolutionArgs& args, int64_t lines) {
-  return lines + (args.kernel_h - 1) * args.dilation_h;
+
+// K, padded to whole blocks.
+inline int64_t padded_k(int64_t channels, int64_t kernel_h, int64_t kernel_w, bool tiles) {
+  if (packs_filter_rows(channels, kernel_w, tiles)) return kernel_h * kBlockK;
+  return (channels * kernel_h * kernel_w + kBlockK - 1) / kBlockK * kBlockK;
 }
+inline int64_t padded_k(const ConvolutionArgs& args, bool tiles) {
+  return padded_k(args.channels, args.kernel_h, args.kernel_w, tiles);
+}
+// The pitch of the rows of the im2col matrix has one cache line more, so that rows do not alias in one set of
+// the L1.
+inline int64_t im2col_stride(const ConvolutionArgs& args) { return padded_k(args, false) + kBlockK; }
+
+// The layout of a band: the padded input rows of consecutive output rows. A strided filter reads the rows and
+// columns of each residue modulo the stride (a phase) from a plane of their own. So every tap reads
+// consecutive positions of one plane, one for each output pixel.
+struct BandLayout {
+  int64_t step;                       // elements of a position
+  int64_t row_phases, column_phases;  // planes: row_phases * column_phases
+  int64_t pitch;                      // positions of a line
+  int64_t tail;                       // positions after the last line of a plane
+  int64_t halo;                       // lines of a plane beyond the number of output rows
+
+  BandLayout(const ConvolutionArgs& args, bool tiles) {
+    const int64_t extent_h = (args.kernel_h - 1) * args.dilation_h,
+                  extent_w = (args.kernel_w - 1) * args.dilation_w, s = args.stride_w;
+    row_phases = args.stride_h < extent_h + 1 ? args.stride_h : extent_h + 1;
+    halo = extent_h / args.stride_h;
+    if (packs_filter_rows(args.channels, args.kernel_w, tiles)) {
+      step = s * kPixelChannels, column_phases = 1;
+      pitch = args.out_width + (args.kernel_w - 1 + s - 1) / s, tail = 0;
+      return;
+    }
+    step = args.channels, column_phases = s < extent_w + 1 ? s : extent_w + 1;
+    const int64_t positions = args.out_width + extent_w / s;
+    // A line ends with the padding on the right, where the next one begins with that on the left.
+    pitch = positions;
+    while (pitch > args.out_width && (pitch - 1) * s >= args.width + args.pad_w &&
+           (positions - pitch) * s + column_phases - 1 < args.pad_w)
+      --pitch;
+    tail = positions - pitch;
+  }
+
+  // Elements of a plane with this number of lines, and of all planes.
+  int64_t plane(int64_t lines) const { return (lines * pitch + tail) * step; }
+  int64_t size(int64_t lines) const { return row_phases * column_phases * plane(lines); }
+};
 
 // `tiles`: whether the micro-kernel multiplies tiles, whose rows must be equally spaced.
 inline Operand select_operand(const ConvolutionArgs& args, bool tiles) {
-  // Rows that are a multiple of 4 KB apart would alias in one set of the L1.
-  if (args.channels % 32 != 0 || args.stride_h != 1 || args.stride_w != 1) return Operand::kIm2col;
-  if (args.kernel_h * args.kernel_w == 1 && args.pad_h + args.pad_w == 0) {
+  if (packs_filter_rows(args.channels, args.kernel_w, tiles)) return Operand::kBand;
+  if (args.channels % 32 != 0) return Operand::kIm2col;
+  if (args.kernel_h * args.kernel_w == 1) {
+    if (args.stride_h * args.stride_w != 1 || args.pad_h + args.pad_w != 0) return Operand::kIm2col;
+    // Rows that are a multiple of 4 KB apart would alias in one set of the L1.
     const bool aliases = args.channels % 2048 == 0, few = args.images * args.out_height * args.out_width < 32;
     return aliases || few ? Operand::kIm2col : Operand::kInPlace;
   }
-  // With tiles, a band computes band_width - out_width pixels more of every output row. im2col copies
-  // kernel_h * kernel_w elements for each element of the input, which takes as long as about 16 output
-  // channels.
-  const bool wasteful =
-      tiles && (band_width(args) - args.out_width) * args.out_channels > 16 * args.out_width;
   const bool narrow = !tiles && args.out_width < 12;
-  return wasteful || narrow ? Operand::kIm2col : Operand::kBand;
+  return narrow || args.kernel_h * args.kernel_w > kMaxTaps ? Operand::kIm2col : Operand::kBand;
 }
 
 // The taps [begin, end) of one dimension that read within the image when tap 0 reads at `position`.

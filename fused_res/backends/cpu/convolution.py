@@ -163,6 +163,8 @@ def _bf16_unsupported_reason(problem: Problem) -> str | None:
         return reason
     if problem.dtype != torch.bfloat16:
         return "products of bfloat16 are for bfloat16 only"
+    if problem.weight[1] <= _extension.cpp.PIXEL_CHANNELS and problem.dilation[1] > 1:
+        return "products of bfloat16 do not support dilated filters of images of few channels"
     return None if problem.machine.isa in _BF16_MAC_COST else "products of bfloat16 require avx512_bf16 or amx"
 
 
@@ -392,12 +394,6 @@ DIRECT = _native_algorithm(
             "ATen's weight gradient was measured to be faster",
             _EVIDENCE_ZEN4,
             ("weight_gradient",),
-        ),
-        Rule(
-            lambda problem: problem.dtype == torch.float16 and problem.dtype in problem.machine.onednn_dtypes,
-            "oneDNN has products of float16 on this processor, at twice the rate of float32",
-            "estimated: half the time of the multiply-adds",
-            ("inference",),
         ),
     ),
     True,

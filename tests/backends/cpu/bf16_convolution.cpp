@@ -183,9 +183,10 @@ Memory<uint16_t> run(Operands& operands, const Bf16ConvolutionKernels& k, const 
   ConvolutionArgs& args = operands.args;
   const int64_t panels = num_panels(args.out_channels);
   Memory<uint16_t> packed(
-      packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w, false, true));
+      packed_bf16_size(args.out_channels, args.channels, args.kernel_h, args.kernel_w, k.tiles));
   parallel(panels, [&](int64_t begin, int64_t end) {
-    k.pack(operands.weight.get(), args.out_channels, gemm_k(args), {begin, end}, packed.get());
+    k.pack(operands.weight.get(), args.out_channels, args.channels, args.kernel_h, args.kernel_w,
+           {begin, end}, packed.get());
   });
   Memory<uint16_t> y(operands.pixels() * args.out_channels - (fault == "output" ? 1 : 0));
   constexpr uint16_t kNan = 0x7FC1;
@@ -321,6 +322,24 @@ void check_all() {
           .kernel_w = taps,
           .pad_h = taps / 2,
           .pad_w = taps / 2});
+  }
+  // Few channels: bands whose blocks of K are rows of the filter.
+  for (const int64_t channels : {1, 3, 4}) {
+    for (const auto [kernel_w, stride_w] : {Range{1, 1}, {3, 2}, {7, 1}, {7, 2}, {8, 3}}) {
+      for (const int64_t pad_w : {0, 3, 9}) {
+        next({.images = 2,
+              .channels = channels,
+              .height = 12,
+              .width = 17,
+              .out_channels = 40,
+              .kernel_h = 3,
+              .kernel_w = kernel_w,
+              .stride_h = 3 - stride_w % 2,
+              .stride_w = stride_w,
+              .pad_h = 2,
+              .pad_w = pad_w});
+      }
+    }
   }
   // A stem.
   next({.images = 1,

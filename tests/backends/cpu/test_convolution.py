@@ -403,6 +403,17 @@ class TestBf16Products:
             self.check(Case(images, 32, height, width, outputs))
             self.check(Case(images, 64, height, width, outputs, (1, 1), padding=(0, 0)))
 
+    @pytest.mark.parametrize("channels", [1, 3, 4, 32])
+    @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3), (4, 2)], ids=str)
+    def test_strides(self, isa: str, channels: int, stride: Pair) -> None:
+        """Bands of every phase of a stride; with up to 4 channels, bands of whole rows of the filter."""
+        _C.set_cpu_isa(isa)
+        for kernel, padding in (((7, 7), (3, 3)), ((3, 3), (1, 1)), ((2, 8), (0, 5)), ((1, 1), (0, 0)), ((3, 1), (4, 2))):
+            for height, width in ((30, 29), (9, 64)):
+                self.check(Case(3, channels, height, width, 40, kernel, stride, padding, **epilogue_options(channels)))
+            if channels > 4:
+                self.check(Case(2, channels, 40, 33, 40, kernel, stride, padding, dilation=(2, 3)))
+
     def test_channel_counts(self, isa: str) -> None:
         _C.set_cpu_isa(isa)
         for channels, outputs in itertools.product((*CHANNELS, 2, 31, 32, 2048), CHANNELS):
@@ -425,9 +436,12 @@ class TestBf16Products:
     def test_packed_weight(self, isa: str, kernel: Pair, dtype: torch.dtype) -> None:
         """[panel][block of 32 rows of K][half of the outputs][pair of rows][16 outputs][2], padded with zeros."""
         _C.set_cpu_isa(isa)
-        for channels, outputs in ((5, 35), (32, 64), (33, 7), (70, 16)):
+        for channels, outputs in ((5, 35), (32, 64), (33, 7), (70, 16), (3, 35), (1, 8)):
             weight = torch.randn(outputs, channels, *kernel, dtype=dtype)
-            k = weight.bfloat16().permute(0, 2, 3, 1).flatten(1)
+            k = weight.bfloat16().permute(0, 2, 3, 1)
+            if channels <= 4 and isa.startswith("amx"):  # blocks of one row of the filter, pixels of four channels
+                k = F.pad(F.pad(k, (0, 4 - channels)).flatten(2), (0, 32 - 4 * kernel[1]))
+            k = k.flatten(1)
             k = F.pad(k, (0, -k.shape[1] % 32, 0, -outputs % 32))
             expected = k.view(-(-outputs // 32), 2, 16, -1, 16, 2).permute(0, 3, 1, 4, 2, 5).flatten()
             dgrad_weight = weight.transpose(0, 1).flip(2, 3)  # whose dgrad weight is `weight`
@@ -436,7 +450,7 @@ class TestBf16Products:
             assert torch.equal(PACK(dgrad_weight, 0, True, True), expected)
 
     @pytest.mark.parametrize(("kernel", "padding"), [((3, 3), (1, 1)), ((1, 1), (0, 0))], ids=["3x3", "1x1"])
-    @pytest.mark.parametrize("channels", [19, 32])
+    @pytest.mark.parametrize("channels", [4, 19, 32])
     def test_non_finite_matches_float64(self, isa: str, kernel: Pair, padding: Pair, channels: int) -> None:
         _C.set_cpu_isa(isa)
         operands = TestNonFinite.operands(Case(2, channels, 15, 13, 35, kernel, padding=padding), torch.bfloat16)
@@ -466,19 +480,23 @@ class TestBf16Products:
         ("changed", "match"),
         [
             ({"tile": 2}, "bf16_products: expected a direct convolution of bfloat16"),
-            ({"input": torch.ones(2, 4, 6, 5)}, "bf16_products: expected a direct convolution of bfloat16"),
+            ({"input": torch.ones(2, 5, 6, 5)}, "bf16_products: expected a direct convolution of bfloat16"),
             ({"packed": torch.ones(32 * 64)}, "packed: expected bfloat16"),
             ({"packed": torch.ones(7).bfloat16()}, "packed: expected the weight packed"),
             ({"bf16_products": False}, "packed: expected"),
             ({"residual": torch.ones(2, 8, 6, 5)}, "residual: expected the dtype of input, BFloat16"),
             ({"bias": torch.ones(8).half()}, "bias: expected float32 or the dtype of the input"),
             ({"partials": True}, "partials: expected a float32 input"),
+            (
+                {"input": torch.ones(2, 3, 9, 9).bfloat16(), "dilation": (2, 2)},
+                "dilation: .* of images of up to 4 channels",
+            ),
         ],
         ids=str,
     )
     def test_invalid_arguments_raise(self, isa: str, changed: dict[str, Any], match: str) -> None:
         _C.set_cpu_isa(isa)
-        operands = Operands.random(Case(2, 4, 6, 5, 8), dtype=torch.bfloat16)
+        operands = Operands.random(Case(2, 5, 6, 5, 8), dtype=torch.bfloat16)
         arguments: dict[str, Any] = {
             "input": operands.x, "packed": operands.packed(DIRECT, bf16_products=True), "bias": None, "residual": None,
             "outputs": 8, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1),
