@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "cpu/caches.h"
 #include "cpu/isa/kernels.h"
@@ -131,7 +133,13 @@ class DirectBf16Tasks {
     // The rows of A of a chunk stay in L2, beside a panel of the weight.
     const int64_t row_elements =
         operand_ == Operand::kBand ? band_.size(1) / args.out_width : padded_k(args, tiles);
-    const int64_t rows = std::clamp<int64_t>(caches().l2 / 4 / (row_elements * kElement), kMinRows, kMaxRows);
+    int64_t rows = std::clamp<int64_t>(caches().l2 / 4 / (row_elements * kElement), kMinRows, kMaxRows);
+    // The threads share the pixels if the weight, which each of them reads then, is smaller than the input,
+    // which each of them would read otherwise.
+    const int64_t weight =
+        packed_bf16_size(args.out_channels, args.channels, args.kernel_h, args.kernel_w, tiles);
+    if (weight < args.images * args.height * args.width * args.channels)
+      rows = std::min(rows, std::max(kMinRows, ceil_div(rows_, kMinChunks)));
     chunks_ = ceil_div(ceil_div(rows_, unit_), std::max<int64_t>(rows / unit_, 1));
   }
 
@@ -146,28 +154,32 @@ class DirectBf16Tasks {
     const int64_t panels = num_panels(args_.out_channels), target = kTasksPerThread * parallel.threads();
     const int64_t panel_bytes = kPanelWidth * padded_k(args_, tiles_) * kElement;
     // A group whose panels stay in L2 is read again for every block of pixels: 1x1 kernels of 512 to 1024
-    // channels take 0.94 to 0.97 of the time with two such groups. But every group reads A again, and copies
-    // it again where it is copied: three groups of im2col take 1.08 of the time there.
-    const bool copied = operand_ != Operand::kInPlace;
-    const int64_t cached = copied ? caches().l2 * 3 / 4 : caches().l2 / 2;
-    const int64_t fitting = std::min(panels, ceil_div(panels * panel_bytes, cached));
-    const int64_t groups = std::max(chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_)),
-                                    !copied || fitting <= 2 ? fitting : 1);
+    // channels take 0.94 to 0.97 of the time with two such groups.
+    const int64_t cached = caches().l2 / 2,
+                  fitting = std::min(panels, ceil_div(panels * panel_bytes, cached));
+    const int64_t groups =
+        std::max(chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_)), fitting);
+    const int64_t operand_bytes = operand_ == Operand::kInPlace ? 0 : operand_elements() * kElement;
     ConvolutionArgs args = args_;
     args.pixels_outer = ceil_div(panels, groups) * panel_bytes <= cached;
+    // The chunk that each thread has read last.
+    std::vector<int64_t> read(static_cast<size_t>(parallel.threads()), -1);
     parallel(groups * chunks_, [&](int64_t begin, int64_t end) {
-      char* operand = static_cast<char*>(scratch) +
-                      (operand_ == Operand::kInPlace ? 0 : parallel.thread() * operand_elements() * kElement);
+      const int64_t thread = parallel.thread();
+      ConvolutionArgs task_args = args;
       for (int64_t task = begin; task < end; ++task) {
         const auto [chunk, group] = chunk_and_group(task, chunks_, groups, parallel.threads());
-        k.bf16_convolution->run(args, rows(chunk), balanced_range(panels, group, groups), operand);
+        task_args.operand_cached = std::exchange(read[static_cast<size_t>(thread)], chunk) == chunk;
+        k.bf16_convolution->run(task_args, rows(chunk), balanced_range(panels, group, groups),
+                                static_cast<char*>(scratch) + thread * operand_bytes);
       }
     });
   }
 
  private:
   static constexpr int64_t kElement = 2;  // bytes
-  static constexpr int64_t kMinRows = 64, kMaxRows = 896, kTasksPerThread = 4, kSurplusRows = 32;
+  static constexpr int64_t kMinRows = 64, kMaxRows = 896, kMinChunks = 8;
+  static constexpr int64_t kTasksPerThread = 2, kSurplusRows = 32;
 
   Range rows(int64_t chunk) const {
     const Range units = balanced_range(ceil_div(rows_, unit_), chunk, chunks_);

@@ -36,19 +36,34 @@ constexpr bool kTiles = false;
 // Rows of the micro-kernel's block.
 constexpr int kDotRows = kTiles ? 32 : 14;
 
-// Memory that is read or written next, prefetched linearly, a few cache lines per block of K.
+// Memory that is read or written next: `row_lines` cache lines of every row, prefetched a few lines per block
+// of K.
 struct PrefetchStream {
   const char* next = nullptr;
   int64_t lines = 0;  // per block of K
+  int64_t row_lines = 0, left_in_row = 0;
+  int64_t skip = 0;  // bytes between the lines of consecutive rows
   bool write = false;
 
+  PrefetchStream() = default;
+  PrefetchStream(const void* begin, int64_t lines_per_block, int64_t lines_per_row, int64_t row_bytes)
+      : next(static_cast<const char*>(begin)),
+        lines(lines_per_block),
+        row_lines(lines_per_row),
+        left_in_row(lines_per_row),
+        skip(row_bytes - lines_per_row * 64) {}
+
   void advance() {
-    for (int64_t i = 0; i < lines; ++i, next += 64) write ? prefetch_to_write(next) : prefetch(next);
+    for (int64_t i = 0; i < lines; ++i) {
+      write ? prefetch_to_write(next) : prefetch(next);
+      next += 64;
+      if (--left_in_row == 0) next += skip, left_in_row = row_lines;
+    }
   }
 };
 struct PrefetchStreams {
-  PrefetchStream input, residual, output;
-  void advance() { input.advance(), residual.advance(), output.advance(); }
+  PrefetchStream input, residual, output, weight;
+  void advance() { input.advance(), residual.advance(), output.advance(), weight.advance(); }
 };
 
 #if defined(FUSED_RES_TILES)

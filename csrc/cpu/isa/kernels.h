@@ -153,8 +153,10 @@ struct ConvolutionArgs {
   bool needs_im2col;  // direct: copy receptive fields into rows first, which 1x1 kernels may not need
   // Products of bfloat16 pairs, accumulated in fp32 (direct_bf16.h), instead of fp32 arithmetic.
   bool bf16_products;
-  bool pixels_outer;  // bf16_products: compute each block of pixels for all panels, not each panel for all
-                      // pixels
+  bool pixels_outer;    // bf16_products: compute each block of pixels for all panels, not each panel for all
+                        // pixels
+  bool operand_cached;  // bf16_products: the thread has read these rows of A already, for other panels; if
+                        // they are copied, the scratch memory has them
 };
 
 struct Range {
