@@ -1,5 +1,5 @@
 // Micro-kernels of GEMMs with bfloat16 operands and fp32 accumulators, for the instruction sets amx (matrix
-// tiles) and avx512_bf16 (vdpbf16ps). Both read the same packed weights.
+// tiles) and avx512_bf16 (vdpbf16ps). Both read B from the same blocks.
 //
 // B is packed in blocks of kBlockK rows x kPanelWidth columns, in VNNI layout: [half of the
 // columns][pair of rows][16 columns][2 rows]. A half of a block is one tile, and a pair of rows of it one

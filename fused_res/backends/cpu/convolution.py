@@ -341,7 +341,7 @@ def _native_algorithm(
         implementations |= {
             "forward": partial(_forward, kernel), "input_gradient": gradient, "weight_gradient": gradient
         }  # fmt: skip
-    packed_format = "winograd" if kernel.tile else "direct", kernel.bf16_products
+    packed_format = "winograd" if kernel.tile else "direct"
     costlier = Rule(_is_costlier(name), _REASON_COSTLIER, _EVIDENCE_COSTS, ("inference",))
     return Algorithm(
         name,
@@ -353,7 +353,8 @@ def _native_algorithm(
         compact_input_gradient=True,
         weight_packing="always",
         pack=lambda problem, weight: pack(weight, kernel, problem.stride, resident=problem.prepacked),
-        pack_key=lambda problem: packed_format,
+        # Tiles need another layout of a stem's weight than vdpbf16ps (isa/operand.h).
+        pack_key=lambda problem: (packed_format, kernel.bf16_products and problem.machine.isa),
     )
 
 
