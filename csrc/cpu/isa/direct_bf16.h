@@ -261,12 +261,35 @@ class DotEpilogue {
     }
   }
 
+  // Stores the rows [begin, end) of the accumulators.
+  void store(const float (*acc)[kPanelWidth], int64_t begin, int64_t end) const {
+    const bool whole_lines = full_ && !stream_;
+    if (residual_)
+      return whole_lines ? store_rows<true, true>(acc, begin, end) : store_rows<true, false>(acc, begin, end);
+    return whole_lines ? store_rows<false, true>(acc, begin, end) : store_rows<false, false>(acc, begin, end);
+  }
   void store(int64_t i, Vec<float> low, Vec<float> high) const {
+    residual_ ? store_row<true, false>(i, low, high) : store_row<false, false>(i, low, high);
+  }
+
+ private:
+  // kWholeLines: without masks and streaming stores.
+  template <bool kResidual, bool kWholeLines>
+  void store_rows(const float (*acc)[kPanelWidth], int64_t begin, int64_t end) const {
+    const DotEpilogue e = *this;  // in registers
+    for (int64_t i = begin; i < end; ++i) {
+      const float* row = acc[e.rows_->row[i]];
+      e.store_row<kResidual, kWholeLines>(i, load(row), load(row + kHalfWidth));
+    }
+  }
+  template <bool kResidual, bool kWholeLines>
+  void store_row(int64_t i, Vec<float> low, Vec<float> high) const {
     const int64_t at = rows_->offset[i];
     low = low + bias_[0], high = high + bias_[1];
-    if (residual_) {
+    if constexpr (kResidual) {
       const bfloat16* from = residual_ + at;
-      const __m512i added = full_ ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(columns_, from);
+      const __m512i added =
+          kWholeLines || full_ ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(columns_, from);
       low = low + widen(_mm512_castsi512_si256(added), bfloat16{});
       high = high + widen(_mm512_extracti64x4_epi64(added, 1), bfloat16{});
     }
@@ -278,7 +301,9 @@ class DotEpilogue {
         _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low, bfloat16{})), narrow(high, bfloat16{}), 1);
 #endif
     bfloat16* to = y_ + at;
-    if (stream_) {
+    if (kWholeLines) {
+      _mm512_storeu_si512(to, both);
+    } else if (stream_) {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
     } else if (full_) {
       _mm512_storeu_si512(to, both);
@@ -287,7 +312,6 @@ class DotEpilogue {
     }
   }
 
- private:
   const OutputRows* rows_;
   bfloat16* y_;
   const bfloat16* residual_;

@@ -141,10 +141,8 @@ class DotMicroKernel {
   // Runs the epilogue of the next `count` rows of the previous block.
   void store_rows(int64_t count) {
     const int64_t end = next_row_ + count < pending_rows_ ? next_row_ + count : pending_rows_;
-    for (; next_row_ < end; ++next_row_) {
-      const float* row = acc_[current_ ^ 1][epilogue_.row(next_row_)];
-      epilogue_.store(next_row_, cpu::load(row), cpu::load(row + kHalfWidth));
-    }
+    if (next_row_ < end) epilogue_.store(acc_[current_ ^ 1], next_row_, end);
+    next_row_ = end;
   }
 
   Tiles tiles_;
