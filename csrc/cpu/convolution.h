@@ -179,7 +179,7 @@ class DirectBf16Tasks {
  private:
   static constexpr int64_t kElement = 2;  // bytes
   static constexpr int64_t kMinRows = 64, kMaxRows = 896, kMinChunks = 8;
-  static constexpr int64_t kTasksPerThread = 2, kSurplusRows = 32;
+  static constexpr int64_t kTasksPerThread = 4, kSurplusRows = 32;
 
   Range rows(int64_t chunk) const {
     const Range units = balanced_range(ceil_div(rows_, unit_), chunk, chunks_);
