@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,14 +37,24 @@ def measure(model: str, size: int, calls: int) -> dict[str, object]:
     return {"name": model, "freeze_s": seconds, "threads": THREADS, "equal": equal, "calls": len(outputs)}
 
 
+def summary(run: dict[str, Any]) -> str:
+    """Return one line per case."""
+    return "\n".join(
+        "{name}: frozen for bfloat16, with the first call, in {freeze_s:.2f} s; {equal} of {calls} calls from "
+        "{threads} threads return the bits of the same call alone".format(**case)
+        for case in run["cases"]
+    )
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.frozen", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="file of the document")
     parser.add_argument("--quick", action="store_true", help="a small network and small images")
     options = parser.parse_args(arguments)
     case = measure(*(("resnet18", 33, 1) if options.quick else ("resnet50", 224, 5)))
-    run = {"environment": environment.describe(), "cases": [case]}
-    options.out.write_text(json.dumps({"runs": [run]}, indent=1) + "\n")
+    run = {"environment": environment.describe() | {"backend": "cpu"}, "cases": [case]}
+    document = {"command": "python -m benchmarks.frozen", "runs": [run]}
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, report
+from benchmarks import frozen, plots, report
 from benchmarks.__main__ import SUBCOMMANDS
+from benchmarks.amx import FROZEN
 from benchmarks.zoo import page as zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,12 +217,11 @@ def summaries_section(device: str, documents: dict[str, Document]) -> str:
     for name, document in documents.items():
         if name == ZOO:
             continue
-        subcommand = SUBCOMMANDS[report.subcommand_of(document)]
-        texts = [f"$ {document['command']}", *map(subcommand.summary, document["runs"])]
-        body = "\n\n".join(texts)
-        parts.append(
-            f"### {name}\n\n{report.environment(document)}\n\n```text\n{body}\n```\n\n![]({device}/{name}.png)"
-        )
+        summary = frozen.summary if name == FROZEN else SUBCOMMANDS[report.subcommand_of(document)].summary
+        body = "\n\n".join([f"$ {document['command']}", *map(summary, document["runs"])])
+        parts.append(f"### {name}\n\n{report.environment(document)}\n\n```text\n{body}\n```")
+        if name != FROZEN:
+            parts.append(f"![]({device}/{name}.png)")
     return "\n\n".join(parts)
 
 

@@ -61,8 +61,7 @@ class DynamicParallel {
   template <class Body>
   void operator()(int64_t n, const Body& body) const {
     if (n == 1) return body(int64_t{0}, n);
-    in_stages(
-        1, [&](int64_t) { return n; }, [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
+    in_stages(1, [&](int64_t) { return n; }, [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
   }
 
   template <class Size, class Body>

@@ -21,11 +21,11 @@ class Slab {
  public:
   explicit Slab(size_t bytes)
       : bytes_(round_up(bytes, kHugePage)),
-        data_(static_cast<char*>(::operator new (bytes_, std::align_val_t{kHugePage}))) {
+        data_(static_cast<char*>(::operator new(bytes_, std::align_val_t{kHugePage}))) {
     advise_huge_pages(data_, bytes_);
   }
   Slab(const Slab&) = delete;
-  ~Slab() { ::operator delete (data_, std::align_val_t{kHugePage}); }
+  ~Slab() { ::operator delete(data_, std::align_val_t{kHugePage}); }
 
   // Returns memory of whole cache lines, or null if there is no room.
   void* take(size_t bytes) {
@@ -63,8 +63,7 @@ Tensor empty_weight(int64_t size, at::ScalarType dtype) {
     slab = std::make_shared<Slab>(std::max(bytes, size_t{1}));
   }
   if (!data) data = slab->take(bytes);
-  return at::from_blob(
-      data, {size}, [slab](void*) {}, at::TensorOptions(dtype));
+  return at::from_blob(data, {size}, [slab](void*) {}, at::TensorOptions(dtype));
 }
 
 }  // namespace fused_res::cpu

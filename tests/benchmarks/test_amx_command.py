@@ -108,6 +108,8 @@ def test_frozen_document(tmp_path: Path) -> None:
     frozen.main(["--quick", "--out", str(tmp_path / "frozen.json")])
     (case,) = amx.cases_of(tmp_path / "frozen.json")
     assert case["equal"] == case["calls"] == frozen.THREADS and case["freeze_s"] > 0
+    (run,) = json.loads((tmp_path / "frozen.json").read_text())["runs"]
+    assert "8 of 8 calls from 8 threads return the bits" in frozen.summary(run)
 
 
 def test_complete_steps_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

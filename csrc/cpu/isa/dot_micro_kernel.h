@@ -130,7 +130,7 @@ class DotMicroKernel {
       }
     }
     prefetched = streams;
-    float(*acc)[kPanelWidth] = acc_[current_];
+    float (*acc)[kPanelWidth] = acc_[current_];
     tiles_.store<0>(acc[0], kAccStride), tiles_.store<1>(acc[0] + kHalfWidth, kAccStride);
     if constexpr (RowTiles == 2) {
       tiles_.store<2>(acc[kTileRows], kAccStride);

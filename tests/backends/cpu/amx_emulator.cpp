@@ -202,7 +202,7 @@ void move_tile(const Operation& operation, Fault& fault) {
     fault.raise(kInvalidOpcode, "start_row is %d, but tile %d has %d rows", start, tile, rows);
   if (fault.signal) return;
   const bool load = operation.instruction != kTilestored;
-  uint8_t(*const data)[kRowBytes] = tiles.tile[tile].row;
+  uint8_t (*const data)[kRowBytes] = tiles.tile[tile].row;
   if (load) std::memset(data[start], 0, static_cast<size_t>(kRows - start) * kRowBytes);
   for (int row = start; row < rows; ++row) {
     uint8_t* const memory = operation.address + row * operation.stride;
@@ -251,8 +251,8 @@ void multiply(const Operation& operation, Fault& fault) {
   if (c == a || c == b || a == b)
     fault.raise(kInvalidOpcode, "operands tmm%d, tmm%d, tmm%d are not distinct", c, a, b);
   for (const int tile : {c, a, b}) check_configured(tile, fault);
-  const uint8_t(&rows)[kTiles] = tiles.config.rows;
-  const uint16_t(&colsb)[kTiles] = tiles.config.colsb;
+  const uint8_t (&rows)[kTiles] = tiles.config.rows;
+  const uint16_t (&colsb)[kTiles] = tiles.config.colsb;
   if (rows[c] != rows[a] || colsb[c] != colsb[b] || colsb[a] / 4 != rows[b])
     fault.raise(kInvalidOpcode, "rows x bytes do not match: tmm%d %d x %d, tmm%d %d x %d, tmm%d %d x %d", c,
                 rows[c], colsb[c], a, rows[a], colsb[a], b, rows[b], colsb[b]);

@@ -215,9 +215,8 @@ void check_bits(const Case& c, const Array<float>& multi_threaded, const Array<f
 Array<float> run(const Case& c, Operands& operands, const Threads& parallel) {
   Array<float> packed(packed_size(c.out_channels, c.channels, c.kernel_h * c.kernel_w, c.tile != 0));
   const auto pack = c.tile ? kConvolution.winograd[0].pack : kConvolution.direct[0].pack;
-  parallel(num_panels(c.out_channels), [&](int64_t begin, int64_t end) {
-    pack(operands.weight, {begin, end}, packed.get());
-  });
+  parallel(num_panels(c.out_channels),
+           [&](int64_t begin, int64_t end) { pack(operands.weight, {begin, end}, packed.get()); });
   Array<float> y(operands.numel());
   Array<bfloat16> y_bf16(c.bf16 ? y.size : 0);
   operands.args.packed = packed.get(), operands.args.y = c.bf16 ? static_cast<void*>(y_bf16.get()) : y.get();

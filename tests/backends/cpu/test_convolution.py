@@ -408,7 +408,8 @@ class TestBf16Products:
     def test_strides(self, isa: str, channels: int, stride: Pair) -> None:
         """Bands of every phase of a stride; with up to 4 channels, bands of whole rows of the filter."""
         _C.set_cpu_isa(isa)
-        for kernel, padding in (((7, 7), (3, 3)), ((3, 3), (1, 1)), ((2, 8), (0, 5)), ((1, 1), (0, 0)), ((3, 1), (4, 2))):
+        windows = ((7, 7), (3, 3)), ((3, 3), (1, 1)), ((2, 8), (0, 5)), ((1, 1), (0, 0)), ((3, 1), (4, 2))
+        for kernel, padding in windows:
             for height, width in ((30, 29), (9, 64)):
                 self.check(Case(3, channels, height, width, 40, kernel, stride, padding, **epilogue_options(channels)))
             if channels > 4:
