@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="a small network and small images")
     options = parser.parse_args(arguments)
     case = measure(*(("resnet18", 33, 1) if options.quick else ("resnet50", 224, 5)))
-    run = {"environment": environment.describe() | {"backend": "cpu"}, "cases": [case]}
+    run = {"allocator": "as-shipped", "environment": environment.describe() | {"backend": "cpu"}, "cases": [case]}
     document = {"command": "python -m benchmarks.frozen", "runs": [run]}
     options.out.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -54,11 +54,9 @@ struct BandLayout {
     }
     step = args.channels, column_phases = s < extent_w + 1 ? s : extent_w + 1;
     const int64_t positions = args.out_width + extent_w / s;
-    // A line ends with the padding on the right, where the next one begins with that on the left.
+    // The positions after the image on the right are zero, as are as many at the start of the next line.
     pitch = positions;
-    while (pitch > args.out_width && (pitch - 1) * s >= args.width + args.pad_w &&
-           (positions - pitch) * s + column_phases - 1 < args.pad_w)
-      --pitch;
+    while (pitch > args.out_width && (pitch - 1) * s >= args.width + args.pad_w) --pitch;
     tail = positions - pitch;
   }
 
