@@ -388,3 +388,15 @@ def test_flop_count_with_native_convolutions() -> None:
             x, spec, [weight, None, *norm], training=True, momentum=0.1
         ).sum().backward()
     assert counter.get_total_flops() == 2 * forward  # the forward and the weight gradient
+
+
+@torch.inference_mode()
+def test_dilated_filter_of_few_channels_in_bfloat16() -> None:
+    """Products of bfloat16 do not support it, so that another algorithm is selected."""
+    layers = nn.Conv2d(3, 40, 3, padding=2, dilation=2), nn.BatchNorm2d(40)
+    model = randomize_norms(nn.Sequential(*layers)).float().eval()
+    x = torch.randn(2, 3, 20, 21).bfloat16().to(memory_format=torch.channels_last)
+    rounded = deepcopy(model).bfloat16()
+    exact = deepcopy(rounded).double()(x.double())
+    errors = [(y - exact).square().mean().sqrt() for y in (fused_res.freeze(rounded)(x), rounded(x))]
+    assert errors[0] <= 1.05 * errors[1]
