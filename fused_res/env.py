@@ -92,9 +92,10 @@ CPU_ISA = Variable(
 )
 CPU_CACHE = Variable(
     "FUSED_RES_CPU_CACHE",
-    default="256",
+    default="4096",
     allowed=(),
-    doc="capacity in MiB of the C++ kernels' cache of freed output buffers, which later outputs reuse; 0 disables it",
+    doc="capacity in MiB of the C++ kernels' cache of freed output buffers, which later outputs reuse, and which holds"
+    " no more than were in use at once; 0 disables it",
 )
 CPU_CACHES = Variable(
     "FUSED_RES_CPU_CACHES",

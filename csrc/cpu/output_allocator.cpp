@@ -3,15 +3,18 @@
 // glibc returns blocks of 32 MB and more (initially of 128 KB) to the operating system as soon as they are
 // freed, and the next output takes a page fault for every page again: a ReLU of 51 MB takes 17 ms that way,
 // and 3 ms if it writes to memory that is already mapped. With huge pages the 17 ms become 5 ms, or 80 ms,
-// depending on whether the hypervisor still holds the pages. Freed outputs are therefore cached, up to a
-// limit, and reused only for outputs of exactly the same size: training steps allocate the same sizes over
-// and over, and there is no fragmentation. Other allocations of the process are not affected.
+// depending on whether the hypervisor still holds the pages. Freed outputs are therefore cached and reused
+// for outputs of exactly the same size: training steps allocate the same sizes over and over, and there is no
+// fragmentation. Other allocations of the process are not affected. The cache holds no more than a limit, and
+// not much more than the outputs that were alive at once: as much as a step frees, however large the model
+// is, and not a block of every size that a process has ever used.
 #include "cpu/output_allocator.h"
 
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
@@ -24,8 +27,12 @@
 namespace fused_res {
 namespace {
 
-// Smaller blocks are left to malloc, which caches them itself.
-constexpr size_t kMinBlockBytes = 1 << 20;
+// Smaller blocks are left to malloc, which caches them itself; glibc returns larger ones to the operating
+// system as long as a process has freed no larger block yet.
+constexpr size_t kMinBlockBytes = 128 << 10;
+// The cache may hold as much beyond the outputs that were alive at once: a step also uses other sizes, one
+// after the other. Blocks beyond it would be evicted and mapped again in every step.
+constexpr size_t kSurplus = 256 << 20;
 
 // A header before the data stores the block's size, so that the data pointer alone identifies a block, as
 // PyTorch's copy-on-write requires. It is as long as a cache line, so that the data is aligned.
@@ -49,6 +56,9 @@ class BlockCache {
  public:
   // Returns a cached block of exactly this size, the most recently used one; null if there is none.
   void* acquire_block(size_t bytes) {
+    const size_t live = live_bytes_.fetch_add(bytes) + bytes;
+    for (size_t peak = peak_bytes_; live > peak && !peak_bytes_.compare_exchange_weak(peak, live);) {
+    }
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
     const auto found = std::find_if(free_blocks_.rbegin(), free_blocks_.rend(),
@@ -62,6 +72,7 @@ class BlockCache {
 
   void release_block(void* data) {
     const size_t bytes = block_bytes(data);
+    live_bytes_ -= bytes;
     std::vector<void*> evicted;
     {
       const std::unique_lock lock(mutex_, std::try_to_lock);
@@ -92,10 +103,11 @@ class BlockCache {
   }
 
  private:
-  // Removes the oldest blocks until the limit holds, and returns them.
+  // Removes the oldest blocks until the capacity holds, and returns them.
   std::vector<void*> shrink() {
+    const size_t capacity = std::min(limit_, kSurplus + peak_bytes_);
     auto end = free_blocks_.begin();
-    while (cached_bytes_ > limit_) cached_bytes_ -= block_bytes(*end++);
+    while (cached_bytes_ > capacity) cached_bytes_ -= block_bytes(*end++);
     std::vector<void*> evicted(free_blocks_.begin(), end);
     free_blocks_.erase(free_blocks_.begin(), end);
     return evicted;
@@ -105,6 +117,7 @@ class BlockCache {
   std::vector<void*> free_blocks_;  // oldest first
   size_t cached_bytes_ = 0;
   size_t limit_ = 0;
+  std::atomic<size_t> live_bytes_ = 0, peak_bytes_ = 0;
 };
 
 BlockCache& cache() {
