@@ -188,8 +188,9 @@ def residual_block(
         input: tensor ``(N, C, ...)``, float32, float64, bfloat16 or float16; channels_last is fastest.
         spec: the block's specification; its units have as many spatial dimensions as ``input``.
         tensors: flat list or tuple in the order of :meth:`fused_res.BlockSpec.tensor_names`. Each unit has its
-            convolution's weight ``(K, C / groups, ...)`` and bias ``(K,)``, both of ``input``'s dtype, and its norm's
-            weight, bias, running mean and running variance, all ``(K,)``, float32 or ``input``'s dtype. All but the
+            convolution's weight ``(K, C / groups, ...)``, float32 or ``input``'s dtype, and bias ``(K,)`` of
+            ``input``'s dtype, and its norm's weight, bias, running mean and running variance, all ``(K,)``, float32 or
+            ``input``'s dtype. The gradient of a float32 master weight is float32. All but the
             convolution's weight may be None, the running statistics only if ``training``, which updates them in place.
         training: whether norms use the statistics of the batch; one value, or one per unit (projection last).
         momentum: weight of the new batch in the running statistics; one value, or one per unit.
@@ -252,14 +253,18 @@ def run_block(
     any_training = True in training
     group = distributed.process_group_name(process_group) if process_group is not None and any_training else ""
     kernels = registry.resolve(backend, input.device)
-    weight, dtype = tensors[0] if tensors else None, autocast_dtype(input)
+    first_weight, dtype = tensors[0] if tensors else None, autocast_dtype(input)
     compiling = torch.compiler.is_compiling() if opaque is None else opaque
     if dtype is not None or compiling:  # otherwise planning detects non-tensors at no extra cost
         check_tensors(spec, tensors)
     if dtype is not None and input.dtype != torch.float64:  # autocast does not cast float64
         input, tensors = input.to(dtype), list(tensors)
         for index in range(0, len(tensors), len(UnitTensors._fields)):
-            tensors[index : index + 2] = [t if t is None else t.to(dtype) for t in tensors[index : index + 2]]
+            weight, bias = tensors[index : index + 2]
+            # The plan casts float32 weights where an algorithm does not pack them itself.
+            if weight is not None and weight.dtype != torch.float32:
+                tensors[index] = weight.to(dtype)
+            tensors[index + 1] = None if bias is None else bias.to(dtype)
 
     preference = registry.conv_preference()
     config = BlockConfig(spec, training, kernels.name, recompute, preference, group)
@@ -285,7 +290,7 @@ def run_block(
             )
             block_plan = plan(config, input, tensors, None, tuple(tuned_algorithms))
         output, stats = _run_plan(block_plan, kernels, input, tensors)
-        _record_plan(weight, block_plan)
+        _record_plan(first_weight, block_plan)
 
     if any_training and (group or output.numel()) and not is_recomputing():
         _update_running_stats(kernels, tensors, training, momentum, stats)

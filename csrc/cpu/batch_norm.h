@@ -55,6 +55,28 @@ inline Activation parse_backward_activation(std::string_view name, const Optiona
   return has_mask ? parse_relu_or_identity(name, "with a ReLU mask") : parse_activation(name);
 }
 
+// The rows `slope` and `offset` of NormBackwardArgs, (2, C), from the sums (2, C), sum dy and sum dy * xhat,
+// of `count` values per channel; undefined without sums.
+inline Tensor norm_coefficients(const OptionalTensor& sums, const Tensor& stats, int64_t count,
+                                int64_t channels) {
+  if (!sums || !sums->defined()) return {};
+  TORCH_CHECK_VALUE(sums->is_cpu() && sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == channels,
+                    "sums: expected (2, ", channels, ") on the CPU, got ", sums->sizes());
+  Tensor coefficients = at::detail::empty_cpu({2, channels}, stats.scalar_type());
+  const FinalizeBackwardArgs out = {.stats = stats.const_data_ptr(),
+                                    .slope = matrix_row(coefficients, 0),
+                                    .offset = matrix_row(coefficients, 1),
+                                    .dweight = nullptr,
+                                    .dbias = nullptr};
+  // The kernel expects sum dy * (x - mean), which is sum dy * xhat / invstd.
+  const Tensor sums_f64 = sums->to(at::kDouble).contiguous();
+  const Tensor sum_dy_xmu = sums_f64[1].div(stats[kInvstd]);
+  kernels().finalize_backward[stats.scalar_type() == at::kDouble](
+      out, sums_f64.const_data_ptr<double>(), sum_dy_xmu.const_data_ptr<double>(), static_cast<double>(count),
+      channels, 0, channels);
+  return coefficients;
+}
+
 inline std::unique_ptr<double[]> make_uninitialized(int64_t count) {
   return std::unique_ptr<double[]>(new double[count]);
 }

@@ -128,27 +128,11 @@ Tensor batch_norm_act_dx(const Tensor& grad_output, const Tensor& input, const T
                          const OptionalTensor& sums, int64_t count, double negative_slope) {
   const ActivationTensor x(input);
   const Tensor dy = x.checked_like(grad_output, "grad_output"), saved = checked_stats(stats, x, "stats");
-  const int64_t channels = x.shape.channels;
-  Tensor dx = empty_output(x.tensor), coefficients;
+  Tensor dx = empty_output(x.tensor), coefficients = norm_coefficients(sums, saved, count, x.shape.channels);
   NormBackwardArgs norm = norm_backward_args(x.tensor, saved);
   norm.dx = dx.data_ptr();
-  if (sums && sums->defined()) {
-    TORCH_CHECK_VALUE(sums->is_cpu() && sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == channels,
-                      "sums: expected (2, ", channels, ") on the CPU, got ", sums->sizes());
-    coefficients = at::detail::empty_cpu({2, channels}, stats_type(x.tensor));
+  if (coefficients.defined())
     norm.slope = matrix_row(coefficients, 0), norm.offset = matrix_row(coefficients, 1);
-    const FinalizeBackwardArgs out = {.stats = saved.const_data_ptr(),
-                                      .slope = matrix_row(coefficients, 0),
-                                      .offset = matrix_row(coefficients, 1),
-                                      .dweight = nullptr,
-                                      .dbias = nullptr};
-    // The kernel expects sum dy * (x - mean), which is sum dy * xhat / invstd.
-    const Tensor sums_f64 = sums->to(at::kDouble).contiguous();
-    const Tensor sum_dy_xmu = sums_f64[1].div(saved[kInvstd]);
-    kernels().finalize_backward[stats_index(x.tensor)](out, sums_f64.const_data_ptr<double>(),
-                                                       sum_dy_xmu.const_data_ptr<double>(),
-                                                       static_cast<double>(count), channels, 0, channels);
-  }
   const BackwardArgs args = {.dy = dy.const_data_ptr(),
                              .mask = checked_mask(relu_mask, x),
                              .norms = {norm},

@@ -2,6 +2,8 @@
 // summation depends on the shape only.
 #pragma once
 
+#include <array>
+
 #include "cpu/convolution.h"
 
 namespace fused_res::cpu {
@@ -119,6 +121,227 @@ class WeightGradientTasks {
   int64_t total_, points_, channels_;
   bool split_k_;
   int64_t chunks_, parts_;
+};
+
+// Passes fused with a weight gradient, chunk by chunk, in memory that stays in L2.
+class GradientFusion {
+ public:
+  virtual ~GradientFusion() = default;
+  // Computes the convolution's input, or the gradient of its output, for these pixels, counted through all
+  // images.
+  virtual bool computes_input() const { return false; }
+  virtual void input(Range, void*) const {}
+  virtual bool computes_grad_output() const { return false; }
+  virtual void grad_output(Range, void*) const {}
+  // The pixels of the output gradient that chunk(rows) reads; at least `rows`.
+  virtual Range grad_output_pixels(Range rows) const { return rows; }
+  // Another use of the output gradient of these rows. dz: as WeightGradientArgs::dz, for
+  // grad_output_pixels(rows). `memory`: chunk_bytes(rows) bytes.
+  virtual void chunk(int64_t /*chunk*/, Range /*rows*/, const void* /*dz*/, char* /*memory*/) const {}
+  virtual int64_t chunk_bytes(int64_t /*rows*/) const { return 0; }
+  // The memory that the chunk of `rows` reads.
+  virtual std::array<MemoryRange, kMaxNextRanges> operands(Range rows) const = 0;
+};
+
+// Weight gradient with products of bfloat16 (isa/conv_wgrad_bf16.h), with the same two schedules.
+class WeightGradientBf16Tasks {
+ public:
+  WeightGradientBf16Tasks(const WeightGradientArgs& args, bool tiles)
+      : args_(args),
+        shape_(args.convolution),
+        tiles_(tiles),
+        operand_(select_operand(shape_, tiles)),
+        band_(shape_, tiles),
+        total_(shape_.images * shape_.out_height * shape_.out_width),
+        unit_(operand_ == Operand::kBand ? shape_.out_width : kBlockK),
+        tap_rows_(wgrad_tap_rows(shape_, tiles)) {
+    const int64_t units = ceil_div(total_, unit_),
+                  unit_positions = operand_ == Operand::kBand ? band_.pitch : kBlockK;
+    // Taps read both operands of a chunk again, from L1.
+    const int64_t chunk_positions = operand_ == Operand::kBand ? kBandPositions : kPositions;
+    chunks_ = ceil_div(units, std::max<int64_t>(chunk_positions / unit_positions, 1));
+    // As many chunks for every thread, where there are few.
+    if (chunks_ < kManyChunks) chunks_ = std::min(units, ceil_div(chunks_, kChunkMultiple) * kChunkMultiple);
+    const int64_t bytes = accumulator_floats() * static_cast<int64_t>(sizeof(float));
+    split_k_ = bytes <= kMaxSplitK;
+    parts_ = split_k_ ? std::min({chunks_, kMaxParts, std::max<int64_t>(kSplitKBytes / bytes, 2)}) : 1;
+    slots_ = std::min(chunks_, kChunksPerStage);
+  }
+
+  int64_t chunks() const { return chunks_; }
+  int64_t scratch(int64_t threads, const GradientFusion& fusion) const {
+    return accumulator_bytes(threads) + (split_k_ ? threads : slots_) * operand_bytes() +
+           threads * (copy_bytes() + fusion_bytes(fusion));
+  }
+
+  template <class Parallel>
+  void run(const Bf16WeightGradientKernels& k, char* scratch, const Parallel& parallel,
+           const GradientFusion& fusion) const {
+    const int64_t panels = num_panels(shape_.out_channels), row_blocks = tap_rows_ / kBlockK;
+    auto* const acc = reinterpret_cast<float*>(scratch);
+    char* const operands = scratch + accumulator_bytes(parallel.threads());
+    char* const memory = operands + (split_k_ ? parallel.threads() : slots_) * operand_bytes();
+    const int64_t memory_bytes = copy_bytes() + fusion_bytes(fusion);
+    const auto pack = [&](int64_t chunk, char* to) {
+      pack_chunk(k, chunk, to, memory + parallel.thread() * memory_bytes, fusion);
+    };
+    if (split_k_) {
+      parallel(parts_, [&](int64_t begin, int64_t end) {
+        char* const own = operands + parallel.thread() * operand_bytes();
+        for (int64_t part = begin; part < end; ++part) {
+          const Range chunks = balanced_range(chunks_, part, parts_);
+          for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+            pack(chunk, own);
+            std::array<MemoryRange, kMaxNextRanges> next = {};
+            if (chunk + 1 < chunks.end) next = fusion.operands(rows(chunk + 1));
+            k.gemm(args_, rows(chunk), {0, panels}, {0, row_blocks}, own, own + transposed_bytes(),
+                   chunk == chunks.begin, acc + part * accumulator_floats(), next.data());
+          }
+        }
+      });
+    }
+    if (split_k_) {
+      const int64_t panel_floats = accumulator_floats() / panels;
+      parallel(panels, [&](int64_t begin, int64_t end) {
+        k.reduce_and_store(args_, {begin, end}, {0, row_blocks}, acc + begin * panel_floats, parts_,
+                           accumulator_floats());
+      });
+      return;
+    }
+    const TaskGrid grid = task_grid(parallel.threads());
+    const std::array<MemoryRange, kMaxNextRanges> nothing = {};
+    for (int64_t first = 0; first < chunks_; first += slots_) {
+      const int64_t chunks = std::min(slots_, chunks_ - first);
+      const auto chunk_operands = [&](int64_t slot) { return operands + slot * operand_bytes(); };
+      parallel(chunks, [&](int64_t begin, int64_t end) {
+        for (int64_t slot = begin; slot < end; ++slot) pack(first + slot, chunk_operands(slot));
+      });
+      parallel(grid.panel_groups * grid.row_groups, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const Range panel_group = balanced_range(panels, task % grid.panel_groups, grid.panel_groups),
+                      row_group = balanced_range(row_blocks, task / grid.panel_groups, grid.row_groups);
+          // In one stage, the accumulators of a task stay in L2 until they are stored.
+          float* const own = acc + (one_stage() ? parallel.thread() : task) * grid.accumulator_floats;
+          for (int64_t slot = 0; slot < chunks; ++slot) {
+            const char* chunk = chunk_operands(slot);
+            k.gemm(args_, rows(first + slot), panel_group, row_group, chunk, chunk + transposed_bytes(),
+                   first + slot == 0, own, nothing.data());
+          }
+          if (first + chunks == chunks_) k.reduce_and_store(args_, panel_group, row_group, own, 1, 0);
+        }
+      });
+    }
+  }
+
+ private:
+  static constexpr int64_t kElement = 2;  // bytes
+  static constexpr int64_t kMaxSplitK = 1 << 20, kSplitKBytes = 4 << 20, kMaxParts = 16;
+  static constexpr int64_t kPositions = 512, kBandPositions = 256, kChunksPerStage = 32;
+  static constexpr int64_t kTasksPerThread = 4, kManyChunks = 32, kChunkMultiple = 4;
+
+  // The tasks of the GEMMs of a stage: groups of panels and of blocks of rows of A^T. The accumulators of a
+  // task stay in L2, with its part of both operands of a chunk.
+  struct TaskGrid {
+    int64_t panel_groups, row_groups;
+    int64_t accumulator_floats;  // of the largest task
+  };
+  TaskGrid task_grid(int64_t threads) const {
+    const int64_t limit[2] = {num_panels(shape_.out_channels), tap_rows_ / kBlockK};
+    const int64_t pair_floats = padded_k(shape_, tiles_) / tap_rows_ * kBlockK * kPanelWidth,
+                  operand_bytes = wgrad_pitch(positions()) * kBlockK * kElement;
+    int64_t tile[2] = {1, 1};  // panels and blocks of rows of a task
+    for (int side = 0, full = 0; full < 2; side ^= 1) {
+      const int64_t grown = tile[side] + 1, other = tile[side ^ 1];
+      const bool fits =
+          grown * other * pair_floats * 4 + (grown + other) * operand_bytes <= caches().l2 / 2 &&
+          ceil_div(limit[side], grown) * ceil_div(limit[side ^ 1], other) >= kTasksPerThread * threads;
+      full = fits && grown <= limit[side] ? 0 : full + 1;
+      if (full == 0) tile[side] = grown;
+    }
+    return {ceil_div(limit[0], tile[0]), ceil_div(limit[1], tile[1]), tile[0] * tile[1] * pair_floats};
+  }
+  bool one_stage() const { return chunks_ <= slots_; }
+  int64_t accumulator_bytes(int64_t threads) const {
+    int64_t floats = parts_ * accumulator_floats();
+    if (!split_k_) {
+      const TaskGrid grid = task_grid(threads);
+      floats = (one_stage() ? threads : grid.panel_groups * grid.row_groups) * grid.accumulator_floats;
+    }
+    return ceil_div(floats * static_cast<int64_t>(sizeof(float)), 64) * 64;
+  }
+
+  Range rows(int64_t chunk) const {
+    const Range units = balanced_range(ceil_div(total_, unit_), chunk, chunks_);
+    return {units.begin * unit_, std::min(units.end * unit_, total_)};
+  }
+
+  // Computes what the fusion computes of both operands of a chunk, packs them, and runs fusion.chunk().
+  void pack_chunk(const Bf16WeightGradientKernels& k, int64_t chunk, char* to, char* memory,
+                  const GradientFusion& fusion) const {
+    WeightGradientArgs args = args_;
+    char* operand = memory + copy_bytes();
+    if (fusion.computes_input()) {
+      const Range pixels = input_pixels(shape_, rows(chunk));
+      fusion.input(pixels, operand);
+      args.convolution.x = operand - pixels.begin * shape_.channels * kElement;
+    }
+    k.pack_input(args, rows(chunk), memory, to);
+    if (fusion.computes_grad_output()) {
+      const Range pixels = fusion.grad_output_pixels(rows(chunk));
+      fusion.grad_output(pixels, operand);  // the input is packed
+      args.dz = operand - pixels.begin * shape_.out_channels * kElement;
+      operand += (pixels.end - pixels.begin + kBlockK) * shape_.out_channels * kElement;
+    }
+    k.pack_grad_output(args, rows(chunk), to + transposed_bytes());
+    fusion.chunk(chunk, rows(chunk), args.dz,
+                 operand + (64 - reinterpret_cast<uintptr_t>(operand) % 64) % 64);
+  }
+  int64_t fusion_bytes(const GradientFusion& fusion) const {
+    int64_t input = 0, grad_output = 0;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      const Range x = input_pixels(shape_, rows(chunk)), dz = fusion.grad_output_pixels(rows(chunk));
+      if (fusion.computes_input()) input = std::max(input, x.end - x.begin);
+      if (fusion.computes_grad_output()) grad_output = std::max(grad_output, dz.end - dz.begin + kBlockK);
+    }
+    const int64_t bytes =
+        std::max(input * shape_.channels * kElement,
+                 grad_output * shape_.out_channels * kElement + fusion.chunk_bytes(largest()));
+    return ceil_div(bytes, 64) * 64 + 64;
+  }
+  int64_t accumulator_floats() const {
+    return num_panels(shape_.out_channels) * kPanelWidth * padded_k(shape_, tiles_);
+  }
+  // Of the largest chunk: its output pixels, the lines of its band, and the positions of a plane of A.
+  int64_t largest() const { return ceil_div(ceil_div(total_, unit_), chunks_) * unit_; }
+  int64_t lines() const {
+    const int64_t rows = largest() / shape_.out_width,
+                  images = std::min(shape_.images, (rows - 1) / shape_.out_height + 2);
+    return rows + images * band_.halo;
+  }
+  int64_t positions() const {
+    return operand_ == Operand::kBand ? lines() * band_.pitch + band_.tail : largest();
+  }
+  int64_t planes() const { return operand_ == Operand::kBand ? band_.row_phases * band_.column_phases : 1; }
+  int64_t transposed_bytes() const { return planes() * tap_rows_ * wgrad_pitch(positions()) * kElement; }
+  int64_t operand_bytes() const {
+    // Each image of a band begins a new block of K.
+    const int64_t blocks = positions() / kBlockK + std::min(shape_.images, largest()) + 1;
+    const int64_t packed = num_panels(shape_.out_channels) * blocks * kBlockK * kPanelWidth * kElement +
+                           blocks * static_cast<int64_t>(sizeof(int64_t));
+    return ceil_div(transposed_bytes() + packed, 64) * 64;
+  }
+  int64_t copy_bytes() const {
+    return ceil_div(copied_elements(shape_, tiles_, largest()) * kElement, 64) * 64;
+  }
+
+  const WeightGradientArgs& args_;
+  const ConvolutionArgs& shape_;
+  bool tiles_;
+  Operand operand_;
+  BandLayout band_;
+  int64_t total_, unit_, tap_rows_;
+  bool split_k_;
+  int64_t chunks_, parts_, slots_;
 };
 
 }  // namespace

@@ -7,8 +7,10 @@
 
 #include <memory>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
+#include "cpu/batch_norm.h"
 #include "cpu/convolution_host.h"
 #include "cpu/weight_memory.h"
 
@@ -21,18 +23,24 @@ Tensor empty_packed(int64_t size, at::ScalarType dtype, bool resident) {
 
 // Packs a weight for products of bfloat16; the arguments are those of pack_conv_weight.
 Tensor pack_bf16_weight(const Tensor& original, bool transposed, bool resident) {
-  const Tensor rotated = transposed ? original.flip({2, 3}).transpose(0, 1) : original;
-  const Tensor weight = rotated.to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
-  const int64_t out_channels = weight.size(0), channels = weight.size(1), kernel_h = weight.size(2),
-                kernel_w = weight.size(3);
   const Bf16ConvolutionKernels& kernel = *kernels().bf16_convolution;
-  const int64_t size = packed_bf16_size(out_channels, channels, kernel_h, kernel_w, kernel.tiles);
+  // Blocks of filter rows are packed from the weight as it is.
+  const bool swap = transposed && packs_filter_rows(original.size(0), original.size(3), kernel.tiles);
+  const Tensor rotated = swap ? original.flip({2, 3}).transpose(0, 1) : original;
+  const Tensor weight = (rotated.scalar_type() == at::kHalf ? rotated.to(at::kBFloat16) : rotated)
+                            .contiguous(at::MemoryFormat::ChannelsLast);
+  const Bf16WeightView view = {weight.const_data_ptr(), dtype_of(weight, "weight"),
+                               weight.size(0),          weight.size(1),
+                               weight.size(2),          weight.size(3),
+                               transposed && !swap,     {0, 1, weight.size(2)},
+                               {0, 1, weight.size(3)}};
+  const int64_t out_channels = view.transposed ? view.channels : view.out_channels,
+                channels = view.transposed ? view.out_channels : view.channels;
+  const int64_t size = packed_bf16_size(out_channels, channels, view.kernel_h, view.kernel_w, kernel.tiles);
   Tensor packed = empty_packed(size, at::kBFloat16, resident);
-  const void* from = weight.const_data_ptr();
   void* to = packed.mutable_data_ptr();
-  Parallel{size}(num_panels(out_channels), [&](int64_t begin, int64_t end) {
-    kernel.pack(from, out_channels, channels, kernel_h, kernel_w, {begin, end}, to);
-  });
+  Parallel{size}(num_panels(out_channels),
+                 [&](int64_t begin, int64_t end) { kernel.pack(view, {begin, end}, to); });
   return packed;
 }
 
@@ -105,19 +113,47 @@ Tensor merge_chunk_moments(const ConvolutionArgs& args, double* partial, const s
   return merged;
 }
 
+// The norm and the ReLU that precede a convolution.
+class NormalizedInput final : public ChunkFusion {
+ public:
+  NormalizedInput(const Tensor& input, const Tensor& stats, bool relu)
+      : channels_(input.size(1)), element_size_(input.element_size()) {
+    const ActivationTensor x(input);
+    stats_ = checked_stats(stats, x, "input_stats");
+    forward_ = norm_kernels(x).forward;
+    args_.x = input.const_data_ptr(), args_.norm = norm_args(stats_);
+    args_.activation = relu ? Activation::kRelu : Activation::kIdentity;
+  }
+  bool computes_input() const override { return true; }
+  void input(Range pixels, void* to) const override {
+    ForwardArgs args = args_;
+    args.y = static_cast<char*>(to) - pixels.begin * channels_ * element_size_;
+    forward_(pixel_block(channels_, pixels), args);
+  }
+
+ private:
+  int64_t channels_, element_size_;
+  Tensor stats_;
+  void (*forward_)(const Block&, const ForwardArgs&);
+  ForwardArgs args_ = {};
+};
+
 std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, const OptionalTensor& bias,
                                     const OptionalTensor& residual, int64_t out_channels,
                                     at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t tile,
-                                    bool relu, bool partials, bool bf16_products) {
+                                    bool relu, bool partials, bool bf16_products,
+                                    const OptionalTensor& input_stats, bool input_relu) {
   TORCH_CHECK_VALUE(input.dim() == 4, "input: expected (N, C, H, W), got ", input.sizes());
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   ConvolutionArgs args = {};
   args.images = x.size(0), args.channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
   args.out_channels = out_channels, args.tile = tile, args.relu = relu, args.bf16_products = bf16_products;
   args.dtype = image_dtype(x, "input");
-  TORCH_CHECK_TYPE(!partials || args.dtype == Dtype::kFloat32,
-                   "partials: expected a float32 input for partial statistics, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(
+      !partials || args.dtype == Dtype::kFloat32 || bf16_products,
+      "partials: expected a float32 input, or products of bfloat16, for partial statistics, got ",
+      x.scalar_type());
   set_geometry(args, kernel_size, stride, padding, dilation);
   check_conv_args(args, packed.numel());
   TORCH_CHECK_VALUE(packed.is_contiguous(),
@@ -146,11 +182,21 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
   Tensor statistics = empty_placeholder(at::kDouble);
   if (output.numel() == 0)
     return {output, partials ? at::zeros({1, 3, out_channels}, at::kDouble) : statistics};
+  std::unique_ptr<NormalizedInput> normalized;
+  if (input_stats && input_stats->defined()) {
+    TORCH_CHECK_VALUE(bf16_products, "input_stats: expected products of bfloat16");
+    normalized = std::make_unique<NormalizedInput>(x, *input_stats, input_relu);
+  }
   const DynamicParallel parallel(args);
   dispatch_tasks(kernels(), args, [&](const auto& tasks) {
-    Scratch scratch(tasks.scratch(parallel.threads()));
     std::unique_ptr<double[]> partial(partials ? new double[tasks.chunks() * 2 * out_channels] : nullptr);
-    tasks.run(kernels(), scratch.data(), parallel, ChunkMoments{partial.get()});
+    if constexpr (std::is_same_v<std::decay_t<decltype(tasks)>, DirectBf16Tasks>) {
+      Scratch scratch(tasks.scratch(parallel.threads(), normalized.get()));
+      tasks.run(kernels(), scratch.data(), parallel, ChunkMoments{partial.get()}, normalized.get());
+    } else {
+      Scratch scratch(tasks.scratch(parallel.threads()));
+      tasks.run(kernels(), scratch.data(), parallel, ChunkMoments{partial.get()});
+    }
     if (partials) {
       std::vector<double> counts;
       for (int64_t i = 0; i < tasks.chunks(); ++i)

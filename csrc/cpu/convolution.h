@@ -115,8 +115,26 @@ class DirectTasks {
   int64_t rows_, k_, chunks_;
 };
 
+// Pixels of an NHWC tensor, for a kernel of a norm.
+inline Block pixel_block(int64_t channels, Range pixels) {
+  return {channels, 0, pixels.begin, pixels.end, 0, channels, 0, 0};
+}
+
+// Passes over the input or the output of a convolution, fused with it: chunk by chunk, in memory that stays
+// in L2.
+class ChunkFusion {
+ public:
+  virtual ~ChunkFusion() = default;
+  // Computes the convolution's input for these pixels, counted through all images. With computes_input(), the
+  // input of the convolution itself is not read.
+  virtual bool computes_input() const { return false; }
+  virtual void input(Range, void*) const {}
+  // The output pixels `rows` are written.
+  virtual void output(int64_t /*chunk*/, Range /*rows*/) const {}
+};
+
 // Convolution with bfloat16 products (isa/direct_bf16.h): a task is a chunk of output pixels and a group of
-// panels.
+// panels; with a fusion, a chunk.
 class DirectBf16Tasks {
  public:
   explicit DirectBf16Tasks(const ConvolutionArgs& args, bool tiles)
@@ -145,12 +163,13 @@ class DirectBf16Tasks {
 
   int64_t chunks() const { return chunks_; }
   int64_t pixel_count(int64_t chunk) const { return rows(chunk).end - rows(chunk).begin; }
-  int64_t scratch(int64_t threads) const {
-    return operand_ == Operand::kInPlace ? 0 : threads * operand_elements() * kElement;
+  int64_t scratch(int64_t threads, const ChunkFusion* fusion = nullptr) const {
+    return threads * (operand_bytes() + moments_bytes() + input_bytes(fusion));
   }
 
   template <class Parallel>
-  void run(const Kernels& k, void* scratch, const Parallel& parallel, ChunkMoments) const {
+  void run(const Kernels& k, void* scratch, const Parallel& parallel, ChunkMoments moments,
+           const ChunkFusion* fusion = nullptr) const {
     const int64_t panels = num_panels(args_.out_channels), target = kTasksPerThread * parallel.threads();
     const int64_t panel_bytes = kPanelWidth * padded_k(args_, tiles_) * kElement;
     // A group whose panels stay in L2 is read again for every block of pixels: 1x1 kernels of 512 to 1024
@@ -159,9 +178,30 @@ class DirectBf16Tasks {
                   fitting = std::min(panels, ceil_div(panels * panel_bytes, cached));
     const int64_t groups =
         std::max(chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_)), fitting);
-    const int64_t operand_bytes = operand_ == Operand::kInPlace ? 0 : operand_elements() * kElement;
     ConvolutionArgs args = args_;
     args.pixels_outer = ceil_div(panels, groups) * panel_bytes <= cached;
+    const int64_t own_bytes = operand_bytes() + moments_bytes() + input_bytes(fusion);
+    if (fusion) {
+      parallel(chunks_, [&](int64_t begin, int64_t end) {
+        char* const own = static_cast<char*>(scratch) + parallel.thread() * own_bytes;
+        ConvolutionArgs task_args = args;
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          if (fusion->computes_input()) {
+            const Range pixels = input_pixels(args_, rows(chunk));
+            char* const input = own + operand_bytes() + moments_bytes();
+            fusion->input(pixels, input);
+            task_args.x = input - pixels.begin * args_.channels * kElement;
+          }
+          for (int64_t group = 0; group < groups; ++group) {
+            task_args.operand_cached = group > 0;
+            k.bf16_convolution->run(task_args, rows(chunk), balanced_range(panels, group, groups), own,
+                                    own + operand_bytes(), moments.of(chunk, args_.out_channels));
+          }
+          fusion->output(chunk, rows(chunk));
+        }
+      });
+      return;
+    }
     // The chunk that each thread has read last.
     std::vector<int64_t> read(static_cast<size_t>(parallel.threads()), -1);
     parallel(groups * chunks_, [&](int64_t begin, int64_t end) {
@@ -170,8 +210,9 @@ class DirectBf16Tasks {
       for (int64_t task = begin; task < end; ++task) {
         const auto [chunk, group] = chunk_and_group(task, chunks_, groups, parallel.threads());
         task_args.operand_cached = std::exchange(read[static_cast<size_t>(thread)], chunk) == chunk;
-        k.bf16_convolution->run(task_args, rows(chunk), balanced_range(panels, group, groups),
-                                static_cast<char*>(scratch) + thread * operand_bytes);
+        char* const own = static_cast<char*>(scratch) + thread * own_bytes;
+        k.bf16_convolution->run(task_args, rows(chunk), balanced_range(panels, group, groups), own,
+                                own + operand_bytes(), moments.of(chunk, args_.out_channels));
       }
     });
   }
@@ -179,19 +220,27 @@ class DirectBf16Tasks {
  private:
   static constexpr int64_t kElement = 2;  // bytes
   static constexpr int64_t kMinRows = 64, kMaxRows = 896, kMinChunks = 8;
-  static constexpr int64_t kTasksPerThread = 4, kSurplusRows = 32;
+  static constexpr int64_t kTasksPerThread = 4;
 
   Range rows(int64_t chunk) const {
     const Range units = balanced_range(ceil_div(rows_, unit_), chunk, chunks_);
     return {units.begin * unit_, std::min(units.end * unit_, rows_)};
   }
-  // The largest copied operand of a chunk, and the surplus rows of the last tile.
-  int64_t operand_elements() const {
-    const int64_t units = ceil_div(ceil_div(rows_, unit_), chunks_);
-    if (operand_ == Operand::kIm2col) return (units * unit_ + kSurplusRows) * im2col_stride(args_);
-    const int64_t images = std::min(args_.images, (units - 1) / args_.out_height + 2);
-    return band_.size(units + images * band_.halo) + kSurplusRows * band_.step + kBlockK;
+  int64_t operand_bytes() const {
+    const int64_t rows = ceil_div(ceil_div(rows_, unit_), chunks_) * unit_;
+    return ceil_div(copied_elements(args_, tiles_, rows) * kElement, 64) * 64;
   }
+  int64_t input_bytes(const ChunkFusion* fusion) const {
+    if (!fusion || !fusion->computes_input()) return 0;
+    int64_t pixels = 0;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      const Range range = input_pixels(args_, rows(chunk));
+      pixels = std::max(pixels, range.end - range.begin);
+    }
+    // The last tile reads rows beyond the last.
+    return ceil_div((pixels + 32) * args_.channels * kElement, 64) * 64;
+  }
+  int64_t moments_bytes() const { return num_panels(args_.out_channels) * kPanelMomentsBytes; }
 
   const ConvolutionArgs& args_;
   bool tiles_;

@@ -137,7 +137,8 @@ class _DifferentiableGraph:
         if z is None or unit.needs_input_grad or unit.needs_grad.weight:
             stride, padding, dilation, groups = unit.spec.geometry
             geometry = stride, padding, dilation, False, [0] * len(stride), groups
-            return torch.ops.aten.convolution.default(self._input(unit), weight, bias, *geometry)
+            input = self._input(unit)
+            return torch.ops.aten.convolution.default(input, weight.to(input.dtype), bias, *geometry)
         if not unit.needs_grad.bias:
             return z
         assert bias is not None

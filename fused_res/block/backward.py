@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fused_res.block.forward import ForwardBuilder, negative_slope, pool_window, stats_name
 from fused_res.block.plan import Unit
 from fused_res.block.program import NO_SLOT, Slot
+from fused_res.dispatch import Selection
 from fused_res.ops.checks import Activation
 from fused_res.spec import BlockSpec
 
@@ -74,6 +77,7 @@ class BackwardBuilder(ForwardBuilder):
 
     def backward(self) -> None:
         """Append the backward program, from the gradient ``dy`` of the output to the slots ``grad ...``."""
+        self.cast_weights = {}
         self.available = {name for name in saveable_names(self.spec, self.config.recompute) if name in self.slots}
         last, projection, mask = self.units[-1], self.projection, self.slots.get("mask", NO_SLOT)
         self.names.append("dy")
@@ -125,12 +129,13 @@ class BackwardBuilder(ForwardBuilder):
         dz = self._norm_backward(unit, grad)
         if not unit.needs_conv_grad:
             return None
-        weight, bias = self.tensors[unit.index][:2]
+        bias = self.tensors[unit.index].bias
         required = (unit.needs_input_grad, unit.needs_grad.weight, unit.needs_grad.bias)
         names = (name, *self._grad_names(unit, "weight", "bias"))
         _, input_gradient, weight_gradient = unit.algorithms
         if adds := required[0] and self._adds_shortcut_grad(unit):
             no_norms = (NO_SLOT, NO_SLOT, NO_SLOT, False, NO_SLOT, 0), (NO_SLOT, NO_SLOT, False)
+            weight = self._weight(unit, input_gradient)
             dgrad_operands = dz, *no_norms[0], weight, *no_norms[1], *self.shortcut_grad
             self._step("conv_dgrad", *dgrad_operands, into=(name, ""), algorithm=input_gradient)
             required = (False, *required[1:])
@@ -145,13 +150,20 @@ class BackwardBuilder(ForwardBuilder):
             calls = [(input_gradient, (True, False, False)), (weight_gradient, (False, *required[1:]))]
         for algorithm, output_mask in calls:
             into = [result if flag else "" for result, flag in zip(names, output_mask, strict=True)]
-            operands = dz, x, weight, bias, unit.spec.geometry, output_mask
+            operands = dz, x, self._weight(unit, algorithm), bias, unit.spec.geometry, output_mask
             self._step("convolution_backward", *operands, into=into, algorithm=algorithm)
+        self._cast_weight_grad(unit, weight_gradient)
         if not unit.needs_input_grad:
             return None
         if unit is not self.projection and _has_compact_input_grad(unit):
             self._step("scatter_strided", self.slots[name], x, unit.spec.stride, into=(name,))
         return _OutputGrad(self.slots[name])
+
+    def _cast_weight_grad(self, unit: Unit, selected: Selection) -> None:
+        """Append the cast of the weight's gradient to the master weight's dtype, if the algorithm does not do it."""
+        if unit.has_master_weight and unit.needs_grad.weight and not selected.algorithm.packs_master_weight:
+            (name,) = self._grad_names(unit, "weight")
+            self._step("to_dtype", self.slots[name], torch.float32, into=(name,))
 
     def _fused_conv_backward(self, unit: Unit, grad: _OutputGrad, name: str) -> _OutputGrad | None:
         """Append a fused backward, which materializes neither the norm's input gradient nor the normalized input.
@@ -161,30 +173,40 @@ class BackwardBuilder(ForwardBuilder):
         norm's backward needs.
         """
         z, stats = self._forward_value(unit.output_name), self.slots[stats_name(unit)]
-        weight, bias = self.tensors[unit.index][:2]
+        bias = self.tensors[unit.index].bias
         sums, rescaled_sums = self._norm_grad_sums(unit, grad), grad.rescaled_sums if unit.training else NO_SLOT
         count = self.values_per_channel[unit.index]
         mask_from_sign = grad.activation(unit) == "relu"
+        weight = self._weight(unit, unit.algorithms.weight_gradient)
         common = (grad.dy, z, stats, grad.mask, mask_from_sign, rescaled_sums, count, weight)
         x = self._forward_value(unit.raw_input_name) if unit.needs_input_grad or unit.needs_grad.weight else NO_SLOT
         x_stats, x_relu = self._input_norm(unit)
-        _, input_gradient, weight_gradient = unit.algorithms
-        if unit.needs_grad.weight:
-            operands, into = (*common, x, x_stats, x_relu, unit.spec.stride), self._grad_names(unit, "weight")
-            self._step("conv_wgrad", *operands, into=into, algorithm=weight_gradient)
         if unit.needs_grad.bias:
             self._step("conv_bias_gradient", bias, stats, sums, unit.training, into=self._grad_names(unit, "bias"))
+        if not (unit.needs_input_grad or unit.needs_grad.weight):
+            return None
+        has_norm = x_stats != NO_SLOT
+        addend = self.shortcut_grad if not has_norm and self._adds_shortcut_grad(unit) else (NO_SLOT, NO_SLOT)
+        into = (name, f"sums{unit.index - 1}" if has_norm else "") if unit.needs_input_grad else ("", "")
+        _, input_gradient, weight_gradient = unit.algorithms
+        (weight_grad,) = self._grad_names(unit, "weight")
+        joint = weight_gradient.algorithm.joint_gradients
+        read = (*common, x, x_stats, x_relu)
+        if joint:
+            options = (*addend, *unit.spec.geometry[:3], (unit.needs_input_grad, unit.needs_grad.weight))
+            self._step("conv_backward", *read, *options, into=(*into, weight_grad), algorithm=weight_gradient)
+        else:
+            if unit.needs_grad.weight:
+                self._step("conv_wgrad", *read, unit.spec.stride, into=(weight_grad,), algorithm=weight_gradient)
+                self._cast_weight_grad(unit, weight_gradient)
+            if unit.needs_input_grad:
+                norm = (x, x_stats, x_relu) if has_norm else (NO_SLOT, NO_SLOT, False)
+                self._step("conv_dgrad", *common, *norm, *addend, into=into, algorithm=input_gradient)
         if not unit.needs_input_grad:
             return None
-        if x_stats == NO_SLOT:
-            addend = self.shortcut_grad if self._adds_shortcut_grad(unit) else (NO_SLOT, NO_SLOT)
-            dx = self._step(
-                "conv_dgrad", *common, NO_SLOT, NO_SLOT, False, *addend, into=(name, ""), algorithm=input_gradient
-            )
-            return _OutputGrad(dx)
-        into = name, f"sums{unit.index - 1}"
-        dx = self._step("conv_dgrad", *common, x, x_stats, x_relu, into=into, algorithm=input_gradient)
-        return _OutputGrad(dx, masked=True, sums=self.slots[into[1]])
+        if not has_norm:
+            return _OutputGrad(self.slots[name])
+        return _OutputGrad(self.slots[name], masked=not joint, sums=self.slots[into[1]])
 
     def _norm_backward(self, unit: Unit, grad: _OutputGrad) -> Slot:
         """Append a norm's backward, unless its result exists already; return the slot of its input gradient ``dz``."""
@@ -270,4 +292,5 @@ def _has_compact_input_grad(unit: Unit) -> bool:
 
     A full gradient has zeros between those positions.
     """
-    return max(unit.spec.stride) > 1 and unit.algorithms.input_gradient.algorithm.compact_input_gradient
+    algorithm = unit.algorithms.input_gradient.algorithm
+    return max(unit.spec.stride) > 1 and unit.problem.pointwise and algorithm.compact_input_gradient

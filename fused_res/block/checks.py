@@ -101,9 +101,8 @@ def _check_unit(
     if weight is None or len(weight.shape) != len(shape):
         got = None if weight is None else tuple(weight.shape)
         raise ValueError(f"{owner}.weight must have {len(shape)} dimensions, got {got}")
-    for name, meta in (("weight", weight), ("bias", bias)):
-        if meta is not None and meta.dtype != input.dtype:
-            raise TypeError(f"{owner}.{name} must have the input's dtype {input.dtype}, got {meta.dtype}")
+    if bias is not None and bias.dtype != input.dtype:
+        raise TypeError(f"{owner}.bias must have the input's dtype {input.dtype}, got {bias.dtype}")
     if weight.shape[1] * spec.groups != shape[1]:
         raise ValueError(
             f"{owner}.weight {tuple(weight.shape)} with groups={spec.groups} expects"
@@ -116,7 +115,7 @@ def _check_unit(
     for name, meta in zip(names, (bias, *norm), strict=True):
         if meta is not None and tuple(meta.shape) != (channels,):
             raise ValueError(f"{owner}.{name} must have the shape ({channels},), got {tuple(meta.shape)}")
-    for name, meta in zip(names[1:], norm, strict=True):
+    for name, meta in (("weight", weight), *zip(names[1:], norm, strict=True)):
         if meta is not None and not is_parameter_dtype(meta.dtype, input.dtype):
             dtypes = f"{input.dtype}{or_float32(input.dtype)}"
             raise TypeError(f"{owner}.{name} must have the input's dtype {dtypes}, got {meta.dtype}")

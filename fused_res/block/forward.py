@@ -14,6 +14,7 @@ import torch
 from fused_res.block.checks import TensorMeta
 from fused_res.block.plan import PlanKey, Unit
 from fused_res.block.program import NO_SLOT, Slot, Step
+from fused_res.dispatch import Selection
 from fused_res.ops.checks import RELU_OR_IDENTITY
 from fused_res.spec import PoolSpec, UnitSpec, group_by_unit
 
@@ -45,6 +46,8 @@ class ForwardBuilder:
         self.units, self.projection = self.all_units[:chain], next(iter(self.all_units[chain:]), None)
         self.needs_input_grad = self.units[0].needs_input_grad
         self.needs_backward = self.needs_input_grad or any(unit.needs_norm_grad for unit in self.all_units)
+        #: Index of a unit -> its weight in the input's dtype, where that is not the master weight's.
+        self.cast_weights: dict[int, Slot] = {}
         #: Only the output is required: norms may overwrite the convolutions' outputs.
         self.inference = not self.needs_backward and not any(config.training)
 
@@ -94,7 +97,7 @@ class ForwardBuilder:
         Returns:
             The raw output, and its partial statistics if they are needed and the algorithm returns them.
         """
-        operands = (x, *self.tensors[unit.index][:2])
+        operands = x, self._weight(unit, unit.algorithms.forward), self.tensors[unit.index].bias
         statistics = unit.training and not recomputed
         partials = f"partials{unit.index}" if statistics and unit.algorithms.forward.algorithm.returns_partials else ""
         fields: dict[str, Any] = {
@@ -112,6 +115,15 @@ class ForwardBuilder:
             z = self.slots[unit.output_name]
             self._step("to_memory_format", z, self.key.channels_last, into=(unit.output_name,))
         return self.slots[unit.output_name], self.slots[partials] if partials else NO_SLOT
+
+    def _weight(self, unit: Unit, selected: Selection) -> Slot:
+        """Return the slot of a unit's weight, in the input's dtype unless the algorithm packs master weights."""
+        weight = self.tensors[unit.index].weight
+        if not unit.has_master_weight or selected.algorithm.packs_master_weight:
+            return weight
+        if unit.index not in self.cast_weights:
+            self.cast_weights[unit.index] = self._step("to_dtype", weight, self.dtype, into=(f"weight{unit.index}",))
+        return self.cast_weights[unit.index]
 
     def _input_norm(self, unit: Unit) -> tuple[Slot, bool]:
         """Return statistics and ReLU flag of the norm that precedes a fused convolution and runs in its prologue."""

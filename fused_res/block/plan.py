@@ -77,6 +77,7 @@ class Unit:
     training: bool
     needs_input_grad: bool
     needs_grad: UnitTensors  # for each tensor, whether it requires a gradient
+    has_master_weight: bool  # whether the weight is float32 and the input is not
     problem: Problem
     algorithms: TrainingAlgorithms
 

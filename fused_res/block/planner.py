@@ -191,6 +191,7 @@ def _units(key: PlanKey) -> tuple[list[Unit], list[int]]:
                 config.training[index],
                 needs_input_grad,
                 needs_grad,
+                unit_tensors.weight.dtype != input.dtype,
                 problem,
                 algorithms,
             )

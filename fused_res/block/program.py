@@ -2,8 +2,8 @@
 
 A program is a flat list of steps; a step applies one operator to numbered slots. Every operation of a block is a step:
 fused and unfused convolutions, the statistics and normalization passes of a norm and the collective between them,
-recomputation, gradients. Apart from a convolution's algorithm, a step contains only numbers, booleans, names and
-sequences of them.
+recomputation, gradients. Apart from a convolution's algorithm, a step contains only numbers, booleans, dtypes,
+names and sequences of them.
 """
 
 from __future__ import annotations
@@ -209,6 +209,7 @@ def _add_strided(grad: Tensor, compact: Tensor, stride: Sequence[int]) -> None:
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
+    "to_dtype": Tensor.to,
     "to_memory_format": to_memory_format,
     "gather_partials": distributed.gather_partials,
     "total_sums": distributed.total_sums,

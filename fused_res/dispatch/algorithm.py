@@ -142,7 +142,8 @@ class Algorithm:
             :class:`PackedWeight` (see ``weight_packing``). *forward* and the gradients have the signatures of
             :func:`fused_res.dispatch.convolution.aten_forward` and ``aten_backward``, with one callable for both
             gradients. Those of a ``fused`` algorithm are the operators ``conv_bn_stats``, ``conv_dgrad`` and
-            ``conv_wgrad``; that of an algorithm for the addition of a shortcut's gradient is ``conv_dgrad``.
+            ``conv_wgrad``, or ``conv_backward`` for both gradients (:attr:`joint_gradients`); that of an algorithm for
+            the addition of a shortcut's gradient is ``conv_dgrad``.
         rules: heuristics that exclude the algorithm where a later one is faster.
         selection_reason: function that returns why the algorithm is fast for a problem, as text for a printed plan;
             "" for no text.
@@ -153,6 +154,8 @@ class Algorithm:
             over.
         compact_input_gradient: whether the input gradient of a strided 1x1 convolution is compact: of the output's
             size, for the strided input positions only, without zero stuffing.
+        packs_master_weight: whether *forward* and the gradients accept a float32 weight with inputs of another dtype,
+            and return the weight's gradient in the weight's dtype.
         pack: function that packs a weight, given the problem and the weight.
         pack_key: function that returns, for a problem, the properties that the packed weight depends on, as a cache
             key.
@@ -169,9 +172,15 @@ class Algorithm:
     returns_partials: bool = False
     special_case: bool = False
     compact_input_gradient: bool = False
+    packs_master_weight: bool = False
     pack: Callable[[Problem, Tensor], Tensor] | None = None
     pack_key: Callable[[Problem], Hashable] = field(default=lambda problem: None)
     weight_packing: Literal["always", "cached", "never"] = "never"
+
+    @property
+    def joint_gradients(self) -> bool:
+        """Whether one operator computes both gradients of a fused convolution."""
+        return self.implementations.get("weight_gradient") == "conv_backward"
 
     @property
     def runs_in_graphs(self) -> bool:

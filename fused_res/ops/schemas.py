@@ -247,14 +247,26 @@ CPU_SCHEMAS = {
     " bool resident=False) -> Tensor",
     # act(conv(input) + bias [+ residual]) from a packed weight. outputs: number of output channels. tile: output pixels
     # per side of a Winograd tile, m of F(m x m, 3 x 3), or 0 for direct convolution. partials: also return the partial
-    # statistics (1, 3, outputs) of a float32 output. bf16_products: multiply bfloat16, instead of float32.
+    # statistics (1, 3, outputs) of the output. bf16_products: multiply bfloat16, instead of float32; only then there
+    # may be a norm before the convolution, with `input_stats` (5, C) and `input_relu`.
     "convolve": "(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int outputs, int[2] kernel_size,"
     " int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu, bool partials,"
-    " bool bf16_products=False) -> (Tensor output, Tensor partials)",
+    " bool bf16_products=False, Tensor? input_stats=None, bool input_relu=False)"
+    " -> (Tensor output, Tensor partials)",
     # Weight gradient, in the shape of `weight`, of a convolution without groups. winograd: whether to use a Winograd
     # algorithm.
     "conv_weight_gradient": "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding,"
     " int[2] dilation, bool winograd) -> Tensor",
+    # Gradients of a bfloat16 convolution without groups, `output_mask` requests those of input and weight, with the
+    # passes of the norms around it. Arguments as of `conv_dgrad` and `conv_wgrad`, for filters of any size. Without
+    # `output` and `stats` (both or neither) there is no norm after it: dz is `grad_output`. Without `input_stats` there
+    # is none before it. `weight` is float32 or bfloat16; its gradient has its dtype. grad_input is [+ `added` *
+    # `added_mask`], not masked by the ReLU of the prologue; `sums` are nevertheless those of the masked gradient. That
+    # of a strided 1x1 convolution is compact.
+    "conv_backward": "(Tensor grad_output, Tensor? output, Tensor? stats, Tensor? relu_mask, bool relu, Tensor? sums,"
+    " int count, Tensor weight, Tensor input, Tensor? input_stats, bool input_relu, Tensor? added, Tensor? added_mask,"
+    " int[2] stride, int[2] padding, int[2] dilation, bool[2] output_mask)"
+    " -> (Tensor grad_input, Tensor sums, Tensor grad_weight)",
     # Run an inference graph: convolutions, poolings and linear layers with intermediate values in an arena. steps: the
     # graph in the format of csrc/cpu/conv_program.h. arena: size of the arena in elements per image. chunk: number of
     # images processed at a time.

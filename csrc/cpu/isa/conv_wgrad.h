@@ -69,7 +69,7 @@ void direct_wgrad_pack_dz(const WeightGradientArgs& args, Range block, Range par
     float* to = dz + (row - block.begin) * kPanelWidth;
     for (int64_t o = 0; o < out_channels; o += kPanelWidth, to += panel_floats) {
       const int64_t n = min(kPanelWidth, out_channels - o);
-      copy_floats(to, args.dz + row * out_channels + o, n);
+      copy_floats(to, static_cast<const float*>(args.dz) + row * out_channels + o, n);
       clear_floats(to + n, kPanelWidth - n);
     }
   }
@@ -84,7 +84,8 @@ void direct_wgrad_gemm(const WeightGradientArgs& args, Range block, Range panels
   const int64_t stride = shape.needs_im2col ? padded_row_stride(k) : shape.channels;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const float* columns = args.pack_dz ? dz + panel * rows * kPanelWidth
-                                        : args.dz + block.begin * shape.out_channels + panel * kPanelWidth;
+                                        : static_cast<const float*>(args.dz) +
+                                              block.begin * shape.out_channels + panel * kPanelWidth;
     gemm_panel(channels, from, stride, columns, args.pack_dz ? kPanelWidth : shape.out_channels, rows,
                overwrite, acc + panel * k * kPanelWidth);
   }
@@ -156,8 +157,8 @@ void winograd_wgrad_dz_transform(const WeightGradientArgs& args, Range block, Ra
   for_each_tile(tiles, range, [&](int64_t image, int64_t ty, int64_t tx, int tile_class, int64_t index) {
     dispatch_tile_class(tiles, tile_class, [&](auto s, auto my, auto mx) {
       const int64_t y = ty * shape.tile, x = tx * shape.tile;
-      const float* corner =
-          args.dz + ((image * shape.out_height + y) * shape.out_width + x) * shape.out_channels;
+      const float* corner = static_cast<const float*>(args.dz) +
+                            ((image * shape.out_height + y) * shape.out_width + x) * shape.out_channels;
       for_each_vector<Vec<float>>(shape.out_channels, [&](auto part, int64_t o) {
         const int64_t at = o / kPanelWidth * panel_floats + index * kPanelWidth + o % kPanelWidth;
         grad_output_transform_tile<s.value, my.value, mx.value>(

@@ -8,6 +8,7 @@
 // operand.h selects the way and has the layout of a band.
 #pragma once
 
+#include "cpu/isa/bf16_blocks.h"
 #include "cpu/isa/dot_micro_kernel.h"
 #include "cpu/isa/loops.h"
 #include "cpu/isa/operand_copy.h"
@@ -15,92 +16,66 @@
 namespace fused_res::cpu {
 namespace {
 
-// Packs B: packed[panel][block of K][...], dot_micro_kernel.h has the layout of a block. K is padded with
-// zeros to whole blocks; where packs_filter_rows(), a block is one row of the filter. `weight`:
-// [out_channels][kernel_h][kernel_w][channels].
-void direct_bf16_pack(const void* weight, int64_t out_channels, int64_t channels, int64_t kernel_h,
-                      int64_t kernel_w, Range panels, void* packed) {
-  // A half of a block is the transpose of 16 output channels x 16 pairs of rows of K.
-  constexpr int kPairs = kBlockK / 2;
-  uint32_t pairs[kHalfWidth][kPairs];
-  const bool filter_rows = packs_filter_rows(channels, kernel_w, kTiles);
-  const int64_t k = kernel_h * kernel_w * channels, padded = padded_k(channels, kernel_h, kernel_w, kTiles);
-  // Copies block `block` of K of an output channel.
-  const auto copy_block = [&](const bfloat16* from, int64_t block, bfloat16* to) {
-    if (!filter_rows) return copy_elements(to, from + block * kBlockK, min(kBlockK, k - block * kBlockK));
-    for (int64_t j = 0; j < kernel_w; ++j)
-      copy_elements(to + j * kPixelChannels, from + (block * kernel_w + j) * channels, channels);
-  };
-  auto* to = static_cast<uint32_t*>(packed) + panels.begin * padded * kPanelWidth / 2;
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    for (int64_t block = 0; block < padded / kBlockK; ++block) {
-      for (int64_t half = 0; half < kPanelWidth; half += kHalfWidth) {
-        const int64_t first = panel * kPanelWidth + half, width = min(kHalfWidth, out_channels - first);
-        if (filter_rows || width < kHalfWidth || (block + 1) * kBlockK > k) memset(pairs, 0, sizeof pairs);
-        for (int64_t o = 0; o < width; ++o)
-          copy_block(static_cast<const bfloat16*>(weight) + (first + o) * k, block,
-                     reinterpret_cast<bfloat16*>(pairs[o]));
-        for (int pair = 0; pair < kPairs; ++pair) {
-          for (int o = 0; o < kHalfWidth; ++o) *to++ = pairs[o][pair];
-        }
-      }
-    }
-  }
-}
-
-// Consecutive rows of A. The first `valid` of every `pitch` rows are output pixels, in order, from `pixel`
-// on.
-struct Segment {
-  const bfloat16* a;
-  int64_t lda, rows;
-  int64_t pixel, pitch, valid;
-  int64_t unread;  // rows after these that may be read
-};
-
-// The start of the rows of A for each tap, relative to that of tap 0, in the order of the packed weight.
-inline TapLoop band_taps(const ConvolutionArgs& args, const BandLayout& band, int64_t plane,
-                         int64_t* offsets) {
-  const bool filter_rows = packs_filter_rows(args.channels, args.kernel_w, kTiles);
-  const int64_t columns = filter_rows ? 1 : args.kernel_w;
-  for (int64_t i = 0; i < args.kernel_h; ++i) {
-    const int64_t y = i * args.dilation_h, row_phase = y % args.stride_h;
-    for (int64_t j = 0; j < columns; ++j) {
-      const int64_t x = j * args.dilation_w, column_phase = x % args.stride_w;
-      offsets[i * columns + j] = (row_phase * band.column_phases + column_phase) * plane +
-                                 (y / args.stride_h * band.pitch + x / args.stride_w) * band.step;
-    }
-  }
-  if (filter_rows) return {args.kernel_h, 1, offsets, static_cast<int>(args.kernel_w * kPixelChannels)};
-  return {args.kernel_h * columns, args.channels / kBlockK, offsets};
-}
-
 // The rows of a block that are output pixels, in order. Tiles also compute rows that are none: those before a
 // last tile that begins earlier (`skip`), and the padding at the end of a line of a band.
 struct OutputRows {
   int64_t count = 0;
   int32_t row[kDotRows];     // of the block
-  int64_t offset[kDotRows];  // elements, of the first output channel
+  int64_t offset[kDotRows];  // elements, of the first output channel in y
 
   // The rows [first, first + rows) of a segment.
-  void set(const Segment& s, int64_t first, int64_t rows, int64_t skip, int64_t out_channels) {
+  void set(const ConvolutionArgs& args, const Segment& s, int64_t first, int64_t rows, int64_t skip) {
     count = 0;
+    if (args.y_stride_h != 0) return set_strided(args, s, first, rows, skip);
     int64_t column = first % s.pitch, pixel = s.pixel + first / s.pitch * s.valid + min(column, s.valid);
     for (int64_t r = 0; r < rows; ++r) {
       if (column < s.valid) {
-        if (r >= skip) row[count] = static_cast<int32_t>(r), offset[count++] = pixel * out_channels;
+        if (r >= skip) row[count] = static_cast<int32_t>(r), offset[count++] = pixel * args.out_channels;
         ++pixel;
+      }
+      if (++column == s.pitch) column = 0;
+    }
+  }
+
+ private:
+  void set_strided(const ConvolutionArgs& args, const Segment& s, int64_t first, int64_t rows, int64_t skip) {
+    int64_t column = first % s.pitch, pixel = s.pixel + first / s.pitch * s.valid + min(column, s.valid);
+    int64_t x = args.out_width, y_row = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (column < s.valid) {
+        if (x >= args.out_width) {
+          const int64_t line = pixel / args.out_width;
+          x = pixel % args.out_width;
+          y_row = (line / args.out_height * args.y_height + line % args.out_height * args.y_stride_h) *
+                  args.y_width;
+        }
+        if (r >= skip) {
+          row[count] = static_cast<int32_t>(r);
+          offset[count++] = (y_row + x * args.y_stride_w) * args.out_channels;
+        }
+        ++pixel, ++x;
       }
       if (++column == s.pitch) column = 0;
     }
   }
 };
 
-// The epilogue of one block of rows for one panel: bias, residual and ReLU in fp32, rounded once.
+// The sums of the statistics of one panel's outputs: of x - pivot and of its square, where the pivot is the
+// first value. Sums of x and x^2 would lose M2 to cancellation where the deviation is small against the mean.
+struct PanelMoments {
+  float pivot[kPanelWidth], sum[kPanelWidth], squares[kPanelWidth];
+  int64_t count = 0;
+};
+static_assert(sizeof(PanelMoments) <= kPanelMomentsBytes);
+
+// The epilogue of one block of rows for one panel: bias, residual and ReLU in fp32, rounded once, and the
+// moments of the rounded values.
 class DotEpilogue {
  public:
   DotEpilogue() = default;
-  DotEpilogue(const ConvolutionArgs& args, int64_t panel, const OutputRows& rows)
+  DotEpilogue(const ConvolutionArgs& args, int64_t panel, const OutputRows& rows, PanelMoments* moments)
       : rows_(&rows),
+        moments_(moments),
         y_(static_cast<bfloat16*>(args.y) + panel * kPanelWidth),
         residual_(args.residual ? static_cast<const bfloat16*>(args.residual) + panel * kPanelWidth
                                 : nullptr),
@@ -131,11 +106,18 @@ class DotEpilogue {
   // Stores the rows [begin, end) of the accumulators.
   void store(const float (*acc)[kPanelWidth], int64_t begin, int64_t end) const {
     const bool whole_lines = full_ && !stream_;
+    if (moments_)
+      return whole_lines ? store_moments<true>(acc, begin, end) : store_moments<false>(acc, begin, end);
     if (residual_)
       return whole_lines ? store_rows<true, true>(acc, begin, end) : store_rows<true, false>(acc, begin, end);
     return whole_lines ? store_rows<false, true>(acc, begin, end) : store_rows<false, false>(acc, begin, end);
   }
   void store(int64_t i, Vec<float> low, Vec<float> high) const {
+    if (moments_) {
+      alignas(64) float acc[kPanelWidth];
+      cpu::store(acc, low), cpu::store(acc + kHalfWidth, high);
+      return add_moments<false>([&](int64_t) { return acc; }, i, i + 1);
+    }
     residual_ ? store_row<true, false>(i, low, high) : store_row<false, false>(i, low, high);
   }
 
@@ -149,8 +131,52 @@ class DotEpilogue {
       e.store_row<kResidual, kWholeLines>(i, load(row), load(row + kHalfWidth));
     }
   }
+  // Stores rows and adds their values to the moments.
+  template <bool kWholeLines>
+  void store_moments(const float (*acc)[kPanelWidth], int64_t begin, int64_t end) const {
+    const DotEpilogue e = *this;
+    add_moments<kWholeLines>([&](int64_t i) { return acc[e.rows_->row[i]]; }, begin, end);
+  }
+  template <bool kWholeLines, class Row>
+  void add_moments(Row row, int64_t begin, int64_t end) const {
+    PanelMoments& m = *moments_;
+    // Row by row, because the ranges of rows depend on the tasks, and so on the number of threads.
+    Vec<float> sums[2], squares[2], pivots[2];
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = half * kHalfWidth;
+      sums[half] = m.count == 0 ? Vec<float>::zero() : load(m.sum + at);
+      squares[half] = m.count == 0 ? Vec<float>::zero() : load(m.squares + at);
+      pivots[half] = load(m.pivot + at);
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const float* from = row(i);
+      const Vec<float> low = load(from), high = load(from + kHalfWidth);
+      const __m512i rounded = residual_ ? store_row<true, kWholeLines>(i, low, high)
+                                        : store_row<false, kWholeLines>(i, low, high);
+      const Vec<float> values[2] = {widen(_mm512_castsi512_si256(rounded), bfloat16{}),
+                                    widen(_mm512_extracti64x4_epi64(rounded, 1), bfloat16{})};
+      for (int half = 0; half < 2; ++half) {
+        if (m.count == 0 && i == begin) {
+          // x - infinity would turn infinity into NaN everywhere.
+          const Vec<float> zero = values[half] - values[half];
+          pivots[half] = maskz(_mm512_cmp_ps_mask(zero.v, zero.v, _CMP_ORD_Q), values[half]);
+          cpu::store(m.pivot + half * kHalfWidth, pivots[half]);
+        }
+        const Vec<float> difference = values[half] - pivots[half];
+        sums[half] = sums[half] + difference;
+        squares[half] = fma(difference, difference, squares[half]);
+      }
+    }
+    for (int half = 0; half < 2; ++half) {
+      cpu::store(m.sum + half * kHalfWidth, sums[half]);
+      cpu::store(m.squares + half * kHalfWidth, squares[half]);
+    }
+    m.count += end - begin;
+  }
+
+  // Returns the rounded values.
   template <bool kResidual, bool kWholeLines>
-  void store_row(int64_t i, Vec<float> low, Vec<float> high) const {
+  __m512i store_row(int64_t i, Vec<float> low, Vec<float> high) const {
     const int64_t at = rows_->offset[i];
     low = low + bias_[0], high = high + bias_[1];
     if constexpr (kResidual) {
@@ -161,12 +187,7 @@ class DotEpilogue {
       high = high + widen(_mm512_extracti64x4_epi64(added, 1), bfloat16{});
     }
     if (relu_) low = maskz(not_less_equal_zero(low), low), high = maskz(not_less_equal_zero(high), high);
-#if defined(__AVX512BF16__)
-    const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
-#else
-    const __m512i both =
-        _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low, bfloat16{})), narrow(high, bfloat16{}), 1);
-#endif
+    const __m512i both = narrow_pair(low, high);
     bfloat16* to = y_ + at;
     if (kWholeLines) {
       _mm512_storeu_si512(to, both);
@@ -177,15 +198,29 @@ class DotEpilogue {
     } else {
       _mm512_mask_storeu_epi16(to, columns_, both);
     }
+    return both;
   }
 
   const OutputRows* rows_;
+  PanelMoments* moments_;
   bfloat16* y_;
   const bfloat16* residual_;
   bool relu_, stream_, full_;
   __mmask32 columns_;
   Vec<float> bias_[2];
 };
+
+// Stores (mean, M2) of a panel's channels, the first of which is `begin`.
+inline void store_moments(const PanelMoments& m, int64_t out_channels, int64_t begin, double* moments) {
+  const int64_t width = min(kPanelWidth, out_channels - begin);
+  const auto count = static_cast<double>(m.count);
+  double *mean = moments + begin, *m2 = mean + out_channels;
+  for (int64_t i = 0; i < width; ++i) {
+    const double offset = m.sum[i] / count, squares = m.squares[i] - m.sum[i] * offset;
+    mean[i] = m.pivot[i] + offset;
+    m2[i] = squares < 0 ? 0 : squares;
+  }
+}
 
 using Gemm = DotMicroKernel<DotEpilogue>;
 
@@ -195,61 +230,26 @@ struct Block {
   int64_t lda, rows;
   OutputRows outputs;
 
-  void set(const Segment& s, Range range, int64_t out_channels) {
+  void set(const ConvolutionArgs& args, const Segment& s, Range range) {
     // The rows of a last tile that do not exist: the tile begins earlier instead.
     int64_t skip = range.begin + Gemm::rows_read(range.end - range.begin) - s.rows - s.unread;
     if (skip < 0) skip = 0;
     const int64_t first = range.begin - skip;
     a = s.a + first * s.lda, lda = s.lda, rows = range.end - first;
-    outputs.set(s, first, rows, skip, out_channels);
+    outputs.set(args, s, first, rows, skip);
   }
 };
 
 // Computes the output pixels `rows`, counted through all images, for the output channels of `panels`. With
 // the operand kBand, `rows` are whole rows of the output.
-void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void* scratch) {
+void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void* scratch,
+                     void* panel_moments, double* moments) {
   constexpr int64_t kRows = Gemm::kRows;
-  const Operand operand = select_operand(args, kTiles);
-  auto* a = static_cast<bfloat16*>(scratch);
-  const int64_t k_blocks = padded_k(args, kTiles) / kBlockK, count = rows.end - rows.begin;
-  int64_t offsets[kMaxTaps] = {0};
-  TapLoop taps = {1, k_blocks, offsets};
-  const BandLayout band(args, kTiles);
-  if (operand == Operand::kBand) {
-    int64_t lines = 0;
-    for_each_image(args, rows, [&](int64_t, Range part) { lines += part.end - part.begin + band.halo; });
-    const int64_t plane = band.plane(lines);
-    taps = band_taps(args, band, plane, offsets);
-    if (!args.operand_cached) copy_bands(args, band, rows, a, plane);
-  } else if (operand == Operand::kIm2col && !args.operand_cached) {
-    im2col_bf16(args, rows, a);
-  }
+  const RowsOfA a(args, rows, static_cast<bfloat16*>(scratch));
+  if (!args.operand_cached) a.copy();
+  const TapLoop& taps = a.taps();
+  const int64_t k_blocks = taps.taps * taps.blocks;
   Gemm gemm(taps.channels);
-
-  // Calls f(segment) for every segment of these rows.
-  const auto for_each_segment = [&](auto f) {
-    if (operand == Operand::kInPlace) {
-      const int64_t total = args.images * args.out_height * args.out_width;
-      const auto* x = static_cast<const bfloat16*>(args.x) + rows.begin * args.channels;
-      return f(Segment{x, args.channels, count, rows.begin, count, count, total - rows.end});
-    }
-    if (operand == Operand::kIm2col)
-      return f(Segment{a, im2col_stride(args), count, rows.begin, count, count, kRows});
-    const bfloat16* from = a;
-    for_each_image(args, rows, [&](int64_t image, Range part) {
-      const int64_t pixel = (image * args.out_height + part.begin) * args.out_width,
-                    lines = part.end - part.begin, width = args.out_width;
-      if (kTiles) {
-        f(Segment{from, band.step, (lines - 1) * band.pitch + width, pixel, band.pitch, width, kRows});
-      } else {
-        for (int64_t line = 0; line < lines; ++line) {
-          f(Segment{from + line * band.pitch * band.step, band.step, width, pixel + line * width, width,
-                    width, kRows});
-        }
-      }
-      from += (lines + band.halo) * band.pitch * band.step;
-    });
-  };
 
   const auto for_each_block = [&](const Segment& s, auto f) {
     const int64_t parts = (s.rows + kRows - 1) / kRows;
@@ -270,8 +270,8 @@ void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void
     };
     const int64_t column = panels.begin * kPanelWidth, lines = panels.end - panels.begin;
     PrefetchStreams streams;
-    if (operand == Operand::kInPlace && !args.operand_cached)
-      streams.input = stream(s.a, block.end, s.lda, 0, s.lda / 32);
+    if (a.in_place() && !args.operand_cached) streams.input = stream(s.a, block.end, s.lda, 0, s.lda / 32);
+    if (args.y_stride_h != 0) return streams;  // DotEpilogue::prefetch_rows()
     if (args.residual) streams.residual = stream(args.residual, pixel, args.out_channels, column, lines);
     streams.output = stream(args.y, pixel, args.out_channels, column, lines);
     streams.output.write = true;
@@ -281,17 +281,23 @@ void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void
   // Two, because the epilogue of a block of tiles runs while the next block is multiplied.
   Block blocks[2];
   int current = 0;
+  // The sums of a panel.
+  const auto sums = [&](int64_t panel) {
+    return reinterpret_cast<PanelMoments*>(static_cast<char*>(panel_moments) +
+                                           (panel - panels.begin) * kPanelMomentsBytes);
+  };
+  for (int64_t panel = panels.begin; moments && panel < panels.end; ++panel) sums(panel)->count = 0;
   const auto compute = [&](const Block& block, int64_t panel, PrefetchStreams& streams) {
     const auto* b = static_cast<const bfloat16*>(args.packed) + panel * k_blocks * kBlockElements;
-    const DotEpilogue epilogue(args, panel, block.outputs);
+    const DotEpilogue epilogue(args, panel, block.outputs, moments ? sums(panel) : nullptr);
     if (streams.output.next == nullptr) epilogue.prefetch_rows();
     gemm.run(block.rows, block.a, block.lda, b, taps, streams, epilogue);
   };
   const auto for_each_block_of = [&](auto f) {
-    for_each_segment([&](const Segment& s) {
+    a.for_each_segment(kTiles, [&](const Segment& s) {
       for_each_block(s, [&](Range range) {
         current ^= 1;
-        blocks[current].set(s, range, args.out_channels);
+        blocks[current].set(args, s, range);
         f(s, range, blocks[current]);
       });
     });
@@ -325,6 +331,10 @@ void direct_bf16_run(const ConvolutionArgs& args, Range rows, Range panels, void
   }
   gemm.finish();
   if (args.stream) stream_fence();
+  if (moments) {
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+      store_moments(*sums(panel), args.out_channels, panel * kPanelWidth, moments);
+  }
 }
 
 }  // namespace

@@ -42,8 +42,8 @@ struct PrefetchStream {
   const char* next = nullptr;
   int64_t lines = 0;  // per block of K
   int64_t row_lines = 0, left_in_row = 0;
-  int64_t skip = 0;  // bytes between the lines of consecutive rows
-  bool write = false;
+  int64_t skip = 0;                  // bytes between the lines of consecutive rows
+  bool write = false, once = false;  // once: one row
 
   PrefetchStream() = default;
   PrefetchStream(const void* begin, int64_t lines_per_block, int64_t lines_per_row, int64_t row_bytes)
@@ -54,6 +54,12 @@ struct PrefetchStream {
         skip(row_bytes - lines_per_row * 64) {}
 
   void advance() {
+    if (once) {
+      const int64_t count = lines < left_in_row ? lines : left_in_row;
+      for (int64_t i = 0; i < count; ++i) prefetch(next + 64 * i);
+      next += 64 * count, left_in_row -= count;
+      return;
+    }
     for (int64_t i = 0; i < lines; ++i) {
       write ? prefetch_to_write(next) : prefetch(next);
       next += 64;

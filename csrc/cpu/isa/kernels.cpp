@@ -3,8 +3,7 @@
 // file runs before the table is selected.
 #include "cpu/isa/kernels.h"
 
-#include "cpu/isa/batch_norm_backward.h"
-#include "cpu/isa/batch_norm_forward.h"
+#include "cpu/isa/batch_norm.h"
 #if defined(__AVX2__)
 #include "cpu/isa/conv_wgrad.h"
 #include "cpu/isa/direct.h"
@@ -17,18 +16,6 @@
 namespace fused_res::cpu {
 namespace {
 
-template <class T>
-inline constexpr BatchNormActKernels batch_norm_act_nhwc = {
-    moments_nhwc<T>,
-    forward<T, Layout::kNhwc>,
-    {reduce<ReduceNhwc, T, 1>, reduce<ReduceNhwc, T, 2>},
-    {backward<T, Layout::kNhwc, 1>, backward<T, Layout::kNhwc, 2>}};
-template <class T>
-inline constexpr BatchNormActKernels batch_norm_act_nchw = {
-    moments_nchw<T>,
-    forward<T, Layout::kNchw>,
-    {reduce<ReduceNchw, T, 1>, reduce<ReduceNchw, T, 2>},
-    {backward<T, Layout::kNchw, 1>, backward<T, Layout::kNchw, 2>}};
 template <class T>
 inline constexpr MaxPoolKernels max_pool_nhwc = {max_pool_forward_nhwc<T>, max_pool_backward_nhwc<T>};
 template <class T>

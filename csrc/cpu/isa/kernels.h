@@ -136,6 +136,22 @@ struct WeightView {
   bool stream;     // Winograd: write U with streaming stores
 };
 
+// Some taps of one dimension of a filter: first, first + step, ...
+struct TapSubset {
+  int64_t first, step, count;
+};
+
+// A weight to pack for products of bfloat16: [out_channels][kernel_h][kernel_w][channels].
+struct Bf16WeightView {
+  const void* data;
+  Dtype dtype;  // float32, which is rounded, or bfloat16
+  int64_t out_channels, channels, kernel_h, kernel_w;
+  // Pack the weight of the gradient with respect to the input (dgrad), of which a phase of a strided
+  // convolution reads these taps.
+  bool transposed;
+  TapSubset rows, columns;
+};
+
 struct ConvolutionArgs {
   int64_t images, channels, height, width;  // input shape
   int64_t out_channels, out_height, out_width;
@@ -146,6 +162,9 @@ struct ConvolutionArgs {
   const float* bias;     // [out_channels], or null
   const void* residual;  // like y, or null
   void* y;
+  // bf16_products: output pixel (i, j) is written to (i * y_stride_h, j * y_stride_w) of images of y_height x
+  // y_width pixels, from y on. 0: the output has out_height x out_width pixels.
+  int64_t y_stride_h, y_stride_w, y_height, y_width;
   bool relu;
   bool stream;        // streaming stores: only where the channels of an output pixel fill aligned cache lines
                       // exactly
@@ -163,13 +182,15 @@ struct Range {
   int64_t begin, end;
 };
 
+constexpr int64_t kPanelMomentsBytes = 64 * 7;  // three vectors of a panel, and a count
+
 // Weight gradient: from the convolution's input `convolution.x` and the gradient `dz` of its output. Of
 // `convolution`, also `tile`, `needs_im2col` and the geometry are used; its other pointers are not read.
 struct WeightGradientArgs {
   ConvolutionArgs convolution;
-  const float* dz;
-  bool pack_dz;  // direct: copy dz into panels; not needed if the output channels are a multiple of
-                 // kPanelWidth
+  const void* dz;  // like convolution.x: float32, or bfloat16 with bf16_products
+  bool pack_dz;    // direct: copy dz into panels; not needed if the output channels are a multiple of
+                   // kPanelWidth
   float* dweight;
   int64_t output_stride, channel_stride, row_stride, column_stride;  // strides of dweight
 };
@@ -209,6 +230,27 @@ struct WeightGradientKernels {
                            int64_t parts, int64_t stride);
 };
 
+// Memory that is read next.
+struct MemoryRange {
+  const void* data;
+  int64_t bytes;
+};
+constexpr int kMaxNextRanges = 3;
+
+// Weight gradient with products of bfloat16 (conv_wgrad_bf16.h), for chunks of output pixels `block`.
+struct Bf16WeightGradientKernels {
+  // `copied`: scratch memory for the copies of RowsOfA.
+  void (*pack_input)(const WeightGradientArgs&, Range block, void* copied, void* transposed);
+  void (*pack_grad_output)(const WeightGradientArgs&, Range block, void* packed);
+  // acc[panel][tap][row][kPanelWidth] of these panels and blocks of kBlockK rows of a tap. `next`:
+  // kMaxNextRanges ranges to prefetch meanwhile.
+  void (*gemm)(const WeightGradientArgs&, Range block, Range panels, Range row_blocks, const void* transposed,
+               const void* packed, bool overwrite, float* acc, const MemoryRange* next);
+  // Split-K reduction of such accumulators of `parts` parts, which are `stride` floats apart; stores dweight.
+  void (*reduce_and_store)(const WeightGradientArgs&, Range panels, Range row_blocks, const float* acc,
+                           int64_t parts, int64_t stride);
+};
+
 // Convolutions in fp32 arithmetic.
 struct ConvolutionKernels {
   // By the dtype of x, residual and y; empty for float64.
@@ -219,12 +261,16 @@ struct ConvolutionKernels {
 
 // Convolutions with bfloat16 operands, products of pairs of channels and fp32 accumulators.
 struct Bf16ConvolutionKernels {
-  // `weight`: bfloat16 [out_channels][kernel_h][kernel_w][channels]. `packed`: packed_bf16_size() elements.
-  void (*pack)(const void* weight, int64_t out_channels, int64_t channels, int64_t kernel_h, int64_t kernel_w,
-               Range panels, void* packed);
-  // As DirectKernels::run, without `moments`; `scratch` is sized by DirectBf16Tasks.
-  void (*run)(const ConvolutionArgs&, Range rows, Range panels, void* scratch);
+  // `packed`: packed_bf16_size() elements.
+  void (*pack)(const Bf16WeightView&, Range panels, void* packed);
+  // As DirectKernels::run; `scratch` is sized by DirectBf16Tasks. `panel_moments`: scratch memory of
+  // kPanelMomentsBytes for each of the panels, if `moments` are requested.
+  void (*run)(const ConvolutionArgs&, Range rows, Range panels, void* scratch, void* panel_moments,
+              double* moments);
+  Bf16WeightGradientKernels weight_gradient;
   bool tiles;  // whether the micro-kernels multiply matrix tiles
+  // Of bfloat16, where the instruction set converts to it.
+  BatchNormActKernels batch_norm_act[kLayouts];
   // Saturates the units that multiply and returns the number of floating-point operations. `values`:
   // kFmaValues floats, read and written.
   int64_t (*dot_loop)(int64_t rounds, float* values);

@@ -54,9 +54,12 @@ struct BandLayout {
     }
     step = args.channels, column_phases = s < extent_w + 1 ? s : extent_w + 1;
     const int64_t positions = args.out_width + extent_w / s;
-    // The positions after the image on the right are zero, as are as many at the start of the next line.
+    // The positions after the image on the right may be those at the start of the next line, which are zero:
+    // `shared` of them, in the last plane that has so many positions.
+    const int64_t shared = (args.pad_w - extent_w % s + s - 1) / s;
     pitch = positions;
-    while (pitch > args.out_width && (pitch - 1) * s >= args.width + args.pad_w) --pitch;
+    while (pitch > args.out_width && positions - pitch < shared && (pitch - 1) * s >= args.width + args.pad_w)
+      --pitch;
     tail = positions - pitch;
   }
 
@@ -98,6 +101,59 @@ inline void for_each_image(const ConvolutionArgs& args, Range rows, F f) {
     f(image, Range{line - image * args.out_height, stop - image * args.out_height});
     line = stop;
   }
+}
+
+// The input pixels that the output pixels `rows` read, counted through all images, and those that the copy of
+// a band reads with them: the last lines of all row phases.
+inline Range input_pixels(const ConvolutionArgs& args, Range rows) {
+  if (args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0)
+    return rows;
+  const int64_t extent = (args.kernel_h - 1) * args.dilation_h, s = args.stride_h;
+  const int64_t last_row = extent / s * s + (s < extent + 1 ? s : extent + 1) - 1;
+  const auto input_row = [&](int64_t line, int64_t offset) {
+    const int64_t y = line % args.out_height * s - args.pad_h + offset;
+    return line / args.out_height * args.height + (y < 0 ? 0 : y < args.height ? y : args.height - 1);
+  };
+  const int64_t first = input_row(rows.begin / args.out_width, 0),
+                last = input_row((rows.end - 1) / args.out_width, last_row);
+  return {first * args.width, (last + 1) * args.width};
+}
+
+// Elements of the copies (RowsOfA) of the operand of a chunk of `rows` output pixels.
+inline int64_t copied_elements(const ConvolutionArgs& args, bool tiles, int64_t rows) {
+  constexpr int64_t kSurplusRows = 32;  // of a last tile
+  const Operand operand = select_operand(args, tiles);
+  if (operand == Operand::kInPlace) return 0;
+  if (operand == Operand::kIm2col) return (rows + kSurplusRows) * im2col_stride(args);
+  const BandLayout band(args, tiles);
+  const int64_t lines = rows / args.out_width, spanned = (lines - 1) / args.out_height + 2,
+                images = spanned < args.images ? spanned : args.images;
+  return band.size(lines + images * band.halo) + kSurplusRows * band.step + kBlockK;
+}
+
+// --- weight gradient (conv_wgrad_bf16.h) ---
+
+// The pitch of the rows of A^T, for this number of positions: the last block of K may read past them. An odd
+// number of cache lines, so that rows do not alias in one set of the L1.
+inline int64_t wgrad_pitch(int64_t positions) {
+  const int64_t lines = (positions + 2 * kBlockK - 2) / kBlockK;
+  return (lines | 1) * kBlockK;
+}
+// The rows of A^T that a tap multiplies, in whole blocks.
+inline int64_t wgrad_tap_rows(const ConvolutionArgs& args, bool tiles) {
+  if (packs_filter_rows(args.channels, args.kernel_w, tiles)) return kBlockK;
+  return select_operand(args, tiles) == Operand::kBand ? args.channels : padded_k(args, tiles);
+}
+// The blocks of K of the output pixels `rows`, with those of a band in each image.
+inline int64_t wgrad_blocks(const ConvolutionArgs& args, bool tiles, Range rows) {
+  const auto blocks = [](int64_t n) { return (n + kBlockK - 1) / kBlockK; };
+  if (select_operand(args, tiles) != Operand::kBand) return blocks(rows.end - rows.begin);
+  const int64_t pitch = BandLayout(args, tiles).pitch;
+  int64_t count = 0;
+  for_each_image(args, rows, [&](int64_t, Range part) {
+    count += blocks((part.end - part.begin - 1) * pitch + args.out_width);
+  });
+  return count;
 }
 
 }  // namespace

@@ -142,5 +142,112 @@ inline void im2col_bf16(const ConvolutionArgs& args, Range rows, bfloat16* to) {
   }
 }
 
+// Consecutive rows of A. The first `valid` of every `pitch` rows are output pixels, in order, from `pixel`
+// on.
+struct Segment {
+  const bfloat16* a;
+  int64_t first;  // the index of the first of these rows in its plane
+  int64_t lda, rows;
+  int64_t pixel, pitch, valid;
+  int64_t unread;  // rows after these that may be read
+};
+
+// The start of the rows of A for each tap, relative to that of tap 0, in the order of the packed weight.
+inline TapLoop band_taps(const ConvolutionArgs& args, const BandLayout& band, int64_t plane,
+                         int64_t* offsets) {
+  const bool filter_rows = packs_filter_rows(args.channels, args.kernel_w, kTiles);
+  const int64_t columns = filter_rows ? 1 : args.kernel_w;
+  for (int64_t i = 0; i < args.kernel_h; ++i) {
+    const int64_t y = i * args.dilation_h, row_phase = y % args.stride_h;
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t x = j * args.dilation_w, column_phase = x % args.stride_w;
+      offsets[i * columns + j] = (row_phase * band.column_phases + column_phase) * plane +
+                                 (y / args.stride_h * band.pitch + x / args.stride_w) * band.step;
+    }
+  }
+  if (filter_rows) return {args.kernel_h, 1, offsets, static_cast<int>(args.kernel_w * kPixelChannels)};
+  return {args.kernel_h * columns, args.channels / kBlockK, offsets};
+}
+
+// A for the output pixels `rows`, counted through all images: the taps of its K loop, and its rows. With the
+// operand kBand, `rows` are whole rows of the output.
+class RowsOfA {
+ public:
+  // `memory`: for the copies of kBand and kIm2col, sized by the tasks.
+  RowsOfA(const ConvolutionArgs& args, Range rows, bfloat16* memory)
+      : args_(args), rows_(rows), operand_(select_operand(args, kTiles)), band_(args, kTiles) {
+    a_ = operand_ == Operand::kInPlace ? static_cast<const bfloat16*>(args.x) + rows.begin * args.channels
+                                       : memory;
+    memory_ = memory;
+    lda_ = operand_ == Operand::kInPlace ? args.channels
+           : operand_ == Operand::kBand  ? band_.step
+                                         : im2col_stride(args);
+    positions_ = rows.end - rows.begin;
+    if (operand_ == Operand::kBand) {
+      int64_t lines = 0;
+      for_each_image(args, rows, [&](int64_t, Range part) { lines += part.end - part.begin + band_.halo; });
+      positions_ = lines * band_.pitch + band_.tail;
+      taps_ = band_taps(args, band_, plane(), offsets_);
+    } else {
+      offsets_[0] = 0;
+      taps_ = {1, padded_k(args, kTiles) / kBlockK, offsets_};
+    }
+  }
+  RowsOfA(const RowsOfA&) = delete;
+
+  bool in_place() const { return operand_ == Operand::kInPlace; }
+  const TapLoop& taps() const { return taps_; }
+  const bfloat16* data() const { return a_; }
+  int64_t lda() const { return lda_; }
+  // The positions, rows of A, of each plane; the elements of a plane; and the number of planes.
+  int64_t positions() const { return positions_; }
+  int64_t plane() const { return positions_ * lda_; }
+  int64_t planes() const { return operand_ == Operand::kBand ? band_.row_phases * band_.column_phases : 1; }
+
+  void copy() const {
+    if (operand_ == Operand::kBand) copy_bands(args_, band_, rows_, memory_, plane());
+    if (operand_ == Operand::kIm2col) im2col_bf16(args_, rows_, memory_);
+  }
+
+  // Calls f(segment) for every segment of these rows. whole_bands: a segment is all lines of an image's band,
+  // with the padding between them; otherwise it is one line.
+  template <class F>
+  void for_each_segment(bool whole_bands, F f) const {
+    const int64_t count = rows_.end - rows_.begin;
+    if (operand_ == Operand::kInPlace) {
+      const int64_t total = args_.images * args_.out_height * args_.out_width;
+      return f(Segment{a_, 0, lda_, count, rows_.begin, count, count, total - rows_.end});
+    }
+    if (operand_ == Operand::kIm2col)
+      return f(Segment{a_, 0, lda_, count, rows_.begin, count, count, kDotRows});
+    int64_t first = 0;
+    for_each_image(args_, rows_, [&](int64_t image, Range part) {
+      const int64_t pixel = (image * args_.out_height + part.begin) * args_.out_width,
+                    lines = part.end - part.begin, width = args_.out_width, pitch = band_.pitch;
+      if (whole_bands) {
+        f(Segment{a_ + first * lda_, first, lda_, (lines - 1) * pitch + width, pixel, pitch, width,
+                  kDotRows});
+      } else {
+        for (int64_t line = 0; line < lines; ++line) {
+          const int64_t row = first + line * pitch;
+          f(Segment{a_ + row * lda_, row, lda_, width, pixel + line * width, width, width, kDotRows});
+        }
+      }
+      first += (lines + band_.halo) * pitch;
+    });
+  }
+
+ private:
+  const ConvolutionArgs& args_;
+  Range rows_;
+  Operand operand_;
+  BandLayout band_;
+  const bfloat16* a_;
+  bfloat16* memory_;
+  int64_t lda_, positions_;
+  int64_t offsets_[kMaxTaps];
+  TapLoop taps_;
+};
+
 }  // namespace
 }  // namespace fused_res::cpu

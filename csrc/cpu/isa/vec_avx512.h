@@ -104,6 +104,10 @@ inline F widen(__m256i h, bfloat16) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
 inline F widen(__m256i h, float16) { return {_mm512_cvtph_ps(h)}; }
+#if defined(__AVX512BF16__)
+// Flushes denormals.
+inline __m256i narrow(F a, bfloat16) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }
+#else
 inline __m256i narrow(F a, bfloat16) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -112,6 +116,7 @@ inline __m256i narrow(F a, bfloat16) {
   const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
   return _mm512_cvtepi32_epi16(high);
 }
+#endif
 inline __m256i narrow(F a, float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
 template <class H>

@@ -39,6 +39,7 @@ def load() -> Kernels:
         float32_bias=True,
         selects_per_call=True,
         **operators.OPERATORS,
+        conv_backward=operators.conv_backward,
         conv_bias_act=conv_bias_act.conv_bias_act,
         conv_bn_stats=conv_bn_stats.conv_bn_stats,
     )

@@ -1,6 +1,7 @@
 """The operator ``conv_bn_stats``: a convolution that also returns the partial statistics of its output.
 
-A separate pass normalizes the input first; the CPU algorithms have no operand prologue.
+Where bfloat16 is multiplied, the operand prologue normalizes chunks of the input that stay in L2. Elsewhere a separate
+pass normalizes the input first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fused_res import ops
 from fused_res.backends import registry
+from fused_res.backends.cpu import convolution
 from fused_res.backends.cpu.operators import OPERATORS
 from fused_res.ops.checks import relu_or_identity
 
@@ -28,11 +30,13 @@ def _conv_bn_stats(
     groups: int,
     partials: bool,
 ) -> tuple[Tensor, Tensor]:
+    geometry = tuple(stride), tuple(padding), tuple(dilation), groups
+    _, selected = registry.select("cpu", "forward", input, weight, geometry, "fused", False)
+    if selected.algorithm is convolution.FUSED_BF16:
+        return convolution.normalize_and_convolve(input, weight, bias, input_stats, input_relu, geometry, partials)
     x = input
     if input_stats is not None:
         x, _ = OPERATORS["batch_norm_act_apply"](input, input_stats, None, None, relu_or_identity(input_relu), False)
-    geometry = tuple(stride), tuple(padding), tuple(dilation), groups
-    _, selected = registry.select("cpu", "forward", x, weight, geometry, "planned", False)
     forward = selected.algorithm.implementations["forward"]
     assert callable(forward)
     output, partial_stats = forward(x, weight, bias, geometry, partials)

@@ -38,7 +38,7 @@ def residual_block(
         no_output_padding = [0] * len(unit_spec.stride)
         z = torch.ops.aten.convolution.default(
             x,
-            weight,
+            weight.to(x.dtype),
             bias,
             unit_spec.stride,
             unit_spec.padding,

@@ -1,6 +1,7 @@
-// Test of the convolutions with bfloat16 products, without torch, on std::thread and exact-size memory. Every
-// kernel table of isa/bf16_kernels.cpp that is linked is compared with double precision, and with itself on
-// one thread. Under the emulator (FUSED_RES_EMULATE_AMX), AMX must compute the same bits as its plain C++.
+// Test of the convolutions with bfloat16 products and of their weight gradients, without torch, on
+// std::thread and exact-size memory. Every kernel table of isa/bf16_kernels.cpp that is linked is compared
+// with double precision, and with itself on one thread. Under the emulator (FUSED_RES_EMULATE_AMX), AMX must
+// compute the same bits as its plain C++.
 //
 // test_amx.py runs the AMX kernels' machine code under the emulator, with guard pages around all memory;
 // test_sanitizers.py runs the plain version under sanitizers. With the argument "input", "scratch" or
@@ -18,7 +19,7 @@
 #include <utility>
 
 #include "common/output_size.h"
-#include "cpu/convolution.h"
+#include "cpu/conv_wgrad.h"
 #include "sanitize.h"
 #if defined(FUSED_RES_EMULATE_AMX)
 #include "amx_emulator.h"
@@ -68,6 +69,13 @@ struct Memory {
   T* data_ = nullptr;
 };
 constexpr int64_t kCaseStep = 1;
+#endif
+
+// The gradients of a part of the cases under the emulator, which takes microseconds for every instruction.
+#if defined(FUSED_RES_EMULATE_AMX)
+constexpr int64_t kGradientStep = 4;
+#else
+constexpr int64_t kGradientStep = 1;
 #endif
 
 std::string_view fault;  // the memory that is too short
@@ -184,10 +192,16 @@ Memory<uint16_t> run(Operands& operands, const Bf16ConvolutionKernels& k, const 
   const int64_t panels = num_panels(args.out_channels);
   Memory<uint16_t> packed(
       packed_bf16_size(args.out_channels, args.channels, args.kernel_h, args.kernel_w, k.tiles));
-  parallel(panels, [&](int64_t begin, int64_t end) {
-    k.pack(operands.weight.get(), args.out_channels, args.channels, args.kernel_h, args.kernel_w,
-           {begin, end}, packed.get());
-  });
+  const Bf16WeightView view = {operands.weight.get(),
+                               Dtype::kBFloat16,
+                               args.out_channels,
+                               args.channels,
+                               args.kernel_h,
+                               args.kernel_w,
+                               false,
+                               {},
+                               {}};
+  parallel(panels, [&](int64_t begin, int64_t end) { k.pack(view, {begin, end}, packed.get()); });
   Memory<uint16_t> y(operands.pixels() * args.out_channels - (fault == "output" ? 1 : 0));
   constexpr uint16_t kNan = 0x7FC1;
   std::fill_n(y.get(), y.size, kNan);
@@ -218,6 +232,86 @@ void check_bits(const Case& c, const char* what, const Memory<uint16_t>& got,
   for (int64_t i = 0; i < got.size; ++i) {
     const float a = widened(got[i]), b = widened(expected[i]);
     if (got[i] != expected[i] && !(std::isnan(a) && std::isnan(b))) fail(c, what, a, b);
+  }
+}
+
+// The operands of a weight gradient as they are, or copied chunk by chunk, as the passes of norms write them.
+class TestFusion final : public GradientFusion {
+ public:
+  TestFusion(const ConvolutionArgs& shape, const uint16_t* dz, bool copies)
+      : shape_(shape), dz_(dz), copies_(copies) {}
+  bool computes_input() const override { return copies_; }
+  void input(Range pixels, void* to) const override {
+    copy(static_cast<const uint16_t*>(shape_.x), pixels, shape_.channels, to);
+  }
+  bool computes_grad_output() const override { return copies_; }
+  void grad_output(Range pixels, void* to) const override { copy(dz_, pixels, shape_.out_channels, to); }
+  std::array<MemoryRange, kMaxNextRanges> operands(Range) const override { return {}; }
+
+ private:
+  static void copy(const uint16_t* from, Range pixels, int64_t channels, void* to) {
+    std::memcpy(to, from + pixels.begin * channels,
+                static_cast<size_t>((pixels.end - pixels.begin) * channels) * sizeof(uint16_t));
+  }
+
+  const ConvolutionArgs& shape_;
+  const uint16_t* dz_;
+  bool copies_;
+};
+
+// The weight gradient, [out_channels][kernel_h][kernel_w][channels].
+Memory<float> run_gradient(const Operands& operands, const Memory<uint16_t>& dz,
+                           const Bf16ConvolutionKernels& k, const Threads& parallel, bool copies) {
+  const ConvolutionArgs& shape = operands.args;
+  Memory<float> dweight(operands.weight.size - (fault == "output" ? 1 : 0));
+  std::fill_n(dweight.get(), dweight.size, NAN);
+  WeightGradientArgs args = {};
+  args.convolution = shape, args.dz = dz.get(), args.dweight = dweight.get();
+  args.channel_stride = 1, args.column_stride = shape.channels;
+  args.row_stride = shape.kernel_w * shape.channels, args.output_stride = shape.kernel_h * args.row_stride;
+  const WeightGradientBf16Tasks tasks(args, k.tiles);
+  const TestFusion fusion(shape, dz.get(), copies);
+  Memory<char> scratch(fault == "scratch" ? tasks.scratch(1, fusion) / kScratchDivisor
+                                          : tasks.scratch(parallel.threads(), fusion));
+  std::memset(scratch.get(), 0xFF, static_cast<size_t>(scratch.size));  // NaN
+  tasks.run(k.weight_gradient, scratch.get(), parallel, fusion);
+  return dweight;
+}
+
+void check_gradient(const Case& c) {
+  const Operands operands(c);
+  const ConvolutionArgs& args = operands.args;
+  if (operands.pixels() == 0) return;
+  const Memory<uint16_t> dz = random_bf16(operands.pixels() * c.out_channels, false);
+  const Memory<float> plain = run_gradient(operands, dz, *kTables[0], Threads{3}, false);
+  for (const Bf16ConvolutionKernels* k : kTables) {
+    const Memory<float> dweight = run_gradient(operands, dz, *k, Threads{1}, false),
+                        again = run_gradient(operands, dz, *k, Threads{3}, true);
+    for (int64_t i = 0; i < dweight.size; ++i) {
+      if (dweight[i] != again[i])
+        fail(c, "bitwise equality of gradients with three threads and copied operands", again[i], dweight[i]);
+#if defined(FUSED_RES_EMULATE_AMX)
+      if (k == &bf16_kernels_amx && dweight[i] != plain[i])
+        fail(c, "bitwise equality of gradients of AMX and plain C++", dweight[i], plain[i]);
+#endif
+      const int64_t channel = i % c.channels, column = i / c.channels % c.kernel_w,
+                    row = i / c.channels / c.kernel_w % c.kernel_h,
+                    o = i / c.channels / c.kernel_w / c.kernel_h;
+      double expected = 0, magnitude = 0;
+      for (int64_t pixel = 0; pixel < operands.pixels(); ++pixel) {
+        const int64_t out_x = pixel % args.out_width, out_y = pixel / args.out_width % args.out_height,
+                      image = pixel / args.out_width / args.out_height;
+        const int64_t y = out_y * c.stride_h - c.pad_h + row * c.dilation,
+                      x = out_x * c.stride_w - c.pad_w + column * c.dilation;
+        if (y < 0 || y >= c.height || x < 0 || x >= c.width) continue;
+        const double term =
+            static_cast<double>(widened(dz[pixel * c.out_channels + o])) *
+            widened(operands.x[((image * c.height + y) * c.width + x) * c.channels + channel]);
+        expected += term, magnitude += std::abs(term);
+      }
+      const double bound = (static_cast<double>(operands.pixels()) + 4) * 0x1p-24 * magnitude;
+      if (!(std::abs(dweight[i] - expected) <= bound)) fail(c, "gradient", dweight[i], expected);
+    }
   }
 }
 
@@ -267,6 +361,8 @@ void check_all() {
     c.any_values = count % 5 == 0;
     guard_before = count % 7 > 3;
     check(c);
+    c.any_values = false;
+    if (checked % kGradientStep == 0) check_gradient(c);
     ++checked;
   };
   // 1x1: in place and, with a channel tail or few pixels, im2col.

@@ -298,7 +298,7 @@ def test_unsupported_dtypes_and_layouts_dispatch_to_aten(monkeypatch: pytest.Mon
             [t if t is None else t.double() for t in tensors],
         )
         run(x.contiguous(), tensors)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.float16):
             run(x, tensors)
     assert calls == []
 

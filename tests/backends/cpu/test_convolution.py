@@ -487,7 +487,8 @@ class TestBf16Products:
             ({"bf16_products": False}, "packed: expected"),
             ({"residual": torch.ones(2, 8, 6, 5)}, "residual: expected the dtype of input, BFloat16"),
             ({"bias": torch.ones(8).half()}, "bias: expected float32 or the dtype of the input"),
-            ({"partials": True}, "partials: expected a float32 input"),
+            ({"bf16_products": False, "partials": True}, "partials: expected a float32 input"),
+            ({"input_stats": torch.ones(5, 4)}, r"input_stats: expected \(5, 5\)"),
             (
                 {"input": torch.ones(2, 3, 9, 9).bfloat16(), "dilation": (2, 2)},
                 "dilation: .* of images of up to 4 channels",

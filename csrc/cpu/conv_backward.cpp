@@ -1,0 +1,338 @@
+// Operator for the gradients of a convolution with products of bfloat16, with respect to its input and its
+// weight, and for the passes of the norms around it. The kernels are in isa/direct_bf16.h and
+// isa/conv_wgrad_bf16.h; those of the norms, batch_norm_*.h, run on the pixels of a chunk, which stay in L2.
+#include <torch/library.h>
+
+#include <array>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "cpu/batch_norm.h"
+#include "cpu/conv_wgrad.h"
+#include "cpu/convolution_host.h"
+
+namespace fused_res::cpu {
+namespace {
+
+constexpr int64_t kElement = 2;  // bytes
+// With fewer chunks, both gradients share no chunk: the input gradient has more tasks by itself.
+constexpr int64_t kMinJointChunks = 4;
+constexpr int64_t kPassPixels = 2048;  // of a task of a pass over the input gradient of several phases
+
+const BatchNormActKernels& pixel_kernels() {
+  return kernels().batch_norm_act[static_cast<int>(Dtype::kBFloat16)][static_cast<int>(Layout::kNhwc)];
+}
+
+// The gradients of one convolution.
+struct Backward {
+  ConvolutionArgs shape;  // the forward convolution
+  BackwardArgs norm;      // of the norm that follows; without one, dy is the gradient of the output
+  bool has_norm;
+  ForwardArgs input_norm;  // of the norm that precedes
+  bool has_input_norm;
+  // Added to the gradient of the input: that of a shortcut, with its ReLU mask or null.
+  const void* added;
+  const uint8_t* added_mask;
+  char* dx;
+  double* input_sums;  // [chunk][2][channels], or null: the sums of the norm that precedes, see
+                       // BatchNormActKernels
+
+  void grad_output(Range pixels, void* to) const {
+    BackwardArgs args = norm;
+    args.norms[0].dx = static_cast<char*>(to) - pixels.begin * shape.out_channels * kElement;
+    pixel_kernels().backward[0](pixel_block(shape.out_channels, pixels), args);
+  }
+  void input(Range pixels, void* to) const {
+    ForwardArgs args = input_norm;
+    args.y = static_cast<char*>(to) - pixels.begin * shape.channels * kElement;
+    pixel_kernels().forward(pixel_block(shape.channels, pixels), args);
+  }
+  // The input gradient of these pixels is written.
+  void finish_input_grad(int64_t chunk, Range pixels) const {
+    if (added)
+      kernels().add_masked[static_cast<int>(Dtype::kBFloat16)](dx, added, added_mask, pixels.begin,
+                                                               pixels.end, shape.channels);
+    if (!input_sums) return;
+    BackwardArgs args = {};
+    args.dy = dx;
+    args.norms[0] = {
+        .x = input_norm.x, .norm = input_norm.norm, .slope = nullptr, .offset = nullptr, .dx = nullptr};
+    args.activation = input_norm.activation;
+    pixel_kernels().reduce[0](pixel_block(shape.channels, pixels), args,
+                              input_sums + chunk * 2 * shape.channels);
+  }
+};
+
+// The input gradient by itself. `whole`: it is computed in one phase.
+class InputGradientFusion final : public ChunkFusion {
+ public:
+  InputGradientFusion(const Backward& backward, bool whole) : backward_(backward), whole_(whole) {}
+  bool computes_input() const override { return backward_.has_norm; }
+  void input(Range pixels, void* to) const override { backward_.grad_output(pixels, to); }
+  void output(int64_t chunk, Range rows) const override {
+    if (whole_) backward_.finish_input_grad(chunk, rows);
+  }
+
+ private:
+  const Backward& backward_;
+  bool whole_;
+};
+
+// The weight gradient, and the input gradient of the same pixels if `dgrad` is given.
+class WeightGradientFusion final : public GradientFusion {
+ public:
+  WeightGradientFusion(const Backward& backward, const ConvolutionArgs* dgrad)
+      : backward_(backward), dgrad_(dgrad) {}
+  bool computes_input() const override { return backward_.has_input_norm; }
+  void input(Range pixels, void* to) const override { backward_.input(pixels, to); }
+  bool computes_grad_output() const override { return backward_.has_norm; }
+  void grad_output(Range pixels, void* to) const override { backward_.grad_output(pixels, to); }
+  Range grad_output_pixels(Range rows) const override { return dgrad_ ? input_pixels(*dgrad_, rows) : rows; }
+  int64_t chunk_bytes(int64_t rows) const override {
+    return dgrad_ ? copied_elements(*dgrad_, kernels().bf16_convolution->tiles, rows) * kElement : 0;
+  }
+  std::array<MemoryRange, kMaxNextRanges> operands(Range rows) const override {
+    const ConvolutionArgs& shape = backward_.shape;
+    const auto range = [](const void* data, Range pixels, int64_t channels) {
+      return MemoryRange{static_cast<const char*>(data) + pixels.begin * channels * kElement,
+                         (pixels.end - pixels.begin) * channels * kElement};
+    };
+    const Range dz = grad_output_pixels(rows);
+    return {range(shape.x, input_pixels(shape, rows), shape.channels),
+            range(backward_.norm.dy, dz, shape.out_channels),
+            backward_.has_norm ? range(backward_.norm.norms[0].x, dz, shape.out_channels) : MemoryRange{}};
+  }
+  void chunk(int64_t chunk, Range rows, const void* dz, char* memory) const override {
+    if (!dgrad_) return;
+    ConvolutionArgs args = *dgrad_;
+    args.x = dz;
+    kernels().bf16_convolution->run(args, rows, {0, num_panels(args.out_channels)}, memory, nullptr, nullptr);
+    backward_.finish_input_grad(chunk, rows);
+  }
+
+ private:
+  const Backward& backward_;
+  const ConvolutionArgs* dgrad_;
+};
+
+// One dimension of a phase of the input gradient: the input positions `offset`, offset + stride, ... They are
+// the convolution of the output gradient with every stride-th tap, in reverse:
+//   dx[stride * t + offset] = sum over j of dz[t + q - j] * w[first + stride * j],  q = (offset + padding) /
+//   stride
+struct Phase {
+  TapSubset taps;
+  int64_t padding, count;
+  Phase(int64_t offset, int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    const int64_t first = (offset + pad) % stride;
+    taps = {first, stride, first < kernel ? (kernel - first + stride - 1) / stride : 0};
+    padding = (taps.count - 1) * dilation - (offset + pad) / stride;
+    count = offset < size ? (size - offset + stride - 1) / stride : 0;
+  }
+};
+
+Tensor pack_phase(const Tensor& weight, const Phase& rows, const Phase& columns) {
+  const Bf16ConvolutionKernels& kernel = *kernels().bf16_convolution;
+  const Bf16WeightView view = {.data = weight.const_data_ptr(),
+                               .dtype = dtype_of(weight, "weight"),
+                               .out_channels = weight.size(0),
+                               .channels = weight.size(1),
+                               .kernel_h = weight.size(2),
+                               .kernel_w = weight.size(3),
+                               .transposed = true,
+                               .rows = rows.taps,
+                               .columns = columns.taps};
+  const int64_t size =
+      packed_bf16_size(view.channels, view.out_channels, rows.taps.count, columns.taps.count, kernel.tiles);
+  Tensor packed = empty_output({size}, at::kBFloat16, at::MemoryFormat::Contiguous);
+  void* to = packed.mutable_data_ptr();
+  Parallel{size}(num_panels(view.channels),
+                 [&](int64_t begin, int64_t end) { kernel.pack(view, {begin, end}, to); });
+  return packed;
+}
+
+// The convolution of the output gradient that computes a phase of the input gradient. `compact`: of the
+// strided input positions only, whose gradient is stored without the others.
+ConvolutionArgs phase_args(const Backward& backward, const Phase& rows, const Phase& columns,
+                           int64_t offset_h, int64_t offset_w, bool compact) {
+  const ConvolutionArgs& forward = backward.shape;
+  ConvolutionArgs args = {};
+  args.images = forward.images;
+  args.channels = forward.out_channels, args.height = forward.out_height, args.width = forward.out_width;
+  args.out_channels = forward.channels, args.out_height = rows.count, args.out_width = columns.count;
+  args.kernel_h = rows.taps.count, args.kernel_w = columns.taps.count;
+  args.stride_h = args.stride_w = 1;
+  args.pad_h = rows.padding, args.pad_w = columns.padding;
+  args.dilation_h = forward.dilation_h, args.dilation_w = forward.dilation_w;
+  args.dtype = Dtype::kBFloat16, args.bf16_products = true;
+  args.x = backward.norm.dy, args.y = backward.dx;
+  if (!compact && forward.stride_h * forward.stride_w != 1) {
+    args.y_stride_h = forward.stride_h, args.y_stride_w = forward.stride_w;
+    args.y_height = forward.height, args.y_width = forward.width;
+    args.y = backward.dx + (offset_h * forward.width + offset_w) * forward.channels * kElement;
+  }
+  return args;
+}
+
+// Returns the gradient sums (2, C), sum dy and sum dy * xhat, of all chunks.
+Tensor merge_sums(const std::vector<double>& partial, int64_t channels, const Tensor& stats) {
+  std::vector<double> total(static_cast<size_t>(2 * channels));
+  for (size_t i = 0; i < partial.size(); ++i) total[i % total.size()] += partial[i];
+  Tensor sums = at::detail::empty_cpu({2, channels}, at::kFloat);
+  const FinalizeBackwardArgs out = {.stats = stats.const_data_ptr(),
+                                    .slope = nullptr,
+                                    .offset = nullptr,
+                                    .dweight = matrix_row(sums, 1),
+                                    .dbias = matrix_row(sums, 0)};
+  kernels().finalize_backward[0](out, total.data(), total.data() + channels, 1.0, channels, 0, channels);
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_backward(
+    const Tensor& grad_output, const OptionalTensor& output, const OptionalTensor& stats,
+    const OptionalTensor& relu_mask, bool relu, const OptionalTensor& sums, int64_t count,
+    const Tensor& weight, const Tensor& input, const OptionalTensor& input_stats, bool input_relu,
+    const OptionalTensor& added, const OptionalTensor& added_mask, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, std::array<bool, 2> output_mask) {
+  TORCH_CHECK_VALUE(input.dim() == 4 && grad_output.dim() == 4 && weight.dim() == 4,
+                    "input: expected (N, C, H, W), got ", input.sizes(), " for a gradient of ",
+                    grad_output.sizes(), " and a weight of ", weight.sizes());
+  TORCH_CHECK_VALUE(kernels().bf16_convolution,
+                    "input: products of bfloat16 require avx512_bf16 or amx, got ", kernels().name);
+  const auto [needs_input_grad, needs_weight_grad] = output_mask;
+  const ActivationTensor dy(grad_output.contiguous(at::MemoryFormat::ChannelsLast));
+  const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+  const ActivationTensor x_like(x);
+  Backward backward = {};
+  ConvolutionArgs& shape = backward.shape;
+  shape.images = x.size(0), shape.channels = x.size(1), shape.height = x.size(2), shape.width = x.size(3);
+  shape.out_channels = dy.tensor.size(1);
+  set_geometry(shape, weight.sizes().slice(2), stride, padding, dilation);
+  shape.dtype = image_dtype(x, "input"), shape.bf16_products = true;
+  TORCH_CHECK_TYPE(shape.dtype == Dtype::kBFloat16, "input: expected bfloat16, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(shape.images == dy.tensor.size(0) && weight.size(0) == shape.out_channels &&
+                        weight.size(1) == shape.channels && shape.out_height == dy.tensor.size(2) &&
+                        shape.out_width == dy.tensor.size(3) && dy.tensor.numel() > 0 && x.numel() > 0,
+                    "grad_output: expected the gradient of this convolution, got ", grad_output.sizes(),
+                    " for an input of ", input.sizes(), " and a weight of ", weight.sizes());
+  shape.x = x.const_data_ptr();
+  backward.norm.dy = data_like_input(dy.tensor, shape.dtype, "grad_output");
+
+  // The norm that follows.
+  Tensor z, saved, coefficients;
+  backward.has_norm = stats && stats->defined();
+  if (backward.has_norm) {
+    TORCH_CHECK_VALUE(output && output->defined(), "output: expected together with stats");
+    z = dy.checked_like(*output, "output"), saved = checked_stats(*stats, dy, "stats");
+    coefficients = norm_coefficients(sums, saved, count, shape.out_channels);
+    backward.norm.mask = checked_mask(relu_mask, dy);
+    backward.norm.activation = relu && !backward.norm.mask ? Activation::kRelu : Activation::kIdentity;
+    backward.norm.norms[0] = {.x = z.const_data_ptr(),
+                              .norm = norm_args(saved),
+                              .slope = coefficients.defined() ? matrix_row(coefficients, 0) : nullptr,
+                              .offset = coefficients.defined() ? matrix_row(coefficients, 1) : nullptr,
+                              .dx = nullptr};
+  }
+  // The norm that precedes.
+  Tensor input_saved;
+  backward.has_input_norm = input_stats && input_stats->defined();
+  if (backward.has_input_norm) {
+    input_saved = checked_stats(*input_stats, x_like, "input_stats");
+    backward.input_norm.x = shape.x, backward.input_norm.norm = norm_args(input_saved);
+    backward.input_norm.activation = input_relu ? Activation::kRelu : Activation::kIdentity;
+  }
+
+  const Bf16ConvolutionKernels& kernel = *kernels().bf16_convolution;
+  const DynamicParallel parallel(dy.tensor.numel() * gemm_k(shape));
+  const bool strided = shape.stride_h * shape.stride_w != 1;
+  const bool compact = strided && shape.kernel_h * shape.kernel_w == 1;
+  Tensor dx = empty_placeholder(at::kBFloat16), dweight = empty_placeholder(at::kFloat),
+         input_sums = empty_placeholder(at::kFloat);
+  std::vector<Tensor> packed;
+  std::vector<ConvolutionArgs> phases;
+  Tensor addend;
+  if (needs_input_grad) {
+    const Tensor like =
+        compact ? x.slice(2, 0, c10::nullopt, shape.stride_h).slice(3, 0, c10::nullopt, shape.stride_w) : x;
+    dx = empty_output(like.sizes(), at::kBFloat16, at::MemoryFormat::ChannelsLast);
+    backward.dx = static_cast<char*>(dx.mutable_data_ptr());
+    if (added && added->defined()) {
+      const ActivationTensor dx_like(dx);
+      addend = dx_like.checked_like(*added, "added");
+      backward.added = addend.const_data_ptr(), backward.added_mask = checked_mask(added_mask, dx_like);
+    }
+    const Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);
+    for (int64_t i = 0; i < (compact ? 1 : shape.stride_h); ++i) {
+      const Phase rows(i, shape.height, shape.kernel_h, shape.stride_h, shape.pad_h, shape.dilation_h);
+      for (int64_t j = 0; j < (compact ? 1 : shape.stride_w); ++j) {
+        const Phase columns(j, shape.width, shape.kernel_w, shape.stride_w, shape.pad_w, shape.dilation_w);
+        if (rows.count * columns.count == 0) continue;
+        TORCH_CHECK_VALUE(!packs_filter_rows(shape.out_channels, columns.taps.count, kernel.tiles),
+                          "weight: expected more than ", kPixelChannels, " output channels, got ",
+                          weight.sizes());
+        TORCH_CHECK_VALUE(
+            rows.padding >= 0 && columns.padding >= 0 && rows.taps.count * columns.taps.count > 0,
+            "weight: expected a filter larger than its stride and its padding, got ", weight.sizes());
+        packed.push_back(pack_phase(w, rows, columns));
+        phases.push_back(phase_args(backward, rows, columns, i, j, compact));
+        phases.back().packed = packed.back().const_data_ptr();
+      }
+    }
+  }
+  const bool has_input_sums = needs_input_grad && backward.has_input_norm;
+  TORCH_CHECK_VALUE(!has_input_sums || !compact, "input_stats: expected none for a strided 1x1 convolution");
+  WeightGradientArgs wgrad = {};
+  wgrad.convolution = shape, wgrad.dz = backward.norm.dy;
+  const WeightGradientBf16Tasks wgrad_tasks(wgrad, kernel.tiles);
+  // Both gradients of a chunk are computed together if they read the same pixels of dz.
+  const bool joint = needs_input_grad && needs_weight_grad && !strided && shape.height == shape.out_height &&
+                     shape.width == shape.out_width && wgrad_tasks.chunks() >= kMinJointChunks &&
+                     backward.has_norm;
+  std::vector<double> partial;
+  if (has_input_sums && joint) partial.resize(static_cast<size_t>(wgrad_tasks.chunks() * 2 * shape.channels));
+  backward.input_sums = partial.empty() ? nullptr : partial.data();
+  if (needs_input_grad && !joint) {
+    const InputGradientFusion fusion(backward, phases.size() == 1);
+    const bool finishes = backward.added || has_input_sums;
+    for (const ConvolutionArgs& args : phases) {
+      const DirectBf16Tasks tasks(args, kernel.tiles);
+      if (has_input_sums && phases.size() == 1) {
+        partial.resize(static_cast<size_t>(tasks.chunks() * 2 * shape.channels));
+        backward.input_sums = partial.data();
+      }
+      const bool fused = backward.has_norm || (finishes && phases.size() == 1);
+      Scratch scratch(tasks.scratch(parallel.threads(), fused ? &fusion : nullptr));
+      tasks.run(kernels(), scratch.data(), parallel, {}, fused ? &fusion : nullptr);
+    }
+    if (finishes && phases.size() > 1) {
+      const int64_t pixels = shape.images * shape.height * shape.width,
+                    chunks = ceil_div(pixels, kPassPixels);
+      if (has_input_sums) partial.resize(static_cast<size_t>(chunks * 2 * shape.channels));
+      backward.input_sums = has_input_sums ? partial.data() : nullptr;
+      parallel(chunks, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          backward.finish_input_grad(i, balanced_range(pixels, i, chunks));
+      });
+    }
+  }
+  if (needs_weight_grad) {
+    dweight = empty_output(weight.sizes(), at::kFloat, weight.suggest_memory_format());
+    wgrad.dweight = dweight.data_ptr<float>();
+    wgrad.output_stride = dweight.stride(0), wgrad.channel_stride = dweight.stride(1);
+    wgrad.row_stride = dweight.stride(2), wgrad.column_stride = dweight.stride(3);
+    if (joint) phases[0].pixels_outer = true;
+    const WeightGradientFusion fusion(backward, joint ? &phases[0] : nullptr);
+    Scratch scratch(wgrad_tasks.scratch(parallel.threads(), fusion));
+    wgrad_tasks.run(kernel.weight_gradient, scratch.data(), parallel, fusion);
+    dweight = dweight.to(weight.scalar_type());
+  }
+  if (has_input_sums) input_sums = merge_sums(partial, shape.channels, input_saved);
+  return {dx, input_sums, dweight};
+}
+
+}  // namespace
+}  // namespace fused_res::cpu
+
+TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
+  m.impl("conv_backward", TORCH_FN(fused_res::cpu::conv_backward));
+}
