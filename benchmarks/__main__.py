@@ -5,6 +5,7 @@ import sys
 
 from benchmarks import (
     block,
+    chain,
     compare,
     conv,
     infer,
@@ -24,6 +25,7 @@ from benchmarks.zoo import command as zoo
 SUBCOMMANDS: dict[str, runner.Benchmark] = {
     "op": op,
     "block": block,
+    "chain": chain,
     "model": model,
     "memory": memory,
     "infer": infer,

@@ -27,6 +27,7 @@ from benchmarks.providers import (
     EAGER_CHANNELS_LAST,
     INFERENCE_PEERS,
     INFERENCE_PROVIDERS,
+    TRAINING_PEERS,
     Provider,
     build_module,
 )
@@ -241,9 +242,15 @@ def tables(run: dict[str, Any]) -> str:
     return "\n\n".join([*parts, summary(run)])
 
 
+def peers_of(case: dict[str, Any]) -> list[str]:
+    """Return the peers of a case: in training every configuration of stock PyTorch."""
+    known = TRAINING_PEERS if case.get("mode") == "train" else INFERENCE_PEERS
+    return [name for name in known if name in case["providers"]]
+
+
 def peer_speedups(case: dict[str, Any], first: str) -> tuple[float, float]:
     """Return the time of the fastest peer relative to provider `first`: of the medians, and of the minima."""
-    peers = [name for name in INFERENCE_PEERS if name in case["providers"]]
+    peers = peers_of(case)
     medians = {name: case["providers"][name]["median_s"] for name in (first, *peers)}
     minima = {name: report.minimum(case, name) for name in (first, *peers)}
     return min(medians[name] for name in peers) / medians[first], min(minima[name] for name in peers) / minima[first]
@@ -252,7 +259,7 @@ def peer_speedups(case: dict[str, Any], first: str) -> tuple[float, float]:
 def fastest_peer(case: dict[str, Any], first: str) -> str:
     """Return both values of `peer_speedups` as text, and the name of the peer with the smallest median."""
     median, minimum = map(report.ratio, peer_speedups(case, first))
-    peers = [name for name in INFERENCE_PEERS if name in case["providers"]]
+    peers = peers_of(case)
     return f"{median} ({minimum}) {min(peers, key=lambda name: case['providers'][name]['median_s'])}"
 
 

@@ -1,12 +1,14 @@
 """Charts, drawn from the data that is written as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
+import itertools
+
 import matplotlib.pyplot as plt
 
 from benchmarks import report
@@ -201,3 +203,50 @@ def time_against_memory(document: dict[str, Any], path: Path) -> None:
     case = document["runs"][0]["cases"][0]
     shape = f"batch {case['batch']}, {case['size']}x{case['size']}"
     save(figure, document, path, f"{case['model']}, {shape}: time against memory")
+
+
+def waterfall(
+    document: dict[str, Any], path: Path, levels: Sequence[str], stock: str, floor: Callable[..., tuple[float, float]]
+) -> None:
+    """Draw the time of each level of fusion of each block: what a level saves starts where the level before ends.
+
+    Args:
+        levels: names of the levels, the least fused first.
+        stock: name of stock PyTorch's provider.
+        floor: function of a run, a case and a level that returns the seconds of its bytes and of its products.
+    """
+    run = document["runs"][-1]
+    cases = run["cases"]
+    figure, axes = plt.subplots(
+        (len(cases) + 1) // 2,
+        2,
+        figsize=(11, 1.0 + 1.55 * ((len(cases) + 1) // 2)),
+        squeeze=False,
+        layout="constrained",
+    )
+    rows = [report.provider_title(stock), *levels]
+    for axis, case in zip(axes.flat, cases, strict=False):
+        times = [case["providers"][name]["median_s"] * 1e3 for name in (stock, *levels)]
+        axis.barh(rows, times, color=[COLOR_OF[stock], *[COLOR_OF["ours"]] * len(levels)])
+        for row, (before, time) in enumerate(itertools.pairwise(times[1:]), start=2):
+            saved, lost = max(before - time, 0), max(time - before, 0)
+            axis.barh(row, saved, left=time, color="#dddddd")
+            axis.barh(row, lost, left=before, color="#d98c8c")
+        for row, level in enumerate(levels, start=1):
+            memory, products = (seconds * 1e3 for seconds in floor(run, case, level))
+            axis.plot([memory] * 2, [row - 0.4, row + 0.4], color="#b00020", linewidth=1.2)
+            axis.plot([products] * 2, [row - 0.4, row + 0.4], color="#333333", linewidth=1.2, linestyle=":")
+        axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_title(case["name"], fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        for row, time in enumerate(times):
+            axis.text(time, row, f" {time:.2f}", va="center", fontsize=6)
+    for axis in axes.flat[len(cases) :]:
+        axis.set_visible(False)
+    figure.supxlabel(
+        "ms, forward and backward. Gray: saved by the level; pink: lost; red line: bytes at copy bandwidth; dotted:"
+        " products at peak",
+        fontsize=8,
+    )
+    save(figure, document, path, "fusions of residual blocks, bfloat16 training")

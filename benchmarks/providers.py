@@ -122,6 +122,8 @@ INFERENCE_PROVIDERS = by_name(
 )
 #: Peers: other providers that optimize a network for inference only.
 INFERENCE_PEERS = ("compile-freezing", *peers.NAMES)
+#: Peers in training: PyTorch in either memory format.
+TRAINING_PEERS = ("eager", "eager-channels-last", "compile", "compile-channels-last")
 
 
 def stock_batch_norm_act(activation: Literal["relu", "identity"], training: bool, cudnn: bool = False) -> BatchNormAct:

@@ -30,6 +30,8 @@ A folder is one kind of machine: processor, what distinguishes it, cores (`epyc-
 its folder from /proc/cpuinfo. To add a document, run a subcommand with `--allocator as-shipped` on a quiet machine; it
 writes `SUBCOMMAND.json` and `.png` into `--out` (default: `benchmarks/results/latest`, not committed). Copy both here,
 named `SUBCOMMAND-VARIANT`, such as `infer-bf16` or `conv-bf16`; then run `make docs` and commit the pages with them."""
+#: Documents in the README's tables.
+README_DOCUMENTS = ("infer", "infer-bf16", "model-resnet18", "model", "model-bf16")
 #: Documents of inference on a CPU, by dtype; the README says which of them are missing.
 INFERENCE = {"float32": "infer", "bfloat16": "infer-bf16"}
 NO_GPU = "Not measured: no GPU was available. `make gpu` runs the benchmarks on one."
@@ -157,7 +159,12 @@ SECTIONS = (
         network_table,
         "Medians of interleaved runs in one process; in brackets, the speedup of `fused_res`.",
     ),
-    Section("Training steps", ("model-resnet18", "model"), network_table, "Forward, backward and SGD."),
+    Section(
+        "Training steps",
+        ("model-resnet18", "model", "model-bf16", "model-bf16-batch4"),
+        network_table,
+        "Forward, backward and SGD; bfloat16 under autocast.",
+    ),
     Section(
         "Ablation",
         ("model-ablation", "infer-ablation"),
@@ -186,7 +193,7 @@ def provenance_lines(documents: list[Document]) -> Iterator[str]:
 
 def readme_section(device: str, documents: dict[str, Document]) -> str:
     """Return the README's paragraph and table about one device; empty without results of networks."""
-    shown = [documents[name] for name in ("infer", "infer-bf16", "model-resnet18", "model") if name in documents]
+    shown = [documents[name] for name in README_DOCUMENTS if name in documents]
     if not shown:
         return ""
     env = shown[0]["runs"][0]["environment"]

@@ -72,6 +72,16 @@ def test_verdicts(tmp_path: Path) -> None:
     (tmp_path / "infer-bf16.json").write_text(json.dumps({"runs": [{"cases": [case]}]}))
     fp32 = case | {"providers": {"ours": provider(2.0, 0.9), "openvino": provider(3.0, 2.9)}}
     (tmp_path / "infer.json").write_text(json.dumps({"runs": [{"cases": [fp32]}]}))
+    training = case | {
+        "mode": "train",
+        "providers": {
+            "ours": provider(1.0, 0.8),
+            "eager-channels-last": provider(2.3, 1.4),
+            "compile": provider(2.1, 1.9),
+            "ours-norms": provider(1.1, 1.0),
+        },
+    }
+    (tmp_path / "model-bf16.json").write_text(json.dumps({"runs": [{"cases": [training]}]}))
     conv = {
         "name": "1x1",
         "providers": {
@@ -88,6 +98,8 @@ def test_verdicts(tmp_path: Path) -> None:
     assert found["infer-bf16", "resnet50 batch 1, bfloat16"] == ("not measured", "")
     assert found["infer", "resnet50 batch 16"] == ("1.50x (3.22x) openvino", "met")
     assert found["infer", "resnet18 batch 1"] == ("not measured", "")
+    assert found["model-bf16", "resnet50 batch 16"] == ("2.10x (1.75x) compile", "missed by 3%")
+    assert found["model-bf16", "resnet18 batch 16"] == ("not measured", "")
     assert found["conv-bf16", "error against float64"] == ("0.90x, 1x1", "met")
     assert found["conv-bf16", "layers slower than oneDNN by over 3 %"] == ("0 (1) of 1", "missed")
 
@@ -136,6 +148,8 @@ def test_complete_steps_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
     assert [command[:2] for command in commands[1:]] == [
         ["benchmarks", "infer"],
         ["benchmarks", "conv"],
+        *[["benchmarks", "model"]] * 3,
+        ["benchmarks", "chain"],
         ["benchmarks.frozen", "--out"],
     ]
     assert {path.stem for path in folder.glob("*.json")} == {*amx.STEPS, amx.FROZEN}

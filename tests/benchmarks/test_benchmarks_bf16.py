@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import ceilings, check, conv, headline, infer, readme, suite
+from benchmarks import ceilings, chain, check, conv, headline, infer, network, readme, suite
 from fused_res import _extension
 from fused_res.backends.cpu.convolution import KERNELS
 
@@ -145,3 +145,31 @@ def test_pages_name_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> No
     pages = readme.render_pages()
     assert f"## GPU\n\n{readme.NO_GPU}" in pages[readme.RESULTS / "README.md"]
     assert readme.NO_AMX in pages[readme.ROOT / "README.md"]
+
+
+@pytest.mark.skipif(ceilings.bf16_unavailable() is not None, reason="needs products of bfloat16")
+def test_chain_counts_fewer_bytes_with_every_fusion() -> None:
+    """What a level saves, for a bottleneck with an identity shortcut, in units of its inner activations.
+
+    Statistics in the epilogues save the norms' first pass over z0, z1 and z2 (1 + 1 + 4). Prologues save a write and a
+    read of each inner activation in forward, and cost them in backward, where it is computed again. Fused gradients:
+
+    ======================================  =======================  =========================================
+    backward                                norms in prologues       fused gradients
+    ======================================  =======================  =========================================
+    norm 2: dy, z2 twice, dz2               16 + 4                   sums: 8
+    a1; gradients: dz2, a1 > da1            2 + 6                    dy, z2, z1 > da1: 10
+    norm 1: da1, z1 twice, dz1              4 + 1                    (sums in an epilogue)
+    a0; gradients: dz1, a0 > da0            2 + 3                    da1, z1, z0 > da0: 4
+    norm 0: da0, z0 twice, dz0              4 + 1                    (sums in an epilogue)
+    gradients: dz0, x > dx                  9                        da0, z0, x, shortcut's dy > dx: 14
+    dx += dy                                12                       (in an epilogue)
+    ======================================  =======================  =========================================
+    """
+    (block,) = (b for b in network.build_network("resnet50", 8, 224).blocks if b.name == "layer1.1")
+    step = chain.Step(block, seed=0)
+    unit = 2 * 8 * 56 * 56 * 64
+    counted = [chain.count_bytes(step, step.plan(algorithms)) / unit for algorithms in chain.LEVELS.values()]
+    assert counted[0] - counted[1] == pytest.approx(6, abs=0.1)
+    assert counted[1] - counted[2] == pytest.approx(0, abs=0.1)
+    assert counted[2] - counted[3] == pytest.approx(64 - 36, abs=0.5)
