@@ -1,6 +1,6 @@
 """Backend ``"cpu"``: C++ kernels (``csrc/cpu``), registered with the dispatcher as ``fused_res_cpu::*``.
 
-Outputs of one megabyte or more are allocated from a cache of freed outputs, because the page faults of newly mapped
+Outputs of 128 KB or more are allocated from a cache of freed outputs, because the page faults of newly mapped
 memory of that size take longer than the kernel. ``FUSED_RES_CPU_CACHE`` and :func:`set_output_cache` bound the cache.
 """
 

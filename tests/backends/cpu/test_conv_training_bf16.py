@@ -26,25 +26,10 @@ from fused_res.block.planner import plan
 from fused_res.functional import residual_block
 from fused_res.testing import stub_torchvision_operators
 from tests.backends.cpu.test_conv_training import relative_error, threads
+from tests.backends.cpu.test_convolution import BF16_ISAS as ISAS  # skips this file without the extension or AVX2
 from tests.support.guard_pages import GuardedTensor
 
-if not _extension.loaded:
-    pytest.skip(_extension.unavailable_reason, allow_module_level=True)
-
 _C = _extension._module
-
-
-def _is_supported(isa: str) -> bool:
-    before = _C.cpu_isa()
-    try:
-        _C.set_cpu_isa(isa)
-    except ValueError:
-        return False
-    _C.set_cpu_isa(before)
-    return True
-
-
-ISAS = [isa for isa in ("avx512_bf16", "amx", "amx_emulated") if _is_supported(isa)]
 #: Those that `fuse` can select: amx_emulated is selected by name only, and slow.
 FAST_ISAS = [isa for isa in ISAS if isa != "amx_emulated"]
 pytestmark = pytest.mark.skipif(not FAST_ISAS, reason="needs products of bfloat16")
