@@ -38,9 +38,9 @@ TEST_FILES := $(shell find tests tools -name '*.cpp' -o -name '*.h' -o -name '*.
 ARGS :=
 # Some tests use one core, some all: two processes at a time, whose threads yield their core while they wait.
 # Files go to them in the order of tests/conftest.py, the longest first. A test that takes ten minutes is stuck: the
-# stacks of its threads are printed, and the run ends.
+# stacks of its threads are printed, and the run ends (faulthandler_timeout in pyproject.toml).
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-  --no-loadscope-reorder --timeout 600 --timeout-method thread --max-worker-restart 0
+  --no-loadscope-reorder --max-worker-restart 0
 GPU_PYTHON := python3
 GPU_ENV_PYTHON := python3.12
 GPU_ENV := build/gpu-env/venv

@@ -4,6 +4,7 @@ Without a GPU, Triton kernels run in Triton's interpreter, and CUDA C++ kernels 
 """
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 
 def _patch_language_once_per_launch() -> None:
@@ -68,6 +70,20 @@ def forced_kernels() -> Iterator[None]:
 
     with backends.use("auto", convolution="fused"):
         yield
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Make this process the only one of a gloo process group.
+
+    A group's destructor waits for its threads, which wait for the interpreter's lock when they free a tensor.
+    ``destroy_process_group`` releases the lock meanwhile; a DDP module that is freed later and has the last reference
+    does not, and the process hangs. The test's own references are gone when it has returned.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

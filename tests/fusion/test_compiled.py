@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -648,25 +647,22 @@ class Three(nn.Module):
 
 
 @pytest.mark.parametrize("channels", [4, 128])
+@pytest.mark.usefixtures("process_group")
 def test_ddp(channels: int, spy: Spy) -> None:
     """Dynamo splits the graph for DDP's buckets, the first of which has 1 MiB, and compiles every part."""
     torch.manual_seed(0)
     stock = randomize_norms(Three(channels)).double()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(stock), bucket_cap_mb=2)
-        model = torch.compile(wrapped, backend=spy)
-        for _ in range(2):
-            for m in (model, stock):
-                m(images(channels=channels)).square().sum().backward()
-        for (name, actual), expected in zip(wrapped.module.named_parameters(), stock.parameters(), strict=True):
-            assert_near(actual.grad, expected.grad, name)
-        for (name, actual), expected in zip(wrapped.module.named_buffers(), stock.buffers(), strict=True):
-            assert_near(actual, expected, name)
-        assert spy.fused and not spy.norms
-        assert (len(spy.graphs) > 1) is (channels > 4)
-    finally:
-        dist.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(stock), bucket_cap_mb=2)
+    model = torch.compile(wrapped, backend=spy)
+    for _ in range(2):
+        for m in (model, stock):
+            m(images(channels=channels)).square().sum().backward()
+    for (name, actual), expected in zip(wrapped.module.named_parameters(), stock.parameters(), strict=True):
+        assert_near(actual.grad, expected.grad, name)
+    for (name, actual), expected in zip(wrapped.module.named_buffers(), stock.buffers(), strict=True):
+        assert_near(actual, expected, name)
+    assert spy.fused and not spy.norms
+    assert (len(spy.graphs) > 1) is (channels > 4)
 
 
 def test_export_sees_stock_operators(spy: Spy) -> None:

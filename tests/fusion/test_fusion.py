@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint_sequential
@@ -180,26 +179,23 @@ class TestInteroperability:
         for (name, ours), theirs in zip(fused.state_dict().items(), stock.state_dict().values(), strict=True):
             assert_near(ours, theirs, name)
 
+    @pytest.mark.usefixtures("process_group")
     def test_distributed_data_parallel(self) -> None:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            stock = network()
-            fused = DistributedDataParallel(fuse(copy.deepcopy(stock)))
-            with record_fused_calls() as calls:
-                assert_models_match(fused.module, stock, images(), steps=1)
-                optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
-                fused(images()).sum().backward()
-                stock(images()).sum().backward()
-            assert len(calls) == 2 * 5
-            for (name, ours), theirs in zip(fused.module.named_parameters(), stock.parameters(), strict=True):
-                assert_near(ours.grad, theirs.grad, name)
-            optimizer.step()
-            wrapped = fuse(DistributedDataParallel(network()))  # fused after wrapping
-            with record_fused_calls() as calls:
-                wrapped(images()).sum().backward()
-            assert len(calls) == 5
-        finally:
-            dist.destroy_process_group()
+        stock = network()
+        fused = DistributedDataParallel(fuse(copy.deepcopy(stock)))
+        with record_fused_calls() as calls:
+            assert_models_match(fused.module, stock, images(), steps=1)
+            optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
+            fused(images()).sum().backward()
+            stock(images()).sum().backward()
+        assert len(calls) == 2 * 5
+        for (name, ours), theirs in zip(fused.module.named_parameters(), stock.parameters(), strict=True):
+            assert_near(ours.grad, theirs.grad, name)
+        optimizer.step()
+        wrapped = fuse(DistributedDataParallel(network()))  # fused after wrapping
+        with record_fused_calls() as calls:
+            wrapped(images()).sum().backward()
+        assert len(calls) == 5
 
     def test_functional_call(self) -> None:
         stock = network().eval()
