@@ -236,7 +236,7 @@ class WeightGradientBf16Tasks {
  private:
   static constexpr int64_t kElement = 2;  // bytes
   static constexpr int64_t kMaxSplitK = 1 << 20, kSplitKBytes = 4 << 20, kMaxParts = 16;
-  static constexpr int64_t kPositions = 512, kBandPositions = 256, kChunksPerStage = 32;
+  static constexpr int64_t kPositions = 256, kBandPositions = 256, kChunksPerStage = 32;
   static constexpr int64_t kTasksPerThread = 4, kManyChunks = 32, kChunkMultiple = 4;
 
   // The tasks of the GEMMs of a stage: groups of panels and of blocks of rows of A^T. The accumulators of a

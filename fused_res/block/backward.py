@@ -2,8 +2,11 @@
 
 The unfused backward of a unit computes the gradient ``dz`` with respect to the convolution's output (batch norm
 backward), then runs the convolution's two gradients on it. The input gradient of a block's first unit may add the
-gradient of an identity shortcut in its epilogue. The fused backward never writes ``dz``: the gradient kernels
-compute it in their operand prologue, from the output gradient, the raw output and the reductions of the norm.
+gradient of an identity shortcut in its epilogue.
+
+The fused backward's gradient kernels normalize the convolution's input in their operand prologue, and return the sums
+that the preceding norm's backward needs. They compute ``dz`` in their operand prologue too, from the output gradient,
+the raw output and the reductions of the norm, unless the algorithm leaves it to a pass of its own.
 """
 
 from __future__ import annotations
@@ -166,25 +169,30 @@ class BackwardBuilder(ForwardBuilder):
             self._step("to_dtype", self.slots[name], torch.float32, into=(name,))
 
     def _fused_conv_backward(self, unit: Unit, grad: _OutputGrad, name: str) -> _OutputGrad | None:
-        """Append a fused backward, which materializes neither the norm's input gradient nor the normalized input.
+        """Append a fused backward, which does not materialize the normalized input.
 
-        Its kernels compute both in their operand prologues, from the raw outputs and the norms' statistics. Except for
-        the block's first unit and the projection, the input gradient's kernel also returns the sums that the preceding
-        norm's backward needs.
+        Its kernels compute it in their operand prologues, from the raw output and the norm's statistics, and so the
+        norm's input gradient ``dz``, unless the algorithm has a separate pass for it. Except for the block's first unit
+        and the projection, the input gradient's kernel also returns the sums that the preceding norm's backward needs.
         """
-        z, stats = self._forward_value(unit.output_name), self.slots[stats_name(unit)]
-        bias = self.tensors[unit.index].bias
-        sums, rescaled_sums = self._norm_grad_sums(unit, grad), grad.rescaled_sums if unit.training else NO_SLOT
-        count = self.values_per_channel[unit.index]
-        mask_from_sign = grad.activation(unit) == "relu"
-        weight = self._weight(unit, unit.algorithms.weight_gradient)
-        common = (grad.dy, z, stats, grad.mask, mask_from_sign, rescaled_sums, count, weight)
-        x = self._forward_value(unit.raw_input_name) if unit.needs_input_grad or unit.needs_grad.weight else NO_SLOT
-        x_stats, x_relu = self._input_norm(unit)
-        if unit.needs_grad.bias:
-            self._step("conv_bias_gradient", bias, stats, sums, unit.training, into=self._grad_names(unit, "bias"))
-        if not (unit.needs_input_grad or unit.needs_grad.weight):
+        bias, needs_gradient = self.tensors[unit.index].bias, unit.needs_input_grad or unit.needs_grad.weight
+        if unit.separate_norm_backward:
+            dz = self._norm_backward(unit, grad)
+            output_grad = (dz, NO_SLOT, NO_SLOT, NO_SLOT, False, NO_SLOT, 0)
+            if unit.needs_grad.bias:
+                self._step("sum_per_channel", dz, into=self._grad_names(unit, "bias"))
+        else:
+            z, stats = self._forward_value(unit.output_name), self.slots[stats_name(unit)]
+            sums, rescaled_sums = self._norm_grad_sums(unit, grad), grad.rescaled_sums if unit.training else NO_SLOT
+            mask_from_sign, count = grad.activation(unit) == "relu", self.values_per_channel[unit.index]
+            output_grad = (grad.dy, z, stats, grad.mask, mask_from_sign, rescaled_sums, count)
+            if unit.needs_grad.bias:
+                self._step("conv_bias_gradient", bias, stats, sums, unit.training, into=self._grad_names(unit, "bias"))
+        if not needs_gradient:
             return None
+        common = (*output_grad, self._weight(unit, unit.algorithms.weight_gradient))
+        x = self._forward_value(unit.raw_input_name)
+        x_stats, x_relu = self._input_norm(unit)
         has_norm = x_stats != NO_SLOT
         addend = self.shortcut_grad if not has_norm and self._adds_shortcut_grad(unit) else (NO_SLOT, NO_SLOT)
         into = (name, f"sums{unit.index - 1}" if has_norm else "") if unit.needs_input_grad else ("", "")
@@ -228,12 +236,12 @@ class BackwardBuilder(ForwardBuilder):
     def _norm_backward_pair(self, unit: Unit, other: Unit, grad: _OutputGrad, other_grad: _OutputGrad) -> None:
         """Append the joint backward of the two norms whose outputs are added: they share one output gradient.
 
-        One reduction computes the sums of both. One pass computes both input gradients as well, unless a fused backward
-        or a process group needs the sums first.
+        One reduction computes the sums of both. One pass computes both input gradients as well, unless gradient kernels
+        compute them, or a process group needs the sums first.
         """
         z, other_z = self._forward_value(unit.output_name), self._forward_value(other.output_name)
         stats, other_stats = self.slots[stats_name(unit)], self.slots[stats_name(other)]
-        if self.group or unit.fused_backward or other.fused_backward:
+        if self.group or not (unit.separate_norm_backward and other.separate_norm_backward):
             sums_operands = (grad.dy, z, stats, grad.mask, "identity", other_z, other_stats)
             sums = self._step("batch_norm_sums", *sums_operands, into=("sums of both",))
             grad.sums, other_grad.sums = self._split(sums, "sums", unit, other)

@@ -93,8 +93,13 @@ class Unit:
 
     @property
     def fused_backward(self) -> bool:
-        """Whether the convolution's gradient kernels compute the norm's input gradient in their operand prologue."""
+        """Whether the convolution's gradient kernels run the backward of the norms around it."""
         return self.algorithms.fused_backward
+
+    @property
+    def separate_norm_backward(self) -> bool:
+        """Whether the norm's input gradient is computed by a pass of its own."""
+        return not self.fused_backward or self.algorithms.weight_gradient.algorithm.separate_norm_backward
 
     @property
     def adds_in_dgrad(self) -> bool:

@@ -149,6 +149,7 @@ class Algorithm:
             "" for no text.
         fused: whether *forward* has the preceding norm and ReLU as operand prologue, and the gradients have the
             backward of the following norm as operand prologue.
+        separate_norm_backward: whether the backward of the following norm is nevertheless a pass of its own.
         returns_partials: whether *forward* returns partial statistics of the output.
         special_case: whether the algorithm is for few problems only, so that a plan does not report why it was passed
             over.
@@ -169,6 +170,7 @@ class Algorithm:
     rules: tuple[Rule, ...] = ()
     selection_reason: Callable[[Problem], str] = field(default=lambda problem: "")
     fused: bool = False
+    separate_norm_backward: bool = False
     returns_partials: bool = False
     special_case: bool = False
     compact_input_gradient: bool = False

@@ -97,33 +97,32 @@ void wgrad_bf16_pack_dz(const WeightGradientArgs& args, Range block, void* packe
   });
 }
 
-// The epilogue: writes or adds the rows of a block of dw to the accumulators [row][kPanelWidth].
-class AccumulateEpilogue {
+// Reads memory into L2 while something else is computed, a few cache lines in each of `steps` steps.
+class RangePrefetch {
  public:
-  AccumulateEpilogue() = default;
-  AccumulateEpilogue(float* to, int64_t rows, bool overwrite) : to_(to), rows_(rows), overwrite_(overwrite) {}
+  RangePrefetch() = default;
+  RangePrefetch(const MemoryRange& range, int64_t steps)
+      : next_(static_cast<const char*>(range.data)),
+        left_(range.bytes / 64),
+        lines_((left_ + steps - 1) / steps) {}
 
-  int64_t count() const { return rows_; }
-  void store(const float (*acc)[kPanelWidth], int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; ++i) store(i, load(acc[i]), load(acc[i] + kHalfWidth));
-  }
-  void store(int64_t i, Vec<float> low, Vec<float> high) const {
-    float* row = to_ + i * kPanelWidth;
-    if (!overwrite_) low = load(row) + low, high = load(row + kHalfWidth) + high;
-    cpu::store(row, low), cpu::store(row + kHalfWidth, high);
+  bool done() const { return left_ == 0; }
+  void advance() {
+    const int64_t lines = min(lines_, left_);
+    for (int64_t i = 0; i < lines; ++i) prefetch(next_ + 64 * i);
+    next_ += 64 * lines, left_ -= lines;
   }
 
  private:
-  float* to_;
-  int64_t rows_;
-  bool overwrite_;
+  const char* next_ = nullptr;
+  int64_t left_ = 0, lines_ = 0;
 };
 
 // acc[panel][tap][row][kPanelWidth] (+)= A^T dz for these panels and blocks of rows of A^T.
 void wgrad_bf16_gemm(const WeightGradientArgs& args, Range block, Range panels, Range row_blocks,
                      const void* transposed, const void* packed, bool overwrite, float* acc,
                      const MemoryRange* next) {
-  constexpr int64_t kRows = DotMicroKernel<AccumulateEpilogue>::kRows;
+  constexpr int64_t kRows = DotAccumulator::kRows;
   const RowsOfA a(args.convolution, block, nullptr);
   const TapLoop& taps = a.taps();
   const int64_t pitch = wgrad_pitch(a.positions()), tap_rows = wgrad_tap_rows(args.convolution, kTiles);
@@ -131,20 +130,15 @@ void wgrad_bf16_gemm(const WeightGradientArgs& args, Range block, Range panels, 
   const int64_t all_panels = (args.convolution.out_channels + kPanelWidth - 1) / kPanelWidth;
   const auto* positions = reinterpret_cast<const int64_t*>(static_cast<const bfloat16*>(packed) +
                                                            all_panels * count * kBlockElements);
-  const TapLoop k_loop = {count, 1, positions};
-  DotMicroKernel<AccumulateEpilogue> gemm(kBlockK);
   // The operands of the next chunk are read from memory while this one is multiplied.
   const int64_t steps =
       (panels.end - panels.begin) * (row_blocks.end - row_blocks.begin) * kBlockK / kRows * taps.taps * count;
-  const auto stream = [&](const MemoryRange& range) {
-    const int64_t lines = range.bytes / 64;
-    if (lines == 0) return PrefetchStream();
-    PrefetchStream result(range.data, (lines + steps - 1) / steps, lines, 0);
-    result.left_in_row = lines, result.once = true;
-    return result;
+  RangePrefetch prefetches[kMaxNextRanges];
+  for (int i = 0; i < kMaxNextRanges; ++i) prefetches[i] = RangePrefetch(next[i], steps);
+  const auto advance = [&] {
+    for (RangePrefetch& range : prefetches) range.advance();
   };
-  static_assert(kMaxNextRanges == 3);
-  PrefetchStreams streams = {stream(next[0]), stream(next[1]), stream(next[2]), {}};
+  DotAccumulator gemm;
   const int64_t first = row_blocks.begin * kBlockK, last = row_blocks.end * kBlockK;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const bfloat16* b = static_cast<const bfloat16*>(packed) + panel * count * kBlockElements;
@@ -154,13 +148,16 @@ void wgrad_bf16_gemm(const WeightGradientArgs& args, Range block, Range panels, 
         const int64_t plane = taps.offsets[tap] / a.plane(), shift = taps.offsets[tap] % a.plane() / a.lda();
         const bfloat16* from =
             static_cast<const bfloat16*>(transposed) + (plane * tap_rows + row) * pitch + shift;
-        const int64_t acc_row = ((panel - panels.begin) * taps.taps + tap) * (last - first) + row - first;
-        gemm.run(rows, from, pitch, b, k_loop, streams,
-                 AccumulateEpilogue(acc + acc_row * kPanelWidth, rows, overwrite));
+        float* to =
+            acc + (((panel - panels.begin) * taps.taps + tap) * (last - first) + row - first) * kPanelWidth;
+        if (prefetches[0].done() && prefetches[1].done() && prefetches[2].done()) {
+          gemm.run(rows, from, pitch, b, count, positions, overwrite, to, [] {});
+        } else {
+          gemm.run(rows, from, pitch, b, count, positions, overwrite, to, advance);
+        }
       }
     }
   }
-  gemm.finish();
 }
 
 // Split-K reduction: adds the partial accumulators of all parts, in order.

@@ -437,8 +437,8 @@ WINOGRAD_F2X2 = _native_algorithm(
     lambda problem: "small feature map: reads less of the weight than F(4x4)",
 )
 DIRECT_BF16 = _native_algorithm("direct_bf16", _bf16_unsupported_reason, (), True, _describe_direct)
-#: Weight elements up to which the gradients are fused with the norms around them: 160 KB of float32 accumulators, which
-#: stay in L2 beside the operands of a chunk. All convolutions of ResNets' first stages.
+#: Weight elements up to which the gradients compute the backward of the following norm: 160 KB of float32
+#: accumulators, which stay in L2 beside the operands of a chunk. All convolutions of ResNets' first stages.
 _MAX_FUSED_GRADIENT_WEIGHT = 40960
 
 #: ``direct_bf16`` with the norms around the convolution: chunk by chunk, in pixels that stay in L2.
@@ -449,7 +449,7 @@ FUSED_BF16 = Algorithm(
     rules=(
         Rule(
             lambda problem: math.prod(problem.weight) > _MAX_FUSED_GRADIENT_WEIGHT,
-            "a large weight: separate passes of the norms are faster",
+            "a large weight: a separate pass of the following norm is faster",
             "2 cores of a Xeon with AMX, batch 16, ms of a block's step with fused gradients / without: bottleneck of"
             " stages 1 to 4 28.8 / 30.6, 18.9 / 18.6, 15.2 / 14.3, 21.8 / 19.3 (python -m benchmarks chain)",
             ("input_gradient", "weight_gradient"),
@@ -460,6 +460,15 @@ FUSED_BF16 = Algorithm(
     returns_partials=True,
     compact_input_gradient=True,
     packs_master_weight=True,
+)
+#: Its gradients without the backward of the following norm, whose result both read.
+FUSED_INPUT_BF16 = replace(
+    FUSED_BF16,
+    name="fused_input_bf16",
+    implementations={"input_gradient": "conv_backward", "weight_gradient": "conv_backward"},
+    rules=(),
+    selection_reason=lambda problem: "with the preceding norm, in chunks of pixels that stay in L2",
+    separate_norm_backward=True,
 )
 DIRECT = _native_algorithm(
     "direct",
@@ -510,6 +519,7 @@ ATEN_EPILOGUE = replace(
     selection_reason=lambda problem: "float32 bias, addition and ReLU in one pass after ATen's convolution",
 )
 ALGORITHMS = (
-    FUSED_BF16, WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, ATEN_EPILOGUE, *convolution.ALGORITHMS
+    FUSED_BF16, FUSED_INPUT_BF16, WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, ATEN_EPILOGUE,
+    *convolution.ALGORITHMS,
 )  # fmt: skip
 ALGORITHMS_BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
