@@ -174,6 +174,15 @@ ConvolutionArgs phase_args(const Backward& backward, const Phase& rows, const Ph
   return args;
 }
 
+// True if the gradient of a weight is to be written with streaming stores: the optimizer reads it when all
+// other gradients have been written. Two cores of a Xeon with AMX, ms of a step with and without: ResNet-50,
+// batch 4, 162 and 167; ResNet-18, batch 4, 61.3 and 63.8; batch 16, equal.
+bool streams_weight_gradient(const WeightGradientArgs& args, int64_t bytes) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  return bytes >= caches().l2 / 2 && reinterpret_cast<uintptr_t>(args.dweight) % 64 == 0 &&
+         args.output_stride % kLine == 0 && args.row_stride % kLine == 0 && args.column_stride % kLine == 0;
+}
+
 // Returns the gradient sums (2, C), sum dy and sum dy * xhat, of all chunks.
 Tensor merge_sums(const std::vector<double>& partial, int64_t channels, const Tensor& stats) {
   std::vector<double> total(static_cast<size_t>(2 * channels));
@@ -320,6 +329,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(
     wgrad.dweight = dweight.data_ptr<float>();
     wgrad.output_stride = dweight.stride(0), wgrad.channel_stride = dweight.stride(1);
     wgrad.row_stride = dweight.stride(2), wgrad.column_stride = dweight.stride(3);
+    wgrad.stream = streams_weight_gradient(wgrad, static_cast<int64_t>(dweight.nbytes()));
     if (joint) phases[0].pixels_outer = true;
     const WeightGradientFusion fusion(backward, joint ? &phases[0] : nullptr);
     Scratch scratch(wgrad_tasks.scratch(parallel.threads(), fusion));

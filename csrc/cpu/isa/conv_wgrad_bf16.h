@@ -206,8 +206,10 @@ void wgrad_bf16_reduce(const WeightGradientArgs& args, Range panels, Range row_b
               tile[i] = _mm512_castps_si512(reduce_split_k(from + i * kPanelWidth + half, parts, stride).v);
             transpose_16x16(tile);
             float* to = address(panel, first) + half * args.output_stride;
-            for (int64_t o = 0; o < kHalfWidth; ++o)
-              _mm512_storeu_si512(to + o * args.output_stride, tile[o]);
+            for (int64_t o = 0; o < kHalfWidth; ++o, to += args.output_stride) {
+              args.stream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), tile[o])
+                          : _mm512_storeu_si512(to, tile[o]);
+            }
           }
           continue;
         }
@@ -223,6 +225,7 @@ void wgrad_bf16_reduce(const WeightGradientArgs& args, Range panels, Range row_b
       }
     }
   }
+  if (args.stream) stream_fence();
 }
 
 inline constexpr Bf16WeightGradientKernels wgrad_bf16 = {wgrad_bf16_pack_input, wgrad_bf16_pack_dz,

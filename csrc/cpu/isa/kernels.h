@@ -193,6 +193,7 @@ struct WeightGradientArgs {
                    // kPanelWidth
   float* dweight;
   int64_t output_stride, channel_stride, row_stride, column_stride;  // strides of dweight
+  bool stream;  // bf16: write dweight with streaming stores; it and its strides are multiples of 64 bytes
 };
 
 // Every function computes an independent part of the result. A panel is kPanelWidth output channels.
