@@ -165,6 +165,8 @@ class WeightGradientBf16Tasks {
     const int64_t bytes = accumulator_floats() * static_cast<int64_t>(sizeof(float));
     split_k_ = bytes <= kMaxSplitK;
     parts_ = split_k_ ? std::min({chunks_, kMaxParts, std::max<int64_t>(kSplitKBytes / bytes, 2)}) : 1;
+    // As many parts for every thread, too.
+    if (parts_ > kChunkMultiple) parts_ = parts_ / kChunkMultiple * kChunkMultiple;
     slots_ = std::min(chunks_, kChunksPerStage);
   }
 

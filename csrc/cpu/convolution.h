@@ -134,7 +134,8 @@ class ChunkFusion {
 };
 
 // Convolution with bfloat16 products (isa/direct_bf16.h): a task is a chunk of output pixels and a group of
-// panels; with a fusion, a chunk.
+// panels. With a fusion, a task is a chunk, if there are enough of them; otherwise the passes of the fusion
+// are stages before and after.
 class DirectBf16Tasks {
  public:
   explicit DirectBf16Tasks(const ConvolutionArgs& args, bool tiles)
@@ -164,7 +165,9 @@ class DirectBf16Tasks {
   int64_t chunks() const { return chunks_; }
   int64_t pixel_count(int64_t chunk) const { return rows(chunk).end - rows(chunk).begin; }
   int64_t scratch(int64_t threads, const ChunkFusion* fusion = nullptr) const {
-    return threads * (operand_bytes() + moments_bytes() + input_bytes(fusion));
+    const bool staged = chunks_ < kTasksPerThread * threads;
+    return threads * (operand_bytes() + moments_bytes()) +
+           (staged ? 1 : threads) * input_bytes(fusion, staged ? pixels() : chunk_pixels());
   }
 
   template <class Parallel>
@@ -180,15 +183,17 @@ class DirectBf16Tasks {
         std::max(chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_)), fitting);
     ConvolutionArgs args = args_;
     args.pixels_outer = ceil_div(panels, groups) * panel_bytes <= cached;
-    const int64_t own_bytes = operand_bytes() + moments_bytes() + input_bytes(fusion);
-    if (fusion) {
+    const int64_t own_bytes = operand_bytes() + moments_bytes();
+    char* const inputs = static_cast<char*>(scratch) + parallel.threads() * own_bytes;
+    if (fusion && chunks_ >= target) {
+      const int64_t bytes = input_bytes(fusion, chunk_pixels());
       parallel(chunks_, [&](int64_t begin, int64_t end) {
         char* const own = static_cast<char*>(scratch) + parallel.thread() * own_bytes;
         ConvolutionArgs task_args = args;
         for (int64_t chunk = begin; chunk < end; ++chunk) {
           if (fusion->computes_input()) {
             const Range pixels = input_pixels(args_, rows(chunk));
-            char* const input = own + operand_bytes() + moments_bytes();
+            char* const input = inputs + parallel.thread() * bytes;
             fusion->input(pixels, input);
             task_args.x = input - pixels.begin * args_.channels * kElement;
           }
@@ -202,6 +207,15 @@ class DirectBf16Tasks {
       });
       return;
     }
+    if (fusion && fusion->computes_input()) {
+      parallel(target, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Range part = balanced_range(pixels(), i, target);
+          fusion->input(part, inputs + part.begin * args_.channels * kElement);
+        }
+      });
+      args.x = inputs;
+    }
     // The chunk that each thread has read last.
     std::vector<int64_t> read(static_cast<size_t>(parallel.threads()), -1);
     parallel(groups * chunks_, [&](int64_t begin, int64_t end) {
@@ -214,6 +228,10 @@ class DirectBf16Tasks {
         k.bf16_convolution->run(task_args, rows(chunk), balanced_range(panels, group, groups), own,
                                 own + operand_bytes(), moments.of(chunk, args_.out_channels));
       }
+    });
+    if (!fusion) return;
+    parallel(chunks_, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) fusion->output(chunk, rows(chunk));
     });
   }
 
@@ -230,14 +248,19 @@ class DirectBf16Tasks {
     const int64_t rows = ceil_div(ceil_div(rows_, unit_), chunks_) * unit_;
     return ceil_div(copied_elements(args_, tiles_, rows) * kElement, 64) * 64;
   }
-  int64_t input_bytes(const ChunkFusion* fusion) const {
-    if (!fusion || !fusion->computes_input()) return 0;
+  int64_t pixels() const { return args_.images * args_.height * args_.width; }
+  // The most input pixels of a chunk.
+  int64_t chunk_pixels() const {
     int64_t pixels = 0;
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const Range range = input_pixels(args_, rows(chunk));
       pixels = std::max(pixels, range.end - range.begin);
     }
-    // The last tile reads rows beyond the last.
+    return pixels;
+  }
+  // Of the input that a fusion computes. The last tile reads rows beyond the last.
+  int64_t input_bytes(const ChunkFusion* fusion, int64_t pixels) const {
+    if (!fusion || !fusion->computes_input()) return 0;
     return ceil_div((pixels + 32) * args_.channels * kElement, 64) * 64;
   }
   int64_t moments_bytes() const { return num_panels(args_.out_channels) * kPanelMomentsBytes; }
