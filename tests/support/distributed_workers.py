@@ -21,7 +21,11 @@ import torch.multiprocessing as mp
 #: Timeout of the process group and of joining a worker.
 _TIMEOUT_S = 120
 #: Modules with the functions that run in the workers.
-_PRELOADED_MODULES = ["tests.distributed.test_sync_batch_norm", "examples.train"]
+_PRELOADED_MODULES = [
+    "tests.distributed.test_sync_batch_norm",
+    "tests.distributed.test_bf16_training",
+    "examples.train",
+]
 
 
 def _forkserver() -> Any:
