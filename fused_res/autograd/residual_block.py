@@ -254,6 +254,10 @@ def _block_backward(
     values |= {slot: flat[slot - 1] for slot in plan.kept_tensors}
     values[INPUT_SLOT] = input
     gradients = plan.run_backward(registry.resolve(block_args.backend, grad_output.device), grad_output, values)
+    # ATen's format for a weight's gradient: fake tensors select ATen's algorithms.
+    for at, index in enumerate(plan.differentiable):
+        if index > 0 and gradients[at].dim() == 4:
+            gradients[at] = to_memory_format(gradients[at], plan.key.channels_last or is_channels_last(flat[index - 1]))
     # The gradients of a norm's weight and bias are rows of one tensor: outputs of an operator must not share memory.
     return [grad.clone() if grad.dim() == 1 and grad._is_view() else grad for grad in gradients]
 

@@ -11,6 +11,7 @@ the raw output and the reductions of the norm, unless the algorithm leaves it to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +79,15 @@ class BackwardBuilder(ForwardBuilder):
             self._step("batch_norm_act_apply", *operands, *flags, into=(name, ""), recomputed=True)
         return self.slots[name]
 
-    def backward(self) -> None:
-        """Append the backward program, from the gradient ``dy`` of the output to the slots ``grad ...``."""
+    def backward(self, saved_names: Sequence[str] | None = None) -> None:
+        """Append the backward program, from the gradient ``dy`` of the output to the slots ``grad ...``.
+
+        Args:
+            saved_names: the values that forward saves. Default: those that backward needs, of the recompute level's.
+        """
         self.cast_weights = {}
-        self.available = {name for name in saveable_names(self.spec, self.config.recompute) if name in self.slots}
+        names = saveable_names(self.spec, self.config.recompute) if saved_names is None else saved_names
+        self.available = {name for name in names if name in self.slots}
         last, projection, mask = self.units[-1], self.projection, self.slots.get("mask", NO_SLOT)
         self.names.append("dy")
         self.slots["dy"] = dy = Slot(len(self.names) - 1)

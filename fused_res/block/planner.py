@@ -138,16 +138,35 @@ def _plan(key: PlanKey) -> Plan:
     output = builder.forward()
     stats = tuple(builder.slots[name] for name in map(stats_name, builder.all_units) if name in builder.slots)
     forward, builder.steps = builder.steps, []
+    saved_names = _actually_saved(key, builder.all_units) if key.under_torch_dispatch and builder.needs_backward else None
     if builder.needs_backward:
-        builder.backward()
+        builder.backward(saved_names)
     grads = tuple(builder.slots.get(f"grad {name}", NO_SLOT) for name in builder.input_names)
     backward, inputs = Program(tuple(builder.steps), grads), {builder.slots[name] for name in builder.input_names}
-    saved = _saved_slots(builder, backward, inputs, stats) if builder.needs_backward else ()
+    if saved_names is not None:
+        saved = tuple(builder.slots[name] for name in saved_names)
+    else:
+        saved = _saved_slots(builder, backward, inputs, stats) if builder.needs_backward else ()
     return Plan(
         key, builder.units, builder.projection, tuple(builder.names),
         Program(tuple(forward), (output,)).with_last_uses({*inputs, *saved, *stats}), backward.with_last_uses(inputs),
         saved, stats, builder.needs_backward,
     )  # fmt: skip
+
+
+def _actually_saved(key: PlanKey, units: Sequence[Unit]) -> list[str] | None:
+    """Return the names of the values that the block saves without a torch_dispatch mode, in order.
+
+    The modes' own programs, of ATen's convolutions, would save others: a fused backward reads no activation. But they
+    stand for the block where it is compiled, and a mode may be entered between forward and backward. None: no unit can
+    be fused, so both save the same; then nothing is selected, which would add guards on symbolic sizes.
+    """
+    algorithms = registry.algorithms(key.config.backend)
+    problems = [unit.problem._replace(under_torch_dispatch=False) for unit in units]
+    if not any(one.fused and one.unsupported_reason(problem) is None for one in algorithms for problem in problems):
+        return None
+    actual = _plan(key._replace(under_torch_dispatch=False))
+    return [actual.slot_names[slot] for slot in actual.saved_slots]
 
 
 def _units(key: PlanKey) -> tuple[list[Unit], list[int]]:
