@@ -43,8 +43,11 @@ cpu::Kernels with_bf16(const char* name, const cpu::Bf16ConvolutionKernels& bf16
   cpu::Kernels kernels = cpu::kernels_avx512;
   kernels.name = name;
   kernels.bf16_convolution = &bf16;
-  for (int layout = 0; layout < cpu::kLayouts; ++layout)
-    kernels.batch_norm_act[static_cast<int>(Dtype::kBFloat16)][layout] = bf16.batch_norm_act[layout];
+  constexpr auto kDtype = static_cast<int>(Dtype::kBFloat16);
+  for (int layout = 0; layout < cpu::kLayouts; ++layout) {
+    kernels.batch_norm_act[kDtype][layout] = bf16.batch_norm_act[layout];
+    kernels.max_pool[kDtype][layout] = bf16.max_pool[layout];
+  }
   return kernels;
 }
 #endif

@@ -138,8 +138,9 @@ def _plan(key: PlanKey) -> Plan:
     output = builder.forward()
     stats = tuple(builder.slots[name] for name in map(stats_name, builder.all_units) if name in builder.slots)
     forward, builder.steps = builder.steps, []
-    saved_names = _actually_saved(key, builder.all_units) if key.under_torch_dispatch and builder.needs_backward else None
+    saved_names = None
     if builder.needs_backward:
+        saved_names = _actually_saved(key, builder.all_units) if key.under_torch_dispatch else None
         builder.backward(saved_names)
     grads = tuple(builder.slots.get(f"grad {name}", NO_SLOT) for name in builder.input_names)
     backward, inputs = Program(tuple(builder.steps), grads), {builder.slots[name] for name in builder.input_names}

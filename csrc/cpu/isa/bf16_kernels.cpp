@@ -5,6 +5,7 @@
 #include "cpu/isa/conv_wgrad_bf16.h"
 #include "cpu/isa/direct_bf16.h"
 #include "cpu/isa/kernels.h"
+#include "cpu/isa/max_pool.h"
 #include "cpu/isa/pack_bf16.h"
 
 namespace fused_res::cpu {
@@ -18,6 +19,7 @@ extern constexpr Bf16ConvolutionKernels FUSED_RES_TABLE(FUSED_RES_ISA) = {
     .weight_gradient = wgrad_bf16,
     .tiles = kTiles,
     .batch_norm_act = {batch_norm_act_nhwc<bfloat16>, batch_norm_act_nchw<bfloat16>},
+    .max_pool = {max_pool_nhwc<bfloat16>, max_pool_nchw<bfloat16>},
     .dot_loop = dot_loop,
 };
 

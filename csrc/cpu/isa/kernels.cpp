@@ -16,11 +16,6 @@
 namespace fused_res::cpu {
 namespace {
 
-template <class T>
-inline constexpr MaxPoolKernels max_pool_nhwc = {max_pool_forward_nhwc<T>, max_pool_backward_nhwc<T>};
-template <class T>
-inline constexpr MaxPoolKernels max_pool_nchw = {max_pool_forward_nchw<T>, max_pool_backward_nchw<T>};
-
 #if defined(__AVX2__)
 inline constexpr ConvolutionKernels convolution = {
     .direct = {direct<float>, {}, direct<bfloat16>, direct<float16>},

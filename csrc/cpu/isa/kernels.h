@@ -272,6 +272,7 @@ struct Bf16ConvolutionKernels {
   bool tiles;  // whether the micro-kernels multiply matrix tiles
   // Of bfloat16, where the instruction set converts to it.
   BatchNormActKernels batch_norm_act[kLayouts];
+  MaxPoolKernels max_pool[kLayouts];
   // Saturates the units that multiply and returns the number of floating-point operations. `values`:
   // kFmaValues floats, read and written.
   int64_t (*dot_loop)(int64_t rounds, float* values);

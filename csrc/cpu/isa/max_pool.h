@@ -112,8 +112,11 @@ void max_pool_backward_nhwc(const PoolArgs& a, int64_t begin, int64_t end) {
     const int64_t first_row = row / a.height * a.out_height;
     const int64_t y = row % a.height;
     const Range rows = covering_outputs(y, a.kernel_h, a.stride_h, a.pad_h, a.out_height);
+    // covering_outputs(x, ...), without its divisions.
+    Range cols = {0, 0};
     for (int64_t x = 0; x < a.width; ++x) {
-      const Range cols = covering_outputs(x, a.kernel_w, a.stride_w, a.pad_w, a.out_width);
+      while (cols.begin * a.stride_w - a.pad_w + a.kernel_w <= x) ++cols.begin;
+      while (cols.end < a.out_width && cols.end * a.stride_w - a.pad_w <= x) ++cols.end;
       T* dx = static_cast<T*>(a.y) + (row * a.width + x) * a.channels;
       for_each_vector<V>(a.channels, [&](auto part, int64_t c) {
         V sum = V::zero();
@@ -236,6 +239,11 @@ void max_pool_backward_nchw(const PoolArgs& a, int64_t begin, int64_t end) {
     }
   }
 }
+
+template <class T>
+inline constexpr MaxPoolKernels max_pool_nhwc = {max_pool_forward_nhwc<T>, max_pool_backward_nhwc<T>};
+template <class T>
+inline constexpr MaxPoolKernels max_pool_nchw = {max_pool_forward_nchw<T>, max_pool_backward_nchw<T>};
 
 }  // namespace
 }  // namespace fused_res::cpu
