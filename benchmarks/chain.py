@@ -1,13 +1,14 @@
 """`chain`: what each fusion of a residual block's convolutions and norms is worth in bfloat16 training on a CPU.
 
-A basic block and a bottleneck of every stage run at four levels, each with one more fusion than the one before. The
+A basic block and a bottleneck of every stage run at five levels, each with one more fusion than the one before. The
 kernels of the products are the same:
 
 - *norm passes*: every norm reads its input for the statistics, and once more to normalize it.
 - *statistics in epilogues*: each convolution also returns the statistics of its output.
 - *norms in prologues*: the next convolution normalizes its input; the activation in between is never written.
-- *fused gradients*: the gradients of convolutions also compute the backward of the norms around them and add the
+- *and of gradients*: so do both gradients, which also return the sums of the preceding norm's backward and add the
   gradient of the shortcut.
+- *fused gradients*: they compute the backward of the following norm, too.
 
 Bytes are counted over the steps of each plan: every step reads its operands and writes its results once, and a norm of
 two passes reads its operands twice. Caches are not counted, and the halo of a chunk that is read twice neither.
@@ -30,7 +31,7 @@ from benchmarks.timing import Workload, measure_interleaved
 from fused_res import backends
 from fused_res.autograd.residual_block import ResidualBlock
 from fused_res.backends import registry
-from fused_res.backends.cpu.convolution import DIRECT_BF16, FUSED_BF16
+from fused_res.backends.cpu.convolution import DIRECT_BF16, FUSED_BF16, FUSED_INPUT_BF16
 from fused_res.block.plan import BlockConfig, Plan
 from fused_res.block.planner import plan
 from fused_res.block.program import NO_SLOT, Program, link
@@ -52,6 +53,7 @@ LEVELS = {
     "norm passes": _algorithms(replace(DIRECT_BF16, returns_partials=False), DIRECT_BF16),
     "statistics in epilogues": _algorithms(DIRECT_BF16, DIRECT_BF16),
     "norms in prologues": _algorithms(FUSED_BF16, DIRECT_BF16),
+    "and of gradients": _algorithms(FUSED_BF16, FUSED_INPUT_BF16),
     "fused gradients": _algorithms(FUSED_BF16, FUSED_BF16),
 }
 #: Operators of two passes -> positions of the arguments that both passes read.

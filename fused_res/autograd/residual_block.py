@@ -256,8 +256,9 @@ def _block_backward(
     gradients = plan.run_backward(registry.resolve(block_args.backend, grad_output.device), grad_output, values)
     # ATen's format for a weight's gradient: fake tensors select ATen's algorithms.
     for at, index in enumerate(plan.differentiable):
-        if index > 0 and gradients[at].dim() == 4:
-            gradients[at] = to_memory_format(gradients[at], plan.key.channels_last or is_channels_last(flat[index - 1]))
+        operand = flat[index - 1] if index > 0 else None
+        if operand is not None and operand.dim() == 4:
+            gradients[at] = to_memory_format(gradients[at], plan.key.channels_last or is_channels_last(operand))
     # The gradients of a norm's weight and bias are rows of one tensor: outputs of an operator must not share memory.
     return [grad.clone() if grad.dim() == 1 and grad._is_view() else grad for grad in gradients]
 

@@ -152,19 +152,19 @@ def test_chain_counts_fewer_bytes_with_every_fusion() -> None:
     """What a level saves, for a bottleneck with an identity shortcut, in units of its inner activations.
 
     Statistics in the epilogues save the norms' first pass over z0, z1 and z2 (1 + 1 + 4). Prologues save a write and a
-    read of each inner activation in forward, and cost them in backward, where it is computed again. Fused gradients:
+    read of each inner activation in forward, and cost them in backward, where it is computed again. Backward then:
 
-    ======================================  =======================  =========================================
-    backward                                norms in prologues       fused gradients
-    ======================================  =======================  =========================================
-    norm 2: dy, z2 twice, dz2               16 + 4                   sums: 8
-    a1; gradients: dz2, a1 > da1            2 + 6                    dy, z2, z1 > da1: 10
-    norm 1: da1, z1 twice, dz1              4 + 1                    (sums in an epilogue)
-    a0; gradients: dz1, a0 > da0            2 + 3                    da1, z1, z0 > da0: 4
-    norm 0: da0, z0 twice, dz0              4 + 1                    (sums in an epilogue)
-    gradients: dz0, x > dx                  9                        da0, z0, x, shortcut's dy > dx: 14
-    dx += dy                                12                       (in an epilogue)
-    ======================================  =======================  =========================================
+    =================================  ==================  ================  =============================
+    backward                           norms in prologues  and of gradients  fused gradients
+    =================================  ==================  ================  =============================
+    norm 2: dy, z2 twice, dz2          16 + 4              16 + 4            sums: 8
+    a1; gradients: dz2, a1 > da1       2 + 6               6                 dy, z2, z1 > da1: 10
+    norm 1: da1, z1 twice, dz1         4 + 1               3                 (sums in an epilogue)
+    a0; gradients: dz1, a0 > da0       2 + 3               3                 da1, z1, z0 > da0: 4
+    norm 0: da0, z0 twice, dz0         4 + 1               3                 (sums in an epilogue)
+    gradients: dz0, x > dx             9                   13                da0, z0, x, dy > dx: 14
+    dx += dy                           12                  (in an epilogue)  (in an epilogue)
+    =================================  ==================  ================  =============================
     """
     (block,) = (b for b in network.build_network("resnet50", 8, 224).blocks if b.name == "layer1.1")
     step = chain.Step(block, seed=0)
@@ -172,4 +172,5 @@ def test_chain_counts_fewer_bytes_with_every_fusion() -> None:
     counted = [chain.count_bytes(step, step.plan(algorithms)) / unit for algorithms in chain.LEVELS.values()]
     assert counted[0] - counted[1] == pytest.approx(6, abs=0.1)
     assert counted[1] - counted[2] == pytest.approx(0, abs=0.1)
-    assert counted[2] - counted[3] == pytest.approx(64 - 36, abs=0.5)
+    assert counted[2] - counted[3] == pytest.approx(64 - 48, abs=0.5)
+    assert counted[3] - counted[4] == pytest.approx(48 - 36, abs=0.5)
