@@ -288,6 +288,42 @@ void winograd_gemm_output_transform(const ConvolutionArgs& args, Range block, Ra
   if (args.stream) stream_fence();
 }
 
+// Doubles that fill a cache line, from floats and back.
+constexpr int kDoubles = 8;
+using Doubles [[gnu::vector_size(kDoubles * sizeof(double))]] = double;
+using Floats [[gnu::vector_size(kDoubles * sizeof(float))]] = float;
+
+inline Doubles load_doubles(const float* p) {
+  Floats floats;
+  memcpy(&floats, p, sizeof floats);
+  return __builtin_convertvector(floats, Doubles);
+}
+inline void store_floats(float* p, Doubles a) {
+  const Floats floats = __builtin_convertvector(a, Floats);
+  memcpy(p, &floats, sizeof floats);
+}
+
+// Transposes 8 rows of 8 floats, `stride` elements apart, to rows that are `to_stride` apart.
+inline void transpose_floats(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  Floats a[8], b[8];
+  for (int i = 0; i < 8; ++i) memcpy(&a[i], from + i * stride, sizeof a[i]);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      a[i + j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + j + 2] = __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    b[i + 4] = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 8; ++i) memcpy(to + i * to_stride, &b[i], sizeof b[i]);
+}
+
 // Filter transform U = G g G^T of the panels, in double.
 void winograd_pack(const WeightView& weight, Range panels, void* packed) {
   constexpr int kChannelBlock = 16;  // channels that fill a cache line if they are contiguous in the weight
@@ -311,6 +347,14 @@ void winograd_pack(const WeightView& weight, Range panels, void* packed) {
             copy_floats(g[c][tap], element_address(c, 0, tap), width);
           }
         }
+      } else if (weight.channel_stride == 1 && width == kPanelWidth && channels == kChannelBlock) {
+        for (int64_t o = 0; o < kPanelWidth; o += 8) {
+          for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
+            for (int64_t c = 0; c < kChannelBlock; c += 8)
+              transpose_floats(element_address(c, o, tap), weight.output_stride, &g[c][tap][o],
+                               &g[1][0][0] - &g[0][0][0]);
+          }
+        }
       } else {
         for (int64_t o = 0; o < width; ++o) {
           for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
@@ -323,17 +367,17 @@ void winograd_pack(const WeightView& weight, Range panels, void* packed) {
       }
       for (int64_t c = 0; c < channels; ++c) {
         float to[kPoints][kPoints][kPanelWidth];
-        for (int o = 0; o < kPanelWidth; ++o) {  // auto-vectorized
-          double t[kTaps][kPoints];
+        for (int o = 0; o < kPanelWidth; o += kDoubles) {
+          Doubles t[kTaps][kPoints];
           for (int x = 0; x < kTaps; ++x) {
-            transform_filter(weight.stride, static_cast<double>(g[c][0 * kTaps + x][o]),
-                             static_cast<double>(g[c][1 * kTaps + x][o]),
-                             static_cast<double>(g[c][2 * kTaps + x][o]), t[x]);
+            transform_filter(weight.stride, load_doubles(&g[c][0 * kTaps + x][o]),
+                             load_doubles(&g[c][1 * kTaps + x][o]), load_doubles(&g[c][2 * kTaps + x][o]),
+                             t[x]);
           }
           for (int i = 0; i < kPoints; ++i) {
-            double row[kPoints];
+            Doubles row[kPoints];
             transform_filter(weight.stride, t[0][i], t[1][i], t[2][i], row);
-            for (int j = 0; j < kPoints; ++j) to[i][j][o] = static_cast<float>(row[j]);
+            for (int j = 0; j < kPoints; ++j) store_floats(&to[i][j][o], row[j]);
           }
         }
         for (int p = 0; p < kTransformPoints; ++p) {

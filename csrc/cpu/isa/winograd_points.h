@@ -28,8 +28,9 @@ constexpr double kA = 0.625, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
 constexpr double kScaleZero = 1 / (kA2 * kB2), kScaleA = 1 / (2 * kA2 * (kA2 - kB2)),
                  kScaleB = 1 / (2 * kB2 * (kB2 - kA2));
 
-// Filter transform G g: the filter's value at every point. In double, because it is done once for many uses.
-inline void transform_filter(int64_t stride, double g0, double g1, double g2, double (&u)[kPoints]) {
+// Filter transform G g: the filter's value at every point. V: doubles, because it is done once for many uses.
+template <class V>
+inline void transform_filter(int64_t stride, V g0, V g1, V g2, V (&u)[kPoints]) {
   u[0] = g0 * kScaleZero;
   u[kInfinity] = g2;
   if (stride == 1) {
