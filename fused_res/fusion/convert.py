@@ -108,7 +108,7 @@ def install(model: nn.Module, settings: Settings, packed: bool, frozen: bool = F
 
 
 def generate_programs(module: nn.Module, fusion: Fusion) -> None:
-    """Generate the programs of an unpickled module."""
+    """Generate the programs of a module that is fused already."""
     packed = fusion.packed is not None
     programs: list[Program] = []
     with suppress(Untraceable):

@@ -49,6 +49,14 @@ class Fusion:
         self.calls: Calls = {}
         self.has_warned = False
 
+    def record(self, module: nn.Module) -> None:
+        """Generate the programs of `module` anew, because it was unpickled or the class of a layer has changed."""
+        from fused_res.fusion.convert import generate_programs
+
+        self.calls.clear()
+        self.packed = None if self.packed is None else PackedProgram(self.settings.tune)
+        generate_programs(module, self)
+
     def __deepcopy__(self, memo: Any) -> Fusion:
         return Fusion(self.settings, self.packed is not None, self.frozen, self.programs)
 
@@ -151,7 +159,7 @@ def _picklable_methods(base: Any) -> dict[str, Any]:
         base.__setstate__(self, state)
         fusion = fusion_of(self)
         if fusion is not None and not fusion.programs:
-            _generate_programs(self, fusion)
+            fusion.record(self)
 
     return {"__reduce_ex__": reduce_ex, "__setstate__": setstate}
 
@@ -159,12 +167,6 @@ def _picklable_methods(base: Any) -> dict[str, Any]:
 def _empty(base: type[nn.Module]) -> nn.Module:
     cls = fused_class(base) or base
     return cls.__new__(cls)
-
-
-def _generate_programs(module: nn.Module, fusion: Fusion) -> None:
-    from fused_res.fusion.convert import generate_programs
-
-    generate_programs(module, fusion)
 
 
 # Graph modules: a copy has another class, so that it gets programs of its own.
@@ -221,6 +223,6 @@ def _fused_as(fusion: Fusion | None, module: nn.Module) -> nn.Module:
         module.eval()
     own = Fusion(fusion.settings, fusion.packed is not None, fusion.frozen)
     module.__dict__["_fused_res"] = own
-    _generate_programs(module, own)
+    own.record(module)
     object.__setattr__(module, "__class__", cls)
     return module

@@ -109,4 +109,8 @@ def convert_sync_batchnorm(model: Model, process_group: ProcessGroup | None = No
     for norm in norms.values():
         norm.__class__ = _SYNCHRONIZED[type(norm)]  # type: ignore[assignment]
         norm.process_group = process_group  # type: ignore[assignment]
+    # The programs of fused modules were recorded with the norms' other classes.
+    for module in model.modules() if norms else ():
+        if (fusion := module.__dict__.get("_fused_res")) is not None:
+            fusion.record(module)
     return model

@@ -197,6 +197,14 @@ class TestInteroperability:
             wrapped(images()).sum().backward()
         assert len(calls) == 5
 
+    @pytest.mark.usefixtures("process_group")
+    def test_sync_batchnorm_after_fuse(self) -> None:
+        stock = network()
+        fused = fused_res.convert_sync_batchnorm(fuse(copy.deepcopy(stock)))
+        with record_fused_calls() as calls:
+            assert_models_match(fused, stock, images(), steps=2)
+        assert len(calls) == 2 * 5
+
     def test_functional_call(self) -> None:
         stock = network().eval()
         fused = fuse(copy.deepcopy(stock))
