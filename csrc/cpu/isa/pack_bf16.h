@@ -63,26 +63,34 @@ void pack_blocks(const Bf16WeightView& w, Range panels, bfloat16* to) {
 template <class T>
 void pack_transposed_blocks(const Bf16WeightView& w, Range panels, bfloat16* to) {
   const auto* weight = static_cast<const T*>(w.data);
-  const int64_t taps = w.kernel_h * w.kernel_w, k = w.rows.count * w.columns.count * w.out_channels;
+  const int64_t taps = w.kernel_h * w.kernel_w;
   const int64_t blocks = padded_k(w.out_channels, w.rows.count, w.columns.count, kTiles) / kBlockK;
   const PairInterleaver order;
-  to += panels.begin * blocks * kBlockElements;
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const __mmask32 columns = first_columns(w.channels - panel * kPanelWidth);
-    // The weights of a row of K.
-    const auto load_row = [&](int64_t row) {
-      if (row >= k) return _mm512_setzero_si512();
-      const int64_t o = row % w.out_channels, i = row / w.out_channels / w.columns.count,
-                    j = row / w.out_channels % w.columns.count;
-      const int64_t tap = (w.rows.first + (w.rows.count - 1 - i) * w.rows.step) * w.kernel_w +
-                          w.columns.first + (w.columns.count - 1 - j) * w.columns.step;
-      return load_bf16(weight + (o * taps + tap) * w.channels + panel * kPanelWidth, columns);
-    };
-    for (int64_t row = 0; row < blocks * kBlockK; row += kBlockK, to += kBlockElements) {
-      for (int64_t i = 0; i < kBlockK; i += 2) {
-        const __m512i even = load_row(row + i), odd = load_row(row + i + 1);
-        _mm512_storeu_si512(to + i * kHalfWidth, order.low_columns(even, odd));
-        _mm512_storeu_si512(to + kHalfElements + i * kHalfWidth, order.high_columns(even, odd));
+  // The next row of K: an output channel of a tap.
+  int64_t i = 0, j = 0, o = 0;
+  const auto next_row = [&]() -> const T* {
+    if (i == w.rows.count) return nullptr;
+    const int64_t tap = (w.rows.first + (w.rows.count - 1 - i) * w.rows.step) * w.kernel_w + w.columns.first +
+                        (w.columns.count - 1 - j) * w.columns.step;
+    const T* row = weight + (o * taps + tap) * w.channels;
+    if (++o == w.out_channels) o = 0, ++j;
+    if (j == w.columns.count) j = 0, ++i;
+    return row;
+  };
+  for (int64_t block = 0; block < blocks; ++block) {
+    const T* rows[kBlockK];
+    for (int64_t r = 0; r < kBlockK; ++r) rows[r] = next_row();
+    // All panels of a row, because rows are pages apart.
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const __mmask32 columns = first_columns(w.channels - panel * kPanelWidth);
+      const auto load_row = [&](int64_t r) {
+        return rows[r] ? load_bf16(rows[r] + panel * kPanelWidth, columns) : _mm512_setzero_si512();
+      };
+      bfloat16* pairs = to + (panel * blocks + block) * kBlockElements;
+      for (int64_t r = 0; r < kBlockK; r += 2, pairs += kPanelWidth) {
+        const __m512i even = load_row(r), odd = load_row(r + 1);
+        _mm512_storeu_si512(pairs, order.low_columns(even, odd));
+        _mm512_storeu_si512(pairs + kHalfElements, order.high_columns(even, odd));
       }
     }
   }
