@@ -111,7 +111,7 @@ class TrainingAlgorithms(NamedTuple):
 
     @property
     def fused_backward(self) -> bool:
-        """Whether the gradients have the backward of the following norm as operand prologue."""
+        """Whether the gradients are fused with the norms around the convolution."""
         return self.weight_gradient.algorithm.fused
 
     def __str__(self) -> str:

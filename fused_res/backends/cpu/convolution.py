@@ -451,7 +451,7 @@ FUSED_BF16 = Algorithm(
             lambda problem: math.prod(problem.weight) > _MAX_FUSED_GRADIENT_WEIGHT,
             "a large weight: a separate pass of the following norm is faster",
             "2 cores of a Xeon with AMX, batch 16, ms of a block's step with fused gradients / without: bottleneck of"
-            " stages 1 to 4 28.8 / 30.6, 18.9 / 18.6, 15.2 / 14.3, 21.8 / 19.3 (python -m benchmarks chain)",
+            " stages 1 to 4 28.0 / 28.9, 16.7 / 16.4, 14.5 / 13.3, 18.7 / 15.9 (python -m benchmarks chain)",
             ("input_gradient", "weight_gradient"),
         ),
     ),

@@ -104,11 +104,15 @@ def test_both_memory_formats_of_an_input_in_turn() -> None:
 # Frozen layers
 
 
-def freeze_convolutions(model: Any) -> Any:
+def freeze_all(kind: type[nn.Module], model: Any) -> Any:
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, kind):
             module.requires_grad_(False)
     return model
+
+
+def freeze_convolutions(model: Any) -> Any:
+    return freeze_all(nn.Conv2d, model)
 
 
 def freeze_second_convolution(model: Any) -> Any:
@@ -117,10 +121,7 @@ def freeze_second_convolution(model: Any) -> Any:
 
 
 def freeze_norm_parameters(model: Any) -> Any:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.requires_grad_(False)
-    return model
+    return freeze_all(nn.BatchNorm2d, model)
 
 
 def evaluate_first_norm(model: Any) -> Any:

@@ -308,7 +308,7 @@ def run_block(spec: BlockSpec, x: Tensor, tensors: list[Tensor | None], **option
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     flat = [None if t is None else t.clone(memory_format=torch.preserve_format) for t in tensors]
     parameters = [t.requires_grad_() for i, t in enumerate(flat) if t is not None and i % 6 < 4]
-    y = residual_block(x, spec, flat, training=True, **options)
+    y = residual_block(x, spec, flat, **{"training": True, **options})
     grad = torch.linspace(-1, 2, y.numel()).view(y.shape).cos().to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, [x, *parameters], grad)]
 
@@ -340,6 +340,24 @@ def test_block_error_is_at_most_that_of_separate_passes(shape: dict[str, Any]) -
     assert all(gradient.dtype == torch.float32 for gradient in ours[2:])
 
 
+@pytest.mark.parametrize("channels", [32, 96])
+def test_bias_gradients_with_constant_norms(channels: int) -> None:
+    """With batch statistics a bias has no gradient; both kinds of fused gradients have one with running statistics."""
+    spec, x, tensors = bottleneck(channels, 7)
+    for index in range(0, len(tensors), 6):
+        weight = tensors[index]
+        assert weight is not None
+        tensors[index + 1] = (torch.randn(weight.shape[0]) * 0.1).bfloat16()
+    with fused_res.backends.use("reference"):
+        exact = run_block(spec, x.double(), widened(tensors), training=False)
+    ours = run_block(spec, x, tensors, training=False)
+    with fused_res.backends.use("auto", convolution="aten"):
+        separate = run_block(spec, x, tensors, training=False)
+    assert len(ours) == 2 + 4 * len(spec.convolutions)
+    for index, (a, b, c) in enumerate(zip(ours, separate, exact, strict=True)):
+        assert relative_error(a, c) <= 1.25 * relative_error(b, c) + 1e-3, index
+
+
 def plan_of(spec: BlockSpec, x: Tensor, tensors: list[Tensor | None], **options: Any) -> Any:
     training = (True,) * len(spec.convolutions)
     return plan(BlockConfig(spec, training, "cpu", **options), x, tensors)
@@ -360,6 +378,20 @@ def test_no_pass_over_an_activation_between_convolutions() -> None:
     assert not {"batch_norm_act_backward", "batch_norm_act_dx", "batch_norm_act_apply", "add_masked_"} & {*operators}
     names = {block_plan.slot_names[slot] for slot in block_plan.saved_slots}
     assert not names & {"a0", "a1"} and {"x", "z0", "z1", "z2"} <= names
+
+
+def test_separate_norm_backward_of_large_weights() -> None:
+    """Each norm's backward is one pass, which takes its sums from the next convolution, and nothing is normalized."""
+    spec, x, tensors = bottleneck(96, 7, projection=False)
+    for t in (x, *tensors):
+        if t is not None:
+            t.requires_grad_()
+    block_plan = plan_of(spec, x, tensors)
+    assert {selected.name for unit in block_plan.units[1:2] for selected in unit.algorithms[1:]} == {"fused_input_bf16"}
+    operators = [step.operator for step in block_plan.backward.steps]
+    assert operators.count("conv_backward") == 3 and operators.count("batch_norm_act_dx") >= 1
+    assert not {"batch_norm_act_apply", "add_masked_", "convolution_backward"} & {*operators}
+    assert not {"a0", "a1"} & {block_plan.slot_names[slot] for slot in block_plan.saved_slots}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
