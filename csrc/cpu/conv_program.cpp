@@ -73,7 +73,7 @@ class GraphExecutor {
     args.out_channels = step.out_channels, args.tile = step.tile, args.relu = step.relu != 0;
     args.dtype = dtype_, args.bf16_products = step.bf16_products != 0;
     set_geometry(args, step.kernel_size, step.stride, step.padding, step.dilation);
-    check_conv_args(args, packed_[step.weight].numel());
+    check_conv_args(args);
     args.packed = packed_data(args, packed_[step.weight]);
     TORCH_CHECK_VALUE(bias_[step.weight].numel() == step.out_channels && bias_[step.weight].is_contiguous(),
                       "bias: expected ", step.out_channels, " contiguous elements, got ",

@@ -44,6 +44,28 @@ Tensor pack_bf16_weight(const Tensor& original, bool transposed, bool resident) 
   return packed;
 }
 
+// The view of a weight (K, C, kh, kw) of float32 to pack; the arguments are those of pack_conv_weight.
+WeightView weight_view(const Tensor& weight, int64_t winograd, bool transposed) {
+  WeightView view = {float_data(weight, "weight"),
+                     weight.size(0),
+                     weight.size(1),
+                     weight.size(2),
+                     weight.size(3),
+                     weight.stride(0),
+                     weight.stride(1),
+                     weight.stride(2),
+                     weight.stride(3),
+                     winograd,
+                     /*stream=*/false};
+  if (transposed) {
+    view.data += (view.kernel_h - 1) * view.row_stride + (view.kernel_w - 1) * view.column_stride;
+    view.row_stride = -view.row_stride, view.column_stride = -view.column_stride;
+    std::swap(view.out_channels, view.channels);
+    std::swap(view.output_stride, view.channel_stride);
+  }
+  return view;
+}
+
 // Packs a weight (K, C, kh, kw) of float32, bfloat16 or float16. winograd: the stride, 1 or 2, of a Winograd
 // convolution, or 0 for a direct one. transposed: pack the weight of the gradient with respect to the input
 // (dgrad), whose taps are reversed and whose input and output channels are swapped. bf16_products: pack
@@ -64,23 +86,7 @@ Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transpose
       kernels().name);
   if (bf16_products) return pack_bf16_weight(original, transposed, resident);
   const Tensor weight = original.to(at::kFloat);
-  WeightView w = {float_data(weight, "weight"),
-                  weight.size(0),
-                  weight.size(1),
-                  kernel_h,
-                  kernel_w,
-                  weight.stride(0),
-                  weight.stride(1),
-                  weight.stride(2),
-                  weight.stride(3),
-                  winograd,
-                  /*stream=*/false};
-  if (transposed) {
-    w.data += (kernel_h - 1) * w.row_stride + (kernel_w - 1) * w.column_stride;
-    w.row_stride = -w.row_stride, w.column_stride = -w.column_stride;
-    std::swap(w.out_channels, w.channels);
-    std::swap(w.output_stride, w.channel_stride);
-  }
+  WeightView w = weight_view(weight, winograd, transposed);
   const int64_t size = packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0);
   Tensor packed = empty_packed(size, at::kFloat, resident);
   void* to = packed.mutable_data_ptr();
@@ -138,12 +144,12 @@ class NormalizedInput final : public ChunkFusion {
   ForwardArgs args_ = {};
 };
 
-std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, const OptionalTensor& bias,
+std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                     const OptionalTensor& residual, int64_t out_channels,
                                     at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t tile,
                                     bool relu, bool partials, bool bf16_products,
-                                    const OptionalTensor& input_stats, bool input_relu) {
+                                    const OptionalTensor& input_stats, bool input_relu, bool transposed) {
   TORCH_CHECK_VALUE(input.dim() == 4, "input: expected (N, C, H, W), got ", input.sizes());
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   ConvolutionArgs args = {};
@@ -155,9 +161,25 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
       "partials: expected a float32 input, or products of bfloat16, for partial statistics, got ",
       x.scalar_type());
   set_geometry(args, kernel_size, stride, padding, dilation);
-  check_conv_args(args, packed.numel());
-  TORCH_CHECK_VALUE(packed.is_contiguous(),
-                    "packed: expected a contiguous tensor, as pack_conv_weight returns it");
+  check_conv_args(args);
+  Tensor packed = weight;
+  WeightView view;
+  if (weight.dim() == 4) {
+    image_dtype(weight, "weight");
+    TORCH_CHECK_VALUE(weight.size(transposed ? 1 : 0) == out_channels &&
+                          weight.size(transposed ? 0 : 1) == args.channels &&
+                          weight.sizes().slice(2).equals(kernel_size),
+                      "weight: expected the weight of this convolution, got ", weight.sizes());
+    const int64_t winograd = tile != 0 ? args.stride_h : 0;
+    if (tile != 0 && WinogradTasks(args).staged()) {
+      packed = weight.to(at::kFloat);
+      view = weight_view(packed, winograd, transposed);
+      args.weight = &view;
+    } else {
+      packed = pack_conv_weight(weight, winograd, transposed, bf16_products, /*resident=*/false);
+    }
+  }
+  if (!args.weight) args.packed = packed_data(args, packed);
   const std::array<int64_t, 4> sizes = {args.images, out_channels, args.out_height, args.out_width};
   Tensor added, shift;
   if (residual && residual->defined()) {
@@ -177,7 +199,6 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& packed, c
   }
   Tensor output = empty_output(sizes, x.scalar_type(), at::MemoryFormat::ChannelsLast);
   args.x = x.const_data_ptr(), args.y = output.mutable_data_ptr();
-  args.packed = packed_data(args, packed);
   args.stream = use_streaming_stores(args, args.images);
   Tensor statistics = empty_placeholder(at::kDouble);
   if (output.numel() == 0)

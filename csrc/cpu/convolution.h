@@ -286,6 +286,8 @@ class WinogradTasks {
     chunks_ = ceil_div(total_, staged_ ? kStagedChunk / args.stride_h : kFusedChunk);
   }
 
+  // True if the tasks may transform the weight themselves (ConvolutionArgs::weight): a task reads one panel.
+  bool staged() const { return staged_; }
   int64_t chunks() const { return chunks_; }
   int64_t pixel_count(int64_t chunk) const {
     const Range block = balanced_range(total_, chunk, chunks_);
@@ -299,8 +301,8 @@ class WinogradTasks {
   }
   // Bytes.
   int64_t scratch(int64_t threads) const {
-    const int64_t floats =
-        staged_ ? kChunksPerStage * v_floats() + threads * m_floats() : threads * (v_floats() + m_floats());
+    const int64_t floats = staged_ ? kChunksPerStage * v_floats() + threads * (m_floats() + u_floats())
+                                   : threads * (v_floats() + m_floats());
     return floats * static_cast<int64_t>(sizeof(float));
   }
 
@@ -321,7 +323,9 @@ class WinogradTasks {
       });
       return;
     }
-    float* const m = scratch + kChunksPerStage * v_floats();
+    float* const own = scratch + kChunksPerStage * v_floats();
+    // The panel that each thread has transformed last.
+    std::vector<int64_t> transformed(static_cast<size_t>(parallel.threads()), -1);
     // The input transforms of a few chunks are one stage, their GEMMs the next.
     const auto first_chunk = [](int64_t stage) { return stage / 2 * kChunksPerStage; };
     const auto chunks_of = [&](int64_t stage) {
@@ -331,7 +335,9 @@ class WinogradTasks {
         2 * ceil_div(chunks_, kChunksPerStage),
         [&](int64_t stage) { return chunks_of(stage) * (stage % 2 == 0 ? kTransformTasks : panels); },
         [&](int64_t stage, int64_t begin, int64_t end) {
-          const int64_t first = first_chunk(stage), chunks = chunks_of(stage);
+          const int64_t first = first_chunk(stage), chunks = chunks_of(stage), thread = parallel.thread();
+          float *const m = own + thread * (m_floats() + u_floats()), *const u = m + m_floats();
+          ConvolutionArgs args = args_;
           for (int64_t task = begin; task < end; ++task) {
             if (stage % 2 == 0) {
               const int64_t index = task / kTransformTasks;
@@ -342,9 +348,14 @@ class WinogradTasks {
                                 scratch + index * v_floats());
             } else {
               const int64_t panel = task / chunks, index = task % chunks, chunk = first + index;
-              k.gemm_output_transform(args_, balanced_range(total_, chunk, chunks_), {panel, panel + 1},
-                                      scratch + index * v_floats(), m + parallel.thread() * m_floats(),
-                                      moments.of(chunk, args_.out_channels));
+              if (args_.weight) {
+                float* const packed = u - panel * u_floats();
+                if (std::exchange(transformed[static_cast<size_t>(thread)], panel) != panel)
+                  k.pack(*args_.weight, {panel, panel + 1}, packed);
+                args.packed = packed;
+              }
+              k.gemm_output_transform(args, balanced_range(total_, chunk, chunks_), {panel, panel + 1},
+                                      scratch + index * v_floats(), m, moments.of(chunk, args.out_channels));
             }
           }
         });
@@ -362,6 +373,10 @@ class WinogradTasks {
   int64_t rows() const { return ceil_div(total_, chunks_) * tiles_.transform_elements(); }
   int64_t v_floats() const { return rows() * padded_row_stride(args_.channels); }
   int64_t m_floats() const { return rows() * kPanelWidth; }
+  // The size of a panel of U that a thread transforms.
+  int64_t u_floats() const {
+    return args_.weight ? packed_size(kPanelWidth, args_.channels, kTaps * kTaps, true) : 0;
+  }
 
   const ConvolutionArgs& args_;
   TileGrid tiles_;

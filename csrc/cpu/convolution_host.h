@@ -99,11 +99,19 @@ class Scratch {
   Tensor memory_;
 };
 
+// The data of a weight that must be packed for this convolution.
 inline const void* packed_data(const ConvolutionArgs& args, const Tensor& packed) {
   const auto expected = args.bf16_products ? at::kBFloat16 : at::kFloat;
-  TORCH_CHECK_TYPE(packed.scalar_type() == expected && packed.is_cpu(), "packed: expected ",
+  TORCH_CHECK_TYPE(packed.scalar_type() == expected && packed.is_cpu(), "weight: expected ",
                    args.bf16_products ? "bfloat16" : "float32", " on the CPU, got ", packed.scalar_type(),
                    " on ", packed.device());
+  const int64_t size =
+      args.bf16_products
+          ? packed_bf16_size(args.out_channels, args.channels, args.kernel_h, args.kernel_w,
+                             kernels().bf16_convolution->tiles)
+          : packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w, args.tile != 0);
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.numel() == size,
+                    "weight: expected the weight packed for this convolution, as pack_conv_weight returns it");
   return packed.const_data_ptr();
 }
 
@@ -138,7 +146,7 @@ inline bool use_streaming_stores(const ConvolutionArgs& args, int64_t images) {
          pixel_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(args.y) % kLine == 0;
 }
 
-inline void check_conv_args(const ConvolutionArgs& args, int64_t packed) {
+inline void check_conv_args(const ConvolutionArgs& args) {
   convolution_kernels();  // raises without them
   TORCH_CHECK_VALUE(args.out_channels > 0, "outputs: expected a positive integer, got ", args.out_channels);
   TORCH_CHECK_VALUE(
@@ -155,12 +163,6 @@ inline void check_conv_args(const ConvolutionArgs& args, int64_t packed) {
   TORCH_CHECK_VALUE(!args.bf16_products || args.channels > kPixelChannels || args.dilation_w == 1,
                     "dilation: products of bfloat16 do not support dilated filters of images of up to ",
                     kPixelChannels, " channels");
-  const int64_t expected =
-      args.bf16_products
-          ? packed_bf16_size(args.out_channels, args.channels, args.kernel_h, args.kernel_w,
-                             kernels().bf16_convolution->tiles)
-          : packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w, args.tile != 0);
-  TORCH_CHECK_VALUE(packed == expected, "packed: expected the weight packed for this convolution");
 }
 
 }  // namespace

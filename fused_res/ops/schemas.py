@@ -245,13 +245,14 @@ CPU_SCHEMAS = {
     # for an algorithm that multiplies bfloat16, instead of float32. resident: many calls will read the packed weight.
     "pack_conv_weight": "(Tensor weight, int winograd, bool transposed, bool bf16_products=False,"
     " bool resident=False) -> Tensor",
-    # act(conv(input) + bias [+ residual]) from a packed weight. outputs: number of output channels. tile: output pixels
+    # act(conv(input) + bias [+ residual]). weight: packed, of one dimension, or (K, C, kh, kw), which is packed within
+    # the call; `transposed` as of `pack_conv_weight`. outputs: number of output channels. tile: output pixels
     # per side of a Winograd tile, m of F(m x m, 3 x 3), or 0 for direct convolution. partials: also return the partial
     # statistics (1, 3, outputs) of the output. bf16_products: multiply bfloat16, instead of float32; only then there
     # may be a norm before the convolution, with `input_stats` (5, C) and `input_relu`.
-    "convolve": "(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int outputs, int[2] kernel_size,"
+    "convolve": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int outputs, int[2] kernel_size,"
     " int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu, bool partials,"
-    " bool bf16_products=False, Tensor? input_stats=None, bool input_relu=False)"
+    " bool bf16_products=False, Tensor? input_stats=None, bool input_relu=False, bool transposed=False)"
     " -> (Tensor output, Tensor partials)",
     # Weight gradient, in the shape of `weight`, of a convolution without groups. winograd: whether to use a Winograd
     # algorithm.

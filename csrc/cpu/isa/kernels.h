@@ -159,6 +159,8 @@ struct ConvolutionArgs {
   Dtype dtype;  // of x, residual and y: float32, bfloat16 or float16
   const void* x;
   const void* packed;    // float, or bfloat16 with bf16_products
+  const WeightView* weight;  // Winograd, staged: if not null, each task transforms the panels that it reads,
+                             // and `packed` is not read
   const float* bias;     // [out_channels], or null
   const void* residual;  // like y, or null
   void* y;

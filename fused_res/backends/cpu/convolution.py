@@ -55,34 +55,35 @@ KERNELS = {
 }
 
 
-def pack(
-    weight: Tensor, kernel: Kernel, stride: Sequence[int], transposed: bool = False, resident: bool = False
-) -> Tensor:
+def pack(weight: Tensor, kernel: Kernel, stride: Sequence[int], resident: bool = False) -> Tensor:
     """Return the packed weight, as bfloat16 or float32; `resident` if many calls will read it.
 
     F(2x2) uses a subset of the interpolation points of F(4x4), so both read the same transformed filter U.
     """
     tile, bf16_products = kernel
-    packed: Tensor = pack_conv_weight(weight, stride[0] if tile else 0, transposed, bf16_products, resident)
+    packed: Tensor = pack_conv_weight(weight, stride[0] if tile else 0, False, bf16_products, resident)
     return packed
 
 
 def _run(
     kernel: Kernel,
     input: Tensor,
-    packed: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
-    weight: Sequence[int],
+    shape: Sequence[int],
     geometry: Geometry,
     residual: Tensor | None = None,
     relu: bool = False,
     partials: bool = False,
+    input_stats: Tensor | None = None,
+    input_relu: bool = False,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Call the C++ operator with a packed weight; ``weight`` is the shape of the unpacked weight."""
+    """Call the C++ operator with a weight, packed or not; `shape` is that of the unpacked, transposed weight."""
     bias = None if bias is None else bias.contiguous()
     output, statistics = convolve(
-        input, packed, bias, residual, weight[0], weight[2:], *geometry[:3], kernel.tile, relu, partials,
-        kernel.bf16_products,
+        input, weight, bias, residual, shape[0], shape[2:], *geometry[:3], kernel.tile, relu, partials,
+        kernel.bf16_products, input_stats, input_relu, transposed,
     )  # fmt: skip
     return output, statistics
 
@@ -102,8 +103,7 @@ def _inference(
 def _forward(
     kernel: Kernel, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, partials: bool
 ) -> tuple[Tensor, Tensor]:
-    packed = pack(weight, kernel, geometry[0])
-    return _run(kernel, input, packed, bias, weight.shape, geometry, partials=partials)
+    return _run(kernel, input, weight, bias, weight.shape, geometry, partials=partials)
 
 
 def normalize_and_convolve(
@@ -116,13 +116,10 @@ def normalize_and_convolve(
     partials: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``conv_bn_stats`` with products of bfloat16; the norm runs on chunks of pixels that stay in L2."""
-    packed = pack(weight, KERNELS["direct_bf16"], geometry[0])
-    bias = None if bias is None else bias.contiguous()
-    output, statistics = convolve(
-        input, packed, bias, None, weight.shape[0], weight.shape[2:], *geometry[:3], 0, False, partials, True,
-        input_stats, input_relu,
+    return _run(
+        KERNELS["direct_bf16"], input, weight, bias, weight.shape, geometry, partials=partials,
+        input_stats=input_stats, input_relu=input_relu,
     )  # fmt: skip
-    return output, statistics
 
 
 def _backward(
@@ -150,10 +147,7 @@ def _backward(
         dgrad_padding = tuple(d * (k - 1) - p for k, p, d in zip(kernel_size, padding, dilation, strict=True))
         dgrad_weight_shape = (input.shape[1], weight.shape[0], *kernel_size)
         dgrad_geometry = (1, 1), dgrad_padding, dilation, groups
-        # Packed within the call expression: the transposed packed weight is freed before dweight is allocated.
-        dx, _ = _run(
-            kernel, grad, pack(weight, kernel, stride, transposed=True), None, dgrad_weight_shape, dgrad_geometry
-        )
+        dx, _ = _run(kernel, grad, weight, None, dgrad_weight_shape, dgrad_geometry, transposed=True)
     if mask[1]:
         dweight = conv_weight_gradient(grad, input, weight, stride, padding, dilation, kernel.tile > 0)
     return dx, dweight, dbias

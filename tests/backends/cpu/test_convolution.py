@@ -482,9 +482,9 @@ class TestBf16Products:
         [
             ({"tile": 2}, "bf16_products: expected a direct convolution of bfloat16"),
             ({"input": torch.ones(2, 5, 6, 5)}, "bf16_products: expected a direct convolution of bfloat16"),
-            ({"packed": torch.ones(32 * 64)}, "packed: expected bfloat16"),
-            ({"packed": torch.ones(7).bfloat16()}, "packed: expected the weight packed"),
-            ({"bf16_products": False}, "packed: expected"),
+            ({"weight": torch.ones(32 * 64)}, "weight: expected bfloat16"),
+            ({"weight": torch.ones(7).bfloat16()}, "weight: expected the weight packed"),
+            ({"bf16_products": False}, "weight: expected"),
             ({"residual": torch.ones(2, 8, 6, 5)}, "residual: expected the dtype of input, BFloat16"),
             ({"bias": torch.ones(8).half()}, "bias: expected float32 or the dtype of the input"),
             ({"bf16_products": False, "partials": True}, "partials: expected a float32 input"),
@@ -500,7 +500,7 @@ class TestBf16Products:
         _C.set_cpu_isa(isa)
         operands = Operands.random(Case(2, 5, 6, 5, 8), dtype=torch.bfloat16)
         arguments: dict[str, Any] = {
-            "input": operands.x, "packed": operands.packed(DIRECT, bf16_products=True), "bias": None, "residual": None,
+            "input": operands.x, "weight": operands.packed(DIRECT, bf16_products=True), "bias": None, "residual": None,
             "outputs": 8, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1),
             "tile": DIRECT, "relu": True, "partials": False, "bf16_products": True,
         }  # fmt: skip
@@ -541,6 +541,49 @@ class TestInputGradient:
                 packed = PACK(operands.weight, winograd_stride, True)
                 ours = Operands(backward, grad, weight, None, None)
                 check_output(ours, tile, ours.run(tile, packed=packed)[0], reference)
+
+
+class TestUnpackedWeight:
+    """A weight (K, C, kh, kw) is packed within the call, by the tasks that read it where a Winograd weight is large."""
+
+    CASES = (
+        Case(2, 17, 9, 12, 33),
+        Case(3, 64, 14, 15, 48, stride=(2, 2)),
+        Case(1, 300, 6, 7, 330),  # staged: large weights
+        Case(1, 300, 12, 7, 330, stride=(2, 2)),
+        Case(4, 300, 44, 43, 330, residual=False),  # staged, in more than one stage
+    )
+
+    @pytest.mark.parametrize("isa", ISAS)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_equals_packed_weight(self, case: Case, isa: str) -> None:
+        _C.set_cpu_isa(isa)
+        operands = Operands.random(case)
+        weights = operands.weight, to_channels_last(operands.weight), operands.weight.bfloat16()
+        for tile, weight, threads in itertools.product((DIRECT, 2, 4), weights, (1, 2)):
+            torch.set_num_threads(threads)
+            expected = Operands(case, operands.x, weight, operands.bias, operands.residual).run(tile, partials=True)
+            for a, b in zip(operands.run(tile, partials=True, packed=weight), expected, strict=True):
+                assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("tile", (DIRECT, 2, 4))
+    def test_transposed(self, tile: int) -> None:
+        for channels, outputs in ((17, 33), (300, 330)):
+            operands = Operands.random(Case(2, outputs, 9, 12, channels, bias=False, residual=False))
+            weight = torch.randn(outputs, channels, 3, 3)
+            pair = 1, 1
+            arguments = None, None, channels, (3, 3), pair, pair, pair, tile, False, True, False, None, False
+            expected = CONVOLVE(operands.x, PACK(weight, int(tile > 0), True), *arguments)
+            for a, b in zip(CONVOLVE(operands.x, weight, *arguments, True), expected, strict=True):
+                assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("tile", (DIRECT, 4))
+    def test_invalid_weight_raises(self, tile: int) -> None:
+        operands = Operands.random(Case(1, 300, 6, 7, 330))
+        weight = operands.weight
+        for invalid in (weight.double(), weight[1:], weight[:, 1:], weight[..., 1:], weight.transpose(0, 1)):
+            with pytest.raises((ValueError, TypeError), match="weight: expected"):
+                operands.run(tile, packed=invalid)
 
 
 class TestStatistics:
@@ -734,7 +777,7 @@ class TestInvalidArguments:
     def check_raises(self, match: str, valid_tile: int = DIRECT, **changed: Any) -> None:
         operands = Operands.random(self.VALID)
         arguments: dict[str, Any] = {
-            "input": operands.x, "packed": operands.packed(valid_tile), "bias": operands.bias,
+            "input": operands.x, "weight": operands.packed(valid_tile), "bias": operands.bias,
             "residual": operands.residual, "outputs": 8, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1),
             "dilation": (1, 1), "tile": valid_tile, "relu": True, "partials": False,
         }  # fmt: skip
@@ -749,15 +792,15 @@ class TestInvalidArguments:
             ({"input": torch.ones(4, 6, 5)}, "input: expected"),
             ({"input": torch.ones(2, 4, 6, 5, dtype=torch.float64)}, "input: expected float32, bfloat16 or float16"),
             ({"input": torch.ones(2, 4, 6, 5).int()}, "input: expected float32, bfloat16 or float16"),
-            ({"input": torch.ones(2, 5, 6, 5)}, "packed: expected"),
+            ({"input": torch.ones(2, 5, 6, 5)}, "weight: expected"),
             ({"input": torch.ones(2, 0, 6, 5)}, "input: expected"),
             ({"input": torch.ones(2, 4, 0, 5), "padding": (0, 0)}, "input: expected"),
             ({"input": torch.ones(2, 4, 2, 5), "padding": (0, 0)}, "input: expected"),
             ({"input": torch.ones(2, 4, 2, 5), "padding": (0, 0), "stride": (2, 2)}, "input: expected"),
-            ({"packed": torch.ones(7)}, "packed: expected"),
-            ({"packed": torch.ones(1152, dtype=torch.float64)}, "packed: expected float32"),
-            ({"packed": torch.ones(2304)[::2]}, "packed: expected"),
-            ({"packed": torch.ones(1).expand(1152)}, "packed: expected"),
+            ({"weight": torch.ones(7)}, "weight: expected"),
+            ({"weight": torch.ones(1152, dtype=torch.float64)}, "weight: expected float32"),
+            ({"weight": torch.ones(2304)[::2]}, "weight: expected"),
+            ({"weight": torch.ones(1).expand(1152)}, "weight: expected"),
             ({"bias": torch.ones(7)}, "bias: expected 8"),
             ({"bias": torch.ones(16)[::2]}, "bias: expected 8"),
             ({"bias": torch.ones(8, dtype=torch.float64)}, "bias: expected float32"),
@@ -766,10 +809,10 @@ class TestInvalidArguments:
             ({"residual": torch.ones(2, 8, 6, 5, dtype=torch.float64)}, "residual: expected the dtype of input, Float"),
             ({"residual": torch.ones(2, 8, 6, 5).bfloat16()}, "residual: expected the dtype of input, Float"),
             ({"bias": torch.ones(8).bfloat16()}, "bias: expected float32"),
-            ({"packed": torch.ones(1152).bfloat16()}, "packed: expected float32"),
+            ({"weight": torch.ones(1152).bfloat16()}, "weight: expected float32"),
             ({"outputs": 0}, "expected"),
             ({"outputs": -8}, "expected"),
-            ({"outputs": 40}, "packed: expected"),
+            ({"outputs": 40}, "weight: expected"),
             ({"kernel_size": (0, 3)}, "kernel"),
             ({"kernel_size": (3, -3)}, "kernel"),
             ({"kernel_size": (-3, -3)}, "kernel"),
