@@ -9,6 +9,17 @@
 namespace fused_res::cpu {
 namespace {  // anonymous, as in tiles.h, because classes have members of its types
 
+// Split-K is for accumulators of up to this many floats: 1 MB, which a core's L2 of 1 or 2 MB keeps.
+constexpr int64_t kSplitKMaxFloats = 1 << 18;
+// The parts of split-K, of so many accumulators each. All of them fit into 4 MB, because each is written and
+// read again; more than 4 are a multiple of 4, so that every thread has as many.
+inline int64_t split_k_parts(int64_t chunks, int64_t accumulator_floats) {
+  constexpr int64_t kMaxFloats = 1 << 20, kMaxParts = 16, kMultiple = 4;
+  const int64_t parts =
+      std::min({chunks, kMaxParts, std::max<int64_t>(kMaxFloats / accumulator_floats, 2)});
+  return parts > kMultiple ? parts / kMultiple * kMultiple : parts;
+}
+
 // K, the output pixels or tiles, is partitioned into chunks, whose contributions are added in order. Split-K:
 // where the accumulators are small, the chunks are distributed over parts with private accumulators, and a
 // task packs and multiplies the chunks of its part; the split-K reduction adds the parts. Staged: otherwise
@@ -28,30 +39,32 @@ class WeightGradientTasks {
     const int64_t max_chunk =
         winograd_ ? (split_k_ ? kSplitKTiles : kStagedTiles) / shape_.stride_h : kPixels;
     chunks_ = ceil_div(total_, max_chunk);
-    parts_ = split_k_ ? std::min(chunks_, kSplitKParts) : 1;
+    parts_ = split_k_ ? split_k_parts(chunks_, accumulator_floats()) : 1;
   }
 
   int64_t scratch(int64_t threads) const {
-    const int64_t operands = input_floats() + grad_output_floats();
-    return parts_ * accumulator_floats() + (split_k_ ? threads : kChunksPerStage) * operands;
+    return parts_ * accumulator_floats() + threads * copied_floats() + slots(threads) * operand_floats();
   }
 
   template <class Parallel>
   void run(const ConvolutionKernels& kernels, float* scratch, const Parallel& parallel) const {
     const WeightGradientKernels& k = winograd_ ? kernels.winograd_wgrad : kernels.direct_wgrad;
-    const int64_t panels = num_panels(shape_.out_channels), groups = ceil_div(channels_, kGroup);
-    float* const operands = scratch + parts_ * accumulator_floats();
+    const int64_t panels = num_panels(shape_.out_channels);
+    float* const copied = scratch + parts_ * accumulator_floats();
+    float* const operands = copied + parallel.threads() * copied_floats();
     if (split_k_) {
       parallel(parts_, [&](int64_t begin, int64_t end) {
-        float* v = operands + parallel.thread() * (input_floats() + grad_output_floats());
+        float* v = operands + parallel.thread() * operand_floats();
+        float* const own = copied + parallel.thread() * copied_floats();
         for (int64_t part = begin; part < end; ++part) {
           const Range chunks = balanced_range(chunks_, part, parts_);
           for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
             const Range block = balanced_range(total_, chunk, chunks_);
-            k.pack_input(args_, block, block, v);
+            k.pack_input(args_, block, block, own, v);
             k.pack_grad_output(args_, block, block, v + input_floats());
-            k.gemm(args_, block, {0, panels}, {0, channels_}, v, v + input_floats(), chunk == chunks.begin,
-                   scratch + part * accumulator_floats());
+            const auto next = chunk + 1 < chunks.end ? chunk_memory(chunk + 1) : kNothing;
+            k.gemm(args_, block, {0, panels}, {0, ranges()}, v, v + input_floats(), chunk == chunks.begin,
+                   scratch + part * accumulator_floats(), next.data());
           }
         }
       });
@@ -59,7 +72,7 @@ class WeightGradientTasks {
     for (int64_t first = 0; !split_k_ && first < chunks_; first += kChunksPerStage) {
       const int64_t chunks = std::min(kChunksPerStage, chunks_ - first);
       const auto chunk_operands = [&](int64_t chunk) {
-        return operands + chunk * (input_floats() + grad_output_floats());
+        return operands + chunk * operand_floats();
       };
       parallel(chunks * kPackTasks, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
@@ -67,18 +80,22 @@ class WeightGradientTasks {
           const Range slice = balanced_range(block.end - block.begin, task % kPackTasks, kPackTasks);
           const Range rows = {block.begin + slice.begin, block.begin + slice.end};
           float* v = chunk_operands(task / kPackTasks);
-          k.pack_input(args_, block, rows, v);
+          k.pack_input(args_, block, rows, copied + parallel.thread() * copied_floats(), v);
           k.pack_grad_output(args_, block, rows, v + input_floats());
         }
       });
-      parallel(panels * groups, [&](int64_t begin, int64_t end) {
+      // Both operands of a transform point are read by one task, if there are enough of them for the threads.
+      const int64_t groups = winograd_ ? ranges() : ceil_div(ranges(), kGroup);
+      const int64_t panel_groups =
+          winograd_ ? std::min(panels, ceil_div(kTasksPerThread * parallel.threads(), groups)) : panels;
+      parallel(panel_groups * groups, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t panel = task / groups;
-          const Range group = balanced_range(channels_, task % groups, groups);
+          const Range panel_group = balanced_range(panels, task / groups, panel_groups),
+                      group = balanced_range(ranges(), task % groups, groups);
           for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const float* v = chunk_operands(chunk);
-            k.gemm(args_, balanced_range(total_, first + chunk, chunks_), {panel, panel + 1}, group, v,
-                   v + input_floats(), first + chunk == 0, scratch);
+            k.gemm(args_, balanced_range(total_, first + chunk, chunks_), panel_group, group, v,
+                   v + input_floats(), first + chunk == 0, scratch, kNothing.data());
           }
         }
       });
@@ -94,25 +111,41 @@ class WeightGradientTasks {
   }
 
  private:
-  // Floats: 1 MB, which a core's L2 of 1 or 2 MB keeps. These constants are the order of summation, so they
-  // do not depend on the caches.
-  static constexpr int64_t kSplitKMaxFloats = 1 << 18;
-  static constexpr int64_t kSplitKParts = 16;
+  // These constants are the order of summation, so they do not depend on the caches.
   static constexpr int64_t kPixels = 128, kSplitKTiles = 28, kStagedTiles = 84;
-  static constexpr int64_t kChunksPerStage = 4, kPackTasks = 28;
-  static constexpr int64_t kGroup = 56, kLine = 16;  // channels
+  static constexpr int64_t kChunksPerStage = 4, kPackTasks = 28, kTasksPerThread = 4;
+  static constexpr int64_t kGroup = 4;  // blocks of rows of A^T
+  static constexpr int64_t kLine = 16;  // channels
+  static constexpr std::array<MemoryRange, kMaxNextRanges> kNothing = {};
 
   int64_t accumulator_floats() const {
     return num_panels(shape_.out_channels) * kPanelWidth * points_ * channels_;
   }
+  // What the tasks of the GEMMs share beside the panels: see WeightGradientKernels::gemm.
+  int64_t ranges() const { return winograd_ ? kTransformPoints : wgrad_row_blocks(channels_); }
+  int64_t slots(int64_t threads) const { return split_k_ ? threads : kChunksPerStage; }
+  // The memory that a chunk reads.
+  std::array<MemoryRange, kMaxNextRanges> chunk_memory(int64_t chunk) const {
+    if (winograd_) return kNothing;
+    const Range rows = balanced_range(total_, chunk, chunks_), pixels = input_pixels(shape_, rows);
+    const auto range = [](const void* data, Range part, int64_t channels) {
+      return MemoryRange{static_cast<const float*>(data) + part.begin * channels,
+                         (part.end - part.begin) * channels * static_cast<int64_t>(sizeof(float))};
+    };
+    return {range(shape_.x, pixels, shape_.channels), range(args_.dz, rows, shape_.out_channels)};
+  }
   // The rows of a chunk's packed operands, and the size of each operand, in floats.
   int64_t rows() const { return ceil_div(total_, chunks_) * (winograd_ ? tiles_.transform_elements() : 1); }
   int64_t input_floats() const {
-    return winograd_ || shape_.needs_im2col ? rows() * padded_row_stride(channels_) : 0;
+    return winograd_ ? rows() * padded_row_stride(channels_) : ranges() * wgrad_row_block_floats(rows());
+  }
+  int64_t copied_floats() const {
+    return !winograd_ && shape_.needs_im2col ? kCopiedRows * padded_row_stride(channels_) : 0;
   }
   int64_t grad_output_floats() const {
     return winograd_ || args_.pack_dz ? rows() * num_panels(shape_.out_channels) * kPanelWidth : 0;
   }
+  int64_t operand_floats() const { return input_floats() + grad_output_floats(); }
 
   const WeightGradientArgs& args_;
   const ConvolutionArgs& shape_;
@@ -162,11 +195,8 @@ class WeightGradientBf16Tasks {
     chunks_ = ceil_div(units, std::max<int64_t>(chunk_positions / unit_positions, 1));
     // As many chunks for every thread, where there are few.
     if (chunks_ < kManyChunks) chunks_ = std::min(units, ceil_div(chunks_, kChunkMultiple) * kChunkMultiple);
-    const int64_t bytes = accumulator_floats() * static_cast<int64_t>(sizeof(float));
-    split_k_ = bytes <= kMaxSplitK;
-    parts_ = split_k_ ? std::min({chunks_, kMaxParts, std::max<int64_t>(kSplitKBytes / bytes, 2)}) : 1;
-    // As many parts for every thread, too.
-    if (parts_ > kChunkMultiple) parts_ = parts_ / kChunkMultiple * kChunkMultiple;
+    split_k_ = accumulator_floats() <= kSplitKMaxFloats;
+    parts_ = split_k_ ? split_k_parts(chunks_, accumulator_floats()) : 1;
     slots_ = std::min(chunks_, kChunksPerStage);
   }
 
@@ -237,7 +267,6 @@ class WeightGradientBf16Tasks {
 
  private:
   static constexpr int64_t kElement = 2;  // bytes
-  static constexpr int64_t kMaxSplitK = 1 << 20, kSplitKBytes = 4 << 20, kMaxParts = 16;
   static constexpr int64_t kPositions = 256, kBandPositions = 256, kChunksPerStage = 32;
   static constexpr int64_t kTasksPerThread = 4, kManyChunks = 32, kChunkMultiple = 4;
 

@@ -10,19 +10,20 @@
 #pragma once
 
 #include "cpu/isa/direct.h"
+#include "cpu/isa/split_k.h"
 #include "cpu/isa/winograd.h"
 
 namespace fused_res::cpu {
 namespace {
 
 // acc[channel][kPanelWidth] (+)= V^T dZ for one panel of output channels, with K = `rows`.
-inline void gemm_panel(Range channels, const float* v, int64_t v_stride, const float* dz, int64_t dz_stride,
-                       int64_t rows, bool overwrite, float* acc) {
+template <class Step>
+inline void gemm_panel(int64_t channels, const float* v, int64_t v_stride, const float* dz, int64_t dz_stride,
+                       int64_t rows, bool overwrite, float* acc, const Step& step) {
   for (int column = 0; column < kPanelWidth; column += kNr) {
-    for_each_row_block(channels.end - channels.begin, [&](int64_t row, int64_t n) {
-      const int64_t c = channels.begin + row;
+    for_each_row_block(channels, [&](int64_t c, int64_t n) {
       micro_gemm_tn(n, v + c, v_stride, dz + column, dz_stride, rows, overwrite,
-                    acc + c * kPanelWidth + column);
+                    acc + c * kPanelWidth + column, step);
     });
   }
 }
@@ -46,19 +47,31 @@ inline void store_dweight(const WeightGradientArgs& args, int64_t panel, int64_t
   }
 }
 
-// Split-K reduction: adds the partial accumulators of all parts, in order.
-inline Vec<float> reduce_split_k(const float* acc, int64_t parts, int64_t stride) {
-  Vec<float> sum = load(acc);
-  for (int64_t i = 1; i < parts; ++i) sum = sum + load(acc + i * stride);
-  return sum;
-}
-
 // --- direct ---
 
-void direct_wgrad_im2col(const WeightGradientArgs& args, Range block, Range part, float* v) {
+void direct_wgrad_pack_input(const WeightGradientArgs& args, Range block, Range part, float* copied,
+                             float* v) {
   const auto& shape = args.convolution;
-  if (!shape.needs_im2col) return;
-  im2col<float>(shape, part, v + (part.begin - block.begin) * padded_row_stride(gemm_k(shape)));
+  const int64_t k = gemm_k(shape), blocks = wgrad_row_blocks(k),
+                block_floats = wgrad_row_block_floats(block.end - block.begin);
+  const auto pack_row = [&](const float* from, float* to) {
+    for (int64_t i = 0; i < blocks; ++i, to += block_floats) {
+      const int64_t begin = wgrad_row_block(k, i).begin;
+      copy_floats(to, from + begin, min(kWgradLine, k - begin));
+    }
+  };
+  for (int64_t row = part.begin; row < part.end;) {
+    const int64_t rows = min(kCopiedRows, part.end - row);
+    const float* from = static_cast<const float*>(shape.x) + row * k;
+    int64_t stride = k;
+    if (shape.needs_im2col) {
+      im2col<float>(shape, {row, row + rows}, copied);
+      from = copied, stride = padded_row_stride(k);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      pack_row(from + i * stride, v + (row + i - block.begin) * kWgradLine);
+    row += rows;
+  }
 }
 
 void direct_wgrad_pack_dz(const WeightGradientArgs& args, Range block, Range part, float* dz) {
@@ -75,19 +88,22 @@ void direct_wgrad_pack_dz(const WeightGradientArgs& args, Range block, Range par
   }
 }
 
-void direct_wgrad_gemm(const WeightGradientArgs& args, Range block, Range panels, Range channels,
-                       const float* v, const float* dz, bool overwrite, float* acc) {
+void direct_wgrad_gemm(const WeightGradientArgs& args, Range block, Range panels, Range blocks,
+                       const float* v, const float* dz, bool overwrite, float* acc, const MemoryRange* next) {
   const auto& shape = args.convolution;
   const int64_t k = gemm_k(shape), rows = block.end - block.begin;
-  const float* from =
-      shape.needs_im2col ? v : static_cast<const float*>(shape.x) + block.begin * shape.channels;
-  const int64_t stride = shape.needs_im2col ? padded_row_stride(k) : shape.channels;
+  ChunkPrefetch prefetch(next, (panels.end - panels.begin) * (kPanelWidth / kNr) *
+                                   (blocks.end - blocks.begin) * (rows / kTnSteps + 1));
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const float* columns = args.pack_dz ? dz + panel * rows * kPanelWidth
                                         : static_cast<const float*>(args.dz) +
                                               block.begin * shape.out_channels + panel * kPanelWidth;
-    gemm_panel(channels, from, stride, columns, args.pack_dz ? kPanelWidth : shape.out_channels, rows,
-               overwrite, acc + panel * k * kPanelWidth);
+    for (int64_t i = blocks.begin; i < blocks.end; ++i) {
+      const Range elements = wgrad_row_block(k, i);
+      gemm_panel(elements.end - elements.begin, v + i * wgrad_row_block_floats(rows), kWgradLine, columns,
+                 args.pack_dz ? kPanelWidth : shape.out_channels, rows, overwrite,
+                 acc + (panel * k + elements.begin) * kPanelWidth, [&] { prefetch.advance(); });
+    }
   }
 }
 
@@ -110,12 +126,13 @@ void direct_wgrad_reduce(const WeightGradientArgs& args, Range panels, Range cha
   }
 }
 
-inline constexpr WeightGradientKernels direct_wgrad = {direct_wgrad_im2col, direct_wgrad_pack_dz,
+inline constexpr WeightGradientKernels direct_wgrad = {direct_wgrad_pack_input, direct_wgrad_pack_dz,
                                                        direct_wgrad_gemm, direct_wgrad_reduce};
 
 // --- Winograd ---
 
-void winograd_wgrad_input_transform(const WeightGradientArgs& args, Range block, Range part, float* v) {
+void winograd_wgrad_input_transform(const WeightGradientArgs& args, Range block, Range part, float*,
+                                    float* v) {
   winograd_input_transform<float>(args.convolution, block, part, v);
 }
 
@@ -169,20 +186,19 @@ void winograd_wgrad_dz_transform(const WeightGradientArgs& args, Range block, Ra
   });
 }
 
-void winograd_wgrad_gemm(const WeightGradientArgs& args, Range block, Range panels, Range channels,
-                         const float* v, const float* dz, bool overwrite, float* acc) {
+void winograd_wgrad_gemm(const WeightGradientArgs& args, Range block, Range panels, Range points,
+                         const float* v, const float* dz, bool overwrite, float* acc, const MemoryRange*) {
   const auto& shape = args.convolution;
   const TransformLayout layout(TileGrid(shape), block);
   const int64_t stride = padded_row_stride(shape.channels);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const float* columns = dz + panel * layout.total_rows() * kPanelWidth;
-    float* to = acc + panel * kTransformPoints * shape.channels * kPanelWidth;
-    for (int i = 0; i < kPoints; ++i) {
-      for (int j = 0; j < kPoints; ++j, to += shape.channels * kPanelWidth) {
-        const int64_t begin = layout.begin(i, j);
-        gemm_panel(channels, v + begin * stride, stride, columns + begin * kPanelWidth, kPanelWidth,
-                   layout.rows(i, j), overwrite, to);
-      }
+    for (int64_t point = points.begin; point < points.end; ++point) {
+      const int i = static_cast<int>(point) / kPoints, j = static_cast<int>(point) % kPoints;
+      const int64_t begin = layout.begin(i, j);
+      gemm_panel(shape.channels, v + begin * stride, stride, columns + begin * kPanelWidth, kPanelWidth,
+                 layout.rows(i, j), overwrite,
+                 acc + (panel * kTransformPoints + point) * shape.channels * kPanelWidth, [] {});
     }
   }
 }

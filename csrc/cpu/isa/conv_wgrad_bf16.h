@@ -10,6 +10,7 @@
 #include "cpu/isa/bf16_blocks.h"
 #include "cpu/isa/dot_micro_kernel.h"
 #include "cpu/isa/operand_copy.h"
+#include "cpu/isa/split_k.h"
 
 namespace fused_res::cpu {
 namespace {
@@ -97,27 +98,6 @@ void wgrad_bf16_pack_dz(const WeightGradientArgs& args, Range block, void* packe
   });
 }
 
-// Reads memory into L2 while something else is computed, a few cache lines in each of `steps` steps.
-class RangePrefetch {
- public:
-  RangePrefetch() = default;
-  RangePrefetch(const MemoryRange& range, int64_t steps)
-      : next_(static_cast<const char*>(range.data)),
-        left_(range.bytes / 64),
-        lines_((left_ + steps - 1) / steps) {}
-
-  bool done() const { return left_ == 0; }
-  void advance() {
-    const int64_t lines = min(lines_, left_);
-    for (int64_t i = 0; i < lines; ++i) prefetch(next_ + 64 * i);
-    next_ += 64 * lines, left_ -= lines;
-  }
-
- private:
-  const char* next_ = nullptr;
-  int64_t left_ = 0, lines_ = 0;
-};
-
 // acc[panel][tap][row][kPanelWidth] (+)= A^T dz for these panels and blocks of rows of A^T.
 void wgrad_bf16_gemm(const WeightGradientArgs& args, Range block, Range panels, Range row_blocks,
                      const void* transposed, const void* packed, bool overwrite, float* acc,
@@ -133,11 +113,7 @@ void wgrad_bf16_gemm(const WeightGradientArgs& args, Range block, Range panels, 
   // The operands of the next chunk are read from memory while this one is multiplied.
   const int64_t steps =
       (panels.end - panels.begin) * (row_blocks.end - row_blocks.begin) * kBlockK / kRows * taps.taps * count;
-  RangePrefetch prefetches[kMaxNextRanges];
-  for (int i = 0; i < kMaxNextRanges; ++i) prefetches[i] = RangePrefetch(next[i], steps);
-  const auto advance = [&] {
-    for (RangePrefetch& range : prefetches) range.advance();
-  };
+  ChunkPrefetch prefetch(next, steps);
   DotAccumulator gemm;
   const int64_t first = row_blocks.begin * kBlockK, last = row_blocks.end * kBlockK;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
@@ -150,21 +126,14 @@ void wgrad_bf16_gemm(const WeightGradientArgs& args, Range block, Range panels, 
             static_cast<const bfloat16*>(transposed) + (plane * tap_rows + row) * pitch + shift;
         float* to =
             acc + (((panel - panels.begin) * taps.taps + tap) * (last - first) + row - first) * kPanelWidth;
-        if (prefetches[0].done() && prefetches[1].done() && prefetches[2].done()) {
+        if (prefetch.done()) {
           gemm.run(rows, from, pitch, b, count, positions, overwrite, to, [] {});
         } else {
-          gemm.run(rows, from, pitch, b, count, positions, overwrite, to, advance);
+          gemm.run(rows, from, pitch, b, count, positions, overwrite, to, [&] { prefetch.advance(); });
         }
       }
     }
   }
-}
-
-// Split-K reduction: adds the partial accumulators of all parts, in order.
-inline Vec<float> reduce_split_k(const float* acc, int64_t parts, int64_t stride) {
-  Vec<float> sum = load(acc);
-  for (int64_t i = 1; i < parts; ++i) sum = sum + load(acc + i * stride);
-  return sum;
 }
 
 // The weights of a row of dw: a filter tap, counted through the filter, and an input channel; tap -1 for the

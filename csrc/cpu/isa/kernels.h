@@ -216,29 +216,31 @@ struct WinogradKernels {
   void (*gemm_output_transform)(const ConvolutionArgs&, Range block, Range panels, const float* v, float* m,
                                 double* moments);
 };
-// Weight gradient: GEMMs whose K is a block of rows, which are output pixels (direct) or the rows of tiles at
-// a transform point (Winograd). Both operands are packed first: `v`, the im2col matrix or the input
-// transform, and `dz`, panels of the output gradient or of its transform.
-struct WeightGradientKernels {
-  // Pack the rows of `part`, a part of the output pixels or tiles `block` that v and dz are laid out for.
-  void (*pack_input)(const WeightGradientArgs&, Range block, Range part, float* v);
-  void (*pack_grad_output)(const WeightGradientArgs&, Range block, Range part, float* dz);
-  // acc[panel][transform point][channel][kPanelWidth]. `overwrite`: acc = v^T dz, else acc += v^T dz. Direct:
-  // one point, and `channel` is an element of the receptive field.
-  void (*gemm)(const WeightGradientArgs&, Range block, Range panels, Range channels, const float* v,
-               const float* dz, bool overwrite, float* acc);
-  // Split-K reduction: adds the accumulators of `parts` parts, which are `stride` floats apart, transforms
-  // them (Winograd) and stores dweight.
-  void (*reduce_and_store)(const WeightGradientArgs&, Range panels, Range channels, const float* acc,
-                           int64_t parts, int64_t stride);
-};
-
 // Memory that is read next.
 struct MemoryRange {
   const void* data;
   int64_t bytes;
 };
 constexpr int kMaxNextRanges = 3;
+
+// Weight gradient: GEMMs whose K is a block of rows, which are output pixels (direct) or the rows of tiles at
+// a transform point (Winograd). Both operands are packed first: `v`, the im2col matrix or the input
+// transform, and `dz`, panels of the output gradient or of its transform.
+struct WeightGradientKernels {
+  // Pack the rows of `part`, a part of the output pixels or tiles `block` that v and dz are laid out for.
+  // `copied`: scratch memory for kCopiedRows im2col rows.
+  void (*pack_input)(const WeightGradientArgs&, Range block, Range part, float* copied, float* v);
+  void (*pack_grad_output)(const WeightGradientArgs&, Range block, Range part, float* dz);
+  // acc[panel][transform point][channel][kPanelWidth]. `overwrite`: acc = v^T dz, else acc += v^T dz. Direct:
+  // one point, and `channel` is an element of the receptive field. `range`: Winograd: transform points;
+  // direct: blocks of these elements (wgrad_row_block). `next`: kMaxNextRanges ranges to prefetch meanwhile.
+  void (*gemm)(const WeightGradientArgs&, Range block, Range panels, Range range, const float* v,
+               const float* dz, bool overwrite, float* acc, const MemoryRange* next);
+  // Split-K reduction: adds the accumulators of `parts` parts, which are `stride` floats apart, transforms
+  // them (Winograd) and stores dweight.
+  void (*reduce_and_store)(const WeightGradientArgs&, Range panels, Range channels, const float* acc,
+                           int64_t parts, int64_t stride);
+};
 
 // Weight gradient with products of bfloat16 (conv_wgrad_bf16.h), for chunks of output pixels `block`.
 struct Bf16WeightGradientKernels {

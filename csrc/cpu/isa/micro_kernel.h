@@ -91,10 +91,11 @@ inline void micro_kernel_store(const float* a, int64_t lda, const float* b, int6
 
 // C (+)= A^T B: c[r][0..kNr) = or, unless `overwrite`, += a[0..k)[r] * b[0..k)[0..kNr). The elements of A
 // that one step reads are contiguous. The k terms are accumulated from zero and then added to C, which keeps
-// the rounding error small.
-template <int R>
+// the rounding error small. `step()` runs every kTnSteps terms.
+constexpr int64_t kTnSteps = 8;
+template <int R, class Step>
 inline void micro_kernel_tn(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k,
-                            bool overwrite, float* c) {
+                            bool overwrite, float* c, const Step& step) {
   using V = Vec<float>;
   V acc[R][kNrVectors];
 #pragma GCC unroll 14
@@ -102,18 +103,26 @@ inline void micro_kernel_tn(const float* a, int64_t lda, const float* b, int64_t
 #pragma GCC unroll 2
     for (int v = 0; v < kNrVectors; ++v) acc[r][v] = V::zero();
   }
-  for (int64_t p = 0; p < k; ++p) {
-    V b_row[kNrVectors];
+  // C is in L2: its lines arrive while the terms are accumulated.
+  for (int r = 0; r < R && !overwrite; ++r) {
+    for (int64_t line = 0; line < kNr; line += kLine) prefetch_to_write(c + r * kPanelWidth + line);
+  }
+  for (int64_t p = 0; p < k;) {
+    const int64_t end = p + kTnSteps < k ? p + kTnSteps : k;
+    step();
+    for (; p < end; ++p) {
+      V b_row[kNrVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kNrVectors; ++v) b_row[v] = load(b + v * V::lanes);
+      for (int v = 0; v < kNrVectors; ++v) b_row[v] = load(b + v * V::lanes);
 #pragma GCC unroll 14
-    for (int r = 0; r < R; ++r) {
-      const V a_element = V::broadcast(a[r]);
+      for (int r = 0; r < R; ++r) {
+        const V a_element = V::broadcast(a[r]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kNrVectors; ++v) acc[r][v] = fma(a_element, b_row[v], acc[r][v]);
+        for (int v = 0; v < kNrVectors; ++v) acc[r][v] = fma(a_element, b_row[v], acc[r][v]);
+      }
+      a += lda;
+      b += ldb;
     }
-    a += lda;
-    b += ldb;
   }
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
@@ -126,9 +135,10 @@ inline void micro_kernel_tn(const float* a, int64_t lda, const float* b, int64_t
 }
 
 // The same for a run-time number of rows, 1 to kMr.
+template <class Step>
 inline void micro_gemm_tn(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k,
-                          bool overwrite, float* c) {
-  dispatch_mr(rows, [&](auto count) { micro_kernel_tn<count.value>(a, lda, b, ldb, k, overwrite, c); });
+                          bool overwrite, float* c, const Step& step) {
+  dispatch_mr(rows, [&](auto count) { micro_kernel_tn<count.value>(a, lda, b, ldb, k, overwrite, c, step); });
 }
 
 // Calls f(first row, rows) for register blocks of nearly equal height. A remainder block of one or two rows

@@ -147,5 +147,17 @@ inline int64_t gemm_k(const ConvolutionArgs& args) { return args.kernel_h * args
 // that rows a power of two apart do not alias in the same cache set.
 inline int64_t padded_row_stride(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
 
+// The direct weight gradient packs A^T in blocks of nearly equal height, up to kWgradRows elements of the
+// receptive field, so that a pixel's elements lie in one cache line.
+constexpr int64_t kWgradRows = 14, kWgradLine = 16;
+constexpr int64_t kCopiedRows = 8;  // im2col rows that are copied at a time before they are packed
+inline int64_t wgrad_row_blocks(int64_t k) { return (k + kWgradRows - 1) / kWgradRows; }
+inline Range wgrad_row_block(int64_t k, int64_t block) {
+  const int64_t blocks = wgrad_row_blocks(k);
+  return {k * block / blocks, k * (block + 1) / blocks};
+}
+// Floats of a block: a line more than its rows fill, so that the blocks do not alias in the L1.
+inline int64_t wgrad_row_block_floats(int64_t pixels) { return (pixels + 1) * kWgradLine; }
+
 }  // namespace
 }  // namespace fused_res::cpu
