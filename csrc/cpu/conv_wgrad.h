@@ -15,8 +15,7 @@ constexpr int64_t kSplitKMaxFloats = 1 << 18;
 // read again; more than 4 are a multiple of 4, so that every thread has as many.
 inline int64_t split_k_parts(int64_t chunks, int64_t accumulator_floats) {
   constexpr int64_t kMaxFloats = 1 << 20, kMaxParts = 16, kMultiple = 4;
-  const int64_t parts =
-      std::min({chunks, kMaxParts, std::max<int64_t>(kMaxFloats / accumulator_floats, 2)});
+  const int64_t parts = std::min({chunks, kMaxParts, std::max<int64_t>(kMaxFloats / accumulator_floats, 2)});
   return parts > kMultiple ? parts / kMultiple * kMultiple : parts;
 }
 
@@ -71,9 +70,7 @@ class WeightGradientTasks {
     }
     for (int64_t first = 0; !split_k_ && first < chunks_; first += kChunksPerStage) {
       const int64_t chunks = std::min(kChunksPerStage, chunks_ - first);
-      const auto chunk_operands = [&](int64_t chunk) {
-        return operands + chunk * operand_floats();
-      };
+      const auto chunk_operands = [&](int64_t chunk) { return operands + chunk * operand_floats(); };
       parallel(chunks * kPackTasks, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const Range block = balanced_range(total_, first + task / kPackTasks, chunks_);

@@ -105,13 +105,13 @@ inline const void* packed_data(const ConvolutionArgs& args, const Tensor& packed
   TORCH_CHECK_TYPE(packed.scalar_type() == expected && packed.is_cpu(), "weight: expected ",
                    args.bf16_products ? "bfloat16" : "float32", " on the CPU, got ", packed.scalar_type(),
                    " on ", packed.device());
-  const int64_t size =
-      args.bf16_products
-          ? packed_bf16_size(args.out_channels, args.channels, args.kernel_h, args.kernel_w,
-                             kernels().bf16_convolution->tiles)
-          : packed_size(args.out_channels, args.channels, args.kernel_h * args.kernel_w, args.tile != 0);
-  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.numel() == size,
-                    "weight: expected the weight packed for this convolution, as pack_conv_weight returns it");
+  const int64_t size = args.bf16_products ? packed_bf16_size(args.out_channels, args.channels, args.kernel_h,
+                                                             args.kernel_w, kernels().bf16_convolution->tiles)
+                                          : packed_size(args.out_channels, args.channels,
+                                                        args.kernel_h * args.kernel_w, args.tile != 0);
+  TORCH_CHECK_VALUE(
+      packed.is_contiguous() && packed.numel() == size,
+      "weight: expected the weight packed for this convolution, as pack_conv_weight returns it");
   return packed.const_data_ptr();
 }
 

@@ -68,8 +68,7 @@ void direct_wgrad_pack_input(const WeightGradientArgs& args, Range block, Range 
       im2col<float>(shape, {row, row + rows}, copied);
       from = copied, stride = padded_row_stride(k);
     }
-    for (int64_t i = 0; i < rows; ++i)
-      pack_row(from + i * stride, v + (row + i - block.begin) * kWgradLine);
+    for (int64_t i = 0; i < rows; ++i) pack_row(from + i * stride, v + (row + i - block.begin) * kWgradLine);
     row += rows;
   }
 }

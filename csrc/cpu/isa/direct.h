@@ -96,10 +96,10 @@ inline void im2col(const ConvolutionArgs& args, Range rows, float* to) {
 // takes 4 % longer.
 template <class T, int R>
 inline void micro_kernel_epilogue(const ConvolutionArgs& args, const float* a, int64_t stride, const float* b,
-                                  int64_t k, int64_t pixel, int64_t c) {
+                                  int64_t k, int64_t pixel, int64_t c, int64_t ahead) {
   using V = Vec<float>;
   V acc[R][kNrVectors];
-  micro_kernel<R>(a, stride, b, k, acc);
+  micro_kernel<R>(a, stride, b, k, acc, ahead);
   const int64_t pitch = args.out_channels, first = pixel * pitch + c;
   if (args.bias) {
     V bias[kNrVectors];
@@ -166,6 +166,9 @@ void direct_run(const ConvolutionArgs& args, Range rows, Range panels, void* scr
     im2col<T>(args, rows, static_cast<float*>(scratch));
     a = static_cast<const float*>(scratch), stride = padded_row_stride(k);
   }
+  // The hardware prefetches within a row only. 1x1 kernels of 256 to 64 channels at 56x56, which read more
+  // than they write, take 0.75 of the time with prefetches two register blocks ahead.
+  const int64_t ahead = a == scratch ? 0 : 2 * kMr * stride;
   const int64_t end = min(panels.end * kPanelWidth, args.out_channels);
   // One pixel per image, as in a linear layer: reading the weight takes longer than accumulating in parts.
   const bool in_parts = args.out_height * args.out_width == 1;
@@ -173,18 +176,20 @@ void direct_run(const ConvolutionArgs& args, Range rows, Range panels, void* scr
     const float* b =
         static_cast<const float*>(args.packed) + c / kPanelWidth * kPanelWidth * k + c % kPanelWidth;
     MomentAccumulator accumulators[kNrVectors];
+    const int64_t prefetched = c == panels.begin * kPanelWidth ? ahead : 0;
     for_each_row_block(rows.end - rows.begin, [&](int64_t row, int64_t n) {
       for (int64_t r = 0; r < n; ++r) prefetch_epilogue<T>(args, rows.begin + row + r, c);
       if (c + kNr <= end && moments == nullptr && !in_parts) {
         return dispatch_mr(n, [&](auto count) {
-          micro_kernel_epilogue<T, count.value>(args, a + row * stride, stride, b, k, rows.begin + row, c);
+          micro_kernel_epilogue<T, count.value>(args, a + row * stride, stride, b, k, rows.begin + row, c,
+                                                prefetched);
         });
       }
       float acc[kMr * kPanelWidth];
       if (in_parts) {
         gemm_in_parts(n, a + row * stride, stride, b, k, acc);
       } else {
-        micro_gemm(n, a + row * stride, stride, b, k, acc);
+        micro_gemm(n, a + row * stride, stride, b, k, acc, prefetched);
       }
       for (int v = 0; v < kNrVectors && c + v * kLanes < end; ++v) {
         dispatch_tail(end - (c + v * kLanes), [&](auto part) {

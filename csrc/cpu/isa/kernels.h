@@ -158,11 +158,11 @@ struct ConvolutionArgs {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Dtype dtype;  // of x, residual and y: float32, bfloat16 or float16
   const void* x;
-  const void* packed;    // float, or bfloat16 with bf16_products
+  const void* packed;        // float, or bfloat16 with bf16_products
   const WeightView* weight;  // Winograd, staged: if not null, each task transforms the panels that it reads,
                              // and `packed` is not read
-  const float* bias;     // [out_channels], or null
-  const void* residual;  // like y, or null
+  const float* bias;         // [out_channels], or null
+  const void* residual;      // like y, or null
   void* y;
   // bf16_products: output pixel (i, j) is written to (i * y_stride_h, j * y_stride_w) of images of y_height x
   // y_width pixels, from y on. 0: the output has out_height x out_width pixels.

@@ -38,10 +38,11 @@ inline void dispatch_mr(int64_t rows, const F& f) {
 }
 
 // acc[r] = a[r][0..k) * b[0..k)[0..kNr). The accumulators stay in registers if the caller unrolls its loops
-// over them as well. Rows of A are `lda` apart, those of B kPanelWidth.
+// over them as well. Rows of A are `lda` apart, those of B kPanelWidth. `ahead`: if not 0, the elements so
+// far after those of A are prefetched.
 template <int R>
 [[gnu::always_inline]] inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t k,
-                                                Vec<float> (&acc)[R][kNrVectors]) {
+                                                Vec<float> (&acc)[R][kNrVectors], int64_t ahead = 0) {
   using V = Vec<float>;
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
@@ -55,6 +56,10 @@ template <int R>
   for (int i = 0; i < kPointers; ++i) pointers[i] = a + 3 * i * lda;
   for (int64_t p = 0; p < k; ++p) {
     V b_row[kNrVectors];
+    if (ahead != 0 && p % kLine == 0) {
+#pragma GCC unroll 14
+      for (int r = 0; r < R; ++r) prefetch(pointers[r / 3] + r % 3 * lda + ahead);
+    }
     prefetch(b + kPrefetchDistance);
     prefetch(b + kPrefetchDistance + kLine);
 #pragma GCC unroll 2
@@ -73,10 +78,11 @@ template <int R>
 
 // The same, with the accumulators stored to C, whose rows are kPanelWidth apart.
 template <int R>
-inline void micro_kernel_store(const float* a, int64_t lda, const float* b, int64_t k, float* c) {
+inline void micro_kernel_store(const float* a, int64_t lda, const float* b, int64_t k, float* c,
+                               int64_t ahead) {
   using V = Vec<float>;
   V acc[R][kNrVectors];
-  micro_kernel<R>(a, lda, b, k, acc);
+  micro_kernel<R>(a, lda, b, k, acc, ahead);
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -85,8 +91,8 @@ inline void micro_kernel_store(const float* a, int64_t lda, const float* b, int6
 }
 // The same for a run-time number of rows, 1 to kMr. Not inlined: its kernels are the same for every dtype.
 [[gnu::noinline]] void micro_gemm(int64_t rows, const float* a, int64_t lda, const float* b, int64_t k,
-                                  float* c) {
-  dispatch_mr(rows, [&](auto count) { micro_kernel_store<count.value>(a, lda, b, k, c); });
+                                  float* c, int64_t ahead = 0) {
+  dispatch_mr(rows, [&](auto count) { micro_kernel_store<count.value>(a, lda, b, k, c, ahead); });
 }
 
 // C (+)= A^T B: c[r][0..kNr) = or, unless `overwrite`, += a[0..k)[r] * b[0..k)[0..kNr). The elements of A
