@@ -1,7 +1,7 @@
-"""`chain`: what each fusion of a residual block's convolutions and norms is worth in bfloat16 training on a CPU.
+"""`chain`: what each fusion of a residual block's convolutions and norms is worth in training on a CPU.
 
 A basic block and a bottleneck of every stage run at five levels, each with one more fusion than the one before. The
-kernels of the products are the same:
+kernels of the products are the same. In float32 only 1x1 convolutions with stride 1 are fused, so only bottlenecks run:
 
 - *norm passes*: every norm reads its input for the statistics, and once more to normalize it.
 - *statistics in epilogues*: each convolution also returns the statistics of its output.
@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,30 +31,51 @@ from benchmarks.timing import Workload, measure_interleaved
 from fused_res import backends
 from fused_res.autograd.residual_block import ResidualBlock
 from fused_res.backends import registry
-from fused_res.backends.cpu.convolution import DIRECT_BF16, FUSED_BF16, FUSED_INPUT_BF16
+from fused_res.backends.cpu.convolution import ALGORITHMS
 from fused_res.block.plan import BlockConfig, Plan
 from fused_res.block.planner import plan
 from fused_res.block.program import NO_SLOT, Program, link
-from fused_res.dispatch import Algorithm, Selection, TrainingAlgorithms
+from fused_res.dispatch import Algorithm, Problem, Selection, TrainingAlgorithms, select_training
+from fused_res.dispatch.selection import candidates
 from fused_res.functional import residual_block
 from fused_res.spec import group_by_unit
 
-HELP = "fusions of a block in bfloat16 training, switched on one by one, on a CPU"
+HELP = "fusions of a block in training, switched on one by one, on a CPU"
 
 EAGER = "eager-channels-last"
 
 
-def _algorithms(forward: Algorithm, gradients: Algorithm) -> TrainingAlgorithms:
-    return TrainingAlgorithms(*(Selection(one, "benchmark") for one in (forward, gradients, gradients)))
+class Level(NamedTuple):
+    """Which of a convolution's algorithms are fused with norms, wherever they can be."""
+
+    statistics: bool  # whether forward returns those of its output
+    forward: bool
+    gradients: bool
+    norm_backward: bool  # whether the gradients compute the backward of the following norm
+
+    def algorithms(self, problem: Problem) -> TrainingAlgorithms:
+        """Return the algorithms of a convolution."""
+        plain = select_training(_UNFUSED, problem, "planned")
+        forward = plain.forward.algorithm
+        if not self.statistics:
+            forward = replace(forward, returns_partials=False)
+        if self.forward:
+            forward = next(iter(candidates(_FUSED, problem)), forward)
+        gradients = [plain.input_gradient.algorithm, plain.weight_gradient.algorithm]
+        if self.gradients:
+            found = candidates(_FUSED, problem._replace(operation="weight_gradient"))
+            gradients = [one for one in found if one.separate_norm_backward != self.norm_backward][:1] * 2 or gradients
+        return TrainingAlgorithms(*(Selection(one, "benchmark") for one in (forward, *gradients)))
 
 
-#: Level -> algorithms of every convolution.
+_FUSED = tuple(algorithm for algorithm in ALGORITHMS if algorithm.fused)
+_UNFUSED = tuple(algorithm for algorithm in ALGORITHMS if not algorithm.fused)
 LEVELS = {
-    "norm passes": _algorithms(replace(DIRECT_BF16, returns_partials=False), DIRECT_BF16),
-    "statistics in epilogues": _algorithms(DIRECT_BF16, DIRECT_BF16),
-    "norms in prologues": _algorithms(FUSED_BF16, DIRECT_BF16),
-    "and of gradients": _algorithms(FUSED_BF16, FUSED_INPUT_BF16),
-    "fused gradients": _algorithms(FUSED_BF16, FUSED_BF16),
+    "norm passes": Level(False, False, False, False),
+    "statistics in epilogues": Level(True, False, False, False),
+    "norms in prologues": Level(True, True, False, False),
+    "and of gradients": Level(True, True, True, False),
+    "fused gradients": Level(True, True, True, True),
 }
 #: Operators of two passes -> positions of the arguments that both passes read.
 _READ_TWICE = {
@@ -64,7 +85,9 @@ _READ_TWICE = {
 }
 
 # As in `block`: ReLUs whose input is zero up to rounding switch.
-ERROR_FACTOR, ERROR_FLOOR = 3.0, 4 * torch.finfo(torch.bfloat16).eps
+ERROR_FACTOR = 3.0
+#: float32: one that switches is an error of a gradient of 1 / sqrt(its values), up to 3e-3 in the last stage.
+ERROR_FLOORS = {torch.float32: 1e-2, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
 
 #: The second block of each stage has an identity shortcut, the first a projection.
 CASES = tuple(
@@ -87,18 +110,20 @@ class Case:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_timing(parser)
     common.add_device(parser)
+    parser.set_defaults(dtype="bfloat16")
     common.add_cases(parser)
 
 
-def unavailable() -> str | None:
+def unavailable(dtype: torch.dtype) -> str | None:
     """Return why this machine cannot run the benchmark, or None."""
-    return ceilings.bf16_unavailable()
+    return ceilings.bf16_unavailable() if dtype == torch.bfloat16 else None
 
 
 class Step:
-    """Forward and backward of one block: float32 parameters, a bfloat16 input and a gradient of the output."""
+    """Forward and backward of one block: float32 parameters, an input of `dtype` and a gradient of the output."""
 
-    def __init__(self, block: Block, seed: int) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, seed: int) -> None:
+        self.dtype = dtype
         generator = torch.Generator().manual_seed(seed)
 
         def randn(shape: torch.Size) -> Tensor:
@@ -112,22 +137,19 @@ class Step:
             norm = (1 + 0.2 * randn(channels), 0.2 * randn(channels), torch.zeros(channels), torch.ones(channels))
             self.tensors += [weight.contiguous(memory_format=torch.channels_last), None, *norm]
         self.x, self.grad = (
-            randn(torch.Size(shape)).bfloat16().contiguous(memory_format=torch.channels_last)
+            randn(torch.Size(shape)).to(dtype).contiguous(memory_format=torch.channels_last)
             for shape in (block.x, block.y)
         )
         self.x.requires_grad_()
         self.parameters = [t.requires_grad_() for i, t in enumerate(self.tensors) if t is not None and i % 6 < 4]
 
-    def plan(self, algorithms: TrainingAlgorithms) -> Plan:
+    def plan(self, level: Level) -> Plan:
         config = BlockConfig(self.spec, (True,) * self.count, "cpu")
-        return plan(config, self.x, self.tensors, None, (algorithms,) * self.count)
+        problems = [unit.problem for unit in plan(config, self.x, self.tensors).all_units]
+        return plan(config, self.x, self.tensors, None, tuple(level.algorithms(problem) for problem in problems))
 
-    def workload(self, algorithms: TrainingAlgorithms) -> Workload:
-        kernels, planned, operands = (
-            registry.resolve("cpu", self.x.device),
-            self.plan(algorithms),
-            (self.x, *self.tensors),
-        )
+    def workload(self, level: Level) -> Workload:
+        kernels, planned, operands = registry.resolve("cpu", self.x.device), self.plan(level), (self.x, *self.tensors)
         differentiable = [operands[index] for index in planned.differentiable]
         return self._phases(lambda: ResidualBlock.apply(planned, kernels, operands, *differentiable)[0])
 
@@ -135,7 +157,7 @@ class Step:
         """Return the workload of stock PyTorch under autocast."""
 
         def forward() -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 return self._stock(self.x)
 
         return self._phases(forward)
@@ -203,22 +225,25 @@ def count_bytes(step: Step, planned: Plan) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    if reason := unavailable():
+    dtype = common.dtype_of(options)
+    if dtype not in ERROR_FLOORS:
+        raise SystemExit("chain: --dtype must be float32 or bfloat16")
+    if reason := unavailable(dtype):
         raise SystemExit(f"chain: {reason}")
     batch, size = (2, 64) if options.quick else (common.batch_of(options), 224)
-    every = [Case(*case) for case in CASES]
-    chosen = common.filter_cases(options, every[:1] + every[6:7] if options.quick else every)
+    every = [Case(*case) for case in CASES if dtype == torch.bfloat16 or case[0] == "resnet50"]
+    chosen = common.filter_cases(options, [every[0], every[len(every) // 2 + 1]] if options.quick else every)
     measured = []
     for case in progress.cases(chosen, "chain"):
         (block,) = (b for b in build_network(case.model, batch, size).blocks if b.name == case.block)
-        step = Step(block, options.seed)
-        workloads = {name: step.workload(algorithms) for name, algorithms in LEVELS.items()}
+        step = Step(block, dtype, options.seed)
+        workloads = {name: step.workload(level) for name, level in LEVELS.items()}
         workloads[EAGER] = step.eager_workload()
         reference, stock = step.reference(), step.results(workloads[EAGER])
         checks = {
             name: check_results(
                 f"{name}, {case.name}", step.results(workloads[name]), reference, [stock],
-                factor=ERROR_FACTOR, floor=ERROR_FLOOR,
+                factor=ERROR_FACTOR, floor=ERROR_FLOORS[dtype],
             )
             for name in LEVELS
         }  # fmt: skip
@@ -228,18 +253,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "name": case.name,
                 "input_shape": list(block.x),
                 "share_of_allowed_error": checks,
-                "bytes": {name: count_bytes(step, step.plan(algorithms)) for name, algorithms in LEVELS.items()},
+                "bytes": {name: count_bytes(step, step.plan(level)) for name, level in LEVELS.items()},
                 "flops": 3 * sum(convolution.flops for convolution in block.convolutions),
                 "providers": {name: values.summary() for name, values in samples.items()},
             }
         )
-    return {"cases": measured}
+    return {"dtype": common.dtype_name(options), "cases": measured}
 
 
 def _floor(run: dict[str, Any], case: dict[str, Any], level: str) -> tuple[float, float]:
     """Return the seconds of a level's bytes at copy bandwidth, and of the products at their peak."""
     rates = run["ceilings"]
-    return case["bytes"][level] / rates["copy_bytes_per_s"], case["flops"] / rates["bf16_flops_per_s"]
+    peak = rates["fma_flops_per_s" if run.get("dtype") == "float32" else "bf16_flops_per_s"]
+    return case["bytes"][level] / rates["copy_bytes_per_s"], case["flops"] / peak
 
 
 def tables(run: dict[str, Any]) -> str:

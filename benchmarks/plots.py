@@ -249,4 +249,4 @@ def waterfall(
         " products at peak",
         fontsize=8,
     )
-    save(figure, document, path, "fusions of residual blocks, bfloat16 training")
+    save(figure, document, path, f"fusions of residual blocks, {run.get('dtype', 'bfloat16')} training")

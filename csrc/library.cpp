@@ -30,6 +30,9 @@
 //   PIXEL_CHANNELS
 //     channels up to which direct_bf16 copies whole rows of the filter at once, kPixelChannels of
 //     isa/operand.h;
+//   PANEL_WIDTH, SPLIT_K_MAX_FLOATS
+//     the output channels of a panel, and the elements of a weight, with whole panels, up to which its float32
+//     gradient is computed by split-K (conv_wgrad.h);
 //   GRAPH_LOCATIONS, GRAPH_STEP_KINDS, GRAPH_STEP_FIELDS
 //     the encoding of an inference graph (conv_program.h): the locations (input, output, no operand), the
 //     step kinds (convolution, max_pool), and the names of a step's fields in order.
@@ -49,6 +52,7 @@
 #include "build_info.h"  // written by CMakeLists.txt
 #include "cpu/caches.h"
 #include "cpu/conv_program.h"
+#include "cpu/conv_wgrad.h"
 #include "cpu/convolution.h"
 #include "cpu/fma_peak.h"
 #include "cpu/isa.h"
@@ -136,6 +140,8 @@ PYBIND11_MODULE(_C, m) {
   using namespace fused_res::cpu;
   m.attr("WINOGRAD_POINTS") = kTransformPoints;
   m.attr("PIXEL_CHANNELS") = kPixelChannels;
+  m.attr("PANEL_WIDTH") = kPanelWidth;
+  m.attr("SPLIT_K_MAX_FLOATS") = kSplitKMaxFloats;
   m.attr("GRAPH_LOCATIONS") = py::make_tuple(int64_t{kInput}, int64_t{kOutput}, int64_t{kNoOperand});
   m.attr("GRAPH_STEP_KINDS") =
       py::make_tuple(int64_t{kConvolution}, int64_t{kMaxPool}, int64_t{kGlobalAveragePool});

@@ -19,6 +19,65 @@ inline int64_t split_k_parts(int64_t chunks, int64_t accumulator_floats) {
   return parts > kMultiple ? parts / kMultiple * kMultiple : parts;
 }
 
+// Passes fused with a weight gradient, chunk by chunk, in memory that stays in L2.
+class GradientFusion {
+ public:
+  virtual ~GradientFusion() = default;
+  // Computes the convolution's input, or the gradient of its output, for these pixels, counted through all
+  // images.
+  virtual bool computes_input() const { return false; }
+  virtual void input(Range, void*) const {}
+  virtual bool computes_grad_output() const { return false; }
+  virtual void grad_output(Range, void*) const {}
+  // The pixels of the output gradient that chunk(rows) reads; at least `rows`.
+  virtual Range grad_output_pixels(Range rows) const { return rows; }
+  // Another use of the output gradient of these rows. dz: as WeightGradientArgs::dz, for
+  // grad_output_pixels(rows). `memory`: chunk_bytes(rows) bytes.
+  virtual void chunk(int64_t /*chunk*/, Range /*rows*/, const void* /*dz*/, char* /*memory*/) const {}
+  virtual int64_t chunk_bytes(int64_t /*rows*/) const { return 0; }
+  // The memory that the chunk of `rows` reads.
+  virtual std::array<MemoryRange, kMaxNextRanges> operands(Range rows) const = 0;
+};
+
+// Computes what the fusion computes of both operands of a chunk, packs them, and runs fusion.chunk(). Returns
+// the arguments with these operands. `memory`: fusion_bytes(). pack_input(args), pack_grad_output(args).
+template <class PackInput, class PackGradOutput>
+WeightGradientArgs pack_fused_chunk(WeightGradientArgs args, const GradientFusion& fusion, int64_t chunk,
+                                    Range rows, int64_t element_size, char* memory,
+                                    const PackInput& pack_input, const PackGradOutput& pack_grad_output) {
+  const ConvolutionArgs& shape = args.convolution;
+  if (fusion.computes_input()) {
+    const Range pixels = input_pixels(shape, rows);
+    fusion.input(pixels, memory);
+    args.convolution.x = memory - pixels.begin * shape.channels * element_size;
+  }
+  pack_input(args);
+  if (fusion.computes_grad_output()) {
+    const Range pixels = fusion.grad_output_pixels(rows);
+    fusion.grad_output(pixels, memory);  // the input is packed
+    args.dz = memory - pixels.begin * shape.out_channels * element_size;
+    memory += (pixels.end - pixels.begin + kBlockK) * shape.out_channels * element_size;
+  }
+  pack_grad_output(args);
+  fusion.chunk(chunk, rows, args.dz, memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64);
+  return args;
+}
+
+// Bytes of the memory of pack_fused_chunk, for chunks of up to `most` output pixels.
+template <class Rows>
+int64_t fusion_bytes(const GradientFusion& fusion, const ConvolutionArgs& shape, int64_t element_size,
+                     int64_t chunks, int64_t most, const Rows& rows) {
+  int64_t input = 0, grad_output = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const Range x = input_pixels(shape, rows(chunk)), dz = fusion.grad_output_pixels(rows(chunk));
+    if (fusion.computes_input()) input = std::max(input, x.end - x.begin);
+    if (fusion.computes_grad_output()) grad_output = std::max(grad_output, dz.end - dz.begin + kBlockK);
+  }
+  const int64_t bytes = std::max(input * shape.channels * element_size,
+                                 grad_output * shape.out_channels * element_size + fusion.chunk_bytes(most));
+  return ceil_div(bytes, 64) * 64 + 64;
+}
+
 // K, the output pixels or tiles, is partitioned into chunks, whose contributions are added in order. Split-K:
 // where the accumulators are small, the chunks are distributed over parts with private accumulators, and a
 // task packs and multiplies the chunks of its part; the split-K reduction adds the parts. Staged: otherwise
@@ -41,28 +100,40 @@ class WeightGradientTasks {
     parts_ = split_k_ ? split_k_parts(chunks_, accumulator_floats()) : 1;
   }
 
-  int64_t scratch(int64_t threads) const {
-    return parts_ * accumulator_floats() + threads * copied_floats() + slots(threads) * operand_floats();
+  // True if the weight gradient can have a fusion that computes an operand or uses one: a direct split-K.
+  bool fusible() const { return split_k_ && !winograd_; }
+  int64_t chunks() const { return chunks_; }
+  int64_t scratch(int64_t threads, const GradientFusion& fusion) const {
+    return (parts_ * accumulator_floats() + threads * (copied_floats() + fused_floats(fusion)) +
+            slots(threads) * operand_floats()) *
+           kElement;
   }
 
   template <class Parallel>
-  void run(const ConvolutionKernels& kernels, float* scratch, const Parallel& parallel) const {
+  void run(const ConvolutionKernels& kernels, char* memory, const Parallel& parallel,
+           const GradientFusion& fusion) const {
+    auto* const scratch = reinterpret_cast<float*>(memory);
     const WeightGradientKernels& k = winograd_ ? kernels.winograd_wgrad : kernels.direct_wgrad;
     const int64_t panels = num_panels(shape_.out_channels);
     float* const copied = scratch + parts_ * accumulator_floats();
-    float* const operands = copied + parallel.threads() * copied_floats();
+    float* const operands = copied + parallel.threads() * (copied_floats() + fused_floats(fusion));
     if (split_k_) {
       parallel(parts_, [&](int64_t begin, int64_t end) {
         float* v = operands + parallel.thread() * operand_floats();
-        float* const own = copied + parallel.thread() * copied_floats();
+        float* const own = copied + parallel.thread() * (copied_floats() + fused_floats(fusion));
         for (int64_t part = begin; part < end; ++part) {
           const Range chunks = balanced_range(chunks_, part, parts_);
           for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-            const Range block = balanced_range(total_, chunk, chunks_);
-            k.pack_input(args_, block, block, own, v);
-            k.pack_grad_output(args_, block, block, v + input_floats());
-            const auto next = chunk + 1 < chunks.end ? chunk_memory(chunk + 1) : kNothing;
-            k.gemm(args_, block, {0, panels}, {0, ranges()}, v, v + input_floats(), chunk == chunks.begin,
+            const Range block = rows(chunk);
+            const WeightGradientArgs args = pack_fused_chunk(
+                args_, fusion, chunk, block, kElement, reinterpret_cast<char*>(own + copied_floats()),
+                [&](const WeightGradientArgs& a) { k.pack_input(a, block, block, own, v); },
+                [&](const WeightGradientArgs& a) {
+                  k.pack_grad_output(a, block, block, v + input_floats());
+                });
+            const bool prefetches = !winograd_ && chunk + 1 < chunks.end;
+            const auto next = prefetches ? fusion.operands(rows(chunk + 1)) : kNothing;
+            k.gemm(args, block, {0, panels}, {0, ranges()}, v, v + input_floats(), chunk == chunks.begin,
                    scratch + part * accumulator_floats(), next.data());
           }
         }
@@ -73,12 +144,12 @@ class WeightGradientTasks {
       const auto chunk_operands = [&](int64_t chunk) { return operands + chunk * operand_floats(); };
       parallel(chunks * kPackTasks, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-          const Range block = balanced_range(total_, first + task / kPackTasks, chunks_);
+          const Range block = rows(first + task / kPackTasks);
           const Range slice = balanced_range(block.end - block.begin, task % kPackTasks, kPackTasks);
-          const Range rows = {block.begin + slice.begin, block.begin + slice.end};
+          const Range part = {block.begin + slice.begin, block.begin + slice.end};
           float* v = chunk_operands(task / kPackTasks);
-          k.pack_input(args_, block, rows, copied + parallel.thread() * copied_floats(), v);
-          k.pack_grad_output(args_, block, rows, v + input_floats());
+          k.pack_input(args_, block, part, copied + parallel.thread() * copied_floats(), v);
+          k.pack_grad_output(args_, block, part, v + input_floats());
         }
       });
       // Both operands of a transform point are read by one task, if there are enough of them for the threads.
@@ -91,7 +162,7 @@ class WeightGradientTasks {
                       group = balanced_range(ranges(), task % groups, groups);
           for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const float* v = chunk_operands(chunk);
-            k.gemm(args_, balanced_range(total_, first + chunk, chunks_), panel_group, group, v,
+            k.gemm(args_, rows(first + chunk), panel_group, group, v,
                    v + input_floats(), first + chunk == 0, scratch, kNothing.data());
           }
         }
@@ -111,7 +182,8 @@ class WeightGradientTasks {
   // These constants are the order of summation, so they do not depend on the caches.
   static constexpr int64_t kPixels = 128, kSplitKTiles = 28, kStagedTiles = 84;
   static constexpr int64_t kChunksPerStage = 4, kPackTasks = 28, kTasksPerThread = 4;
-  static constexpr int64_t kGroup = 4;  // blocks of rows of A^T
+  static constexpr int64_t kElement = 4;  // bytes
+  static constexpr int64_t kGroup = 4;    // blocks of rows of A^T
   static constexpr int64_t kLine = 16;  // channels
   static constexpr std::array<MemoryRange, kMaxNextRanges> kNothing = {};
 
@@ -121,26 +193,24 @@ class WeightGradientTasks {
   // What the tasks of the GEMMs share beside the panels: see WeightGradientKernels::gemm.
   int64_t ranges() const { return winograd_ ? kTransformPoints : wgrad_row_blocks(channels_); }
   int64_t slots(int64_t threads) const { return split_k_ ? threads : kChunksPerStage; }
-  // The memory that a chunk reads.
-  std::array<MemoryRange, kMaxNextRanges> chunk_memory(int64_t chunk) const {
-    if (winograd_) return kNothing;
-    const Range rows = balanced_range(total_, chunk, chunks_), pixels = input_pixels(shape_, rows);
-    const auto range = [](const void* data, Range part, int64_t channels) {
-      return MemoryRange{static_cast<const float*>(data) + part.begin * channels,
-                         (part.end - part.begin) * channels * static_cast<int64_t>(sizeof(float))};
-    };
-    return {range(shape_.x, pixels, shape_.channels), range(args_.dz, rows, shape_.out_channels)};
+  Range rows(int64_t chunk) const { return balanced_range(total_, chunk, chunks_); }
+  int64_t fused_floats(const GradientFusion& fusion) const {
+    if (!fusible()) return 0;
+    return fusion_bytes(fusion, shape_, kElement, chunks_, ceil_div(total_, chunks_),
+                        [&](int64_t chunk) { return rows(chunk); }) /
+           kElement;
   }
   // The rows of a chunk's packed operands, and the size of each operand, in floats.
-  int64_t rows() const { return ceil_div(total_, chunks_) * (winograd_ ? tiles_.transform_elements() : 1); }
+  int64_t packed_rows() const { return ceil_div(total_, chunks_) * (winograd_ ? tiles_.transform_elements() : 1); }
   int64_t input_floats() const {
-    return winograd_ ? rows() * padded_row_stride(channels_) : ranges() * wgrad_row_block_floats(rows());
+    return winograd_ ? packed_rows() * padded_row_stride(channels_)
+                     : ranges() * wgrad_row_block_floats(packed_rows());
   }
   int64_t copied_floats() const {
     return !winograd_ && shape_.needs_im2col ? kCopiedRows * padded_row_stride(channels_) : 0;
   }
   int64_t grad_output_floats() const {
-    return winograd_ || args_.pack_dz ? rows() * num_panels(shape_.out_channels) * kPanelWidth : 0;
+    return winograd_ || args_.pack_dz ? packed_rows() * num_panels(shape_.out_channels) * kPanelWidth : 0;
   }
   int64_t operand_floats() const { return input_floats() + grad_output_floats(); }
 
@@ -151,26 +221,6 @@ class WeightGradientTasks {
   int64_t total_, points_, channels_;
   bool split_k_;
   int64_t chunks_, parts_;
-};
-
-// Passes fused with a weight gradient, chunk by chunk, in memory that stays in L2.
-class GradientFusion {
- public:
-  virtual ~GradientFusion() = default;
-  // Computes the convolution's input, or the gradient of its output, for these pixels, counted through all
-  // images.
-  virtual bool computes_input() const { return false; }
-  virtual void input(Range, void*) const {}
-  virtual bool computes_grad_output() const { return false; }
-  virtual void grad_output(Range, void*) const {}
-  // The pixels of the output gradient that chunk(rows) reads; at least `rows`.
-  virtual Range grad_output_pixels(Range rows) const { return rows; }
-  // Another use of the output gradient of these rows. dz: as WeightGradientArgs::dz, for
-  // grad_output_pixels(rows). `memory`: chunk_bytes(rows) bytes.
-  virtual void chunk(int64_t /*chunk*/, Range /*rows*/, const void* /*dz*/, char* /*memory*/) const {}
-  virtual int64_t chunk_bytes(int64_t /*rows*/) const { return 0; }
-  // The memory that the chunk of `rows` reads.
-  virtual std::array<MemoryRange, kMaxNextRanges> operands(Range rows) const = 0;
 };
 
 // Weight gradient with products of bfloat16 (isa/conv_wgrad_bf16.h), with the same two schedules.
@@ -197,20 +247,22 @@ class WeightGradientBf16Tasks {
     slots_ = std::min(chunks_, kChunksPerStage);
   }
 
+  bool fusible() const { return true; }
   int64_t chunks() const { return chunks_; }
   int64_t scratch(int64_t threads, const GradientFusion& fusion) const {
     return accumulator_bytes(threads) + (split_k_ ? threads : slots_) * operand_bytes() +
-           threads * (copy_bytes() + fusion_bytes(fusion));
+           threads * (copy_bytes() + fused_bytes(fusion));
   }
 
   template <class Parallel>
-  void run(const Bf16WeightGradientKernels& k, char* scratch, const Parallel& parallel,
+  void run(const Bf16ConvolutionKernels& kernels, char* scratch, const Parallel& parallel,
            const GradientFusion& fusion) const {
+    const Bf16WeightGradientKernels& k = kernels.weight_gradient;
     const int64_t panels = num_panels(shape_.out_channels), row_blocks = tap_rows_ / kBlockK;
     auto* const acc = reinterpret_cast<float*>(scratch);
     char* const operands = scratch + accumulator_bytes(parallel.threads());
     char* const memory = operands + (split_k_ ? parallel.threads() : slots_) * operand_bytes();
-    const int64_t memory_bytes = copy_bytes() + fusion_bytes(fusion);
+    const int64_t memory_bytes = copy_bytes() + fused_bytes(fusion);
     const auto pack = [&](int64_t chunk, char* to) {
       pack_chunk(k, chunk, to, memory + parallel.thread() * memory_bytes, fusion);
     };
@@ -303,38 +355,18 @@ class WeightGradientBf16Tasks {
     return {units.begin * unit_, std::min(units.end * unit_, total_)};
   }
 
-  // Computes what the fusion computes of both operands of a chunk, packs them, and runs fusion.chunk().
   void pack_chunk(const Bf16WeightGradientKernels& k, int64_t chunk, char* to, char* memory,
                   const GradientFusion& fusion) const {
-    WeightGradientArgs args = args_;
-    char* operand = memory + copy_bytes();
-    if (fusion.computes_input()) {
-      const Range pixels = input_pixels(shape_, rows(chunk));
-      fusion.input(pixels, operand);
-      args.convolution.x = operand - pixels.begin * shape_.channels * kElement;
-    }
-    k.pack_input(args, rows(chunk), memory, to);
-    if (fusion.computes_grad_output()) {
-      const Range pixels = fusion.grad_output_pixels(rows(chunk));
-      fusion.grad_output(pixels, operand);  // the input is packed
-      args.dz = operand - pixels.begin * shape_.out_channels * kElement;
-      operand += (pixels.end - pixels.begin + kBlockK) * shape_.out_channels * kElement;
-    }
-    k.pack_grad_output(args, rows(chunk), to + transposed_bytes());
-    fusion.chunk(chunk, rows(chunk), args.dz,
-                 operand + (64 - reinterpret_cast<uintptr_t>(operand) % 64) % 64);
+    pack_fused_chunk(
+        args_, fusion, chunk, rows(chunk), kElement, memory + copy_bytes(),
+        [&](const WeightGradientArgs& args) { k.pack_input(args, rows(chunk), memory, to); },
+        [&](const WeightGradientArgs& args) {
+          k.pack_grad_output(args, rows(chunk), to + transposed_bytes());
+        });
   }
-  int64_t fusion_bytes(const GradientFusion& fusion) const {
-    int64_t input = 0, grad_output = 0;
-    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      const Range x = input_pixels(shape_, rows(chunk)), dz = fusion.grad_output_pixels(rows(chunk));
-      if (fusion.computes_input()) input = std::max(input, x.end - x.begin);
-      if (fusion.computes_grad_output()) grad_output = std::max(grad_output, dz.end - dz.begin + kBlockK);
-    }
-    const int64_t bytes =
-        std::max(input * shape_.channels * kElement,
-                 grad_output * shape_.out_channels * kElement + fusion.chunk_bytes(largest()));
-    return ceil_div(bytes, 64) * 64 + 64;
+  int64_t fused_bytes(const GradientFusion& fusion) const {
+    return fusion_bytes(fusion, shape_, kElement, chunks_, largest(),
+                        [&](int64_t chunk) { return rows(chunk); });
   }
   int64_t accumulator_floats() const {
     return num_panels(shape_.out_channels) * kPanelWidth * padded_k(shape_, tiles_);

@@ -1,5 +1,6 @@
-// Operators for convolutions of float32 images in channels_last memory: packing of a weight, and one layer
-// with its epilogue. The kernels are in isa/direct.h and isa/winograd.h, the tasks in convolution.h.
+// Operator for one convolution of images in channels_last memory, with its epilogue and, where the kernels are
+// direct, the norm that precedes it. The kernels are in isa/direct*.h and isa/winograd.h, the tasks in
+// convolution.h.
 // fused_res/backends/cpu/convolution.py selects the algorithm for a shape.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -12,91 +13,10 @@
 
 #include "cpu/batch_norm.h"
 #include "cpu/convolution_host.h"
-#include "cpu/weight_memory.h"
+#include "cpu/packed_weight.h"
 
 namespace fused_res::cpu {
 namespace {
-
-Tensor empty_packed(int64_t size, at::ScalarType dtype, bool resident) {
-  return resident ? empty_weight(size, dtype) : empty_output({size}, dtype, at::MemoryFormat::Contiguous);
-}
-
-// Packs a weight for products of bfloat16; the arguments are those of pack_conv_weight.
-Tensor pack_bf16_weight(const Tensor& original, bool transposed, bool resident) {
-  const Bf16ConvolutionKernels& kernel = *kernels().bf16_convolution;
-  // Blocks of filter rows are packed from the weight as it is.
-  const bool swap = transposed && packs_filter_rows(original.size(0), original.size(3), kernel.tiles);
-  const Tensor rotated = swap ? original.flip({2, 3}).transpose(0, 1) : original;
-  const Tensor weight = (rotated.scalar_type() == at::kHalf ? rotated.to(at::kBFloat16) : rotated)
-                            .contiguous(at::MemoryFormat::ChannelsLast);
-  const Bf16WeightView view = {weight.const_data_ptr(), dtype_of(weight, "weight"),
-                               weight.size(0),          weight.size(1),
-                               weight.size(2),          weight.size(3),
-                               transposed && !swap,     {0, 1, weight.size(2)},
-                               {0, 1, weight.size(3)}};
-  const int64_t out_channels = view.transposed ? view.channels : view.out_channels,
-                channels = view.transposed ? view.out_channels : view.channels;
-  const int64_t size = packed_bf16_size(out_channels, channels, view.kernel_h, view.kernel_w, kernel.tiles);
-  Tensor packed = empty_packed(size, at::kBFloat16, resident);
-  void* to = packed.mutable_data_ptr();
-  Parallel{size}(num_panels(out_channels),
-                 [&](int64_t begin, int64_t end) { kernel.pack(view, {begin, end}, to); });
-  return packed;
-}
-
-// The view of a weight (K, C, kh, kw) of float32 to pack; the arguments are those of pack_conv_weight.
-WeightView weight_view(const Tensor& weight, int64_t winograd, bool transposed) {
-  WeightView view = {float_data(weight, "weight"),
-                     weight.size(0),
-                     weight.size(1),
-                     weight.size(2),
-                     weight.size(3),
-                     weight.stride(0),
-                     weight.stride(1),
-                     weight.stride(2),
-                     weight.stride(3),
-                     winograd,
-                     /*stream=*/false};
-  if (transposed) {
-    view.data += (view.kernel_h - 1) * view.row_stride + (view.kernel_w - 1) * view.column_stride;
-    view.row_stride = -view.row_stride, view.column_stride = -view.column_stride;
-    std::swap(view.out_channels, view.channels);
-    std::swap(view.output_stride, view.channel_stride);
-  }
-  return view;
-}
-
-// Packs a weight (K, C, kh, kw) of float32, bfloat16 or float16. winograd: the stride, 1 or 2, of a Winograd
-// convolution, or 0 for a direct one. transposed: pack the weight of the gradient with respect to the input
-// (dgrad), whose taps are reversed and whose input and output channels are swapped. bf16_products: pack
-// bfloat16 for products of bfloat16, otherwise float32. resident: many calls will read the packed weight.
-Tensor pack_conv_weight(const Tensor& original, int64_t winograd, bool transposed, bool bf16_products,
-                        bool resident) {
-  image_dtype(original, "weight");
-  TORCH_CHECK_VALUE(original.dim() == 4, "weight: expected (K, C, kh, kw), got ", original.sizes());
-  const int64_t kernel_h = original.size(2), kernel_w = original.size(3);
-  TORCH_CHECK_VALUE(winograd >= 0 && winograd <= 2,
-                    "winograd: expected a stride of 1 or 2, or 0 for direct, got ", winograd);
-  TORCH_CHECK_VALUE(winograd == 0 || (kernel_h == 3 && kernel_w == 3),
-                    "weight: Winograd supports 3x3 kernels, got ", original.sizes());
-  TORCH_CHECK_VALUE(
-      !bf16_products || (kernels().bf16_convolution && winograd == 0),
-      "bf16_products: expected a direct convolution, and an instruction set with products of bfloat16, "
-      "got ",
-      kernels().name);
-  if (bf16_products) return pack_bf16_weight(original, transposed, resident);
-  const Tensor weight = original.to(at::kFloat);
-  WeightView w = weight_view(weight, winograd, transposed);
-  const int64_t size = packed_size(w.out_channels, w.channels, kernel_h * kernel_w, winograd != 0);
-  Tensor packed = empty_packed(size, at::kFloat, resident);
-  void* to = packed.mutable_data_ptr();
-  const auto pack =
-      winograd != 0 ? convolution_kernels().winograd[0].pack : convolution_kernels().direct[0].pack;
-  // Half of the L3, not keeps_in_l3()'s quarter: nothing is read between the packing of U and its use.
-  w.stream = static_cast<int64_t>(packed.nbytes()) > caches().l3 / 2;
-  Parallel{size}(num_panels(w.out_channels), [&](int64_t begin, int64_t end) { pack(w, {begin, end}, to); });
-  return packed;
-}
 
 // Merges the moments of all chunks into partial statistics (1, 3, C): count, mean, M2.
 Tensor merge_chunk_moments(const ConvolutionArgs& args, double* partial, const std::vector<double>& counts) {
@@ -149,7 +69,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& weight, c
                                     at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t tile,
                                     bool relu, bool partials, bool bf16_products,
-                                    const OptionalTensor& input_stats, bool input_relu, bool transposed) {
+                                    const OptionalTensor& input_stats, bool input_relu) {
   TORCH_CHECK_VALUE(input.dim() == 4, "input: expected (N, C, H, W), got ", input.sizes());
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   ConvolutionArgs args = {};
@@ -162,24 +82,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& weight, c
       x.scalar_type());
   set_geometry(args, kernel_size, stride, padding, dilation);
   check_conv_args(args);
-  Tensor packed = weight;
-  WeightView view;
-  if (weight.dim() == 4) {
-    image_dtype(weight, "weight");
-    TORCH_CHECK_VALUE(weight.size(transposed ? 1 : 0) == out_channels &&
-                          weight.size(transposed ? 0 : 1) == args.channels &&
-                          weight.sizes().slice(2).equals(kernel_size),
-                      "weight: expected the weight of this convolution, got ", weight.sizes());
-    const int64_t winograd = tile != 0 ? args.stride_h : 0;
-    if (tile != 0 && WinogradTasks(args).staged()) {
-      packed = weight.to(at::kFloat);
-      view = weight_view(packed, winograd, transposed);
-      args.weight = &view;
-    } else {
-      packed = pack_conv_weight(weight, winograd, transposed, bf16_products, /*resident=*/false);
-    }
-  }
-  if (!args.weight) args.packed = packed_data(args, packed);
+  const PackedWeight packed(args, weight);
   const std::array<int64_t, 4> sizes = {args.images, out_channels, args.out_height, args.out_width};
   Tensor added, shift;
   if (residual && residual->defined()) {
@@ -205,18 +108,18 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& weight, c
     return {output, partials ? at::zeros({1, 3, out_channels}, at::kDouble) : statistics};
   std::unique_ptr<NormalizedInput> normalized;
   if (input_stats && input_stats->defined()) {
-    TORCH_CHECK_VALUE(bf16_products, "input_stats: expected products of bfloat16");
+    TORCH_CHECK_VALUE(tile == 0, "input_stats: expected a direct convolution");
     normalized = std::make_unique<NormalizedInput>(x, *input_stats, input_relu);
   }
   const DynamicParallel parallel(args);
   dispatch_tasks(kernels(), args, [&](const auto& tasks) {
     std::unique_ptr<double[]> partial(partials ? new double[tasks.chunks() * 2 * out_channels] : nullptr);
-    if constexpr (std::is_same_v<std::decay_t<decltype(tasks)>, DirectBf16Tasks>) {
-      Scratch scratch(tasks.scratch(parallel.threads(), normalized.get()));
-      tasks.run(kernels(), scratch.data(), parallel, ChunkMoments{partial.get()}, normalized.get());
-    } else {
+    if constexpr (std::is_same_v<std::decay_t<decltype(tasks)>, WinogradTasks>) {
       Scratch scratch(tasks.scratch(parallel.threads()));
       tasks.run(kernels(), scratch.data(), parallel, ChunkMoments{partial.get()});
+    } else {
+      Scratch scratch(tasks.scratch(parallel.threads(), normalized.get()));
+      tasks.run(kernels(), scratch.data(), parallel, ChunkMoments{partial.get()}, normalized.get());
     }
     if (partials) {
       std::vector<double> counts;
@@ -233,6 +136,5 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& input, const Tensor& weight, c
 
 TORCH_LIBRARY_IMPL(fused_res_cpu, CPU, m) {
   using namespace fused_res::cpu;
-  m.impl("pack_conv_weight", TORCH_FN(pack_conv_weight));
   m.impl("convolve", TORCH_FN(convolve));
 }

@@ -65,56 +65,6 @@ inline ChunkAndGroup chunk_and_group(int64_t task, int64_t chunks, int64_t group
   return {task % chunks, task / chunks};
 }
 
-// im2col + GEMM (isa/direct.h): a task is a chunk of output pixels and a group of panels.
-class DirectTasks {
- public:
-  explicit DirectTasks(const ConvolutionArgs& args)
-      : args_(args), rows_(args.images * args.out_height * args.out_width), k_(gemm_k(args)) {
-    // The im2col rows of a chunk stay in L2 while the panels are streamed: 256 KB, a quarter of a Zen 4
-    // core's L2 and an eighth of a Xeon's. The size does not follow the machine's L2, because a chunk's
-    // partial statistics are summed in its order, and because kMaxRows bounds all but the longest rows
-    // already.
-    const int64_t chunk_pixels = std::clamp<int64_t>(kChunkFloats / k_, kMinRows, kMaxRows);
-    chunks_ = ceil_div(rows_, chunk_pixels);
-  }
-
-  int64_t chunks() const { return chunks_; }
-  int64_t pixel_count(int64_t chunk) const {
-    const Range rows = balanced_range(rows_, chunk, chunks_);
-    return rows.end - rows.begin;
-  }
-  // Bytes.
-  int64_t scratch(int64_t threads) const {
-    return args_.needs_im2col ? threads * im2col_floats() * static_cast<int64_t>(sizeof(float)) : 0;
-  }
-
-  template <class Parallel>
-  void run(const Kernels& k, void* scratch, const Parallel& parallel, ChunkMoments moments) const {
-    // More than one group of panels only where there are too few chunks for the threads, because im2col is
-    // repeated for each group.
-    const int64_t panels = num_panels(args_.out_channels), target = kTasksPerThread * parallel.threads();
-    const int64_t groups = chunks_ >= target ? 1 : std::min(panels, ceil_div(target, chunks_));
-    parallel(groups * chunks_, [&](int64_t begin, int64_t end) {
-      float* im2col_rows =
-          static_cast<float*>(scratch) + parallel.thread() * (args_.needs_im2col ? im2col_floats() : 0);
-      for (int64_t task = begin; task < end; ++task) {
-        const auto [chunk, group] = chunk_and_group(task, chunks_, groups, parallel.threads());
-        k.convolution->direct[dtype_index(args_)].run(args_, balanced_range(rows_, chunk, chunks_),
-                                                      balanced_range(panels, group, groups), im2col_rows,
-                                                      moments.of(chunk, args_.out_channels));
-      }
-    });
-  }
-
- private:
-  static constexpr int64_t kChunkFloats = 65536, kMinRows = 14, kMaxRows = 56, kTasksPerThread = 4;
-
-  int64_t im2col_floats() const { return ceil_div(rows_, chunks_) * padded_row_stride(k_); }
-
-  const ConvolutionArgs& args_;
-  int64_t rows_, k_, chunks_;
-};
-
 // Pixels of an NHWC tensor, for a kernel of a norm.
 inline Block pixel_block(int64_t channels, Range pixels) {
   return {channels, 0, pixels.begin, pixels.end, 0, channels, 0, 0};
@@ -131,6 +81,119 @@ class ChunkFusion {
   virtual void input(Range, void*) const {}
   // The output pixels `rows` are written.
   virtual void output(int64_t /*chunk*/, Range /*rows*/) const {}
+
+  // The passes as stages before and after the convolution, where there are too few chunks for the threads.
+  template <class Parallel>
+  void input_stage(const Parallel& parallel, int64_t pixels, int64_t tasks, int64_t pixel_bytes,
+                   char* to) const {
+    parallel(tasks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Range part = balanced_range(pixels, i, tasks);
+        input(part, to + part.begin * pixel_bytes);
+      }
+    });
+  }
+  template <class Parallel, class Rows>
+  void output_stage(const Parallel& parallel, int64_t chunks, const Rows& rows) const {
+    parallel(chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) output(chunk, rows(chunk));
+    });
+  }
+};
+
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+inline int64_t input_size(const ConvolutionArgs& args) { return args.images * args.height * args.width; }
+// The most input pixels of a chunk of output pixels.
+template <class Rows>
+inline int64_t most_input_pixels(const ConvolutionArgs& args, int64_t chunks, const Rows& rows) {
+  int64_t pixels = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const Range range = input_pixels(args, rows(chunk));
+    pixels = std::max(pixels, range.end - range.begin);
+  }
+  return pixels;
+}
+
+
+// im2col + GEMM (isa/direct.h): a task is a chunk of output pixels and a group of panels. With a fusion, a task
+// is a chunk, if there are enough of them; otherwise the passes of the fusion are stages before and after.
+class DirectTasks {
+ public:
+  explicit DirectTasks(const ConvolutionArgs& args)
+      : args_(args), rows_(args.images * args.out_height * args.out_width), k_(gemm_k(args)) {
+    // The im2col rows of a chunk stay in L2 while the panels are streamed: 256 KB, a quarter of a Zen 4
+    // core's L2 and an eighth of a Xeon's. The size does not follow the machine's L2, because a chunk's
+    // partial statistics are summed in its order, and because kMaxDirectRows bounds all but the longest rows
+    // already.
+    const int64_t chunk_pixels = std::clamp<int64_t>(kChunkFloats / k_, kMinRows, kMaxDirectRows);
+    chunks_ = ceil_div(rows_, chunk_pixels);
+  }
+
+  int64_t chunks() const { return chunks_; }
+  int64_t pixel_count(int64_t chunk) const { return rows(chunk).end - rows(chunk).begin; }
+  // Bytes.
+  int64_t scratch(int64_t threads, const ChunkFusion* fusion = nullptr) const {
+    const bool staged = chunks_ < kTasksPerThread * threads;
+    return threads * im2col_bytes() + (staged ? 1 : threads) * input_bytes(fusion, staged);
+  }
+
+  template <class Parallel>
+  void run(const Kernels& k, void* scratch, const Parallel& parallel, ChunkMoments moments,
+           const ChunkFusion* fusion = nullptr) const {
+    // More than one group of panels only where there are too few chunks for the threads, because im2col is
+    // repeated for each group.
+    const int64_t panels = num_panels(args_.out_channels), target = kTasksPerThread * parallel.threads();
+    const bool staged = chunks_ < target, computes_input = fusion && fusion->computes_input();
+    const int64_t groups = staged ? std::min(panels, ceil_div(target, chunks_)) : 1;
+    const auto rows_of = [&](int64_t chunk) { return rows(chunk); };
+    auto* const im2col = static_cast<char*>(scratch);
+    char* const inputs = im2col + parallel.threads() * im2col_bytes();
+    ConvolutionArgs args = args_;
+    if (staged && computes_input) {
+      fusion->input_stage(parallel, input_size(args_), target, pixel_bytes(), inputs);
+      args.x = inputs;
+    }
+    const int64_t bytes = input_bytes(fusion, staged);
+    parallel(groups * chunks_, [&](int64_t begin, int64_t end) {
+      const int64_t thread = parallel.thread();
+      ConvolutionArgs task_args = args;
+      for (int64_t task = begin; task < end; ++task) {
+        const auto [chunk, group] = chunk_and_group(task, chunks_, groups, parallel.threads());
+        if (!staged && computes_input) {
+          const Range pixels = input_pixels(args_, rows(chunk));
+          char* const input = inputs + thread * bytes;
+          fusion->input(pixels, input);
+          task_args.x = input - pixels.begin * pixel_bytes();
+        }
+        k.convolution->direct[dtype_index(args_)].run(
+            task_args, rows(chunk), balanced_range(panels, group, groups), im2col + thread * im2col_bytes(),
+            moments.of(chunk, args_.out_channels));
+        if (!staged && fusion) fusion->output(chunk, rows(chunk));
+      }
+    });
+    if (staged && fusion) fusion->output_stage(parallel, chunks_, rows_of);
+  }
+
+ private:
+  static constexpr int64_t kChunkFloats = 65536, kMinRows = 14, kTasksPerThread = 4;
+
+  Range rows(int64_t chunk) const { return balanced_range(rows_, chunk, chunks_); }
+  int64_t im2col_bytes() const {
+    return args_.needs_im2col
+               ? ceil_div(rows_, chunks_) * padded_row_stride(k_) * static_cast<int64_t>(sizeof(float))
+               : 0;
+  }
+  int64_t pixel_bytes() const { return args_.channels * element_size(args_.dtype); }
+  // Of the input that a fusion computes: of all chunks if `staged`, else of one.
+  int64_t input_bytes(const ChunkFusion* fusion, bool staged) const {
+    if (!fusion || !fusion->computes_input()) return 0;
+    const auto rows_of = [&](int64_t chunk) { return rows(chunk); };
+    const int64_t pixels = staged ? input_size(args_) : most_input_pixels(args_, chunks_, rows_of);
+    return ceil_div(pixels * pixel_bytes(), 64) * 64;
+  }
+
+  const ConvolutionArgs& args_;
+  int64_t rows_, k_, chunks_;
 };
 
 // Convolution with bfloat16 products (isa/direct_bf16.h): a task is a chunk of output pixels and a group of
@@ -167,7 +230,7 @@ class DirectBf16Tasks {
   int64_t scratch(int64_t threads, const ChunkFusion* fusion = nullptr) const {
     const bool staged = chunks_ < kTasksPerThread * threads;
     return threads * (operand_bytes() + moments_bytes()) +
-           (staged ? 1 : threads) * input_bytes(fusion, staged ? pixels() : chunk_pixels());
+           (staged ? 1 : threads) * input_bytes(fusion, staged);
   }
 
   template <class Parallel>
@@ -186,7 +249,7 @@ class DirectBf16Tasks {
     const int64_t own_bytes = operand_bytes() + moments_bytes();
     char* const inputs = static_cast<char*>(scratch) + parallel.threads() * own_bytes;
     if (fusion && chunks_ >= target) {
-      const int64_t bytes = input_bytes(fusion, chunk_pixels());
+      const int64_t bytes = input_bytes(fusion, false);
       parallel(chunks_, [&](int64_t begin, int64_t end) {
         char* const own = static_cast<char*>(scratch) + parallel.thread() * own_bytes;
         ConvolutionArgs task_args = args;
@@ -208,12 +271,7 @@ class DirectBf16Tasks {
       return;
     }
     if (fusion && fusion->computes_input()) {
-      parallel(target, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const Range part = balanced_range(pixels(), i, target);
-          fusion->input(part, inputs + part.begin * args_.channels * kElement);
-        }
-      });
+      fusion->input_stage(parallel, input_size(args_), target, args_.channels * kElement, inputs);
       args.x = inputs;
     }
     // The chunk that each thread has read last.
@@ -229,10 +287,7 @@ class DirectBf16Tasks {
                                 own + operand_bytes(), moments.of(chunk, args_.out_channels));
       }
     });
-    if (!fusion) return;
-    parallel(chunks_, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) fusion->output(chunk, rows(chunk));
-    });
+    if (fusion) fusion->output_stage(parallel, chunks_, [&](int64_t chunk) { return rows(chunk); });
   }
 
  private:
@@ -248,19 +303,12 @@ class DirectBf16Tasks {
     const int64_t rows = ceil_div(ceil_div(rows_, unit_), chunks_) * unit_;
     return ceil_div(copied_elements(args_, tiles_, rows) * kElement, 64) * 64;
   }
-  int64_t pixels() const { return args_.images * args_.height * args_.width; }
-  // The most input pixels of a chunk.
-  int64_t chunk_pixels() const {
-    int64_t pixels = 0;
-    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      const Range range = input_pixels(args_, rows(chunk));
-      pixels = std::max(pixels, range.end - range.begin);
-    }
-    return pixels;
-  }
-  // Of the input that a fusion computes. The last tile reads rows beyond the last.
-  int64_t input_bytes(const ChunkFusion* fusion, int64_t pixels) const {
+  // Of the input that a fusion computes: of all chunks if `staged`, else of one. The last tile reads rows
+  // beyond the last.
+  int64_t input_bytes(const ChunkFusion* fusion, bool staged) const {
     if (!fusion || !fusion->computes_input()) return 0;
+    const auto rows_of = [&](int64_t chunk) { return rows(chunk); };
+    const int64_t pixels = staged ? input_size(args_) : most_input_pixels(args_, chunks_, rows_of);
     return ceil_div((pixels + 32) * args_.channels * kElement, 64) * 64;
   }
   int64_t moments_bytes() const { return num_panels(args_.out_channels) * kPanelMomentsBytes; }

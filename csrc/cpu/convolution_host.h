@@ -18,8 +18,6 @@ inline const ConvolutionKernels& convolution_kernels() {
   return *found;
 }
 
-inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // The dtype of an image that the convolutions support.
 inline Dtype image_dtype(const Tensor& tensor, const char* name) {
   const auto dtype = tensor.scalar_type();
@@ -115,6 +113,12 @@ inline const void* packed_data(const ConvolutionArgs& args, const Tensor& packed
   return packed.const_data_ptr();
 }
 
+inline bool needs_im2col(const ConvolutionArgs& args) {
+  // Rows that are a multiple of 4 KB apart would alias in one set of the L1, and 16-bit elements are widened
+  // first.
+  return !is_pointwise(args) || args.channels % 1024 == 0 || args.dtype != Dtype::kFloat32;
+}
+
 inline void set_geometry(ConvolutionArgs& args, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation) {
   const auto check_pair = [](const char* name, at::IntArrayRef pair, int64_t least) {
@@ -129,11 +133,7 @@ inline void set_geometry(ConvolutionArgs& args, at::IntArrayRef kernel_size, at:
   args.dilation_h = dilation[0], args.dilation_w = dilation[1];
   args.out_height = output_size(args.height, args.kernel_h, args.stride_h, args.pad_h, args.dilation_h);
   args.out_width = output_size(args.width, args.kernel_w, args.stride_w, args.pad_w, args.dilation_w);
-  const bool pointwise =
-      args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
-  // Rows that are a multiple of 4 KB apart would alias in one set of the L1, and 16-bit elements are widened
-  // first.
-  args.needs_im2col = !pointwise || args.channels % 1024 == 0 || args.dtype != Dtype::kFloat32;
+  args.needs_im2col = needs_im2col(args);
 }
 
 // True if the output is to be written with streaming stores. A normal store reads the cache line first, which

@@ -246,27 +246,24 @@ CPU_SCHEMAS = {
     "pack_conv_weight": "(Tensor weight, int winograd, bool transposed, bool bf16_products=False,"
     " bool resident=False) -> Tensor",
     # act(conv(input) + bias [+ residual]). weight: packed, of one dimension, or (K, C, kh, kw), which is packed within
-    # the call; `transposed` as of `pack_conv_weight`. outputs: number of output channels. tile: output pixels
-    # per side of a Winograd tile, m of F(m x m, 3 x 3), or 0 for direct convolution. partials: also return the partial
-    # statistics (1, 3, outputs) of the output. bf16_products: multiply bfloat16, instead of float32; only then there
-    # may be a norm before the convolution, with `input_stats` (5, C) and `input_relu`.
+    # the call. outputs: number of output channels. tile: output pixels per side of a Winograd tile, m of
+    # F(m x m, 3 x 3), or 0 for direct convolution, which may have a norm before it, with `input_stats` (5, C) and
+    # `input_relu`. partials: also return the partial statistics (1, 3, outputs) of the output. bf16_products: multiply
+    # bfloat16, instead of float32.
     "convolve": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int outputs, int[2] kernel_size,"
     " int[2] stride, int[2] padding, int[2] dilation, int tile, bool relu, bool partials,"
-    " bool bf16_products=False, Tensor? input_stats=None, bool input_relu=False, bool transposed=False)"
+    " bool bf16_products=False, Tensor? input_stats=None, bool input_relu=False)"
     " -> (Tensor output, Tensor partials)",
-    # Weight gradient, in the shape of `weight`, of a convolution without groups. winograd: whether to use a Winograd
-    # algorithm.
-    "conv_weight_gradient": "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding,"
-    " int[2] dilation, bool winograd) -> Tensor",
-    # Gradients of a bfloat16 convolution without groups, `output_mask` requests those of input and weight, with the
-    # passes of the norms around it. Arguments as of `conv_dgrad` and `conv_wgrad`, for filters of any size. Without
-    # `output` and `stats` (both or neither) there is no norm after it: dz is `grad_output`. Without `input_stats` there
-    # is none before it. `weight` is float32 or bfloat16; its gradient has its dtype. grad_input is [+ `added` *
-    # `added_mask`], not masked by the ReLU of the prologue; `sums` are nevertheless those of the masked gradient. That
-    # of a strided 1x1 convolution is compact.
+    # Gradients of a convolution of float32 or bfloat16 without groups, with the passes of the norms around it;
+    # `output_mask` requests those of input and weight. Arguments as of `conv_dgrad` and `conv_wgrad`, for filters of any
+    # size. Without `output` and `stats` (both or neither) there is no norm after it: dz is `grad_output`. Without
+    # `input_stats` there is none before it. `weight` has the dtype of `input` or is float32; its gradient has its dtype.
+    # grad_input is [+ `added` * `added_mask`], not masked by the ReLU of the prologue; `sums` are nevertheless those of
+    # the masked gradient. That of a strided 1x1 convolution is compact. tile: as of `convolve`, of float32 without
+    # norms and addition.
     "conv_backward": "(Tensor grad_output, Tensor? output, Tensor? stats, Tensor? relu_mask, bool relu, Tensor? sums,"
     " int count, Tensor weight, Tensor input, Tensor? input_stats, bool input_relu, Tensor? added, Tensor? added_mask,"
-    " int[2] stride, int[2] padding, int[2] dilation, bool[2] output_mask)"
+    " int[2] stride, int[2] padding, int[2] dilation, bool[2] output_mask, int tile=0)"
     " -> (Tensor grad_input, Tensor sums, Tensor grad_weight)",
     # Run an inference graph: convolutions, poolings and linear layers with intermediate values in an arena. steps: the
     # graph in the format of csrc/cpu/conv_program.h. arena: size of the arena in elements per image. chunk: number of

@@ -167,9 +167,9 @@ def test_chain_counts_fewer_bytes_with_every_fusion() -> None:
     =================================  ==================  ================  =============================
     """
     (block,) = (b for b in network.build_network("resnet50", 8, 224).blocks if b.name == "layer1.1")
-    step = chain.Step(block, seed=0)
+    step = chain.Step(block, torch.bfloat16, seed=0)
     unit = 2 * 8 * 56 * 56 * 64
-    counted = [chain.count_bytes(step, step.plan(algorithms)) / unit for algorithms in chain.LEVELS.values()]
+    counted = [chain.count_bytes(step, step.plan(level)) / unit for level in chain.LEVELS.values()]
     assert counted[0] - counted[1] == pytest.approx(6, abs=0.1)
     assert counted[1] - counted[2] == pytest.approx(0, abs=0.1)
     assert counted[2] - counted[3] == pytest.approx(64 - 48, abs=0.5)

@@ -170,6 +170,14 @@ void direct_run(const ConvolutionArgs& args, Range rows, Range panels, void* scr
   // than they write, take 0.75 of the time with prefetches two register blocks ahead.
   const int64_t ahead = a == scratch ? 0 : 2 * kMr * stride;
   const int64_t end = min(panels.end * kPanelWidth, args.out_channels);
+  // The positions of the output pixels in y, where they are strided.
+  int64_t strided[kMaxDirectRows];
+  for (int64_t i = 0; args.y_stride_h != 0 && i < rows.end - rows.begin; ++i) {
+    const int64_t row = rows.begin + i, line = row / args.out_width;
+    const int64_t x = row % args.out_width, y = line % args.out_height, image = line / args.out_height;
+    strided[i] = (image * args.y_height + y * args.y_stride_h) * args.y_width + x * args.y_stride_w;
+  }
+  const auto pixel = [&](int64_t row) { return args.y_stride_h != 0 ? strided[row] : rows.begin + row; };
   // One pixel per image, as in a linear layer: reading the weight takes longer than accumulating in parts.
   const bool in_parts = args.out_height * args.out_width == 1;
   for (int64_t c = panels.begin * kPanelWidth; c < end; c += kNr) {
@@ -178,8 +186,8 @@ void direct_run(const ConvolutionArgs& args, Range rows, Range panels, void* scr
     MomentAccumulator accumulators[kNrVectors];
     const int64_t prefetched = c == panels.begin * kPanelWidth ? ahead : 0;
     for_each_row_block(rows.end - rows.begin, [&](int64_t row, int64_t n) {
-      for (int64_t r = 0; r < n; ++r) prefetch_epilogue<T>(args, rows.begin + row + r, c);
-      if (c + kNr <= end && moments == nullptr && !in_parts) {
+      for (int64_t r = 0; r < n; ++r) prefetch_epilogue<T>(args, pixel(row + r), c);
+      if (c + kNr <= end && moments == nullptr && !in_parts && args.y_stride_h == 0) {
         return dispatch_mr(n, [&](auto count) {
           micro_kernel_epilogue<T, count.value>(args, a + row * stride, stride, b, k, rows.begin + row, c,
                                                 prefetched);
@@ -197,7 +205,7 @@ void direct_run(const ConvolutionArgs& args, Range rows, Range panels, void* scr
           Vec<float> values[kMr];
           for (int64_t r = 0; r < n; ++r) {
             values[r] = load(acc + r * kPanelWidth + v * kLanes);
-            values[r] = epilogue.apply(part, values[r], rows.begin + row + r);
+            values[r] = epilogue.apply(part, values[r], pixel(row + r));
           }
           if (moments) accumulators[v].add(values, n);
         });

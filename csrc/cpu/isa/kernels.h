@@ -164,7 +164,7 @@ struct ConvolutionArgs {
   const float* bias;         // [out_channels], or null
   const void* residual;      // like y, or null
   void* y;
-  // bf16_products: output pixel (i, j) is written to (i * y_stride_h, j * y_stride_w) of images of y_height x
+  // Direct: output pixel (i, j) is written to (i * y_stride_h, j * y_stride_w) of images of y_height x
   // y_width pixels, from y on. 0: the output has out_height x out_width pixels.
   int64_t y_stride_h, y_stride_w, y_height, y_width;
   bool relu;

@@ -68,12 +68,17 @@ struct BandLayout {
   int64_t size(int64_t lines) const { return row_phases * column_phases * plane(lines); }
 };
 
+// True if every output pixel reads one input pixel, in order.
+inline bool is_pointwise(const ConvolutionArgs& args) {
+  return args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
+}
+
 // `tiles`: whether the micro-kernel multiplies tiles, whose rows must be equally spaced.
 inline Operand select_operand(const ConvolutionArgs& args, bool tiles) {
   if (packs_filter_rows(args.channels, args.kernel_w, tiles)) return Operand::kBand;
   if (args.channels % 32 != 0) return Operand::kIm2col;
   if (args.kernel_h * args.kernel_w == 1) {
-    if (args.stride_h * args.stride_w != 1 || args.pad_h + args.pad_w != 0) return Operand::kIm2col;
+    if (!is_pointwise(args)) return Operand::kIm2col;
     // Rows that are a multiple of 4 KB apart would alias in one set of the L1.
     const bool aliases = args.channels % 2048 == 0, few = args.images * args.out_height * args.out_width < 32;
     return aliases || few ? Operand::kIm2col : Operand::kInPlace;
@@ -106,8 +111,7 @@ inline void for_each_image(const ConvolutionArgs& args, Range rows, F f) {
 // The input pixels that the output pixels `rows` read, counted through all images, and those that the copy of
 // a band reads with them: the last lines of all row phases.
 inline Range input_pixels(const ConvolutionArgs& args, Range rows) {
-  if (args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0)
-    return rows;
+  if (is_pointwise(args)) return rows;
   const int64_t extent = (args.kernel_h - 1) * args.dilation_h, s = args.stride_h;
   const int64_t last_row = extent / s * s + (s < extent + 1 ? s : extent + 1) - 1;
   const auto input_row = [&](int64_t line, int64_t offset) {

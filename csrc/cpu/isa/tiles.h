@@ -147,6 +147,8 @@ inline int64_t gemm_k(const ConvolutionArgs& args) { return args.kernel_h * args
 // that rows a power of two apart do not alias in the same cache set.
 inline int64_t padded_row_stride(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
 
+constexpr int64_t kMaxDirectRows = 56;  // output pixels of a direct convolution's chunk
+
 // The direct weight gradient packs A^T in blocks of nearly equal height, up to kWgradRows elements of the
 // receptive field, so that a pixel's elements lie in one cache line.
 constexpr int64_t kWgradRows = 14, kWgradLine = 16;

@@ -32,7 +32,7 @@ def _conv_bn_stats(
 ) -> tuple[Tensor, Tensor]:
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     _, selected = registry.select("cpu", "forward", input, weight, geometry, "fused", False)
-    if selected.algorithm is convolution.FUSED_BF16:
+    if selected.algorithm in (convolution.FUSED_BF16, convolution.FUSED_FP32):
         return convolution.normalize_and_convolve(input, weight, bias, input_stats, input_relu, geometry, partials)
     x = input
     if input_stats is not None:

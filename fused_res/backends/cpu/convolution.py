@@ -28,7 +28,7 @@ from torch import Tensor
 from fused_res import _extension
 from fused_res.backends import implicit_gemm
 from fused_res.backends.cpu import onednn
-from fused_res.backends.cpu.operators import conv_backward, conv_weight_gradient, convolve, pack_conv_weight
+from fused_res.backends.cpu.operators import conv_backward, convolve, pack_conv_weight
 from fused_res.dispatch import TRAINING_OPERATIONS, Algorithm, Operation, PackedWeight, Problem, Rule, convolution
 from fused_res.dispatch.convolution import Gradients, OutputMask
 from fused_res.ops.geometry import Geometry
@@ -77,13 +77,12 @@ def _run(
     partials: bool = False,
     input_stats: Tensor | None = None,
     input_relu: bool = False,
-    transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Call the C++ operator with a weight, packed or not; `shape` is that of the unpacked, transposed weight."""
+    """Call the C++ operator with a weight, packed or not; `shape` is that of the unpacked weight."""
     bias = None if bias is None else bias.contiguous()
     output, statistics = convolve(
         input, weight, bias, residual, shape[0], shape[2:], *geometry[:3], kernel.tile, relu, partials,
-        kernel.bf16_products, input_stats, input_relu, transposed,
+        kernel.bf16_products, input_stats, input_relu,
     )  # fmt: skip
     return output, statistics
 
@@ -115,9 +114,10 @@ def normalize_and_convolve(
     geometry: Geometry,
     partials: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``conv_bn_stats`` with products of bfloat16; the norm runs on chunks of pixels that stay in L2."""
+    """Compute ``conv_bn_stats`` by a direct convolution; the norm runs on chunks of pixels that stay in L2."""
+    kernel = KERNELS["direct_bf16" if input.dtype == torch.bfloat16 else "direct"]
     return _run(
-        KERNELS["direct_bf16"], input, weight, bias, weight.shape, geometry, partials=partials,
+        kernel, input, weight, bias, weight.shape, geometry, partials=partials,
         input_stats=input_stats, input_relu=input_relu,
     )  # fmt: skip
 
@@ -131,26 +131,12 @@ def _backward(
     geometry: Geometry,
     mask: OutputMask,
 ) -> Gradients:
-    stride, padding, dilation, groups = geometry
-    dx = dweight = dbias = None
-    if mask[2]:
-        dbias = grad.sum((0, 2, 3))
-    if kernel.bf16_products:
-        if mask[0] or mask[1]:
-            no_norms = None, None, None, False, None, 0, weight, input, None, False, None, None
-            dx, _, dweight = conv_backward(grad, *no_norms, stride, padding, dilation, mask[:2])
-        return dx if mask[0] else None, dweight if mask[1] else None, dbias
-    if mask[0]:
-        # The input gradient is a stride-1 convolution of grad with the flipped and transposed weight. For a strided 1x1
-        # convolution it has the sampled input positions only.
-        kernel_size = weight.shape[2:]
-        dgrad_padding = tuple(d * (k - 1) - p for k, p, d in zip(kernel_size, padding, dilation, strict=True))
-        dgrad_weight_shape = (input.shape[1], weight.shape[0], *kernel_size)
-        dgrad_geometry = (1, 1), dgrad_padding, dilation, groups
-        dx, _ = _run(kernel, grad, weight, None, dgrad_weight_shape, dgrad_geometry, transposed=True)
-    if mask[1]:
-        dweight = conv_weight_gradient(grad, input, weight, stride, padding, dilation, kernel.tile > 0)
-    return dx, dweight, dbias
+    dx = dweight = None
+    dbias = grad.sum((0, 2, 3)) if mask[2] else None
+    if mask[0] or mask[1]:
+        no_norms = None, None, None, False, None, 0, weight, input, None, False, None, None
+        dx, _, dweight = conv_backward(grad, *no_norms, *geometry[:3], mask[:2], kernel.tile)
+    return dx if mask[0] else None, dweight if mask[1] else None, dbias
 
 
 # Supported problems
@@ -216,26 +202,35 @@ def _fused_bf16_unsupported_reason(problem: Problem) -> str | None:
     return _bf16_unsupported_reason(problem)
 
 
+def _fused_fp32_unsupported_reason(problem: Problem) -> str | None:
+    if problem.dtype != torch.float32 or not problem.pointwise or max(problem.stride) > 1 or max(problem.padding) > 0:
+        return "in float32, only 1x1 convolutions with stride 1 and no padding are fused with norms"
+    if problem.operation != "forward" and not _has_split_k_gradient(problem):
+        return "a large weight: its gradient has no chunks to fuse the norms with"
+    return _direct_unsupported_reason(problem)
+
+
+def _has_split_k_gradient(problem: Problem) -> bool:
+    width, limit = _extension.cpp.PANEL_WIDTH, _extension.cpp.SPLIT_K_MAX_FLOATS
+    return math.ceil(problem.weight[0] / width) * width * problem.weight[1] <= limit
+
+
 def _bf16_gradient_unsupported_reason(problem: Problem) -> str | None:
+    if problem.operation == "input_gradient" and not problem.pointwise:
+        if problem.weight[0] <= _extension.cpp.PIXEL_CHANNELS:
+            return "input gradient of a filter with few output channels"
+    return _direct_gradient_unsupported_reason(problem)
+
+
+def _direct_gradient_unsupported_reason(problem: Problem) -> str | None:
     if problem.operation != "input_gradient" or problem.pointwise:
         return None
-    if problem.weight[0] <= _extension.cpp.PIXEL_CHANNELS:
-        return "input gradient of a filter with few output channels"
     strided = max(problem.stride) > 1
     for size, padding, dilation, stride in zip(
         problem.weight[2:], problem.padding, problem.dilation, problem.stride, strict=True
     ):
         if padding > dilation * (size - 1) or stride > size or (strided and dilation > 1):
             return "input gradient of a filter smaller than its padding or its stride, or of a dilated strided one"
-    return None
-
-
-def _direct_gradient_unsupported_reason(problem: Problem) -> str | None:
-    if problem.operation != "input_gradient" or problem.pointwise:
-        return None
-    dims = zip(problem.weight[2:], problem.padding, problem.dilation, strict=True)
-    if problem.stride != (1, 1) or any(d * (k - 1) < p for k, p, d in dims):
-        return "input gradient of a strided filter larger than 1x1, or of one padded by more than dilation * (k - 1)"
     return None
 
 
@@ -337,9 +332,9 @@ def _prefer_aten_forward(problem: Problem) -> bool:
 def _prefer_aten_dgrad(problem: Problem) -> bool:
     if _is_pointwise_with_full_vectors(problem):
         return False
-    strided = problem.stride != (1, 1)
-    reuses_freed_memory = math.prod(problem.input) <= _MALLOC_MMAP_FLOATS
-    return strided or reuses_freed_memory
+    if problem.stride != (1, 1):
+        return _channels(problem) < _MIN_CHANNELS
+    return math.prod(problem.input) <= _MALLOC_MMAP_FLOATS
 
 
 def _is_pointwise_with_full_vectors(problem: Problem) -> bool:
@@ -362,6 +357,9 @@ def _has_few_pixels(problem: Problem) -> bool:
 
 
 _FEW_PIXELS = Rule(_has_few_pixels, "few output pixels", _EVIDENCE_ZEN4, TRAINING_OPERATIONS)
+_FEW_CHANNELS = Rule(
+    lambda problem: _channels(problem) < _MIN_CHANNELS, "few channels", _EVIDENCE_ZEN4, TRAINING_OPERATIONS
+)
 _SMALL_IMAGE = Rule(
     convolution.is_small_image,
     "one small image, whose convolution is one GEMM in ATen, without oneDNN",
@@ -415,7 +413,7 @@ WINOGRAD_F4X4 = _native_algorithm(
     (
         _FEW_PIXELS,
         _SMALL_IMAGE,
-        Rule(lambda problem: _channels(problem) < _MIN_CHANNELS, "few channels", _EVIDENCE_ZEN4, TRAINING_OPERATIONS),
+        _FEW_CHANNELS,
     ),
     True,
     _describe_saving,
@@ -459,6 +457,45 @@ FUSED_INPUT_BF16 = replace(
     implementations={"input_gradient": "conv_backward", "weight_gradient": "conv_backward"},
     rules=(),
     selection_reason=lambda problem: "with the preceding norm, in chunks of pixels that stay in L2",
+    separate_norm_backward=True,
+)
+_EVIDENCE_FUSED_FP32 = (
+    "2 cores of a Xeon, batch 16, ms of a bottleneck's step with norms as passes / in prologues of forward / and of"
+    " gradients / fused gradients: stages 1 to 3 77.2 / 77.8 / 76.0 / 71.0, 59.0 / 58.8 / 58.5 / 58.1, 53.6 / 53.0 /"
+    " 53.4 / 53.9; stage 4, without gradients, 60.1 / 60.2 (python -m benchmarks chain --dtype float32)"
+)
+_FUSED_FP32_RULES = (_FEW_PIXELS, _FEW_CHANNELS, _SMALL_IMAGE)
+#: Weight elements up to which the gradients compute the backward of the following norm, in float32.
+_MAX_FUSED_FP32_GRADIENT_WEIGHT = 65536
+#: ``direct`` with the norms around a 1x1 convolution of float32.
+FUSED_FP32 = replace(
+    FUSED_BF16,
+    name="fused_fp32",
+    unsupported_reason=_fused_fp32_unsupported_reason,
+    rules=(
+        *_FUSED_FP32_RULES,
+        Rule(
+            lambda problem: not _has_split_k_gradient(problem),
+            "a large weight, whose gradient reads the normalized input",
+            _EVIDENCE_FUSED_FP32,
+            ("forward",),
+        ),
+        Rule(
+            lambda problem: math.prod(problem.weight) > _MAX_FUSED_FP32_GRADIENT_WEIGHT,
+            "a large weight: a separate pass of the following norm is faster",
+            _EVIDENCE_FUSED_FP32,
+            ("input_gradient", "weight_gradient"),
+        ),
+    ),
+    packs_master_weight=False,
+)
+#: Its gradients without the backward of the following norm.
+FUSED_INPUT_FP32 = replace(
+    FUSED_FP32,
+    name="fused_input_fp32",
+    implementations={"input_gradient": "conv_backward", "weight_gradient": "conv_backward"},
+    rules=_FUSED_FP32_RULES,
+    selection_reason=FUSED_INPUT_BF16.selection_reason,
     separate_norm_backward=True,
 )
 DIRECT = _native_algorithm(
@@ -510,7 +547,7 @@ ATEN_EPILOGUE = replace(
     selection_reason=lambda problem: "float32 bias, addition and ReLU in one pass after ATen's convolution",
 )
 ALGORITHMS = (
-    FUSED_BF16, FUSED_INPUT_BF16, WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, ATEN_EPILOGUE,
+    FUSED_BF16, FUSED_INPUT_BF16, FUSED_FP32, FUSED_INPUT_FP32, WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, ATEN_EPILOGUE,
     *convolution.ALGORITHMS,
 )  # fmt: skip
 ALGORITHMS_BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}

@@ -274,7 +274,7 @@ Memory<float> run_gradient(const Operands& operands, const Memory<uint16_t>& dz,
   Memory<char> scratch(fault == "scratch" ? tasks.scratch(1, fusion) / kScratchDivisor
                                           : tasks.scratch(parallel.threads(), fusion));
   std::memset(scratch.get(), 0xFF, static_cast<size_t>(scratch.size));  // NaN
-  tasks.run(k.weight_gradient, scratch.get(), parallel, fusion);
+  tasks.run(k, scratch.get(), parallel, fusion);
   return dweight;
 }
 

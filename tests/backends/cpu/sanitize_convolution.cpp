@@ -248,6 +248,11 @@ void check(const Case& c) {
   check_bits(c, y, run(c, operands, Threads{1}));
 }
 
+class NoFusion final : public GradientFusion {
+ public:
+  std::array<MemoryRange, kMaxNextRanges> operands(Range) const override { return {}; }
+};
+
 // `pack`: pack both operands, even where the kernels could read them in place.
 Array<float> run_gradient(const Case& c, const Operands& operands, const Array<float>& dz, bool pack,
                           const Threads& parallel) {
@@ -259,9 +264,10 @@ Array<float> run_gradient(const Case& c, const Operands& operands, const Array<f
   args.output_stride = operands.weight.output_stride, args.channel_stride = operands.weight.channel_stride;
   args.row_stride = operands.weight.row_stride, args.column_stride = operands.weight.column_stride;
   const WeightGradientTasks tasks(args);
-  const Array<float> scratch =
-      nan_filled(inject_fault ? tasks.scratch(1) - 1 : tasks.scratch(parallel.threads()));
-  tasks.run(kConvolution, scratch.get(), parallel);
+  const NoFusion fusion;
+  const Array<float> scratch = nan_filled(
+      inject_fault ? tasks.scratch(1, fusion) / 4 - 1 : tasks.scratch(parallel.threads(), fusion) / 4);
+  tasks.run(kConvolution, reinterpret_cast<char*>(scratch.get()), parallel, fusion);
   return dweight;
 }
 

@@ -68,8 +68,9 @@ def weight_gradient(
     dz: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, winograd: bool
 ) -> Tensor:
     registry.resolve("cpu", torch.device("cpu"))  # loads the backend, which registers the operator
-    operator = torch.ops.fused_res_cpu.conv_weight_gradient.default
-    return operator(dz, x, weight, (stride,) * 2, (padding,) * 2, (dilation,) * 2, winograd)
+    no_norms = None, None, None, False, None, 0, weight, x, None, False, None, None
+    geometry = (stride,) * 2, (padding,) * 2, (dilation,) * 2
+    return torch.ops.fused_res_cpu.conv_backward(dz, *no_norms, *geometry, (False, True), 4 * winograd)[2]
 
 
 def float64_gradients(dz: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> Any:
@@ -221,7 +222,7 @@ def record_cpu_conv_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
     from fused_res.backends.cpu import convolution as module
 
     calls: list[str] = []
-    for name in ("convolve", "conv_weight_gradient"):
+    for name in ("convolve", "conv_backward"):
         original = getattr(module, name)
 
         def call(*arguments: Any, name: str = name, original: Any = original) -> Any:
@@ -250,7 +251,7 @@ def test_block_accuracy_vs_stock(winograd: bool, stride: int, monkeypatch: pytes
     with fused_res.backends.use("auto", winograd=winograd), record_cpu_conv_calls(monkeypatch) as calls:
         ours = output_and_gradients(lambda x, t: residual_block(x, spec, t, training=True), x, tensors)
     if winograd:
-        assert calls.count("convolve") >= 4 and calls.count("conv_weight_gradient") >= 2
+        assert calls.count("convolve") >= 4 and calls.count("conv_backward") >= 2
     for index, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
         if winograd:
             assert relative_error(a, c) <= 1e-5 + 2 * relative_error(b, c), index
@@ -320,7 +321,7 @@ def test_recomputation_is_bitwise_equal_and_unneeded_gradients_are_skipped(monke
         y = residual_block(x, spec, frozen, training=True)
         forward_calls = len(calls)
         (dweight,) = torch.autograd.grad(y, weight, torch.ones_like(y).cumsum(3).cos())
-    assert calls[forward_calls:] == ["convolve", "conv_weight_gradient"] and dweight.shape == weight.shape
+    assert calls[forward_calls:] == ["conv_backward"] * 2 and dweight.shape == weight.shape
 
 
 def test_compiled_block_is_bitwise_equal() -> None:

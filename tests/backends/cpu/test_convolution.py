@@ -566,17 +566,6 @@ class TestUnpackedWeight:
             for a, b in zip(operands.run(tile, partials=True, packed=weight), expected, strict=True):
                 assert torch.equal(a, b)
 
-    @pytest.mark.parametrize("tile", [DIRECT, 2, 4])
-    def test_transposed(self, tile: int) -> None:
-        for channels, outputs in ((17, 33), (300, 330)):
-            operands = Operands.random(Case(2, outputs, 9, 12, channels, bias=False, residual=False))
-            weight = torch.randn(outputs, channels, 3, 3)
-            pair = 1, 1
-            arguments = None, None, channels, (3, 3), pair, pair, pair, tile, False, True, False, None, False
-            expected = CONVOLVE(operands.x, PACK(weight, int(tile > 0), True), *arguments)
-            for a, b in zip(CONVOLVE(operands.x, weight, *arguments, True), expected, strict=True):
-                assert torch.equal(a, b)
-
     @pytest.mark.parametrize("tile", [DIRECT, 4])
     def test_invalid_weight_raises(self, tile: int) -> None:
         operands = Operands.random(Case(1, 300, 6, 7, 330))
