@@ -35,7 +35,7 @@ from fused_res.backends.cpu.convolution import ALGORITHMS
 from fused_res.block.plan import BlockConfig, Plan
 from fused_res.block.planner import plan
 from fused_res.block.program import NO_SLOT, Program, link
-from fused_res.dispatch import Algorithm, Problem, Selection, TrainingAlgorithms, select_training
+from fused_res.dispatch import Problem, Selection, TrainingAlgorithms, select_training
 from fused_res.dispatch.selection import candidates
 from fused_res.functional import residual_block
 from fused_res.spec import group_by_unit

@@ -31,8 +31,8 @@
 //     channels up to which direct_bf16 copies whole rows of the filter at once, kPixelChannels of
 //     isa/operand.h;
 //   PANEL_WIDTH, SPLIT_K_MAX_FLOATS
-//     the output channels of a panel, and the elements of a weight, with whole panels, up to which its float32
-//     gradient is computed by split-K (conv_wgrad.h);
+//     the output channels of a panel, and the elements of a weight, with whole panels, up to which its
+//     float32 gradient is computed by split-K (conv_wgrad.h);
 //   GRAPH_LOCATIONS, GRAPH_STEP_KINDS, GRAPH_STEP_FIELDS
 //     the encoding of an inference graph (conv_program.h): the locations (input, output, no operand), the
 //     step kinds (convolution, max_pool), and the names of a step's fields in order.

@@ -61,7 +61,7 @@ struct Backward {
         .x = input_norm.x, .norm = input_norm.norm, .slope = nullptr, .offset = nullptr, .dx = nullptr};
     args.activation = input_norm.activation;
     norm_kernels().reduce[0](pixel_block(shape.channels, pixels), args,
-                              input_sums + chunk * 2 * shape.channels);
+                             input_sums + chunk * 2 * shape.channels);
   }
 };
 
@@ -287,10 +287,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(
       for (int64_t j = 0; j < (compact ? 1 : shape.stride_w); ++j) {
         const Phase columns(j, shape.width, shape.kernel_w, shape.stride_w, shape.pad_w, shape.dilation_w);
         if (rows.count * columns.count == 0) continue;
-        TORCH_CHECK_VALUE(!shape.bf16_products || !packs_filter_rows(shape.out_channels, columns.taps.count,
-                                                                     kernels().bf16_convolution->tiles),
-                          "weight: expected more than ", kPixelChannels, " output channels, got ",
-                          weight.sizes());
+        TORCH_CHECK_VALUE(
+            !shape.bf16_products ||
+                !packs_filter_rows(shape.out_channels, columns.taps.count, kernels().bf16_convolution->tiles),
+            "weight: expected more than ", kPixelChannels, " output channels, got ", weight.sizes());
         TORCH_CHECK_VALUE(
             rows.padding >= 0 && columns.padding >= 0 && rows.taps.count * columns.taps.count > 0,
             "weight: expected a filter larger than its stride and its padding, got ", weight.sizes());

@@ -162,8 +162,8 @@ class WeightGradientTasks {
                       group = balanced_range(ranges(), task % groups, groups);
           for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const float* v = chunk_operands(chunk);
-            k.gemm(args_, rows(first + chunk), panel_group, group, v,
-                   v + input_floats(), first + chunk == 0, scratch, kNothing.data());
+            k.gemm(args_, rows(first + chunk), panel_group, group, v, v + input_floats(), first + chunk == 0,
+                   scratch, kNothing.data());
           }
         }
       });
@@ -184,7 +184,7 @@ class WeightGradientTasks {
   static constexpr int64_t kChunksPerStage = 4, kPackTasks = 28, kTasksPerThread = 4;
   static constexpr int64_t kElement = 4;  // bytes
   static constexpr int64_t kGroup = 4;    // blocks of rows of A^T
-  static constexpr int64_t kLine = 16;  // channels
+  static constexpr int64_t kLine = 16;    // channels
   static constexpr std::array<MemoryRange, kMaxNextRanges> kNothing = {};
 
   int64_t accumulator_floats() const {
@@ -201,7 +201,9 @@ class WeightGradientTasks {
            kElement;
   }
   // The rows of a chunk's packed operands, and the size of each operand, in floats.
-  int64_t packed_rows() const { return ceil_div(total_, chunks_) * (winograd_ ? tiles_.transform_elements() : 1); }
+  int64_t packed_rows() const {
+    return ceil_div(total_, chunks_) * (winograd_ ? tiles_.transform_elements() : 1);
+  }
   int64_t input_floats() const {
     return winograd_ ? packed_rows() * padded_row_stride(channels_)
                      : ranges() * wgrad_row_block_floats(packed_rows());

@@ -1,5 +1,5 @@
-// Operator for one convolution of images in channels_last memory, with its epilogue and, where the kernels are
-// direct, the norm that precedes it. The kernels are in isa/direct*.h and isa/winograd.h, the tasks in
+// Operator for one convolution of images in channels_last memory, with its epilogue and, where the kernels
+// are direct, the norm that precedes it. The kernels are in isa/direct*.h and isa/winograd.h, the tasks in
 // convolution.h.
 // fused_res/backends/cpu/convolution.py selects the algorithm for a shape.
 #include <ATen/ops/empty.h>

@@ -114,9 +114,9 @@ inline int64_t most_input_pixels(const ConvolutionArgs& args, int64_t chunks, co
   return pixels;
 }
 
-
-// im2col + GEMM (isa/direct.h): a task is a chunk of output pixels and a group of panels. With a fusion, a task
-// is a chunk, if there are enough of them; otherwise the passes of the fusion are stages before and after.
+// im2col + GEMM (isa/direct.h): a task is a chunk of output pixels and a group of panels. With a fusion, a
+// task is a chunk, if there are enough of them; otherwise the passes of the fusion are stages before and
+// after.
 class DirectTasks {
  public:
   explicit DirectTasks(const ConvolutionArgs& args)

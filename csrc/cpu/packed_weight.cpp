@@ -44,8 +44,7 @@ WeightView transposed_view(const Tensor& weight, int64_t winograd, TapSubset row
 
 Tensor pack(WeightView view, bool resident) {
   const bool winograd = view.stride != 0;
-  const int64_t size =
-      packed_size(view.out_channels, view.channels, view.kernel_h * view.kernel_w, winograd);
+  const int64_t size = packed_size(view.out_channels, view.channels, view.kernel_h * view.kernel_w, winograd);
   Tensor packed = empty_packed(size, at::kFloat, resident);
   void* to = packed.mutable_data_ptr();
   const auto kernel =
@@ -59,10 +58,14 @@ Tensor pack(WeightView view, bool resident) {
 
 Tensor pack_bf16(const Tensor& weight, bool transposed, TapSubset rows, TapSubset columns, bool resident) {
   const Bf16ConvolutionKernels& kernel = *kernels().bf16_convolution;
-  const Bf16WeightView view = {weight.const_data_ptr(), dtype_of(weight, "weight"),
-                               weight.size(0),          weight.size(1),
-                               weight.size(2),          weight.size(3),
-                               transposed,              rows,
+  const Bf16WeightView view = {weight.const_data_ptr(),
+                               dtype_of(weight, "weight"),
+                               weight.size(0),
+                               weight.size(1),
+                               weight.size(2),
+                               weight.size(3),
+                               transposed,
+                               rows,
                                columns};
   const int64_t out_channels = transposed ? view.channels : view.out_channels,
                 channels = transposed ? view.out_channels : view.channels;

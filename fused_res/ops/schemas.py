@@ -255,12 +255,12 @@ CPU_SCHEMAS = {
     " bool bf16_products=False, Tensor? input_stats=None, bool input_relu=False)"
     " -> (Tensor output, Tensor partials)",
     # Gradients of a convolution of float32 or bfloat16 without groups, with the passes of the norms around it;
-    # `output_mask` requests those of input and weight. Arguments as of `conv_dgrad` and `conv_wgrad`, for filters of any
-    # size. Without `output` and `stats` (both or neither) there is no norm after it: dz is `grad_output`. Without
-    # `input_stats` there is none before it. `weight` has the dtype of `input` or is float32; its gradient has its dtype.
-    # grad_input is [+ `added` * `added_mask`], not masked by the ReLU of the prologue; `sums` are nevertheless those of
-    # the masked gradient. That of a strided 1x1 convolution is compact. tile: as of `convolve`, of float32 without
-    # norms and addition.
+    # `output_mask` requests those of input and weight. Arguments as of `conv_dgrad` and `conv_wgrad`, for filters of
+    # any size. Without `output` and `stats` (both or neither) there is no norm after it: dz is `grad_output`. Without
+    # `input_stats` there is none before it. `weight` has the dtype of `input` or is float32, and its gradient has its
+    # dtype. grad_input is [+ `added` * `added_mask`], not masked by the ReLU of the prologue; `sums` are nevertheless
+    # those of the masked gradient. That of a strided 1x1 convolution is compact. tile: as of `convolve`, of float32
+    # without norms and addition.
     "conv_backward": "(Tensor grad_output, Tensor? output, Tensor? stats, Tensor? relu_mask, bool relu, Tensor? sums,"
     " int count, Tensor weight, Tensor input, Tensor? input_stats, bool input_relu, Tensor? added, Tensor? added_mask,"
     " int[2] stride, int[2] padding, int[2] dilation, bool[2] output_mask, int tile=0)"

@@ -216,9 +216,9 @@ def _has_split_k_gradient(problem: Problem) -> bool:
 
 
 def _bf16_gradient_unsupported_reason(problem: Problem) -> str | None:
-    if problem.operation == "input_gradient" and not problem.pointwise:
-        if problem.weight[0] <= _extension.cpp.PIXEL_CHANNELS:
-            return "input gradient of a filter with few output channels"
+    has_few_channels = problem.weight[0] <= _extension.cpp.PIXEL_CHANNELS
+    if problem.operation == "input_gradient" and not problem.pointwise and has_few_channels:
+        return "input gradient of a filter with few output channels"
     return _direct_gradient_unsupported_reason(problem)
 
 
@@ -547,7 +547,8 @@ ATEN_EPILOGUE = replace(
     selection_reason=lambda problem: "float32 bias, addition and ReLU in one pass after ATen's convolution",
 )
 ALGORITHMS = (
-    FUSED_BF16, FUSED_INPUT_BF16, FUSED_FP32, FUSED_INPUT_FP32, WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, ATEN_EPILOGUE,
+    FUSED_BF16, FUSED_INPUT_BF16, FUSED_FP32, FUSED_INPUT_FP32,
+    WINOGRAD_F4X4, WINOGRAD_F2X2, DIRECT_BF16, DIRECT, ONEDNN, ATEN_EPILOGUE,
     *convolution.ALGORITHMS,
 )  # fmt: skip
 ALGORITHMS_BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}

@@ -265,8 +265,8 @@ Array<float> run_gradient(const Case& c, const Operands& operands, const Array<f
   args.row_stride = operands.weight.row_stride, args.column_stride = operands.weight.column_stride;
   const WeightGradientTasks tasks(args);
   const NoFusion fusion;
-  const Array<float> scratch = nan_filled(
-      inject_fault ? tasks.scratch(1, fusion) / 4 - 1 : tasks.scratch(parallel.threads(), fusion) / 4);
+  const Array<float> scratch = nan_filled(inject_fault ? tasks.scratch(1, fusion) / 4 - 1
+                                                       : tasks.scratch(parallel.threads(), fusion) / 4);
   tasks.run(kConvolution, reinterpret_cast<char*>(scratch.get()), parallel, fusion);
   return dweight;
 }

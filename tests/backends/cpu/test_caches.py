@@ -162,6 +162,6 @@ def test_convolution_bits_do_not_depend_on_the_caches(set_caches: Callable[..., 
         packed = ops.pack_conv_weight(weight, int(tile > 0), False)
         output = ops.convolve(x, packed, None, None, 64, [3, 3], pair, pair, pair, tile, True, True)
         no_norms = None, None, None, False, None, 0, weight, x, None, False, None, None
-        return packed, *output, *ops.conv_backward(dz, *no_norms, pair, pair, pair, (True, True), tile)
+        return packed, *output, *ops.conv_backward(dz, *no_norms, pair, pair, pair, (True, True), tile)[::2]
 
     assert_independent_of_caches(set_caches, results)

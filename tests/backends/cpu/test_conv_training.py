@@ -155,11 +155,11 @@ def test_invalid_arguments_raise(winograd: bool) -> None:
         ((dz, x, weight, 0, 1, 1), "stride: expected two integers of at least 1"),
         ((dz, x[:, :4], weight, 1, 1, 1), "grad_output: expected the gradient"),
         ((dz[0], x, weight, 1, 1, 1), r"expected \(N, C, H, W\)"),
-        ((dz.double(), x, weight, 1, 1, 1), "grad_output: expected float32"),
+        ((dz.double(), x, weight, 1, 1, 1), "grad_output: expected the dtype of input"),
     ):
         with pytest.raises((ValueError, TypeError), match=error):
             weight_gradient(*arguments, winograd)
-    with pytest.raises(ValueError, match="Winograd supports 3x3"):
+    with pytest.raises(ValueError, match="Winograd supports"):
         weight_gradient(images(2, 4, 6, 6), x, images(4, 8, 1, 1), 1, 0, 1, True)
 
 
@@ -251,7 +251,7 @@ def test_block_accuracy_vs_stock(winograd: bool, stride: int, monkeypatch: pytes
     with fused_res.backends.use("auto", winograd=winograd), record_cpu_conv_calls(monkeypatch) as calls:
         ours = output_and_gradients(lambda x, t: residual_block(x, spec, t, training=True), x, tensors)
     if winograd:
-        assert calls.count("convolve") >= 4 and calls.count("conv_backward") >= 2
+        assert calls.count("convolve") >= 3 and calls.count("conv_backward") >= 2
     for index, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
         if winograd:
             assert relative_error(a, c) <= 1e-5 + 2 * relative_error(b, c), index
@@ -353,7 +353,7 @@ def test_plan_reports_selected_algorithms() -> None:
     assert [unit.algorithms.forward.name for unit in block_plan.all_units] == [
         "winograd_f4x4",
         "winograd_f4x4",
-        "direct",
+        "fused_fp32",
     ]
     assert "convolution(x, 0.weight) -> z0, partials0: winograd_f4x4" in str(block_plan)
 

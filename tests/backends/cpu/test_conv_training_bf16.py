@@ -190,7 +190,8 @@ class TestGradients:
         [
             ({"dz": torch.ones(1, 40, 9, 7).bfloat16()}, "grad_output: expected the gradient of this convolution"),
             ({"dz": torch.ones(2, 40, 9, 7)}, "grad_output: expected the dtype of input"),
-            ({"x": torch.ones(2, 32, 9, 7)}, "input: expected bfloat16"),
+            ({"x": torch.ones(2, 32, 9, 7)}, "grad_output: expected the dtype of input"),
+            ({"x": torch.ones(2, 32, 9, 7).half()}, "input: expected float32 or bfloat16"),
             ({"x": torch.ones(2, 30, 9, 7).bfloat16()}, "grad_output: expected the gradient of this convolution"),
             ({"weight": torch.ones(40, 32, 3)}, r"input: expected \(N, C, H, W\)"),
         ],
