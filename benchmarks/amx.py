@@ -1,7 +1,7 @@
 """`python -m benchmarks.amx`, run by `make bench-amx`: the measurements that need a processor with AMX.
 
 First the tests of the kernels run on the AMX instructions; nothing is measured if they fail. Then `infer` and training
-steps (`model`) in bfloat16 and float32, `conv` and `chain` in bfloat16, and `benchmarks.frozen` run as users run them.
+steps (`model`) and `chain` in bfloat16 and float32, `conv` in bfloat16, and `benchmarks.frozen` run as users run them.
 Their results are written to a folder of benchmarks/results that is named after the processor. A document that exists
 already is not measured again, so that an interrupted run resumes; `--again` replaces them. The last table compares with
 what the library has to reach, in medians and in minima, each against the peer that is fastest in them.
@@ -39,7 +39,8 @@ STEPS = {
     "model-bf16": f"{TRAINING} --dtype bfloat16 --model resnet18 resnet50 --batch 16",
     "model-bf16-batch4": f"{TRAINING} --dtype bfloat16 --model resnet18 resnet50 --batch 4",
     "model": f"{TRAINING} --model resnet18 resnet50 --batch 16",
-    "chain": "chain --repeat 9 --min-time 0.5",
+    "chain": "chain --dtype bfloat16 --repeat 9 --min-time 0.5",
+    "chain-fp32": "chain --dtype float32 --repeat 9 --min-time 0.5",
 }
 #: Speedup over the fastest peer to reach on this kind of machine, by document, model and batch size.
 TARGETS = {

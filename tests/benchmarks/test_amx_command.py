@@ -149,7 +149,7 @@ def test_complete_steps_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
         ["benchmarks", "infer"],
         ["benchmarks", "conv"],
         *[["benchmarks", "model"]] * 3,
-        ["benchmarks", "chain"],
+        *[["benchmarks", "chain"]] * 2,
         ["benchmarks.frozen", "--out"],
     ]
     assert {path.stem for path in folder.glob("*.json")} == {*amx.STEPS, amx.FROZEN}
