@@ -169,6 +169,30 @@ ConvolutionArgs phase_args(const Backward& backward, const Phase& rows, const Ph
   return args;
 }
 
+// The convolutions that compute the input gradient. `packed`: receives their weights.
+std::vector<ConvolutionArgs> make_phases(const Backward& backward, const Tensor& weight, bool compact,
+                                         int64_t tile, std::vector<PackedWeight>& packed) {
+  const ConvolutionArgs& shape = backward.shape;
+  std::vector<ConvolutionArgs> phases;
+  for (int64_t i = 0; i < (compact ? 1 : shape.stride_h); ++i) {
+    const Phase rows(i, shape.height, shape.kernel_h, shape.stride_h, shape.pad_h, shape.dilation_h);
+    for (int64_t j = 0; j < (compact ? 1 : shape.stride_w); ++j) {
+      const Phase columns(j, shape.width, shape.kernel_w, shape.stride_w, shape.pad_w, shape.dilation_w);
+      if (rows.count * columns.count == 0) continue;
+      TORCH_CHECK_VALUE(
+          !shape.bf16_products ||
+              !packs_filter_rows(shape.out_channels, columns.taps.count, kernels().bf16_convolution->tiles),
+          "weight: expected more than ", kPixelChannels, " output channels, got ", weight.sizes());
+      TORCH_CHECK_VALUE(rows.padding >= 0 && columns.padding >= 0 && rows.taps.count * columns.taps.count > 0,
+                        "weight: expected a filter larger than its stride and its padding, got ",
+                        weight.sizes());
+      phases.push_back(phase_args(backward, rows, columns, i, j, compact, tile));
+      packed.emplace_back(phases.back(), weight, rows.taps, columns.taps);
+    }
+  }
+  return phases;
+}
+
 // True if the gradient of a weight is to be written with streaming stores: the optimizer reads it when all
 // other gradients have been written. Two cores of a Xeon with AMX, ms of a step with and without: ResNet-50,
 // batch 4, 162 and 167; ResNet-18, batch 4, 61.3 and 63.8; batch 16, equal.
@@ -226,6 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(
   set_geometry(shape, weight.sizes().slice(2), stride, padding, dilation);
   TORCH_CHECK_TYPE(shape.dtype != Dtype::kFloat16, "input: expected float32 or bfloat16, got ",
                    x.scalar_type());
+  convolution_kernels();  // raises without them
   TORCH_CHECK_VALUE(!shape.bf16_products || kernels().bf16_convolution,
                     "input: products of bfloat16 require avx512_bf16 or amx, got ", kernels().name);
   TORCH_CHECK_VALUE(
@@ -263,7 +288,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(
     backward.input_norm.activation = input_relu ? Activation::kRelu : Activation::kIdentity;
   }
 
-  const bool fused = backward.has_norm || backward.has_input_norm || (added && added->defined());
+  const bool has_norms = backward.has_norm || backward.has_input_norm;
+  TORCH_CHECK_VALUE(tile == 0 || !(has_norms || (added && added->defined())),
+                    "tile: expected 0, a direct convolution, with norms or an addition, got ", tile);
   const DynamicParallel parallel(dy.tensor.numel() * gemm_k(shape));
   const bool strided = shape.stride_h * shape.stride_w != 1;
   const bool compact = strided && shape.kernel_h * shape.kernel_w == 1;
@@ -282,22 +309,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(
       addend = dx_like.checked_like(*added, "added");
       backward.added = addend.const_data_ptr(), backward.added_mask = checked_mask(added_mask, dx_like);
     }
-    for (int64_t i = 0; i < (compact ? 1 : shape.stride_h); ++i) {
-      const Phase rows(i, shape.height, shape.kernel_h, shape.stride_h, shape.pad_h, shape.dilation_h);
-      for (int64_t j = 0; j < (compact ? 1 : shape.stride_w); ++j) {
-        const Phase columns(j, shape.width, shape.kernel_w, shape.stride_w, shape.pad_w, shape.dilation_w);
-        if (rows.count * columns.count == 0) continue;
-        TORCH_CHECK_VALUE(
-            !shape.bf16_products ||
-                !packs_filter_rows(shape.out_channels, columns.taps.count, kernels().bf16_convolution->tiles),
-            "weight: expected more than ", kPixelChannels, " output channels, got ", weight.sizes());
-        TORCH_CHECK_VALUE(
-            rows.padding >= 0 && columns.padding >= 0 && rows.taps.count * columns.taps.count > 0,
-            "weight: expected a filter larger than its stride and its padding, got ", weight.sizes());
-        phases.push_back(phase_args(backward, rows, columns, i, j, compact, tile));
-        packed.emplace_back(phases.back(), weight, rows.taps, columns.taps);
-      }
-    }
+    phases = make_phases(backward, weight, compact, tile, packed);
   }
   const bool has_input_sums = needs_input_grad && backward.has_input_norm;
   TORCH_CHECK_VALUE(!has_input_sums || !compact, "input_stats: expected none for a strided 1x1 convolution");
@@ -312,9 +324,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(
   int64_t wgrad_chunks = 0;
   dispatch_wgrad([&](const auto& tasks, const auto*) {
     wgrad_chunks = tasks.chunks();
-    TORCH_CHECK_VALUE(!needs_weight_grad || !fused || tasks.fusible(),
-                      "weight: expected a direct convolution, in float32 of at most ", kSplitKMaxFloats,
-                      " elements, with norms or an addition");
+    TORCH_CHECK_VALUE(!needs_weight_grad || !has_norms || tasks.fusible(), "weight: expected at most ",
+                      kSplitKMaxFloats, " elements in whole panels, in float32 with norms, got ",
+                      weight.sizes());
   });
   // Both gradients of a chunk are computed together if they read the same pixels of dz.
   const bool joint = needs_input_grad && needs_weight_grad && !strided && shape.height == shape.out_height &&

@@ -104,7 +104,7 @@ class WeightGradientTasks {
   bool fusible() const { return split_k_ && !winograd_; }
   int64_t chunks() const { return chunks_; }
   int64_t scratch(int64_t threads, const GradientFusion& fusion) const {
-    return (parts_ * accumulator_floats() + threads * (copied_floats() + fused_floats(fusion)) +
+    return (all_accumulator_floats() + threads * (copied_floats() + fused_floats(fusion)) +
             slots(threads) * operand_floats()) *
            kElement;
   }
@@ -115,12 +115,13 @@ class WeightGradientTasks {
     auto* const scratch = reinterpret_cast<float*>(memory);
     const WeightGradientKernels& k = winograd_ ? kernels.winograd_wgrad : kernels.direct_wgrad;
     const int64_t panels = num_panels(shape_.out_channels);
-    float* const copied = scratch + parts_ * accumulator_floats();
-    float* const operands = copied + parallel.threads() * (copied_floats() + fused_floats(fusion));
+    float* const copied = scratch + all_accumulator_floats();
+    const int64_t own_floats = copied_floats() + fused_floats(fusion);
+    float* const operands = copied + parallel.threads() * own_floats;
     if (split_k_) {
       parallel(parts_, [&](int64_t begin, int64_t end) {
         float* v = operands + parallel.thread() * operand_floats();
-        float* const own = copied + parallel.thread() * (copied_floats() + fused_floats(fusion));
+        float* const own = copied + parallel.thread() * own_floats;
         for (int64_t part = begin; part < end; ++part) {
           const Range chunks = balanced_range(chunks_, part, parts_);
           for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
@@ -148,47 +149,79 @@ class WeightGradientTasks {
           const Range slice = balanced_range(block.end - block.begin, task % kPackTasks, kPackTasks);
           const Range part = {block.begin + slice.begin, block.begin + slice.end};
           float* v = chunk_operands(task / kPackTasks);
-          k.pack_input(args_, block, part, copied + parallel.thread() * copied_floats(), v);
+          k.pack_input(args_, block, part, copied + parallel.thread() * own_floats, v);
           k.pack_grad_output(args_, block, part, v + input_floats());
         }
       });
-      // Both operands of a transform point are read by one task, if there are enough of them for the threads.
-      const int64_t groups = winograd_ ? ranges() : ceil_div(ranges(), kGroup);
-      const int64_t panel_groups =
-          winograd_ ? std::min(panels, ceil_div(kTasksPerThread * parallel.threads(), groups)) : panels;
-      parallel(panel_groups * groups, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const Range panel_group = balanced_range(panels, task / groups, panel_groups),
-                      group = balanced_range(ranges(), task % groups, groups);
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const float* v = chunk_operands(chunk);
-            k.gemm(args_, rows(first + chunk), panel_group, group, v, v + input_floats(), first + chunk == 0,
-                   scratch, kNothing.data());
-          }
-        }
-      });
-    }
-    const int64_t lines = ceil_div(shape_.channels, kLine);
-    parallel(panels * lines, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t panel = task / lines, c = task % lines * kLine;
-        k.reduce_and_store(args_, {panel, panel + 1}, {c, std::min(c + kLine, shape_.channels)}, scratch,
-                           parts_, accumulator_floats());
+      const int64_t passes = panel_passes();
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const Range pass_panels = balanced_range(panels, pass, passes);
+        float* const acc = scratch - pass_panels.begin * (accumulator_floats() / panels);
+        gemm_stage(k, parallel, pass_panels, first, chunks, operands, acc);
+        if (first + chunks == chunks_) reduce(k, parallel, pass_panels, acc);
       }
-    });
+    }
+    if (split_k_) reduce(k, parallel, {0, panels}, scratch);
   }
 
  private:
   // These constants are the order of summation, so they do not depend on the caches.
   static constexpr int64_t kPixels = 128, kSplitKTiles = 28, kStagedTiles = 84;
   static constexpr int64_t kChunksPerStage = 4, kPackTasks = 28, kTasksPerThread = 4;
+  static constexpr int64_t kPassFloats = 5 << 20;
   static constexpr int64_t kElement = 4;  // bytes
   static constexpr int64_t kGroup = 4;    // blocks of rows of A^T
   static constexpr int64_t kLine = 16;    // channels
   static constexpr std::array<MemoryRange, kMaxNextRanges> kNothing = {};
 
+  // The GEMMs of the chunks of a stage, for some panels.
+  template <class Parallel>
+  void gemm_stage(const WeightGradientKernels& k, const Parallel& parallel, Range panels, int64_t first,
+                  int64_t chunks, const float* operands, float* acc) const {
+    // Both operands of a transform point are read by one task, if there are enough of them for the threads.
+    const int64_t count = panels.end - panels.begin;
+    const int64_t groups = winograd_ ? ranges() : ceil_div(ranges(), kGroup);
+    const int64_t panel_groups =
+        winograd_ ? std::min(count, ceil_div(kTasksPerThread * parallel.threads(), groups)) : count;
+    parallel(panel_groups * groups, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const Range part = balanced_range(count, task / groups, panel_groups),
+                    group = balanced_range(ranges(), task % groups, groups);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const float* v = operands + chunk * operand_floats();
+          k.gemm(args_, rows(first + chunk), {panels.begin + part.begin, panels.begin + part.end}, group, v,
+                 v + input_floats(), first + chunk == 0, acc, kNothing.data());
+        }
+      }
+    });
+  }
+  template <class Parallel>
+  void reduce(const WeightGradientKernels& k, const Parallel& parallel, Range panels,
+              const float* acc) const {
+    const int64_t lines = ceil_div(shape_.channels, kLine);
+    parallel((panels.end - panels.begin) * lines, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t panel = panels.begin + task / lines, c = task % lines * kLine;
+        k.reduce_and_store(args_, {panel, panel + 1}, {c, std::min(c + kLine, shape_.channels)}, acc, parts_,
+                           accumulator_floats());
+      }
+    });
+  }
+
   int64_t accumulator_floats() const {
     return num_panels(shape_.out_channels) * kPanelWidth * points_ * channels_;
+  }
+  // Where all operands are packed in one stage, the panels are computed in passes that share the memory of
+  // kPassFloats of accumulators, 20 MB: those of Winograd with 512 channels are 38 MB. Passes of 4 MB
+  // take 1.1 times as long.
+  int64_t panel_passes() const {
+    if (split_k_ || chunks_ > kChunksPerStage) return 1;
+    return std::min(num_panels(shape_.out_channels), ceil_div(accumulator_floats(), kPassFloats));
+  }
+  int64_t all_accumulator_floats() const {
+    const int64_t panels = num_panels(shape_.out_channels);
+    return split_k_ ? parts_ * accumulator_floats()
+                    : ceil_div(panels, panel_passes()) * (accumulator_floats() / panels);
   }
   // What the tasks of the GEMMs share beside the panels: see WeightGradientKernels::gemm.
   int64_t ranges() const { return winograd_ ? kTransformPoints : wgrad_row_blocks(channels_); }

@@ -128,7 +128,11 @@ class TestGradients:
             assert not mask[1] or relative_error(found_dweight, dweight) <= LIMIT
 
     def test_winograd(self, isa: str) -> None:
-        for case in (Case("", (2, 40, 13, 9), 33, 3, 1, 1), Case("large weight", (2, 300, 9, 9), 330, 3, 1, 1)):
+        for case in (
+            Case("split-K", (2, 40, 13, 9), 33, 3, 1, 1),
+            Case("staged", (2, 300, 9, 9), 330, 3, 1, 1),
+            Case("passes over the panels", (1, 400, 6, 6), 420, 3, 1, 1),
+        ):
             x, weight, dz = case.tensors()
             found = conv_backward(case, x, weight, dz, tile=4)
             for gradient, exact in zip(found[::2], case.gradients(x, weight, dz), strict=True):
@@ -252,11 +256,27 @@ class TestNorms:
 
     def test_unsupported_fusions_raise(self) -> None:
         kernels = registry.resolve("cpu", torch.device("cpu"))
-        for case, tile in ((CASES[len(FUSED_CASES)], 0), (CASES[6], 4)):
-            x, weight, dz = case.tensors()
-            operands = dz, None, None, None, False, None, 0, weight, x, norm_stats(x), True, None, None
-            with pytest.raises(ValueError, match="weight: expected a direct convolution"):
-                kernels.conv_backward(*operands, *case.geometry, (True, True), tile)
+        x, weight, dz = CASES[len(FUSED_CASES)].tensors()
+        norm = dz, None, None, None, False, None, 0, weight, x, norm_stats(x), True, None, None
+        with pytest.raises(ValueError, match="weight: expected at most 262144 elements"):
+            kernels.conv_backward(*norm, *CASES[len(FUSED_CASES)].geometry, (True, True))
+        case = CASES[6]
+        x, weight, dz = case.tensors()
+        norm = dz, None, None, None, False, None, 0, weight, x, norm_stats(x), True, None, None
+        addition = (*norm[:9], None, False, torch.ones_like(x), None)
+        for operands, mask in itertools.product((norm, addition), ((True, True), (True, False), (False, True))):
+            with pytest.raises(ValueError, match="tile: expected 0"):
+                kernels.conv_backward(*operands, *case.geometry, mask, 4)
+
+    def test_baseline_raises(self) -> None:
+        previous = _C.cpu_isa()
+        _C.set_cpu_isa("baseline")
+        try:
+            x, weight, dz = CASES[0].tensors()
+            with pytest.raises(RuntimeError, match="baseline, has no convolution kernels"):
+                conv_backward(CASES[0], x, weight, dz)
+        finally:
+            _C.set_cpu_isa(previous)
 
 
 def bottleneck(inner: int, size: int, projection: bool) -> tuple[BlockSpec, Tensor, list[Tensor | None]]:
