@@ -1,7 +1,7 @@
 """The operator ``conv_bn_stats``: a convolution that also returns the partial statistics of its output.
 
-Where bfloat16 is multiplied, the operand prologue normalizes chunks of the input that stay in L2. Elsewhere a separate
-pass normalizes the input first.
+A fused algorithm (``fused_bf16``, ``fused_fp32``) normalizes chunks of the input that stay in L2, in its operand
+prologue. With other algorithms a separate pass normalizes the input first.
 """
 
 from __future__ import annotations

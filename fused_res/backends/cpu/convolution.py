@@ -300,11 +300,16 @@ _REASON_COSTLIER = "another algorithm has a lower modelled cost for this number 
 #: convolution                 forward          input gradient   weight gradient
 #: =========================== ================ ================ ================
 #: 3x3, by Winograd            17-19 vs 7-13    16-17 vs 6-11    17-36 vs 8-11
-#: 3x3, stride 2               9-19 vs 6-13     not implemented  12-28 vs 9-17
+#: 3x3, stride 2               9-19 vs 6-13     not measured     12-28 vs 9-17
 #: 1x1                         8-22 vs 9-19     9-30 vs 8-17     10-25 vs 10-21
-#: 7x7, output over 32 MB      33 vs 24         not implemented  equal
+#: 7x7, output over 32 MB      33 vs 24         not measured     equal
 #: =========================== ================ ================ ================
 _EVIDENCE_ZEN4 = "measured on 2 Zen 4 cores (AVX-512), shapes of ResNet-18 and ResNet-50 at batch 16"
+_EVIDENCE_DGRAD = (
+    f"{_EVIDENCE_ZEN4}; 3x3 with stride 2: 2 cores of a Xeon, ms of ATen / direct: 128 channels at 56x56 14.6 / 10.3,"
+    " 256 at 28x28 10.4 / 9.2, 512 at 14x14 12.2 / 11.1; 64 to 128 at 56x56 5.0 / 5.6, 256 to 512 at 14x14 5.6 / 5.6,"
+    " where ATen's results come from malloc and are page faults in a step"
+)
 #: Fewer channels leave part of every vector register unused.
 _MIN_CHANNELS = 16
 #: Output pixels from which Winograd amortises the filter transform of every training step and the larger weight.
@@ -461,8 +466,8 @@ FUSED_INPUT_BF16 = replace(
 )
 _EVIDENCE_FUSED_FP32 = (
     "2 cores of a Xeon, batch 16, ms of a bottleneck's step with norms as passes / in prologues of forward / and of"
-    " gradients / fused gradients: stages 1 to 3 77.2 / 77.8 / 76.0 / 71.0, 59.0 / 58.8 / 58.5 / 58.1, 53.6 / 53.0 /"
-    " 53.4 / 53.9; stage 4, without gradients, 60.1 / 60.2 (python -m benchmarks chain --dtype float32)"
+    " gradients / fused gradients: stages 1 to 3 75.5 / 75.9 / 74.1 / 68.4, 59.6 / 60.2 / 58.9 / 58.9, 55.8 / 56.1 /"
+    " 56.3 / 56.2; stage 4, without gradients, 59.4 / 59.9 (python -m benchmarks chain --dtype float32)"
 )
 _FUSED_FP32_RULES = (_FEW_PIXELS, _FEW_CHANNELS, _SMALL_IMAGE)
 #: Weight elements up to which the gradients compute the backward of the following norm, in float32.
@@ -505,7 +510,7 @@ DIRECT = _native_algorithm(
         _FEW_PIXELS,
         _SMALL_IMAGE,
         Rule(_prefer_aten_forward, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("forward",)),
-        Rule(_prefer_aten_dgrad, _REASON_FITS_ALLOCATOR, _EVIDENCE_ZEN4, ("input_gradient",)),
+        Rule(_prefer_aten_dgrad, _REASON_FITS_ALLOCATOR, _EVIDENCE_DGRAD, ("input_gradient",)),
         Rule(
             _aten_wgrad_is_faster,
             "ATen's weight gradient of a filter larger than 3x3, or of few channels, is as fast",
