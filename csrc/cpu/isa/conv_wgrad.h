@@ -6,7 +6,8 @@
 //   Winograd:  dg = G^T [ (B^T d B) * (A dz A^T) ] G, summed over the tiles
 //
 // The latter is the transpose of the Winograd convolution, with the same points and the same input transform.
-// V is the packed input (im2col rows or B^T d B), dZ the packed output gradient (rows of dz or A dz A^T).
+// V is the packed input (im2col rows in blocks of elements, see wgrad_row_block, or B^T d B), dZ the packed
+// output gradient (rows of dz or A dz A^T).
 #pragma once
 
 #include "cpu/isa/direct.h"

@@ -224,7 +224,7 @@ struct MemoryRange {
 constexpr int kMaxNextRanges = 3;
 
 // Weight gradient: GEMMs whose K is a block of rows, which are output pixels (direct) or the rows of tiles at
-// a transform point (Winograd). Both operands are packed first: `v`, the im2col matrix or the input
+// a transform point (Winograd). Both operands are packed first: `v`, the im2col matrix in blocks or the input
 // transform, and `dz`, panels of the output gradient or of its transform.
 struct WeightGradientKernels {
   // Pack the rows of `part`, a part of the output pixels or tiles `block` that v and dz are laid out for.
