@@ -10,7 +10,7 @@ import copy
 import gc
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +27,8 @@ from fused_res.functional import residual_block
 from fused_res.testing import stub_torchvision_operators
 from tests.backends.cpu.test_conv_training import relative_error, threads
 from tests.backends.cpu.test_convolution import BF16_ISAS as ISAS  # skips this file without the extension or AVX2
+from tests.support.conv_training import Case as AnyCase
+from tests.support.conv_training import norm_stats, run_block
 from tests.support.guard_pages import GuardedTensor
 
 _C = _extension._module
@@ -56,46 +58,7 @@ def images(*shape: int, mean: float = 0.0) -> Tensor:
     return (torch.randn(shape) + mean).bfloat16().contiguous(memory_format=torch.channels_last)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A convolution. Its name lists what is special about it."""
-
-    name: str
-    input: tuple[int, int, int, int]
-    outputs: int
-    kernel: int
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def geometry(self) -> tuple[list[int], list[int], list[int]]:
-        return [self.stride] * 2, [self.padding] * 2, [self.dilation] * 2
-
-    @property
-    def compact(self) -> bool:
-        return self.kernel == 1 and self.stride > 1
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the input, a float32 weight and the gradient of the output."""
-        x = images(*self.input)
-        weight = torch.randn(self.outputs, self.input[1], self.kernel, self.kernel)
-        weight = (weight / weight[0].numel() ** 0.5).contiguous(memory_format=torch.channels_last)
-        z = F.conv2d(x[:1].float(), weight, None, self.stride, self.padding, self.dilation)
-        return x, weight, images(self.input[0], self.outputs, *z.shape[2:])
-
-    def gradients(self, x: Tensor, weight: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of input and weight in float64; that of the input is compact where ours is."""
-        sizes = (*self.geometry, False, [0, 0], 1, [True, True, False])
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
-            dz.double(), x.double(), weight.bfloat16().double(), None, *sizes
-        )
-        return dx[:, :, :: self.stride, :: self.stride] if self.compact else dx, dweight
-
-
+Case = partial(AnyCase, dtype=torch.bfloat16)
 CASES = [
     Case("1x1", (2, 64, 8, 8), 64, 1),
     Case("1x1, K larger than a chunk", (6, 32, 24, 24), 40, 1),
@@ -120,7 +83,7 @@ CASES = [
 
 
 def conv_backward(
-    case: Case, x: Tensor, weight: Tensor, dz: Tensor, output_mask: tuple[bool, bool] = (True, True)
+    case: AnyCase, x: Tensor, weight: Tensor, dz: Tensor, output_mask: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call the operator without norms."""
     no_norms = None, None, None, False, None, 0, weight, x, None, False, None, None
@@ -130,13 +93,13 @@ def conv_backward(
     return result
 
 
-def has_input_grad(case: Case) -> bool:
+def has_input_grad(case: AnyCase) -> bool:
     return case.name != "stem"  # of an image, which needs no gradient
 
 
 class TestGradients:
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_errors_against_float64(self, isa: str, case: Case) -> None:
+    def test_errors_against_float64(self, isa: str, case: AnyCase) -> None:
         x, weight, dz = case.tensors()
         dx, dweight = case.gradients(x, weight, dz)
         found = conv_backward(case, x, weight, dz, (has_input_grad(case), True))
@@ -146,7 +109,7 @@ class TestGradients:
             assert found[0].shape == dx.shape and relative_error(found[0], dx) <= ROUNDED
 
     @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[13], CASES[17]], ids=str)
-    def test_weight_dtypes_and_layouts(self, case: Case) -> None:
+    def test_weight_dtypes_and_layouts(self, case: AnyCase) -> None:
         x, weight, dz = case.tensors()
         mask = (has_input_grad(case), True)
         expected = conv_backward(case, x, weight, dz, mask)
@@ -169,7 +132,7 @@ class TestGradients:
                 assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True)), case
 
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_reads_only_its_operands(self, case: Case) -> None:
+    def test_reads_only_its_operands(self, case: AnyCase) -> None:
         x, weight, dz = case.tensors()
         expected = conv_backward(case, x, weight, dz, (has_input_grad(case), True))
         for before_upper_guard in (True, False):
@@ -204,20 +167,11 @@ class TestGradients:
             conv_backward(case, **({"x": x, "weight": weight, "dz": dz} | changed))
 
 
-def norm_stats(z: Tensor) -> Tensor:
-    """Return ``stats`` (5, C) of a norm with random parameters."""
-    wide = z.double()
-    mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
-    invstd = (var + 1e-5).rsqrt()
-    scale = (torch.rand(z.shape[1]) + 0.5) * invstd
-    return torch.stack((mean, invstd, scale, torch.randn(z.shape[1]) * 0.1, var)).float()
-
-
 class TestNorms:
     """The norms around a convolution: what the operator fuses equals the operators of the separate passes."""
 
     @pytest.mark.parametrize("case", [c for c in CASES if has_input_grad(c)], ids=str)
-    def test_gradients(self, isa: str, case: Case) -> None:
+    def test_gradients(self, isa: str, case: AnyCase) -> None:
         kernels = registry.resolve("cpu", torch.device("cpu"))
         x, weight, dy = case.tensors()
         z = images(*dy.shape, mean=0.5)
@@ -260,7 +214,7 @@ class TestNorms:
 
     @pytest.mark.parametrize("mean", [0.0, 100.0])
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_forward(self, isa: str, case: Case, mean: float) -> None:
+    def test_forward(self, isa: str, case: AnyCase, mean: float) -> None:
         """The output, and its statistics, which are those of the rounded values."""
         kernels = registry.resolve("cpu", torch.device("cpu"))
         x, weight, _ = case.tensors()
@@ -302,16 +256,6 @@ def bottleneck(
         norm = (torch.rand(shape[0]) + 0.5, torch.randn(shape[0]) * 0.2, torch.zeros(shape[0]), torch.ones(shape[0]))
         tensors += [weight, None, *norm]
     return spec, images(4, inputs, size, size), tensors
-
-
-def run_block(spec: BlockSpec, x: Tensor, tensors: list[Tensor | None], **options: Any) -> list[Tensor]:
-    """Return the block's output and the gradients of the input and of all parameters."""
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    flat = [None if t is None else t.clone(memory_format=torch.preserve_format) for t in tensors]
-    parameters = [t.requires_grad_() for i, t in enumerate(flat) if t is not None and i % 6 < 4]
-    y = residual_block(x, spec, flat, **{"training": True, **options})
-    grad = torch.linspace(-1, 2, y.numel()).view(y.shape).cos().to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], grad)]
 
 
 def widened(tensors: list[Tensor | None]) -> list[Tensor | None]:

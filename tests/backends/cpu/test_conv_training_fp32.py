@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,9 +16,9 @@ from fused_res import BlockSpec, UnitSpec, _extension
 from fused_res.backends import registry
 from fused_res.block.plan import BlockConfig
 from fused_res.block.planner import plan
-from fused_res.functional import residual_block
 from tests.backends.cpu.test_conv_training import relative_error, threads
 from tests.backends.cpu.test_convolution import ISAS  # skips this file without the extension or AVX2
+from tests.support.conv_training import Case, images, norm_stats, run_block
 from tests.support.guard_pages import GuardedTensor
 
 _C = _extension._module
@@ -39,48 +38,6 @@ def isa(request: Any) -> Iterator[str]:
 def _seed() -> None:
     torch.manual_seed(0)
     registry.resolve("cpu", torch.device("cpu"))  # registers the operators
-
-
-def images(*shape: int, mean: float = 0.0) -> Tensor:
-    return (torch.randn(shape) + mean).contiguous(memory_format=torch.channels_last)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A convolution. Its name lists what is special about it."""
-
-    name: str
-    input: tuple[int, int, int, int]
-    outputs: int
-    kernel: int = 1
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def geometry(self) -> tuple[list[int], list[int], list[int]]:
-        return [self.stride] * 2, [self.padding] * 2, [self.dilation] * 2
-
-    @property
-    def compact(self) -> bool:
-        return self.kernel == 1 and self.stride > 1
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the input, the weight and the gradient of the output."""
-        x = images(*self.input)
-        weight = torch.randn(self.outputs, self.input[1], self.kernel, self.kernel)
-        weight = (weight / weight[0].numel() ** 0.5).contiguous(memory_format=torch.channels_last)
-        z = F.conv2d(x[:1], weight, None, self.stride, self.padding, self.dilation)
-        return x, weight, images(self.input[0], self.outputs, *z.shape[2:])
-
-    def gradients(self, x: Tensor, weight: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of input and weight in float64; that of the input is compact where ours is."""
-        sizes = (*self.geometry, False, [0, 0], 1, [True, True, False])
-        dx, dweight, _ = torch.ops.aten.convolution_backward(dz.double(), x.double(), weight.double(), None, *sizes)
-        return dx[:, :, :: self.stride, :: self.stride] if self.compact else dx, dweight
 
 
 #: Those with a direct split-K weight gradient, which norms can be fused with.
@@ -174,15 +131,6 @@ class TestGradients:
         x, weight, dz = case.tensors()
         with pytest.raises((ValueError, TypeError), match=match):
             conv_backward(case, **({"x": x, "weight": weight, "dz": dz} | changed))
-
-
-def norm_stats(z: Tensor) -> Tensor:
-    """Return ``stats`` (5, C) of a norm with random parameters."""
-    wide = z.double()
-    mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
-    invstd = (var + 1e-5).rsqrt()
-    scale = (torch.rand(z.shape[1]) + 0.5) * invstd
-    return torch.stack((mean, invstd, scale, torch.randn(z.shape[1]) * 0.1, var)).float()
 
 
 class TestNorms:
@@ -293,16 +241,6 @@ def bottleneck(inner: int, size: int, projection: bool) -> tuple[BlockSpec, Tens
         norm = (torch.rand(shape[0]) + 0.5, torch.randn(shape[0]) * 0.2, torch.zeros(shape[0]), torch.ones(shape[0]))
         tensors += [weight, None, *norm]
     return spec, images(4, inputs, size, size), tensors
-
-
-def run_block(spec: BlockSpec, x: Tensor, tensors: list[Tensor | None], **options: Any) -> list[Tensor]:
-    """Return the block's output and the gradients of the input and of all parameters."""
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    flat = [None if t is None else t.clone(memory_format=torch.preserve_format) for t in tensors]
-    parameters = [t.requires_grad_() for i, t in enumerate(flat) if t is not None and i % 6 < 4]
-    y = residual_block(x, spec, flat, **{"training": True, **options})
-    grad = torch.linspace(-1, 2, y.numel()).view(y.shape).cos().to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], grad)]
 
 
 @pytest.mark.parametrize("winograd", [True, False])
